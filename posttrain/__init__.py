@@ -1,0 +1,26 @@
+"""Post-training for data that is noisy, scarce or private.
+
+The names below are imported when first used, so that `import posttrain` is fast and loads no torch.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "RobustDPOConfig": "posttrain.trainers.robust_dpo",
+    "RobustDPOTrainer": "posttrain.trainers.robust_dpo",
+}
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

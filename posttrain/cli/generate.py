@@ -1,0 +1,80 @@
+"""`posttrain generate`: what the base and the adapter answer to the same prompts, side by side."""
+
+import json
+from pathlib import Path
+
+from posttrain.errors import ConfigError, DataError
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="answers of base and adapter to the same prompts",
+        description="Greedy answers unless --temperature is given, of the base and of the base with the adapter.",
+    )
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
+    parser.add_argument("--base", help="base model; default: the one that the adapter names")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    parser.add_argument("--prompts", type=Path, help="a text file, a prompt a line")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="for scripts: a list of prompt, base, adapter")
+
+
+def run(args) -> int:
+    """Print the answers."""
+    if not (args.adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"adapter is {args.adapter}, which has no adapter_config.json; give an adapter's folder.")
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        if not args.prompts.is_file():
+            raise DataError(f"prompts is {args.prompts}, which is no file.")
+        prompts += [line for line in args.prompts.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("no prompt was given; use --prompt TEXT or --prompts FILE.")
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        raise ConfigError("max_new_tokens must be 1 or more, and temperature 0 or more.")
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    from posttrain.models import resolve_model
+
+    named = json.loads((args.adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    base = resolve_model(args.base or named)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), args.adapter).eval()
+    rows = []
+    for prompt in prompts:
+        answers = {}
+        for side in ("base", "adapter"):
+            set_seed(args.seed)
+            if side == "base":
+                with model.disable_adapter():
+                    answers[side] = _answer(model, tokenizer, prompt, args)
+            else:
+                answers[side] = _answer(model, tokenizer, prompt, args)
+        rows.append({"prompt": prompt, **answers})
+        if not args.json:
+            print(f"prompt:  {prompt}\nbase:    {answers['base']}\nadapter: {answers['adapter']}\n", flush=True)
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    return 0
+
+
+def _answer(model, tokenizer, prompt: str, args) -> str:
+    import torch
+
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+        )
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

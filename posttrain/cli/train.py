@@ -1,0 +1,62 @@
+"""`posttrain train METHOD`: prints the `accelerate launch` line of a shipped recipe and runs it."""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from posttrain.errors import ConfigError
+from posttrain.paths import configs_dir, recipes_dir
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="run a method's recipe",
+        description="Prints the `accelerate launch` line of a recipe and runs it. All other flags are settings of the "
+        "recipe, such as --dataset_name pairs.jsonl --flip_rate 0.2; --dry_run shows what would run.",
+    )
+    parser.add_argument("method", choices=methods(), help="the recipe")
+    parser.add_argument("--config", metavar="YAML", help="a file, or the name of a shipped one: cpu, single_gpu, zero3")
+    parser.add_argument(
+        "--launch", metavar="YAML", help="accelerate's config: a file, or a shipped one: cpu_ddp, zero3 ..."
+    )
+    parser.set_defaults(takes_settings=True)
+
+
+def run(args) -> int:
+    """Launch the recipe; the exit code is the recipe's own, which `accelerate launch` alone would hide."""
+    default = "single_gpu" if _has_accelerator() else "cpu"
+    config = _shipped(args.config or default, configs_dir() / args.method, "config")
+    launch = _shipped(args.launch or default, configs_dir() / "accelerate", "launch")
+    recipe = recipes_dir() / f"{args.method}.py"
+    # quiet: without it, accelerate adds a traceback of its own to every message of a recipe
+    line = ["accelerate", "launch", "--quiet", "--config_file", launch, recipe, "--config", config, *args.settings]
+    print(shlex.join(map(str, line)), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        code_file = Path(folder) / "exit_code"
+        # the same interpreter, whatever `accelerate` the PATH would find
+        command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, line[2:])]
+        done = subprocess.run(command, env=os.environ | {"POSTTRAIN_EXIT_CODE_FILE": str(code_file)})
+        return int(code_file.read_text()) if code_file.exists() else done.returncode
+
+
+def methods() -> list[str]:
+    """The recipes there are."""
+    return sorted(path.stem for path in recipes_dir().glob("*.py"))
+
+
+def _shipped(name: str, folder: Path, what: str) -> Path:
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if path.is_file():
+            return path.resolve()
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ConfigError(f"{what} is {name!r}: no such file, and none of the shipped ones: {known}.")
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()

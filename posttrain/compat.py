@@ -1,0 +1,80 @@
+"""The private upstream names this library stands on, and the versions it was tested with.
+
+Overrides spell these names where they stand; the canary test walks this list, so that a release that renames one is
+named in the failure.
+"""
+
+import importlib
+import inspect
+
+TESTED = {
+    "torch": ("2.13.0",),
+    "transformers": ("5.23.0",),
+    "trl": ("1.16.0",),
+    "peft": ("0.21.2",),
+    "accelerate": ("1.15.0",),
+    "datasets": ("5.2.0",),
+    "deepspeed": ("0.19.8",),
+    "bitsandbytes": ("0.50.2",),
+}
+
+# (module, dotted attribute, parameters we pass or receive by name or position)
+PRIVATE_NAMES = (
+    ("trl.trainer.dpo_trainer", "DPOTrainer._compute_loss", ("model", "inputs", "return_outputs")),
+    (
+        "trl.trainer.dpo_trainer",
+        "DPOTrainer._prepare_dataset",
+        ("dataset", "processing_class", "args", "dataset_name"),
+    ),
+    ("trl.trainer.dpo_trainer", "DPOTrainer._precompute_ref_logps", ("dataset", "name", "batch_size")),
+    ("trl.trainer.dpo_trainer", "DPOTrainer._set_signature_columns_if_needed", ()),
+    ("trl.trainer.dpo_trainer", "DPOTrainer._save_checkpoint", ("model", "trial")),
+    ("transformers", "Trainer._push_from_checkpoint", ("checkpoint_folder",)),
+    ("transformers", "Trainer._finish_current_push", ()),
+    ("transformers.utils", "PushInProgress", ("jobs",)),
+    ("transformers", "Trainer._clip_grad_norm", ("model",)),
+    ("transformers", "Trainer.get_batch_samples", ("epoch_iterator", "num_batches", "device")),
+    ("transformers", "Trainer._prepare_inputs", ("inputs",)),
+    ("transformers", "Trainer.compute_loss_context_manager", ()),
+)
+
+_GONE = object()
+
+# Attributes that upstream sets on instances, watched by the same test
+INSTANCE_ATTRIBUTES = {
+    "trl.DPOTrainer": (
+        "_metrics",
+        "_total_train_tokens",
+        "_precompute_engine",
+        "_tp_size",
+        "aux_loss_enabled",
+    ),
+    "transformers.Trainer": ("model_wrapped", "_signature_columns"),
+    "bitsandbytes.nn.Linear4bit": ("support_avx512bf16_for_cpu",),
+}
+
+
+def keep_4bit_weights_trainable(model) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    The first forward in eval mode without gradient (a reference pass, an evaluation) would repack them for good, into
+    a layout whose kernel has no backward: the layers below would then train on wrong gradients.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
+def missing_names() -> list[str]:
+    """What of `PRIVATE_NAMES` the installed releases no longer have, a sentence each."""
+    missing = []
+    for module_name, path, parameters in PRIVATE_NAMES:
+        target = importlib.import_module(module_name)
+        for part in path.split("."):
+            target = getattr(target, part, _GONE)
+        if target is _GONE:
+            missing.append(f"{module_name}.{path} is gone")
+            continue
+        known = inspect.signature(target).parameters if parameters else ()
+        missing += [f"{module_name}.{path} no longer takes `{name}`" for name in parameters if name not in known]
+    return missing

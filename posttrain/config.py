@@ -1,0 +1,244 @@
+"""Settings from a YAML file and the command line: TRL's parser, with errors that say what to write.
+
+    data_args, model_args, training_args = parse((DataArguments, ModelArguments, RobustDPOConfig))
+
+`--config FILE` names the YAML file, whose keys are the fields of the dataclasses; the command line wins over
+it. A mapping `env:` in the file sets environment variables; those that a library reads while it is imported
+have to be set in the shell instead.
+"""
+
+import atexit
+import difflib
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.field_types import BadValue, FieldType, kind_of, shown
+
+# TRL's own names for models, LoRA and quantisation.
+ModelArguments = ModelConfig
+
+COMMAND_LINE = "command line"
+
+# What to write for settings that transformers or TRL no longer have. `{value}` is what the user gave.
+REMOVED = {
+    "warmup_ratio": "write `warmup_steps: {value}` (below 1 it is a share of all steps)",
+    "evaluation_strategy": "write `eval_strategy: {value}`",
+    "max_seq_length": "write `max_length: {value}`",
+    "max_prompt_length": "leave it out; `max_length` cuts prompt and completion together",
+    "max_completion_length": "leave it out; `max_length` cuts prompt and completion together",
+    "group_by_length": "write `train_sampling_strategy: group_by_length`",
+    "torch_dtype": "write `dtype: {value}`",
+    "no_cuda": "write `use_cpu: {value}`",
+    "per_gpu_train_batch_size": "write `per_device_train_batch_size: {value}`",
+    "per_gpu_eval_batch_size": "write `per_device_eval_batch_size: {value}`",
+    "push_to_hub_model_id": "write `hub_model_id: {value}`",
+    "push_to_hub_organization": "write `hub_model_id: {value}/NAME`",
+    "push_to_hub_token": "leave it out; log in with `hf auth login`, or set HF_TOKEN in the shell",
+    "overwrite_output_dir": "leave it out; `resume_from_checkpoint` continues an earlier run",
+    "logging_dir": "leave it out; TENSORBOARD_LOGGING_DIR in the shell sets TensorBoard's folder",
+    "save_safetensors": "leave it out; weights are always saved as safetensors",
+    "tokenizer": "leave it out; the tokenizer comes with `model_name_or_path`",
+    "tokenizer_name": "leave it out; the tokenizer comes with `model_name_or_path`",
+    "tokenizer_name_or_path": "leave it out; the tokenizer comes with `model_name_or_path`",
+}
+
+
+@dataclass
+class DataArguments:
+    """Where the rows come from. The names are TRL's."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, local .json, .jsonl, .jsonl.gz or .parquet, or generated:reverse_list."},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Like dataset_name, for evaluation. Default: dataset_test_split of dataset_name."},
+    )
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+
+
+def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple:
+    """One instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
+
+    Raises ConfigError, with the file and line of the setting, for a file that cannot be read, an unknown,
+    removed or repeated key, a value of the wrong type, and whatever a dataclass refuses in `__post_init__`.
+    """
+    return PosttrainParser(dataclass_types).parse_args_and_config(argv)
+
+
+def run_main(main: Callable[[], object]) -> int:
+    """Runs `main` and returns the process's exit code: 0, or that of the PosttrainError it ended in.
+
+    The error is printed as one message, once per machine. After a distributed run that went well the process ends
+    here.
+    """
+    try:
+        main()
+    except PosttrainError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
+                # `accelerate launch` would turn every code into 1
+                Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).write_text(str(error.exit_code))
+        return error.exit_code
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave()
+    return 0
+
+
+def _leave() -> None:
+    # Threads of gloo still hold Python objects for a moment after their last collective. Where one lets go of them
+    # while the interpreter is being torn down, the process aborts, and a run that is saved counts as failed.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+class PosttrainParser(TrlParser):
+    """TRL's parser, answering bad settings with a ConfigError: nearest name, replacement, file and line."""
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs):
+        # An abbreviated flag would change its meaning when a field is added.
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self._sections = {f.name: k.__name__ for k in self.dataclass_types for f in fields(k) if f.init}
+        self._places: dict[str, str] = {}
+        self._types: dict[str, FieldType] = {}
+        for kind in self.dataclass_types:
+            for name, hint in typing.get_type_hints(kind).items():
+                choices = kind.__dataclass_fields__[name].metadata.get("choices")
+                self._types[name] = FieldType(name, hint, choices)
+        for action in self._actions:
+            if action.dest in self._sections and action.type is not None:
+                action.type = self._types[action.dest].from_scalar
+
+    def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple:
+        """As `parse`."""
+        arguments, path = _split_config(sys.argv[1:] if args is None else list(args))
+        self._places = {}
+        if path is not None:
+            self._read_defaults(path)
+        try:
+            values, unknown = self.parse_known_args(arguments)
+        except BadValue as error:
+            raise ConfigError(f"{COMMAND_LINE}: {error}") from None
+        self._refuse_unknown(unknown)
+        for name in filter(None, map(_flag, arguments)):
+            self._places[name if name in self._sections else name.removeprefix("no_")] = COMMAND_LINE
+        return tuple(self._build(kind, values) for kind in self.dataclass_types)
+
+    def error(self, message: str):
+        """What argparse has to say, as a ConfigError."""
+        raise ConfigError(f"{COMMAND_LINE}: {message}")
+
+    def _read_defaults(self, path: str) -> None:
+        settings, lines = _read_yaml(path)
+        for name, value in (settings.pop("env", None) or {}).items():
+            os.environ[name] = str(value)
+        for name, value in settings.items():
+            place = self._places[name] = f"{path}:{lines[name]}"
+            if name not in self._sections:
+                raise ConfigError(f"{place}: {self._unknown(name, value)}")
+            try:
+                settings[name] = self._types[name].from_yaml(value)
+            except BadValue as error:
+                raise ConfigError(f"{place}: {error}") from None
+        self.set_defaults_with_config(**settings)
+
+    def _refuse_unknown(self, unknown: list[str]) -> None:
+        if not unknown:
+            return
+        name, _, value = unknown[0].partition("=")
+        if not name.startswith("--"):
+            raise ConfigError(f"{COMMAND_LINE}: `{name}` follows no key; write `--key value`.")
+        if not value and len(unknown) > 1 and not unknown[1].startswith("--"):
+            value = unknown[1]
+        raise ConfigError(f"{COMMAND_LINE}: {self._unknown(_flag(name), value or True)}")
+
+    def _unknown(self, name: str, value) -> str:
+        if name in REMOVED:
+            return f"`{name}` is not a setting any more: {REMOVED[name].format(value=shown(value))}."
+        near = difflib.get_close_matches(name, self._sections, n=1)
+        if near:
+            return f"unknown key `{name}`; did you mean `{near[0]}` ({self._sections[near[0]]})?"
+        sections = ", ".join(kind.__name__ for kind in self.dataclass_types)
+        return f"unknown key `{name}`; the keys are the fields of {sections} (--help lists them)."
+
+    def _build(self, kind: type, values):
+        try:
+            return kind(**{f.name: getattr(values, f.name) for f in fields(kind) if f.init})
+        except ValueError as error:
+            named = [name for name in self._places if re.search(rf"(?<!\w){name}(?!\w)", str(error))]
+            places = ", ".join(f"{name}: {self._places[name]}" for name in named)
+            raise ConfigError(f"{error} ({places})" if places else str(error)) from error
+
+
+def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
+    """The settings of a YAML file, and the line of each key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        settings = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    if settings is None:
+        return {}, {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}:1: a config file is lines of `key: value`, not {kind_of(settings)}.")
+    _refuse_repeated(root, path)
+    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+    if not isinstance(settings.get("env") or {}, dict):
+        raise ConfigError(f"{path}:{lines['env']}: `env` is {kind_of(settings['env'])}; it takes a mapping.")
+    return {str(name): value for name, value in settings.items()}, lines
+
+
+def _refuse_repeated(node, path: str) -> None:
+    """YAML itself keeps the last of two equal keys without a word."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(item, path)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in first:
+                raise ConfigError(f"{path}:{line}: `{key.value}` is set at line {first[key.value]} already.")
+            first[key.value] = line
+            _refuse_repeated(value, path)
+
+
+def _split_config(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--config FILE`, and FILE."""
+    rest, path, stream = [], None, iter(arguments)
+    for argument in stream:
+        if _flag(argument) != "config":
+            rest.append(argument)
+            continue
+        if path is not None:
+            raise ConfigError(f"{COMMAND_LINE}: `--config` is given twice; keep one.")
+        path = argument.partition("=")[2] or next(stream, None)
+        if path is None or path.startswith("--"):
+            raise ConfigError(f"{COMMAND_LINE}: `--config` needs the path of a YAML file.")
+    return rest, path
+
+
+def _flag(argument: str) -> str | None:
+    """`learning_rate` from `--learning-rate=1e-4`; None for what is no flag."""
+    return argument[2:].partition("=")[0].replace("-", "_") if argument.startswith("--") else None

@@ -1,0 +1,1 @@
+"""Preference data: reading it, generating it, and corrupting it on purpose."""

@@ -1,0 +1,182 @@
+"""The kinds of rows that data sets come in: TRL's types, alpaca and sharegpt, told apart and converted."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from posttrain.errors import DataError
+
+PREFERENCE = "preference"
+IMPLICIT_PROMPT = "preference with implicit prompt"
+TOKENISED = "tokenised preference"
+UNPAIRED = "unpaired preference"
+PROMPT_COMPLETION = "prompt-completion"
+PROMPT_ONLY = "prompt-only"
+LANGUAGE_MODELLING = "language modelling"
+ALPACA, ALPACA_PREFERENCE = "alpaca", "alpaca preference"
+SHAREGPT, SHAREGPT_PREFERENCE = "sharegpt", "sharegpt preference"
+UNKNOWN = "unknown"
+# What `trl.DPOTrainer` trains on.
+PAIR_KINDS = (PREFERENCE, IMPLICIT_PROMPT, TOKENISED)
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# Every column that one of the kinds reads.
+KNOWN_COLUMNS = (
+    *("prompt", "chosen", "rejected", "completion", "label", "messages", "text", "conversations"),
+    *("instruction", "input", "output", "system", "history", "tools", "chat_template_kwargs", "flip_rate"),
+    *TOKEN_COLUMNS,
+)
+
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
+_ROLES |= {name: name for name in ("user", "assistant", "system", "tool")}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the rows of a data set are.
+
+    Attributes:
+        kind: one of this module's names, such as `preference` or `alpaca`.
+        style: `conversational` (lists of messages), `standard` (texts), or empty where that is no question.
+        why: the columns and values that say so, in words.
+    """
+
+    kind: str
+    style: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.style} {self.kind}".strip()
+
+
+def detect(columns: Iterable[str], row: Mapping | None = None) -> Format:
+    """The kind of a data set with these columns; `row`, any of its rows, tells texts from messages.
+
+    Columns beside those of a kind change nothing. Where several kinds fit, the one with more columns is taken.
+    """
+    names, row = set(columns), row or {}
+    if names.issuperset(TOKEN_COLUMNS):
+        return Format(TOKENISED, "", "columns prompt_ids, chosen_ids and rejected_ids")
+    if names >= {"chosen", "rejected"}:
+        return _preference(names, row)
+    for name in ("conversations", "messages"):
+        if name in names and _has_keys(row.get(name), "from", "value"):
+            return Format(SHAREGPT, "conversational", f"column {name}, of turns with from and value")
+    if names >= {"instruction", "output"}:
+        return Format(ALPACA, "standard", _columns(names, "instruction", "input", "output"))
+    if names >= {"prompt", "completion", "label"}:
+        return _trl(UNPAIRED, names, row, "prompt", "completion", "label")
+    if names >= {"prompt", "completion"}:
+        return _trl(PROMPT_COMPLETION, names, row, "prompt", "completion")
+    for name in ("messages", "conversations", "text"):
+        if name in names:
+            return _trl(LANGUAGE_MODELLING, names, row, name)
+    if "prompt" in names:
+        return _trl(PROMPT_ONLY, names, row, "prompt")
+    return Format(
+        UNKNOWN,
+        "",
+        "the known columns are prompt with chosen and rejected, prompt with completion, messages, text, instruction "
+        "with output, conversations",
+    )
+
+
+def convert(dataset):
+    """An alpaca or sharegpt data set (a `datasets.Dataset`) in TRL's conversational type; others as they are.
+
+    alpaca: instruction, and input below it, become the user's message, after `system` and `history` where the row
+    has them. sharegpt: `human` becomes user, `gpt` assistant, `observation` tool. With columns chosen and rejected
+    the result is preference pairs, else prompt-completion rows (alpaca) or messages (sharegpt). Columns that take
+    no part are kept. Raises DataError for a speaker it does not know, with the row.
+    """
+    if len(dataset) == 0:
+        return dataset
+    found = detect(dataset.column_names, dataset[0])
+    if found.kind not in (ALPACA, ALPACA_PREFERENCE, SHAREGPT, SHAREGPT_PREFERENCE):
+        return dataset
+    read = {"instruction", "input", "output", "system", "history", "conversations", "messages"}
+
+    def convert_one(row: dict, index: int) -> dict:
+        return convert_row(row, found, f"row {index + 1}")
+
+    used = [name for name in dataset.column_names if name in read]
+    return dataset.map(convert_one, with_indices=True, remove_columns=used, desc=f"Converting {found.kind}")
+
+
+def convert_row(row: Mapping, found: Format, place: str = "the row") -> dict:
+    """The columns that `convert` makes of one row of the kind `found`, which says where it is in errors."""
+    if found.kind in (ALPACA, ALPACA_PREFERENCE):
+        prompt = _message("system", row["system"]) if row.get("system") else []
+        for question, answer in row.get("history") or ():
+            prompt += _message("user", question) + _message("assistant", answer)
+        prompt += _message("user", "\n".join(filter(None, (row["instruction"], row.get("input")))))
+        if found.kind == ALPACA:
+            return {"prompt": prompt, "completion": _message("assistant", row["output"])}
+        return {"prompt": prompt} | {side: _answer(row[side], place) for side in ("chosen", "rejected")}
+    if found.kind in (SHAREGPT, SHAREGPT_PREFERENCE):
+        turns = row["conversations"] if "conversations" in row else row.get("messages", row.get("prompt"))
+        messages = _message("system", row["system"]) if row.get("system") else []
+        messages += _turns(turns or [], place)
+        if found.kind == SHAREGPT:
+            return {"messages": messages}
+        sides = {side: _answer(row[side], place) for side in ("chosen", "rejected")}
+        return {"prompt": messages, **sides} if turns else sides
+    return dict(row)
+
+
+def is_messages(value) -> bool:
+    """Whether a value is a conversation as TRL takes it: a list of objects with a role."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
+
+
+def _preference(names: set, row: Mapping) -> Format:
+    if any(_has_keys(row.get(name), "from", "value") for name in ("chosen", "rejected")):
+        return Format(
+            SHAREGPT_PREFERENCE, "conversational", "columns chosen and rejected, of turns with from and value"
+        )
+    if "prompt" in names:
+        return _trl(PREFERENCE, names, row, "prompt", "chosen", "rejected", judge="chosen")
+    if "instruction" in names:
+        return Format(ALPACA_PREFERENCE, "standard", _columns(names, "instruction", "input", "chosen", "rejected"))
+    return _trl(IMPLICIT_PROMPT, names, row, "chosen", "rejected", judge="chosen")
+
+
+def _trl(kind: str, names: set, row: Mapping, *columns: str, judge: str | None = None) -> Format:
+    conversational = is_messages(row.get(judge or columns[0]))
+    values = "lists of messages with role and content" if conversational else "texts"
+    style = "conversational" if conversational else "standard"
+    return Format(kind, style, f"{_columns(names, *columns)}, of {values}")
+
+
+def _columns(names: set, *wanted: str) -> str:
+    found = [name for name in wanted if name in names]
+    if len(found) == 1:
+        return f"column {found[0]}"
+    return f"columns {', '.join(found[:-1])} and {found[-1]}"
+
+
+def _has_keys(value, *keys: str) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, Mapping) and all(key in first for key in keys)
+
+
+def _message(role: str, content) -> list[dict]:
+    return [{"role": role, "content": content}]
+
+
+def _answer(value, place: str) -> list[dict]:
+    if isinstance(value, str):
+        return _message("assistant", value)
+    return _turns(value if isinstance(value, list) else [value], place)
+
+
+def _turns(turns: list, place: str) -> list[dict]:
+    messages = []
+    for turn in turns:
+        speaker = turn.get("from") if isinstance(turn, Mapping) else None
+        if speaker not in _ROLES:
+            raise DataError(
+                f"{place}: the turn's speaker is {speaker!r}; sharegpt rows are read with {', '.join(_ROLES)}. "
+                "Rename the speaker, or write the row as messages with role and content."
+            )
+        messages += _message(_ROLES[speaker], turn.get("value"))
+    return messages

@@ -1,0 +1,328 @@
+"""Checks of a data set before the model loads: its columns, its values, and what is left of it as tokens."""
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from posttrain.data import formats
+from posttrain.data.formats import Format, convert, detect
+from posttrain.data.lengths import Lengths, end_of_turn_tokens, measure
+from posttrain.data.tokens import load_processing_class, tokenized_pairs, tokenizer_of
+from posttrain.data.values import read_values, scan_pairs
+from posttrain.errors import ConfigError, DataError
+from posttrain.log import get_logger
+
+__all__ = ["Format", "PairReport", "check_columns", "check_preferences", "check_run", "convert", "detect"]
+
+# Rows whose tokens are looked at. One percent of them is 10 rows, enough for the advice on max_length.
+SAMPLE = 1000
+
+_OTHER_NAMES = {
+    "prompt": ("question", "instruction", "query", "input", "context"),
+    "chosen": ("preferred", "winner", "accepted", "good", "better", "positive", "chosen_response", "response_chosen"),
+    "rejected": ("loser", "dispreferred", "bad", "worse", "negative", "rejected_response", "response_rejected"),
+}
+
+
+@dataclass
+class PairReport:
+    """What the checks found in preference pairs.
+
+    Attributes:
+        rows, empty, identical: pairs in all, with an empty side, and with equal sides.
+        lengths: of the rows looked at as tokens: all of them, or a sample spread evenly over the data set. None if
+            there are images.
+        end_of_turn: the token that most answers end with; None if it is ordinary text.
+        ended: share of the sides looked at that end with an end-of-turn token.
+        prefix_preserving, stop_token_trained: what TRL's checks say of the chat template, None where it has none or
+            cannot be asked. The second is about training on the assistant's tokens of whole conversations only.
+        warnings: a sentence each.
+    """
+
+    name: str
+    format: Format
+    rows: int
+    empty: int
+    identical: int
+    warnings: list[str]
+    max_length: int | None = None
+    lengths: Lengths | None = None
+    end_of_turn: str | None = None
+    ended: float = 0.0
+    prefix_preserving: bool | None = None
+    stop_token_trained: bool | None = None
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether the lengths are of a part of the rows."""
+        return self.lengths is not None and self.lengths.rows < self.rows
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.name}: {self.rows} pairs ({self.format})"]
+        if self.lengths is not None:
+            of = f" in {self.lengths.rows} of them" if self.is_sample else ""
+            spans = (f"{part} {found['50%']} and {found['max']}" for part, found in self.lengths.parts.items())
+            parts.append(f"median and longest{of}, in tokens: {', '.join(spans)}")
+            if self.max_length is not None:
+                parts.append(f"max_length {self.max_length} drops {self.lengths.dropped} and cuts {self.lengths.cut}")
+            if self.end_of_turn is not None:
+                parts.append(f"answers end with {self.end_of_turn!r}")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        values = asdict(self)
+        if self.lengths is not None:
+            del values["lengths"]["last_tokens"]
+        return values
+
+
+def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -> dict[str, PairReport]:
+    """Check every data set of a preference run, before its model loads.
+
+    Args:
+        model: a hub id or folder, or a model.
+        processing_class: the tokenizer or processor; None to take the model's own.
+        args: training arguments with max_length, truncation_mode, model_init_kwargs and trust_remote_code.
+        eval_dataset: a data set, several by name, or None.
+
+    Returns the reports by name; streams are not looked at. Raises as `check_preferences` does, and ConfigError for a
+    model without a tokenizer.
+    """
+    named = {"train_dataset": train_dataset}
+    named.update(eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset})
+    named = {name: dataset for name, dataset in named.items() if hasattr(dataset, "column_names")}
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    revision = kwargs.get("revision") if isinstance(model, str) else None
+    stop_ids = generation_stop_ids(model, revision)
+    if processing_class is None and any(map(_is_sized, named.values())):
+        model_id = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        if not model_id:
+            raise ConfigError("the model has no name to load a tokenizer by; pass `processing_class`.")
+        processing_class = load_processing_class(model_id, revision, args.trust_remote_code)
+    reports = {
+        name: check_preferences(dataset, processing_class, args.max_length, name, args.truncation_mode, stop_ids)
+        for name, dataset in named.items()
+    }
+    return {name: report for name, report in reports.items() if report is not None}
+
+
+def check_preferences(
+    dataset,
+    processing_class,
+    max_length: int | None = None,
+    name: str = "train_dataset",
+    truncation_mode: str = "keep_start",
+    stop_ids: Iterable[int] = (),
+) -> PairReport | None:
+    """As `examine_preferences`, and say in the log what was found: a line, and one for each warning.
+
+    Of a stream nothing is looked at, and None is returned.
+    """
+    if not _is_sized(dataset):
+        get_logger().info("%s: a stream; its rows are not checked before they come up", name)
+        return None
+    report = examine_preferences(dataset, processing_class, max_length, name, truncation_mode, stop_ids)
+    get_logger().info("%s", report.summary())
+    for warning in report.warnings:
+        get_logger().warning("%s", warning)
+    return report
+
+
+def examine_preferences(
+    dataset,
+    processing_class,
+    max_length: int | None = None,
+    name: str = "the data set",
+    truncation_mode: str = "keep_start",
+    stop_ids: Iterable[int] = (),
+    places: Sequence[str] = (),
+) -> PairReport:
+    """Find what would make training on these pairs fail, or teach nothing.
+
+    Args:
+        dataset: a `datasets.Dataset` of preference pairs, tokenised or not.
+        processing_class: the tokenizer, or the processor.
+        max_length: tokens of prompt and answer together, None for no limit. truncation_mode: TRL's.
+        name: of the data set, for messages.
+        stop_ids: token ids that end generation. Default: the tokenizer's eos.
+        places: where each row is, for messages. Default: its number, from 1.
+
+    Raises:
+        DataError: no rows; missing columns; a value of the wrong type, with its row; every pair with an empty side or
+            identical ones; every row dropped; answers that do not end the turn.
+        ConfigError: a tokenizer that lacks a chat template or an eos token, where the rows need it.
+    """
+    if len(dataset) == 0:
+        raise DataError(f"{name} holds no rows.")
+    dataset = dataset.with_format(None)
+    images = sorted({"image", "images"} & set(dataset.column_names))
+    dataset = dataset.remove_columns(images)
+    found = check_columns(dataset.column_names, name, dataset[0])
+    places = places or [f"{name}, row {number}" for number in range(1, len(dataset) + 1)]
+    counts, warnings = scan_pairs(zip(places, read_values(dataset), strict=True), name)
+    report = PairReport(name, found, len(dataset), counts["empty"], counts["identical"], warnings, max_length)
+    if images:
+        warnings.append(f"{name} has images, so its lengths in tokens were not checked.")
+    else:
+        _check_lengths(report, dataset, places, processing_class, truncation_mode == "keep_start")
+        _check_ends(report, tokenizer_of(processing_class), set(stop_ids))
+        if found.style == "conversational":
+            facts = template_facts(processing_class)
+            report.prefix_preserving, report.stop_token_trained = facts.values()
+    return report
+
+
+def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None) -> Format:
+    """The format of preference pairs; DataError with the found and needed columns and a fix for anything else."""
+    found = detect(columns, row)
+    if found.kind in formats.PAIR_KINDS:
+        return found
+    if found.kind in (formats.ALPACA_PREFERENCE, formats.SHAREGPT_PREFERENCE):
+        raise DataError(
+            f"{name} holds {found.kind} rows ({found.why}), which must be converted first:\n"
+            "  from posttrain.data.formats import convert\n"
+            "  dataset = convert(dataset)"
+        )
+    missing = [side for side in ("chosen", "rejected") if side not in columns]
+    message = (
+        f"{name} has no column {' and '.join(missing)}. Found: {', '.join(columns) or 'none'}. Needed: chosen, "
+        "rejected, and prompt unless both sides begin with it."
+    )
+    names = {}
+    for needed, others in _OTHER_NAMES.items():
+        other = next((other for other in others if other in columns), None)
+        if other is not None and needed not in columns:
+            names[other] = needed
+    if set(missing) <= set(names.values()):
+        raise DataError(f"{message} Rename yours:\n  names = {names}\n  dataset = dataset.rename_columns(names)")
+    if found.kind != formats.UNKNOWN:
+        message += f" These look like {found} rows ({found.why}), without a second answer to compare with."
+    raise DataError(
+        f"{message} A row looks like this, and columns of other names are renamed:\n"
+        '  {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}\n'
+        '  dataset = dataset.rename_columns({"better": "chosen", "worse": "rejected"})'
+    )
+
+
+def generation_stop_ids(model, revision: str | None = None) -> set[int]:
+    """The token ids at which a model's generation stops; empty where it does not say.
+
+    `model`: a hub id or folder, of which the weights are not read, or a model.
+    """
+    from transformers import GenerationConfig
+
+    if isinstance(model, str):
+        try:
+            config = GenerationConfig.from_pretrained(model, revision=revision)
+        except (OSError, ValueError):
+            return set()
+    else:
+        config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
+
+
+def template_facts(processing_class) -> dict[str, bool | None]:
+    """What TRL's checks say of a chat template; None where there is none, or it cannot be asked.
+
+    `prefix_preserving`: earlier messages are rendered alike whatever follows. `stop_token_trained`: of a whole
+    conversation, training on the assistant's tokens takes in the end of the turn (asked of templates that mark them).
+    """
+    from trl.chat_template_utils import (
+        has_generation_markers,
+        is_chat_template_prefix_preserving,
+        is_chat_template_stop_token_trained,
+    )
+
+    facts: dict[str, bool | None] = {"prefix_preserving": None, "stop_token_trained": None}
+    template = getattr(processing_class, "chat_template", None)
+    if template:
+        # the check renders a tool call, which some templates refuse with an error of their own
+        with contextlib.suppress(Exception):
+            facts["prefix_preserving"] = is_chat_template_prefix_preserving(processing_class)
+        if has_generation_markers(template):
+            facts["stop_token_trained"] = is_chat_template_stop_token_trained(processing_class)
+    return facts
+
+
+def _is_sized(dataset) -> bool:
+    return hasattr(dataset, "__len__")
+
+
+def _check_lengths(report: PairReport, dataset, places: Sequence[str], processing_class, keep_start: bool) -> None:
+    rows, name, limit = len(dataset), report.name, report.max_length
+    indices = range(rows) if rows <= SAMPLE else [i * rows // SAMPLE for i in range(SAMPLE)]
+    sample = dataset if len(indices) == rows else dataset.select(indices)
+    found_at = [places[index] for index in indices]
+    lengths = report.lengths = measure(sample, processing_class, found_at, limit, keep_start)
+    looked_at = f"{lengths.rows} rows looked at" if report.is_sample else f"{rows} rows"
+    advice = f"max_length {lengths.keeps_99} keeps 99% of the rows, {lengths.whole_99} keeps 99% of them whole"
+    if lengths.dropped == lengths.rows and (
+        not report.is_sample or _all_dropped(dataset, places, processing_class, limit)
+    ):
+        raise DataError(
+            f"{name}: max_length is {limit}, and every prompt alone is that long ({lengths.shortest_prompt} to "
+            f"{lengths.parts['prompt']['max']} tokens), so no row would be left to train on; {advice}."
+        )
+    if lengths.equal and lengths.dropped + lengths.equal == lengths.rows:
+        raise DataError(
+            f"{name}: in all {looked_at}, the two sides are the same tokens"
+            + (f" as far as max_length {limit} lets them through. {advice}." if limit is not None else ".")
+        )
+    if lengths.dropped:
+        report.warnings.append(
+            f"{name}: max_length {limit} drops {lengths.dropped} of {looked_at}, whose prompt alone is that long; "
+            f"{advice}."
+        )
+    if lengths.equal_when_cut:
+        report.warnings.append(
+            f"{name}: max_length {limit} cuts {lengths.equal_when_cut} of {looked_at} to sides that are the same; they "
+            "teach nothing."
+        )
+    if lengths.shortened_prompts:
+        report.warnings.append(
+            f"{name}: the chat template, or the tokenizer, renders prompts in another way before an answer than alone; "
+            f"their end {lengths.lost_text!r} is left out in training, though generation will see it. Use a template "
+            "that renders both the same, or end prompts on a token's boundary."
+        )
+
+
+def _all_dropped(dataset, places: Sequence[str], processing_class, limit: int) -> bool:
+    return all(len(row["prompt_ids"]) >= limit for row in tokenized_pairs(dataset, processing_class, places))
+
+
+def _check_ends(report: PairReport, tokenizer, stop_ids: set[int]) -> None:
+    """Whether answers end with a token that ends the turn, and whether generation stops at it."""
+    name, last_tokens = report.name, report.lengths.last_tokens
+    enders = end_of_turn_tokens(tokenizer)
+    ends = {token: count for token, count in last_tokens.items() if token in enders}
+    report.ended = sum(ends.values()) / sum(last_tokens.values())
+    if not ends:
+        text = tokenizer.decode([token for token in last_tokens if token is not None][:1])
+        message = (
+            f"{name}: no answer ends with an end-of-turn token (the first one's last is {text!r}), so the model would "
+            "not learn to stop."
+        )
+        if report.format.kind != formats.TOKENISED:
+            raise DataError(
+                f"{message} The chat template must close the assistant's turn with a special token: use the template "
+                "of the model's instruct version, or set `tokenizer.chat_template`."
+            )
+        report.warnings.append(f"{message} Append the token to chosen_ids and rejected_ids.")
+        return
+    most = max(ends, key=ends.get)
+    report.end_of_turn = tokenizer.decode([most])
+    if report.ended < 1:
+        report.warnings.append(
+            f"{name}: {1 - report.ended:.1%} of the answers looked at do not end with an end-of-turn token such as "
+            f"{report.end_of_turn!r}; the model learns from them not to stop."
+        )
+    stops = stop_ids or {tokenizer.eos_token_id} - {None}
+    if most not in stops:
+        report.warnings.append(
+            f"{name}: answers end with {report.end_of_turn!r}, but generation stops at "
+            f"{' or '.join(repr(tokenizer.decode([token])) for token in sorted(stops)) or 'no token'}. Set "
+            f"`model.generation_config.eos_token_id = {sorted({most, *stops})}`, or it will run on after the answer."
+        )

@@ -1,0 +1,161 @@
+"""The tokens that training will see, and which of them it learns."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from posttrain.data import formats, values
+from posttrain.errors import ConfigError, DataError
+
+_READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
+
+class TokenSequence(NamedTuple):
+    """The token ids of one part of a row (`chosen`, `messages`, ...) and, for each, whether it is supervised."""
+
+    part: str
+    ids: list[int]
+    supervised: list[bool]
+
+
+def load_processing_class(model: str, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer (or processor) of a model: a hub id or a local folder. ConfigError where there is none."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model {model!r} has no tokenizer that can be loaded: {reason} Give a folder that holds one, or a model "
+            "id of the hub that this machine can reach or has in its cache."
+        ) from error
+
+
+def tokenizer_of(processing_class):
+    """The tokenizer in a processor; a tokenizer as it is."""
+    from transformers import ProcessorMixin
+
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def tokenized_pairs(dataset, processing_class, places: Sequence[str]) -> Iterator[dict]:
+    """The columns prompt_ids, chosen_ids and rejected_ids of each row, as `trl.DPOTrainer` makes them.
+
+    Nothing is cut, dropped, cached or written. `dataset`: a `datasets.Dataset` of preference rows, or of rows that
+    are tokenised already. `places`: where each row is, for errors. Raises DataError for a row that cannot be
+    rendered, ConfigError for a tokenizer that lacks what the rows need.
+    """
+    if set(dataset.column_names).issuperset(formats.TOKEN_COLUMNS):
+        yield from dataset.select_columns(list(formats.TOKEN_COLUMNS))
+        return
+    from trl import DPOTrainer
+
+    tokenizer = tokenizer_of(processing_class)
+    if formats.is_messages(dataset[0]["chosen"]):
+        if not processing_class.chat_template:
+            raise ConfigError(
+                "the rows are conversational, and the tokenizer has no chat template to render them with. Use an "
+                "instruct model, set `tokenizer.chat_template`, or give prompt, chosen and rejected as texts."
+            )
+    elif tokenizer.eos_token is None:
+        raise ConfigError("the tokenizer has no eos_token to end an answer with; set `tokenizer.eos_token`.")
+    names = [name for name in _READ_BY_TRL if name in dataset.column_names]
+    # In this form nothing is hashed, cached or shown; the method reads no more of the trainer than its tokenizer.
+    stream = dataset.select_columns(names).with_format(None).to_iterable_dataset()
+    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    done = 0
+    try:
+        prepared = DPOTrainer._prepare_dataset(
+            SimpleNamespace(_tokenizer=tokenizer), stream, processing_class, arguments, "check"
+        )
+        for row in prepared:
+            yield {name: row[name] for name in formats.TOKEN_COLUMNS}
+            done += 1
+    # a chat template is a program that came with the model: anything can come out of it
+    except Exception as error:
+        raise DataError(
+            f"{places[done]}: the row cannot be turned into tokens: {type(error).__name__}: {error}"
+        ) from error
+
+
+def sequences(row: Mapping, found: formats.Format, processing_class, place: str = "the row") -> list[TokenSequence]:
+    """What training would see of one row of the kind `found`; `place` says where it is, for errors.
+
+    Preference rows give the sequences chosen and rejected; the tokens after the prompt are supervised. Of messages,
+    the assistant's tokens are (as with TRL's `assistant_only_loss`) where the template marks them, or TRL has a form
+    of it that does; else all. alpaca and sharegpt rows are converted first. Raises DataError for a row that cannot be
+    rendered.
+    """
+    from datasets import Dataset
+
+    if found.kind in (formats.ALPACA, formats.ALPACA_PREFERENCE, formats.SHAREGPT, formats.SHAREGPT_PREFERENCE):
+        row = formats.convert_row(row, found, place)
+        found = formats.detect(row, row)
+    if found.kind in formats.PAIR_KINDS:
+        values.faults(row, place)
+    else:
+        for column in ("prompt", "completion", "messages", "conversations", "text"):
+            if column in row:
+                values.style_of(row[column], column, place)
+    if found.kind == formats.LANGUAGE_MODELLING:
+        return [_language_modelling(row, processing_class, place)]
+    if found.kind == formats.PROMPT_ONLY:
+        ids = render(row["prompt"], row, processing_class, place, add_generation_prompt=True)
+        return [TokenSequence("prompt", ids, [False] * len(ids))]
+    sides = ("chosen", "rejected")
+    if found.kind in (formats.PROMPT_COMPLETION, formats.UNPAIRED):
+        sides = ("completion",)
+        row = {**row, "chosen": row["completion"], "rejected": row["completion"]}
+    names = [name for name in (*_READ_BY_TRL, *formats.TOKEN_COLUMNS) if row.get(name) is not None]
+    pair = Dataset.from_list([{name: row[name] for name in names}])
+    tokens = next(tokenized_pairs(pair, processing_class, [place]))
+    prompt = tokens["prompt_ids"]
+    parts = []
+    for side in sides:
+        answer = tokens["rejected_ids" if side == "rejected" else "chosen_ids"]
+        parts.append(TokenSequence(side, prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+    return parts
+
+
+def render(value, row: Mapping, processing_class, place: str, **options) -> list[int]:
+    """The token ids of a text, or of messages through the chat template with the row's tools and template settings.
+
+    `options` go to the template. Raises DataError for what the template or the tokenizer refuses.
+    """
+    return _render(value, row, processing_class, place, **options)["input_ids"]
+
+
+def _language_modelling(row: Mapping, processing_class, place: str) -> TokenSequence:
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if isinstance(row.get("text"), str):
+        eos = tokenizer_of(processing_class).eos_token or ""
+        text = row["text"] if row["text"].endswith(eos) else row["text"] + eos
+        ids = render(text, row, processing_class, place)
+        return TokenSequence("text", ids, [True] * len(ids))
+    messages = row["messages"] if "messages" in row else row["conversations"]
+    template = processing_class.chat_template
+    # TRL knows many templates by heart and has a form of each with the marks
+    with contextlib.suppress(ValueError):
+        template = get_training_chat_template(processing_class) or template
+    if not template or not has_generation_markers(template):
+        ids = render(messages, row, processing_class, place)
+        return TokenSequence("messages", ids, [True] * len(ids))
+    marks = {"chat_template": template, "return_assistant_tokens_mask": True}
+    rendered = _render(messages, row, processing_class, place, **marks)
+    return TokenSequence("messages", rendered["input_ids"], [bool(mark) for mark in rendered["assistant_masks"]])
+
+
+def _render(value, row: Mapping, processing_class, place: str, **options) -> dict:
+    try:
+        if isinstance(value, str):
+            return processing_class(text=value)
+        tools = row.get("tools")
+        options |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+        options |= row.get("chat_template_kwargs") or {}
+        return processing_class.apply_chat_template(value, tokenize=True, return_dict=True, **options)
+    except Exception as error:
+        raise DataError(f"{place}: the row cannot be turned into tokens: {type(error).__name__}: {error}") from error

@@ -1,0 +1,187 @@
+"""The values of preference pairs, row by row: what TRL would fall over, and what teaches nothing."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from posttrain.data import formats
+from posttrain.errors import DataError
+
+_SIDES = ("chosen", "rejected")
+# What is counted, in words, and what to do about it.
+_FAULTS = {
+    "empty": ("an empty side", "Fill it in, or leave those rows out"),
+    "identical": ("identical sides", "There is no preference to learn in them; leave those rows out"),
+    "no_prompt": ("no prompt", "Add a column prompt, or let both sides begin with it"),
+}
+COLUMNS = ("prompt", *_SIDES, "messages", "completion", "chat_template_kwargs", *formats.TOKEN_COLUMNS)
+
+
+def scan_pairs(rows: Iterable[tuple[str, Mapping]], name: str) -> tuple[Counter, list[str]]:
+    """Look at every value of preference pairs: texts, lists of messages, or token ids.
+
+    `rows`: each with the words that say where it is. `name`: the data set's, for messages. Returns how many rows there
+    are (`rows`), and with an `empty` side, `identical` sides and `no_prompt`, and a sentence about each that is not 0.
+
+    Raises DataError for a value of the wrong type, with its row, and where all pairs have an empty side, identical
+    sides, or no prompt in a data set that has no such column.
+    """
+    first: dict[str, str] = {}
+    counts: Counter = Counter()
+    styles: dict[str, tuple[str, str]] = {}
+    has_prompt = False
+    for place, row in rows:
+        counts["rows"] += 1
+        has_prompt |= "prompt" in row or "prompt_ids" in row
+        for fault in faults(row, place, styles):
+            counts[fault] += 1
+            first.setdefault(fault, place)
+    total, warnings = counts["rows"], []
+    for fault, (what, advice) in _FAULTS.items():
+        if counts[fault] == 0:
+            continue
+        if counts[fault] == total and not (fault == "no_prompt" and has_prompt):
+            raise DataError(f"{name}: all {total} pairs have {what}. {advice}.")
+        warnings.append(f"{name}: {counts[fault]} of {total} pairs have {what} (first: {first[fault]}). {advice}.")
+    return counts, warnings
+
+
+def read_values(dataset) -> Iterable[dict]:
+    """The rows of a `datasets.Dataset` with the columns that `scan_pairs` looks at."""
+    for batch in dataset.select_columns([name for name in COLUMNS if name in dataset.column_names]).iter(1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def faults(row: Mapping, place: str, styles: dict | None = None) -> list[str]:
+    """The faults of a row of preference pairs that are counted; DataError for one that TRL would fall over.
+
+    `styles` remembers, from row to row, what kind of value each column holds.
+    """
+    if "prompt_ids" in row:
+        return _faults_of_tokens(row, place)
+    styles = {} if styles is None else styles
+    explicit = "prompt" in row
+    for column in ("prompt", *_SIDES) if explicit else _SIDES:
+        style = style_of(row.get(column), column, place)
+        known, where = styles.setdefault(column, (style, place))
+        if style != known:
+            raise DataError(
+                f"{place}: {column} is {style}, and in {where} it is {known}; all rows must have the same kind."
+            )
+        _check_same_kind(column, style, styles, place)
+    for column in ("messages", "completion"):
+        # TRL takes any of these columns to tell texts from messages
+        if column in row and formats.is_messages(row[column]) != formats.is_messages(row["chosen"]):
+            raise DataError(
+                f"{place}: the column {column} is of another kind than chosen, which would mislead TRL. It is not "
+                f'needed here:\n  dataset = dataset.remove_columns("{column}")'
+            )
+    if "chat_template_kwargs" in row and not isinstance(row["chat_template_kwargs"], Mapping):
+        raise DataError(
+            f"{place}: chat_template_kwargs is {_described(row['chat_template_kwargs'])}; where the column exists, "
+            "every row needs an object."
+        )
+    chosen, rejected = row["chosen"], row["rejected"]
+    found = []
+    if any(_is_empty(side) for side in (chosen, rejected)):
+        found.append("empty")
+    if chosen == rejected:
+        found.append("identical")
+    if explicit:
+        if not formats.is_messages(row["prompt"]) and not row["prompt"]:
+            found.append("no_prompt")
+    elif not chosen or not rejected or chosen[0] != rejected[0]:
+        if formats.is_messages(chosen):
+            raise DataError(
+                f"{place}: there is no prompt, and the two sides do not begin with the same message. Add a column "
+                "prompt with the messages that both answer."
+            )
+        found.append("no_prompt")
+    return found
+
+
+def _check_same_kind(column: str, style: str, styles: dict, place: str) -> None:
+    other, (known, _) = next(iter(styles.items()))
+    if style == known:
+        return
+    fix = "write both as texts, or both as lists of messages."
+    if (other, known) == ("prompt", "a text"):
+        fix = (
+            f"if {column} begins with the prompt, as in many such data sets, leave the text out:\n"
+            '  dataset = dataset.remove_columns("prompt")'
+        )
+    raise DataError(f"{place}: {other} is {known}, but {column} is {style}; {fix}")
+
+
+def _faults_of_tokens(row: Mapping, place: str) -> list[str]:
+    for column in formats.TOKEN_COLUMNS:
+        value = row[column]
+        if not isinstance(value, list) or not all(type(token) is int for token in value):
+            raise DataError(f"{place}: {column} is {_described(value)}; it must be a list of token ids.")
+    found = []
+    if not row["chosen_ids"] or not row["rejected_ids"]:
+        found.append("empty")
+    if row["chosen_ids"] == row["rejected_ids"]:
+        found.append("identical")
+    return found
+
+
+def style_of(value, column: str, place: str) -> str:
+    """`a text` or `a list of messages`; DataError for anything else."""
+    if isinstance(value, str):
+        return "a text"
+    problem = None
+    if not isinstance(value, list) or not value:
+        problem = f"{column} is {_described(value)}"
+    else:
+        for number, message in enumerate(value, 1):
+            problem = _message_problem(message)
+            if problem:
+                problem = f"{column} is a list whose item {number} {problem}"
+                break
+    if problem is None:
+        return "a list of messages"
+    raise DataError(
+        f"{place}: {problem}. It must be a text, or a list of messages such as "
+        '[{"role": "user", "content": "Hello"}]; mend the row or leave it out.'
+    )
+
+
+def _message_problem(message) -> str | None:
+    if not isinstance(message, Mapping):
+        return f"is {_described(message)}"
+    if "from" in message and "value" in message:
+        return "is a sharegpt turn (posttrain.data.formats.convert makes messages of those)"
+    if not isinstance(message.get("role"), str):
+        return f"has no role (its keys: {', '.join(map(str, message)) or 'none'})"
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return None
+    if isinstance(content, list) and all(isinstance(block, Mapping) for block in content):
+        return None
+    return None if isinstance(content, str) else f"has a content that is {_described(content)}"
+
+
+def _is_empty(side) -> bool:
+    """Whether a side says nothing: of messages, the last one counts."""
+    if isinstance(side, str):
+        return not side.strip()
+    content = side[-1].get("content")
+    if side[-1].get("tool_calls"):
+        return False
+    if isinstance(content, str):
+        return not content.strip()
+    return all(block.get("type") == "text" and not (block.get("text") or "").strip() for block in content)
+
+
+def _described(value) -> str:
+    """A value of the wrong type in a few words."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return f"an object with the keys {', '.join(map(str, value)) or 'none'}"
+    if isinstance(value, list):
+        return f"a list of {type(value[0]).__name__}" if value else "an empty list"
+    shown = repr(value)
+    kind = "a text" if isinstance(value, str) else "a number" if isinstance(value, (int, float)) else "a value"
+    return f"{kind} ({shown if len(shown) <= 40 else shown[:37] + '...'})"

@@ -1,0 +1,97 @@
+"""Scoring preference pairs with a model, outside training."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PairScores(NamedTuple):
+    """Summed log-probabilities in nats of both sides of each pair, (N,) fp32, in the data set's order."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+
+    @property
+    def margins(self) -> torch.Tensor:
+        """(N,) how much likelier the chosen side is, in nats."""
+        return self.chosen - self.rejected
+
+
+def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) -> PairScores:
+    """The log-probability of the chosen and rejected answer of each pair, given its prompt, summed over its
+    tokens.
+
+    Tokens are TRL's own for DPO: the chat template and the end-of-turn token included. Sequences are sorted
+    by length before batching; the logits of a whole sequence are never held. The result does not depend on
+    `batch_size`, but for rounding. Runs in eval mode, without gradient, and leaves the model's mode as it
+    was.
+
+    `model`: a causal language model or a PeftModel. `dataset`: preference rows, or the rows TRL makes of them
+    (with prompt_ids, chosen_ids and rejected_ids). `batch_size`: sequences a batch. `progress`: called with
+    the number of sequences done after each batch.
+    """
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    rows = dataset if "chosen_ids" in dataset.column_names else tokenized(dataset, tokenizer)
+    sequences = [
+        (prompt, answer)
+        for side in ("chosen_ids", "rejected_ids")
+        for prompt, answer in zip(rows["prompt_ids"], rows[side], strict=True)
+    ]
+    order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
+    scores = torch.empty(len(sequences))
+
+    training, own_forward = model.training, vars(base).get("forward")
+    model.eval()
+    add_fused_lm_head(base)
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = _padded([sequences[i] for i in chosen], model.device)
+                log_probs = model(**batch, fused_lm_head=True).log_probs
+                scores[chosen] = log_probs.float().sum(dim=1).cpu()
+                if progress is not None:
+                    progress(len(chosen))
+    finally:
+        model.train(training)
+        if own_forward is None:
+            del base.forward
+        else:
+            base.forward = own_forward
+    return PairScores(*scores.chunk(2))
+
+
+def tokenized(dataset, tokenizer):
+    """Preference rows with TRL's own token columns (`prompt_ids`, `chosen_ids`, `rejected_ids`), uncut."""
+    from trl import DPOTrainer
+
+    # The method reads nothing of the trainer but its tokenizer, so this gives the very tokens of training.
+    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    return DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, arguments, "evaluation"
+    )
+
+
+def _padded(sequences: list[tuple[list[int], list[int]]], device) -> dict:
+    import torch
+
+    width = max(len(prompt) + len(answer) for prompt, answer in sequences)
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    attention_mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, -100)
+    for row, (prompt, answer) in enumerate(sequences):
+        length = len(prompt) + len(answer)
+        input_ids[row, :length] = torch.tensor(prompt + answer)
+        attention_mask[row, :length] = 1
+        labels[row, len(prompt) : length] = input_ids[row, len(prompt) : length]
+    return {
+        "input_ids": input_ids.to(device),
+        "attention_mask": attention_mask.to(device),
+        "labels": labels.to(device),
+    }

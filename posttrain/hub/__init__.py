@@ -1,0 +1,21 @@
+"""The model card of a run, and its way to the hub."""
+
+from posttrain.hub.base import is_hub_id
+from posttrain.hub.card import loading_lines, write_model_card
+from posttrain.hub.files import clean_readme
+from posttrain.hub.push import merge_adapter, push_checkpoint, push_folder, push_run
+from posttrain.hub.repository import Destination, open_repository, preflight
+
+__all__ = [
+    "Destination",
+    "clean_readme",
+    "is_hub_id",
+    "loading_lines",
+    "merge_adapter",
+    "open_repository",
+    "preflight",
+    "push_checkpoint",
+    "push_folder",
+    "push_run",
+    "write_model_card",
+]

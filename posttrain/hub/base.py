@@ -1,0 +1,140 @@
+"""Which model a run started from, and under which name and license the hub knows it."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from posttrain.errors import ConfigError
+from posttrain.models import SMOLLM2, SMOLLM2_FOLDER, TINY, TINY_FOLDER
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether the name reads as a hub id and is no local file or folder."""
+    return bool(name) and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def base_name(name: str | None) -> str | None:
+    """What to call a base model given as a name or path: a hub id, an `embedded:` name, or None for a local one."""
+    if name in (SMOLLM2, TINY):
+        return name
+    for embedded, folder in ((SMOLLM2, SMOLLM2_FOLDER), (TINY, TINY_FOLDER)):
+        if name and Path(name).name.startswith(f"{folder}-"):
+            return embedded
+    return name if is_hub_id(name) else None
+
+
+def adapter_config(model):
+    """The PEFT config of a model's own adapter; None where it has none."""
+    configs = getattr(model, "peft_config", None)
+    return configs.get("default", next(iter(configs.values()))) if configs else None
+
+
+def loaded_from(model) -> str | None:
+    """The name or path that a model, or the base under its adapter, was loaded from."""
+    if isinstance(model, str):
+        return model
+    adapter = adapter_config(model)
+    name = (adapter.base_model_name_or_path if adapter else None) or getattr(model.config, "_name_or_path", None)
+    return name or None
+
+
+def hub_base(given: str | None, name: str | None, setting: str = "base_model_id") -> str:
+    """The hub id of the base model: the one that was given, or `name` where that is one.
+
+    Raises:
+        ConfigError: neither is a hub id.
+    """
+    if given is not None:
+        return check_repo_id(setting, given)
+    known = base_name(name)
+    if known is None or known.startswith("embedded:"):
+        base = known or (f"the local folder {name}" if name else "a model without a name")
+        raise ConfigError(
+            f"{setting} is not set, and the base model is {base}, which the hub does not know under that name. Set "
+            f"{setting} to the hub's id of the model that it is, or was made from: ORG/NAME."
+        )
+    return known
+
+
+def noted_base(folder: str | Path) -> tuple[str | None, str | None]:
+    """What a saved run says of its base model: the `base_model_id` it was given, and the name it was loaded from."""
+    folder = Path(folder).resolve()
+    run = run_of(folder)
+    settings, adapter, card = run / "resolved_config.yaml", folder / "adapter_config.json", run / "README.md"
+    given = name = None
+    if settings.is_file():
+        given = (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("training", {}).get("base_model_id")
+    if adapter.is_file():
+        name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    elif card.is_file():
+        name = split_front_matter(card.read_text(encoding="utf-8", errors="replace"))[0].get("base_model")
+    return given, name
+
+
+def run_of(folder: str | Path) -> Path:
+    """The run that a folder belongs to: itself, or the one around a checkpoint."""
+    folder = Path(folder).resolve()
+    return folder.parent if folder.name.startswith("checkpoint-") else folder
+
+
+def check_repo_id(setting: str, name: str) -> str:
+    """`name`; ConfigError unless it may be the id of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigError(
+            f"{setting} is {name!r}, which is no name of a repository on the hub. It must be NAME or OWNER/NAME, of "
+            "letters, digits, `-`, `_` and `.`, at most 96 of them, beginning and ending with a letter, a digit or "
+            "`_`, without `--` or `..`."
+        ) from None
+    return name
+
+
+def base_license(name: str | None) -> dict[str, str]:
+    """The license fields of a base model's own card, as far as they can be known without the hub; else empty."""
+    if base_name(name) == SMOLLM2:
+        return {"license": "apache-2.0"}
+    if not name or base_name(name) == TINY:
+        return {}
+    card = Path(name) / "README.md"
+    if is_hub_id(name):
+        from huggingface_hub import try_to_load_from_cache
+
+        card = try_to_load_from_cache(name, "README.md")
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return {}
+    return license_fields(split_front_matter(Path(card).read_text(encoding="utf-8", errors="replace"))[0])
+
+
+def license_fields(metadata: dict) -> dict[str, str]:
+    """The license of a card's metadata in the hub's three fields, without a link into the base's own repository."""
+    fields = {key: metadata[key] for key in _LICENSE_KEYS if isinstance(metadata.get(key), str)}
+    if "://" not in fields.get("license_link", "://"):
+        del fields["license_link"]
+    return fields if fields.get("license") else {}
+
+
+def split_front_matter(text: str) -> tuple[dict, str]:
+    """A card's metadata and the text below it; no metadata where it cannot be read."""
+    match = _FRONT_MATTER.match(text)
+    if not match:
+        return {}, text
+    try:
+        metadata = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        metadata = None
+    return (metadata if isinstance(metadata, dict) else {}), text[match.end() :]
+
+
+def join_front_matter(metadata: dict, body: str) -> str:
+    """A card of its metadata and the text below it."""
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"

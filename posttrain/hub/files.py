@@ -1,0 +1,217 @@
+"""What of a run leaves the machine: an allow-list of files, and their texts without local paths."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+from posttrain.errors import DataError
+from posttrain.hub.base import is_hub_id, join_front_matter, split_front_matter
+from posttrain.hub.card import (
+    ADAPTER_HERE,
+    BASE_HERE,
+    LOCAL_BASE,
+    MODEL_HERE,
+    loading_section,
+    model_link,
+)
+from posttrain.hub.repository import Destination
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_MODEL = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+_REPORT = ("curves.png", "metrics.jsonl", "metrics.csv", "resolved_config.yaml")
+_CONFIGS = ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json")
+_FOLDER_SIGN = re.compile(r"[\\/]")
+_WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:)?[\\/](?:.*[\\/])?([^\\/]*)[\\/]*")
+# The folders of an absolute path; not those of a web address or a hub id
+_FOLDERS = re.compile(r"(?<![\w.:/\\-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\"',;:\\/]+[\\/])+")
+_INTRODUCTION = re.compile(r"^An? (?:LoRA )?adapter trained with (.*?) by `posttrain`\. It belongs onto ", re.MULTILINE)
+_LOADING_AN_ADAPTER = re.compile(r"## Loading\n\n```python\nfrom peft import PeftModel\n.*?\n```", re.DOTALL)
+
+
+def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[str, Path | bytes]:
+    """The files of a run, by their path in the repository: content where it was read or cleaned, else where it lies.
+
+    Adapter or model and tokenizer come from `weights`, a checkpoint or the run itself; card, curves, metrics and
+    resolved settings from `run`, as they are at this moment. Optimizer states, checkpoints and pickles never.
+
+    Raises:
+        DataError: `weights` holds neither an adapter nor a model as safetensors.
+    """
+    files = saved_weights(weights) | found(weights, TOKENIZER)
+    is_adapter = "adapter_config.json" in files
+    local_names = {name: destination.base_model_id for name in _local_bases(weights, run)}
+    for name in _CONFIGS:
+        if name in files:
+            files[name] = _without_paths_in_config(files[name].read_bytes(), destination.base_model_id)
+    for name, path in found(run, _REPORT).items():
+        files[name] = path.read_bytes()
+    if "resolved_config.yaml" in files:
+        files["resolved_config.yaml"] = _without_paths_in_yaml(files["resolved_config.yaml"])
+    card = run / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    local_names[str(run.resolve())] = destination.repo_id
+    text = _titled(text, run.resolve().name, destination.repo_id.split("/")[1])
+    files["README.md"] = published_card(text, destination, is_adapter, local_names).encode()
+    return files
+
+
+def saved_weights(folder: Path) -> dict[str, Path]:
+    """The adapter, or else the model, in a folder: its config and safetensors, by their names.
+
+    Raises:
+        DataError: there is neither.
+    """
+    is_adapter = (folder / "adapter_config.json").exists()
+    files = found(folder, _ADAPTER if is_adapter else _MODEL)
+    if not any(name.endswith(".safetensors") for name in files):
+        needed = "adapter_model.safetensors" if is_adapter else "adapter_model.safetensors or model.safetensors"
+        raise DataError(f"{folder} holds no {needed}, so there is nothing to push. Name the folder of a saved run.")
+    return files
+
+
+def published_card(text: str, destination: Destination, is_adapter: bool, local_names: dict[str, str]) -> str:
+    """A run's card as it stands in the repository.
+
+    What a person wrote into it stays. The base model and the repository get their hub ids, and where an adapter was
+    merged, the lines that load it become those of a model.
+
+    Args:
+        text: the card in the run folder; a short one is made where it is empty.
+        destination: the repository and the base model.
+        is_adapter: whether an adapter is pushed, or a whole model.
+        local_names: what to write in place of names that only this machine knows.
+    """
+    base, repo_id = destination.base_model_id, destination.repo_id
+    metadata, body = split_front_matter(text)
+    was = metadata.get("base_model")
+    dropped = () if is_adapter else ("lora",)
+    tags = [tag for tag in _as_list(metadata.get("tags")) if tag not in dropped and not tag.startswith("base_model:")]
+    datasets = [name for name in _as_list(metadata.get("datasets")) if is_hub_id(name)]
+    metadata |= {"library_name": "peft" if is_adapter else "transformers", "tags": tags, "base_model": base}
+    metadata.setdefault("pipeline_tag", "text-generation")
+    if "license" not in metadata:
+        metadata |= destination.license
+    for name, values in (("tags", tags), ("datasets", datasets)):
+        metadata.pop(name, None)
+        metadata |= {name: values} if values else {}
+
+    if not body.strip():
+        kind = "An adapter for" if is_adapter else "A model made from"
+        body = f"# {repo_id.split('/')[1]}\n\n{kind} {model_link(base)}.\n\n"
+        body += loading_section(base, repo_id, is_adapter) + "\n"
+    if not is_adapter:
+        body = _INTRODUCTION.sub(r"A model: an adapter, trained with \1 by `posttrain`, merged into ", body)
+        body = _LOADING_AN_ADAPTER.sub(lambda _: loading_section(base, repo_id, is_adapter=False), body, count=1)
+    body = body.replace(LOCAL_BASE, model_link(base))
+    for placeholder, name in ((ADAPTER_HERE, repo_id), (MODEL_HERE, repo_id), (BASE_HERE, base)):
+        body = body.replace(f'"{placeholder}"', f'"{name}"')
+    if isinstance(was, str) and was != base:
+        body = body.replace(model_link(was), model_link(base)).replace(f'"{was}"', f'"{base}"')
+    return join_front_matter(metadata, _replace_paths(body, local_names))
+
+
+def clean_readme(folder: str | Path, base_model_id: str | None = None) -> None:
+    """Take the local path of the base model out of the card that PEFT writes beside each adapter it saves.
+
+    `base_model_id` stands in for it where it is known; the card then has no base model where it is not.
+    """
+    card = Path(folder) / "README.md"
+    if not card.exists():
+        return
+    metadata, body = split_front_matter(card.read_text(encoding="utf-8", errors="replace"))
+    local = _local_bases(Path(folder))
+    base = metadata.get("base_model")
+    if isinstance(base, str) and not is_hub_id(base):
+        local.add(base)
+        del metadata["base_model"]
+        metadata |= {"base_model": base_model_id} if base_model_id else {}
+    if not local:
+        return
+    metadata["tags"] = [tag for tag in _as_list(metadata.get("tags")) if not tag.startswith("base_model:")]
+    body = _replace_paths(body, dict.fromkeys(local, base_model_id or "a local model"))
+    card.write_text(join_front_matter(metadata, body), encoding="utf-8")
+
+
+def _titled(card: str, folder_name: str, title: str) -> str:
+    """The card under another title, where its own is the name of the run folder."""
+    return re.sub(rf"^# {re.escape(folder_name)}$", f"# {title}", card, count=1, flags=re.MULTILINE)
+
+
+def found(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    """The files of a folder that match, by their path in it."""
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _local_bases(*folders: Path) -> set[str]:
+    """The names of base models in the folders' adapter configs that mean something on this machine only."""
+    names = set()
+    for folder in folders:
+        config = folder / "adapter_config.json"
+        if config.exists():
+            name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            names |= {name} if name and not is_hub_id(name) else set()
+    return names
+
+
+def _replace_paths(text: str, names: dict[str, str]) -> str:
+    # Longest first: one may be a part of another. A bare word is no path, and may stand for something else.
+    for name in sorted(filter(_FOLDER_SIGN.search, names), key=len, reverse=True):
+        text = text.replace(name, names[name])
+    return text
+
+
+def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
+    config = json.loads(content)
+    clean = dict(config)
+    if "base_model_name_or_path" in clean:
+        if clean["base_model_name_or_path"] != base_model_id and "revision" in clean:
+            clean["revision"] = None
+        clean["base_model_name_or_path"] = base_model_id
+    for name, value in clean.items():
+        if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
+            clean[name] = base_model_id if name in ("_name_or_path", "name_or_path") else Path(value).name
+    return content if clean == config else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _without_paths_in_yaml(content: bytes) -> bytes:
+    return yaml.safe_dump(_without_folders(yaml.safe_load(content)), sort_keys=False, allow_unicode=True).encode()
+
+
+def _without_folders(value):
+    """`value` with the last part only of each absolute path in its strings."""
+    if isinstance(value, dict):
+        return {name: _without_folders(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _WHOLE_PATH.sub(r"\1", value) if _WHOLE_PATH.fullmatch(value) else _FOLDERS.sub("", value)
+
+
+def _as_list(value) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [] if value is None else [value])]

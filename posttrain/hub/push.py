@@ -1,0 +1,222 @@
+"""Pushing a saved run: one commit of the files it is meant to share, tried again where that may help."""
+
+import shlex
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.errors import ConfigError
+from posttrain.hub.base import base_name, run_of
+from posttrain.hub.files import TOKENIZER, files_to_push, found
+from posttrain.hub.repository import RETRY_DELAYS, Destination, destination_of, with_retries
+from posttrain.log import get_logger
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What arrived on the hub.
+
+    Attributes:
+        commit: the client's account of the commit: its `commit_url`, `oid` and message.
+        files: the paths in the repository, sorted.
+    """
+
+    commit: object
+    files: tuple[str, ...]
+
+
+def push_folder(
+    folder: str | Path,
+    destination: Destination,
+    *,
+    commit_message: str = "Upload by posttrain",
+    merged: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    delays: Sequence[float] = RETRY_DELAYS,
+) -> Pushed:
+    """Push a run folder, or a checkpoint in one, as one commit.
+
+    The folder itself is left as it is: its adapter config may go on naming a local base model, the pushed one names
+    `destination.base_model_id`.
+
+    Args:
+        folder: where the run was saved.
+        destination: from `open_repository`.
+        commit_message: its first line.
+        merged: push the base model with the adapter merged into it, as `merge_adapter` does.
+        revision: a branch that exists; the main one by default.
+        token: the one to use instead of HF_TOKEN or the stored login.
+        delays: seconds before each further try.
+
+    Raises:
+        DataError: there is nothing to push.
+        ConfigError: `merged` for a run that cannot be merged.
+        EnvironmentIssue: what the hub or the connection answered, after the last try.
+    """
+    folder, run = Path(folder), run_of(folder)
+    if not merged:
+        files = files_to_push(folder, run, destination)
+        return _commit(files, destination, commit_message, revision, token, delays)
+    with tempfile.TemporaryDirectory(prefix="posttrain-merged-") as temporary:
+        merge_adapter(folder, temporary)
+        files = files_to_push(Path(temporary), run, destination)
+        return _commit(files, destination, commit_message, revision, token, delays)
+
+
+def push_run(
+    trainer,
+    commit_message: str = "End of training",
+    *,
+    blocking: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+    delays: Sequence[float] = RETRY_DELAYS,
+):
+    """Push what a trainer has saved in its output folder. Never raises: a trained run is not lost for a push.
+
+    Where it fails, a warning says why and gives the command that tries again. Call it on the main process, after the
+    model and the card were saved.
+
+    Returns:
+        The commit, or None where the push failed; with `blocking=False` a Future of it.
+    """
+    args, destination = trainer.args, None
+    token, revision = token or args.hub_token, revision or args.hub_revision
+    try:
+        destination = destination_of(trainer, delays=delays)
+        files = files_to_push(Path(args.output_dir), Path(args.output_dir), destination)
+    except Exception as error:
+        _warn(error, args, destination)
+        return None if blocking else _done(None)
+
+    def push():
+        try:
+            return _commit(files, destination, commit_message, revision, token, delays).commit
+        except Exception as error:
+            _warn(error, args, destination)
+            return None
+
+    return push() if blocking else _in_background(trainer, push)
+
+
+def push_checkpoint(trainer, folder: str | Path, *, delays: Sequence[float] = RETRY_DELAYS) -> None:
+    """Push a checkpoint's weights in the background, as `hub_strategy: every_save` asks; a failure is a warning.
+
+    Optimizer states stay here. Does nothing with `hub_strategy: end`, on other ranks than the main one, and while the
+    last push is under way (unless `hub_always_push`).
+    """
+    args, folder = trainer.args, Path(folder)
+    if not trainer.is_world_process_zero() or getattr(args.hub_strategy, "value", args.hub_strategy) == "end":
+        return
+    running = trainer.push_in_progress
+    if running is not None and not running.is_done() and not args.hub_always_push:
+        return
+    destination, step = trainer.hub_destination, trainer.state.global_step
+    try:
+        files = files_to_push(folder, Path(args.output_dir), destination)
+    except Exception as error:
+        get_logger().warning("step %d was not pushed to %s: %s", step, destination.repo_id, error)
+        return
+
+    def push():
+        try:
+            message = f"Training in progress, step {step}"
+            _commit(files, destination, message, args.hub_revision, args.hub_token, delays)
+        except Exception as error:
+            # By now the checkpoint may have made room for a newer one, which is pushed in its turn
+            if folder.exists():
+                get_logger().warning("step %d was not pushed to %s: %s", step, destination.repo_id, error)
+
+    _in_background(trainer, push)
+
+
+def merge_adapter(run: str | Path, folder: str | Path) -> None:
+    """Write into `folder` the base model with the run's adapter merged into it, in the base model's own precision.
+
+    The run's tokenizer goes with it. Raises ConfigError where the run holds no adapter, its base model is no longer
+    where it was, or the base model's weights are quantised.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from posttrain.models import resolve_model
+
+    run = Path(run)
+    if not (run / "adapter_config.json").exists():
+        raise ConfigError(f"{run} holds no adapter, so there is nothing to merge.")
+    config = PeftConfig.from_pretrained(str(run))
+    name, embedded = config.base_model_name_or_path, base_name(config.base_model_name_or_path)
+    source = resolve_model(embedded) if embedded and embedded.startswith("embedded:") else name
+    try:
+        quantised = getattr(AutoConfig.from_pretrained(source, revision=config.revision), "quantization_config", None)
+        if quantised:
+            raise ConfigError(
+                f"the base model {name} is stored quantised; merging into it would change it. Push the adapter."
+            )
+        base = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype="auto")
+    except OSError as error:
+        raise ConfigError(
+            f"the base model {name}, which the adapter in {run} belongs onto, cannot be loaded: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    model = PeftModel.from_pretrained(base, str(run)).merge_and_unload(safe_merge=True)
+    model.save_pretrained(folder)
+    for name, path in found(run, TOKENIZER).items():
+        target = Path(folder) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def retry_command(folder: str, repo_id: str, base_model_id: str | None, private: bool | None) -> str:
+    """The command that pushes a saved run."""
+    words = ["posttrain", "push", str(folder), repo_id]
+    words += ["--base-model-id", base_model_id] if base_model_id else []
+    words += ["--private"] if private else []
+    return shlex.join(words)
+
+
+def _commit(files, destination: Destination, message, revision, token, delays) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+
+    def commit():
+        # New ones each time: if only the answer to the last try was lost, these find their files there already
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        return api.create_commit(destination.repo_id, operations, commit_message=message, revision=revision)
+
+    return Pushed(with_retries(commit, destination.repo_id, delays), tuple(sorted(files)))
+
+
+def _in_background(trainer, job) -> Future:
+    from transformers.utils import PushInProgress
+
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="posttrain-push")
+    future = executor.submit(job)
+    executor.shutdown(wait=False)
+    running = getattr(trainer, "push_in_progress", None)
+    earlier = [] if running is None or running.is_done() else running.jobs
+    trainer.push_in_progress = PushInProgress([*earlier, future])
+    return future
+
+
+def _done(value) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
+
+
+def _warn(error: Exception, args, destination: Destination | None) -> None:
+    base = destination.base_model_id if destination else getattr(args, "base_model_id", None) or "ORG/BASE"
+    repo_id = destination.repo_id if destination else args.hub_model_id or Path(args.output_dir).resolve().name
+    get_logger().warning(
+        "the run was not pushed to %s: %s\nIt is saved in %s. To push it from there:\n  %s",
+        repo_id,
+        error,
+        args.output_dir,
+        retry_command(args.output_dir, repo_id, base, args.hub_private_repo),
+    )

@@ -1,0 +1,18 @@
+"""The library's one logger: plain lines on stderr from the main process, warnings from the others."""
+
+import logging
+import os
+
+_logger = logging.getLogger("posttrain")
+
+
+def get_logger() -> logging.Logger:
+    """The `posttrain` logger. `POSTTRAIN_LOG` sets its level (default `info`; `warning` silences the notes)."""
+    if not _logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("posttrain: %(message)s"))
+        _logger.addHandler(handler)
+        _logger.propagate = False
+        main = os.environ.get("RANK", "0") == "0"
+        _logger.setLevel(os.environ.get("POSTTRAIN_LOG", "info").upper() if main else logging.WARNING)
+    return _logger

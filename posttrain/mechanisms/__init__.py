@@ -1,0 +1,1 @@
+"""What a training loop or a model is given, whatever the method."""

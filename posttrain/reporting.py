@@ -1,0 +1,251 @@
+"""What a run leaves behind beside its weights: metrics, curves and the settings it really had."""
+
+import csv
+import dataclasses
+import enum
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import NormalDist
+
+from transformers import TrainerCallback
+
+from posttrain.log import get_logger
+
+_LIBRARIES = "posttrain torch transformers trl peft accelerate datasets deepspeed bitsandbytes".split()
+_SECRET_NAME = re.compile(r"(hub|access|auth|api|bearer)_?(token|key)|secret|passw|credential", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@]+@")
+_NOT_PLOTTED = re.compile(r"epoch|step|total_flos|train_loss|num_tokens|.*(_runtime|_per_second)")
+_MOST_PANELS = 12
+
+
+class RunReport(TrainerCallback):
+    """Writes the run's report into `output_dir`, from the main process.
+
+    - `metrics.jsonl`: a line per log, with step, epoch and every number logged. A resumed run drops the lines
+    beyond
+      the step it resumes from.
+    - `metrics.csv` and `curves.png` at the end of training (curves only where matplotlib is installed). -
+    `resolved_config.yaml` at the start: the training arguments that have a value, `sections`, versions and
+    the git
+      commit of the working folder. Tokens and other secrets are left out.
+
+    `sections`: further settings to record, a name to a mapping each (the model's and the data's, for
+    example).
+    """
+
+    def __init__(self, sections: dict | None = None):
+        self.sections = sections or {}
+        self._rows: list[dict] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if state.global_step > 0:
+            self._rows = [row for row in _read_rows(path) if row["step"] <= state.global_step]
+        # What an earlier run of this folder left goes; an evaluation by this process before training stays.
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        unfinished.replace(path)
+        write_resolved_config(args, folder / "resolved_config.yaml", self.sections)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        values = {name: _number(value) for name, value in logs.items() if isinstance(value, numbers.Real)}
+        row = {"step": state.global_step, "epoch": values.pop("epoch", state.epoch), **values}
+        self._rows.append(row)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        # A run that has trained is not lost for want of a table or a picture.
+        for write, name in ((write_csv, "metrics.csv"), (plot_curves, "curves.png")):
+            try:
+                write(self._rows, Path(args.output_dir) / name)
+            except ImportError:
+                get_logger().info("no %s without matplotlib: pip install 'posttrain[plots]'", name)
+            except Exception as error:
+                get_logger().warning("%s could not be written: %s", name, error)
+
+
+def write_resolved_config(args, path: Path, sections: dict | None = None) -> None:
+    """Write what the run has been given: training arguments, `sections`, versions, device, git commit."""
+    import yaml
+
+    training = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    report = {
+        "training": {name: value for name, value in training.items() if value not in (None, {}, [])},
+        **(sections or {}),
+        "versions": library_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(args.device),
+        "processes": args.world_size,
+        "git": git_commit(),
+    }
+    path.write_text(yaml.safe_dump(_plain(report), sort_keys=False, allow_unicode=True))
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """A table of all rows, a column per name in the order of its first appearance."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, names)
+        table.writeheader()
+        table.writerows(rows)
+
+
+def plot_curves(rows: list[dict], path: Path) -> None:
+    """A picture with a panel per metric over the steps; `eval_...` shares the panel of its training
+    metric."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, list]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if not _NOT_PLOTTED.fullmatch(name) and value is not None and math.isfinite(value):
+                label = "eval" if name.startswith("eval_") else "train"
+                panel = panels.setdefault(name.removeprefix("eval_"), {})
+                panel.setdefault(label, []).append((row["step"], value))
+    order = sorted(panels, key=_rank)[:_MOST_PANELS]
+    if not order:
+        return
+    columns = min(3, len(order))
+    lines = math.ceil(len(order) / columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, name in enumerate(order, 1):
+        axes = figure.add_subplot(lines, columns, index)
+        for label, points in sorted(panels[name].items(), reverse=True):
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label)
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3)
+        if len(panels[name]) > 1:
+            axes.legend(fontsize=8)
+    figure.supxlabel("step", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share: `successes` of `n` trials, both ends in [0, 1].
+
+    Unlike the normal interval it keeps its width at shares of 0 and 1. Raises ValueError unless 0 <=
+    successes <= n and n > 0.
+    """
+    if not 0 <= successes <= n or n <= 0:
+        raise ValueError(f"successes={successes}, n={n}: needs 0 <= successes <= n and n > 0.")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A markdown table with aligned columns: the first to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row):
+        numbers_right = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "| " + " | ".join([row[0].ljust(widths[0]), *numbers_right]) + " |"
+
+    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(ruler), *map(line, cells[1:])])
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of this library and of those it stands on, where installed."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            if name == "posttrain":
+                from posttrain import __version__
+
+                found[name] = __version__
+    return found
+
+
+def device_name(device) -> str:
+    """A torch device in words: its type and, for an accelerator, the card's name."""
+    import torch
+
+    if device.type == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return device.type
+
+
+def git_commit() -> str | None:
+    """The commit checked out in the working folder, with `-dirty` where files differ; None outside a
+    checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def _rank(name: str) -> int:
+    """Which panels come first, and stay where there are too many: the loss, rewards, a method's own metrics."""
+    if name == "loss":
+        return 0
+    if name.startswith("rewards/"):
+        return 1
+    return 3 if name.startswith(("logits/", "logps/", "entropy", "learning_rate")) else 2
+
+
+def _number(value):
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _read_rows(path: Path) -> list[dict]:
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                # The last line of a run killed while it wrote.
+                continue
+    return rows
+
+
+def _plain(value):
+    """`value` in YAML's own types, without secrets."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items() if not _SECRET_NAME.search(str(name))}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _SECRET_VALUE.sub("", os.fspath(value) if isinstance(value, os.PathLike) else str(value))

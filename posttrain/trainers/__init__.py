@@ -1,0 +1,1 @@
+"""Trainers: each is (our mixin, TRL's trainer) and wires mechanisms and objectives together."""

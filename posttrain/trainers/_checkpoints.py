@@ -1,0 +1,158 @@
+"""Checkpoints that are either complete or not there: a marker, the newest marked one, rotation, a run's identity.
+
+A checkpoint counts only with its marker, a small JSON file that the main process writes after every rank has saved. A
+run that is killed while it saves leaves a folder without one, which is never resumed from and is cleared away later.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import xxhash
+from safetensors import SafetensorError
+
+from posttrain.errors import ConfigError, EnvironmentIssue
+
+MARKER = "posttrain_complete.json"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def fingerprint(dataset) -> str | None:
+    """A digest of the tokens of a prepared dataset, in order; None for a stream."""
+    columns = [
+        c for c in ("prompt_ids", "chosen_ids", "rejected_ids", "flip_rate") if c in (dataset.column_names or ())
+    ]
+    if not columns or not hasattr(dataset, "__len__"):
+        return None
+    digest = xxhash.xxh3_128(f"{len(dataset)}|{columns}".encode())
+    for batch in dataset.select_columns(columns).with_format("numpy").iter(1000):
+        for name in columns:
+            for value in batch[name]:
+                digest.update(value.tobytes())
+                digest.update(b"|")
+    return digest.hexdigest()
+
+
+def identity(trainer) -> dict:
+    """What a run must share with the one it resumes, or else goes on with other numbers."""
+    args = trainer.args
+    return {
+        "method": type(trainer).__name__,
+        "data": fingerprint(trainer.train_dataset),
+        "seed": args.seed,
+        "world_size": trainer.accelerator.num_processes,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        **trainer.identity_settings(),
+    }
+
+
+def mark(folder: Path, content: dict) -> None:
+    """Write the marker at once, so that it is never half there."""
+    partial = folder / f".{MARKER}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, folder / MARKER)
+
+
+def complete(output_dir: str | Path) -> list[Path]:
+    """The checkpoints with a marker, oldest step first."""
+    return [path for path in _folders(output_dir) if (path / MARKER).exists()]
+
+
+def rotate(output_dir: str | Path, keep: int | None, best: str | None) -> None:
+    """Delete folders without a marker, and all but the newest `keep` and the best complete checkpoints."""
+    marked = complete(output_dir)
+    kept = {path.resolve() for path in (marked[-keep:] if keep and keep > 0 else marked)}
+    if best is not None:
+        kept.add(Path(best).resolve())
+    for folder in _folders(output_dir):
+        if folder.resolve() not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def find(output_dir: str | Path, wanted: str | bool | None) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        output_dir: the run folder.
+        wanted: None or False for none; True for the newest complete one, an error if there is none; "auto" for the
+            newest complete one if there is any; or a path.
+
+    Raises:
+        ConfigError: no complete checkpoint where one was asked for.
+    """
+    if wanted is None or wanted is False or str(wanted).lower() in ("false", "none"):
+        return None
+    newest = next(reversed(complete(output_dir)), None)
+    if str(wanted).lower() == "auto":
+        return newest
+    if wanted is True or str(wanted).lower() == "true":
+        if newest is None:
+            partial = [path.name for path in _folders(output_dir)]
+            found = f"only incomplete ones ({', '.join(partial)})" if partial else "none"
+            raise ConfigError(
+                f"resume_from_checkpoint is true, but {output_dir} holds no complete checkpoint: {found}. Leave it out "
+                "to start anew, or set `resume_from_checkpoint: auto`."
+            )
+        return newest
+    folder = Path(wanted)
+    if not (folder / MARKER).exists():
+        state = "is not complete" if folder.is_dir() else "does not exist"
+        hint = f" The newest complete one in {output_dir} is {newest}." if newest else ""
+        raise ConfigError(f"resume_from_checkpoint is {wanted}, which {state} (no {MARKER} in it).{hint}")
+    return folder
+
+
+def read(folder: Path, now: dict | None) -> dict:
+    """The marker's content; ConfigError if the checkpoint's identity is not `now`, that of the run that resumes."""
+    content = json.loads((folder / MARKER).read_text())
+    then = content["identity"]
+    differing = [] if now is None else [name for name in sorted(now.keys() | then) if now.get(name) != then.get(name)]
+    if differing:
+        named = "; ".join(f"{name}: {then.get(name)} there, {now.get(name)} here" for name in differing)
+        raise ConfigError(
+            f"the checkpoint {folder} was written by another run ({named}). Resume with the same settings and data, or "
+            "start anew in another output_dir. To go on all the same, set `check_resume: false`."
+        )
+    return content
+
+
+@contextlib.contextmanager
+def complete_or_not_there(trainer):
+    """Around the saving of a checkpoint by all ranks: the marker last, then rotation.
+
+    Raises:
+        EnvironmentIssue: the disk is full or cannot be written to; the last complete checkpoint is left as it is.
+    """
+    output_dir, main = trainer.args.output_dir, trainer.accelerator.is_main_process
+    folder = Path(output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if main:
+        (folder / MARKER).unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
+    # Upstream would rotate before the marker is written, and might delete the last complete checkpoint
+    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    try:
+        yield
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            mark(folder, {"identity": trainer._identity(), "state": {"num_tokens": trainer._total_train_tokens}})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        last = next(reversed(complete(output_dir)), None)
+        kept = f"The last complete one is {last}; go on from it with `resume_from_checkpoint: auto`." if last else ""
+        raise EnvironmentIssue(f"the checkpoint {folder} could not be saved: {error}. {kept}") from error
+    finally:
+        trainer.args.save_total_limit = limit
+    if main:
+        rotate(output_dir, limit, trainer.state.best_model_checkpoint)
+
+
+def _folders(output_dir: str | Path) -> list[Path]:
+    root = Path(output_dir)
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]

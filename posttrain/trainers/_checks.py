@@ -1,0 +1,151 @@
+"""Checks that run before the model loads, or in the first step: what is wrong, where it is set, how to mend it."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from posttrain.errors import ConfigError, DataError, PosttrainError
+
+# |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
+# may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
+# adapter left out of the reference moves it by 0.05 nats and more.
+ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+
+def check_args(args, config_class: type):
+    """`args`, or the class's defaults; TypeError for another class's settings."""
+    if args is None:
+        return config_class()
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"args is a {type(args).__name__}; it must be a posttrain.{config_class.__name__}, which takes the same "
+            "fields and a few more."
+        )
+    return args
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Refuse a folder that cannot be written to, or made; nothing is left behind."""
+    folder = Path(output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir is {output_dir}, which cannot be written to ({error.strerror}: {there}). Choose another."
+        ) from error
+
+
+def check_lora(peft_config) -> None:
+    """Refuse adapter settings that upstream would only trip over once the model is loaded."""
+    rank, dropout = getattr(peft_config, "r", None), getattr(peft_config, "lora_dropout", None)
+    if rank is not None and not (isinstance(rank, int) and rank >= 1):
+        raise ConfigError(f"the LoRA rank (lora_r) is {rank}; it must be a whole number of 1 or more.")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ConfigError(f"lora_dropout is {dropout}; it must lie in [0, 1).")
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        raise ConfigError(
+            "lora_target_modules names lm_head, whose weight is read directly, so an adapter on it would never train. "
+            "Leave it out."
+        )
+
+
+@contextlib.contextmanager
+def upstream_refusals():
+    """What TRL, PEFT or transformers refuse while a trainer is built is a setting of the user's: say it as one."""
+    try:
+        yield
+    except PosttrainError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"the trainer cannot be built with these settings: {error}") from error
+
+
+def load_config(model_id: str, args):
+    """The model's config, read before its weights; ConfigError where there is no such model."""
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    kwargs = {key: kwargs[key] for key in ("revision", "attention_dropout") if kwargs.get(key) is not None}
+    try:
+        return AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model {model_id!r} cannot be loaded: {reason} Give a folder with a config.json, or a model id of the "
+            "hub that this machine can reach or has in its cache."
+        ) from error
+
+
+def check_model_config(args, config) -> None:
+    """Refuse a model whose two passes would differ, or whose loss has a part that pairs cannot weigh."""
+    config = config.get_text_config()
+    dropout = getattr(config, "attention_dropout", 0.0) or 0.0
+    if dropout > 0:
+        # TRL's disable_dropout turns off modules only, not the attention kernel's own dropout
+        raise ConfigError(
+            f"the model's attention_dropout is {dropout}; policy and reference would differ by chance. Set it to 0: "
+            "`model_init_kwargs: {attention_dropout: 0.0}`, or in the model's config before it is built."
+        )
+    coefficient = args.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
+    if coefficient:
+        raise ConfigError(
+            f"router_aux_loss_coef is {coefficient}; an auxiliary MoE loss cannot be weighed by pairs. "
+            "Set `router_aux_loss_coef: 0.0`."
+        )
+
+
+def check_flip_rates(args, train_dataset, eval_dataset) -> None:
+    """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
+    if args.pair_loss not in ("rdpo", "cdpo"):
+        return
+    named = {"train_dataset": train_dataset}
+    named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
+    for name, dataset in named.items():
+        if "flip_rate" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+            continue
+        for row, rate in enumerate(dataset["flip_rate"], 1):
+            if not isinstance(rate, int | float) or not 0 <= rate < 0.5:
+                raise DataError(
+                    f"{name} has a flip_rate of {rate} in row {row}; every row's flip_rate must lie in [0, 0.5)."
+                )
+
+
+def check_parallelism(accelerator) -> None:
+    """Refuse layouts in which a rank does not hold its own rows."""
+    layout = getattr(accelerator, "parallelism_config", None)
+    sizes = {name: getattr(layout, f"{name}_size", 1) or 1 for name in ("tp", "cp", "sp")} if layout else {}
+    for name, size in sizes.items():
+        if size > 1:
+            raise ConfigError(f"{name}_size is {size}; only data parallel training (DDP, ZeRO, FSDP) is supported.")
+
+
+def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
+    """Raise if policy and reference differ at step 0 by more than rounding.
+
+    Args:
+        worst: largest |log pi - log pi_ref| per completion token of the first micro-batches, in nats.
+        reference: which weights the reference is, for the message.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        dtype = torch.bfloat16
+    tolerance = ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2)
+    if not worst <= tolerance:
+        raise ConfigError(
+            f"policy and reference differ by {worst:.3g} nats per token before the first step (tolerance "
+            f"{tolerance:g} in {str(dtype).removeprefix('torch.')}). The reference is: {reference}. If it should be "
+            "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel; if this is "
+            "intended, set `check_reference: false`."
+        )

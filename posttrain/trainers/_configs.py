@@ -1,0 +1,114 @@
+"""Settings every trainer's config shares."""
+
+import math
+import os
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+
+from posttrain.errors import ConfigError
+from posttrain.log import get_logger
+
+
+def under_deepspeed(args) -> bool:
+    """Whether a run with these training arguments goes through DeepSpeed."""
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+@dataclass
+class CommonConfig:
+    """What every config here has in front of TRL's: defaults that fit the machine, and the watches over a run.
+
+    TRL's configs ask for bf16 and gradient checkpointing, and raise where there is no accelerator. Here a field left
+    at None is chosen: with an accelerator as TRL has it, without one plain fp32 on the CPU.
+    """
+
+    use_cpu: bool | None = field(
+        default=None, metadata={"help": "Run on the CPU. Default: only where there is no accelerator."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass. Default: true with an accelerator."},
+    )
+
+    check_gradients: bool = field(
+        default=True,
+        metadata={"help": "Stop where an adapter tensor gets no gradient in the first two steps."},
+    )
+    base_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Hub id of the base model, for card and push, where it is loaded from a local folder."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Recipes: show batch, steps, sizes and one rendered example, and end before anything loads."},
+    )
+    check_resume: bool = field(
+        default=True,
+        metadata={"help": "Refuse a checkpoint of another method, other data or another batch split."},
+    )
+
+    def __post_init__(self):
+        if self.neftune_noise_alpha is not None:
+            raise ConfigError(
+                f"neftune_noise_alpha is {self.neftune_noise_alpha}; its noise would fall on reference and scoring "
+                "passes as well. Leave it out."
+            )
+        self._check_ranges()
+        chosen = []
+        if not torch.accelerator.is_available():
+            if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+                raise ConfigError(
+                    "FSDP was asked for on a machine without an accelerator, where it would train as plain DDP. Use "
+                    "configs/accelerate/cpu_zero3.yaml to shard on CPUs."
+                )
+            if self.fp16:
+                raise ConfigError(
+                    "fp16 is true on a machine without an accelerator. Leave it out, or set `bf16: true`."
+                )
+            choices = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+            if under_deepspeed(self):
+                # use_cpu would have accelerate look past DeepSpeed; without gloo it takes one process for the world
+                choices |= {"use_cpu": False, "ddp_backend": "gloo"}
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            for name, value in choices.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+                    chosen.append(f"{name}: {str(value).lower()}")
+            self.dataloader_pin_memory = False
+        self.use_cpu = bool(self.use_cpu)
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True
+        with warnings.catch_warnings():
+            # transformers is renaming the field that TRL still reads
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            super().__post_init__()
+        if chosen:
+            get_logger().info("no accelerator here, so %s", ", ".join(chosen))
+
+    def _check_ranges(self) -> None:
+        """Refuse numbers that upstream would only trip over once the model is loaded."""
+        for name, lowest in (
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("max_length", 2),
+            ("learning_rate", 0.0),
+            ("weight_decay", 0.0),
+            ("max_grad_norm", 0.0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name, None)
+            if value is None and name == "max_length":
+                continue
+            kind = (int, float) if isinstance(lowest, float) else int
+            if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value < math.inf:
+                what = "a number" if isinstance(lowest, float) else "a whole number"
+                raise ConfigError(f"{name} is {value!r}; it must be {what} of {lowest:g} or more.")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2**32.")
+        if self.max_steps != -1 and not self.max_steps > 0:
+            raise ConfigError(f"max_steps is {self.max_steps}; give a number above 0, or -1 to go by num_train_epochs.")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0.")

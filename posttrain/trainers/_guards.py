@@ -1,0 +1,102 @@
+"""Watches over a run: a loss that is no number, adapters that get no gradient."""
+
+from pathlib import Path
+
+import torch
+
+from posttrain.errors import DivergedError
+from posttrain.log import get_logger
+
+
+class FiniteLoss:
+    """Stops all ranks together, before the optimiser step that would use a loss that is NaN or infinite."""
+
+    def __init__(self) -> None:
+        self._bad: torch.Tensor | None = None
+
+    def watch(self, trainer, loss: torch.Tensor) -> None:
+        """Note a micro-batch's loss before its backward; at the window's last one, ask all ranks.
+
+        Under DeepSpeed the optimiser steps inside that last backward, so this is the last moment to stop.
+
+        Raises:
+            DivergedError: on every rank, if any rank saw such a loss. The weights, still finite, are saved first.
+        """
+        bad = ~torch.isfinite(loss.detach())
+        self._bad = bad if self._bad is None else self._bad | bad
+        if not trainer.accelerator.sync_gradients:
+            return
+        flag, self._bad = self._bad.float(), None
+        if trainer.accelerator.reduce(flag, reduction="sum").item() > 0:
+            stop(trainer, "the loss")
+
+
+def stop(trainer, what: str) -> None:
+    """Save the weights if they are finite and raise DivergedError; called by all ranks."""
+    step = trainer.state.global_step + 1
+    folder = Path(trainer.args.output_dir) / f"last-finite-{step - 1}"
+    weights = torch.stack([torch.isfinite(p.detach()).all() for p in trainer.model.parameters() if p.requires_grad])
+    finite = bool(trainer.accelerator.reduce((~weights.all()).float(), reduction="sum").item() == 0)
+    if finite:
+        trainer.save_model(str(folder))
+    saved = (
+        f"the weights after step {step - 1} are in {folder}" if finite else "the weights are no longer finite either"
+    )
+    raise DivergedError(
+        f"{what} became NaN or infinite at step {step}; {saved}. A lower learning_rate, a lower max_grad_norm or "
+        "bf16 instead of fp16 usually helps; `posttrain data inspect` shows the rows."
+    )
+
+
+class LiveGradients:
+    """Stops a run of which some adapter tensor gets no gradient in its first two steps.
+
+    Gradient checkpointing over frozen embeddings, or target modules that the forward never reaches, leave adapters
+    untrained without a word. Watches the gradients themselves, as weight decay alone also moves weights.
+    """
+
+    def __init__(self, model) -> None:
+        self._seen = {name: None for name, p in model.named_parameters() if p.requires_grad}
+        self._hooks = [
+            p.register_hook(lambda gradient, name=name: self._note(name, gradient))
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        ]
+        self._steps = 0
+        self._learning_rate = 0.0
+
+    def _note(self, name: str, gradient: torch.Tensor) -> None:
+        alive = gradient.detach().ne(0).any()
+        known = self._seen[name]
+        self._seen[name] = alive if known is None else known | alive
+
+    def before_step(self, trainer) -> None:
+        """Note the rate of the step to come."""
+        self._learning_rate = trainer.optimizer.param_groups[0]["lr"]
+
+    def after_step(self, trainer) -> bool:
+        """Count a step; after two that could move weights, decide. Returns whether the watch is over.
+
+        Raises:
+            DivergedError: some tensor's gradient was zero throughout, on all ranks.
+        """
+        # LoRA's A has no gradient before B has moved, and in a warm-up the first rate is often 0
+        self._steps += self._learning_rate > 0
+        if self._steps < 2:
+            return False
+        for hook in self._hooks:
+            hook.remove()
+        device = trainer.accelerator.device
+        local = [float(alive) if alive is not None else 0.0 for alive in self._seen.values()]
+        alive = trainer.accelerator.reduce(torch.tensor(local, device=device), reduction="sum")
+        dead = [name for name, value in zip(self._seen, alive.tolist(), strict=True) if value == 0]
+        if dead:
+            shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+            raise DivergedError(
+                f"{len(dead)} of {len(self._seen)} adapter tensors got no gradient in the first two steps: {shown}. "
+                "They would never train. With gradient checkpointing, the inputs must require gradients "
+                "(`model.enable_input_require_grads()`); otherwise leave these modules out of lora_target_modules. "
+                "If this is intended, set `check_gradients: false`."
+            )
+        get_logger().debug("all %d adapter tensors get gradients", len(self._seen))
+        return True

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Runs the tests in .venv, installing what they need first.
+#   scripts/test.sh              the core suite
+#   scripts/test.sh --slow       everything
+#   scripts/test.sh --slow-only  only what --slow adds
+# Other arguments go to pytest. Real data is read from POSTTRAIN_TEST_DATA, or from ../shared/data if that exists.
+source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
+
+select=(-m "not slow")
+arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --slow) select=() ;;
+        --slow-only) select=(-m slow) ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+install_posttrain test
+
+compiler="${CXX:-c++}"
+command -v "$compiler" >/dev/null ||
+    fail "the DeepSpeed tests compile a small extension and found no C++ compiler ($compiler). Install one (Debian: apt-get install g++) or name it in CXX."
+command -v ninja >/dev/null || fail "the DeepSpeed tests need ninja, which should be in $VENV/bin; remove $VENV and run again."
+include="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')"
+[ -e "$include/Python.h" ] ||
+    fail "the DeepSpeed tests compile against Python.h, missing from $include. Install the headers (Debian: apt-get install python3-dev)."
+
+if [ -z "${POSTTRAIN_TEST_DATA:-}" ] && [ -d "$ROOT/../shared/data" ]; then
+    POSTTRAIN_TEST_DATA="$(cd "$ROOT/../shared/data" && pwd)"
+    export POSTTRAIN_TEST_DATA
+fi
+export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+
+cd "$ROOT"
+exec "$VENV/bin/python" -m pytest ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,114 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from posttrain.cli import main
+from posttrain.dry_run import describe
+from tests.conftest import make_pairs
+from tests.training import lora, settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), lora())
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_recipes_are_listed_and_copied(tmp_path, capsys):
+    assert main(["recipes", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "robust_dpo" in out and "cpu, single_gpu, zero3" in out and "cpu_zero3" in out
+    assert main(["recipes", "copy", "robust_dpo", str(tmp_path)]) == 0
+    assert (tmp_path / "robust_dpo.py").read_text() == (ROOT / "recipes/robust_dpo.py").read_text()
+    assert (tmp_path / "configs/robust_dpo/cpu.yaml").exists() and (tmp_path / "configs/accelerate/cpu.yaml").exists()
+    capsys.readouterr()
+    assert main(["recipes", "copy", "robust_dpo", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["recipes", "copy", "nothing", str(tmp_path)]) == 2
+    assert "method is 'nothing'; it must be one of robust_dpo" in capsys.readouterr().err
+
+
+def test_env_tells_tested_versions(capsys):
+    assert main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["posttrain"] and facts["torch"] and facts["cache"]
+
+
+def test_train_prints_its_line_and_passes_the_recipes_exit_code_on(tmp_path):
+    command = [sys.executable, "-m", "posttrain", "train", "robust_dpo", "--flip_rate", "0.7"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stdout.startswith("accelerate launch --quiet --config_file ")
+    assert "recipes/robust_dpo.py --config " in done.stdout and done.stdout.strip().endswith("--flip_rate 0.7")
+    assert "error: flip_rate is 0.7; it must lie in [0, 0.5)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_train_knows_the_shipped_configs(capsys):
+    assert main(["train", "robust_dpo", "--config", "laptop"]) == 2
+    assert "config is 'laptop': no such file, and none of the shipped ones: cpu, single_gpu, zero3." in (
+        capsys.readouterr().err
+    )
+
+
+def test_flags_that_no_verb_knows_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["env", "--jsno"])
+    assert stop.value.code == 2 and "unrecognized arguments: --jsno" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_batch_steps_and_sizes(tiny_folder, tmp_path):
+    from posttrain import RobustDPOConfig
+
+    split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=-1, num_train_epochs=2)
+    args = RobustDPOConfig(**settings(tmp_path / "out", **split))
+    facts = describe(tiny_folder, args, make_pairs(20), lora(), processes=2)
+    assert facts["pairs per step"] == 12 and facts["steps"] == 4 and facts["training pairs"] == 20
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), lora())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert facts["trainable parameters"] == trainable
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["checkpoint bytes (estimate)"] == 12 * trainable
+    assert facts["prompt"].startswith("<|im_start|>user\n") and facts["chosen"].endswith("<|im_end|>")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_agrees_with_base_and_adapter(tiny_folder, adapter, tmp_path, capsys):
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--dtype", "float32", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["top1_agreement"] == 1.0 and facts["largest_logit_difference"] < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(merged.get_parameter(layer), base.get_parameter(layer))
+    assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 2
+    assert "which is not empty" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert "has no adapter_config.json" in capsys.readouterr().err
+
+
+def test_generate_answers_with_base_and_adapter(adapter, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    command = ["generate", "--adapter", str(adapter), "--max_new_tokens", "8", "--json"]
+    assert main([*command, "--prompts", str(tmp_path / "prompts.txt"), "--prompt", "zero"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["prompt"] for row in rows] == ["zero", "one", "two"]
+    assert any(row["base"] != row["adapter"] for row in rows)
+    assert main(command) == 2
+    assert "no prompt was given" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("POSTTRAIN_LOG", "warning")
+# tiny tensors: a second thread only waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch".split()
+
+
+def make_pairs(n: int, seed: int = 0, **columns):
+    """`n` conversational preference pairs of uneven lengths, the same on every machine."""
+    from datasets import Dataset
+
+    rng = random.Random(seed)
+
+    def text(low, high):
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": text(1, 4)}],
+            "chosen": [{"role": "assistant", "content": text(1, 6)}],
+            "rejected": [{"role": "assistant", "content": text(1, 6)}],
+        }
+        for _ in range(n)
+    ]
+    dataset = Dataset.from_list(rows)
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, list(values))
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from posttrain.models import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tokenizer):
+    """A tiny llama saved as a user's local model folder."""
+    from posttrain.models import tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))

@@ -1,0 +1,135 @@
+import gzip
+import json
+
+import datasets
+import pytest
+from datasets import Dataset
+
+from posttrain.data.preferences import load_preferences
+from posttrain.data.procedural import reverse_list_pairs
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+
+ROWS = [
+    {"prompt": f"Q{i}", "chosen": f"yes {i}", "rejected": f"no {i}", "flip_rate": i / 10, "source": "s"}
+    for i in range(3)
+]
+KEPT = [{name: value for name, value in row.items() if name != "source"} for row in ROWS]
+LINES = "\n".join(map(json.dumps, ROWS)) + "\n\n"
+
+
+def write(path, content):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet"])
+def test_each_kind_of_file_gives_the_same_rows_and_only_the_columns_in_use(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        write(path, json.dumps(ROWS) if name.endswith("json") else LINES)
+    assert load_preferences(str(path)).to_list() == KEPT
+    assert load_preferences(str(path), limit=2).to_list() == KEPT[:2]
+    assert len(load_preferences(str(path), limit=99)) == 3
+
+
+def test_messages_and_implicit_prompts_are_kept_as_they_are(tmp_path):
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    row = {"chosen": conversation, "rejected": [conversation[0], {"role": "assistant", "content": "no"}]}
+    assert load_preferences(write(tmp_path / "a.jsonl", json.dumps(row))).to_list() == [row]
+
+
+def test_generated_pairs_come_by_n_and_seed_with_a_disjoint_second_split():
+    train = load_preferences("generated:reverse_list?n=20&seed=4")
+    assert train.to_list() == reverse_list_pairs(20, 4).to_list()
+    assert len(load_preferences("generated:reverse_list")) == 256
+    test = load_preferences("generated:reverse_list?n=20&seed=4", split="test", limit=5)
+    assert test.to_list() == reverse_list_pairs(20, 5, exclude=train).to_list()[:5]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("generated:sort", "'generated:sort' is not known; .*'generated:reverse_list'"),
+        ("generated:reverse_list?n=many", "n='many' is no integer"),
+        ("generated:reverse_list?n=0", "n=0 must be at least 1"),
+        ("generated:reverse_list?rows=5", "unknown option 'rows'.*n=256&seed=0"),
+    ],
+)
+def test_wrong_generated_sources_are_named(source, message):
+    with pytest.raises(DataError, match=message):
+        load_preferences(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", LINES.replace('"no 1"', '"no 1'), r"a\.jsonl, line 2, column \d+: broken JSON"),
+        ("a.jsonl.gz", LINES.replace('"no 2"', "no 2"), r"a\.jsonl\.gz, line 3, column \d+: broken JSON"),
+        ("a.jsonl", '{"chosen": "a",\n' + LINES, r"a\.jsonl, line 1, column 16: broken JSON"),
+        ("a.jsonl", LINES + "[" * 100_000, r"a\.jsonl, line 5: JSON that cannot be read: .*recursion"),
+        ("a.json", '{"chosen": ' + "9" * 5000 + "}", r"a\.json: JSON that cannot be read: Exceeds the limit"),
+        ("a.json", json.dumps(ROWS, indent=1).replace('"no 1"', "no"), "line 12, column 15: broken JSON"),
+        ("a.json", '{"data": []}', r"must hold a list of rows, not an object"),
+        ("a.jsonl", '{"chosen": "a"}', r"line 1: 'rejected' missing; found \['chosen'\]"),
+        ("a.jsonl", LINES + '{"prompt": "p"}', r"line 5: 'chosen' and 'rejected' missing"),
+        ("a.jsonl", '{"chosen": "a", "rejected": null}', "line 1: 'rejected' missing"),
+        ("a.jsonl", '["a"]', "line 1: a row must be an object .* not a list"),
+        ("a.jsonl", LINES + '{"chosen": "a", "rejected": "b"}', "row 4: 'prompt' is missing, though other"),
+        ("a.jsonl", LINES + '{"prompt": "p", "chosen": [1], "rejected": 3}', "not have the same types"),
+        ("a.jsonl", "\n", r"a\.jsonl holds no rows"),
+        ("a.json", "[]", r"a\.json holds no rows"),
+        ("a.csv", "x", r"a\.csv is of an unknown kind; readable are \.json, \.jsonl, \.jsonl\.gz, \.parquet"),
+        ("a.parquet", "x", "cannot be read as parquet"),
+    ],
+)
+def test_unreadable_files_are_answered_with_the_place_and_the_reason(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        load_preferences(write(tmp_path / name, content))
+
+
+def test_a_file_that_is_not_gzip_is_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_text(LINES)
+    with pytest.raises(DataError, match="cannot be read as gzipped UTF-8"):
+        load_preferences(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_parquet_without_a_side_lists_what_was_found(tmp_path):
+    Dataset.from_list(ROWS).remove_columns("rejected").to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 'rejected' missing; found .*'chosen'"):
+        load_preferences(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("source", ["no/such/file.jsonl", "gone.json", "./gone", "data/x.csv"])
+def test_a_missing_file_is_not_taken_for_a_hub_id(source):
+    with pytest.raises(DataError, match="does not exist"):
+        load_preferences(source)
+
+
+def test_hub_data_goes_through_the_same_checks(monkeypatch):
+    asked = []
+
+    def load(source, split):
+        asked.append((source, split))
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_preferences("org/pairs.v2", split="test", limit=1).to_list() == KEPT[:1]
+    assert asked == [("org/pairs.v2", "test")]
+
+
+def test_an_unreachable_hub_is_an_issue_of_the_environment(monkeypatch):
+    def load(source, split):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(EnvironmentIssue, match="'org/pairs' .* the hub cannot be reached"):
+        load_preferences("org/pairs")
+
+
+def test_a_limit_below_one_is_refused():
+    with pytest.raises(ConfigError, match="limit=0 must be at least 1"):
+        load_preferences("generated:reverse_list", limit=0)

@@ -1,0 +1,224 @@
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+
+from posttrain.config import (
+    REMOVED,
+    DataArguments,
+    ModelArguments,
+    PosttrainParser,
+    parse,
+    run_main,
+)
+from posttrain.errors import ConfigError, DataError, DivergedError, EnvironmentIssue
+from posttrain.paths import configs_dir
+from posttrain.trainers.robust_dpo import RobustDPOConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = (DataArguments, ModelArguments, RobustDPOConfig)
+CONFIGS = sorted((configs_dir() / "robust_dpo").glob("*.yaml"))
+
+
+@dataclass
+class Toy:
+    """A section of one's own."""
+
+    steps: int = 10
+    rate: float = 0.5
+    ratio: float | None = None
+    share: bool = False
+    keep: bool = True
+    mode: str = "slow"
+    kind: str = field(default="a", metadata={"choices": ["a", "b"]})
+    names: list[str] | None = None
+    extra: dict | str | None = None
+    warmup_steps: float = 0.0
+
+    def __post_init__(self):
+        if self.rate > 1:
+            raise ValueError(f"rate is {self.rate}; it must be at most 1.")
+
+
+def write(folder, text):
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def toy(folder, text="", *arguments):
+    return parse((Toy,), ["--config", write(folder, text), *arguments])[0]
+
+
+def test_values_take_the_type_of_their_field(tmp_path):
+    text = "steps: 1e3\nrate: 1e-4\nratio: 2\nshare: 'yes'\nnames: all\nextra: {a: 1}\nmode: 3\n"
+    assert toy(tmp_path, text) == Toy(
+        steps=1000, rate=1e-4, ratio=2.0, share=True, names=["all"], extra={"a": 1}, mode="3"
+    )
+    assert toy(tmp_path, "names: [a, 1]\nratio: null\nkeep: false") == Toy(names=["a", "1"], keep=False)
+
+
+def test_the_command_line_takes_the_same_values_and_wins(tmp_path):
+    got = toy(tmp_path, "steps: 1\nkeep: true\nratio: 0.5", "--steps=1e3", "--no_keep", "--ratio", "none", "--share")
+    assert got == Toy(steps=1000, keep=False, ratio=None, share=True)
+
+
+def test_an_empty_file_leaves_the_defaults(tmp_path):
+    assert toy(tmp_path, "# nothing yet\n") == Toy()
+
+
+def test_env_sets_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_TOY", "before")
+    toy(tmp_path, "env:\n  POSTTRAIN_TOY: 3\n")
+    assert os.environ["POSTTRAIN_TOY"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rate: 0.1\nstep: 3", "2: unknown key `step`; did you mean `steps` (Toy)?"),
+        ("zzzz: 3", "1: unknown key `zzzz`; the keys are the fields of Toy (--help lists them)."),
+        (
+            "\nwarmup_ratio: 0.1",
+            "2: `warmup_ratio` is not a setting any more: write `warmup_steps: 0.1` "
+            "(below 1 it is a share of all steps).",
+        ),
+        ("rate: 1\nmode: a\nrate: 0.2", "3: `rate` is set at line 1 already."),
+        ("extra:\n  a: 1\n  a: 2", "3: `a` is set at line 2 already."),
+        ("steps: 2.5", "1: `steps` is '2.5'; it takes a whole number."),
+        ("steps: true", "1: `steps` is 'true'; it takes a whole number."),
+        ("steps:", "1: `steps` is empty; it takes a whole number."),
+        ("rate: high", "1: `rate` is 'high'; it takes a number."),
+        ("ratio: high", "1: `ratio` is 'high'; it takes a number or null."),
+        ("rate: [1]", "1: `rate` is a list; it takes a number."),
+        ("share: maybe", "1: `share` is 'maybe'; it takes true or false."),
+        ("names: {a: 1}", "1: `names` is a mapping; it takes a text, a list or null."),
+        ("kind: c", "1: `kind` is 'c'; it takes a or b."),
+        (
+            "mode: off",
+            "1: `mode` is false, which YAML also reads from a bare yes, no, on or off; it takes a text, in quotes.",
+        ),
+        ("- 1", "1: a config file is lines of `key: value`, not a list."),
+        ("rate: [1", "1: not valid YAML: expected ',' or ']', but got '<stream end>'."),
+        ("rate: 1\nenv: 3", "2: `env` is `3`; it takes a mapping."),
+    ],
+)
+def test_a_bad_file_is_answered_with_its_line(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        parse((Toy,), ["--config", path])
+    assert str(caught.value) == f"{path}:{message}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "3"], "unknown key `step`; did you mean `steps` (Toy)?"),
+        (["--mod", "3"], "unknown key `mod`; did you mean `mode` (Toy)?"),
+        (
+            ["--warmup_ratio=0.1"],
+            "`warmup_ratio` is not a setting any more: write `warmup_steps: 0.1` (below 1 it is a share of all steps).",
+        ),
+        (["--rate", "high"], "`rate` is 'high'; it takes a number."),
+        (["--kind", "c"], "`kind` is 'c'; it takes a or b."),
+        (["fast"], "`fast` follows no key; write `--key value`."),
+        (["--rate"], "argument --rate: expected one argument"),
+        (["--config"], "`--config` needs the path of a YAML file."),
+        (["--config", "a", "--config", "b"], "`--config` is given twice; keep one."),
+    ],
+)
+def test_the_command_line_gets_the_same_words(arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        parse((Toy,), arguments)
+    assert str(caught.value) == f"command line: {message}"
+
+
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(ConfigError) as caught:
+        parse((Toy,), ["--config", str(path)])
+    assert str(caught.value) == f"the config file {path} cannot be read: No such file or directory."
+
+
+def test_what_a_section_refuses_names_the_place_that_set_it(tmp_path):
+    path = write(tmp_path, "steps: 3\nrate: 2")
+    with pytest.raises(ConfigError) as caught:
+        parse((Toy,), ["--config", path])
+    assert str(caught.value) == f"rate is 2.0; it must be at most 1. (rate: {path}:2)"
+    with pytest.raises(ConfigError) as caught:
+        parse((Toy,), ["--config", path, "--rate", "3"])
+    assert str(caught.value) == "rate is 3.0; it must be at most 1. (rate: command line)"
+
+
+def test_settings_of_the_method_are_refused_at_their_line(tmp_path):
+    path = write(tmp_path, "pair_loss: rdpo\nflip_rate: 0.5\n")
+    with pytest.raises(ConfigError, match=rf"^flip_rate is 0.5; it must lie in \[0, 0.5\).*{path}:2\)$"):
+        parse(SECTIONS, ["--config", path])
+
+
+def test_removed_settings_name_something_that_exists():
+    known = {f.name for section in SECTIONS for f in fields(section)}
+    assert not known & set(REMOVED)
+    for advice in REMOVED.values():
+        if advice.startswith("write `"):
+            assert advice.removeprefix("write `").partition(":")[0] in known
+
+
+def test_every_field_of_the_recipe_has_a_known_type():
+    parser = PosttrainParser(SECTIONS)
+    # A default that its own field would refuse shows an annotation that is read wrongly.
+    for name, kind in parser._types.items():
+        default = parser.get_default(name)
+        if isinstance(default, (bool, int, float, str)) and default != "":
+            assert kind.from_yaml(default) in (default, [default]), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_parse(path, monkeypatch):
+    # What the GPU configs ask for is checked by transformers against this machine.
+    data_args, model_args, training_args = parse(SECTIONS, ["--config", str(path), "--bf16", "false"])
+    assert data_args.dataset_name and model_args.model_name_or_path
+    assert training_args.output_dir == f"runs/robust_dpo-{path.stem}"
+
+
+def test_all_three_machines_have_a_config():
+    assert [path.stem for path in CONFIGS] == ["cpu", "single_gpu", "zero3"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError, 2), (DataError, 3), (EnvironmentIssue, 4), (DivergedError, 5)]
+)
+def test_errors_end_a_recipe_with_their_code_and_one_message(error, code, capsys, monkeypatch):
+    def fail():
+        raise error("what happened")
+
+    assert run_main(fail) == code
+    assert capsys.readouterr().err == "error: what happened\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_main(fail) == code
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 / 0)
+
+
+def test_a_distributed_run_ends_at_once_with_its_exit_handlers_run(monkeypatch):
+    code = (
+        "import atexit; from posttrain.config import run_main\n"
+        "class Late:\n    def __del__(self): print('torn down')\n"
+        "late = Late(); atexit.register(print, 'handler')\n"
+        "run_main(lambda: print('main')); print('after')"
+    )
+
+    def printed(processes):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+
+    assert printed("2") == ["main", "handler"]
+    assert printed("1") == ["main", "after", "handler", "torn down"]

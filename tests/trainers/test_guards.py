@@ -1,0 +1,194 @@
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain.errors import ConfigError, DivergedError, EnvironmentIssue
+from posttrain.trainers import _checkpoints
+from tests.conftest import make_pairs
+from tests.training import lora, losses, settings
+
+
+def build(folder, out, pairs=None, **overrides):
+    return RobustDPOTrainer(
+        folder,
+        args=RobustDPOConfig(**settings(out, pair_loss="dpo") | overrides),
+        train_dataset=pairs if pairs is not None else make_pairs(16),
+        peft_config=lora(),
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_before_the_optimiser_step(tiny_folder, tmp_path, value):
+    trainer = build(tiny_folder, tmp_path, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    inner, calls = trainer.pair_losses, []
+
+    def poisoned(*args):
+        calls.append(None)
+        # the first micro-batch of the third step, which is not its last
+        return inner(*args) * (value if len(calls) == 5 else 1.0)
+
+    trainer.pair_losses = poisoned
+    with pytest.raises(
+        DivergedError, match="the loss became NaN or infinite at step 3; the weights after step 2 are in"
+    ):
+        trainer.train()
+    assert DivergedError.exit_code == 5
+    assert len(losses(trainer)) == 2
+    saved = load_file(tmp_path / "last-finite-2" / "adapter_model.safetensors")
+    two_steps = build(tiny_folder, tmp_path / "two", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    two_steps.train()
+    two_steps.save_model(str(tmp_path / "two"))
+    expected = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_optimiser_step(tiny_folder, tmp_path):
+    trainer = build(tiny_folder, tmp_path, max_steps=3, max_grad_norm=1.0)
+    parameter = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    parameter.register_hook(lambda g: g * float("nan") if trainer.state.global_step == 1 else g)
+    with pytest.raises(DivergedError, match="the gradient became NaN or infinite at step 2; the weights after step 1"):
+        trainer.train()
+
+
+def test_adapters_without_gradient_stop_the_run(tiny_folder, tmp_path):
+    trainer = build(tiny_folder, tmp_path, max_steps=4)
+    layer = trainer.model.base_model.model.model.layers[1].self_attn.q_proj.lora_A["default"].weight
+    layer.register_hook(torch.zeros_like)
+    with pytest.raises(
+        DivergedError, match=r"1 of \d+ adapter tensors got no gradient in the first two steps: .*q_proj"
+    ):
+        trainer.train()
+    trainer = build(tiny_folder, tmp_path / "off", max_steps=4, check_gradients=False)
+    trainer.train()
+
+
+def test_a_warm_up_from_zero_is_no_false_alarm(tiny_folder, tmp_path):
+    trainer = build(tiny_folder, tmp_path, max_steps=4, warmup_steps=2, lr_scheduler_type="linear")
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_adapters_that_the_loss_cannot_reach_are_named(tiny_folder, tmp_path):
+    # DPO reads the last hidden state; of a model cut after its first layer the second is never run
+    trainer = RobustDPOTrainer(
+        tiny_folder,
+        args=RobustDPOConfig(**settings(tmp_path, pair_loss="dpo", max_steps=3)),
+        train_dataset=make_pairs(8),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0),
+    )
+    inner = trainer.model.get_base_model().model
+    inner.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
+    with pytest.raises(DivergedError, match="2 of 4 adapter tensors got no gradient"):
+        trainer.train()
+
+
+def test_resuming_another_run_is_refused_by_name(tiny_folder, tmp_path):
+    saving = dict(save_strategy="steps", save_steps=2)
+    build(tiny_folder, tmp_path, **saving).train()
+    with pytest.raises(ConfigError, match="pair_loss: dpo there, rdpo here"):
+        build(tiny_folder, tmp_path, pair_loss="rdpo", max_steps=4).train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="written by another run .*data: "):
+        build(tiny_folder, tmp_path, pairs=make_pairs(16, seed=5), max_steps=4).train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps: 1 there, 2 here"):
+        build(tiny_folder, tmp_path, gradient_accumulation_steps=2).train(resume_from_checkpoint=True)
+    relaxed = build(tiny_folder, tmp_path, pairs=make_pairs(16, seed=5), max_steps=4, check_resume=False)
+    relaxed.train(resume_from_checkpoint=True)
+    assert relaxed.state.global_step == 4
+
+
+def test_only_complete_checkpoints_are_resumed_from(tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match="holds no complete checkpoint: none. Leave it out"):
+        build(tiny_folder, tmp_path).train(resume_from_checkpoint=True)
+    build(tiny_folder, tmp_path, save_strategy="steps", save_steps=1).train()
+    newest = tmp_path / "checkpoint-2"
+    (newest / _checkpoints.MARKER).unlink()
+    assert _checkpoints.find(tmp_path, True) == tmp_path / "checkpoint-1"
+    assert _checkpoints.find(tmp_path, "auto") == tmp_path / "checkpoint-1"
+    assert _checkpoints.find(tmp_path, None) is None
+    with pytest.raises(ConfigError, match="checkpoint-2, which is not complete .* The newest complete one in"):
+        _checkpoints.find(tmp_path, str(newest))
+    with pytest.raises(ConfigError, match="which does not exist"):
+        _checkpoints.find(tmp_path, str(tmp_path / "nowhere"))
+    (tmp_path / "checkpoint-1" / _checkpoints.MARKER).unlink()
+    with pytest.raises(ConfigError, match=r"only incomplete ones \(checkpoint-1, checkpoint-2\)"):
+        _checkpoints.find(tmp_path, True)
+    assert _checkpoints.find(tmp_path, "auto") is None
+
+
+def test_rotation_keeps_the_newest_and_the_best_and_clears_what_is_incomplete(tmp_path):
+    for step in (1, 2, 3, 4, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if step != 4:
+            _checkpoints.mark(folder, {})
+    _checkpoints.rotate(tmp_path, keep=1, best=str(tmp_path / "checkpoint-2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_a_full_disk_leaves_the_last_complete_checkpoint(tiny_folder, tmp_path, monkeypatch):
+    trainer = build(tiny_folder, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1)
+    original = RobustDPOTrainer._save_rng_state
+
+    def full(self, output_dir):
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, output_dir)
+
+    monkeypatch.setattr(RobustDPOTrainer, "_save_rng_state", full)
+    with pytest.raises(
+        EnvironmentIssue, match="No space left on device. The last complete one is .*checkpoint-2; go on"
+    ):
+        trainer.train()
+    assert [path.name for path in _checkpoints.complete(tmp_path)] == ["checkpoint-2"]
+    assert not (tmp_path / "checkpoint-4").exists(), "its space is given back"
+
+
+def test_a_marker_tells_the_run_it_belongs_to(tiny_folder, tmp_path):
+    trainer = build(tiny_folder, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    content = json.loads((tmp_path / "checkpoint-2" / _checkpoints.MARKER).read_text())
+    assert content["identity"]["method"] == "RobustDPOTrainer"
+    assert content["state"]["num_tokens"] == trainer.state.log_history[1]["num_tokens"]
+
+
+def test_an_output_folder_that_cannot_be_written_to_is_refused(tiny_folder, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="output_dir is .*which cannot be written to"):
+        build(tiny_folder, blocked / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(target_modules=["lm_head"]), "lora_target_modules names lm_head, whose weight is read directly"),
+        (dict(target_modules=["q_projj"]), "the trainer cannot be built with these settings: Target modules .*q_projj"),
+        (dict(target_modules=["q_proj"], lora_dropout=1.5), "lora_dropout is 1.5; it must lie in"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_and_leave_nothing_behind(tiny_folder, tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        RobustDPOTrainer(
+            tiny_folder,
+            args=RobustDPOConfig(**settings(tmp_path / "out", pair_loss="dpo")),
+            train_dataset=make_pairs(4),
+            peft_config=LoraConfig(**fields),
+        )
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_the_embedded_model_works_by_its_name(tmp_path):
+    trainer = build("embedded:tiny", tmp_path / "out", max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_neftune_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="neftune_noise_alpha is 5; its noise would fall on reference"):
+        RobustDPOConfig(str(Path(tmp_path)), neftune_noise_alpha=5)
