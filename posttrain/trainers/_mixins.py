@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,14 @@ from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import schema
 from posttrain.hub import clean_readme, preflight, push_checkpoint, push_run, write_model_card
 from posttrain.log import get_logger
+from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
 from posttrain.models import resolve_model
 from posttrain.reporting import RunReport
 from posttrain.trainers import _checkpoints, _checks, _reference
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
+from posttrain.trainers._sharing import PrefixSharing, check_setting
 
 # Columns of a batch that are ours or the loss's, not the model's
 _NOT_FOR_THE_MODEL = {
@@ -32,6 +35,7 @@ _NOT_FOR_THE_MODEL = {
     "real_rows",
     "pair_coefficients",
     "pair_weights",
+    "packed",
 }
 
 
@@ -82,6 +86,7 @@ class PreferenceMixin:
             model = resolve_model(model)
         config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
         _checks.check_model_config(args, config)
+        check_setting(args, config, peft_config)
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
         self.hub_destination = preflight(args, model)
@@ -90,12 +95,14 @@ class PreferenceMixin:
         self._margin_checked = False
         self._known_identity = self.reference_key = None
         self._finite_loss, self._live_gradients = FiniteLoss(), None
+        self._sharing, self._clock = None, None
         with _checks.upstream_refusals():
             super().__init__(
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
             )
         _checks.check_parallelism(self.accelerator)
         keep_4bit_weights_trainable(self.model)
+        self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
@@ -193,6 +200,9 @@ class PreferenceMixin:
         mask = batch["completion_mask"]
         kwargs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        packed = self._packed(model, batch)
+        if packed is not None:
+            kwargs["packed"] = packed
         outputs = model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
         shift_mask = mask[:, 1:]
         # Prompt-learning adapters put virtual tokens in front
@@ -205,6 +215,18 @@ class PreferenceMixin:
             common = (per_token_logps * ((position > 0) & (position <= shared))).sum(dim=1)
             logps = common + self.ld_alpha * (per_token_logps * (position > shared)).sum(dim=1)
         return PairScores(*logps.chunk(2), outputs, shift_mask)
+
+    def _set_up_sharing(self) -> None:
+        # TRL's constructor precomputes reference log-probs before it returns, so whoever comes first
+        if self._sharing is None:
+            self._sharing = PrefixSharing(self)
+
+    def _packed(self, model, batch):
+        """The batch with chosen and rejected behind their prompt, or None where it is to be padded."""
+        if not batch.keys() - _NOT_FOR_THE_MODEL <= {"input_ids", "attention_mask"}:
+            return None
+        self._sharing.check(model)
+        return self._sharing.pack(batch, 2 * list(range(_pairs(batch))))
 
     # stands on DPOTrainer.compute_ref_log_probs, which the precompute pass and users call
     def compute_ref_log_probs(self, model, inputs) -> tuple[Tensor, Tensor]:
@@ -232,6 +254,7 @@ class PreferenceMixin:
     # stands on DPOTrainer._precompute_ref_logps
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         keep_4bit_weights_trainable(self.model)
+        self._set_up_sharing()
         if isinstance(dataset, IterableDataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         return _reference.precompute(self, dataset, name, batch_size)
@@ -242,10 +265,23 @@ class PreferenceMixin:
         batches, items = super().get_batch_samples(
             _counting_rows(self.accelerator, epoch_iterator), num_batches, device
         )
+        if self._clock is None:
+            self._clock = time.monotonic()
         if batches:
+            batches = self._sorted(batches)
             rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
             self.prepare_window(batches, Window(len(batches), self.accelerator.num_processes, rows))
         return batches, items
+
+    def _sorted(self, batches: list[dict]) -> list[dict]:
+        """Like lengths together, where no result hangs on which micro-batch a pair is in."""
+        whole = all(batch["real_rows"] == _pairs(batch) for batch in batches)
+        return sort_pairs(batches) if self._sharing.active and whole and not self.split_matters else batches
+
+    @property
+    def split_matters(self) -> bool:
+        """Whether the loss depends on which pairs share a micro-batch."""
+        return False
 
     def _watch_gradients(self) -> None:
         if self._live_gradients is None:
@@ -329,14 +365,28 @@ class PreferenceMixin:
             means.add("mean_token_accuracy", outputs.is_top1[:, -width:].chunk(2)[0].float(), chosen_tokens)
         if mode == "train":
             means.add_sum("num_tokens", (inputs["attention_mask"].sum(dim=1) * real.repeat(2)).sum().float(), 1)
+            self._record_padding(means, inputs)
         self.extra_metrics(means, losses, chosen_logratios - rejected_logratios, inputs, mode)
+
+    def _record_padding(self, means: MeanMetrics, inputs: dict) -> None:
+        packed, mask = inputs.get("packed"), inputs["attention_mask"]
+        if packed is None:
+            means.add_sum("tokens/padding_share", (mask.numel() - mask.sum()).float(), mask.numel())
+            return
+        padding = mask.new_tensor(packed.forwarded - packed.tokens, dtype=torch.float32)
+        means.add_sum("tokens/padding_share", padding, packed.forwarded)
+        means.add_sum("prefix_sharing/unshared", torch.full_like(padding, packed.unshared), _pairs(inputs))
 
     # stands on DPOTrainer.log, which averages the lists in `_metrics`
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         sums = self._means[mode].reduce(self.accelerator)
         if "num_tokens" in sums:
-            self._total_train_tokens += int(sums.pop("num_tokens")[0])
+            tokens = int(sums.pop("num_tokens")[0])
+            self._total_train_tokens += tokens
+            if self._clock is not None:
+                logs["tokens/per_second"] = tokens / (time.monotonic() - self._clock)
+                self._clock = None
         metrics = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
         if metrics:
             metrics["num_tokens"] = self._total_train_tokens

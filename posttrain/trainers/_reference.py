@@ -47,6 +47,8 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
     known: dict[bytes, float] = shared[0]
     missing = [i for i, pair in enumerate(digests) if pair[0] not in known or pair[1] not in known]
     if missing:
+        if trainer._sharing.active:
+            missing.sort(key=lambda i: _length(dataset[i]), reverse=True)
         chosen, rejected = _forward(trainer, dataset.select(missing), name, batch_size)
         fresh = {}
         for i, chosen_logp, rejected_logp in zip(missing, chosen, rejected, strict=True):
@@ -89,6 +91,10 @@ def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> tuple[list[f
     return chosen.tolist(), rejected.tolist()
 
 
+def _length(row: dict) -> int:
+    return len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
 def _row_digests(row: dict, args) -> tuple[bytes, bytes]:
     prompt, sides = row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
     # Under ld_alpha a side's value depends on how long the other is
@@ -111,6 +117,8 @@ def _reference_key(trainer) -> str:
         "precision": [trainer.accelerator.mixed_precision, str(model.dtype)],
         "device": trainer.accelerator.device.type,
         "ld_alpha": trainer.args.ld_alpha,
+        # equal to rounding only, and `never` is to equal TRL's numbers bit for bit
+        "prefix_sharing": trainer._sharing.active,
         "versions": [torch.__version__, transformers.__version__],
     }
     if adapters and "ref" in model.peft_config:

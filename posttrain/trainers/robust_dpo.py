@@ -78,6 +78,10 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         args = self.args
         return self._weighs_pairs and args.dr_dpo_scope == "global" and args.dr_dpo_window == "rescale"
 
+    @property
+    def split_matters(self) -> bool:
+        return self._weighs_pairs and self.args.dr_dpo_scope == "micro_batch"
+
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
         if self.args.pair_loss == "ipo":
             chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1.0).chunk(2)

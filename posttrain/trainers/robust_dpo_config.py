@@ -59,6 +59,13 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
             "(gradients are scaled once per step; no more forward; not under DeepSpeed or fp16)."
         },
     )
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute the prompt of a pair once for both answers: auto (where the model allows), always (an error "
+            "where it does not) or never (padded pairs, as TRL has them)."
+        },
+    )
     check_reference: bool = field(
         default=True,
         metadata={
@@ -77,6 +84,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         check_choice("reduction", self.reduction, ("mean", "dr_dpo"))
         check_choice("dr_dpo_scope", self.dr_dpo_scope, ("global", "micro_batch"))
         check_choice("dr_dpo_window", self.dr_dpo_window, ("two_pass", "rescale"))
+        check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
         if self.pair_loss is None:
             self.pair_loss = "dpo" if self.reduction == "dr_dpo" else "rdpo"
         check_choice("pair_loss", self.pair_loss, PAIR_LOSSES)

@@ -1,0 +1,307 @@
+"""Packing: answers to one prompt in one row, several prompts in one row, and the way back.
+
+A row of the packed batch holds one or more blocks one after another, a block being `prompt | answer 1 | answer 2 | ...`.
+Each answer's positions continue those of the prompt. A token sees the tokens of its own block that come before it and
+belong to the prompt or to its own answer, nothing else; so every answer sees what it would see in a row of its own.
+
+The token after a prompt is predicted by the prompt's last token, whatever the answer. That state is read once per
+answer, so no token has to be repeated in front of an answer and none can be seen twice.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TRUNK, _PADDING = 0, -1
+
+
+@dataclass
+class PackedBatch:
+    """A batch in packed form, with what it takes to get its results back into the caller's form.
+
+    R packed rows of W tokens hold N tokens that are predicted and scored. The caller's batch has B rows of L tokens.
+
+    Attributes:
+        input_ids, position_ids: (R, W).
+        blocks: (R, W) number of the block that a token belongs to, -1 for padding.
+        branches: (R, W) 0 for a token of the prompt, k for one of its block's k-th answer.
+        sources: (N,) index into R * W of the token whose state predicts each scored token.
+        labels: (N,) the scored tokens.
+        targets: (N,) index into B * (L - 1), the place of each score in the caller's batch.
+        shape: (B, L - 1).
+        tokens: packed tokens that are not padding.
+        unshared: groups whose prompts differ, so that their answers stand alone.
+        longest: tokens of the longest prompt with one of its answers.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    blocks: Tensor
+    branches: Tensor
+    sources: Tensor
+    labels: Tensor
+    targets: Tensor
+    shape: tuple[int, int]
+    tokens: int
+    unshared: int
+    longest: int
+    _masks: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def forwarded(self) -> int:
+        """Tokens that the model computes, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device, **kwargs) -> "PackedBatch":
+        """The same batch on another device."""
+        names = ("input_ids", "position_ids", "blocks", "branches", "sources", "labels", "targets")
+        moved = {name: getattr(self, name).to(device, **kwargs) for name in names}
+        return PackedBatch(**moved, **{n: getattr(self, n) for n in ("shape", "tokens", "unshared", "longest")})
+
+    def visible(self) -> Tensor:
+        """(R, 1, W, W) bool: whether the token of the row (third dimension) sees that of the column."""
+        if "bool" not in self._masks:
+            blocks, branches = self.blocks, self.branches
+            mask = blocks[:, :, None] == blocks[:, None, :]
+            mask &= (branches[:, None, :] == _TRUNK) | (branches[:, :, None] == branches[:, None, :])
+            self._masks["bool"] = mask.tril_().unsqueeze(1)
+        return self._masks["bool"]
+
+    def attention_mask(self, implementation: str, dtype: torch.dtype):
+        """The mask in the form that an attention implementation takes; built once and kept.
+
+        Args:
+            implementation: sdpa (bool), eager (`dtype`, added to the scores: there a bool mask would be silently wrong)
+                or flex_attention (a block mask).
+        """
+        if implementation == "sdpa":
+            return self.visible()
+        key = (implementation, dtype)
+        if key not in self._masks:
+            if implementation == "eager":
+                mask = torch.zeros(self.visible().shape, dtype=dtype, device=self.blocks.device)
+                self._masks[key] = mask.masked_fill_(~self.visible(), torch.finfo(dtype).min)
+            elif implementation == "flex_attention":
+                self._masks[key] = self._block_mask()
+            else:
+                raise ValueError(f"attention implementation {implementation!r} takes no mask of this kind")
+        return self._masks[key]
+
+    def _block_mask(self):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        blocks, branches = self.blocks, self.branches
+
+        def sees(row, head, query, key):
+            same_answer = (branches[row, key] == _TRUNK) | (branches[row, query] == branches[row, key])
+            return (blocks[row, query] == blocks[row, key]) & same_answer & (query >= key)
+
+        rows, width = blocks.shape
+        return create_block_mask(sees, rows, None, width, width, device=blocks.device)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """(N,) values of the scored tokens as (B, L - 1), the place of a token's predictor; zero elsewhere."""
+        rows, columns = self.shape
+        return values.new_zeros(rows * columns).index_put((self.targets,), values).view(rows, columns)
+
+    def per_answer(self, values: Tensor) -> list[Tensor]:
+        """(N,) values of the scored tokens as one tensor per row of the caller's batch, in its order."""
+        order = torch.argsort(self.targets)
+        counts = torch.bincount(self.targets // self.shape[1], minlength=self.shape[0])
+        return list(values[order].split(counts.tolist()))
+
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Sequence[int]]],
+    attention_cost: float = 0.0,
+    multiple: int = 1,
+) -> PackedBatch:
+    """Pack prompts, each with any number of answers (at least one token each).
+
+    The caller's batch is then that of the answers in the order given, each with its prompt in front, padded on the
+    right; every token of the answers is scored.
+
+    Args:
+        prompts: token ids, at least one per prompt.
+        answers: per prompt, the token ids of its answers.
+        attention_cost: see `pack_rows`.
+        multiple: round the width up to a multiple of this.
+    """
+    rows, prompt_lengths, groups = [], [], []
+    for number, (prompt, several) in enumerate(zip(prompts, answers, strict=True)):
+        if not len(prompt) or not all(len(answer) for answer in several):
+            raise ValueError(f"prompt {number} or one of its answers has no token")
+        for answer in several:
+            rows.append(np.asarray([*prompt, *answer]))
+            prompt_lengths.append(len(prompt))
+            groups.append(number)
+    scored = [np.arange(len(row)) >= length for row, length in zip(rows, prompt_lengths, strict=True)]
+    width = max(len(row) for row in rows)
+    return pack_rows(rows, scored, [0] * len(rows), prompt_lengths, groups, width, attention_cost, multiple)
+
+
+def pack_padded(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    groups: Sequence[int],
+    attention_cost: float = 0.0,
+    multiple: int = 1,
+) -> PackedBatch | None:
+    """Pack a padded batch.
+
+    A row's prompt is what comes before its first label; rows of one group whose prompts are the same tokens share them.
+
+    Args:
+        input_ids, attention_mask: (B, L), padded on either side.
+        labels: (B, L), -100 where a token is not scored.
+        groups: B numbers; rows of one number may share their prompt.
+        attention_cost: see `pack_rows`.
+        multiple: round the width up to a multiple of this.
+
+    Returns:
+        The packed batch, on the device of `input_ids`; None where there is nothing to score or a row has padding
+        between its tokens.
+    """
+    device = input_ids.device
+    ids, mask, targets = torch.stack([input_ids, attention_mask, labels]).cpu().numpy()
+    rows, scored, starts, prompt_lengths = [], [], [], []
+    for row, valid, label in zip(ids, mask.astype(bool), targets, strict=True):
+        places = np.flatnonzero(valid)
+        if not len(places) or places[-1] - places[0] + 1 != len(places):
+            return None
+        span = slice(places[0], places[-1] + 1)
+        rows.append(row[span])
+        # nothing predicts a row's first token
+        scored.append(label[span] != -100)
+        scored[-1][0] = False
+        starts.append(int(places[0]))
+        labelled = np.flatnonzero(scored[-1])
+        prompt_lengths.append(int(labelled[0]) if len(labelled) else len(places))
+    if not any(part.any() for part in scored):
+        return None
+    width = input_ids.shape[1]
+    return pack_rows(rows, scored, starts, prompt_lengths, groups, width, attention_cost, multiple).to(device)
+
+
+def pack_rows(
+    rows: Sequence[np.ndarray],
+    scored: Sequence[np.ndarray],
+    starts: Sequence[int],
+    prompt_lengths: Sequence[int],
+    groups: Sequence[int],
+    width: int,
+    attention_cost: float = 0.0,
+    multiple: int = 1,
+) -> PackedBatch:
+    """Pack rows of tokens.
+
+    Args:
+        rows: the tokens of each of the caller's rows, without padding.
+        scored: per row, which of its tokens are scored (never the first).
+        starts: the column of each row's first token in the caller's batch.
+        prompt_lengths: how many tokens of each row are its prompt, 1 or more.
+        groups: rows of one number may share their prompt.
+        width: L of the caller's batch.
+        attention_cost: what one attended position costs a token, as a share of all its other work; decides how much
+            goes into one row, and whether sharing a prompt is worth the longer row.
+        multiple: round the packed width up to a multiple of this.
+    """
+    blocks, unshared = [], 0
+    for members in _by_group(groups):
+        prompts = {rows[i][: prompt_lengths[i]].tobytes() for i in members}
+        if len(prompts) > 1:
+            unshared += 1
+            blocks += [[i] for i in members]
+        else:
+            blocks += _split(members, rows, prompt_lengths, attention_cost)
+    sizes = [_size(block, rows, prompt_lengths) for block in blocks]
+    bins, packed_width = _bins(sizes, attention_cost, multiple)
+    shape = (len(bins), packed_width)
+    input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    block_of, branches = np.full(shape, _PADDING, np.int32), np.full(shape, _TRUNK, np.int32)
+    sources, labels, targets = [], [], []
+    for number, members in enumerate(bins):
+        at = 0
+        for block in members:
+            rows_of_block = blocks[block]
+            shared = prompt_lengths[rows_of_block[0]]
+            end = at + sizes[block]
+            block_of[number, at:end] = block
+            input_ids[number, at : at + shared] = rows[rows_of_block[0]][:shared]
+            position_ids[number, at : at + shared] = np.arange(shared)
+            last_of_prompt, at = at + shared - 1, at + shared
+            for branch, i in enumerate(rows_of_block, 1):
+                answer = rows[i][shared:]
+                span = slice(at, at + len(answer))
+                input_ids[number, span] = answer
+                position_ids[number, span] = np.arange(shared, shared + len(answer))
+                branches[number, span] = branch
+                kept = np.flatnonzero(scored[i][shared:])
+                sources.append(number * packed_width + np.where(kept == 0, last_of_prompt, at + kept - 1))
+                labels.append(answer[kept])
+                targets.append(i * (width - 1) + starts[i] + shared + kept - 1)
+                at += len(answer)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        blocks=torch.from_numpy(block_of),
+        branches=torch.from_numpy(branches),
+        sources=torch.from_numpy(np.concatenate(sources)),
+        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        shape=(len(rows), width - 1),
+        tokens=sum(sizes),
+        unshared=unshared,
+        longest=max(len(row) for row in rows),
+    )
+
+
+def _by_group(groups: Sequence[int]) -> list[list[int]]:
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(int(group), []).append(i)
+    return list(members.values())
+
+
+def _size(block: list[int], rows, prompt_lengths) -> int:
+    shared = prompt_lengths[block[0]]
+    return shared + sum(len(rows[i]) - shared for i in block)
+
+
+def _cost(tokens: int, attention_cost: float) -> float:
+    return tokens * (1.0 + attention_cost * tokens)
+
+
+def _split(members: list[int], rows, prompt_lengths, attention_cost: float) -> list[list[int]]:
+    """Into how many blocks a group goes: a prompt is worth repeating where sharing it makes a row too long."""
+    best, best_cost = [members], math.inf
+    for count in range(1, len(members) + 1):
+        bounds = [round(k * len(members) / count) for k in range(count + 1)]
+        blocks = [members[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+        cost = sum(_cost(_size(block, rows, prompt_lengths), attention_cost) for block in blocks)
+        if cost < best_cost:
+            best, best_cost = blocks, cost
+    return best
+
+
+def _bins(sizes: list[int], attention_cost: float, multiple: int) -> tuple[list[list[int]], int]:
+    """Distribute blocks over the number of rows that costs least: few long rows attend more, many pad more."""
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    best, best_width, best_cost = [], 0, math.inf
+    for count in range(1, len(sizes) + 1):
+        loads, bins = [0] * count, [[] for _ in range(count)]
+        for i in order:
+            emptiest = loads.index(min(loads))
+            loads[emptiest] += sizes[i]
+            bins[emptiest].append(i)
+        width = -(-max(loads) // multiple) * multiple
+        cost = count * _cost(width, attention_cost)
+        if cost < best_cost:
+            best, best_width, best_cost = bins, width, cost
+    return best, best_width

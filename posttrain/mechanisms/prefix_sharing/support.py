@@ -1,0 +1,88 @@
+"""Where prefix sharing can work, and what a longer row costs."""
+
+import inspect
+
+import torch
+
+from posttrain.mechanisms.prefix_sharing.packing import pack_padded
+
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def obstacle(config, model=None, attention: str | None = None, peft_config=None) -> str | None:
+    """Why prefix sharing cannot work, or None.
+
+    Args:
+        config: the model's config; enough to know before the weights are loaded.
+        model: the causal language model itself, where it is there.
+        attention: the attention implementation asked for; default: the config's.
+        peft_config: the adapter's config, if there is one.
+    """
+    text = config.get_text_config()
+    attention = attention or text._attn_implementation
+    if text is not config:
+        return "a multimodal model places its own positions"
+    if config.is_encoder_decoder:
+        return "an encoder-decoder reads the prompt apart from the answer"
+    if attention is not None and attention not in IMPLEMENTATIONS:
+        return f"attention implementation {attention} takes no mask; use sdpa, eager or flex_attention"
+    if getattr(peft_config, "is_prompt_learning", False):
+        return f"{getattr(peft_config.peft_type, 'value', peft_config.peft_type)} puts virtual tokens in front"
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYERS)
+    if others:
+        return f"layers of type {', '.join(others)} do not go by a mask"
+    if getattr(text, "alibi", False):
+        return "ALiBi goes by the place in the row, not by position ids"
+    if getattr(text, "output_router_logits", False):
+        return "the auxiliary loss of a mixture of experts counts prompt tokens"
+    if model is not None:
+        if getattr(model, "_is_stateful", False):
+            return "a state-space model carries its state from one answer into the next"
+        if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+            return f"{type(model).__name__} builds its positions itself"
+    return None
+
+
+def sliding_window(config) -> int | None:
+    """How many tokens back the shortest-sighted layer looks; None where all look back to the start."""
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    if types is not None and "sliding_attention" not in types:
+        return None
+    return getattr(text, "sliding_window", None)
+
+
+def attention_cost(config) -> float:
+    """What one attended position costs a token, as a share of the multiplications of its linear layers."""
+    text = config.get_text_config()
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    linear = 2 * hidden * head_dim * (heads + key_heads) + 3 * hidden * inner
+    return 2 * heads * head_dim / linear
+
+
+def self_check(model, vocab_size: int, device) -> tuple[float, float]:
+    """(largest, mean) difference in nats between the padded and the packed log-probs of a few made-up tokens.
+
+    Two prompts with two answers each in one packed row. `model` is called without gradient and should be in eval mode;
+    it is a model with `share_prefixes`, or one around it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths, prompt_lengths, groups = (10, 8, 7, 9), (6, 6, 4, 4), (0, 0, 1, 1)
+    input_ids = torch.randint(vocab_size, (4, 10), generator=generator)
+    input_ids[1, :6], input_ids[3, :4] = input_ids[0, :6], input_ids[2, :4]
+    places = torch.arange(10)
+    attention_mask = (places < torch.tensor(lengths).unsqueeze(1)).long()
+    scored = attention_mask.bool() & (places >= torch.tensor(prompt_lengths).unsqueeze(1))
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    batch |= {"labels": input_ids.masked_fill(~scored, -100)}
+    batch = {key: value.to(device) for key, value in batch.items()}
+    packed = pack_padded(*batch.values(), groups, attention_cost=0.0)
+    with torch.no_grad():
+        padded = model(**batch, use_cache=False, fused_lm_head=True).log_probs
+        shared = model(**batch, use_cache=False, fused_lm_head=True, packed=packed).log_probs
+    gap = (padded - shared).float().abs()[scored[:, 1:].to(device)]
+    return gap.max().item(), gap.mean().item()

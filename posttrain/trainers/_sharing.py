@@ -1,0 +1,129 @@
+"""Prefix sharing in a trainer: whether it is used, and each batch packed once."""
+
+import torch
+from accelerate.utils import is_peft_model
+
+from posttrain.errors import ConfigError
+from posttrain.log import get_logger
+from posttrain.mechanisms import prefix_sharing
+from posttrain.mechanisms.prefix_sharing.support import sliding_window
+
+_KNOWN = {"input_ids", "attention_mask", "use_cache"}
+# Nats that padded and packed log-probs of the self-check may differ by: largest in fp32, mean in half precision, where
+# rounding alone makes hundredths. A model that ignores the mask or the positions is off by far more.
+_LARGEST_FP32, _MEAN_HALF = 2e-3, 0.25
+
+
+def check_setting(args, config, peft_config=None) -> None:
+    """Raise where `prefix_sharing: always` cannot be had, as far as the model's config tells."""
+    if args.prefix_sharing != "always":
+        return
+    attention = (args.model_init_kwargs or {}).get("attn_implementation")
+    reason = prefix_sharing.obstacle(config, attention=attention, peft_config=peft_config)
+    if reason:
+        raise _refusal(reason)
+
+
+def _refusal(reason: str) -> ConfigError:
+    return ConfigError(
+        f"prefix_sharing is always, which does not work here: {reason}. Set `prefix_sharing: auto`, which pads where "
+        "it must."
+    )
+
+
+class PrefixSharing:
+    """Decides at construction; `pack` then gives each batch its packed form, or None where it is to be padded."""
+
+    def __init__(self, trainer) -> None:
+        self._setting, self._accelerator = trainer.args.prefix_sharing, trainer.accelerator
+        self._said: set[str] = set()
+        self._checked = False
+        self.active = self._setting != "never"
+        if not self.active:
+            return
+        models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+        bases = [_innermost(trainer.accelerator.unwrap_model(model)) for model in models]
+        adapter = trainer.model.active_peft_config if is_peft_model(trainer.model) else None
+        for base in bases:
+            reason = prefix_sharing.obstacle(base.config, base, peft_config=adapter)
+            if reason:
+                self._give_up(reason)
+                return
+        for base in bases:
+            prefix_sharing.share_prefixes(base)
+        self._config = bases[0].config.get_text_config()
+        self._cost = prefix_sharing.attention_cost(self._config)
+        self._window = sliding_window(self._config)
+        # kernels on accelerators are made for widths of multiples of eight
+        self._multiple = 1 if trainer.accelerator.device.type == "cpu" else 8
+        if self._setting == "always" and self._window:
+            self._check_lengths(trainer)
+
+    def pack(self, batch: dict, groups: list[int]):
+        """The packed form of a padded batch, from `batch["packed"]` if it is there; None where it must be padded."""
+        if not self.active:
+            return None
+        if "packed" not in batch:
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+            packed = prefix_sharing.pack_padded(
+                batch["input_ids"], batch["attention_mask"], labels, groups, self._cost, self._multiple
+            )
+            if packed is not None and packed.unshared:
+                self._say(
+                    "some pairs' prompts differ between the sides (truncation_mode keep_end cuts them at different "
+                    "places); these run unshared, counted as prefix_sharing/unshared"
+                )
+            if packed is not None and self._window and packed.longest > self._window:
+                self._refuse(f"a row of {packed.longest} tokens is longer than the sliding window of {self._window}")
+                packed = None
+            batch["packed"] = packed
+        return batch["packed"]
+
+    def check(self, model) -> None:
+        """Once, at the first forward: a few made-up tokens through both forms. All ranks call it."""
+        if self._checked or not self.active:
+            return
+        self._checked = True
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            gaps = prefix_sharing.self_check(model, self._config.vocab_size, self._accelerator.device)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        largest, mean = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device)).amax(0).tolist()
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
+        if not (mean <= _MEAN_HALF if half else largest <= _LARGEST_FP32):
+            self._give_up(f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens")
+
+    def _check_lengths(self, trainer) -> None:
+        for name in ("train_dataset", "eval_dataset"):
+            sets = getattr(trainer, name)
+            for rows in sets.values() if isinstance(sets, dict) else [sets]:
+                if rows is None or not hasattr(rows, "select_columns"):
+                    continue
+                longest = 0
+                for row in rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+                    longest = max(longest, len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+                longest = min(longest, trainer.args.max_length or longest)
+                if longest > self._window:
+                    self._refuse(f"a row of {longest} tokens is longer than the sliding window of {self._window}")
+
+    def _give_up(self, reason: str) -> None:
+        self._refuse(reason)
+        self.active = False
+
+    def _refuse(self, reason: str) -> None:
+        if self._setting == "always":
+            raise _refusal(reason)
+        self._say(f"prefix sharing is not used: {reason}")
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            get_logger().info(text)
+
+
+def _innermost(model):
+    return model.get_base_model() if is_peft_model(model) else model
