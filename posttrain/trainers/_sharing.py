@@ -2,6 +2,7 @@
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
@@ -98,16 +99,16 @@ class PrefixSharing:
             self._give_up(f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens")
 
     def _check_lengths(self, trainer) -> None:
-        for name in ("train_dataset", "eval_dataset"):
-            sets = getattr(trainer, name)
+        limit = trainer.args.max_length
+        for sets in (trainer.train_dataset, trainer.eval_dataset):
             for rows in sets.values() if isinstance(sets, dict) else [sets]:
-                if rows is None or not hasattr(rows, "select_columns"):
+                if not isinstance(rows, Dataset):
                     continue
-                longest = 0
-                for row in rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
-                    longest = max(longest, len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
-                longest = min(longest, trainer.args.max_length or longest)
-                if longest > self._window:
+                lengths = (
+                    len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows
+                )
+                longest = max(lengths, default=0)
+                if min(longest, limit or longest) > self._window:
                     self._refuse(f"a row of {longest} tokens is longer than the sliding window of {self._window}")
 
     def _give_up(self, reason: str) -> None:

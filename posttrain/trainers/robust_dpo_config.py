@@ -62,8 +62,8 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
     prefix_sharing: str = field(
         default="auto",
         metadata={
-            "help": "Compute the prompt of a pair once for both answers: auto (where the model allows), always (an error "
-            "where it does not) or never (padded pairs, as TRL has them)."
+            "help": "Compute the prompt of a pair once for both answers: auto (where the model allows), always (an "
+            "error where it does not) or never (padded pairs, as TRL has them)."
         },
     )
     check_reference: bool = field(

@@ -16,11 +16,13 @@ for _method, _settings in METHODS.items():
 EQUAL["dr_dpo-cached-2x2x2-13"] = dict(EQUAL["dr_dpo-2x2x2-13"], precompute_ref_log_probs=True)
 EQUAL["dr_dpo-full-2x2x2-13"] = dict(EQUAL["dr_dpo-2x2x2-13"], peft=False)
 EQUAL["rdpo-full-2x4-16"] = dict(EQUAL["rdpo-2x4-16"], peft=False)
+EQUAL["dr_dpo-padded-2x2x2-13"] = dict(EQUAL["dr_dpo-2x2x2-13"], prefix_sharing="never")
 
 LOCAL = {"dr_dpo-local-2x2x2-16": dict(EQUAL["dr_dpo-2x2x2-16"], dr_dpo_scope="micro_batch")}
 RESCALE = {"dr_dpo-rescale-2x2x2-13": dict(EQUAL["dr_dpo-2x2x2-13"], dr_dpo_window="rescale")}
 
 
 def whole(case: dict) -> dict:
-    """The same case on one process, all 8 pairs of a step in one batch."""
-    return case | dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, precompute_ref_log_probs=False)
+    """The same case on one process, all 8 pairs of a step in one padded batch."""
+    one = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, precompute_ref_log_probs=False)
+    return case | one | dict(prefix_sharing="never")

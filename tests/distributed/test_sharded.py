@@ -93,6 +93,9 @@ def test_two_ranks_make_the_update_of_one(launch, single, case):
     assert distance(ours, change) <= 1e-4
     for logged, reference in zip(launch.results["history"][case], history, strict=True):
         for name in reference:
+            # how a batch is laid out in rows, and how fast it runs
+            if name.startswith(("tokens/", "prefix_sharing/")):
+                continue
             if "/" in name or name in ("loss", "num_tokens", "entropy", "mean_token_accuracy"):
                 assert logged[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-5), name
 

@@ -21,6 +21,7 @@ def test_a_4bit_base_trains_two_steps_and_its_adapter_reloads(tiny_folder, tmp_p
     assert type(layer).__name__ == "Linear4bit" and layer.weight.quant_type == "nf4"
     before = trainable(trainer.model)
     trainer.train()
+    assert trainer._sharing.active, "prefix sharing holds for a quantised base too"
     after = trainable(trainer.model)
     assert all("lora" in name for name in before)
     assert any(not torch.equal(after[name], before[name]) for name in before)
@@ -59,3 +60,20 @@ def test_an_evaluation_in_eval_mode_leaves_the_gradients_right(tiny_folder, tmp_
     moved = [name for name in plain if "lora_B" in name]
     assert moved and all(plain[name].any() for name in moved), "every layer's B moves in the first step"
     assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
+
+
+def test_packed_pairs_score_as_padded_ones(tiny_folder, tmp_path):
+    scores = {}
+    for setting in ("never", "always"):
+        trainer = RobustDPOTrainer(
+            tiny_folder,
+            args=RobustDPOConfig(**settings(tmp_path / "run", pair_loss="dpo", prefix_sharing=setting)),
+            train_dataset=make_pairs(8),
+            peft_config=lora(),
+            quantization_config=get_quantization_config(ModelConfig(load_in_4bit=True)),
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        with torch.no_grad():
+            scores[setting] = trainer.score(trainer.model, batch).chosen_logps
+    # sums over some 30 tokens computed in bf16
+    torch.testing.assert_close(scores["always"], scores["never"], atol=0.1, rtol=2e-3)

@@ -1,8 +1,8 @@
 """Packing: answers to one prompt in one row, several prompts in one row, and the way back.
 
-A row of the packed batch holds one or more blocks one after another, a block being `prompt | answer 1 | answer 2 | ...`.
-Each answer's positions continue those of the prompt. A token sees the tokens of its own block that come before it and
-belong to the prompt or to its own answer, nothing else; so every answer sees what it would see in a row of its own.
+A row of the packed batch holds one or more blocks, a block being `prompt | answer 1 | answer 2 | ...`. Each answer's
+positions continue those of the prompt. A token sees the tokens of its own block that come before it and belong to the
+prompt or to its own answer, nothing else; so every answer sees what it would see in a row of its own.
 
 The token after a prompt is predicted by the prompt's last token, whatever the answer. That state is read once per
 answer, so no token has to be repeated in front of an answer and none can be seen twice.

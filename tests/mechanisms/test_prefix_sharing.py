@@ -1,0 +1,348 @@
+import itertools
+import random
+
+import pytest
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from posttrain.mechanisms.length_sorting import sort_pairs
+from posttrain.mechanisms.prefix_sharing import (
+    attention_cost,
+    obstacle,
+    pack,
+    pack_padded,
+    self_check,
+    share_prefixes,
+)
+from posttrain.models import tiny_model
+
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma3_text": {"sliding_window": 64},
+    "mistral": {},
+}
+
+
+def random_ids(rng, low, high):
+    return [rng.randrange(3, 250) for _ in range(rng.randint(low, high))]
+
+
+def random_groups(seed, count=6, answers=4):
+    rng = random.Random(seed)
+    prompts = [random_ids(rng, 1, 12) for _ in range(count)]
+    return prompts, [[random_ids(rng, 1, 9) for _ in range(rng.randint(1, answers))] for _ in prompts]
+
+
+def padded_batch(prompts, answers, side="right"):
+    """The rows `prompt + answer` in order, padded, with the group of each."""
+    rows = [(prompt, answer, i) for i, prompt in enumerate(prompts) for answer in answers[i]]
+    width = max(len(p) + len(a) for p, a, _ in rows)
+    batch = {name: torch.zeros(len(rows), width, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    batch["labels"] = torch.full((len(rows), width), -100)
+    for i, (prompt, answer, _) in enumerate(rows):
+        start = 0 if side == "right" else width - len(prompt) - len(answer)
+        end = start + len(prompt) + len(answer)
+        batch["input_ids"][i, start:end] = torch.tensor(prompt + answer)
+        batch["attention_mask"][i, start:end] = 1
+        batch["labels"][i, start + len(prompt) : end] = torch.tensor(answer)
+    return batch, [group for _, _, group in rows]
+
+
+def fused(architecture="llama", attention="sdpa", **config):
+    model = tiny_model(architecture, **(ARCHITECTURES[architecture] | config))
+    model.set_attn_implementation(attention)
+    for parameter in model.parameters():
+        # random logits are nearly flat otherwise, and hide what a token sees
+        parameter.data.mul_(3.0)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    share_prefixes(model)
+    return model
+
+
+def scores(model, batch, packed=None):
+    extra = {} if packed is None else {"packed": packed}
+    return model(**batch, use_cache=False, fused_lm_head=True, **extra)
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.02, 10.0], ids=["one-row", "some-rows", "long-rows-dear"])
+@pytest.mark.parametrize("seed", range(3))
+def test_each_answer_sees_what_it_would_see_in_a_row_of_its_own(cost, seed):
+    prompts, answers = random_groups(seed)
+    packed = pack(prompts, answers, attention_cost=cost)
+    visible, found = packed.visible()[:, 0], 0
+    alone = [prompt + answer for prompt, several in zip(prompts, answers, strict=True) for answer in several]
+    for source, label, target in zip(packed.sources, packed.labels, packed.targets, strict=True):
+        row, place = divmod(int(source), packed.input_ids.shape[1])
+        answer, column = divmod(int(target), packed.shape[1])
+        seen = visible[row, place].nonzero().squeeze(1)
+        assert packed.input_ids[row, seen].tolist() == alone[answer][: column + 1]
+        assert packed.position_ids[row, seen].tolist() == list(range(column + 1))
+        assert int(label) == alone[answer][column + 1]
+        found += 1
+    assert found == sum(len(answer) for several in answers for answer in several)
+
+
+def test_what_a_row_costs_decides_how_much_goes_into_it():
+    prompts, answers = random_groups(0, count=8, answers=2)
+    free, dear = pack(prompts, answers), pack(prompts, answers, attention_cost=10.0)
+    assert free.input_ids.shape[0] == 1 and free.forwarded == free.tokens
+    assert dear.input_ids.shape[0] > 4
+    assert dear.tokens >= free.tokens, "short prompts are repeated rather than shared"
+
+
+def test_scores_come_back_in_the_callers_order():
+    prompts, answers = [[5, 6, 7], [8]], [[[11, 12], [13]], [[14, 15, 16]]]
+    packed = pack(prompts, answers)
+    values = packed.labels.float()
+    assert [part.tolist() for part in packed.per_answer(values)] == [[11, 12], [13], [14, 15, 16]]
+    assert packed.unpack(values).tolist() == [[0, 0, 11, 12], [0, 0, 13, 0], [14, 15, 16, 0]]
+
+
+def test_a_prompt_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="prompt 1 or one of its answers has no token"):
+        pack([[5], []], [[[6]], [[7]]])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_padded_batch_is_packed_as_its_rows(side):
+    prompts, answers = random_groups(3)
+    batch, groups = padded_batch(prompts, answers, side)
+    packed, direct = pack_padded(*batch.values(), groups), pack(prompts, answers)
+    assert torch.equal(packed.input_ids, direct.input_ids) and torch.equal(packed.visible(), direct.visible())
+    assert packed.unshared == 0
+    labels = batch["labels"][:, 1:]
+    assert torch.equal(packed.unpack(packed.labels), labels.masked_fill(labels == -100, 0))
+
+
+def test_rows_of_one_group_with_other_prompts_stand_alone():
+    batch, _ = padded_batch([[5, 6], [5, 7], [8, 9]], [[[11]], [[12]], [[13], [14]]])
+    packed = pack_padded(*batch.values(), [0, 0, 1, 1])
+    assert packed.unshared == 1
+    assert packed.tokens == 3 + 3 + 4
+
+
+def test_labels_with_holes_keep_their_places():
+    batch, groups = padded_batch([[5, 6]], [[[11, 12, 13], [14, 15]]])
+    batch["labels"][0, 3] = -100
+    packed = pack_padded(*batch.values(), groups)
+    assert packed.unpack(packed.labels).tolist() == [[0, 11, 0, 13], [0, 14, 15, 0]]
+
+
+def test_a_batch_without_labels_or_with_holes_in_its_rows_is_left_alone():
+    batch, groups = padded_batch(*random_groups(0))
+    assert (
+        pack_padded(batch["input_ids"], batch["attention_mask"], torch.full_like(batch["labels"], -100), groups) is None
+    )
+    batch["attention_mask"][:, 1] = 0
+    assert pack_padded(*batch.values(), groups) is None
+
+
+def test_packing_real_lengths_pads_under_a_tenth():
+    rng, forwarded, tokens = random.Random(0), 0, 0
+    for _ in range(50):
+        # as in dialogues: long tails on both
+        prompts = [[7] * max(5, int(rng.lognormvariate(4.8, 0.7))) for _ in range(4)]
+        answers = [[[8] * max(2, int(rng.lognormvariate(3.7, 0.8))) for _ in range(2)] for _ in prompts]
+        packed = pack(prompts, answers, attention_cost=3e-4)
+        forwarded, tokens = forwarded + packed.forwarded, tokens + packed.tokens
+    assert 1 - tokens / forwarded < 0.1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("cost", [0.0, 0.02], ids=["one-row", "some-rows"])
+def test_the_padded_numbers_come_back(architecture, attention, cost):
+    model = fused(architecture, attention)
+    batch, groups = padded_batch(*random_groups(1))
+    packed = pack_padded(*batch.values(), groups, attention_cost=cost)
+    weights = torch.rand(batch["input_ids"].shape[0], generator=torch.Generator().manual_seed(0)) - 0.5
+    gradients, outputs = [], []
+    for form in (None, packed):
+        model.zero_grad()
+        outputs.append(scores(model, batch, form))
+        (outputs[-1].log_probs.sum(dim=1) * weights).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    padded, shared = outputs
+    for name in ("log_probs", "entropy", "mean_logits"):
+        torch.testing.assert_close(getattr(shared, name), getattr(padded, name), rtol=0, atol=1e-4)
+    assert torch.equal(shared.is_top1, padded.is_top1) and torch.equal(shared.label_mask, padded.label_mask)
+    assert shared.loss.item() == pytest.approx(padded.loss.item(), rel=1e-5)
+    assert padded.log_probs.std() > 0.1
+    assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+def test_flex_attention_takes_a_block_mask():
+    batch, groups = padded_batch(*random_groups(1))
+    model = fused(attention="flex_attention")
+    with torch.no_grad():
+        padded = scores(fused(), batch)
+        shared = scores(model, batch, pack_padded(*batch.values(), groups))
+    torch.testing.assert_close(shared.log_probs, padded.log_probs, rtol=0, atol=1e-4)
+
+
+def test_other_implementations_are_refused():
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        pack([[5]], [[[6]]]).attention_mask("flash_attention_2", torch.float32)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_changing_one_answer_changes_no_other(attention):
+    model = fused(attention=attention)
+    prompts, answers = [[5, 6, 7, 8]], [[[11, 12, 13], [14, 15], [16, 17, 18]]]
+    results = []
+    for second in ([14, 15], [200, 3]):
+        answers[0][1] = second
+        batch, groups = padded_batch(prompts, answers)
+        with torch.no_grad():
+            results.append(scores(model, batch, pack_padded(*batch.values(), groups)).log_probs)
+    before, after = results
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ([5], [[11], [12]]),
+        ([5, 6, 7], [[11], [12, 13, 14, 15]]),
+        ([5, 6, 7], [[11, 12, 13], [11, 12, 13]]),
+        ([5, 6, 7], [[7], [6, 7]]),
+    ],
+    ids=["one-token-each", "one-token-answer", "equal-answers", "answers-of-prompt-tokens"],
+)
+def test_the_smallest_shapes(prompt, answers):
+    model = fused()
+    batch, groups = padded_batch([prompt], [answers])
+    with torch.no_grad():
+        padded, shared = scores(model, batch), scores(model, batch, pack_padded(*batch.values(), groups))
+    torch.testing.assert_close(shared.log_probs, padded.log_probs, rtol=0, atol=1e-5)
+
+
+def test_a_bool_mask_under_eager_is_the_error_that_the_float_mask_avoids():
+    model = fused(attention="eager")
+    batch, groups = padded_batch(*random_groups(1))
+    with torch.no_grad():
+        padded = scores(model, batch).log_probs
+        right = pack_padded(*batch.values(), groups)
+        wrong = pack_padded(*batch.values(), groups)
+        wrong._masks["eager", torch.float32] = wrong.visible()
+        errors = [(scores(model, batch, packed).log_probs - padded).abs().max() for packed in (right, wrong)]
+    assert errors[0] <= 1e-4 and errors[1] > 1e-2
+
+
+def test_a_repeated_prompt_token_would_see_itself_twice():
+    # the layout of the published code: each further answer starts with a copy of the prompt's last token
+    model = fused()
+    prompts, answers = [[5, 6, 7, 8]], [[[11, 12, 13], [14, 15]]]
+    batch, groups = padded_batch(prompts, answers)
+    with torch.no_grad():
+        padded = scores(model, batch).log_probs
+        right = pack_padded(*batch.values(), groups)
+        doubled = pack(prompts, [[[11, 12, 13], [8, 14, 15]]])
+        second = doubled.branches == 2
+        doubled.position_ids[second] -= 1
+        own = doubled.targets >= doubled.shape[1]
+        # the copy, seeing the original, predicts the answer's first token
+        doubled.targets[own] -= 1
+        doubled.sources, doubled.labels, doubled.targets = (
+            x[~(own & (doubled.targets == doubled.targets[own].min()))]
+            for x in (doubled.sources, doubled.labels, doubled.targets)
+        )
+        doubled.shape = tuple(padded.shape)
+        places = {int(t): int(s) for t, s in zip(doubled.targets, doubled.sources, strict=True)}
+        wrong = scores(model, batch, doubled).log_probs
+        error = (scores(model, batch, right).log_probs - padded).abs().max()
+    assert len(places) == 5 and error <= 1e-5
+    assert (wrong[1, 3:] - padded[1, 3:]).abs().max() > 1e-3
+
+
+def test_the_check_finds_a_model_that_ignores_the_mask():
+    model = fused()
+    assert max(self_check(model.eval(), 259, "cpu")) < 1e-4
+    backbone = model.model.forward
+    model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
+    assert self_check(model, 259, "cpu")[0] > 2e-2
+
+
+def test_the_check_finds_a_model_that_ignores_positions():
+    model = fused()
+    backbone = model.model.forward
+    model.model.forward = lambda *args, position_ids=None, **kwargs: backbone(*args, **kwargs)
+    assert self_check(model, 259, "cpu")[0] > 2e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "reason"),
+    [
+        ("llama", {"_attn_implementation": "flash_attention_2"}, "flash_attention_2 takes no mask"),
+        ("qwen3", {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention do not go by a mask"),
+        ("llama", {"alibi": True}, "ALiBi"),
+        ("llama", {"output_router_logits": True}, "auxiliary loss"),
+        ("llama", {"is_encoder_decoder": True}, "encoder-decoder"),
+        ("llama", {}, None),
+    ],
+)
+def test_what_stands_in_the_way_is_named(architecture, changes, reason):
+    config = tiny_model(architecture).config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    found = obstacle(config)
+    assert found is None if reason is None else reason in found
+
+
+def test_models_that_place_tokens_themselves_are_found():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    mamba = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mamba", vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    assert "linear_attention do not go by a mask" in obstacle(mamba.config, mamba)
+    mpt = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mpt", vocab_size=50, d_model=16, n_heads=2, n_layers=1)
+    )
+    assert "MptForCausalLM builds its positions itself" in obstacle(mpt.config, mpt)
+
+
+def test_generation_and_plain_calls_are_as_before():
+    model = fused().eval()
+    ids = torch.tensor([[5, 6, 7]])
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 6)
+    assert model(input_ids=ids).logits.shape == (1, 3, 259)
+
+
+def test_the_cost_of_attention_grows_with_the_share_of_its_work():
+    small = attention_cost(tiny_model(hidden_size=64).config)
+    assert 0 < attention_cost(tiny_model(hidden_size=64, intermediate_size=1024).config) < small
+
+
+def test_sorting_deals_the_same_pairs_out_by_length():
+    rng = random.Random(0)
+    batches, number = [], itertools.count(1)
+    for size in (2, 2, 1):
+        lengths = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range(size)]
+        width = max(max(pair) for pair in lengths)
+        rows = [pair[side] for side in (0, 1) for pair in lengths]
+        mask = (torch.arange(width) < torch.tensor(rows).unsqueeze(1)).long()
+        own = torch.tensor([next(number) for _ in range(size)])
+        batches.append(
+            {"input_ids": mask * own.repeat(2).unsqueeze(1), "attention_mask": mask, "ref_chosen_logps": own.float()}
+            | {"real_rows": size}
+        )
+    after = sort_pairs(batches)
+    assert [batch["real_rows"] for batch in after] == [2, 2, 1]
+    assert sorted(x for batch in after for x in batch["ref_chosen_logps"].tolist()) == [1, 2, 3, 4, 5]
+    totals = []
+    for batch in after:
+        size = batch["real_rows"]
+        assert (
+            batch["input_ids"].shape[0] == 2 * size
+            and batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
+        )
+        for i, name in enumerate(batch["ref_chosen_logps"].tolist()):
+            for row in (i, i + size):
+                assert set(batch["input_ids"][row].tolist()) <= {0, int(name)}
+            totals.append(int(batch["attention_mask"][[i, i + size]].sum()))
+    assert totals == sorted(totals, reverse=True)

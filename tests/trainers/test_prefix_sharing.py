@@ -1,0 +1,227 @@
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PromptTuningConfig
+
+from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain.errors import ConfigError
+from posttrain.models import byte_tokenizer, tiny_model
+from tests.conftest import make_pairs
+from tests.training import distance, lora, losses, settings, train
+
+METHODS = {
+    "dpo": dict(pair_loss="dpo"),
+    "rdpo": dict(pair_loss="rdpo", flip_rate=0.2),
+    "dr_dpo": dict(reduction="dr_dpo", beta_prime=0.3),
+}
+# TRL is giving it up
+KEEP_END = pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
+ACCUMULATE = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("posttrain"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="posttrain")
+    return lambda: caplog.text
+
+
+def build(folder, out, peft=True, pairs=None, **overrides):
+    args = RobustDPOConfig(**settings(out, **overrides))
+    peft_config = lora() if peft is True else peft or None
+    return RobustDPOTrainer(folder, args=args, train_dataset=pairs or make_pairs(8), peft_config=peft_config)
+
+
+def save(folder, model):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+def test_five_steps_end_where_padded_ones_end(tiny_folder, tmp_path, method, peft):
+    run = dict(METHODS[method], **ACCUMULATE, peft=peft, pairs=make_pairs(20), max_steps=5)
+    padded, first = train(tiny_folder, tmp_path / "padded", prefix_sharing="never", **run)
+    shared, second = train(tiny_folder, tmp_path / "shared", prefix_sharing="always", **run)
+    assert distance(shared, padded) <= 1e-4
+    assert losses(second) == pytest.approx(losses(first), rel=1e-4)
+    plain, _ = train(tiny_folder, tmp_path / "other", prefix_sharing="never", **run | dict(beta_prime=1.0, beta=0.9))
+    assert distance(plain, padded) > 1e-3, "the tolerance tells runs apart"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        dict(precompute_ref_log_probs=True),
+        dict(gradient_checkpointing=True),
+        dict(ld_alpha=0.5),
+        dict(pair_loss="ipo"),
+        pytest.param(dict(truncation_mode="keep_end", max_length=60), marks=KEEP_END),
+        dict(model_init_kwargs={"attn_implementation": "eager"}),
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_with_every_setting_that_touches_the_forward(tiny_folder, tmp_path, extra):
+    extra = dict(pair_loss="dpo") | extra
+    padded, first = train(tiny_folder, tmp_path / "padded", prefix_sharing="never", **ACCUMULATE, **extra)
+    shared, second = train(tiny_folder, tmp_path / "shared", prefix_sharing="always", **ACCUMULATE, **extra)
+    assert distance(shared, padded) <= 1e-4
+    first, second = ([row for row in t.state.log_history if "loss" in row] for t in (first, second))
+    for ours, theirs in zip(second, first, strict=True):
+        assert ours["num_tokens"] == theirs["num_tokens"]
+        for name in ("logps/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "rewards/margins"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+def test_bf16_stays_close(tiny_folder, tmp_path):
+    padded, _ = train(tiny_folder, tmp_path / "padded", prefix_sharing="never", bf16=True, pair_loss="dpo")
+    shared, _ = train(tiny_folder, tmp_path / "shared", prefix_sharing="always", bf16=True, pair_loss="dpo")
+    assert distance(shared, padded) < 0.05
+
+
+def test_evaluation_and_reference_are_shared_as_well(tiny_folder, tmp_path, monkeypatch):
+    results = {}
+    for setting in ("never", "always"):
+        trainer = build(tiny_folder, tmp_path / setting, prefix_sharing=setting)
+        packed = []
+        inner = trainer.model.get_base_model().forward
+        monkeypatch.setattr(
+            trainer.model.get_base_model(),
+            "forward",
+            lambda *args, _packed=packed, _inner=inner, **kwargs: (
+                _packed.append("packed" in kwargs) or _inner(*args, **kwargs)
+            ),
+        )
+        results[setting] = trainer.evaluate(make_pairs(6, seed=4))
+        results[setting, "packed"] = packed[2:] if setting == "always" else packed
+    names = [name for name in results["never"] if "/" in name or name == "eval_loss"]
+    for name in names:
+        assert results["always"][name] == pytest.approx(results["never"][name], rel=1e-4, abs=1e-5), name
+    # after the two forwards of the check: policy and reference
+    assert results["always", "packed"] == [True, True] and results["never", "packed"] == [False, False]
+
+
+def test_what_is_padded_and_how_fast_is_logged(tiny_folder, tmp_path):
+    shares = {}
+    for setting in ("never", "auto"):
+        _, trainer = train(tiny_folder, tmp_path / setting, prefix_sharing=setting)
+        row = trainer.state.log_history[0]
+        assert row["tokens/per_second"] > 0
+        shares[setting] = row["tokens/padding_share"]
+    assert 0 <= shares["auto"] < shares["never"] < 1
+    assert row["prefix_sharing/unshared"] == 0
+    batch = next(iter(trainer.get_train_dataloader()))
+    packed = trainer._sharing.pack(batch, 2 * list(range(8)))
+    assert packed.tokens < batch["attention_mask"].sum()
+
+
+@KEEP_END
+def test_sides_cut_at_different_places_are_counted(tiny_folder, tmp_path, said):
+    pairs = make_pairs(16)
+    _, trainer = train(
+        tiny_folder, tmp_path, pairs=pairs, truncation_mode="keep_end", max_length=40, prefix_sharing="always"
+    )
+    assert 0 < trainer.state.log_history[0]["prefix_sharing/unshared"] <= 1
+    assert said().count("some pairs' prompts differ between the sides") == 1
+
+
+def test_the_default_shares(tiny_folder, tmp_path):
+    assert RobustDPOConfig(str(tmp_path)).prefix_sharing == "auto"
+    assert build(tiny_folder, tmp_path)._sharing.active
+
+
+def test_an_unknown_setting_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="prefix_sharing is 'on'; it must be one of auto, always, never"):
+        RobustDPOConfig(str(tmp_path), prefix_sharing="on")
+
+
+PROMPT_TUNING = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+
+
+def test_virtual_tokens_fall_back_with_the_reason(tiny_folder, tmp_path, said):
+    trainer = build(tiny_folder, tmp_path / "a", peft=PROMPT_TUNING)
+    assert not trainer._sharing.active
+    assert said().count("prefix sharing is not used: PROMPT_TUNING puts virtual tokens in front") == 1
+    with pytest.raises(ConfigError, match="prefix_sharing is always, which does not work here: PROMPT_TUNING"):
+        build(tiny_folder, tmp_path / "b", peft=PROMPT_TUNING, prefix_sharing="always")
+
+
+def test_always_is_refused_before_the_model_loads(tmp_path):
+    # a folder without weights: loading it would fail with another error
+    folder = tmp_path / "model"
+    tiny_model("qwen3", layer_types=["linear_attention", "full_attention"]).config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(ConfigError, match="layers of type linear_attention do not go by a mask"):
+        build(str(folder), tmp_path / "out", prefix_sharing="always")
+
+
+def test_a_window_shorter_than_a_row_pads_that_batch(tmp_path, said):
+    folder = save(tmp_path / "model", tiny_model("mistral", sliding_window=48))
+    runs = {}
+    for setting in ("never", "auto"):
+        runs[setting], trainer = train(
+            folder, tmp_path / setting, pair_loss="dpo", prefix_sharing=setting, **ACCUMULATE
+        )
+    assert trainer._sharing.active
+    assert distance(runs["auto"], runs["never"]) <= 1e-4
+    assert "is longer than the sliding window of 48" in said()
+    with pytest.raises(ConfigError, match="longer than the sliding window of 48"):
+        build(folder, tmp_path / "always", prefix_sharing="always")
+
+
+def test_a_model_that_answers_otherwise_when_packed_is_padded(tiny_folder, tmp_path, said, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    inner = LlamaModel.forward
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            kwargs["attention_mask"] = None
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    padded, _ = train(tiny_folder, tmp_path / "a", pair_loss="dpo", prefix_sharing="never")
+    change, trainer = train(tiny_folder, tmp_path / "b", pair_loss="dpo")
+    assert distance(change, padded) == 0
+    assert not trainer._sharing.active and trainer.model.training
+    assert "prefix sharing is not used: packed log-probs differ from padded ones by up to" in said()
+    with pytest.raises(ConfigError, match="packed log-probs differ"):
+        train(tiny_folder, tmp_path / "c", pair_loss="dpo", prefix_sharing="always")
+
+
+def test_the_check_leaves_modes_and_random_state_alone(tiny_folder, tmp_path):
+    trainer = build(tiny_folder, tmp_path)
+    trainer.model.train()
+    frozen = trainer.model.get_base_model().model.norm
+    frozen.eval()
+    state = torch.get_rng_state()
+    trainer._sharing.check(trainer.model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.model.training and not frozen.training
+
+
+def test_one_token_answers_and_rows_without_an_end(tmp_path, tiny_folder):
+    # plain text: no end-of-turn is added to what already holds tokens
+    rows = [{"prompt": "a", "chosen": "b", "rejected": c} for c in ("c", "dd", "eee", "b c")]
+    pairs = Dataset.from_list(rows * 2)
+    run = dict(pair_loss="dpo", pairs=pairs, max_length=3)
+    padded, _ = train(tiny_folder, tmp_path / "a", prefix_sharing="never", **run)
+    shared, _ = train(tiny_folder, tmp_path / "b", prefix_sharing="always", **run)
+    assert distance(shared, padded) <= 1e-4
+
+
+def test_cached_reference_values_are_told_apart(tiny_folder, tmp_path):
+    # equal to rounding only, and `never` promises TRL's bits
+    for setting in ("always", "never", "always"):
+        build(
+            tiny_folder,
+            tmp_path / setting,
+            precompute_ref_log_probs=True,
+            ref_cache_dir=str(tmp_path / "cache"),
+            prefix_sharing=setting,
+        )
+    assert len([path for path in (tmp_path / "cache").iterdir()]) == 2
