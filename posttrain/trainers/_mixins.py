@@ -1,7 +1,6 @@
 """What the trainers of a family share. Each public trainer is (one of these mixins, TRL's trainer)."""
 
 import contextlib
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,14 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import schema
-from posttrain.hub import clean_readme, preflight, push_checkpoint, push_run, write_model_card
+from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
 from posttrain.models import resolve_model
-from posttrain.reporting import RunReport
-from posttrain.trainers import _checkpoints, _checks, _reference
-from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
+from posttrain.trainers import _checks, _reference
+from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, check_setting
 
 # Columns of a batch that are ours or the loss's, not the model's
@@ -55,7 +53,7 @@ class PairScores:
     shift_mask: Tensor
 
 
-class PreferenceMixin:
+class PreferenceMixin(RunMixin):
     """Preference training in four seams: `score`, `pair_losses`, `reduce_pairs`, `extra_metrics`.
 
     Every pass over the model (policy, reference, precompute, window scoring, evaluation) goes through `score`. The
@@ -89,94 +87,21 @@ class PreferenceMixin:
         check_setting(args, config, peft_config)
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
-        self.hub_destination = preflight(args, model)
+        self._begin_run(preflight(args, model))
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._reference_is_given = ref_model is not None
         self._margin_checked = False
-        self._known_identity = self.reference_key = None
-        self._finite_loss, self._live_gradients = FiniteLoss(), None
+        self.reference_key = None
         self._sharing, self._clock = None, None
         with _checks.upstream_refusals():
             super().__init__(
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
             )
         _checks.check_parallelism(self.accelerator)
-        keep_4bit_weights_trainable(self.model)
+        self._finish_construction()
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
-        if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
-            self.add_callback(RunReport())
         get_logger().info("reference: %s", _reference.describe(self))
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train as `transformers.Trainer.train` does, resuming only from complete checkpoints.
-
-        Args:
-            resume_from_checkpoint: a path; True for the newest complete checkpoint in `output_dir`; "auto" for that one
-                if there is any.
-
-        Raises:
-            ConfigError: no complete checkpoint where one is asked for, or one of another method, data or batch split.
-            DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
-        """
-        checkpoint = _checkpoints.find(self.args.output_dir, resume_from_checkpoint)
-        if checkpoint is not None:
-            content = _checkpoints.read(checkpoint, self._identity() if self.args.check_resume else None)
-            self._total_train_tokens = content["state"]["num_tokens"]
-        self._live_gradients = None
-        output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
-        if self._live_gradients:
-            self._live_gradients.after_step(self)
-        return output
-
-    def _identity(self) -> dict:
-        if self._known_identity is None:
-            self._known_identity = _checkpoints.identity(self)
-        return self._known_identity
-
-    def identity_settings(self) -> dict:
-        """Settings of the method that a resumed run must share with the one it goes on from."""
-        return {}
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """Save the adapter or model; all ranks call it. No local path is left in the card that PEFT writes."""
-        # not upstream's own push from here: it would come before the card, and push_to_hub is called after it anyway
-        super().save_model(output_dir, _internal_call=True)
-        if self.is_world_process_zero():
-            clean_readme(output_dir or self.args.output_dir, self.args.base_model_id)
-
-    # stands on Trainer.push_to_hub: saves first, on all ranks, and never fails the run
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
-        """Save, write the card and push to the hub; a push that fails is a warning with the command that retries."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        return push_run(self, commit_message, blocking=blocking, token=token, revision=revision)
-
-    # stands on Trainer.init_hf_repo, which would ask the hub again, once and without another try
-    def init_hf_repo(self, token=None, private=None):
-        self.hub_model_id = self.hub_destination.repo_id
-        self.push_in_progress = None
-
-    # stands on Trainer._push_from_checkpoint
-    def _push_from_checkpoint(self, checkpoint_folder):
-        push_checkpoint(self, checkpoint_folder)
-
-    # stands on DPOTrainer._save_checkpoint, and through it on Trainer's
-    def _save_checkpoint(self, model, trial):
-        with _checkpoints.complete_or_not_there(self):
-            super()._save_checkpoint(model, trial)
-
-    # stands on Trainer._clip_grad_norm, the last call before the optimiser's step
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
-        # in fp16 the gradient scaler skips such steps by itself
-        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
-            stop(self, "the gradient")
-        return norm
 
     # stands on DPOTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
@@ -283,15 +208,6 @@ class PreferenceMixin:
         """Whether the loss depends on which pairs share a micro-batch."""
         return False
 
-    def _watch_gradients(self) -> None:
-        if self._live_gradients is None:
-            watched = self.args.check_gradients and is_peft_model(self.model)
-            self._live_gradients = LiveGradients(self.model) if watched else False
-        elif self._live_gradients and self._live_gradients.after_step(self):
-            self._live_gradients = False
-        if self._live_gradients:
-            self._live_gradients.before_step(self)
-
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""
         for batch in batches:
@@ -394,11 +310,6 @@ class PreferenceMixin:
         for name, value in metrics.items():
             self._metrics[mode][name] = [value]
         super().log(logs, start_time)
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write `README.md` into the output folder: what was trained, on what, how, and how to load it."""
-        if self.is_world_process_zero():
-            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
         """The loss of each pair, (B,) from log-ratios (B,) in nats."""

@@ -1,0 +1,111 @@
+"""What every trainer's run has: complete checkpoints and exact resumption, watches over loss and gradients, the hub."""
+
+import math
+
+from accelerate.utils import is_peft_model
+
+from posttrain.compat import keep_4bit_weights_trainable
+from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
+from posttrain.reporting import RunReport
+from posttrain.trainers import _checkpoints
+from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
+
+
+class RunMixin:
+    """The part of each mixin that does not depend on its family. Stands on `transformers.Trainer`."""
+
+    def _begin_run(self, hub_destination) -> None:
+        """Before the parent's constructor."""
+        self.hub_destination = hub_destination
+        self._known_identity = None
+        self._finite_loss, self._live_gradients = FiniteLoss(), None
+
+    def _finish_construction(self) -> None:
+        """After the parent's constructor."""
+        keep_4bit_weights_trainable(self.model)
+        if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
+            self.add_callback(RunReport())
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Train as `transformers.Trainer.train` does, resuming only from complete checkpoints.
+
+        Args:
+            resume_from_checkpoint: a path; True for the newest complete checkpoint in `output_dir`; "auto" for that one
+                if there is any.
+
+        Raises:
+            ConfigError: no complete checkpoint where one is asked for, or one of another method, data or batch split.
+            DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
+        """
+        checkpoint = _checkpoints.find(self.args.output_dir, resume_from_checkpoint)
+        if checkpoint is not None:
+            content = _checkpoints.read(checkpoint, self._identity() if self.args.check_resume else None)
+            self._total_train_tokens = content["state"]["num_tokens"]
+        self._live_gradients = None
+        output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        if self._live_gradients:
+            self._live_gradients.after_step(self)
+        return output
+
+    def _identity(self) -> dict:
+        if self._known_identity is None:
+            self._known_identity = _checkpoints.identity(self)
+        return self._known_identity
+
+    def identity_settings(self) -> dict:
+        """Settings of the method that a resumed run must share with the one it goes on from."""
+        return {}
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the adapter or model; all ranks call it. No local path is left in the card that PEFT writes."""
+        # not upstream's own push from here: it would come before the card, and push_to_hub is called after it anyway
+        super().save_model(output_dir, _internal_call=True)
+        if self.is_world_process_zero():
+            clean_readme(output_dir or self.args.output_dir, self.args.base_model_id)
+
+    # stands on Trainer.push_to_hub: saves first, on all ranks, and never fails the run
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        """Save, write the card and push to the hub; a push that fails is a warning with the command that retries."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return push_run(self, commit_message, blocking=blocking, token=token, revision=revision)
+
+    # stands on Trainer.init_hf_repo, which would ask the hub again, once and without another try
+    def init_hf_repo(self, token=None, private=None):
+        self.hub_model_id = self.hub_destination.repo_id
+        self.push_in_progress = None
+
+    # stands on Trainer._push_from_checkpoint
+    def _push_from_checkpoint(self, checkpoint_folder):
+        push_checkpoint(self, checkpoint_folder)
+
+    # stands on DPOTrainer._save_checkpoint, and through it on Trainer's
+    def _save_checkpoint(self, model, trial):
+        with _checkpoints.complete_or_not_there(self):
+            super()._save_checkpoint(model, trial)
+
+    # stands on Trainer._clip_grad_norm, the last call before the optimiser's step
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        # in fp16 the gradient scaler skips such steps by itself
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            stop(self, "the gradient")
+        return norm
+
+    def _watch_gradients(self) -> None:
+        if self._live_gradients is None:
+            watched = self.args.check_gradients and is_peft_model(self.model)
+            self._live_gradients = LiveGradients(self.model) if watched else False
+        elif self._live_gradients and self._live_gradients.after_step(self):
+            self._live_gradients = False
+        if self._live_gradients:
+            self._live_gradients.before_step(self)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Write `README.md` into the output folder: what was trained, on what, how, and how to load it."""
+        if self.is_world_process_zero():
+            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
