@@ -8,6 +8,12 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
+    "HPTConfig": "posttrain.trainers.policy_gradient",
+    "HPTTrainer": "posttrain.trainers.policy_gradient",
+    "PolicyGradientConfig": "posttrain.trainers.policy_gradient",
+    "PolicyGradientTrainer": "posttrain.trainers.policy_gradient",
+    "QAEConfig": "posttrain.trainers.policy_gradient",
+    "QAETrainer": "posttrain.trainers.policy_gradient",
     "RobustDPOConfig": "posttrain.trainers.robust_dpo",
     "RobustDPOTrainer": "posttrain.trainers.robust_dpo",
 }

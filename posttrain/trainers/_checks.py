@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from posttrain.data.tokens import load_processing_class, tokenizer_of
 from posttrain.errors import ConfigError, DataError, PosttrainError
 
 # |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
@@ -149,3 +150,14 @@ def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
             "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel; if this is "
             "intended, set `check_reference: false`."
         )
+
+
+def tokenizer_for(model, processing_class, args):
+    """The tokenizer of a run, before its model loads."""
+    if processing_class is None:
+        model_id = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        if not model_id:
+            raise ConfigError("the model has no name to load a tokenizer by; pass `processing_class`.")
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        processing_class = load_processing_class(model_id, revision, args.trust_remote_code)
+    return tokenizer_of(processing_class)

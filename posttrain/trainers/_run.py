@@ -43,7 +43,7 @@ class RunMixin:
             self._total_train_tokens = content["state"]["num_tokens"]
         self._live_gradients = None
         output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
-        if self._live_gradients:
+        if self._live_gradients and self.step_moved:
             self._live_gradients.after_step(self)
         return output
 
@@ -51,6 +51,11 @@ class RunMixin:
         if self._known_identity is None:
             self._known_identity = _checkpoints.identity(self)
         return self._known_identity
+
+    @property
+    def step_moved(self) -> bool:
+        """Whether the last optimiser step could move the weights."""
+        return True
 
     def identity_settings(self) -> dict:
         """Settings of the method that a resumed run must share with the one it goes on from."""
@@ -100,7 +105,7 @@ class RunMixin:
         if self._live_gradients is None:
             watched = self.args.check_gradients and is_peft_model(self.model)
             self._live_gradients = LiveGradients(self.model) if watched else False
-        elif self._live_gradients and self._live_gradients.after_step(self):
+        elif self._live_gradients and self.step_moved and self._live_gradients.after_step(self):
             self._live_gradients = False
         if self._live_gradients:
             self._live_gradients.before_step(self)

@@ -66,19 +66,21 @@ class PrefixSharing:
             return None
         if "packed" not in batch:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-            packed = prefix_sharing.pack_padded(
-                batch["input_ids"], batch["attention_mask"], labels, groups, self._cost, self._multiple
-            )
+            packed = batch["packed"] = self.pack_rows(batch["input_ids"], batch["attention_mask"], labels, groups)
             if packed is not None and packed.unshared:
                 self._say(
                     "some pairs' prompts differ between the sides (truncation_mode keep_end cuts them at different "
                     "places); these run unshared, counted as prefix_sharing/unshared"
                 )
-            if packed is not None and self._window and packed.longest > self._window:
-                self._refuse(f"a row of {packed.longest} tokens is longer than the sliding window of {self._window}")
-                packed = None
-            batch["packed"] = packed
         return batch["packed"]
+
+    def pack_rows(self, input_ids, attention_mask, labels, groups: list[int] | None = None):
+        """The packed form of padded rows (B, L); without `groups`, rows of equal prompts share them."""
+        packed = prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple)
+        if packed is not None and self._window and packed.longest > self._window:
+            self._refuse(f"a row of {packed.longest} tokens is longer than the sliding window of {self._window}")
+            return None
+        return packed
 
     def check(self, model) -> None:
         """Once, at the first forward: a few made-up tokens through both forms. All ranks call it."""
@@ -102,7 +104,7 @@ class PrefixSharing:
         limit = trainer.args.max_length
         for sets in (trainer.train_dataset, trainer.eval_dataset):
             for rows in sets.values() if isinstance(sets, dict) else [sets]:
-                if not isinstance(rows, Dataset):
+                if not isinstance(rows, Dataset) or "chosen_ids" not in rows.column_names:
                     continue
                 lengths = (
                     len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows

@@ -7,6 +7,7 @@ from peft import PromptTuningConfig
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
+from posttrain.log import get_logger
 from posttrain.models import byte_tokenizer, tiny_model
 from tests.conftest import make_pairs
 from tests.training import distance, lora, losses, settings, train
@@ -23,7 +24,7 @@ ACCUMULATE = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("posttrain"), "propagate", True)
+    monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level(logging.INFO, logger="posttrain")
     return lambda: caplog.text
 

@@ -149,7 +149,7 @@ def pack_padded(
     input_ids: Tensor,
     attention_mask: Tensor,
     labels: Tensor,
-    groups: Sequence[int],
+    groups: Sequence[int] | None = None,
     attention_cost: float = 0.0,
     multiple: int = 1,
 ) -> PackedBatch | None:
@@ -160,7 +160,7 @@ def pack_padded(
     Args:
         input_ids, attention_mask: (B, L), padded on either side.
         labels: (B, L), -100 where a token is not scored.
-        groups: B numbers; rows of one number may share their prompt.
+        groups: B numbers; rows of one number may share their prompt. Default: rows of equal prompts.
         attention_cost: see `pack_rows`.
         multiple: round the width up to a multiple of this.
 
@@ -185,6 +185,9 @@ def pack_padded(
         prompt_lengths.append(int(labelled[0]) if len(labelled) else len(places))
     if not any(part.any() for part in scored):
         return None
+    if groups is None:
+        prompts = [row[:length].tobytes() for row, length in zip(rows, prompt_lengths, strict=True)]
+        groups = [prompts.index(prompt) for prompt in prompts]
     width = input_ids.shape[1]
     return pack_rows(rows, scored, starts, prompt_lengths, groups, width, attention_cost, multiple).to(device)
 

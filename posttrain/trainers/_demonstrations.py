@@ -1,0 +1,140 @@
+"""Demonstrations among rollouts: tokenised once, put in the place of a rollout where a prompt's gate says so."""
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import ConfigError, DataError
+
+COLUMN, IDS = "demonstration", "demonstration_ids"
+
+
+def tokenise(dataset, tokenizer, args, name: str):
+    """Add `demonstration_ids`: what the model is to say after the prompt, its end included.
+
+    Raises:
+        DataError: no `demonstration` column; an empty or over-long demonstration where the config says error; a chat
+            template under which the prompt with its answer does not begin with the prompt.
+    """
+    columns = dataset.column_names or []
+    missing = [column for column in ("prompt", COLUMN) if column not in columns]
+    if missing:
+        raise DataError(
+            f"{name} has no column {missing[0]!r}, which the gate for demonstrations needs. Found: "
+            f"{', '.join(columns)}. Rename or add it, or set `gamma: null`."
+        )
+    rows = dataset.map(
+        lambda row: {IDS: _ids(row["prompt"], row[COLUMN], tokenizer, args.chat_template_kwargs or {})},
+        desc=f"Tokenizing demonstrations of {name}",
+    )
+    lengths = [len(ids) for ids in rows[IDS]]
+    empty = [number for number, length in enumerate(lengths, 1) if not length]
+    if empty and args.empty_demonstrations == "error":
+        raise DataError(
+            f"{len(empty)} of {len(lengths)} demonstrations of {name} are empty, the first in row {empty[0]}. Fill or "
+            "drop them, or set `empty_demonstrations: rollouts`, which leaves such prompts to their rollouts."
+        )
+    limit = args.max_completion_length
+    long = [number for number, length in enumerate(lengths, 1) if length > limit]
+    if long and args.long_demonstrations == "error":
+        raise DataError(
+            f"{len(long)} of {len(lengths)} demonstrations of {name} are longer than max_completion_length ({limit} "
+            f"tokens), the first in row {long[0]} ({lengths[long[0] - 1]} tokens). Set max_completion_length to "
+            f"{max(lengths)}, or `long_demonstrations: truncate`, which cuts them before their end."
+        )
+    if long:
+        rows = rows.map(lambda row: {IDS: row[IDS][:limit]}, desc=f"Cutting demonstrations of {name}")
+    return rows
+
+
+def _ids(prompt, demonstration, tokenizer, template_kwargs: dict) -> list[int]:
+    if not demonstration:
+        return []
+    end = tokenizer.eos_token_id
+    if isinstance(prompt, str):
+        if not isinstance(demonstration, str):
+            raise DataError("a prompt is text and its demonstration is not; give both as text, or both as messages.")
+        return [*tokenizer(demonstration, add_special_tokens=False)["input_ids"], end]
+    turns = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
+    if not all(turn.get("content") for turn in turns):
+        return []
+    kwargs = {"tokenize": True, "return_dict": True, **template_kwargs}
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+    whole = tokenizer.apply_chat_template([*prompt, *turns], **kwargs)["input_ids"]
+    if whole[: len(before)] != before:
+        raise DataError(
+            "the chat template changes the prompt once an answer follows it, so the answer's tokens cannot be told "
+            "apart. Give prompt and demonstration as text with the template applied."
+        )
+    ids = whole[len(before) :]
+    # templates often write a line break after the end of the turn, which a rollout never reaches
+    last = max((i for i, token in enumerate(ids) if token == end), default=None)
+    return [*ids, end] if last is None else ids[: last + 1]
+
+
+def gate_weights(rewards: Tensor, gate: Tensor | None, soft_gate: list | None, threshold: float) -> Tensor:
+    """(P, 3) weights of each prompt's rollouts, off-policy demonstration and SFT demonstration.
+
+    Args:
+        rewards: (P, G) that success is read from, NaN where unscorable.
+        gate: (P,) True where the demonstration takes the rollouts' place; None with a `soft_gate`.
+        soft_gate: G + 1 rows of weights by the number of successes.
+        threshold: the least reward of a success.
+    """
+    if soft_gate is not None:
+        table = torch.tensor(soft_gate, dtype=torch.float32, device=rewards.device)
+        return table[(rewards >= threshold).sum(dim=1)]
+    weights = torch.zeros(len(rewards), 3, device=rewards.device)
+    weights[:, 0], weights[:, 2] = (~gate).float(), gate.float()
+    return weights
+
+
+def row_advantage(normalization: str, loss_type: str, length: Tensor, totals: dict) -> Tensor:
+    """The advantages that give demonstrations of `length` tokens (D,) the weight that `normalization` asks for.
+
+    Args:
+        normalization: unified, the weight of a rollout with advantage 1; prompt, token mean times 1 / prompts; token,
+            1 / demonstration tokens.
+        loss_type: TRL's, which sets what a token of a row weighs.
+        totals: of the generation batch over all ranks: rows, prompts, tokens (of the loss), demonstration_tokens,
+            max_length (of a completion).
+    """
+    if normalization == "unified":
+        return torch.ones_like(length)
+    wanted = 1.0 / (totals["prompts"] * length)
+    if normalization == "token":
+        wanted = torch.full_like(length, 1.0 / totals["demonstration_tokens"])
+    if loss_type == "dr_grpo":
+        weight = torch.full_like(length, 1.0 / (totals["rows"] * totals["max_length"]))
+    elif loss_type in ("grpo", "sapo"):
+        weight = 1.0 / (totals["rows"] * length)
+    elif loss_type == "luspo":
+        weight = torch.full_like(length, 1.0 / totals["rows"])
+    elif loss_type in ("dapo", "cispo", "vespo"):
+        weight = torch.full_like(length, 1.0 / totals["tokens"])
+    else:
+        raise ConfigError(
+            f"sft_normalization is {normalization} with loss_type {loss_type}, whose weight of a token depends on the "
+            "micro-batch. Set `sft_normalization: unified`, or another loss_type."
+        )
+    return wanted / weight
+
+
+def place(batch: dict, rows: list[int], demonstrations: list[list[int]], pad: int) -> None:
+    """Put demonstrations in the place of the completions of `rows`, widening the batch where they are longer."""
+    if not rows:
+        return
+    gap = max(len(ids) for ids in demonstrations) - batch["completion_ids"].size(1)
+    if gap > 0:
+        width = batch["completion_ids"].size(1)
+        for key, value in batch.items():
+            if isinstance(value, Tensor) and value.dim() == 2 and value.size(1) == width and "prompt" not in key:
+                fill = pad if key == "completion_ids" else 1 if key in ("tool_mask", "importance_sampling_ratio") else 0
+                batch[key] = torch.nn.functional.pad(value, (0, gap), value=fill)
+    for row, ids in zip(rows, demonstrations, strict=True):
+        batch["completion_ids"][row] = pad
+        batch["completion_ids"][row, : len(ids)] = torch.tensor(ids, device=batch["completion_ids"].device)
+        batch["completion_mask"][row] = 0
+        batch["completion_mask"][row, : len(ids)] = 1
+        for key, neutral in (("tool_mask", 1), ("importance_sampling_ratio", 1.0), ("old_per_token_logps", 0.0)):
+            if key in batch:
+                batch[key][row] = neutral

@@ -1,0 +1,357 @@
+"""The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
+
+import importlib
+import math
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import ConfigError, DataError, DivergedError
+from posttrain.hub import preflight
+from posttrain.log import get_logger
+from posttrain.mechanisms import group_rewards
+from posttrain.models import resolve_model
+from posttrain.objectives import advantages
+from posttrain.trainers import _checks, _demonstrations
+from posttrain.trainers._run import RunMixin
+from posttrain.trainers._sharing import PrefixSharing, check_setting
+
+
+class PolicyGradientMixin(RunMixin):
+    """Policy gradients on `trl.GRPOTrainer`: any advantage of a group's rewards, demonstrations beside rollouts.
+
+    TRL generates, scores and computes the loss. The seams are the gathered rewards, the scored batch, the buffer of
+    micro-batches and the per-token log-probs.
+    """
+
+    _config_class: type
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *rest,
+        **kwargs,
+    ):
+        args = _checks.check_args(args, self._config_class)
+        _checks.check_output_dir(args.output_dir)
+        peft_config = kwargs.get("peft_config")
+        if peft_config is not None:
+            _checks.check_lora(peft_config)
+        if isinstance(model, str):
+            model = resolve_model(model)
+        config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
+        check_setting(args, config, peft_config)
+        self._advantage_function = _advantage_function(args)
+        _check_prompts(train_dataset, eval_dataset)
+        if args.learns_from_demonstrations:
+            if config.get_text_config() is not config:
+                raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
+            tokenizer = _checks.tokenizer_for(model, processing_class, args)
+            train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
+        self._begin_run(preflight(args, model))
+        self._sharing, self._scored, self._rewards = None, None, None
+        self._dead_generations, self._skipped = 0, False
+        with _checks.upstream_refusals():
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
+        _checks.check_parallelism(self.accelerator)
+        if args.success_reward is not None and args.success_reward not in self.reward_func_names:
+            raise ConfigError(
+                f"success_reward is {args.success_reward!r}; it must be one of {', '.join(self.reward_func_names)}."
+            )
+        self._finish_construction()
+        self._sharing = PrefixSharing(self)
+
+    def identity_settings(self) -> dict:
+        names = (
+            "advantage", "quantile", "quantile_interpolation", "gamma", "soft_gate", "success_threshold",
+            "demonstration_loss", "sft_normalization", "sft_coef", "loss_type", "beta", "epsilon", "epsilon_high",
+            "scale_rewards", "num_generations", "num_iterations", "steps_per_generation", "max_completion_length",
+            "temperature", "top_p", "top_k",
+        )  # fmt: skip
+        return {name: getattr(self.args, name) for name in names}
+
+    # stands on GRPOTrainer._calculate_rewards, whose result is the gathered matrix
+    def _calculate_rewards(self, *args, **kwargs):
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        if torch.isnan(self._rewards).all():
+            raise DataError(
+                f"every reward function returned None for all {len(self._rewards)} completions of step "
+                f"{self.state.global_step + 1}, so there is nothing to learn from. Look at what "
+                f"{', '.join(self.reward_func_names)} make of the completions, and at the columns they are given."
+            )
+        return self._rewards
+
+    # stands on GRPOTrainer._generate_and_score_completions
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        training = self.model.training
+        size = self.num_generations if training else self.num_generations_eval
+        rewards = group_rewards.weighted_rewards(self._rewards, self.reward_weights)
+        mode = "train" if training else "eval"
+        self._metrics[mode]["rollouts/unscorable_share"].append(torch.isnan(rewards).float().mean().item())
+        if self._advantage_function is not None:
+            values = group_rewards.group_advantages(rewards, size, self._advantage_function)
+            self._set_advantages(batch, values)
+            if self.args.quantile is not None:
+                self._record_quantile(rewards.view(-1, size), values, mode)
+        if training and self.args.learns_from_demonstrations:
+            self._demonstrate(batch, inputs, rewards, size)
+        if training:
+            self._watch_dead_generations(batch, rewards)
+        return batch
+
+    def _set_advantages(self, batch: dict, values: Tensor) -> None:
+        """Put (N,) gathered advantages into this rank's batch and into the log of completions."""
+        own = len(batch["advantages"])
+        start = self.accelerator.process_index * own
+        batch["advantages"] = values[start : start + own].to(batch["advantages"].dtype)
+        log = self._logs["advantages"]
+        for _ in range(min(len(log), len(values))):
+            log.pop()
+        log.extend(values.tolist())
+
+    def _record_quantile(self, rewards: Tensor, values: Tensor, mode: str) -> None:
+        args, metrics = self.args, self._metrics[mode]
+        above = advantages.quantile_advantage(
+            rewards, args.quantile, scale="none", interpolation=args.quantile_interpolation
+        )
+        # the same in each scorable column
+        baseline = torch.nanmean(rewards - above, dim=1)
+        hard = baseline[~torch.isnan(baseline)] < args.success_threshold
+        metrics["qae/frac_zero_advantage"].append((values == 0).float().mean().item())
+        metrics["qae/frac_hard_prompts"].append(hard.float().mean().item())
+        metrics["qae/frac_easy_prompts"].append((~hard).float().mean().item())
+        metrics["qae/baseline_mean"].append(torch.nanmean(baseline).item())
+
+    def _demonstrate(self, batch: dict, inputs: list[dict], rewards: Tensor, size: int) -> None:
+        args, device, own = self.args, rewards.device, len(inputs)
+        start = self.accelerator.process_index * own
+        judged = rewards
+        if args.success_reward is not None:
+            judged = self._rewards[:, self.reward_func_names.index(args.success_reward)]
+        judged = judged.view(-1, size)
+        gate = None
+        if args.soft_gate is None:
+            gate = advantages.success_gate(judged, args.gamma, args.success_threshold)
+        weights = _demonstrations.gate_weights(judged, gate, args.soft_gate, args.success_threshold)
+        # a prompt without a demonstration stays with its rollouts, and whether it has one its first rank knows
+        lengths = torch.tensor([len(row[_demonstrations.IDS]) for row in inputs], device=device)
+        lengths = self.accelerator.gather(lengths).view(-1, size)[:, 0].float()
+        weights[lengths == 0] = torch.tensor([1.0, 0.0, 0.0], device=device)
+        demonstrated = (weights[:, 1:] > 0).any(dim=1)
+
+        gathered = self.accelerator.gather(batch["advantages"])
+        if (weights[:, 1] > 0).any():
+            # an off-policy demonstration belongs to the group that it is compared with
+            filled = rewards.view(-1, size).clone()
+            filled[weights[:, 1] > 0, 0] = args.success_threshold
+            function = self._advantage_function or _default_advantage(args)
+            gathered = group_rewards.group_advantages(filled.view(-1), size, function)
+        values = gathered.view(-1, size)
+        off_policy = weights[:, 1] * values[:, 0]
+        values = values * weights[:, :1]
+
+        mask = batch["completion_mask"]
+        group_of = torch.arange(start, start + own, device=device) // size
+        mask[(weights[group_of] * weights.new_tensor([1, 0, 0])).sum(dim=1) == 0] = 0
+        rows = [i for i in range(own) if (start + i) % size == 0 and demonstrated[(start + i) // size]]
+        _demonstrations.place(batch, rows, [inputs[i][_demonstrations.IDS] for i in rows], self._tokenizer.pad_token_id)
+        loss_mask = batch["completion_mask"]
+        if "tool_mask" in batch:
+            loss_mask = loss_mask * batch["tool_mask"]
+        tokens = self.accelerator.gather(loss_mask.sum()).sum()
+        batch["num_items_in_batch"] = tokens
+        totals = {
+            "rows": len(rewards),
+            "prompts": len(judged),
+            "tokens": tokens.item(),
+            "demonstration_tokens": max(lengths[demonstrated].sum().item(), 1.0),
+            "max_length": self.max_completion_length,
+        }
+        sft = weights[:, 2] * args.sft_coef
+        sft = sft * _demonstrations.row_advantage(args.sft_normalization, self.loss_type, lengths.clamp(min=1), totals)
+        whole = sft + off_policy
+        values[demonstrated, 0] = whole[demonstrated]
+        self._set_advantages(batch, values.reshape(-1))
+        flags = torch.zeros(own, device=device)
+        flags[rows] = 1.0
+        batch["demonstrations"] = flags
+        batch["off_policy_share"] = flags * torch.nan_to_num(off_policy / whole)[group_of]
+
+        metrics = self._metrics["train"]
+        successes = (judged >= args.success_threshold).sum(dim=1)
+        metrics["hpt/frac_sft_prompts"].append((weights[:, 0] == 0).float().mean().item())
+        metrics["hpt/success_rate"].append((successes.float() / size).mean().item())
+        metrics["hpt/solve_none"].append((successes == 0).float().mean().item())
+        metrics["hpt/solve_all"].append((successes == size).float().mean().item())
+        metrics["hpt/demo_tokens"].append(lengths[demonstrated].sum().item())
+
+    def _watch_dead_generations(self, batch: dict, rewards: Tensor) -> None:
+        alive = self.accelerator.gather(group_rewards.living_rows(batch).float())
+        self._metrics["train"]["rows/kept_share"].append(alive.mean().item())
+        self._dead_generations = 0 if alive.any() else self._dead_generations + 1
+        if self.args.max_dead_steps and self._dead_generations >= self.args.max_dead_steps:
+            scored = rewards[~torch.isnan(rewards)]
+            raise DivergedError(
+                f"no rollout of the last {self._dead_generations} generations had a gradient: all rewards of a prompt "
+                f"were equal (last between {scored.min().item():g} and {scored.max().item():g}). Easier prompts, a "
+                "reward with more levels, more rollouts or a higher temperature help; completions/clipped_ratio near "
+                "1 says that max_completion_length is too short. `max_dead_steps: 0` goes on all the same."
+            )
+
+    @property
+    def _drops_dead_rows(self) -> bool:
+        """Whether a row of zero advantage has no part in the loss."""
+        return (
+            self.args.drop_dead_rows
+            and self.beta == 0.0
+            and not self._entropy_bonus_enabled
+            and not self.aux_loss_enabled
+            and self.top_entropy_quantile == 1.0
+        )
+
+    # stands on GRPOTrainer._prepare_inputs, which refills the buffer once per generation
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            return inputs
+        if self._buffered_inputs is not before and self._drops_dead_rows and "pixel_values" not in inputs:
+            self._pack_buffer()
+        inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        self._metrics["train"]["rows/forwarded"].append(float(inputs["completion_ids"].size(0)))
+        return inputs
+
+    def _pack_buffer(self) -> None:
+        # micro-batches of one generation that are surely of one optimiser step
+        size = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
+        buffer = self._buffered_inputs
+        self._buffered_inputs = [
+            batch
+            for start in range(0, len(buffer), size)
+            for batch in group_rewards.pack_living(buffer[start : start + size], self.loss_type, self._largest)
+        ]
+
+    def _largest(self, number: int) -> int:
+        """The largest of a number over ranks; all of them call it."""
+        if self.accelerator.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    # stands on GRPOTrainer._compute_loss
+    def _compute_loss(self, model, inputs):
+        # a copy: what the log-probs decide is written into it before TRL reads it
+        self._scored = dict(inputs)
+        try:
+            loss = super()._compute_loss(model, self._scored)
+        finally:
+            self._scored = None
+        if self.model.training and self.is_in_train:
+            self._finite_loss.watch(self, loss)
+        return loss
+
+    # stands on GRPOTrainer._get_per_token_logps_and_entropies, the one way to log-probs of every pass
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._sharing is not None and self._sharing.active:
+            self._sharing.check(model)
+            model = _Sharing(self._sharing, model)
+        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._scored is not None and "demonstrations" in self._scored:
+            self._weigh_demonstrations(self._scored, result[0].detach())
+        return result
+
+    def _weigh_demonstrations(self, inputs: dict, logps: Tensor) -> None:
+        """Give demonstration rows the ratio 1, and each of their tokens its weight on the gradient of its log-prob."""
+        rows = inputs["demonstrations"].bool()
+        if "old_per_token_logps" in inputs:
+            inputs["old_per_token_logps"] = torch.where(rows[:, None], logps, inputs["old_per_token_logps"])
+        if "ref_per_token_logps" in inputs:
+            inputs["ref_per_token_logps"] = torch.where(rows[:, None], logps, inputs["ref_per_token_logps"])
+        mask = inputs["completion_mask"] * rows[:, None]
+        nll = -(logps * mask).sum() / mask.sum().clamp(min=1)
+        if mask.any():
+            self._metrics["train"]["hpt/sft_nll"].append(nll.item())
+        share = inputs["off_policy_share"][:, None]
+        if not share.any():
+            return
+        p = logps.exp()
+        off_policy = p if self.args.demonstration_loss == "srft" else 0.1 * p / (p + 0.1).square()
+        weights = torch.where(rows[:, None], 1 - share + share * off_policy, torch.ones_like(p))
+        inputs["advantages"] = inputs["advantages"][:, None] * weights
+
+    @property
+    def step_moved(self) -> bool:
+        return not self._dead_generations and not self._skipped
+
+    # stands on Trainer.get_batch_samples, the first call of an optimiser step
+    def get_batch_samples(self, *args, **kwargs):
+        self._watch_gradients()
+        return super().get_batch_samples(*args, **kwargs)
+
+    # stands on Trainer._clip_grad_norm, the last call before the optimiser's step
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        limit = self.args.skip_grad_norm
+        self._skipped = limit is not None and norm is not None and not norm <= limit
+        if self._skipped:
+            get_logger().warning("step %d skipped: gradient norm %.3g", self.state.global_step + 1, norm)
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
+
+
+class _Sharing:
+    """The model, with each batch packed."""
+
+    def __init__(self, sharing: PrefixSharing, model) -> None:
+        self._sharing, self._model = sharing, model
+
+    def __call__(self, input_ids, attention_mask, labels, **kwargs):
+        if kwargs.keys() <= {"fused_lm_head"}:
+            packed = self._sharing.pack_rows(input_ids, attention_mask, labels)
+            if packed is not None:
+                kwargs["packed"] = packed
+        return self._model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+def _default_advantage(args):
+    return lambda rewards: advantages.group_mean_advantage(rewards, scale=args.scale_rewards)
+
+
+def _advantage_function(args):
+    """(prompts, G) -> (prompts, G), or None where TRL's own advantages are the ones asked for."""
+    if ":" in args.advantage:
+        module, _, name = args.advantage.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"advantage is {args.advantage!r}, which cannot be imported ({error}). Give module:function, of a "
+                "module on the Python path."
+            ) from None
+        if not callable(function):
+            raise ConfigError(f"advantage is {args.advantage!r}, which is no function.")
+        return function
+    if args.advantage == "leave_one_out":
+        return advantages.leave_one_out_advantage
+    if args.advantage == "quantile" and args.quantile is not None:
+        return lambda rewards: advantages.quantile_advantage(
+            rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
+        )
+    return None
+
+
+def _check_prompts(train_dataset, eval_dataset) -> None:
+    named = {"train_dataset": train_dataset}
+    named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
+    for name, dataset in named.items():
+        columns = getattr(dataset, "column_names", None)
+        if columns and "prompt" not in columns:
+            raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise DataError(f"{name} has no rows.")

@@ -1,0 +1,207 @@
+"""Settings of the policy gradient trainers: the parts of the estimator, QAE's and HPT's presets."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from posttrain.errors import ConfigError
+from posttrain.mechanisms.group_rewards import LOSS_TYPES
+from posttrain.trainers._checks import check_choice
+from posttrain.trainers._configs import CommonConfig
+
+ADVANTAGES = ("group_mean", "quantile", "leave_one_out")
+DEMONSTRATION_LOSSES = ("sft", "luffy", "srft")
+# Without a clip a ratio is never cut off; TRL has no switch for it
+NO_CLIP = 1e9
+
+
+@dataclass
+class PolicyGradientConfig(CommonConfig, GRPOConfig):
+    """Settings of `PolicyGradientTrainer`: those of `trl.GRPOConfig` and the ones below.
+
+    At the defaults it is TRL's GRPOTrainer bit for bit, with `prefix_sharing: never` and `drop_dead_rows: false`.
+
+    Raises:
+        ConfigError: (a ValueError) a value out of range, or settings that exclude each other.
+    """
+
+    advantage: str = field(
+        default="group_mean",
+        metadata={
+            "help": "Baseline of the advantage: group_mean, quantile, leave_one_out, or a function of your own as "
+            "my_module:my_function, called with rewards (prompts, G) and returning as many advantages."
+        },
+    )
+    quantile: float | None = field(
+        default=None,
+        metadata={"help": "K of advantage: quantile, in (0, 1). null is the group mean."},
+    )
+    quantile_interpolation: str = field(
+        default="inverted_cdf",
+        metadata={"help": "inverted_cdf (exact), or linear as the published code has it."},
+    )
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of which at most this share of rollouts succeeds learn from their demonstration instead, "
+            "in [0, 1]. null closes the gate."
+        },
+    )
+    soft_gate: list | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of gamma: for 0, 1, ... G successes a list [rollouts, off_policy, sft] of weights of the "
+            "rollouts, of the demonstration as off-policy row, and of the demonstration as SFT row."
+        },
+    )
+    success_threshold: float = field(default=1.0, metadata={"help": "A rollout succeeds from this reward on."})
+    success_reward: str | None = field(
+        default=None,
+        metadata={"help": "Name of the reward function that success is read from. Default: the weighted sum."},
+    )
+    demonstration_loss: str = field(
+        default="sft",
+        metadata={
+            "help": "Gradient of a demonstration row: sft (of its log-likelihood), luffy (off-policy, shaped by "
+            "p / (p + 0.1)) or srft (off-policy, by the likelihood)."
+        },
+    )
+    sft_normalization: str = field(
+        default="unified",
+        metadata={
+            "help": "Weight of a demonstration: unified (one more row of the policy gradient), prompt (its token mean "
+            "counts as a prompt) or token (the mean over all demonstration tokens)."
+        },
+    )
+    sft_coef: float = field(default=1.0, metadata={"help": "Factor on the demonstrations' part, 0 or more."})
+    empty_demonstrations: str = field(
+        default="error",
+        metadata={"help": "What a gated prompt without demonstration does: error, or rollouts (as without the gate)."},
+    )
+    long_demonstrations: str = field(
+        default="error",
+        metadata={
+            "help": "What a demonstration beyond max_completion_length does: error, or truncate (without its end)."
+        },
+    )
+    drop_dead_rows: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave rows without gradient out of the update, where the loss has no KL, entropy or auxiliary "
+            "term. The gradient is the same."
+        },
+    )
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={"help": "Compute a prompt once for all of its rollouts: auto, always or never."},
+    )
+    skip_grad_norm: float | None = field(
+        default=None,
+        metadata={"help": "Skip the optimiser step where the gradient's norm before clipping exceeds this."},
+    )
+    max_dead_steps: int = field(
+        default=50,
+        metadata={"help": "Stop, with the cause, after so many generations running without any gradient. 0: never."},
+    )
+
+    def __post_init__(self):
+        if ":" not in self.advantage:
+            check_choice("advantage", self.advantage, (*ADVANTAGES, "my_module:my_function"))
+        check_choice("quantile_interpolation", self.quantile_interpolation, ("inverted_cdf", "linear"))
+        check_choice("demonstration_loss", self.demonstration_loss, DEMONSTRATION_LOSSES)
+        check_choice("sft_normalization", self.sft_normalization, ("unified", "prompt", "token"))
+        check_choice("empty_demonstrations", self.empty_demonstrations, ("error", "rollouts"))
+        check_choice("long_demonstrations", self.long_demonstrations, ("error", "truncate"))
+        check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
+        if self.num_generations < 2:
+            raise ConfigError(
+                f"num_generations is {self.num_generations}; an advantage compares rollouts of one prompt, so it must "
+                "be 2 or more."
+            )
+        self._check_quantile()
+        self._check_gate()
+        for name in ("sft_coef", "max_dead_steps"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.skip_grad_norm is not None and not self.skip_grad_norm > 0:
+            raise ConfigError(f"skip_grad_norm is {self.skip_grad_norm}; it must be above 0, or be left out.")
+        super().__post_init__()
+        if self.loss_type not in LOSS_TYPES:
+            raise ConfigError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(sorted(LOSS_TYPES))}.")
+
+    @property
+    def learns_from_demonstrations(self) -> bool:
+        """Whether a `demonstration` column is needed."""
+        return self.gamma is not None or self.soft_gate is not None
+
+    def _check_quantile(self) -> None:
+        if self.quantile is None:
+            return
+        if self.advantage != "quantile":
+            raise ConfigError(
+                f"quantile is {self.quantile}, which has no effect on advantage: {self.advantage}. Set "
+                "`advantage: quantile`, or leave quantile out."
+            )
+        if isinstance(self.quantile, bool | str) or not 0 < self.quantile < 1:
+            raise ConfigError(
+                f"quantile is {self.quantile!r}; it must lie in (0, 1), 0.4 is usual; null is the group mean."
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ConfigError(
+                f"multi_objective_aggregation is {self.multi_objective_aggregation} with a quantile of the summed "
+                "reward. Set `multi_objective_aggregation: sum_then_normalize`, or `quantile: null`."
+            )
+
+    def _check_gate(self) -> None:
+        if self.gamma is not None and (isinstance(self.gamma, bool | str) or not 0 <= self.gamma <= 1):
+            raise ConfigError(f"gamma is {self.gamma!r}; it is a share of rollouts, in [0, 1]; null closes the gate.")
+        if not self.learns_from_demonstrations:
+            return
+        if self.gamma is not None and self.soft_gate is not None:
+            raise ConfigError("gamma and soft_gate are both set; a prompt has one gate. Leave one of them out.")
+        if self.soft_gate is not None:
+            rows = self.soft_gate
+            good = len(rows) == self.num_generations + 1 and all(
+                isinstance(row, list | tuple) and len(row) == 3 and all(value >= 0 for value in row) for row in rows
+            )
+            if not good:
+                raise ConfigError(
+                    f"soft_gate must have {self.num_generations + 1} rows (for 0 to num_generations successes) of "
+                    "three weights of 0 or more: rollouts, off-policy demonstration, SFT demonstration."
+                )
+        for name, value, neutral, why in (
+            ("top_entropy_quantile", self.top_entropy_quantile, 1.0, "it would mask tokens of demonstrations"),
+            ("off_policy_mask_threshold", self.off_policy_mask_threshold, None, "it would mask demonstrations"),
+            ("importance_sampling_level", self.importance_sampling_level, "token", "demonstrations weigh tokens"),
+        ):
+            if value != neutral:
+                raise ConfigError(f"{name} is {value} with a gate for demonstrations; {why}. Leave {name} out.")
+
+
+@dataclass
+class QAEConfig(PolicyGradientConfig):
+    """`PolicyGradientConfig` with the settings of quantile advantage estimation (arXiv 2509.22611) on DAPO.
+
+    Clip range and group size are DAPO's and inferred; the quantile is the published code's.
+    """
+
+    advantage: str = "quantile"
+    quantile: float | None = 0.4
+    epsilon_high: float | None = 0.28
+    num_generations: int | None = 16
+
+
+@dataclass
+class HPTConfig(PolicyGradientConfig):
+    """`PolicyGradientConfig` with the settings of hybrid post-training (arXiv 2509.04419).
+
+    Dr. GRPO's sum over tokens, no scaling of rewards, no clipping; a prompt whose rollouts all fail learns from its
+    demonstration.
+    """
+
+    gamma: float | None = 0.0
+    loss_type: str = "dr_grpo"
+    scale_rewards: str = "none"
+    epsilon: float = NO_CLIP
+    learning_rate: float = 5e-6
+    lr_scheduler_type: str = "constant"

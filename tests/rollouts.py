@@ -1,0 +1,95 @@
+"""Short runs of the policy gradient trainers on rollouts that are made up, the same on any number of ranks."""
+
+import random
+
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from posttrain import PolicyGradientConfig, PolicyGradientTrainer
+from tests.training import trainable
+
+SUCCESS, FAILURE = ord("A"), ord("b")
+
+
+def prompts(successes, demonstrations=True) -> Dataset:
+    """One prompt a number; it says how many of its rollouts succeed."""
+    rows = [{"prompt": f"{number} of row {i}: " + "x" * (i % 5)} for i, number in enumerate(successes)]
+    if demonstrations:
+        for i, row in enumerate(rows):
+            row["demonstration"] = "A" + "yz" * (1 + i % 3)
+    return Dataset.from_list(rows)
+
+
+def rollouts(texts, trainer) -> dict:
+    """Completions of uneven lengths; the first rollouts of a group succeed."""
+    size, tokenizer = trainer.num_generations, trainer.processing_class
+    start = trainer.accelerator.process_index * len(texts)
+    completions = []
+    for i, text in enumerate(texts, start):
+        rng = random.Random(f"{text}{i % size}")
+        first = SUCCESS if i % size < int(text.split()[0]) else FAILURE
+        completions.append([first, *(rng.randrange(97, 122) for _ in range(rng.randint(0, 7))), tokenizer.eos_token_id])
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def success(completion_ids, **columns) -> list[float]:
+    return [float(ids[0] == SUCCESS) for ids in completion_ids]
+
+
+def settings(output_dir, **overrides) -> dict:
+    base = dict(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        num_generations=4,
+        max_completion_length=12,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        max_steps=2,
+        shuffle_dataset=False,
+        seed=3,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    return base | overrides
+
+
+def train(
+    folder,
+    output_dir,
+    trainer_class=PolicyGradientTrainer,
+    config_class=PolicyGradientConfig,
+    data=None,
+    reward=success,
+    peft=True,
+    made_up=True,
+    **overrides,
+):
+    """(change of the trainable parameters, the trainer)."""
+    trainer = trainer_class(
+        folder,
+        reward,
+        config_class(**settings(output_dir, **overrides)),
+        data if data is not None else prompts([1, 0, 4, 2, 0, 3, 0, 1]),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if peft else None,
+        rollout_func=rollouts if made_up else None,
+    )
+    before = trainable(trainer.model)
+    trainer.train()
+    after = trainable(trainer.model)
+    return {name: after[name] - before[name] for name in before}, trainer
+
+
+PARENT = dict(trainer_class=GRPOTrainer, config_class=GRPOConfig)
+
+
+def entries(trainer) -> list[dict]:
+    return [row for row in trainer.state.log_history if "loss" in row]

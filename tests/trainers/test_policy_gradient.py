@@ -1,0 +1,357 @@
+import pytest
+import torch
+
+from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, QAEConfig, QAETrainer
+from posttrain.errors import ConfigError, DataError, DivergedError
+from posttrain.log import get_logger
+from posttrain.objectives import advantages
+from tests.rollouts import PARENT, entries, prompts, train
+from tests.training import distance
+
+OFF = dict(prefix_sharing="never", drop_dead_rows=False)
+LOSSES = {
+    "grpo": dict(loss_type="grpo"),
+    "bnpo": dict(loss_type="bnpo"),
+    "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none"),
+    "dapo": dict(loss_type="dapo", epsilon_high=0.28),
+    "cispo": dict(loss_type="cispo", epsilon_high=5.0),
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence"),
+    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence"),
+    "sapo": dict(loss_type="sapo"),
+    "vespo": dict(loss_type="vespo"),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    return lambda: caplog.text
+
+
+def identical(change, other):
+    return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
+
+
+@pytest.mark.parametrize(
+    ("parent", "ours"),
+    [
+        ({}, {}),
+        (dict(beta=0.05), {}),
+        (dict(num_iterations=2), {}),
+        ({}, dict(advantage="quantile", quantile=None)),
+        (dict(loss_type="dr_grpo", scale_rewards="none"), dict(gamma=None)),
+    ],
+    ids=["default", "kl", "two-iterations", "quantile-null", "gamma-null"],
+)
+def test_neutral_settings_are_the_parent_bit_for_bit(tiny_folder, tmp_path, parent, ours):
+    reference, _ = train(tiny_folder, tmp_path / "trl", **PARENT, **parent)
+    change, _ = train(tiny_folder, tmp_path / "ours", **OFF, **parent, **ours)
+    assert identical(change, reference)
+
+
+def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):
+    def even(completion_ids, **columns):
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    run = dict(made_up=False, reward=even)
+    reference, _ = train(tiny_folder, tmp_path / "trl", **PARENT, **run)
+    change, _ = train(tiny_folder, tmp_path / "ours", **OFF, **run)
+    assert identical(change, reference)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_leaving_out_dead_rows_leaves_the_update(tiny_folder, tmp_path, loss, size):
+    split = dict(per_device_train_batch_size=size, gradient_accumulation_steps=16 // size)
+    whole, _ = train(tiny_folder, tmp_path / "whole", **OFF, **LOSSES[loss], **split)
+    kept, trainer = train(tiny_folder, tmp_path / "kept", prefix_sharing="never", **LOSSES[loss], **split)
+    assert distance(kept, whole) <= 1e-5
+    # prompts without or with nothing but successes: 4 of 8
+    logs = entries(trainer)
+    assert sum(row["rows/kept_share"] for row in logs) / len(logs) == pytest.approx(0.5)
+    assert sum(row["rows/forwarded"] for row in logs) < len(logs) * size or size == 1
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
+def test_sharing_prefixes_leaves_the_update(tiny_folder, tmp_path, loss):
+    run = LOSSES[loss] | dict(num_iterations=2, max_steps=4)
+    padded, _ = train(tiny_folder, tmp_path / "padded", **OFF, **run)
+    shared, trainer = train(tiny_folder, tmp_path / "shared", prefix_sharing="always", **run)
+    assert trainer._sharing.active
+    assert distance(shared, padded) <= 1e-4
+
+
+@pytest.mark.parametrize("extra", [dict(beta=0.1), dict(entropy_coef=0.01), dict(top_entropy_quantile=0.5)])
+def test_terms_of_their_own_keep_all_rows(tiny_folder, tmp_path, extra):
+    whole, _ = train(tiny_folder, tmp_path / "whole", **OFF, **extra)
+    change, trainer = train(tiny_folder, tmp_path / "ours", prefix_sharing="never", **extra)
+    assert not trainer._drops_dead_rows and identical(change, whole)
+
+
+def test_quantile_advantages_are_what_trains(tiny_folder, tmp_path):
+    run = dict(gradient_accumulation_steps=8, max_steps=1, prefix_sharing="never")
+    qae = dict(trainer_class=QAETrainer, config_class=QAEConfig, num_generations=4)
+    change, trainer = train(tiny_folder, tmp_path / "a", **qae, **run)
+    mean, _ = train(tiny_folder, tmp_path / "b", **qae, **run, quantile=None, advantage="group_mean")
+    parent = PARENT | dict(epsilon_high=0.28)
+    grpo, _ = train(tiny_folder, tmp_path / "c", **parent, gradient_accumulation_steps=8, max_steps=1)
+    assert distance(mean, grpo) <= 1e-5
+    assert distance(change, grpo) > 0.1
+    rewards = torch.tensor([[1.0] * n + [0.0] * (4 - n) for n in (1, 0, 4, 2, 0, 3, 0, 1)])
+    expected = advantages.quantile_advantage(rewards, 0.4)
+    assert list(trainer._logs["advantages"])[-32:] == pytest.approx(expected.flatten().tolist())
+    log = entries(trainer)[0]
+    assert log["rows/kept_share"] == pytest.approx((expected != 0).float().mean().item())
+    assert log["qae/frac_zero_advantage"] == pytest.approx((expected == 0).float().mean().item())
+    # K = 0.4: hard are success rates of at most 0.6
+    assert log["qae/frac_hard_prompts"] == pytest.approx(6 / 8)
+    assert log["qae/frac_easy_prompts"] == pytest.approx(2 / 8)
+
+
+def centred_by_median(rewards):
+    return rewards - rewards.median(dim=1, keepdim=True).values
+
+
+def test_a_function_of_the_users_own_is_an_advantage(tiny_folder, tmp_path):
+    _, trainer = train(tiny_folder, tmp_path, advantage=f"{__name__}:centred_by_median", max_steps=1)
+    assert list(trainer._logs["advantages"])[:4] == [1.0, 0.0, 0.0, 0.0]
+
+
+HPT = dict(trainer_class=HPTTrainer, config_class=HPTConfig, num_generations=4, max_steps=1)
+WHOLE = dict(gradient_accumulation_steps=8)
+
+
+def sft_gradient(folder, rows, weight):
+    """-weight x d log pi(demonstration | prompt) of a fresh model with the same weights, by plain autograd."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    for row in rows:
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        ids = prompt + tokenizer(row["demonstration"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        scored = logps.gather(1, torch.tensor(ids[1:])[:, None])[len(prompt) - 1 :]
+        (-weight(len(ids) - len(prompt)) * scored.sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("normalization", "weight"),
+    [
+        ("unified", lambda n: 1 / (32 * 12)),
+        ("prompt", lambda n: 1 / (8 * n)),
+        ("token", lambda n: 1 / 46),
+    ],
+)
+@pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale-log-probs"])
+def test_a_demonstration_row_is_an_sft_row(tiny_folder, tmp_path, normalization, weight, stale):
+    data = prompts([0] * 8)
+    run = dict(num_iterations=2, steps_per_generation=8) if stale else {}
+    change, trainer = train(
+        tiny_folder, tmp_path, peft=False, data=data, sft_normalization=normalization, **HPT, **WHOLE, **run
+    )
+    demonstration_tokens = sum(len(row["demonstration"]) + 1 for row in data)
+    assert demonstration_tokens == 46
+    gradient = sft_gradient(tiny_folder, data, weight)
+    expected = {
+        name: -0.5 * gradient[name.removeprefix("model.")] if name not in gradient else -0.5 * gradient[name]
+        for name in change
+    }
+    assert distance(change, expected) <= 1e-5
+    log = entries(trainer)[0]
+    assert log["hpt/frac_sft_prompts"] == 1 and log["hpt/solve_none"] == 1 and log["hpt/demo_tokens"] == 46
+    assert log["hpt/sft_nll"] > 1
+    assert log["rows/kept_share"] == pytest.approx(8 / 32)
+
+
+def test_the_gate_splits_prompts_by_their_successes(tiny_folder, tmp_path):
+    _, trainer = train(tiny_folder, tmp_path, **HPT, **WHOLE)
+    log = entries(trainer)[0]
+    assert log["hpt/frac_sft_prompts"] == pytest.approx(3 / 8)
+    assert log["hpt/success_rate"] == pytest.approx(11 / 32)
+    assert log["hpt/solve_all"] == pytest.approx(1 / 8)
+    shown = torch.tensor(list(trainer._logs["advantages"])[-32:]).view(8, 4)
+    assert shown[1].tolist() == [1, 0, 0, 0], "a gated prompt's one living row is the demonstration"
+    assert shown[3].tolist() == [0.5, 0.5, -0.5, -0.5]
+
+
+def test_a_closed_gate_is_dr_grpo_and_a_wide_one_is_sft(tiny_folder, tmp_path):
+    dr_grpo = dict(loss_type="dr_grpo", scale_rewards="none", epsilon=1e9, max_steps=1)
+    parent, _ = train(tiny_folder, tmp_path / "a", **PARENT, **dr_grpo, **WHOLE)
+    closed, _ = train(tiny_folder, tmp_path / "b", **HPT, **WHOLE, **OFF, gamma=None)
+    assert identical(closed, parent)
+    everything, _ = train(tiny_folder, tmp_path / "c", **HPT, **WHOLE, gamma=1.0)
+    failing, _ = train(tiny_folder, tmp_path / "d", **HPT, **WHOLE, data=prompts([0] * 8))
+    other = prompts([1, 0, 4, 2, 0, 3, 0, 1])
+    assert distance(everything, failing) > 1e-3, "other prompts"
+    again, _ = train(
+        tiny_folder,
+        tmp_path / "e",
+        **HPT,
+        **WHOLE,
+        gamma=1.0,
+        data=other,
+        reward=lambda completion_ids, **_: [0.0] * len(completion_ids),
+    )
+    assert distance(everything, again) <= 1e-6, "rewards play no part"
+
+
+def test_the_demonstration_of_an_open_prompt_plays_no_part(tiny_folder, tmp_path):
+    data = prompts([1, 2, 3, 1, 0, 2, 3, 1])
+    changed = data.to_list()
+    changed[0]["demonstration"] = "zzzzz"
+    first, _ = train(tiny_folder, tmp_path / "a", **HPT, **WHOLE, data=data)
+    second, _ = train(tiny_folder, tmp_path / "b", **HPT, **WHOLE, data=type(data).from_list(changed))
+    assert identical(first, second)
+    changed[4]["demonstration"] = "zzzzz"
+    third, _ = train(tiny_folder, tmp_path / "c", **HPT, **WHOLE, data=type(data).from_list(changed))
+    assert distance(third, first) > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_hpt_does_not_depend_on_the_split(tiny_folder, tmp_path, size):
+    split = dict(per_device_train_batch_size=size, gradient_accumulation_steps=32 // size)
+    whole, _ = train(
+        tiny_folder, tmp_path / "whole", **HPT, per_device_train_batch_size=32, gradient_accumulation_steps=1
+    )
+    change, _ = train(tiny_folder, tmp_path / "split", **HPT, **split)
+    assert distance(change, whole) <= 1e-5
+
+
+def test_a_soft_gate_mixes_by_the_number_of_successes(tiny_folder, tmp_path):
+    table = [[0, 0, 1], [0.5, 0.5, 0.25], [1, 0, 0], [1, 0, 0], [1, 0, 0]]
+    soft = dict(gamma=None, soft_gate=table, demonstration_loss="luffy")
+    _, trainer = train(tiny_folder, tmp_path, **HPT, **WHOLE, **soft)
+    shown = torch.tensor(list(trainer._logs["advantages"])[-32:]).view(8, 4)
+    # one success in four: the demonstration, of reward 1, has taken the place of the first rollout
+    filled = torch.tensor([1.0, 0, 0, 0]) - 0.25
+    assert shown[0].tolist() == pytest.approx([0.5 * 0.75 + 0.25, *(0.5 * filled[1:]).tolist()])
+    assert shown[1].tolist() == [1, 0, 0, 0] and shown[3].tolist() == [0.5, 0.5, -0.5, -0.5]
+
+
+def test_an_off_policy_row_is_weighed_by_its_likelihood(tiny_folder, tmp_path):
+    changes = {}
+    for loss in ("sft", "luffy", "srft"):
+        table = [[0, 0, 1]] * 5 if loss == "sft" else [[0, 1, 0]] * 5
+        run = dict(gamma=None, soft_gate=table, demonstration_loss=loss, data=prompts([0] * 8))
+        changes[loss], _ = train(tiny_folder, tmp_path / loss, **HPT, **WHOLE, **run)
+    # p is near 1 / 259 throughout in an untrained model, and A = 1 - 1/4
+    p = 1 / 259
+    norms = {name: sum(v.square().sum() for v in change.values()).sqrt() for name, change in changes.items()}
+    assert norms["srft"] / norms["sft"] == pytest.approx(0.75 * p, rel=0.1)
+    assert norms["luffy"] / norms["sft"] == pytest.approx(0.75 * 0.1 * p / (p + 0.1) ** 2, rel=0.1)
+
+
+def test_a_norm_beyond_the_limit_skips_the_step(tiny_folder, tmp_path, said):
+    change, _ = train(tiny_folder, tmp_path, skip_grad_norm=1e-9, max_grad_norm=1.0)
+    assert not any(value.any() for value in change.values())
+    assert "step 1 skipped: gradient norm" in said()
+
+
+REFUSED = [
+    (dict(advantage="median"), "advantage is 'median'; it must be one of group_mean, quantile, leave_one_out"),
+    (dict(advantage="no_such_module:f"), "cannot be imported"),
+    (dict(advantage="quantile", quantile=1.0), "quantile is 1.0; it must lie in (0, 1)"),
+    (dict(advantage="quantile", quantile=0.0), "quantile is 0.0; it must lie in (0, 1)"),
+    (dict(quantile=0.4), "quantile is 0.4, which has no effect on advantage: group_mean"),
+    (
+        dict(advantage="quantile", quantile=0.4, multi_objective_aggregation="normalize_then_sum"),
+        "multi_objective_aggregation is normalize_then_sum with a quantile",
+    ),
+    (dict(num_generations=1), "num_generations is 1; an advantage compares rollouts"),
+    (dict(gamma=1.5), "gamma is 1.5; it is a share of rollouts, in [0, 1]"),
+    (dict(gamma=-0.1), "gamma is -0.1; it is a share of rollouts, in [0, 1]"),
+    (dict(gamma=0.0, soft_gate=[[1, 0, 0]] * 5), "gamma and soft_gate are both set"),
+    (dict(soft_gate=[[1, 0, 0]] * 4), "soft_gate must have 5 rows"),
+    (dict(gamma=0.0, top_entropy_quantile=0.5), "top_entropy_quantile is 0.5 with a gate"),
+    (dict(gamma=0.0, importance_sampling_level="sequence"), "importance_sampling_level is sequence with a gate"),
+    (dict(sft_coef=-1.0), "sft_coef is -1.0; it must be 0 or more"),
+    (dict(skip_grad_norm=0.0), "skip_grad_norm is 0.0; it must be above 0"),
+    (dict(loss_type="ppo"), "loss_type is 'ppo'; it must be one of"),
+    (dict(sft_normalization="row"), "sft_normalization is 'row'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), REFUSED, ids=[next(iter(f)) + f"-{i}" for i, (f, _) in enumerate(REFUSED)]
+)
+def test_impossible_settings_are_refused_by_name(tiny_folder, tmp_path, fields, message):
+    with pytest.raises(ConfigError) as error:
+        train(tiny_folder, tmp_path, **fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "message"),
+    [
+        (lambda r: [{"prompt": x["prompt"]} for x in r], {}, "train_dataset has no column 'demonstration'"),
+        (lambda r: [{"question": "?"}], dict(gamma=None), "train_dataset has no column 'prompt'. Found: question"),
+        (lambda r: [x | {"demonstration": ""} for x in r], {}, "8 of 8 demonstrations of train_dataset are empty"),
+        (lambda r: [x | {"demonstration": "y" * 20} for x in r], {}, "longer than max_completion_length (12"),
+    ],
+    ids=["no-demonstration", "no-prompt", "empty", "long"],
+)
+def test_unusable_data_is_refused_before_the_model_loads(tmp_path, tiny_folder, rows, fields, message):
+    data = prompts([0] * 8)
+    with pytest.raises(DataError) as error:
+        train(tiny_folder, tmp_path, **HPT, data=type(data).from_list(rows(data.to_list())), **fields)
+    assert message in str(error.value)
+
+
+def test_fallbacks_for_demonstrations_are_taken_where_asked_for(tiny_folder, tmp_path):
+    rows = prompts([0] * 8).to_list()
+    rows[0]["demonstration"], rows[1]["demonstration"] = "", "y" * 20
+    choices = dict(empty_demonstrations="rollouts", long_demonstrations="truncate")
+    _, trainer = train(tiny_folder, tmp_path, **HPT, **WHOLE, **choices, data=type(prompts([0])).from_list(rows))
+    log = entries(trainer)[0]
+    assert log["hpt/frac_sft_prompts"] == pytest.approx(7 / 8)
+    assert log["hpt/demo_tokens"] == 12 + sum(len(row["demonstration"]) + 1 for row in rows[2:])
+
+
+def test_rewards_that_are_all_none_stop_the_run(tiny_folder, tmp_path):
+    with pytest.raises(DataError, match="every reward function returned None for all 16 completions of step 1"):
+        train(tiny_folder, tmp_path, reward=lambda completion_ids, **_: [None] * len(completion_ids))
+
+
+def test_generations_without_gradient_stop_the_run_with_the_cause(tiny_folder, tmp_path):
+    with pytest.raises(DivergedError, match="no rollout of the last 2 generations had a gradient"):
+        train(tiny_folder, tmp_path, data=prompts([0] * 8), max_dead_steps=2, max_steps=5)
+
+
+def test_unscorable_rewards_are_counted_and_weigh_nothing(tiny_folder, tmp_path):
+    def some(completion_ids, **columns):
+        return [None if ids[-2] % 2 else float(ids[0] == 65) for ids in completion_ids]
+
+    _, trainer = train(tiny_folder, tmp_path, reward=some, advantage="quantile", quantile=0.4)
+    assert 0 < entries(trainer)[0]["rollouts/unscorable_share"] < 1
+
+
+def test_the_gate_is_off_in_evaluation(tiny_folder, tmp_path):
+    _, trainer = train(tiny_folder, tmp_path, **HPT, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(prompts([0, 1], demonstrations=False))
+    assert not any("hpt/" in name for name in metrics) and "eval_loss" in metrics
+
+
+def test_presets_carry_the_methods_settings(tmp_path):
+    qae = QAEConfig(str(tmp_path), per_device_train_batch_size=16)
+    assert (qae.advantage, qae.quantile, qae.loss_type, qae.epsilon, qae.epsilon_high) == (
+        "quantile",
+        0.4,
+        "dapo",
+        0.2,
+        0.28,
+    )
+    hpt = HPTConfig(str(tmp_path), per_device_train_batch_size=8)
+    assert (hpt.gamma, hpt.loss_type, hpt.scale_rewards, hpt.beta, hpt.num_generations) == (
+        0.0,
+        "dr_grpo",
+        "none",
+        0.0,
+        8,
+    )
+    assert PolicyGradientConfig(str(tmp_path)).gamma is None
