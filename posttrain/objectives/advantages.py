@@ -1,4 +1,4 @@
-"""Advantages of the answers to one prompt, from their rewards, and the gate of HPT.
+"""Advantages of the answers to one prompt, from their rewards; the gate of HPT and its demonstrations' advantage.
 
 Rewards come as `[prompts, G]`, a row per prompt with its G answers: the gathered matrix of all ranks, because the
 answers to one prompt may lie on several. NaN marks an answer that no reward function could score. It takes part in no
@@ -13,6 +13,7 @@ from torch import Tensor
 
 SCALES = ("group", "batch", "none")
 INTERPOLATIONS = ("inverted_cdf", "linear")
+SFT_NORMALIZATIONS = ("unified", "prompt", "token")
 
 # K * n is off by some 1e-14 where K has no exact binary form: 0.07 * 100 is above 7, and its ceiling would be 8.
 _ROUNDING = 1e-9
@@ -150,6 +151,55 @@ def success_gate(rewards: Tensor, gamma: float | None, success_threshold: float 
     successes = (rewards >= success_threshold).sum(dim=1)
     gate = successes <= torch.tensor(limits, device=rewards.device)[scorable]
     return gate if gamma == 1 else torch.where(scorable > 0, gate, never)
+
+
+def demonstration_advantage(
+    normalization: str = "unified",
+    sft_coef: float = 1.0,
+    *,
+    group_size: int | None = None,
+    max_length: int | None = None,
+    demo_tokens: int | Tensor | None = None,
+    total_rows: int | Tensor | None = None,
+    total_demo_tokens: int | Tensor | None = None,
+) -> float | Tensor:
+    """The advantage of a demonstration's row that gives HPT's SFT loss its weight where rows are averaged as dr_grpo.
+
+    unified: c                                                 one more row of Dr. GRPO
+    prompt:  c x group_size x max_length / demo_tokens         the demonstration's token mean, beside a prompt's RL loss
+    token:   c x total_rows x max_length / total_demo_tokens   the mean over all demonstration tokens of the step
+
+    Args:
+        normalization: "unified" (the closest to what the published code weighs), "prompt" or "token".
+        sft_coef: c, 0 or above.
+        group_size: G, rows per prompt.
+        max_length: L_max, the longest answer allowed, in tokens.
+        demo_tokens: the tokens of this demonstration, or a tensor of them, (D,).
+        total_rows, total_demo_tokens: of the whole optimiser step; rows without gradient count.
+
+    Returns:
+        The advantage, shaped as `demo_tokens` for "prompt".
+
+    Raises:
+        ValueError: another name; sft_coef negative; a count that is needed and missing or below 1.
+
+    Source: arXiv 2509.04419. The normalisations are ours: that of the code depends on how rows are packed.
+    """
+    if normalization not in SFT_NORMALIZATIONS:
+        raise ValueError(f"sft_normalization is {normalization!r}; allowed are {', '.join(SFT_NORMALIZATIONS)}.")
+    if not 0 <= sft_coef < math.inf:
+        raise ValueError(f"sft_coef is {sft_coef:g}; it must be finite and not negative (1.0 is usual).")
+    if normalization == "unified":
+        return float(sft_coef)
+    if normalization == "prompt":
+        counts = {"group_size": group_size, "max_length": max_length, "demo_tokens": demo_tokens}
+    else:
+        counts = {"total_rows": total_rows, "max_length": max_length, "total_demo_tokens": total_demo_tokens}
+    for name, count in counts.items():
+        if count is None or not (torch.as_tensor(count) >= 1).all():
+            raise ValueError(f"{name} is {count}; sft_normalization {normalization!r} needs it, 1 or more.")
+    rows, length, tokens = counts.values()
+    return sft_coef * rows * length / tokens
 
 
 def order_statistic(quantile: float, count: int) -> int:

@@ -208,7 +208,7 @@ def test_no_nan_whatever_is_missing(name):
     assert advantages[2, [0, 2]].eq(0).all() and advantages[2].ne(0).any()
     assert torch.equal(advantage(rows([5.0])), rows([0.0]))
     assert advantage(random_rewards(3, missing=0.8)).isfinite().all()
-    # what is missing does not count: the same as the group without it, beside a group that fixes the batch
+    # what is missing does not count: the same as the group without it
     full = advantage(rows([1.0, 0.0, 0.5]))
     close(advantage(rows([1.0, NAN, 0.0, 0.5, NAN]))[:, [0, 2, 3]], full, 1e-12)
 
