@@ -177,7 +177,12 @@ def peak_memory() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        # not ru_maxrss: a child starts with that of the process that started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (2**20 if sys.platform == "darwin" else 2**10)
 
 

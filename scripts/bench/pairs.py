@@ -13,6 +13,8 @@ _PROMPTS = {
     "hh": (31, 38, 40, 45, 69, 98, 128, 161, 195, 243, 329, 416, 670, 1591),
     "short": (31, 36, 37, 38, 39, 40, 40, 41, 43, 44, 47, 50, 59, 75),
 }
+# Longer pairs, one in thirty of HH-RLHF, are left out: nothing is truncated, and the padded side fits into 16 GB
+MAX_LENGTH = 512
 _WORDS = "the house is old and a dog may sleep in front of it all day while people walk by on their way to work".split()
 
 _LLAMAS = {
@@ -53,7 +55,7 @@ def load_pairs(data: Path | None, lengths: str, count: int, seed: int, tokenizer
     """`count` pairs of HH-RLHF, or generated ones of the same lengths, in random order.
 
     `lengths: short` takes the pairs whose prompt is one message of one sentence. The column `length` is that of the
-    longer side with the prompt, in tokens.
+    longer side with the prompt, in tokens, `MAX_LENGTH` at most.
     """
     if data is None:
         return _generated(lengths, count, seed, tokenizer)
@@ -61,15 +63,16 @@ def load_pairs(data: Path | None, lengths: str, count: int, seed: int, tokenizer
     rows = rows.select_columns(["prompt", "chosen", "rejected"])
     if lengths == "short":
         rows = rows.filter(_one_sentence)
-    if count > len(rows):
-        raise SystemExit(f"{count} pairs are asked for, and there are {len(rows)} of lengths {lengths}; lower --rounds")
-    rows = rows.shuffle(seed=seed).select(range(count))
-
-    def longest(row):
-        sides = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
-        return max(len(tokenizer.apply_chat_template(side)["input_ids"]) for side in sides)
-
-    return rows.add_column("length", [longest(row) for row in rows])
+    kept, order = [], list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    for i in order:
+        sides = [rows[i]["prompt"] + rows[i][side] for side in ("chosen", "rejected")]
+        longest = max(len(tokenizer.apply_chat_template(side)["input_ids"]) for side in sides)
+        if longest <= MAX_LENGTH:
+            kept.append(rows[i] | {"length": longest})
+        if len(kept) == count:
+            return Dataset.from_list(kept)
+    raise SystemExit(f"{count} pairs are asked for, and there are {len(kept)} of lengths {lengths}; lower --rounds")
 
 
 def _one_sentence(row: dict) -> bool:
@@ -88,11 +91,13 @@ def _generated(lengths: str, count: int, seed: int, tokenizer) -> Dataset:
         ids = tokenizer(" ".join(rng.choices(_WORDS, k=n)), add_special_tokens=False)["input_ids"]
         return tokenizer.decode(ids[:n])
 
-    for _ in range(count):
+    while len(rows) < count:
         prompt, chosen = rng.random(), rng.random()
         # the answers' lengths correlate at 0.48
         rejected = chosen if rng.random() < 0.48 else rng.random()
         sizes = tokens(_PROMPTS[lengths], prompt), tokens(_ANSWERS, chosen), tokens(_ANSWERS, rejected)
+        if sizes[0] + max(sizes[1:]) > MAX_LENGTH:
+            continue
         # a space in front of each part, so that no token runs across the seam
         row = {name: " " + text(n - 1) for name, n in zip(("prompt", "chosen", "rejected"), sizes, strict=True)}
         rows.append(row | {"length": sizes[0] + max(sizes[1:])})

@@ -32,34 +32,19 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
+from bench.sides import Counts, Setting, at_step_end, make_trainer, no_curves
 
 MODELS = ("embedded:smollm2-135m", "random-0.5b", "random-1.5b", "random-tiny")
 COMPARED = ("loss", "logps/chosen", "logps/rejected", "grad_norm")
 ABLATION = ("trl", "padded", "sharing", "posttrain")
-WINDOW = ("trl", "sharing", "packing", "posttrain")
+WINDOW = ("trl", "packing", "posttrain")
 GROUPED = ("trl", "trl_random", "posttrain", "posttrain_random")
 BASELINE = "trl"
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the arms of one block of rows have in common."""
-
-    section: str
-    lengths: str
-    reference: str
-    arms: tuple[str, ...]
-    model: str
-    pairs: int = 4
-    accumulation: int = 1
-    attention: str = "sdpa"
 
 
 def settings(args) -> list[Setting]:
@@ -96,139 +81,6 @@ def _flash(attention: str) -> tuple[str, ...]:
     return ("trl_flash",) if attention == "sdpa" and is_flash_attn_2_available() else ()
 
 
-def trainer_class(arm: str, columns: dict):
-    """The arm's trainer; `columns` are the reference values it is given, or gets the ones it computes."""
-    from trl import DPOTrainer
-
-    from posttrain import RobustDPOTrainer
-    from posttrain.mechanisms.prefix_sharing import packing
-
-    base = DPOTrainer if arm.startswith("trl") else RobustDPOTrainer
-
-    class Arm(base):
-        def _precompute_ref_logps(self, dataset, name, batch_size):
-            if not columns:
-                dataset = super()._precompute_ref_logps(dataset, name, batch_size)
-                columns.update({key: list(dataset[key]) for key in ("ref_chosen_logps", "ref_rejected_logps")})
-                return dataset
-            for key, values in columns.items():
-                dataset = dataset.add_column(key, values)
-            return dataset
-
-    class Unsorted(Arm):
-        def _sorted(self, batches):
-            return batches
-
-    class OneRowAPair(Unsorted):
-        def _packed(self, model, batch):
-            with mock.patch.object(packing, "_bins", _one_block_a_row):
-                return super()._packed(model, batch)
-
-    return {"sharing": OneRowAPair, "packing": Unsorted}.get(arm, Arm)
-
-
-def _one_block_a_row(sizes, attention_cost, multiple):
-    return [[i] for i in range(len(sizes))], -(-max(sizes) // multiple) * multiple
-
-
-class Counts:
-    """Tokens that the backbone computes and positions that reach the LM head, by arm (the name of its thread)."""
-
-    def __init__(self):
-        self.of: dict[str, list[int]] = {}
-
-    def add(self, place: int, number: int) -> None:
-        self.of.setdefault(threading.current_thread().name, [0, 0])[place] += number
-
-    def watch(self, model) -> None:
-        def forwarded(module, args, kwargs):
-            self.add(0, (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel())
-
-        model.base_model.register_forward_pre_hook(forwarded, with_kwargs=True)
-
-    def watch_head(self):
-        """Patches the function through which TRL's fused head scores hidden states (N, hidden)."""
-        from trl.trainer import utils
-
-        inner, outer = utils._ChunkedLogProbFunction, self
-
-        class Counted:
-            @staticmethod
-            def apply(hidden_states, *rest):
-                outer.add(1, hidden_states.size(0))
-                return inner.apply(hidden_states, *rest)
-
-        return mock.patch.object(utils, "_ChunkedLogProbFunction", Counted)
-
-
-def make_trainer(setting: Setting, arm: str, rows, folder: Path, steps: int, seed: int, columns: dict, counts: Counts):
-    """The arm's trainer over `rows`, all in their order, and the model inside."""
-    import torch
-    from bench.pairs import load_model, load_tokenizer
-    from peft import LoraConfig
-    from transformers import PrinterCallback
-    from trl import DPOConfig
-
-    from posttrain import RobustDPOConfig
-
-    cuda = torch.cuda.is_available()
-    attention = "flash_attention_2" if arm == "trl_flash" else setting.attention
-    model = load_model(setting.model, attention, torch.bfloat16 if cuda else torch.float32)
-    counts.watch(model)
-    common = dict(
-        output_dir=str(folder / arm),
-        per_device_train_batch_size=setting.pairs,
-        gradient_accumulation_steps=setting.accumulation,
-        max_steps=steps,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        precompute_ref_log_probs=setting.reference == "precomputed",
-        max_length=1024,
-        use_cpu=not cuda,
-        bf16=cuda,
-        gradient_checkpointing=cuda,
-        dataloader_pin_memory=cuda,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-    )
-    if arm.startswith("trl"):
-        config = DPOConfig(**common)
-    else:
-        sharing = "never" if arm == "padded" else "always"
-        config = RobustDPOConfig(
-            **common, pair_loss="dpo", prefix_sharing=sharing, ref_cache_dir=str(folder / "reference")
-        )
-    trainer = trainer_class(arm, columns)(
-        model,
-        args=config,
-        train_dataset=rows.remove_columns("length"),
-        processing_class=load_tokenizer(setting.model),
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def at_step_end(call):
-    from transformers import TrainerCallback
-
-    class AtStepEnd(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            call()
-
-    return AtStepEnd()
-
-
 def draw(setting: Setting, data: Path | None, rounds: int, seed: int) -> dict:
     """The rows of each arm: one step to warm up, the same for all, then `rounds` steps."""
     from bench.pairs import grouped_by_length, load_pairs, load_tokenizer
@@ -258,7 +110,7 @@ def measure(setting: Setting, data: Path | None, rounds: int, seed: int) -> dict
     # ours first, the fastest at the reference values that all are then given
     columns = {order: {} for order in (False, True)}
     trainers, snapshots, sides = {}, {arm: [] for arm in setting.arms}, {}
-    with tempfile.TemporaryDirectory() as folder, counts.watch_head():
+    with tempfile.TemporaryDirectory() as folder, counts.watch_head(), no_curves():
         for arm in reversed(setting.arms):
             given = columns[arm.endswith("_random")]
             trainers[arm] = make_trainer(setting, arm, rows[arm], Path(folder), rounds + 1, seed, given, counts)
@@ -350,7 +202,7 @@ def measure_memory(setting: Setting, arm: str, data: Path | None, rounds: int) -
     longest = max(range(len(rows)), key=lambda i: rows[i]["length"]) // step
     other = 0 if longest else 1
     rows = rows.select([batch * step + i for batch in (longest, other) for i in range(step)])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, no_curves():
         trainer = make_trainer(setting, arm, rows, Path(folder), 2, 0, {}, Counts())
         before = harness.peak_memory()
         trainer.train()
@@ -364,7 +216,7 @@ def memory_of_each(setting: Setting, args, rounds: int) -> dict[str, dict]:
         job = {"setting": dataclasses.asdict(setting), "arm": arm, "rounds": rounds}
         command = [sys.executable, __file__, "--measure-memory", json.dumps(job)]
         command += ["--data", str(args.data)] if args.data else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"POSTTRAIN_LOG": "warning"})
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise SystemExit(f"the process that measures the memory of {arm} failed; see the lines above")
         found[arm] = json.loads(done.stdout.splitlines()[-1])
@@ -429,6 +281,9 @@ def main(arguments: list[str] | None = None) -> None:
         job = json.loads(args.measure_memory)
         print(json.dumps(measure_memory(Setting(**job["setting"]), job["arm"], args.data, job["rounds"])))
         return
+    # a table, not what every trainer says at its start
+    os.environ.setdefault("POSTTRAIN_LOG", "warning")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import torch
     from bench.floors import add_floors
 
