@@ -109,7 +109,7 @@ def test_ratios_of_other_batches_are_of_sums(bench):
 
 def test_targets_name_what_was_not_reached(bench):
     row = {"section": "pairs", "model": "m", "lengths": "short", "reference": "live", "pairs": 4, "accumulation": 1}
-    row["attention"] = "sdpa"
+    row |= {"attention": "sdpa", "device": "cpu"}
     theirs = row | {"arm": "trl", "peak_mib": 90}
     ours = row | {"arm": "posttrain", "ratio": [1.4, 1.2, 1.6], "lowest_ratio": 0.9, "peak_mib": 100}
     found = bench.targets([theirs, ours])

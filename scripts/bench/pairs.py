@@ -13,7 +13,7 @@ _PROMPTS = {
     "hh": (31, 38, 40, 45, 69, 98, 128, 161, 195, 243, 329, 416, 670, 1591),
     "short": (31, 36, 37, 38, 39, 40, 40, 41, 43, 44, 47, 50, 59, 75),
 }
-# Longer pairs, one in thirty of HH-RLHF, are left out: nothing is truncated, and the padded side fits into 16 GB
+# Longer pairs, 6% of HH-RLHF, are left out: nothing is truncated, and on CPU the padded side fits into 16 GB
 MAX_LENGTH = 512
 _WORDS = "the house is old and a dog may sleep in front of it all day while people walk by on their way to work".split()
 

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python scripts/bench/robust_dpo.py --data ../shared/data --json docs/evidence/prefix_sharing.json
 
 All sides train in one process on the same pairs in the same micro-batches, with the same LoRA, optimiser and seed, and
-take turns step by step. Each makes one call of `trainer.train()`, held at the end of every step; a step is timed from
+take turns step by step. Pairs have at most 512 tokens. Each makes one call of `trainer.train()`, held at the end of every step; a step is timed from
 one such end to the next. It so contains logging, the next batch's loading, sorting and packing, the reference, forward,
 backward, clipping and the optimiser, whatever part of it a trainer does where: timing from `on_step_begin` would leave
-out loading and logging, and timing `train()` its set-up. The first step does not count.
+out loading and logging, and timing `train()` its set-up. The first step does not count, on CUDA the first three.
 
 Every arm's loss, log-probabilities and gradient norm must equal TRL's at every step, or the run ends with an error.
 Precomputed reference values are computed once, by the first arm, and given to all: that pass is no part of a step.
@@ -82,22 +82,30 @@ def _flash(attention: str) -> tuple[str, ...]:
 
 
 def draw(setting: Setting, data: Path | None, rounds: int, seed: int) -> dict:
-    """The rows of each arm: one step to warm up, the same for all, then `rounds` steps."""
+    """The rows of each arm: those to warm up, the same for all, then `rounds` steps."""
     from bench.pairs import grouped_by_length, load_pairs, load_tokenizer
     from datasets import concatenate_datasets
 
     step = setting.pairs * setting.accumulation
+    warmup = step * warmup_steps()
     tokenizer = load_tokenizer(setting.model)
     if setting.section != "grouped":
-        rows = load_pairs(data, setting.lengths, step * (rounds + 1), seed, tokenizer)
+        rows = load_pairs(data, setting.lengths, warmup + step * rounds, seed, tokenizer)
         return dict.fromkeys(setting.arms, rows)
     # 50 batches are the sampler's mega-batch
-    many = load_pairs(data, setting.lengths, max(50 * 4, 4 * rounds) * step + step, seed, tokenizer)
-    warm, rest = many.select(range(step)), many.select(range(step, len(many)))
+    many = load_pairs(data, setting.lengths, warmup + max(50 * 4, 4 * rounds) * step, seed, tokenizer)
+    warm, rest = many.select(range(warmup)), many.select(range(warmup, len(many)))
     grouped = grouped_by_length(rest, step, rounds, seed)
     shuffled = grouped.shuffle(seed=seed)
     both = {False: concatenate_datasets([warm, grouped]), True: concatenate_datasets([warm, shuffled])}
     return {arm: both[arm.endswith("_random")] for arm in setting.arms}
+
+
+def warmup_steps() -> int:
+    import torch
+
+    # FlexAttention compiles for the first shapes that it meets
+    return 3 if torch.cuda.is_available() else 1
 
 
 def measure(setting: Setting, data: Path | None, rounds: int, seed: int) -> dict[str, dict]:
@@ -109,17 +117,18 @@ def measure(setting: Setting, data: Path | None, rounds: int, seed: int) -> dict
     rows, counts = draw(setting, data, rounds, seed), Counts()
     # ours first, the fastest at the reference values that all are then given
     columns = {order: {} for order in (False, True)}
+    warmup = warmup_steps()
     trainers, snapshots, sides = {}, {arm: [] for arm in setting.arms}, {}
     with tempfile.TemporaryDirectory() as folder, counts.watch_head(), no_curves():
         for arm in reversed(setting.arms):
             given = columns[arm.endswith("_random")]
-            trainers[arm] = make_trainer(setting, arm, rows[arm], Path(folder), rounds + 1, seed, given, counts)
+            trainers[arm] = make_trainer(setting, arm, rows[arm], Path(folder), warmup + rounds, seed, given, counts)
         for arm in setting.arms:
             sides[arm] = _side(trainers[arm], snapshots[arm], counts, arm)
-        seconds = harness.alternate(sides, rounds)
+        seconds = harness.alternate(sides, rounds, warmup)
     measured = {}
     for arm in setting.arms:
-        ends = snapshots[arm]
+        ends = snapshots[arm][warmup - 1 :]
         steps = [(end[0] - start[0], end[1] - start[1]) for start, end in zip(ends, ends[1:], strict=False)]
         logged = [entry for entry in trainers[arm].state.log_history if "loss" in entry]
         measured[arm] = {
@@ -170,10 +179,13 @@ def summarise(setting: Setting, measured: list[dict[str, dict]], memory: dict[st
     """A row per arm, from one measurement per seed. Ratios: TRL's seconds over the arm's, step by step."""
     from statistics import mean
 
+    import torch
+
     def values(arm, name):
         return [value for seed in measured for value in seed[arm][name]]
 
     rows, fixed = [], {key: value for key, value in dataclasses.asdict(setting).items() if key != "arms"}
+    fixed["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     theirs = values(BASELINE, "seconds")
     for arm in setting.arms:
         seconds = values(arm, "seconds")
@@ -224,10 +236,10 @@ def memory_of_each(setting: Setting, args, rounds: int) -> dict[str, dict]:
 
 
 def targets(rows: list[dict]) -> list[dict]:
-    """What was to be reached, beside what was."""
+    """What was to be reached on CPU, beside what was."""
     found = []
     for row in rows:
-        if row["arm"] != "posttrain" or row["section"] != "pairs":
+        if (row["device"], row["section"], row["arm"]) != ("cpu", "pairs", "posttrain"):
             continue
         where = f"{row['model']}, {row['lengths']}, reference {row['reference']}, {row['pairs']} pairs"
         if row["lengths"] == "hh":
