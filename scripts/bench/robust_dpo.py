@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=2 python scripts/bench/robust_dpo.py --data ../shared/data --json docs/evidence/prefix_sharing.json
 
-All sides train in one process on the same pairs in the same micro-batches, with the same LoRA, optimiser and seed, and
-take turns step by step. Pairs have at most 512 tokens. Each makes one call of `trainer.train()`, held at the end of every step; a step is timed from
-one such end to the next. It so contains logging, the next batch's loading, sorting and packing, the reference, forward,
-backward, clipping and the optimiser, whatever part of it a trainer does where: timing from `on_step_begin` would leave
-out loading and logging, and timing `train()` its set-up. The first step does not count, on CUDA the first three.
+All sides train in one process on the same pairs (of at most 512 tokens) in the same micro-batches, with the same LoRA,
+optimiser and seed, and take turns step by step. Each makes one call of `trainer.train()`, held at the end of every
+step; a step is timed from one such end to the next. It so contains logging, the next batch's loading, sorting and
+packing, the reference, forward, backward, clipping and the optimiser, whatever part of it a trainer does where: timing
+from `on_step_begin` would leave out loading and logging, and timing `train()` its set-up. The first step does not
+count, on CUDA the first three.
 
 Every arm's loss, log-probabilities and gradient norm must equal TRL's at every step, or the run ends with an error.
-Precomputed reference values are computed once, by the first arm, and given to all: that pass is no part of a step.
+Precomputed reference values are computed once, by an arm of ours, and given to all: that pass is no part of a step.
 
 Sections: `pairs`, one batch a step; `window`, four batches a step, where sorting by length has something to sort;
 `grouped`, batches drawn as `train_sampling_strategy: group_by_length` of transformers draws them from a large data set,
