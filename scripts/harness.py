@@ -1,10 +1,14 @@
-"""What the scripts under bench/ and evidence/ share: options, resumable grids, intervals, facts of the machine."""
+"""What the scripts under bench/ and evidence/ share: options, resumable grids, turns, intervals, the machine."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
+import queue
+import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -92,16 +96,94 @@ def bootstrap(table, draws: int = 4000, seed: int = 0) -> tuple[float, float, fl
     return float(table.mean()), float(low), float(high)
 
 
-def alternate(sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each side per round; sides take turns within a round, and the first `warmup` rounds do not count."""
+def alternate(sides: dict[str, Callable], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each side's steps, the sides taking turns step by step; the first `warmup` rounds do not count.
+
+    A side is called once, with a function `turn`, in a thread of its own, and calls `turn()` at the end of every step;
+    there it waits until the others have made theirs, so that one side alone runs at any time. A step's time is that
+    from one `turn()` to the next. The first step also holds what the side does before it: warm up at least once. Who
+    goes first changes with every round. After the last round each side runs to its end, untimed.
+    """
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc hands other threads heaps that fit big tensors badly: let all have the main one
+        ctypes.CDLL(None).mallopt(-8, 1)
+    back, sides = queue.Queue(), {name: _Side(call) for name, call in sides.items()}
     times = {name: [] for name in sides}
-    for number in range(rounds + warmup):
-        for name, call in sides.items():
-            begun = time.perf_counter()
-            call()
-            if number >= warmup:
-                times[name].append(time.perf_counter() - begun)
+    order = list(sides)
+    for name, side in sides.items():
+        side.thread = threading.Thread(target=side.run, args=(back,), name=name, daemon=True)
+        side.thread.start()
+    try:
+        for number in range(rounds + warmup):
+            for name in order:
+                begun = time.perf_counter()
+                sides[name].go.release()
+                ended = back.get()
+                if number >= warmup:
+                    times[name].append(time.perf_counter() - begun)
+                if ended is not None:
+                    raise RuntimeError(f"{name} ended before its last step") if ended is _ENDED else ended
+            order = order[1:] + order[:1]
+        for side in sides.values():
+            side.go.release()
+            ended = back.get()
+            if ended is not _ENDED:
+                raise RuntimeError(f"{side.thread.name} has more steps than rounds") if ended is None else ended
+    finally:
+        for side in sides.values():
+            side.stopped = True
+            side.go.release()
+        for side in sides.values():
+            side.thread.join()
     return times
+
+
+class _Stopped(BaseException):
+    """Ends a side that waits for a turn that does not come."""
+
+
+_ENDED = object()
+
+
+class _Side:
+    """One side's thread. Into `back` goes None at the end of a step, `_ENDED` at the last, or what it raised."""
+
+    def __init__(self, call: Callable):
+        self.call, self.go, self.stopped = call, threading.Semaphore(0), False
+
+    def run(self, back: queue.Queue) -> None:
+        ended = _ENDED
+        self.go.acquire()
+        if self.stopped:
+            return
+        try:
+            self.call(lambda: self._turn(back))
+        except _Stopped:
+            return
+        except Exception as error:
+            ended = error
+        back.put(ended)
+
+    def _turn(self, back: queue.Queue) -> None:
+        back.put(None)
+        self.go.acquire()
+        if self.stopped:
+            raise _Stopped
+
+
+def peak_memory() -> float:
+    """The most MiB held so far: of the process on CPU, of tensors on a CUDA device."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        # not ru_maxrss: a child starts with that of the process that started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:
