@@ -71,6 +71,7 @@ def train(
     reward=success,
     peft=True,
     made_up=True,
+    before=lambda trainer: None,
     **overrides,
 ):
     """(change of the trainable parameters, the trainer)."""
@@ -82,10 +83,11 @@ def train(
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if peft else None,
         rollout_func=rollouts if made_up else None,
     )
-    before = trainable(trainer.model)
+    before(trainer)
+    start = trainable(trainer.model)
     trainer.train()
-    after = trainable(trainer.model)
-    return {name: after[name] - before[name] for name in before}, trainer
+    end = trainable(trainer.model)
+    return {name: end[name] - start[name] for name in start}, trainer
 
 
 PARENT = dict(trainer_class=GRPOTrainer, config_class=GRPOConfig)

@@ -25,8 +25,14 @@ def fingerprint(dataset) -> str | None:
     columns = [
         c for c in ("prompt_ids", "chosen_ids", "rejected_ids", "flip_rate") if c in (dataset.column_names or ())
     ]
-    if not columns or not hasattr(dataset, "__len__"):
+    if not hasattr(dataset, "__len__"):
         return None
+    if not columns:
+        # not tokenised before the run: prompts for rollouts, with what rewards read
+        digest = xxhash.xxh3_128(f"{len(dataset)}|{sorted(dataset.column_names)}".encode())
+        for row in dataset:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
     digest = xxhash.xxh3_128(f"{len(dataset)}|{columns}".encode())
     for batch in dataset.select_columns(columns).with_format("numpy").iter(1000):
         for name in columns:

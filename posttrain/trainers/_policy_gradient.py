@@ -11,8 +11,10 @@ from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
 from posttrain.models import resolve_model
-from posttrain.objectives import advantages
+from posttrain.objectives import advantages, policy_gradient
+from posttrain.objectives.estimators import PRESETS
 from posttrain.trainers import _checks, _demonstrations
+from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, check_setting
 
@@ -64,6 +66,7 @@ class PolicyGradientMixin(RunMixin):
                 f"success_reward is {args.success_reward!r}; it must be one of {', '.join(self.reward_func_names)}."
             )
         self._finish_construction()
+        self.add_callback(SaveBetweenGenerations(self))
         self._sharing = PrefixSharing(self)
 
     def identity_settings(self) -> dict:
@@ -261,9 +264,23 @@ class PolicyGradientMixin(RunMixin):
             self._sharing.check(model)
             model = _Sharing(self._sharing, model)
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self._scored is not None and "demonstrations" in self._scored:
-            self._weigh_demonstrations(self._scored, result[0].detach())
+        if self._scored is not None:
+            if self.args.weighs_tokens:
+                self._weigh_tokens(self._scored, result[0].detach())
+            if "demonstrations" in self._scored:
+                self._weigh_demonstrations(self._scored, result[0].detach())
         return result
+
+    def _weigh_tokens(self, inputs: dict, logps: Tensor) -> None:
+        """The parts that TRL's loss has no setting for, as weights on an unclipped loss of ratio 1."""
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        weights = policy_gradient.gradient_weight(
+            logps, inputs.get("old_per_token_logps"), mask, inputs["advantages"], self.args.parts
+        )
+        inputs["old_per_token_logps"] = logps
+        inputs["advantages"] = inputs["advantages"][:, None] * weights
 
     def _weigh_demonstrations(self, inputs: dict, logps: Tensor) -> None:
         """Give demonstration rows the ratio 1, and each of their tokens its weight on the gradient of its log-prob."""
@@ -279,10 +296,11 @@ class PolicyGradientMixin(RunMixin):
         share = inputs["off_policy_share"][:, None]
         if not share.any():
             return
-        p = logps.exp()
-        off_policy = p if self.args.demonstration_loss == "srft" else 0.1 * p / (p + 0.1).square()
-        weights = torch.where(rows[:, None], 1 - share + share * off_policy, torch.ones_like(p))
-        inputs["advantages"] = inputs["advantages"][:, None] * weights
+        parts = PRESETS["srft_offline" if self.args.demonstration_loss == "srft" else "luffy_offline"]
+        values = inputs["advantages"]
+        values = values[:, None] if values.dim() == 1 else values
+        off_policy = policy_gradient.gradient_weight(logps, None, inputs["completion_mask"], values, parts)
+        inputs["advantages"] = values * torch.where(rows[:, None], 1 - share + share * off_policy, 1.0)
 
     @property
     def step_moved(self) -> bool:
@@ -339,6 +357,8 @@ def _advantage_function(args):
         return function
     if args.advantage == "leave_one_out":
         return advantages.leave_one_out_advantage
+    if args.advantage == "reward":
+        return lambda rewards: torch.nan_to_num(rewards, nan=0.0)
     if args.advantage == "quantile" and args.quantile is not None:
         return lambda rewards: advantages.quantile_advantage(
             rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation

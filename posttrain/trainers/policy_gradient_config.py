@@ -1,6 +1,6 @@
 """Settings of the policy gradient trainers: the parts of the estimator, QAE's and HPT's presets."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
@@ -8,11 +8,10 @@ from posttrain.errors import ConfigError
 from posttrain.mechanisms.group_rewards import LOSS_TYPES
 from posttrain.trainers._checks import check_choice
 from posttrain.trainers._configs import CommonConfig
+from posttrain.trainers._estimators import NO_CLIP, compile_parts, resolve
 
-ADVANTAGES = ("group_mean", "quantile", "leave_one_out")
+ADVANTAGES = ("group_mean", "quantile", "leave_one_out", "reward")
 DEMONSTRATION_LOSSES = ("sft", "luffy", "srft")
-# Without a clip a ratio is never cut off; TRL has no switch for it
-NO_CLIP = 1e9
 
 
 @dataclass
@@ -25,11 +24,19 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         ConfigError: (a ValueError) a value out of range, or settings that exclude each other.
     """
 
+    estimator: str | dict | None = field(
+        default=None,
+        metadata={
+            "help": "A method by name (grpo, dapo, dr_grpo, gspo, cispo, qae, hpt_rollouts, ...) or a mapping of parts "
+            "(preset, reference, stability, shaping, level, aggregate, ratio_min, ratio_max, ...). Sets loss_type, "
+            "scale_rewards, the clip range and the advantage."
+        },
+    )
     advantage: str = field(
         default="group_mean",
         metadata={
-            "help": "Baseline of the advantage: group_mean, quantile, leave_one_out, or a function of your own as "
-            "my_module:my_function, called with rewards (prompts, G) and returning as many advantages."
+            "help": "Baseline of the advantage: group_mean, quantile, leave_one_out, reward (none), or a function of "
+            "your own as my_module:my_function, called with rewards (prompts, G) and returning as many advantages."
         },
     )
     quantile: float | None = field(
@@ -105,6 +112,9 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     )
 
     def __post_init__(self):
+        self.weighs_tokens = False
+        if self.estimator is not None:
+            self._compile_estimator()
         if ":" not in self.advantage:
             check_choice("advantage", self.advantage, (*ADVANTAGES, "my_module:my_function"))
         check_choice("quantile_interpolation", self.quantile_interpolation, ("inverted_cdf", "linear"))
@@ -128,6 +138,21 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         super().__post_init__()
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(sorted(LOSS_TYPES))}.")
+
+    def _compile_estimator(self) -> None:
+        self.parts = resolve(self.estimator)
+        settings, self.weighs_tokens = compile_parts(self.parts)
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for name, value in settings.items():
+            given = getattr(self, name)
+            if given not in (defaults[name], value):
+                raise ConfigError(
+                    f"{name} is {given!r}, and estimator {self.estimator!r} sets it to {value!r}. Leave one of "
+                    "them out, or change the part: `estimator: {preset: ..., ...}`."
+                )
+            setattr(self, name, value)
+        if self.advantage == "quantile" and self.quantile is None:
+            self.quantile = 0.4
 
     @property
     def learns_from_demonstrations(self) -> bool:

@@ -355,3 +355,31 @@ def test_presets_carry_the_methods_settings(tmp_path):
         8,
     )
     assert PolicyGradientConfig(str(tmp_path)).gamma is None
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tiny_folder, tmp_path, said):
+    def odd(completion_ids, **columns):
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    # four optimiser steps a generation; a save is due after each third step
+    run = dict(made_up=False, reward=odd, max_steps=12, save_strategy="steps", save_steps=3, optim="adamw_torch")
+    run |= dict(learning_rate=1e-2, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2)
+    run |= dict(shuffle_dataset=True, logging_strategy="steps")
+    _, whole = train(tiny_folder, tmp_path / "run", **run)
+    saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert saved == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+
+    def resume(trainer):
+        inner = trainer.train
+        trainer.train = lambda: inner(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+    _, resumed = train(tiny_folder, tmp_path / "resumed", before=resume, **run)
+    clock = ("runtime", "per_second", "step_time")
+    rows = [
+        [{k: v for k, v in row.items() if not any(part in k for part in clock)} for row in entries(trainer)]
+        for trainer in (whole, resumed)
+    ]
+    assert len(rows[0]) == 12 and rows[0] == rows[1]
+    assert len({row["loss"] for row in rows[0]}) > 6
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
