@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from posttrain import PolicyGradientConfig, PolicyGradientTrainer
+from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, PolicyGradientTrainer, QAEConfig, QAETrainer
 from tests.training import trainable
 
 SUCCESS, FAILURE = ord("A"), ord("b")
@@ -72,9 +72,12 @@ def train(
     peft=True,
     made_up=True,
     before=lambda trainer: None,
+    snapshot=trainable,
+    preset=None,
     **overrides,
 ):
     """(change of the trainable parameters, the trainer)."""
+    trainer_class, config_class = PRESETS.get(preset, (trainer_class, config_class))
     trainer = trainer_class(
         folder,
         reward,
@@ -84,12 +87,13 @@ def train(
         rollout_func=rollouts if made_up else None,
     )
     before(trainer)
-    start = trainable(trainer.model)
+    start = snapshot(trainer.model)
     trainer.train()
-    end = trainable(trainer.model)
+    end = snapshot(trainer.model)
     return {name: end[name] - start[name] for name in start}, trainer
 
 
+PRESETS = {"qae": (QAETrainer, QAEConfig), "hpt": (HPTTrainer, HPTConfig)}
 PARENT = dict(trainer_class=GRPOTrainer, config_class=GRPOConfig)
 
 

@@ -21,6 +21,16 @@ EQUAL["dr_dpo-padded-2x2x2-13"] = dict(EQUAL["dr_dpo-2x2x2-13"], prefix_sharing=
 LOCAL = {"dr_dpo-local-2x2x2-16": dict(EQUAL["dr_dpo-2x2x2-16"], dr_dpo_scope="micro_batch")}
 RESCALE = {"dr_dpo-rescale-2x2x2-13": dict(EQUAL["dr_dpo-2x2x2-13"], dr_dpo_window="rescale")}
 
+# 32 made-up rollouts a step, eight groups of four that lie across ranks and micro-batches
+ROLLOUTS = {
+    "grpo": dict(),
+    "qae": dict(preset="qae", num_generations=4),
+    "qae-all-rows": dict(preset="qae", num_generations=4, drop_dead_rows=False, prefix_sharing="never"),
+    "hpt": dict(preset="hpt", num_generations=4),
+    "hpt-full": dict(preset="hpt", num_generations=4, peft=False),
+}
+ROLLOUT_SPLIT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=8)
+
 
 def whole(case: dict) -> dict:
     """The same case on one process, all 8 pairs of a step in one padded batch."""

@@ -13,7 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.cases import EQUAL, LOCAL, RESCALE, whole
+from tests import rollouts
+from tests.distributed.cases import EQUAL, LOCAL, RESCALE, ROLLOUTS, whole
 from tests.training import distance, train
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,25 @@ def test_micro_batch_scope_is_told_apart(launch, single):
     for case, settings in LOCAL.items():
         change, _ = single(settings | {"dr_dpo_scope": "global"})
         assert distance(launch.change(case), change) > 1e-3
+
+
+@pytest.mark.parametrize("case", ROLLOUTS)
+def test_two_ranks_learn_from_rollouts_as_one(launch, tiny_folder, tmp_path, monkeypatch, case):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    one = dict(per_device_train_batch_size=32, gradient_accumulation_steps=1)
+    change, trainer = rollouts.train(tiny_folder, tmp_path, **one, **ROLLOUTS[case])
+    assert distance(launch.change(case), change) <= 1e-4
+    advantages = list(trainer._logs["advantages"])[-32:]
+    assert launch.results[f"{case}_advantages"] == pytest.approx(advantages, abs=1e-6) and any(advantages)
+    kept = [row["rows/kept_share"] for row in launch.results["history"][case]]
+    assert kept == pytest.approx([row["rows/kept_share"] for row in rollouts.entries(trainer)])
+
+
+def test_rollouts_are_generated_by_sharded_models(launch):
+    history = launch.results["history"]["generated"]
+    assert len(history) == 2 and all(row["hpt/frac_sft_prompts"] > 0 for row in history)
+    assert all(value.isfinite().all() for value in launch.change("generated").values())
+    assert any(value.any() for value in launch.change("generated").values())
 
 
 def test_rescale_makes_the_same_update(launch, single):

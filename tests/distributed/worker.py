@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.models import resolve_model
+from tests import rollouts
 from tests.conftest import make_pairs
-from tests.distributed.cases import DR_DPO, EQUAL, LOCAL, RESCALE
+from tests.distributed.cases import DR_DPO, EQUAL, LOCAL, RESCALE, ROLLOUT_SPLIT, ROLLOUTS
 from tests.training import lora, settings
 
 DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -90,6 +91,17 @@ def main(folder: str, out: Path) -> None:
             results["engine"] = engine_facts(trainer)
             # while ZeRO-3 is configured: all ranks ask for a model that is not built yet
             results["embedded"] = sorted(os.listdir(resolve_model("embedded:tiny")))
+        del trainer
+        gc.collect()
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    for name, case in (ROLLOUTS | {"generated": dict(preset="hpt", num_generations=4, made_up=False)}).items():
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+        # use_cpu would have accelerate look past DeepSpeed
+        change, trainer = rollouts.train(folder, out / name, snapshot=snapshot, use_cpu=None, **ROLLOUT_SPLIT, **case)
+        changes |= {f"{name}|{key}": value.contiguous().cpu() for key, value in change.items()}
+        results["history"][name] = rollouts.entries(trainer)
+        results[f"{name}_advantages"] = list(trainer._logs["advantages"])[-32:]
         del trainer
         gc.collect()
     for kind, peft in (("lora", True), ("full", False)):
