@@ -32,7 +32,8 @@ def group_mean_advantage(rewards: Tensor, scale: str = "group", eps: float = 1e-
 
     Returns:
         (prompts, G) advantages, bit-equal to those of TRL 1.16's GRPOTrainer for fp32 rewards. A group of one scorable
-        answer gets 0. In a group of equal rewards the mean may be off by a rounding, as in TRL, so A may be 1e-4 there.
+        answer gets 0. In a group of equal rewards the mean may be off by a rounding, so that A is not
+        exactly 0, as in TRL (0.009 for 16 rewards of 10.1); rewards with exact sums, 0 and 1 say, give 0.
 
     Raises:
         ValueError: another shape or scale, an infinite reward, eps not above 0.

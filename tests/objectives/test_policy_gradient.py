@@ -434,6 +434,7 @@ def test_padding_and_zero_advantages_never_enter(name):
     garbage = [torch.where(mask, t, bad) for t, bad in ((logps, math.inf), (reference, math.nan))]
     # a row without advantage may have any ratio, one that overflows included
     garbage[1][0] = -1e4
+    assert per_token_loss(*garbage, mask, advantages, estimator)[~mask].eq(0).all()
     actual = ours(estimator, *garbage, mask, advantages, max_length=MAX_LENGTH)
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
