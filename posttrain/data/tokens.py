@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from posttrain.data import formats, values
 from posttrain.errors import ConfigError, DataError
+from posttrain.remote import check_model_name, model_failure
 
 _READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
@@ -21,17 +22,17 @@ class TokenSequence(NamedTuple):
 
 
 def load_processing_class(model: str, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer (or processor) of a model: a hub id or a local folder. ConfigError where there is none."""
+    """The tokenizer (or processor) of a model: a hub id or a local folder.
+
+    Raises ConfigError where there is none, EnvironmentIssue where the hub would have to be asked and cannot be reached.
+    """
     from transformers import AutoProcessor
 
+    check_model_name(model)
     try:
         return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model {model!r} has no tokenizer that can be loaded: {reason} Give a folder that holds one, or a model "
-            "id of the hub that this machine can reach or has in its cache."
-        ) from error
+        raise model_failure(model, error, "has no tokenizer that can be loaded") from error
 
 
 def tokenizer_of(processing_class):

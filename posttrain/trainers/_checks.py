@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.remote import check_model_name, model_failure
 
 # |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
 # may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
@@ -73,17 +74,17 @@ def upstream_refusals():
 
 
 def load_config(model_id: str, args):
-    """The model's config, read before its weights; ConfigError where there is no such model."""
+    """The model's config, read before its weights.
+
+    Raises ConfigError where there is no such model, EnvironmentIssue where the hub cannot be reached.
+    """
+    check_model_name(model_id)
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     kwargs = {key: kwargs[key] for key in ("revision", "attention_dropout") if kwargs.get(key) is not None}
     try:
         return AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model {model_id!r} cannot be loaded: {reason} Give a folder with a config.json, or a model id of the "
-            "hub that this machine can reach or has in its cache."
-        ) from error
+        raise model_failure(model_id, error) from error
 
 
 def check_model_config(args, config) -> None:
