@@ -1,4 +1,4 @@
-"""Models that need no hub (the embedded SmolLM2, and tiny random ones with a byte tokenizer), and adapters on a base."""
+"""Models that need no hub (the embedded SmolLM2, tiny random ones with a byte tokenizer), and adapters on a base."""
 
 import contextlib
 import hashlib
@@ -84,9 +84,7 @@ def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | Non
     if not path.is_file():
         raise ConfigError(f"adapter is {folder}, which has no adapter_config.json; give an adapter's folder.")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise ConfigError(
-            f"adapter is {folder}, which has no adapter_model.safetensors; give a saved adapter's folder."
-        )
+        raise ConfigError(f"adapter is {folder}, which has no adapter_model.safetensors; give an adapter's folder.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

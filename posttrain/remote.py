@@ -63,8 +63,8 @@ def model_failure(name: str, error: Exception, what: str = "cannot be loaded") -
     """
     if not Path(name).exists() and out_of_reach(error):
         return EnvironmentIssue(
-            f"model {name!r} is no folder here and not in the cache, and the hub cannot be reached. {offline_reason()}, "
-            "or give a local folder."
+            f"model {name!r} is no folder here and not in the cache, and the hub cannot be reached. "
+            f"{offline_reason()}, or give a local folder."
         )
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
         return ConfigError(

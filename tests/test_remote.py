@@ -19,9 +19,7 @@ def test_a_hub_id_does_not(name):
 def test_a_folder_that_is_missing_is_named_with_its_neighbour(tmp_path):
     (tmp_path / "qwen-small").mkdir()
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(
-        ConfigError, match=r"is a folder that does not exist \(working folder: .*Did you mean .*/qwen-sm"
-    ):
+    with pytest.raises(ConfigError, match=r"is a folder that does not exist \(.*Did you mean .*/qwen-small\?"):
         check_model_name(str(tmp_path / "qwen-smal"))
     with pytest.raises(ConfigError, match="is a file; give the folder that holds it"):
         check_model_name(str(tmp_path / "weights.bin"))

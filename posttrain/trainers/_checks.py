@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.remote import check_model_name, model_failure
+from posttrain.trainers import _checkpoints
 
 # |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
 # may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
@@ -23,14 +24,20 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_args(args, config_class: type):
-    """`args`, or the class's defaults; TypeError for another class's settings."""
+    """`args`, or the class's defaults.
+
+    Raises TypeError for another class's settings, ConfigError where output_dir holds a run with other settings.
+    """
     if args is None:
-        return config_class()
+        args = config_class()
     if not isinstance(args, config_class):
         raise TypeError(
             f"args is a {type(args).__name__}; it must be a posttrain.{config_class.__name__}, which takes the same "
             "fields and a few more."
         )
+    if args.check_resume:
+        # what the settings tell; `RunFolder` asks again once data and model are there
+        _checkpoints.check_folder(args.output_dir, vars(args))
     return args
 
 

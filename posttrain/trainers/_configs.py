@@ -9,6 +9,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
+from posttrain.trainers import _checkpoints
 
 
 def under_deepspeed(args) -> bool:
@@ -46,7 +47,7 @@ class CommonConfig:
     )
     check_resume: bool = field(
         default=True,
-        metadata={"help": "Refuse a checkpoint of another method, other data or another batch split."},
+        metadata={"help": "Refuse a checkpoint, or an output_dir, of a run with another method, data or batch split."},
     )
 
     def __post_init__(self):
@@ -84,6 +85,7 @@ class CommonConfig:
             # transformers is renaming the field that TRL still reads
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             super().__post_init__()
+        _checkpoints.find(self.output_dir, self.resume_from_checkpoint)
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 

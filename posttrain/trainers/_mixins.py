@@ -99,6 +99,7 @@ class PreferenceMixin:
         self.data_collator = _PairColumns(self.data_collator)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
+        self.add_callback(_checkpoints.RunFolder(self))
         get_logger().info("reference: %s", _reference.describe(self))
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
