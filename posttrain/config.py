@@ -69,6 +69,12 @@ class DataArguments:
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
 
+    def __post_init__(self):
+        for name in ("max_train_rows", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be 1 or more, or left out for all rows.")
+
 
 def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple:
     """One instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
@@ -189,12 +195,18 @@ class PosttrainParser(TrlParser):
 def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
     """The settings of a YAML file, and the line of each key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if not text.strip():
+            raise ConfigError(f"the config file {path} is empty; write lines of `key: value`, or leave --config out.")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         settings = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise ConfigError(f"{path}:{line}: not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8.") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None

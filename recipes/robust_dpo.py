@@ -36,7 +36,8 @@ def main():
     train_dataset, eval_dataset = load_data(data_args, evaluate=training_args.eval_strategy != "no")
     model, peft_config = resolve_model(model_args.model_name_or_path), get_peft_config(model_args)
     if training_args.dry_run:
-        return dry_run.show(dry_run.describe(model, training_args, train_dataset, peft_config))
+        facts = dry_run.describe(model, training_args, train_dataset, peft_config, eval_dataset=eval_dataset)
+        return dry_run.show(facts)
 
     trainer = RobustDPOTrainer(
         model=model,

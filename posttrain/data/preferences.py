@@ -2,19 +2,18 @@
 
 import gzip
 import json
-import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from posttrain.data.procedural import reverse_list_pairs
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.remote import offline_reason, out_of_reach, reads_as_path
 
 COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_kwargs")
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _GENERATED = "generated:reverse_list"
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml", ".xlsx")
 
 
@@ -25,7 +24,7 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     `split`; - `generated:reverse_list`, with options as in `generated:reverse_list?n=256&seed=0`; any split
     but `train` gives
       pairs that are disjoint from the training ones;
-    - a hub data set's id, or a folder that `datasets.load_dataset` reads.
+    - a hub data set's id, or a folder that `datasets.load_dataset` reads or `save_to_disk` wrote.
 
     Every row needs `chosen` and `rejected`, texts or lists of messages; `prompt` may be missing where both
     sides begin with it, as TRL allows. `flip_rate` is optional, the other kept columns are TRL's. `limit`:
@@ -53,7 +52,7 @@ def _is_file_name(source: str) -> bool:
     path = Path(source).expanduser()
     if path.exists():
         return path.is_file()
-    return source.endswith(SUFFIXES + _OTHER_SUFFIXES) or not _HUB_ID.fullmatch(source)
+    return source.endswith(SUFFIXES + _OTHER_SUFFIXES) or reads_as_path(source)
 
 
 def _generate(source: str, split: str):
@@ -89,23 +88,60 @@ def _read_file(path: Path, limit: int | None):
         raise DataError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    rows = []
+    rows, places = [], []
     for place, row in _json_rows(path):
         rows.append(_checked(row, place))
+        places.append(place)
         if len(rows) == limit:
             break
     if not rows:
         raise DataError(f"{path} holds no rows.")
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
     if "prompt" in columns:
-        for number, row in enumerate(rows, 1):
+        for place, row in zip(places, rows, strict=True):
             if row.get("prompt") is None:
-                raise DataError(f"{path}, row {number}: 'prompt' is missing, though other rows have it.")
+                problem = "is null" if "prompt" in row else "is missing, though other rows have it"
+                raise DataError(f"{place}: 'prompt' {problem}; fill it in, or leave the row out.")
+    rows = [{name: row.get(name) for name in columns} for row in rows]
     try:
-        return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
+        return Dataset.from_list(rows)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors.
-        raise DataError(f"{path}: the rows do not have the same types throughout: {error}") from None
+        raise mixed_types(rows, places, path, error) from None
+
+
+def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exception) -> DataError:
+    """The error to raise where the values of some column have no common type, which pyarrow said as `error`."""
+    seen: dict[str, tuple[str, str]] = {}
+    for place, row in zip(places, rows, strict=True):
+        for name, value in row.items():
+            for part, kind in _kinds(value, name):
+                known, where = seen.setdefault(part, (kind, place))
+                if kind != known:
+                    return DataError(
+                        f"{place}: {part} is {kind}, and in {where} it is {known}; all rows need the same type. Mend "
+                        "the row, or leave it out."
+                    )
+    return DataError(f"{source}: the rows do not have the same types throughout: {error}")
+
+
+def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
+    """What kind of value a column holds, and each part of it; null may stand for any."""
+    if value is None:
+        return
+    names = {
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        dict: "an object",
+        list: "a list",
+    }
+    yield name, names.get(type(value), "a value")
+    parts = [(f"{name}[]", item) for item in value] if isinstance(value, list) else []
+    parts += [(f"{name}.{key}", item) for key, item in value.items()] if isinstance(value, dict) else []
+    for part, item in parts:
+        yield from _kinds(item, part)
 
 
 def _read_parquet(path: Path):
@@ -155,24 +191,52 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
 def _checked(row, place: str) -> dict:
     if not isinstance(row, dict):
         raise DataError(f"{place}: a row must be an object with 'chosen' and 'rejected', not {_kind(row)}.")
-    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+    missing = [name for name in ("chosen", "rejected") if name not in row]
     if missing:
         raise DataError(f"{place}: {' and '.join(map(repr, missing))} missing; found {sorted(row)}.")
+    null = [name for name in ("chosen", "rejected") if row[name] is None]
+    if null:
+        what = f"{null[0]!r} is null" if len(null) == 1 else "'chosen' and 'rejected' are null"
+        raise DataError(f"{place}: {what}; every row needs both sides. Fill it in, or leave the row out.")
     return row
 
 
 def _load_hub(source: str, split: str):
     from datasets import load_dataset
+    from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetsError
 
+    if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+        return _load_saved(source, split)
     try:
         return load_dataset(source, split=split)
-    except ConnectionError as error:
-        raise EnvironmentIssue(
-            f"the data set {source!r} is not a local file, and the hub cannot be reached: {error}"
+    except EmptyDatasetError:
+        raise DataError(
+            f"the data set {source!r} is a folder without data files that can be read; give a file "
+            f"({', '.join(SUFFIXES)}), or a folder of some."
         ) from None
     except (DatasetsError, OSError, ValueError) as error:
+        if out_of_reach(error):
+            raise EnvironmentIssue(
+                f"the data set {source!r} is no file or folder here, and the hub cannot be reached. "
+                f"{offline_reason()}, or give a local file."
+            ) from None
         raise DataError(f"the data set {source!r} (split {split!r}) cannot be loaded: {error}") from None
+
+
+def _load_saved(source: str, split: str):
+    """What `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the data set in the folder {source!r} cannot be read: {error}") from None
+    if not isinstance(saved, DatasetDict):
+        return saved
+    if split not in saved:
+        raise DataError(f"the data set in the folder {source!r} has no split {split!r}; it has {', '.join(saved)}.")
+    return saved[split]
 
 
 def _check_columns(found: list[str], source) -> None:

@@ -42,12 +42,12 @@ def tokenizer_of(processing_class):
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-def tokenized_pairs(dataset, processing_class, places: Sequence[str]) -> Iterator[dict]:
+def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> Iterator[dict]:
     """The columns prompt_ids, chosen_ids and rejected_ids of each row, as `trl.DPOTrainer` makes them.
 
-    Nothing is cut, dropped, cached or written. `dataset`: a `datasets.Dataset` of preference rows, or of rows that
-    are tokenised already. `places`: where each row is, for errors. Raises DataError for a row that cannot be
-    rendered, ConfigError for a tokenizer that lacks what the rows need.
+    Nothing is cut, dropped, cached, shown or written. `dataset`: a `datasets.Dataset` of preference rows, or of rows
+    that are tokenised already. `places`: where each row is, for errors; default: its number, from 1. Raises DataError
+    for a row that cannot be rendered, ConfigError for a tokenizer that lacks what the rows need.
     """
     if set(dataset.column_names).issuperset(formats.TOKEN_COLUMNS):
         yield from dataset.select_columns(list(formats.TOKEN_COLUMNS))
@@ -77,9 +77,8 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str]) -> Iterato
             done += 1
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:
-        raise DataError(
-            f"{places[done]}: the row cannot be turned into tokens: {type(error).__name__}: {error}"
-        ) from error
+        place = places[done] if places else f"row {done + 1}"
+        raise DataError(f"{place}: the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
 
 
 def sequences(row: Mapping, found: formats.Format, processing_class, place: str = "the row") -> list[TokenSequence]:

@@ -10,6 +10,7 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.trainers import _checkpoints
+from posttrain.trainers._checks import check_reporters
 
 
 def under_deepspeed(args) -> bool:
@@ -57,6 +58,7 @@ class CommonConfig:
                 "passes as well. Leave it out."
             )
         self._check_ranges()
+        check_reporters(self.report_to)
         chosen = []
         if not torch.accelerator.is_available():
             if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.cli import _console, main
 from posttrain.dry_run import describe
+from posttrain.errors import ConfigError, DataError
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 
@@ -94,6 +95,43 @@ def test_a_dry_run_tells_batch_steps_and_sizes(tiny_folder, tmp_path):
     assert facts["checkpoint bytes (estimate)"] == 12 * trainable
     assert facts["prompt"].startswith("<|im_start|>user\n") and facts["chosen"].endswith("<|im_end|>")
     assert not (tmp_path / "out").exists()
+
+
+def dry(folder, out, pairs=None, peft=None, eval_dataset=None, **overrides):
+    from posttrain import RobustDPOConfig
+
+    args = RobustDPOConfig(**settings(out, **overrides))
+    return describe(folder, args, pairs or make_pairs(4), peft or lora(), processes=1, eval_dataset=eval_dataset)
+
+
+def test_a_dry_run_refuses_what_the_run_would(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    for fields, message in (
+        (dict(target_modules=["q_projj"]), "Target modules .*q_projj.* not found"),
+        (dict(target_modules=["lm_head"]), "lora_target_modules names lm_head"),
+        (dict(r=0, target_modules=["q_proj"]), r"the LoRA rank \(lora_r\) is 0"),
+    ):
+        config = lora()
+        for name, value in fields.items():
+            setattr(config, name, value)
+        with pytest.raises(ConfigError, match=message):
+            dry(tiny_folder, out, peft=config)
+    same = make_pairs(3).map(lambda row: {"rejected": row["chosen"]})
+    with pytest.raises(DataError, match="train_dataset: all 3 pairs have identical sides"):
+        dry(tiny_folder, out, same)
+    with pytest.raises(DataError, match="eval_dataset: all 3 pairs have identical sides"):
+        dry(tiny_folder, out, eval_dataset=same)
+    with pytest.raises(ConfigError, match="model './gone' is a folder that does not exist"):
+        dry("./gone", out)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="which cannot be written to"):
+        dry(tiny_folder, tmp_path / "file" / "run")
+    assert not out.exists()
+
+
+def test_a_dry_run_shows_no_bars(tiny_folder, tmp_path, capfd):
+    dry(tiny_folder, tmp_path / "out")
+    assert "dataset" not in capfd.readouterr().err
 
 
 def test_a_merged_model_agrees_with_base_and_adapter(tiny_folder, adapter, tmp_path, capsys):

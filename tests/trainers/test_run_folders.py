@@ -112,7 +112,7 @@ def test_a_run_folder_is_no_checkpoint_but_names_its_own(finished):
 
 def test_a_checkpoint_that_is_not_there_is_named_with_the_settings(tmp_path):
     with pytest.raises(
-        ConfigError, match="resume_from_checkpoint is nope, which does not exist .* It takes true, auto, "
+        ConfigError, match="resume_from_checkpoint is nope, which does not exist .* It takes true, auto"
     ):
         RobustDPOConfig(str(tmp_path / "out"), resume_from_checkpoint="nope")
     with pytest.raises(ConfigError, match="resume_from_checkpoint is true, but .* holds no complete checkpoint: none"):
