@@ -19,11 +19,13 @@ from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
+from trl import get_peft_config as get_peft_config
+from trl import get_quantization_config as get_quantization_config
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.field_types import BadValue, FieldType, kind_of, shown
 
-# TRL's own names for models, LoRA and quantisation.
+# TRL's own names for models, LoRA and quantisation; `get_peft_config` and `get_quantization_config` read them.
 ModelArguments = ModelConfig
 
 COMMAND_LINE = "command line"

@@ -11,10 +11,16 @@ package or connection; `accelerate launch` itself turns each of them into 1.
 import sys
 from pathlib import Path
 
-from trl import get_peft_config, get_quantization_config
-
+import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
 from posttrain import RobustDPOConfig, RobustDPOTrainer, dry_run
-from posttrain.config import DataArguments, ModelArguments, parse, run_main
+from posttrain.config import (
+    DataArguments,
+    ModelArguments,
+    get_peft_config,
+    get_quantization_config,
+    parse,
+    run_main,
+)
 from posttrain.data.preferences import load_preferences
 from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
