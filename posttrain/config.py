@@ -90,8 +90,8 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
 def run_main(main: Callable[[], object]) -> int:
     """Runs `main` and returns the process's exit code: 0, or that of the PosttrainError it ended in.
 
-    The error is printed as one message, once per machine. After a distributed run that went well the process ends
-    here.
+    The error is printed as one message, once per machine; after Ctrl-C the code is 130. After a distributed run that
+    went well the process ends here.
     """
     try:
         main()
@@ -102,6 +102,10 @@ def run_main(main: Callable[[], object]) -> int:
                 # `accelerate launch` would turn every code into 1
                 Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).write_text(str(error.exit_code))
         return error.exit_code
+    except KeyboardInterrupt:
+        # as the shell has it for a program that Ctrl-C ended
+        print("interrupted", file=sys.stderr)
+        return 130
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave()
     return 0

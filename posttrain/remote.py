@@ -42,12 +42,12 @@ def offline_reason() -> str:
 
 
 def check_model_name(name: str) -> None:
-    """Raise ConfigError for a model name that can only be a folder, and is none."""
+    """Raise ConfigError for a model name that is a file, or that can only be a folder, and is none."""
     path = Path(name).expanduser()
+    if path.is_file():
+        raise ConfigError(f"model {name!r} is a file; give the folder that holds it and its config.json.")
     if not reads_as_path(name) or path.is_dir():
         return
-    if path.exists():
-        raise ConfigError(f"model {name!r} is a file; give the folder that holds it and its config.json.")
     parent, hint = path.parent, ""
     there = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, n=1)

@@ -30,7 +30,7 @@ from posttrain.reporting import RunReport
 def main():
     data_args, model_args, training_args = parse((DataArguments, ModelArguments, RobustDPOConfig))
     for name, arguments in (("model_name_or_path", model_args), ("dataset_name", data_args)):
-        if getattr(arguments, name) is None:
+        if not getattr(arguments, name):
             raise ConfigError(f"{name} is not set; give it in the config file or as --{name} VALUE.")
 
     training_args.model_init_kwargs = {

@@ -226,6 +226,14 @@ def test_errors_end_a_recipe_with_their_code_and_one_message(error, code, capsys
     assert capsys.readouterr().err == ""
 
 
+def test_an_interrupted_recipe_ends_without_a_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run_main(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_fault_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)

@@ -16,7 +16,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--base", help="base model; default: the one that the adapter names")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     parser.add_argument("--prompts", type=Path, help="a text file, a prompt a line")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="let the libraries' own messages through")

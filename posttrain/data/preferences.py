@@ -3,12 +3,14 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from posttrain.data import formats
 from posttrain.data.procedural import reverse_list_pairs
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.log import get_logger
 from posttrain.remote import offline_reason, out_of_reach, reads_as_path
 
 COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_kwargs")
@@ -30,6 +32,8 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     sides begin with it, as TRL allows. `flip_rate` is optional, the other kept columns are TRL's. `limit`:
     the first rows only.
 
+    alpaca and sharegpt rows with both sides are converted to messages, which is said.
+
     Raises DataError for a missing file, an unknown kind of file, broken JSON (with the line), missing columns
     and empty data; EnvironmentIssue where the hub cannot be reached.
     """
@@ -44,6 +48,10 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     _check_columns(dataset.column_names, source)
     if len(dataset) == 0:
         raise DataError(f"{source} (split {split!r}) holds no rows.")
+    found = formats.detect(dataset.column_names, dataset[0])
+    if found.kind in formats.CONVERTED_PAIRS:
+        get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
+        dataset = formats.convert(dataset)
     dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
@@ -96,7 +104,7 @@ def _read_file(path: Path, limit: int | None):
             break
     if not rows:
         raise DataError(f"{path} holds no rows.")
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    columns = _columns_to_read({name for row in rows for name in row}, rows[0])
     if "prompt" in columns:
         for place, row in zip(places, rows, strict=True):
             if row.get("prompt") is None:
@@ -108,6 +116,14 @@ def _read_file(path: Path, limit: int | None):
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors.
         raise mixed_types(rows, places, path, error) from None
+
+
+def _columns_to_read(names: set[str], row: dict) -> list[str]:
+    """The columns that pairs have, and of rows that are yet to be converted those that this takes."""
+    wanted = COLUMNS
+    if formats.detect(names, row).kind in formats.CONVERTED_PAIRS:
+        wanted = dict.fromkeys((*COLUMNS, *formats.CONVERTED_COLUMNS))
+    return [name for name in wanted if name in names]
 
 
 def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exception) -> DataError:
@@ -152,7 +168,9 @@ def _read_parquet(path: Path):
     try:
         names = pq.read_schema(path).names
         _check_columns(names, path)
-        return Dataset(pq.read_table(path, columns=[name for name in COLUMNS if name in names]))
+        known = [name for name in (*formats.KNOWN_COLUMNS, *COLUMNS) if name in names]
+        table = Dataset(pq.read_table(path, columns=list(dict.fromkeys(known))))
+        return table.select_columns(_columns_to_read(set(names), table[0] if len(table) else {}))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from None
 
@@ -193,7 +211,7 @@ def _checked(row, place: str) -> dict:
         raise DataError(f"{place}: a row must be an object with 'chosen' and 'rejected', not {_kind(row)}.")
     missing = [name for name in ("chosen", "rejected") if name not in row]
     if missing:
-        raise DataError(f"{place}: {' and '.join(map(repr, missing))} missing; found {sorted(row)}.")
+        raise DataError(f"{place}: {' and '.join(map(repr, missing))} missing; found {sorted(row)}.{_renaming(row)}")
     null = [name for name in ("chosen", "rejected") if row[name] is None]
     if null:
         what = f"{null[0]!r} is null" if len(null) == 1 else "'chosen' and 'rejected' are null"
@@ -244,8 +262,13 @@ def _check_columns(found: list[str], source) -> None:
     if missing:
         raise DataError(
             f"{source}: column {' and '.join(map(repr, missing))} missing; found {sorted(found)}. Preference "
-            "pairs need 'chosen' and 'rejected', and 'prompt' unless both sides begin with it."
+            f"pairs need 'chosen' and 'rejected', and 'prompt' unless both sides begin with it.{_renaming(found)}"
         )
+
+
+def _renaming(columns: Iterable[str]) -> str:
+    names = [f"{other} to {name}" for other, name in formats.renames(columns).items()]
+    return f" Rename {', '.join(names)}." if names else ""
 
 
 def _kind(value) -> str:

@@ -241,7 +241,9 @@ def complete_or_not_there(trainer):
 def _differing(now: dict, then: dict) -> str:
     """What of two identities differs, in words; empty if nothing does."""
     names = [name for name in sorted(now.keys() | then) if now.get(name) != then.get(name)]
-    return "; ".join(f"{name}: {then.get(name)} there, {now.get(name)} here" for name in names)
+    # digests of data say nothing to a reader
+    words = {"data": "data: other rows there than here"}
+    return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)
 
 
 def _marker(folder: Path) -> Path:

@@ -92,7 +92,9 @@ class CommonConfig:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
     def _check_ranges(self) -> None:
-        """Refuse numbers that upstream would only trip over once the model is loaded."""
+        """Refuse values that upstream would only trip over once the model is loaded."""
+        if self.output_dir == "":
+            raise ConfigError("output_dir is empty; give the folder that the run is to be saved in.")
         for name, lowest in (
             ("per_device_train_batch_size", 1),
             ("per_device_eval_batch_size", 1),

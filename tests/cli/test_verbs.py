@@ -51,6 +51,12 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
     assert "method is 'nothing'; it must be one of robust_dpo" in capsys.readouterr().err
 
 
+def test_recipes_are_not_copied_where_nothing_can_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["recipes", "copy", "robust_dpo", str(tmp_path / "file")]) == 4
+    assert "robust_dpo.py cannot be written (File exists); choose another folder." in capsys.readouterr().err
+
+
 def test_env_tells_tested_versions(capsys):
     assert main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -75,6 +75,11 @@ def test_wrong_generated_sources_are_named(source, message):
         ("a.json", json.dumps(ROWS, indent=1).replace('"no 1"', "no"), "line 12, column 15: broken JSON"),
         ("a.json", '{"data": []}', r"must hold a list of rows, not an object"),
         ("a.jsonl", '{"chosen": "a"}', r"line 1: 'rejected' missing; found \['chosen'\]"),
+        (
+            "a.jsonl",
+            '{"question": "q", "good": "a", "bad": "b"}',
+            r"found \['bad', 'good', 'question'\]. Rename question to prompt, good to chosen, bad to rejected.",
+        ),
         ("a.jsonl", LINES + '{"prompt": "p"}', r"line 5: 'chosen' and 'rejected' missing"),
         ("a.jsonl", '{"chosen": "a", "rejected": null}', "line 1: 'rejected' is null; every row needs both sides"),
         ("a.jsonl", '{"chosen": null, "rejected": null}', "line 1: 'chosen' and 'rejected' are null"),
@@ -166,3 +171,32 @@ def test_a_folder_is_read_if_it_holds_data_and_named_if_not(tmp_path):
     (tmp_path / "one" / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match="one' cannot be read"):
         load_preferences(str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Add.", "input": "2 2", "chosen": "4", "rejected": "5"},
+        {
+            "conversations": [{"from": "human", "value": "Add.\n2 2"}],
+            "chosen": {"from": "gpt", "value": "4"},
+            "rejected": {"from": "gpt", "value": "5"},
+        },
+    ],
+    ids=["alpaca", "sharegpt"],
+)
+def test_alpaca_and_sharegpt_pairs_become_messages(tmp_path, name, row):
+    rows = [row | {"source": 1}, row | {"source": "x"}]
+    if name.endswith("parquet"):
+        Dataset.from_list([row, row]).to_parquet(tmp_path / name)
+    else:
+        write(tmp_path / name, "\n".join(map(json.dumps, rows)))
+    loaded = load_preferences(str(tmp_path / name))
+    assert loaded.to_list() == 2 * [
+        {
+            "prompt": [{"role": "user", "content": "Add.\n2 2"}],
+            "chosen": [{"role": "assistant", "content": "4"}],
+            "rejected": [{"role": "assistant", "content": "5"}],
+        }
+    ]

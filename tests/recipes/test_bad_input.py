@@ -70,6 +70,10 @@ SETTINGS = [
     ),
     (dict(output_dir="pairs.jsonl/run"), "output_dir is pairs.jsonl/run, which cannot be written to"),
     (dict(model_name_or_path="./no-such-model"), "model './no-such-model' is a folder that does not exist"),
+    (dict(model_name_or_path="pairs.jsonl"), "model 'pairs.jsonl' is a file; give the folder that holds it"),
+    (dict(dataset_name=""), "dataset_name is not set; give it in the config file or as --dataset_name VALUE."),
+    (dict(output_dir=""), "output_dir is empty; give the folder that the run is to be saved in."),
+    (dict(optim="adamw_torchh"), "Did you mean adamw_torch?"),
     (dict(config="none.yaml"), "the config file none.yaml cannot be read: No such file or directory."),
 ]
 
