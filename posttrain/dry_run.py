@@ -44,7 +44,7 @@ def describe(
     _checks.check_model_config(args, config)
     revision = (args.model_init_kwargs or {}).get("revision")
     processing_class = load_processing_class(model_id, revision, args.trust_remote_code)
-    schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset)
+    reports = schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset)
     _checks.check_flip_rates(args, train_dataset, eval_dataset)
 
     processes = processes or args.world_size
@@ -67,12 +67,18 @@ def describe(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(train_dataset) / batch * args.num_train_epochs)
+    lengths = reports["train_dataset"].lengths
+    # of a large data set only a sample was looked at
+    pairs = len(train_dataset) - (lengths.dropped if lengths and lengths.rows == len(train_dataset) else 0)
+    # an epoch ends on a short step
+    micro_batches = math.ceil(pairs / (args.per_device_train_batch_size * processes))
+    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
     first = rows[0]
     return {
         "processes": processes,
         "pairs per step": batch,
-        "training pairs": len(train_dataset),
+        "training pairs": pairs,
         "steps": steps,
         "parameters": parameters,
         "trainable parameters": trainable,

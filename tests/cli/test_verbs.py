@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +134,17 @@ def test_a_dry_run_refuses_what_the_run_would(tiny_folder, tmp_path):
     with pytest.raises(ConfigError, match="which cannot be written to"):
         dry(tiny_folder, tmp_path / "file" / "run")
     assert not out.exists()
+
+
+def test_a_dry_run_counts_the_steps_that_training_takes(tiny_folder, tmp_path):
+    # 5 pairs in steps of 4: each epoch has a second, short one
+    split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=3)
+    assert dry(tiny_folder, tmp_path / "out", make_pairs(5), **split)["steps"] == 6
+    long = [{"prompt": "p" * 99, "chosen": "a", "rejected": "b"}] + 4 * [
+        {"prompt": "p", "chosen": "a", "rejected": "b"}
+    ]
+    facts = dry(tiny_folder, tmp_path / "out", Dataset.from_list(long), **split | {"max_length": 50})
+    assert (facts["training pairs"], facts["steps"]) == (4, 3)
 
 
 def test_a_dry_run_shows_no_bars(tiny_folder, tmp_path, capfd):
