@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
-from trl import get_peft_config as get_peft_config
+from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
 from posttrain.errors import ConfigError, PosttrainError
@@ -85,6 +85,14 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
     removed or repeated key, a value of the wrong type, and whatever a dataclass refuses in `__post_init__`.
     """
     return PosttrainParser(dataclass_types).parse_args_and_config(argv)
+
+
+def get_peft_config(model_args: ModelConfig):
+    """TRL's: the adapter that the LoRA settings describe; None without `use_peft`. ConfigError where PEFT refuses."""
+    try:
+        return _get_peft_config(model_args)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the adapter cannot be built with these settings: {error}") from error
 
 
 def run_main(main: Callable[[], object]) -> int:

@@ -103,6 +103,8 @@ class CommonConfig:
             ("learning_rate", 0.0),
             ("weight_decay", 0.0),
             ("max_grad_norm", 0.0),
+            ("adam_epsilon", 0.0),
+            ("dataloader_num_workers", 0),
             ("seed", 0),
         ):
             value = getattr(self, name, None)
@@ -112,6 +114,9 @@ class CommonConfig:
             if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value < math.inf:
                 what = "a number" if isinstance(lowest, float) else "a whole number"
                 raise ConfigError(f"{name} is {value!r}; it must be {what} of {lowest:g} or more.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
         if self.seed >= 2**32:
             raise ConfigError(f"seed is {self.seed}; it must be below 2**32.")
         if self.max_steps != -1 and not self.max_steps > 0:
