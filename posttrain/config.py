@@ -19,11 +19,13 @@ from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
+from trl import get_peft_config as _get_peft_config
+from trl import get_quantization_config as get_quantization_config
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.field_types import BadValue, FieldType, kind_of, shown
 
-# TRL's own names for models, LoRA and quantisation.
+# TRL's own names for models, LoRA and quantisation; `get_peft_config` and `get_quantization_config` read them.
 ModelArguments = ModelConfig
 
 COMMAND_LINE = "command line"
@@ -69,6 +71,12 @@ class DataArguments:
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
 
+    def __post_init__(self):
+        for name in ("max_train_rows", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be 1 or more, or left out for all rows.")
+
 
 def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple:
     """One instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
@@ -79,11 +87,19 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
     return PosttrainParser(dataclass_types).parse_args_and_config(argv)
 
 
+def get_peft_config(model_args: ModelConfig):
+    """TRL's: the adapter that the LoRA settings describe; None without `use_peft`. ConfigError where PEFT refuses."""
+    try:
+        return _get_peft_config(model_args)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the adapter cannot be built with these settings: {error}") from error
+
+
 def run_main(main: Callable[[], object]) -> int:
     """Runs `main` and returns the process's exit code: 0, or that of the PosttrainError it ended in.
 
-    The error is printed as one message, once per machine. After a distributed run that went well the process ends
-    here.
+    The error is printed as one message, once per machine; after Ctrl-C the code is 130. After a distributed run that
+    went well the process ends here.
     """
     try:
         main()
@@ -94,6 +110,10 @@ def run_main(main: Callable[[], object]) -> int:
                 # `accelerate launch` would turn every code into 1
                 Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).write_text(str(error.exit_code))
         return error.exit_code
+    except KeyboardInterrupt:
+        # as the shell has it for a program that Ctrl-C ended
+        print("interrupted", file=sys.stderr)
+        return 130
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave()
     return 0
@@ -189,12 +209,18 @@ class PosttrainParser(TrlParser):
 def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
     """The settings of a YAML file, and the line of each key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if not text.strip():
+            raise ConfigError(f"the config file {path} is empty; write lines of `key: value`, or leave --config out.")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         settings = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise ConfigError(f"{path}:{line}: not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8.") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None

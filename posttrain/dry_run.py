@@ -6,10 +6,13 @@ import warnings
 SAMPLE_ROWS = 64
 
 
-def describe(model_id: str, args, train_dataset, peft_config=None, processes: int | None = None) -> dict:
+def describe(
+    model_id: str, args, train_dataset, peft_config=None, processes: int | None = None, eval_dataset=None
+) -> dict:
     """Effective batch, steps, parameters, tokens and checkpoint size of a preference run, and one rendered pair.
 
-    The tokenizer is loaded, up to 64 rows are tokenised, and the model is built without memory for its weights.
+    Settings and data are checked as the trainer would. The tokenizer is loaded, up to 64 rows are tokenised, and the
+    model is built without memory for its weights.
 
     Args:
         model_id: a hub id or folder.
@@ -17,24 +20,41 @@ def describe(model_id: str, args, train_dataset, peft_config=None, processes: in
         train_dataset: preference rows with a length.
         peft_config: the adapter, or None for full fine-tuning.
         processes: data parallel processes; default: those of this launch.
+        eval_dataset: further rows to check, or None.
 
     Returns:
         plain values by name; token counts are means over the sample, cut at `max_length`.
+
+    Raises:
+        ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
+            adapter settings that do not fit the model.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from posttrain.evaluation import tokenized
+    from posttrain.data import schema
+    from posttrain.data.tokens import load_processing_class, tokenized_pairs, tokenizer_of
+    from posttrain.trainers import _checks
+
+    _checks.check_args(args, type(args))
+    _checks.check_output_dir(args.output_dir)
+    if peft_config is not None:
+        _checks.check_lora(peft_config)
+    config = _checks.load_config(model_id, args)
+    _checks.check_model_config(args, config)
+    revision = (args.model_init_kwargs or {}).get("revision")
+    processing_class = load_processing_class(model_id, revision, args.trust_remote_code)
+    reports = schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset)
+    _checks.check_flip_rates(args, train_dataset, eval_dataset)
 
     processes = processes or args.world_size
-    tokenizer = AutoTokenizer.from_pretrained(model_id)
-    sample = tokenized(train_dataset.select(range(min(SAMPLE_ROWS, len(train_dataset)))), tokenizer)
+    tokenizer = tokenizer_of(processing_class)
     limit = args.max_length or math.inf
-    rows = list(sample.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]))
+    sample = train_dataset.select(range(min(SAMPLE_ROWS, len(train_dataset))))
+    rows = list(tokenized_pairs(sample, processing_class))
     tokens = [min(len(r["prompt_ids"]) + len(r[side]), limit) for r in rows for side in ("chosen_ids", "rejected_ids")]
 
-    config = AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code)
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings(), _checks.upstream_refusals():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
         # without memory for the weights, shared ones come out apart
@@ -47,12 +67,18 @@ def describe(model_id: str, args, train_dataset, peft_config=None, processes: in
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(train_dataset) / batch * args.num_train_epochs)
+    lengths = reports["train_dataset"].lengths
+    # of a large data set only a sample was looked at
+    pairs = len(train_dataset) - (lengths.dropped if lengths and lengths.rows == len(train_dataset) else 0)
+    # an epoch ends on a short step
+    micro_batches = math.ceil(pairs / (args.per_device_train_batch_size * processes))
+    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
     first = rows[0]
     return {
         "processes": processes,
         "pairs per step": batch,
-        "training pairs": len(train_dataset),
+        "training pairs": pairs,
         "steps": steps,
         "parameters": parameters,
         "trainable parameters": trainable,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -37,13 +36,11 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     import torch
     from trl.trainer.utils import add_fused_lm_head
 
+    from posttrain.data.tokens import tokenized_pairs
+
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    rows = dataset if "chosen_ids" in dataset.column_names else tokenized(dataset, tokenizer)
-    sequences = [
-        (prompt, answer)
-        for side in ("chosen_ids", "rejected_ids")
-        for prompt, answer in zip(rows["prompt_ids"], rows[side], strict=True)
-    ]
+    rows = list(tokenized_pairs(dataset, tokenizer))
+    sequences = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
     order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
     scores = torch.empty(len(sequences))
 
@@ -66,17 +63,6 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
         else:
             base.forward = own_forward
     return PairScores(*scores.chunk(2))
-
-
-def tokenized(dataset, tokenizer):
-    """Preference rows with TRL's own token columns (`prompt_ids`, `chosen_ids`, `rejected_ids`), uncut."""
-    from trl import DPOTrainer
-
-    # The method reads nothing of the trainer but its tokenizer, so this gives the very tokens of training.
-    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
-    return DPOTrainer._prepare_dataset(
-        SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, arguments, "evaluation"
-    )
 
 
 def _padded(sequences: list[tuple[list[int], list[int]]], device) -> dict:

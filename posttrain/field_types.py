@@ -1,6 +1,7 @@
 """Conversion of what a YAML file or a command line says to the type of a dataclass field."""
 
 import contextlib
+import difflib
 import types
 import typing
 from collections.abc import Sequence
@@ -66,7 +67,9 @@ class FieldType:
                     continue
                 with contextlib.suppress(ValueError):
                     return _CONVERSIONS[kind](text)
-        raise BadValue(f"`{self.name}` is {text!r}; {self._wanted()}.")
+        near = difflib.get_close_matches(text, map(shown, self.choices), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise BadValue(f"`{self.name}` is {text!r}; {self._wanted()}.{hint}")
 
     def _wanted(self) -> str:
         if self.choices:

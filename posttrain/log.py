@@ -2,14 +2,23 @@
 
 import logging
 import os
+import sys
 
 _logger = logging.getLogger("posttrain")
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the time: a notebook or a test puts others in its place."""
+
+    def emit(self, record):
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def get_logger() -> logging.Logger:
     """The `posttrain` logger. `POSTTRAIN_LOG` sets its level (default `info`; `warning` silences the notes)."""
     if not _logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("posttrain: %(message)s"))
         _logger.addHandler(handler)
         _logger.propagate = False

@@ -11,10 +11,16 @@ package or connection; `accelerate launch` itself turns each of them into 1.
 import sys
 from pathlib import Path
 
-from trl import get_peft_config, get_quantization_config
-
+import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
 from posttrain import RobustDPOConfig, RobustDPOTrainer, dry_run
-from posttrain.config import DataArguments, ModelArguments, parse, run_main
+from posttrain.config import (
+    DataArguments,
+    ModelArguments,
+    get_peft_config,
+    get_quantization_config,
+    parse,
+    run_main,
+)
 from posttrain.data.preferences import load_preferences
 from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
@@ -24,7 +30,7 @@ from posttrain.reporting import RunReport
 def main():
     data_args, model_args, training_args = parse((DataArguments, ModelArguments, RobustDPOConfig))
     for name, arguments in (("model_name_or_path", model_args), ("dataset_name", data_args)):
-        if getattr(arguments, name) is None:
+        if not getattr(arguments, name):
             raise ConfigError(f"{name} is not set; give it in the config file or as --{name} VALUE.")
 
     training_args.model_init_kwargs = {
@@ -36,7 +42,8 @@ def main():
     train_dataset, eval_dataset = load_data(data_args, evaluate=training_args.eval_strategy != "no")
     model, peft_config = resolve_model(model_args.model_name_or_path), get_peft_config(model_args)
     if training_args.dry_run:
-        return dry_run.show(dry_run.describe(model, training_args, train_dataset, peft_config))
+        facts = dry_run.describe(model, training_args, train_dataset, peft_config, eval_dataset=eval_dataset)
+        return dry_run.show(facts)
 
     trainer = RobustDPOTrainer(
         model=model,

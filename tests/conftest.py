@@ -58,3 +58,12 @@ def tiny_folder(tmp_path_factory, tokenizer):
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    """What the library's own logger says, as `caplog` has it."""
+    from posttrain.log import get_logger
+
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    return caplog

@@ -143,6 +143,30 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path):
     assert str(caught.value) == f"the config file {path} cannot be read: No such file or directory."
 
 
+def test_a_config_file_that_is_empty_or_no_utf8_says_so(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(" \n")
+    with pytest.raises(ConfigError) as caught:
+        parse((Toy,), ["--config", str(path)])
+    assert str(caught.value) == (
+        f"the config file {path} is empty; write lines of `key: value`, or leave --config out."
+    )
+    path.write_bytes("steps: 3\n# été\n".encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        parse((Toy,), ["--config", str(path)])
+    assert str(caught.value) == f"{path}:2: not UTF-8 text (byte 0xe9); save the file as UTF-8."
+    path.write_bytes("\ufeffsteps: 3\n".encode())
+    assert parse((Toy,), ["--config", str(path)])[0].steps == 3
+
+
+def test_a_number_of_rows_below_one_is_refused_at_its_place(tmp_path):
+    with pytest.raises(ConfigError, match=r"^max_train_rows is 0; it must be 1 or more.*: command line\)$"):
+        parse(SECTIONS, ["--max_train_rows", "0"])
+    path = write(tmp_path, "max_eval_rows: -1")
+    with pytest.raises(ConfigError, match=rf"^max_eval_rows is -1; .*\(max_eval_rows: {path}:1\)$"):
+        parse(SECTIONS, ["--config", path])
+
+
 def test_what_a_section_refuses_names_the_place_that_set_it(tmp_path):
     path = write(tmp_path, "steps: 3\nrate: 2")
     with pytest.raises(ConfigError) as caught:
@@ -200,6 +224,14 @@ def test_errors_end_a_recipe_with_their_code_and_one_message(error, code, capsys
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run_main(fail) == code
     assert capsys.readouterr().err == ""
+
+
+def test_an_interrupted_recipe_ends_without_a_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run_main(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():

@@ -30,7 +30,9 @@ def add_parser(subparsers) -> None:
     stats = actions.add_parser("stats", help="counts, lengths, and what max_length leaves of the rows")
     _add_source(stats)
     stats.add_argument("--model", metavar="MODEL", help="count this model's tokens; default: characters")
-    stats.add_argument("--max-length", type=int, default=1024, metavar="N", help="in tokens; default: 1024")
+    stats.add_argument(
+        "--max-length", "--max_length", type=int, default=1024, metavar="N", help="in tokens; default: 1024"
+    )
     stats.add_argument("--limit", type=int, metavar="N", help="read the first rows only")
 
     flip = actions.add_parser("flip", help="write a copy in which some rows have chosen and rejected swapped")

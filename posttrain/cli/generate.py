@@ -16,35 +16,39 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--base", help="base model; default: the one that the adapter names")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     parser.add_argument("--prompts", type=Path, help="a text file, a prompt a line")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="let the libraries' own messages through")
     parser.add_argument("--json", action="store_true", help="for scripts: a list of prompt, base, adapter")
 
 
 def run(args) -> int:
     """Print the answers."""
-    if not (args.adapter / "adapter_config.json").is_file():
-        raise ConfigError(f"adapter is {args.adapter}, which has no adapter_config.json; give an adapter's folder.")
     prompts = list(args.prompt)
     if args.prompts is not None:
         if not args.prompts.is_file():
             raise DataError(f"prompts is {args.prompts}, which is no file.")
-        prompts += [line for line in args.prompts.read_text().splitlines() if line.strip()]
+        try:
+            lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"prompts is {args.prompts}, which is not UTF-8 text: {error}.") from None
+        prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise ConfigError("no prompt was given; use --prompt TEXT or --prompts FILE.")
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise ConfigError("max_new_tokens must be 1 or more, and temperature 0 or more.")
 
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from posttrain.cli import _console
+    from posttrain.models import base_of, load_adapter, tokenizer_beside
 
-    from posttrain.models import resolve_model
+    base_of(args.adapter, args.base)
+    if not args.verbose:
+        _console.quiet_libraries()
+    from transformers import set_seed
 
-    named = json.loads((args.adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    base = resolve_model(args.base or named)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), args.adapter).eval()
+    tokenizer = tokenizer_beside(args.adapter, args.base)
+    model = load_adapter(args.adapter, args.base)
     rows = []
     for prompt in prompts:
         answers = {}

@@ -18,7 +18,12 @@ def add_parser(subparsers) -> None:
     parser.add_argument("repo", metavar="ORG/NAME", help="the repository; NAME alone is one under your own account")
     parser.add_argument("--merged", action="store_true", help="merge the adapter into its base, upload the whole model")
     parser.add_argument("--private", action="store_true", help="make the new repository private")
-    parser.add_argument("--base-model-id", metavar="ID", help="the base model's id on the hub; needed if it was local")
+    parser.add_argument(
+        "--base-model-id",
+        "--base_model_id",
+        metavar="ID",
+        help="the base model's id on the hub; needed if it is local",
+    )
     parser.add_argument("--message", default="Upload by posttrain", help="of the commit; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="for scripts")
 

@@ -178,6 +178,8 @@ class _Job:
             learning_rate=scale.learning_rate,
             logging_steps=1,
             save_strategy="no",
+            # a later quickstart may write over an earlier one
+            check_resume=False,
             report_to=[],
             disable_tqdm=not sys.stderr.isatty(),
             seed=self.seed,

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.paths import configs_dir, recipes_dir
 
 
@@ -43,8 +43,11 @@ def _copy(method: str, folder: Path, force: bool) -> int:
     if there and not force:
         raise ConfigError(f"{there[0]} is there already; choose another folder, or write over it with --force.")
     for source, target in sources.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        except OSError as error:
+            raise EnvironmentIssue(f"{target} cannot be written ({error.strerror}); choose another folder.") from None
         print(target)
     return 0
 

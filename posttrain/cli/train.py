@@ -16,9 +16,10 @@ def add_parser(subparsers) -> None:
         "train",
         help="run a method's recipe",
         description="Prints the `accelerate launch` line of a recipe and runs it. All other flags are settings of the "
-        "recipe, such as --dataset_name pairs.jsonl --flip_rate 0.2; --dry_run shows what would run.",
+        "recipe, such as --dataset_name pairs.jsonl --flip_rate 0.2; --dry_run shows what would run. "
+        "`python RECIPE --help` lists them all; `posttrain recipes copy METHOD` gives you the file.",
     )
-    parser.add_argument("method", choices=methods(), help="the recipe")
+    parser.add_argument("method", type=lambda name: name.replace("-", "_"), choices=methods(), help="the recipe")
     parser.add_argument("--config", metavar="YAML", help="a file, or the name of a shipped one: cpu, single_gpu, zero3")
     parser.add_argument(
         "--launch", metavar="YAML", help="accelerate's config: a file, or a shipped one: cpu_ddp, zero3 ..."

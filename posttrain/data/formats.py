@@ -26,6 +26,17 @@ KNOWN_COLUMNS = (
     *TOKEN_COLUMNS,
 )
 
+# Kinds that `convert` makes preference pairs of.
+CONVERTED_PAIRS = (ALPACA_PREFERENCE, SHAREGPT_PREFERENCE)
+# The columns that it reads for them, beside the sides.
+CONVERTED_COLUMNS = ("instruction", "input", "system", "history", "conversations", "messages", "prompt")
+
+_OTHER_NAMES = {
+    "prompt": ("question", "instruction", "query", "input", "context"),
+    "chosen": ("preferred", "winner", "accepted", "good", "better", "positive", "chosen_response", "response_chosen"),
+    "rejected": ("loser", "dispreferred", "bad", "worse", "negative", "rejected_response", "response_rejected"),
+}
+
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 _ROLES |= {name: name for name in ("user", "assistant", "system", "tool")}
 
@@ -78,6 +89,16 @@ def detect(columns: Iterable[str], row: Mapping | None = None) -> Format:
         "the known columns are prompt with chosen and rejected, prompt with completion, messages, text, instruction "
         "with output, conversations",
     )
+
+
+def renames(columns: Iterable[str]) -> dict[str, str]:
+    """Which columns seem to be prompt, chosen or rejected under another name: that name to ours."""
+    columns, names = list(columns), {}
+    for needed, others in _OTHER_NAMES.items():
+        other = next((other for other in others if other in columns), None)
+        if other is not None and needed not in columns:
+            names[other] = needed
+    return names
 
 
 def convert(dataset):

@@ -2,19 +2,20 @@
 
 import gzip
 import json
-import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from posttrain.data import formats
 from posttrain.data.procedural import reverse_list_pairs
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.log import get_logger
+from posttrain.remote import offline_reason, out_of_reach, reads_as_path
 
 COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_kwargs")
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _GENERATED = "generated:reverse_list"
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml", ".xlsx")
 
 
@@ -25,11 +26,13 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     `split`; - `generated:reverse_list`, with options as in `generated:reverse_list?n=256&seed=0`; any split
     but `train` gives
       pairs that are disjoint from the training ones;
-    - a hub data set's id, or a folder that `datasets.load_dataset` reads.
+    - a hub data set's id, or a folder that `datasets.load_dataset` reads or `save_to_disk` wrote.
 
     Every row needs `chosen` and `rejected`, texts or lists of messages; `prompt` may be missing where both
     sides begin with it, as TRL allows. `flip_rate` is optional, the other kept columns are TRL's. `limit`:
     the first rows only.
+
+    alpaca and sharegpt rows with both sides are converted to messages, which is said.
 
     Raises DataError for a missing file, an unknown kind of file, broken JSON (with the line), missing columns
     and empty data; EnvironmentIssue where the hub cannot be reached.
@@ -45,6 +48,10 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     _check_columns(dataset.column_names, source)
     if len(dataset) == 0:
         raise DataError(f"{source} (split {split!r}) holds no rows.")
+    found = formats.detect(dataset.column_names, dataset[0])
+    if found.kind in formats.CONVERTED_PAIRS:
+        get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
+        dataset = formats.convert(dataset)
     dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
@@ -53,7 +60,7 @@ def _is_file_name(source: str) -> bool:
     path = Path(source).expanduser()
     if path.exists():
         return path.is_file()
-    return source.endswith(SUFFIXES + _OTHER_SUFFIXES) or not _HUB_ID.fullmatch(source)
+    return source.endswith(SUFFIXES + _OTHER_SUFFIXES) or reads_as_path(source)
 
 
 def _generate(source: str, split: str):
@@ -89,23 +96,68 @@ def _read_file(path: Path, limit: int | None):
         raise DataError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    rows = []
+    rows, places = [], []
     for place, row in _json_rows(path):
         rows.append(_checked(row, place))
+        places.append(place)
         if len(rows) == limit:
             break
     if not rows:
         raise DataError(f"{path} holds no rows.")
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    columns = _columns_to_read({name for row in rows for name in row}, rows[0])
     if "prompt" in columns:
-        for number, row in enumerate(rows, 1):
+        for place, row in zip(places, rows, strict=True):
             if row.get("prompt") is None:
-                raise DataError(f"{path}, row {number}: 'prompt' is missing, though other rows have it.")
+                problem = "is null" if "prompt" in row else "is missing, though other rows have it"
+                raise DataError(f"{place}: 'prompt' {problem}; fill it in, or leave the row out.")
+    rows = [{name: row.get(name) for name in columns} for row in rows]
     try:
-        return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
+        return Dataset.from_list(rows)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors.
-        raise DataError(f"{path}: the rows do not have the same types throughout: {error}") from None
+        raise mixed_types(rows, places, path, error) from None
+
+
+def _columns_to_read(names: set[str], row: dict) -> list[str]:
+    """The columns that pairs have, and of rows that are yet to be converted those that this takes."""
+    wanted = COLUMNS
+    if formats.detect(names, row).kind in formats.CONVERTED_PAIRS:
+        wanted = dict.fromkeys((*COLUMNS, *formats.CONVERTED_COLUMNS))
+    return [name for name in wanted if name in names]
+
+
+def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exception) -> DataError:
+    """The error to raise where the values of some column have no common type, which pyarrow said as `error`."""
+    seen: dict[str, tuple[str, str]] = {}
+    for place, row in zip(places, rows, strict=True):
+        for name, value in row.items():
+            for part, kind in _kinds(value, name):
+                known, where = seen.setdefault(part, (kind, place))
+                if kind != known:
+                    return DataError(
+                        f"{place}: {part} is {kind}, and in {where} it is {known}; all rows need the same type. Mend "
+                        "the row, or leave it out."
+                    )
+    return DataError(f"{source}: the rows do not have the same types throughout: {error}")
+
+
+def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
+    """What kind of value a column holds, and each part of it; null may stand for any."""
+    if value is None:
+        return
+    names = {
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        dict: "an object",
+        list: "a list",
+    }
+    yield name, names.get(type(value), "a value")
+    parts = [(f"{name}[]", item) for item in value] if isinstance(value, list) else []
+    parts += [(f"{name}.{key}", item) for key, item in value.items()] if isinstance(value, dict) else []
+    for part, item in parts:
+        yield from _kinds(item, part)
 
 
 def _read_parquet(path: Path):
@@ -116,7 +168,9 @@ def _read_parquet(path: Path):
     try:
         names = pq.read_schema(path).names
         _check_columns(names, path)
-        return Dataset(pq.read_table(path, columns=[name for name in COLUMNS if name in names]))
+        known = [name for name in (*formats.KNOWN_COLUMNS, *COLUMNS) if name in names]
+        table = Dataset(pq.read_table(path, columns=list(dict.fromkeys(known))))
+        return table.select_columns(_columns_to_read(set(names), table[0] if len(table) else {}))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from None
 
@@ -155,24 +209,52 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
 def _checked(row, place: str) -> dict:
     if not isinstance(row, dict):
         raise DataError(f"{place}: a row must be an object with 'chosen' and 'rejected', not {_kind(row)}.")
-    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+    missing = [name for name in ("chosen", "rejected") if name not in row]
     if missing:
-        raise DataError(f"{place}: {' and '.join(map(repr, missing))} missing; found {sorted(row)}.")
+        raise DataError(f"{place}: {' and '.join(map(repr, missing))} missing; found {sorted(row)}.{_renaming(row)}")
+    null = [name for name in ("chosen", "rejected") if row[name] is None]
+    if null:
+        what = f"{null[0]!r} is null" if len(null) == 1 else "'chosen' and 'rejected' are null"
+        raise DataError(f"{place}: {what}; every row needs both sides. Fill it in, or leave the row out.")
     return row
 
 
 def _load_hub(source: str, split: str):
     from datasets import load_dataset
+    from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetsError
 
+    if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+        return _load_saved(source, split)
     try:
         return load_dataset(source, split=split)
-    except ConnectionError as error:
-        raise EnvironmentIssue(
-            f"the data set {source!r} is not a local file, and the hub cannot be reached: {error}"
+    except EmptyDatasetError:
+        raise DataError(
+            f"the data set {source!r} is a folder without data files that can be read; give a file "
+            f"({', '.join(SUFFIXES)}), or a folder of some."
         ) from None
     except (DatasetsError, OSError, ValueError) as error:
+        if out_of_reach(error):
+            raise EnvironmentIssue(
+                f"the data set {source!r} is no file or folder here, and the hub cannot be reached. "
+                f"{offline_reason()}, or give a local file."
+            ) from None
         raise DataError(f"the data set {source!r} (split {split!r}) cannot be loaded: {error}") from None
+
+
+def _load_saved(source: str, split: str):
+    """What `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the data set in the folder {source!r} cannot be read: {error}") from None
+    if not isinstance(saved, DatasetDict):
+        return saved
+    if split not in saved:
+        raise DataError(f"the data set in the folder {source!r} has no split {split!r}; it has {', '.join(saved)}.")
+    return saved[split]
 
 
 def _check_columns(found: list[str], source) -> None:
@@ -180,8 +262,13 @@ def _check_columns(found: list[str], source) -> None:
     if missing:
         raise DataError(
             f"{source}: column {' and '.join(map(repr, missing))} missing; found {sorted(found)}. Preference "
-            "pairs need 'chosen' and 'rejected', and 'prompt' unless both sides begin with it."
+            f"pairs need 'chosen' and 'rejected', and 'prompt' unless both sides begin with it.{_renaming(found)}"
         )
+
+
+def _renaming(columns: Iterable[str]) -> str:
+    names = [f"{other} to {name}" for other, name in formats.renames(columns).items()]
+    return f" Rename {', '.join(names)}." if names else ""
 
 
 def _kind(value) -> str:

@@ -54,11 +54,13 @@ def as_dataset(rows: list[dict], source: str):
     from datasets.exceptions import DatasetGenerationError
 
     names = [name for name in columns_of(rows) if name in formats.KNOWN_COLUMNS]
+    rows = [{name: row.get(name) for name in names} for row in rows]
     try:
-        return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+        return Dataset.from_list(rows)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors
-        raise DataError(f"{source}: the rows do not have the same types throughout: {error}") from None
+        places = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
+        raise preferences.mixed_types(rows, places, source, error) from None
 
 
 def cells(rows: list[dict], places: list[str]):

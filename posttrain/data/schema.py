@@ -17,12 +17,6 @@ __all__ = ["Format", "PairReport", "check_columns", "check_preferences", "check_
 # Rows whose tokens are looked at. One percent of them is 10 rows, enough for the advice on max_length.
 SAMPLE = 1000
 
-_OTHER_NAMES = {
-    "prompt": ("question", "instruction", "query", "input", "context"),
-    "chosen": ("preferred", "winner", "accepted", "good", "better", "positive", "chosen_response", "response_chosen"),
-    "rejected": ("loser", "dispreferred", "bad", "worse", "negative", "rejected_response", "response_rejected"),
-}
-
 
 @dataclass
 class PairReport:
@@ -179,7 +173,7 @@ def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None)
     found = detect(columns, row)
     if found.kind in formats.PAIR_KINDS:
         return found
-    if found.kind in (formats.ALPACA_PREFERENCE, formats.SHAREGPT_PREFERENCE):
+    if found.kind in formats.CONVERTED_PAIRS:
         raise DataError(
             f"{name} holds {found.kind} rows ({found.why}), which must be converted first:\n"
             "  from posttrain.data.formats import convert\n"
@@ -190,11 +184,7 @@ def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None)
         f"{name} has no column {' and '.join(missing)}. Found: {', '.join(columns) or 'none'}. Needed: chosen, "
         "rejected, and prompt unless both sides begin with it."
     )
-    names = {}
-    for needed, others in _OTHER_NAMES.items():
-        other = next((other for other in others if other in columns), None)
-        if other is not None and needed not in columns:
-            names[other] = needed
+    names = formats.renames(columns)
     if set(missing) <= set(names.values()):
         raise DataError(f"{message} Rename yours:\n  names = {names}\n  dataset = dataset.rename_columns(names)")
     if found.kind != formats.UNKNOWN:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from posttrain.data import formats, values
 from posttrain.errors import ConfigError, DataError
+from posttrain.remote import check_model_name, model_failure
 
 _READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
@@ -21,17 +22,17 @@ class TokenSequence(NamedTuple):
 
 
 def load_processing_class(model: str, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer (or processor) of a model: a hub id or a local folder. ConfigError where there is none."""
+    """The tokenizer (or processor) of a model: a hub id or a local folder.
+
+    Raises ConfigError where there is none, EnvironmentIssue where the hub would have to be asked and cannot be reached.
+    """
     from transformers import AutoProcessor
 
+    check_model_name(model)
     try:
         return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model {model!r} has no tokenizer that can be loaded: {reason} Give a folder that holds one, or a model "
-            "id of the hub that this machine can reach or has in its cache."
-        ) from error
+        raise model_failure(model, error, "has no tokenizer that can be loaded") from error
 
 
 def tokenizer_of(processing_class):
@@ -41,12 +42,12 @@ def tokenizer_of(processing_class):
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-def tokenized_pairs(dataset, processing_class, places: Sequence[str]) -> Iterator[dict]:
+def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> Iterator[dict]:
     """The columns prompt_ids, chosen_ids and rejected_ids of each row, as `trl.DPOTrainer` makes them.
 
-    Nothing is cut, dropped, cached or written. `dataset`: a `datasets.Dataset` of preference rows, or of rows that
-    are tokenised already. `places`: where each row is, for errors. Raises DataError for a row that cannot be
-    rendered, ConfigError for a tokenizer that lacks what the rows need.
+    Nothing is cut, dropped, cached, shown or written. `dataset`: a `datasets.Dataset` of preference rows, or of rows
+    that are tokenised already. `places`: where each row is, for errors; default: its number, from 1. Raises DataError
+    for a row that cannot be rendered, ConfigError for a tokenizer that lacks what the rows need.
     """
     if set(dataset.column_names).issuperset(formats.TOKEN_COLUMNS):
         yield from dataset.select_columns(list(formats.TOKEN_COLUMNS))
@@ -76,9 +77,8 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str]) -> Iterato
             done += 1
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:
-        raise DataError(
-            f"{places[done]}: the row cannot be turned into tokens: {type(error).__name__}: {error}"
-        ) from error
+        place = places[done] if places else f"row {done + 1}"
+        raise DataError(f"{place}: the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
 
 
 def sequences(row: Mapping, found: formats.Format, processing_class, place: str = "the row") -> list[TokenSequence]:

@@ -3,7 +3,8 @@
 from posttrain.hub.base import is_hub_id
 from posttrain.hub.card import loading_lines, write_model_card
 from posttrain.hub.files import clean_readme
-from posttrain.hub.push import merge_adapter, push_checkpoint, push_folder, push_run
+from posttrain.hub.merging import merge_adapter
+from posttrain.hub.push import push_checkpoint, push_folder, push_run
 from posttrain.hub.repository import Destination, open_repository, preflight
 
 __all__ = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from posttrain.errors import ConfigError
-from posttrain.models import SMOLLM2, SMOLLM2_FOLDER, TINY, TINY_FOLDER
+from posttrain.models import SMOLLM2, TINY, embedded_name
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
@@ -21,12 +21,7 @@ def is_hub_id(name: str | None) -> bool:
 
 def base_name(name: str | None) -> str | None:
     """What to call a base model given as a name or path: a hub id, an `embedded:` name, or None for a local one."""
-    if name in (SMOLLM2, TINY):
-        return name
-    for embedded, folder in ((SMOLLM2, SMOLLM2_FOLDER), (TINY, TINY_FOLDER)):
-        if name and Path(name).name.startswith(f"{folder}-"):
-            return embedded
-    return name if is_hub_id(name) else None
+    return embedded_name(name) or (name if is_hub_id(name) else None)
 
 
 def adapter_config(model):

@@ -1,16 +1,15 @@
 """Pushing a saved run: one commit of the files it is meant to share, tried again where that may help."""
 
 import shlex
-import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import ConfigError
-from posttrain.hub.base import base_name, run_of
-from posttrain.hub.files import TOKENIZER, files_to_push, found
+from posttrain.hub.base import run_of
+from posttrain.hub.files import files_to_push
+from posttrain.hub.merging import merge_adapter
 from posttrain.hub.repository import RETRY_DELAYS, Destination, destination_of, with_retries
 from posttrain.log import get_logger
 
@@ -132,43 +131,6 @@ def push_checkpoint(trainer, folder: str | Path, *, delays: Sequence[float] = RE
                 get_logger().warning("step %d was not pushed to %s: %s", step, destination.repo_id, error)
 
     _in_background(trainer, push)
-
-
-def merge_adapter(run: str | Path, folder: str | Path) -> None:
-    """Write into `folder` the base model with the run's adapter merged into it, in the base model's own precision.
-
-    The run's tokenizer goes with it. Raises ConfigError where the run holds no adapter, its base model is no longer
-    where it was, or the base model's weights are quantised.
-    """
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from posttrain.models import resolve_model
-
-    run = Path(run)
-    if not (run / "adapter_config.json").exists():
-        raise ConfigError(f"{run} holds no adapter, so there is nothing to merge.")
-    config = PeftConfig.from_pretrained(str(run))
-    name, embedded = config.base_model_name_or_path, base_name(config.base_model_name_or_path)
-    source = resolve_model(embedded) if embedded and embedded.startswith("embedded:") else name
-    try:
-        quantised = getattr(AutoConfig.from_pretrained(source, revision=config.revision), "quantization_config", None)
-        if quantised:
-            raise ConfigError(
-                f"the base model {name} is stored quantised; merging into it would change it. Push the adapter."
-            )
-        base = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype="auto")
-    except OSError as error:
-        raise ConfigError(
-            f"the base model {name}, which the adapter in {run} belongs onto, cannot be loaded: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-    model = PeftModel.from_pretrained(base, str(run)).merge_and_unload(safe_merge=True)
-    model.save_pretrained(folder)
-    for name, path in found(run, TOKENIZER).items():
-        target = Path(folder) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
 
 
 def retry_command(folder: str, repo_id: str, base_model_id: str | None, private: bool | None) -> str:

@@ -2,6 +2,7 @@
 
 A checkpoint counts only with its marker, a small JSON file that the main process writes after every rank has saved. A
 run that is killed while it saves leaves a folder without one, which is never resumed from and is cleared away later.
+A run folder that holds what another run left is refused, so that no folder mixes two.
 """
 
 import contextlib
@@ -13,10 +14,22 @@ from pathlib import Path
 
 import xxhash
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.hub.base import adapter_config, base_name, loaded_from
+from posttrain.log import get_logger
 
 MARKER = "posttrain_complete.json"
+# In the run folder: whose model lies there.
+NOTE = "posttrain_run.json"
+_WEIGHTS = (
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.bin",
+    "pytorch_model.bin",
+)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -44,9 +57,12 @@ def fingerprint(dataset) -> str | None:
 
 def identity(trainer) -> dict:
     """What a run must share with the one it resumes, or else goes on with other numbers."""
-    args = trainer.args
+    args, source, adapter = trainer.args, loaded_from(trainer.model), adapter_config(trainer.model)
     return {
         "method": type(trainer).__name__,
+        # of a local folder its name alone, as it may lie elsewhere by the time the run goes on
+        "model": base_name(source) or (Path(source).name if source else None),
+        "adapter": f"{adapter.peft_type.value} r {getattr(adapter, 'r', None)}" if adapter else None,
         "data": fingerprint(trainer.train_dataset),
         "seed": args.seed,
         "world_size": trainer.accelerator.num_processes,
@@ -56,21 +72,87 @@ def identity(trainer) -> dict:
     }
 
 
-def mark(folder: Path, content: dict) -> None:
+def mark(folder: Path, content: dict, name: str = MARKER) -> None:
     """Write the marker at once, so that it is never half there."""
-    partial = folder / f".{MARKER}.partial"
+    partial = folder / f".{name}.partial"
     partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, folder / MARKER)
+    os.replace(partial, folder / name)
+
+
+def check_folder(output_dir: str | Path, now: dict) -> None:
+    """Refuse a run folder with the model, or the complete checkpoints, of another run.
+
+    Args:
+        output_dir: the folder; missing or empty is as good as any.
+        now: what is known of the run that wants to write there, by name: names of its identity, and others.
+
+    Raises:
+        ConfigError: it is another run's, or holds a model of which no run says that it is its own.
+    """
+    folder = Path(output_dir)
+    weights = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    newest = next(reversed(complete(folder)), None)
+    advice = (
+        "Choose another output_dir, or delete that one. `resume_from_checkpoint` goes on with the same settings and "
+        "data only; to write there all the same, set `check_resume: false`."
+    )
+    if weights is None and newest is None:
+        return
+    note = folder / NOTE if weights is not None else newest / MARKER
+    if not note.is_file():
+        raise ConfigError(
+            f"output_dir is {output_dir}, which holds a model ({weights}) that no run has noted as its own. {advice}"
+        )
+    then = json.loads(note.read_text())["identity"]
+    shared = now.keys() & then
+    differing = _differing({name: now[name] for name in shared}, {name: then[name] for name in shared})
+    if differing:
+        what = "a model" if weights is not None else "checkpoints"
+        raise ConfigError(
+            f"output_dir is {output_dir}, which holds {what} written by another run ({differing}). {advice}"
+        )
+
+
+class RunFolder(TrainerCallback):
+    """Keeps a run folder to one run: refuses another's at construction, and notes in it whose model it holds.
+
+    Raises ConfigError as `check_folder` does. A run with the same identity may start anew.
+    """
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+        folder = Path(trainer.args.output_dir)
+        # the identity takes a pass over the data, which a new folder does not need
+        if trainer.args.check_resume and ((folder / NOTE).is_file() or complete(folder)):
+            check_folder(folder, trainer._identity())
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        left = complete(args.output_dir)
+        if state.global_step == 0 and left and state.is_world_process_zero:
+            get_logger().warning(
+                "%s holds checkpoints of an earlier run, up to step %s; this run starts anew beside them. "
+                "`resume_from_checkpoint: auto` would have gone on from there.",
+                args.output_dir,
+                left[-1].name.removeprefix("checkpoint-"),
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            mark(Path(args.output_dir), {"identity": self._trainer._identity()}, NOTE)
 
 
 def complete(output_dir: str | Path) -> list[Path]:
     """The checkpoints with a marker, oldest step first."""
-    return [path for path in _folders(output_dir) if (path / MARKER).exists()]
+    return [path for path in _folders(output_dir) if _marker(path).exists()]
 
 
 def rotate(output_dir: str | Path, keep: int | None, best: str | None) -> None:
-    """Delete folders without a marker, and all but the newest `keep` and the best complete checkpoints."""
-    marked = complete(output_dir)
+    """Delete folders without a marker, and all but the newest `keep` and the best complete checkpoints.
+
+    The newest are those written last: a run that starts anew may stand beside further steps of an earlier one.
+    """
+    marked = sorted(complete(output_dir), key=lambda folder: _marker(folder).stat().st_mtime_ns)
     kept = {path.resolve() for path in (marked[-keep:] if keep and keep > 0 else marked)}
     if best is not None:
         kept.add(Path(best).resolve())
@@ -105,23 +187,29 @@ def find(output_dir: str | Path, wanted: str | bool | None) -> Path | None:
             )
         return newest
     folder = Path(wanted)
-    if not (folder / MARKER).exists():
-        state = "is not complete" if folder.is_dir() else "does not exist"
-        hint = f" The newest complete one in {output_dir} is {newest}." if newest else ""
-        raise ConfigError(f"resume_from_checkpoint is {wanted}, which {state} (no {MARKER} in it).{hint}")
-    return folder
+    if _marker(folder).exists():
+        return folder
+    inside = next(reversed(complete(folder)), None)
+    if inside is not None:
+        raise ConfigError(f"resume_from_checkpoint is {wanted}, which is a run folder; give a checkpoint: {inside}.")
+    hint = f" The newest complete one in {output_dir} is {newest}." if newest else ""
+    if folder.is_dir():
+        raise ConfigError(f"resume_from_checkpoint is {wanted}, which is not complete (no {MARKER} in it).{hint}")
+    raise ConfigError(
+        f"resume_from_checkpoint is {wanted}, which does not exist (working folder: {Path.cwd()}). It takes true, "
+        f"auto, or the path of a checkpoint.{hint}"
+    )
 
 
 def read(folder: Path, now: dict | None) -> dict:
     """The marker's content; ConfigError if the checkpoint's identity is not `now`, that of the run that resumes."""
     content = json.loads((folder / MARKER).read_text())
     then = content["identity"]
-    differing = [] if now is None else [name for name in sorted(now.keys() | then) if now.get(name) != then.get(name)]
+    differing = "" if now is None else _differing(now, then)
     if differing:
-        named = "; ".join(f"{name}: {then.get(name)} there, {now.get(name)} here" for name in differing)
         raise ConfigError(
-            f"the checkpoint {folder} was written by another run ({named}). Resume with the same settings and data, or "
-            "start anew in another output_dir. To go on all the same, set `check_resume: false`."
+            f"the checkpoint {folder} was written by another run ({differing}). Resume with the same settings and "
+            "data, or start anew in another output_dir. To go on all the same, set `check_resume: false`."
         )
     return content
 
@@ -154,6 +242,18 @@ def complete_or_not_there(trainer):
         trainer.args.save_total_limit = limit
     if main:
         rotate(output_dir, limit, trainer.state.best_model_checkpoint)
+
+
+def _differing(now: dict, then: dict) -> str:
+    """What of two identities differs, in words; empty if nothing does."""
+    names = [name for name in sorted(now.keys() | then) if now.get(name) != then.get(name)]
+    # digests of data say nothing to a reader
+    words = {"data": "data: other rows there than here"}
+    return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)
+
+
+def _marker(folder: Path) -> Path:
+    return folder / MARKER
 
 
 def _folders(output_dir: str | Path) -> list[Path]:

@@ -1,14 +1,19 @@
 """Checks that run before the model loads, or in the first step: what is wrong, where it is set, how to mend it."""
 
 import contextlib
+import difflib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AttentionInterface, AutoConfig
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from posttrain.data.tokens import load_processing_class, tokenizer_of
-from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
+from posttrain.remote import check_model_name, model_failure
+from posttrain.trainers import _checkpoints
 
 # |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
 # may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
@@ -16,21 +21,30 @@ from posttrain.errors import ConfigError, DataError, PosttrainError
 ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`, with the nearest of them."""
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
 
 
 def check_args(args, config_class: type):
-    """`args`, or the class's defaults; TypeError for another class's settings."""
+    """`args`, or the class's defaults.
+
+    Raises TypeError for another class's settings, ConfigError where output_dir holds a run with other settings.
+    """
     if args is None:
-        return config_class()
+        args = config_class()
     if not isinstance(args, config_class):
         raise TypeError(
             f"args is a {type(args).__name__}; it must be a posttrain.{config_class.__name__}, which takes the same "
             "fields and a few more."
         )
+    if args.check_resume:
+        # what the settings tell; `RunFolder` asks again once data and model are there
+        _checkpoints.check_folder(args.output_dir, vars(args))
     return args
 
 
@@ -69,22 +83,50 @@ def upstream_refusals():
         yield
     except PosttrainError:
         raise
+    except ImportError as error:
+        raise EnvironmentIssue(f"these settings need a package that is missing: {error}") from error
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"the trainer cannot be built with these settings: {error}") from error
 
 
 def load_config(model_id: str, args):
-    """The model's config, read before its weights; ConfigError where there is no such model."""
+    """The model's config, read before its weights.
+
+    Raises ConfigError where there is no such model, EnvironmentIssue where the hub cannot be reached.
+    """
+    check_model_name(model_id)
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    check_loading(kwargs)
     kwargs = {key: kwargs[key] for key in ("revision", "attention_dropout") if kwargs.get(key) is not None}
     try:
         return AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model {model_id!r} cannot be loaded: {reason} Give a folder with a config.json, or a model id of the "
-            "hub that this machine can reach or has in its cache."
-        ) from error
+        raise model_failure(model_id, error) from error
+
+
+def check_loading(kwargs: dict) -> None:
+    """Refuse `model_init_kwargs` that upstream would only trip over once it loads the weights."""
+    attention, dtype = kwargs.get("attn_implementation"), kwargs.get("dtype")
+    # a name with a slash is a kernel of the hub
+    if isinstance(attention, str) and "/" not in attention:
+        known = [name for name in AttentionInterface().valid_keys() if "|" not in name]
+        check_choice("attn_implementation", attention, ["eager", *sorted(known)])
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+
+
+def check_reporters(report_to) -> None:
+    """Refuse names in `report_to` that transformers does not know, or whose package is missing.
+
+    Raises ConfigError for the first, EnvironmentIssue for the second.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in names:
+        check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "all", "none"))
+    for name in names:
+        # flyte is not among those that transformers looks for
+        if name not in ("all", "none", "flyte", *get_available_reporting_integrations()):
+            raise EnvironmentIssue(f"report_to names {name}, which is not installed here. Install it, or leave it out.")
 
 
 def check_model_config(args, config) -> None:

@@ -9,6 +9,8 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
+from posttrain.trainers import _checkpoints
+from posttrain.trainers._checks import check_reporters
 
 
 def under_deepspeed(args) -> bool:
@@ -46,7 +48,7 @@ class CommonConfig:
     )
     check_resume: bool = field(
         default=True,
-        metadata={"help": "Refuse a checkpoint of another method, other data or another batch split."},
+        metadata={"help": "Refuse a checkpoint, or an output_dir, of a run with another method, data or batch split."},
     )
 
     def __post_init__(self):
@@ -56,6 +58,7 @@ class CommonConfig:
                 "passes as well. Leave it out."
             )
         self._check_ranges()
+        check_reporters(self.report_to)
         chosen = []
         if not torch.accelerator.is_available():
             if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -84,11 +87,14 @@ class CommonConfig:
             # transformers is renaming the field that TRL still reads
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             super().__post_init__()
+        _checkpoints.find(self.output_dir, self.resume_from_checkpoint)
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
     def _check_ranges(self) -> None:
-        """Refuse numbers that upstream would only trip over once the model is loaded."""
+        """Refuse values that upstream would only trip over once the model is loaded."""
+        if self.output_dir == "":
+            raise ConfigError("output_dir is empty; give the folder that the run is to be saved in.")
         for name, lowest in (
             ("per_device_train_batch_size", 1),
             ("per_device_eval_batch_size", 1),
@@ -97,6 +103,8 @@ class CommonConfig:
             ("learning_rate", 0.0),
             ("weight_decay", 0.0),
             ("max_grad_norm", 0.0),
+            ("adam_epsilon", 0.0),
+            ("dataloader_num_workers", 0),
             ("seed", 0),
         ):
             value = getattr(self, name, None)
@@ -106,6 +114,9 @@ class CommonConfig:
             if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value < math.inf:
                 what = "a number" if isinstance(lowest, float) else "a whole number"
                 raise ConfigError(f"{name} is {value!r}; it must be {what} of {lowest:g} or more.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
         if self.seed >= 2**32:
             raise ConfigError(f"seed is {self.seed}; it must be below 2**32.")
         if self.max_steps != -1 and not self.max_steps > 0:

@@ -25,6 +25,7 @@ class RunMixin:
         keep_4bit_weights_trainable(self.model)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
+        self.add_callback(_checkpoints.RunFolder(self))
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Train as `transformers.Trainer.train` does, resuming only from complete checkpoints.

@@ -292,7 +292,7 @@ class TestStats:
             (["stats", "gone.jsonl"], 3, "gone.jsonl does not exist (working folder: "),
             (["inspect", "rows.csv"], 3, "rows.csv does not exist"),
             (["stats", "generated:reverse_list?n=0"], 3, "n=0 must be at least 1"),
-            (["stats", "generated:reverse_list", "--model", "no/such-model"], 2, "model 'no/such-model' has no tokeni"),
+            (["stats", "generated:reverse_list", "--model", "no/such-model"], 4, "model 'no/such-model' is no fol"),
             (["stats", "generated:reverse_list", "--model", "embedded:x"], 2, "'embedded:x' is not known"),
             (["inspect", "generated:reverse_list", "--rows", 0], 2, "--rows is 0; it must be at least 1."),
             (["stats", "generated:reverse_list", "--max-length", -1], 2, "--max-length is -1; it must be at least 1."),

@@ -1,20 +1,29 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from posttrain.cli import main
+from posttrain.cli import _console, main
 from posttrain.dry_run import describe
+from posttrain.errors import ConfigError, DataError
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def libraries_keep_their_voice(monkeypatch):
+    # it would silence them for the tests that follow, too
+    monkeypatch.setattr(_console, "quiet_libraries", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +50,12 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
     assert main(["recipes", "copy", "nothing", str(tmp_path)]) == 2
     assert "method is 'nothing'; it must be one of robust_dpo" in capsys.readouterr().err
+
+
+def test_recipes_are_not_copied_where_nothing_can_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["recipes", "copy", "robust_dpo", str(tmp_path / "file")]) == 4
+    assert "robust_dpo.py cannot be written (File exists); choose another folder." in capsys.readouterr().err
 
 
 def test_env_tells_tested_versions(capsys):
@@ -89,6 +104,54 @@ def test_a_dry_run_tells_batch_steps_and_sizes(tiny_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def dry(folder, out, pairs=None, peft=None, eval_dataset=None, **overrides):
+    from posttrain import RobustDPOConfig
+
+    args = RobustDPOConfig(**settings(out, **overrides))
+    return describe(folder, args, pairs or make_pairs(4), peft or lora(), processes=1, eval_dataset=eval_dataset)
+
+
+def test_a_dry_run_refuses_what_the_run_would(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    for fields, message in (
+        (dict(target_modules=["q_projj"]), "Target modules .*q_projj.* not found"),
+        (dict(target_modules=["lm_head"]), "lora_target_modules names lm_head"),
+        (dict(r=0, target_modules=["q_proj"]), r"the LoRA rank \(lora_r\) is 0"),
+    ):
+        config = lora()
+        for name, value in fields.items():
+            setattr(config, name, value)
+        with pytest.raises(ConfigError, match=message):
+            dry(tiny_folder, out, peft=config)
+    same = make_pairs(3).map(lambda row: {"rejected": row["chosen"]})
+    with pytest.raises(DataError, match="train_dataset: all 3 pairs have identical sides"):
+        dry(tiny_folder, out, same)
+    with pytest.raises(DataError, match="eval_dataset: all 3 pairs have identical sides"):
+        dry(tiny_folder, out, eval_dataset=same)
+    with pytest.raises(ConfigError, match="model './gone' is a folder that does not exist"):
+        dry("./gone", out)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="which cannot be written to"):
+        dry(tiny_folder, tmp_path / "file" / "run")
+    assert not out.exists()
+
+
+def test_a_dry_run_counts_the_steps_that_training_takes(tiny_folder, tmp_path):
+    # 5 pairs in steps of 4: each epoch has a second, short one
+    split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=3)
+    assert dry(tiny_folder, tmp_path / "out", make_pairs(5), **split)["steps"] == 6
+    long = [{"prompt": "p" * 99, "chosen": "a", "rejected": "b"}] + 4 * [
+        {"prompt": "p", "chosen": "a", "rejected": "b"}
+    ]
+    facts = dry(tiny_folder, tmp_path / "out", Dataset.from_list(long), **split | {"max_length": 50})
+    assert (facts["training pairs"], facts["steps"]) == (4, 3)
+
+
+def test_a_dry_run_shows_no_bars(tiny_folder, tmp_path, capfd):
+    dry(tiny_folder, tmp_path / "out")
+    assert "dataset" not in capfd.readouterr().err
+
+
 def test_a_merged_model_agrees_with_base_and_adapter(tiny_folder, adapter, tmp_path, capsys):
     assert main(["merge", str(adapter), str(tmp_path / "merged"), "--dtype", "float32", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -112,3 +175,85 @@ def test_generate_answers_with_base_and_adapter(adapter, tmp_path, capsys):
     assert any(row["base"] != row["adapter"] for row in rows)
     assert main(command) == 2
     assert "no prompt was given" in capsys.readouterr().err
+
+
+def copied(adapter, folder, **changes):
+    """A copy of the adapter whose config is changed."""
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def commands(folder, tmp_path):
+    yield ["merge", str(folder), str(tmp_path / "merged")]
+    yield ["generate", "--adapter", str(folder), "--prompt", "a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        (dict(base_model_name_or_path=None), 2, "names no base model; give it with --base MODEL."),
+        (dict(base_model_name_or_path="./gone"), 2, "model './gone' is a folder that does not exist (working folder: "),
+        (
+            dict(base_model_name_or_path="org/gone"),
+            4,
+            "model 'org/gone' is no folder here and not in the cache, and the hub cannot be reached. HF_HUB_OFFLINE is "
+            "set: unset it, or give a local folder.",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_had_is_named_by_both_verbs(adapter, tmp_path, capsys, changes, code, message):
+    folder = copied(adapter, tmp_path / "adapter", **changes)
+    for command in commands(folder, tmp_path):
+        assert main(command) == code
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_folder_without_an_adapter_is_named_by_both_verbs(adapter, tmp_path, capsys):
+    folder = copied(adapter, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").unlink()
+    for command in commands(folder, tmp_path):
+        assert main(command) == 2
+        assert f"adapter is {folder}, which has no adapter_model.safetensors" in capsys.readouterr().err
+    (folder / "adapter_config.json").write_text("{")
+    (folder / "adapter_model.safetensors").touch()
+    for command in commands(folder, tmp_path):
+        assert main(command) == 2
+        assert "adapter_config.json is no valid JSON" in capsys.readouterr().err
+    for command in commands(tmp_path / "nowhere", tmp_path):
+        assert main(command) == 2
+        assert "which has no adapter_config.json; give an adapter's folder." in capsys.readouterr().err
+
+
+def test_a_base_that_the_adapter_does_not_fit_is_refused(adapter, tmp_path, capsys):
+    for command in commands(adapter, tmp_path):
+        assert main([*command, "--base", "embedded:tiny"]) == 2
+        assert f"the adapter in {adapter} does not fit the base model " in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_quantised_base_is_not_merged_into(tiny_folder, adapter, tmp_path, capsys):
+    quantised = tmp_path / "quantised"
+    shutil.copytree(tiny_folder, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (quantised / "config.json").write_text(json.dumps(config))
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--base", str(quantised)]) == 2
+    assert f"the base model {quantised} is stored quantised; merging into it would change it." in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_adapter_on_an_embedded_base_of_another_machine_finds_its_own(tmp_path, capsys):
+    from posttrain.models import load_adapter, resolve_model
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(resolve_model("embedded:tiny")), lora())
+    model.save_pretrained(tmp_path / "adapter")
+    elsewhere = "/nowhere/" + Path(resolve_model("embedded:tiny")).name
+    folder = copied(tmp_path / "adapter", tmp_path / "moved", base_model_name_or_path=elsewhere)
+    assert not load_adapter(folder).training
+    # its tokenizer is the base's, as it was saved without one
+    assert main(["merge", str(folder), str(tmp_path / "merged"), "--json"]) == 0
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()

@@ -75,11 +75,28 @@ def test_wrong_generated_sources_are_named(source, message):
         ("a.json", json.dumps(ROWS, indent=1).replace('"no 1"', "no"), "line 12, column 15: broken JSON"),
         ("a.json", '{"data": []}', r"must hold a list of rows, not an object"),
         ("a.jsonl", '{"chosen": "a"}', r"line 1: 'rejected' missing; found \['chosen'\]"),
+        (
+            "a.jsonl",
+            '{"question": "q", "good": "a", "bad": "b"}',
+            r"found \['bad', 'good', 'question'\]. Rename question to prompt, good to chosen, bad to rejected.",
+        ),
         ("a.jsonl", LINES + '{"prompt": "p"}', r"line 5: 'chosen' and 'rejected' missing"),
-        ("a.jsonl", '{"chosen": "a", "rejected": null}', "line 1: 'rejected' missing"),
+        ("a.jsonl", '{"chosen": "a", "rejected": null}', "line 1: 'rejected' is null; every row needs both sides"),
+        ("a.jsonl", '{"chosen": null, "rejected": null}', "line 1: 'chosen' and 'rejected' are null"),
         ("a.jsonl", '["a"]', "line 1: a row must be an object .* not a list"),
-        ("a.jsonl", LINES + '{"chosen": "a", "rejected": "b"}', "row 4: 'prompt' is missing, though other"),
-        ("a.jsonl", LINES + '{"prompt": "p", "chosen": [1], "rejected": 3}', "not have the same types"),
+        ("a.jsonl", LINES + '{"chosen": "a", "rejected": "b"}', "line 5: 'prompt' is missing, though other"),
+        ("a.jsonl", LINES + '{"prompt": null, "chosen": "a", "rejected": "b"}', "line 5: 'prompt' is null; fill it in"),
+        (
+            "a.jsonl",
+            LINES + '{"prompt": "p", "chosen": 3, "rejected": "b"}',
+            r"line 5: chosen is a number, and in .*line 1 it is a text; all rows need the same type",
+        ),
+        (
+            "a.jsonl",
+            '{"chosen": [{"content": "a"}], "rejected": "b"}\n{"chosen": [{"content": ["a"]}], "rejected": "b"}',
+            r"line 2: chosen\[\].content is a list, and in .*line 1 it is a text",
+        ),
+        ("a.jsonl", '{"chosen": "\\ud800", "rejected": "b"}', "do not have the same types throughout: .*surrogates"),
         ("a.jsonl", "\n", r"a\.jsonl holds no rows"),
         ("a.json", "[]", r"a\.json holds no rows"),
         ("a.csv", "x", r"a\.csv is of an unknown kind; readable are \.json, \.jsonl, \.jsonl\.gz, \.parquet"),
@@ -126,10 +143,60 @@ def test_an_unreachable_hub_is_an_issue_of_the_environment(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(EnvironmentIssue, match="'org/pairs' .* the hub cannot be reached"):
+    with pytest.raises(
+        EnvironmentIssue, match="'org/pairs' is no file .*, and the hub cannot be reached. HF_HUB_OFFLINE is"
+    ):
         load_preferences("org/pairs")
 
 
 def test_a_limit_below_one_is_refused():
     with pytest.raises(ConfigError, match="limit=0 must be at least 1"):
         load_preferences("generated:reverse_list", limit=0)
+
+
+def test_a_folder_is_read_if_it_holds_data_and_named_if_not(tmp_path):
+    from datasets import DatasetDict
+
+    (tmp_path / "files").mkdir()
+    with pytest.raises(DataError, match="files' is a folder without data files that can be read; give a file"):
+        load_preferences(str(tmp_path / "files"))
+    write(tmp_path / "files" / "train.jsonl", LINES)
+    assert load_preferences(str(tmp_path / "files")).to_list() == KEPT
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert load_preferences(str(tmp_path / "one"), split="test").to_list() == KEPT
+    DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "several")
+    assert load_preferences(str(tmp_path / "several")).to_list() == KEPT
+    with pytest.raises(DataError, match="several' has no split 'test'; it has train."):
+        load_preferences(str(tmp_path / "several"), split="test")
+    (tmp_path / "one" / "dataset_info.json").write_text("{")
+    with pytest.raises(DataError, match="one' cannot be read"):
+        load_preferences(str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Add.", "input": "2 2", "chosen": "4", "rejected": "5"},
+        {
+            "conversations": [{"from": "human", "value": "Add.\n2 2"}],
+            "chosen": {"from": "gpt", "value": "4"},
+            "rejected": {"from": "gpt", "value": "5"},
+        },
+    ],
+    ids=["alpaca", "sharegpt"],
+)
+def test_alpaca_and_sharegpt_pairs_become_messages(tmp_path, name, row):
+    rows = [row | {"source": 1}, row | {"source": "x"}]
+    if name.endswith("parquet"):
+        Dataset.from_list([row, row]).to_parquet(tmp_path / name)
+    else:
+        write(tmp_path / name, "\n".join(map(json.dumps, rows)))
+    loaded = load_preferences(str(tmp_path / name))
+    assert loaded.to_list() == 2 * [
+        {
+            "prompt": [{"role": "user", "content": "Add.\n2 2"}],
+            "chosen": [{"role": "assistant", "content": "4"}],
+            "rejected": [{"role": "assistant", "content": "5"}],
+        }
+    ]

@@ -394,6 +394,7 @@ def test_the_name_of_the_data_set_at_fault_is_in_the_error(tiny_folder, settings
 
 
 def test_a_model_without_a_tokenizer_is_a_setting_to_mend(tmp_path, settings):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="model '.*empty' has no tokenizer that can be loaded"):
         check_run(str(tmp_path / "empty"), None, settings, make_pairs(3))
     from posttrain.models import tiny_model

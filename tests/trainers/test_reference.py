@@ -5,6 +5,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain.errors import EnvironmentIssue
 from posttrain.mechanisms.reference_cache import ReferenceCache, sequence_digest
 from posttrain.models import tiny_model
 from tests.conftest import make_pairs
@@ -182,7 +183,7 @@ def test_attention_dropout_is_refused_before_the_model_loads(tiny_folder, tmp_pa
 
 
 def test_an_unknown_model_is_answered_without_a_traceback_of_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="model 'no-such-org/no-such-model' cannot be loaded"):
+    with pytest.raises(EnvironmentIssue, match="model 'no-such-org/no-such-model' is no folder here and not in"):
         RobustDPOTrainer("no-such-org/no-such-model", args=RobustDPOConfig(str(tmp_path)), train_dataset=make_pairs(4))
 
 

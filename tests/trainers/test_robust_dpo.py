@@ -169,12 +169,9 @@ def test_rescale_says_so_when_all_weights_underflow(tiny_folder, tmp_path):
     assert all(torch.isfinite(value).all() for value in change.values())
 
 
-def test_one_dominant_pair_is_warned_about_after_ten_logs(tiny_folder, tmp_path, caplog):
-    import logging
-
-    logging.getLogger("posttrain").propagate = True
+def test_one_dominant_pair_is_warned_about_after_ten_logs(tiny_folder, tmp_path, logged):
     train(tiny_folder, tmp_path, reduction="dr_dpo", beta_prime=1e-5, max_steps=14)
-    assert "drdpo/effective_pairs was below 2 for 10 logs running" in caplog.text
+    assert "drdpo/effective_pairs was below 2 for 10 logs running" in logged.text
 
 
 def test_bf16_passes_agree(tiny_folder, tmp_path):
@@ -291,12 +288,9 @@ def test_fsdp_without_an_accelerator_is_refused(tmp_path, monkeypatch):
         RobustDPOConfig(str(tmp_path))
 
 
-def test_dr_dpo_of_one_pair_is_warned_about(tmp_path, caplog):
-    import logging
-
-    logging.getLogger("posttrain").propagate = True
+def test_dr_dpo_of_one_pair_is_warned_about(tmp_path, logged):
     RobustDPOConfig(str(tmp_path), reduction="dr_dpo", dr_dpo_scope="micro_batch", per_device_train_batch_size=1)
-    assert "of one pair Dr. DPO is DPO" in caplog.text
+    assert "of one pair Dr. DPO is DPO" in logged.text
 
 
 def test_defaults_follow_the_reduction(tmp_path):

@@ -1,0 +1,183 @@
+"""What a user can get wrong, through the recipe's own command line: the text, the exit code, and nothing half-written.
+
+The recipe runs in this process, as a subprocess takes ten seconds to import; `test_robust_dpo.py` and `test_verbs.py`
+have one each.
+"""
+
+import errno
+import json
+import runpy
+import sys
+
+import pytest
+
+from posttrain import RobustDPOTrainer
+from posttrain.paths import recipes_dir
+from posttrain.trainers import _checkpoints, _guards
+
+TEXTS = [{"prompt": f"Is {i} even?", "chosen": " yes", "rejected": f" no, {i}"} for i in range(4)]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def recipe(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Runs the recipe with these settings on four pairs and a tiny model: exit code and what was said on stderr."""
+    (tmp_path / "pairs.jsonl").write_text(lines(TEXTS))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*settings, **given):
+        defaults = {
+            "model_name_or_path": tiny_folder, "dataset_name": "pairs.jsonl", "output_dir": "run", "max_steps": 1,
+            "per_device_train_batch_size": 2, "use_peft": "true", "lora_r": 2, "lora_target_modules": "all-linear",
+            "max_length": 128, "disable_tqdm": "true", "save_strategy": "no",
+        }  # fmt: skip
+        flags = [f"--{name}={value}" for name, value in (defaults | given).items() if value is not None]
+        monkeypatch.setattr(sys, "argv", ["robust_dpo.py", *flags, *settings])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(recipes_dir() / "robust_dpo.py"), run_name="__main__")
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return caught.value.code, said
+
+    return run
+
+
+SETTINGS = [
+    (dict(flip_rate=0.5), "flip_rate is 0.5; it must lie in [0, 0.5)"),
+    (dict(flip_rate=-0.1), "flip_rate is -0.1; it must lie in [0, 0.5)"),
+    (dict(flip_rate="nan"), "flip_rate is nan; it must lie in [0, 0.5)"),
+    (dict(reduction="dr_dpo", beta_prime=0), "beta_prime is 0; it must be above 0"),
+    (dict(reduction="dr_dpo", beta_prime=-1), "beta_prime is -1; it must be above 0"),
+    (dict(reduction="dr_dpo", beta_prime="nan"), "beta_prime is nan; it must be above 0"),
+    (dict(pair_loss="rpdo"), "pair_loss is 'rpdo'; it must be one of dpo, cdpo, rdpo, hinge, ipo. Did you mean rdpo?"),
+    (dict(learning_rate="fast"), "command line: `learning_rate` is 'fast'; it takes a number."),
+    (dict(learning_rat=0.1), "unknown key `learning_rat`; did you mean `learning_rate` (RobustDPOConfig)?"),
+    (dict(warmup_ratio=0.1), "`warmup_ratio` is not a setting any more: write `warmup_steps: 0.1`"),
+    (dict(max_train_rows=0), "max_train_rows is 0; it must be 1 or more, or left out for all rows."),
+    (dict(report_to="wandbb"), "report_to is 'wandbb'; it must be one of"),
+    (dict(attn_implementation="spda"), "attn_implementation is 'spda'; it must be one of"),
+    (dict(dtype="bfloat"), "`dtype` is 'bfloat'; it takes auto, bfloat16, float16 or float32."),
+    (dict(lora_r=0), "the LoRA rank (lora_r) is 0; it must be a whole number of 1 or more."),
+    (dict(lora_target_modules="q_projj"), "these settings: Target modules q_projj not found in the base model."),
+    (dict(resume_from_checkpoint="nope"), "resume_from_checkpoint is nope, which does not exist"),
+    (
+        dict(resume_from_checkpoint="true"),
+        "resume_from_checkpoint is true, but run holds no complete checkpoint",
+    ),
+    (dict(output_dir="pairs.jsonl/run"), "output_dir is pairs.jsonl/run, which cannot be written to"),
+    (dict(model_name_or_path="./no-such-model"), "model './no-such-model' is a folder that does not exist"),
+    (dict(model_name_or_path="pairs.jsonl"), "model 'pairs.jsonl' is a file; give the folder that holds it"),
+    (dict(dataset_name=""), "dataset_name is not set; give it in the config file or as --dataset_name VALUE."),
+    (dict(dataloader_num_workers=-1), "dataloader_num_workers is -1; it must be a whole number of 0 or more."),
+    (dict(adam_beta1=1.5), "adam_beta1 is 1.5; it must lie in [0, 1)."),
+    (dict(lora_task_type="CAUSALLM"), "the adapter cannot be built with these settings: Invalid task type: 'CAUSALLM'"),
+    (dict(output_dir=""), "output_dir is empty; give the folder that the run is to be saved in."),
+    (dict(optim="adamw_torchh"), "Did you mean adamw_torch?"),
+    (dict(config="none.yaml"), "the config file none.yaml cannot be read: No such file or directory."),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), SETTINGS, ids=lambda value: "" if isinstance(value, str) else str(value))
+@pytest.mark.parametrize("mode", ["train", "dry run"])
+def test_a_setting_that_cannot_be_ends_with_code_2(recipe, tmp_path, given, message, mode):
+    code, said = recipe(**given, **({"dry_run": "true"} if mode == "dry run" else {}))
+    assert code == 2 and message in said
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+DATA = [
+    (lines(row | {"rejected": row["chosen"]} for row in TEXTS), "train_dataset: all 4 pairs have identical sides."),
+    (lines(row | {"chosen": " "} for row in TEXTS), "train_dataset: all 4 pairs have an empty side. Fill it in"),
+    (lines({"prompt": "q", "chosen": "a"} for _ in range(4)), "line 1: 'rejected' missing; found ['chosen', 'prompt']"),
+    (lines([TEXTS[0], TEXTS[1] | {"rejected": None}]), "line 2: 'rejected' is null; every row needs both sides."),
+    (lines([TEXTS[0], TEXTS[1] | {"prompt": None}]), "line 2: 'prompt' is null; fill it in, or leave the row out."),
+    (lines([TEXTS[0], TEXTS[1] | {"chosen": 5}]), "line 2: chosen is a number, and in bad.jsonl, line 1 it is a text;"),
+    (lines(row | {"chosen": 5} for row in TEXTS), "train_dataset, row 1: chosen is a number (5). It must be a text"),
+    (lines(row | {"flip_rate": 0.7} for row in TEXTS), "flip_rate of 0.7 in row 1; every row's flip_rate must lie in"),
+    (lines(TEXTS[:2]) + '{"prompt": "q",\n', "bad.jsonl, line 3, column 16: broken JSON: "),
+    (lines(row | {"prompt": "p" * 200} for row in TEXTS), "max_length is 128, and every prompt alone is that long"),
+    ("", "bad.jsonl holds no rows"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), DATA, ids=[message[:40] for _, message in DATA])
+def test_data_that_cannot_be_trained_on_ends_with_code_3(recipe, tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    code, said = recipe(dataset_name="bad.jsonl")
+    assert code == 3 and message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there_ends_with_code_3(recipe, tmp_path):
+    code, said = recipe(dataset_name="gone.jsonl")
+    assert code == 3 and f"gone.jsonl does not exist (working folder: {tmp_path})." in said
+    (tmp_path / "folder").mkdir()
+    code, said = recipe(dataset_name="folder")
+    assert code == 3 and "the data set 'folder' is a folder without data files that can be read" in said
+
+
+def test_a_hub_that_cannot_be_reached_ends_with_code_4_for_data_and_model(recipe):
+    code, said = recipe(model_name_or_path="org/gone")
+    assert code == 4 and "model 'org/gone' is no folder here and not in the cache, and the hub cannot be" in said
+    code, said = recipe(dataset_name="org/gone")
+    assert code == 4 and "the data set 'org/gone' is no file or folder here, and the hub cannot be" in said
+
+
+def test_dr_dpo_of_one_pair_is_warned_about(recipe):
+    one = dict(reduction="dr_dpo", dr_dpo_scope="micro_batch", per_device_train_batch_size=1)
+    code, said = recipe(**one, dry_run="true")
+    assert code == 0
+    assert "dr_dpo_scope is micro_batch with per_device_train_batch_size 1: of one pair Dr. DPO is DPO." in said
+
+
+def test_another_runs_folder_is_neither_written_into_nor_resumed_from(recipe, tmp_path):
+    saving = dict(save_strategy="steps", save_steps=1)
+    assert recipe(**saving)[0] == 0
+    (tmp_path / "other.jsonl").write_text(lines(TEXTS[1:]))
+    there, elsewhere = {}, dict(output_dir="elsewhere", resume_from_checkpoint="run/checkpoint-1")
+    for place in (there, elsewhere):
+        written = "written by another run ("
+        code, said = recipe(**saving, **place, pair_loss="dpo")
+        assert code == 2 and written in said and "pair_loss: rdpo there, dpo here" in said
+        code, said = recipe(**saving, **place, dataset_name="other.jsonl")
+        assert code == 2 and written in said and "data: " in said
+    assert recipe(**saving, max_steps=2, resume_from_checkpoint="true")[0] == 0
+    assert [path.name for path in _checkpoints.complete("run")] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_full_disk_ends_with_code_4_and_the_last_complete_checkpoint(recipe, monkeypatch):
+    original = RobustDPOTrainer._save_rng_state
+
+    def full(self, output_dir):
+        if self.state.global_step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, output_dir)
+
+    monkeypatch.setattr(RobustDPOTrainer, "_save_rng_state", full)
+    code, said = recipe(save_strategy="steps", save_steps=1, max_steps=2)
+    assert code == 4
+    assert "No space left on device. The last complete one is run/checkpoint-1; go on from it with `resume_from" in said
+    assert [path.name for path in _checkpoints.complete("run")] == ["checkpoint-1"]
+
+
+def test_a_loss_that_is_no_number_ends_with_code_5_and_the_last_finite_weights(recipe, tmp_path, monkeypatch):
+    inner = RobustDPOTrainer.pair_losses
+
+    def poisoned(self, *args):
+        return inner(self, *args) * (float("nan") if self.state.global_step == 1 else 1.0)
+
+    monkeypatch.setattr(RobustDPOTrainer, "pair_losses", poisoned)
+    code, said = recipe(max_steps=2)
+    assert code == 5
+    assert "the loss became NaN or infinite at step 2; the weights after step 1 are in run/last-finite-1." in said
+    assert (tmp_path / "run" / "last-finite-1" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_without_gradient_end_with_code_5(recipe, monkeypatch):
+    monkeypatch.setattr(_guards.LiveGradients, "_note", lambda self, name, gradient: None)
+    code, said = recipe(max_steps=3)
+    assert code == 5 and "adapter tensors got no gradient in the first two steps: " in said

@@ -1,0 +1,32 @@
+import logging
+import warnings
+
+import pytest
+
+import posttrain.quiet  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("logger", "noise"),
+    [
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: no kernels"),
+    ],
+)
+def test_one_line_goes_and_the_others_of_its_logger_stay(logger, noise):
+    def passes(text):
+        return logging.getLogger(logger).filter(logging.makeLogRecord({"msg": text, "levelno": logging.WARNING}))
+
+    assert not passes(noise)
+    assert passes("the gradients overflowed")
+
+
+def test_warnings_about_a_run_still_come_through():
+    import importlib
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        importlib.reload(posttrain.quiet)
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("something else will be removed", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["something else will be removed"]

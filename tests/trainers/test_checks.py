@@ -1,0 +1,77 @@
+"""Settings that are refused before any weight is read."""
+
+import pytest
+
+from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.trainers import _checks
+from tests.conftest import make_pairs
+
+
+@pytest.fixture
+def weightless(tiny_folder, tmp_path):
+    """A model folder of which loading would fail: what is refused with it was refused before."""
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"attn_implementation": "spda"},
+            "attn_implementation is 'spda'; it must be one of eager, .* Did you mean sdpa",
+        ),
+        (
+            {"attn_implementation": "flash"},
+            "attn_implementation is 'flash'; it must be one of eager, .*flash_attention_2",
+        ),
+        ({"dtype": "bfloat"}, "dtype is 'bfloat'; it must be one of auto, bfloat16, .*Did you mean bfloat16"),
+    ],
+)
+def test_loading_settings_are_refused_before_the_model_loads(weightless, tmp_path, kwargs, message):
+    args = RobustDPOConfig(str(tmp_path / "out"), model_init_kwargs=kwargs)
+    with pytest.raises(ConfigError, match=message):
+        RobustDPOTrainer(weightless, args=args, train_dataset=make_pairs(4))
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "kernels-community/flash-attn2", None])
+def test_attention_that_transformers_knows_passes(name):
+    _checks.check_loading({"attn_implementation": name, "dtype": "float32"})
+
+
+def test_reporters_are_refused_with_the_nearest_name(tmp_path):
+    for value in ("wandbb", ["tensorboard", "wandbb"]):
+        with pytest.raises(ConfigError, match="report_to is 'wandbb'; it must be one of .*, none. Did you mean wandb?"):
+            RobustDPOConfig(str(tmp_path), report_to=value)
+    assert RobustDPOConfig(str(tmp_path), report_to="none").report_to == []
+
+
+def test_a_reporter_that_is_not_installed_is_an_issue_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(_checks, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(EnvironmentIssue, match="report_to names wandb, which is not installed here"):
+        RobustDPOConfig(str(tmp_path), report_to="wandb")
+    assert RobustDPOConfig(str(tmp_path), report_to="tensorboard").report_to == ["tensorboard"]
+
+
+def test_a_missing_package_is_an_issue_of_the_environment():
+    with pytest.raises(EnvironmentIssue, match="these settings need a package that is missing: no flash_attn"):
+        with _checks.upstream_refusals():
+            raise ImportError("no flash_attn")
+
+
+def test_an_unreachable_model_and_an_unreachable_data_set_end_alike(tmp_path):
+    from posttrain.data.preferences import load_preferences
+
+    with pytest.raises(EnvironmentIssue, match="model 'org/gone' is no folder here .* the hub cannot be reached"):
+        RobustDPOTrainer("org/gone", args=RobustDPOConfig(str(tmp_path)), train_dataset=make_pairs(4))
+    with pytest.raises(EnvironmentIssue, match="data set 'org/gone' is no file or folder here, and the hub cannot"):
+        load_preferences("org/gone")
+
+
+def test_a_model_folder_that_is_missing_is_a_setting_to_mend(tmp_path):
+    with pytest.raises(ConfigError, match="model './no-such-model' is a folder that does not exist"):
+        RobustDPOTrainer("./no-such-model", args=RobustDPOConfig(str(tmp_path)), train_dataset=make_pairs(4))
