@@ -1,7 +1,9 @@
 """Reading tasks with a demonstration and a gold answer: generated, of reasoning-gym, a local file or a hub data set."""
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -187,11 +189,12 @@ def _generate(kind: str, rest: str, split: str, conversational: bool):
     if kind == "gym":
 
         def make(seed: int, exclude: Iterable[dict] = ()):
-            return gym_tasks(name, n, seed, exclude, **options)
+            return gym_tasks(name, n, seed, exclude, **{"conversational": conversational, **options})
     else:
         if name not in _GENERATED:
             known = ", ".join(f"generated:{one}" for one in _GENERATED)
             raise ConfigError(f"{source!r} is not known; the generated tasks are {known}.")
+        _check_options(source, options, _GENERATED[name])
 
         def make(seed: int, exclude: Iterable[dict] = ()):
             return _GENERATED[name](n, seed, **{"conversational": conversational, **options}, exclude=exclude)
@@ -199,10 +202,17 @@ def _generate(kind: str, rest: str, split: str, conversational: bool):
     try:
         train = make(seed)
         return train if split == "train" else make(seed + 1, train)
-    except TypeError as error:
-        raise ConfigError(f"{source!r}: {error}.") from None
     except ConfigError as error:
         raise ConfigError(f"{source!r}: {error}") from None
+
+
+def _check_options(source: str, options: dict, function) -> None:
+    known = ["n", "seed", *(name for name in signature(function).parameters if name not in ("n", "seed", "exclude"))]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(f"{source!r} has no option {option!r} (it has {', '.join(known)}){hint}")
 
 
 def _options(query: str, source: str) -> dict:

@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,14 @@ def test_both_engines_judge_numbers_alike(verified, numbers):
 )
 def test_math_verify_compares_expressions(verified, completion, gold, score):
     assert verified(completions=[completion], gold=[gold]) == [score]
+
+
+def test_expressions_are_compared_from_any_thread(verified):
+    # math-verify itself raises off the main thread
+    with ThreadPoolExecutor(2) as threads:
+        columns = {"completions": [r"\boxed{x+1}"], "gold": ["$1+x$"]}
+        scores = [threads.submit(verified, **columns) for _ in range(4)]
+        assert [score.result() for score in scores] == [[1.0]] * 4
 
 
 def test_an_endless_answer_is_unscorable_and_counted():
