@@ -64,6 +64,7 @@ def load_demonstrations(
     or reasoning-gym is missing.
     """
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise ConfigError(f"limit={limit!r} must be at least 1, or left out for all rows.")
@@ -74,7 +75,11 @@ def load_demonstrations(
     rows, places = _read(source, split, limit, config)
     shape = _shape(columns_of(rows), columns, source)
     made = [_row(row, place, shape, conversational, keep_notes) for row, place in zip(rows, places, strict=True)]
-    return Dataset.from_list(made)
+    try:
+        return Dataset.from_list(made)
+    except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
+        # pyarrow's own errors are ValueErrors or TypeErrors
+        raise DataError(f"{source}: the rows do not have the same types throughout: {error}") from None
 
 
 def _read(source: str, split: str, limit: int | None, config: str | None) -> tuple[list[dict], list[str]]:

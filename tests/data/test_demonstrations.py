@@ -85,11 +85,17 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, rows, columns, message):
         load_demonstrations(write(tmp_path / "rows.jsonl", rows), columns=columns)
 
 
+def test_rows_of_unlike_types_are_named(tmp_path):
+    rows = [{**GSM8K[0], "difficulty": 1}, {**GSM8K[1], "difficulty": "hard"}]
+    with pytest.raises(DataError, match="rows.jsonl: the rows do not have the same types throughout"):
+        load_demonstrations(write(tmp_path / "rows.jsonl", rows))
+
+
 def test_sources_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(DataError, match="missing.jsonl does not exist"):
         load_demonstrations("missing.jsonl")
     for config in (None, "main"):
-        with pytest.raises(EnvironmentIssue, match="'openai/gsm8k' is not a local file, and the hub cannot be reached"):
+        with pytest.raises(EnvironmentIssue, match="'openai/gsm8k' is no.*, and the hub cannot be reached"):
             load_demonstrations("openai/gsm8k", config=config)
     source = write(tmp_path / "rows.jsonl", GSM8K)
     with pytest.raises(ConfigError, match="limit=0 must be at least 1"):
