@@ -1,0 +1,245 @@
+"""Reading tasks with a demonstration and a gold answer: generated, of reasoning-gym, a local file or a hub data set."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from inspect import signature
+from pathlib import Path
+from urllib.parse import unquote
+
+from posttrain.data import preferences
+from posttrain.data.gym import gym_tasks
+from posttrain.data.procedural import arithmetic_tasks, modular_sum_tasks
+from posttrain.data.rows import columns_of, read_rows
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+
+COLUMNS = ("prompt", "demonstration", "gold")
+# Beside COLUMNS, what generated data sets and users' own may have.
+OTHER_COLUMNS = ("difficulty", "gym_task")
+
+# Which columns hold the three, by what published sets call them; the first that fits is taken. Where there is no column
+# of its own for it, the gold answer comes from the demonstration.
+_SHAPES = (
+    {"prompt": "prompt", "demonstration": "demonstration", "gold": "gold"},
+    {"prompt": "prompt", "demonstration": "demonstration"},
+    {"prompt": "problem", "demonstration": "solution", "gold": "answer"},
+    {"prompt": "problem", "demonstration": "solution"},
+    {"prompt": "question", "demonstration": "answer"},
+)
+_GENERATED = {"arithmetic": arithmetic_tasks, "modular_sum": modular_sum_tasks}
+_RANGES = ("operands", "digits", "terms")
+# The calculator notes of GSM8K: <<48/2=24>>
+_NOTES = re.compile(r"<<[^<>]*>>")
+
+
+def load_demonstrations(
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    conversational: bool = True,
+    keep_notes: bool = False,
+):
+    """Tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
+
+    Args:
+        source: one of
+            - `generated:arithmetic` or `generated:modular_sum`, with the arguments of their functions as options:
+              `generated:arithmetic?n=256&seed=0&operands=2-4&operators=+-`;
+            - `gym:NAME`, a reasoning-gym data set, with options of its config: `gym:chain_sum?n=256&max_terms=3`;
+            - a local file: .json (a list of rows), .jsonl, .jsonl.gz or .parquet, whatever the `split`;
+            - a hub data set's id.
+            Of the first two, any split but `train` gives tasks that are disjoint from the training ones.
+        limit: the first rows only.
+        columns: which columns are prompt, demonstration and gold, where their names are not known. Known are
+            prompt + demonstration (+ gold), problem + solution (+ answer) as in MATH, and question + answer as in
+            GSM8K. Without a column for gold it is what follows `####` in the demonstration, or its last box.
+        config: of a hub data set that has several, such as `main` of openai/gsm8k.
+        conversational: make texts into a user message and an assistant message. Rows of messages stay so.
+        keep_notes: keep GSM8K's calculator notes, `<<48/2=24>>`, which are no part of the text.
+
+    Raises DataError for what cannot be read, missing columns, an empty prompt or demonstration, and a row without a
+    gold answer, each with its place; ConfigError for wrong options; EnvironmentIssue where the hub cannot be reached
+    or reasoning-gym is missing.
+    """
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if limit is not None and (isinstance(limit, bool) or limit < 1):
+        raise ConfigError(f"limit={limit!r} must be at least 1, or left out for all rows.")
+    kind, colon, rest = source.partition(":")
+    if colon and kind in ("generated", "gym"):
+        made = _generate(kind, rest, split, conversational)
+        return made if limit is None else made.select(range(min(limit, len(made))))
+    rows, places = _read(source, split, limit, config)
+    shape = _shape(columns_of(rows), columns, source)
+    made = [_row(row, place, shape, conversational, keep_notes) for row, place in zip(rows, places, strict=True)]
+    try:
+        return Dataset.from_list(made)
+    except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
+        # pyarrow's own errors are ValueErrors or TypeErrors
+        raise DataError(f"{source}: the rows do not have the same types throughout: {error}") from None
+
+
+def _read(source: str, split: str, limit: int | None, config: str | None) -> tuple[list[dict], list[str]]:
+    if config is None or Path(source).expanduser().exists():
+        return read_rows(source, split, limit)
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        found = load_dataset(source, config, split=split)
+    except ConnectionError as error:
+        raise EnvironmentIssue(
+            f"the data set {source!r} is not a local file, and the hub cannot be reached: {error}"
+        ) from None
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"the data set {source!r} (config {config!r}, split {split!r}) cannot be loaded: {error}"
+        ) from None
+    found = found if limit is None else found.select(range(min(limit, len(found))))
+    if len(found) == 0:
+        raise DataError(f"{source} (split {split!r}) holds no rows.")
+    return list(found), [f"{source}, row {number}" for number in range(1, len(found) + 1)]
+
+
+def _shape(found: list[str], columns: Mapping[str, str] | None, source: str) -> dict[str, str]:
+    """The source's column for each of ours, ours that are not there left out."""
+    if columns is not None:
+        unknown = sorted(set(columns) - set(COLUMNS))
+        if unknown:
+            raise ConfigError(f"columns={dict(columns)!r}: {unknown[0]!r} is not one of {', '.join(COLUMNS)}.")
+        missing = sorted(set(columns.values()) - set(found))
+        if missing:
+            raise DataError(f"{source}: column {missing[0]!r} of columns={dict(columns)!r} is missing; found {found}.")
+    shapes = _SHAPES if columns is None else (dict(columns),)
+    for shape in shapes:
+        if {"prompt", "demonstration"} <= set(shape) and set(shape.values()) <= set(found):
+            return {**shape, **{name: name for name in OTHER_COLUMNS if name in found}}
+    if columns is not None:
+        raise ConfigError(f"columns={dict(columns)!r} must name the columns of at least prompt and demonstration.")
+    raise DataError(
+        f"{source}: no columns for prompt and demonstration; found {found}. Known are prompt + demonstration (+ gold), "
+        "problem + solution (+ answer) and question + answer (ending in '#### N'). Name others by "
+        "columns={'prompt': ..., 'demonstration': ..., 'gold': ...}."
+    )
+
+
+def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, keep_notes: bool) -> dict:
+    prompt, demonstration = (_side(row, place, shape[name], name) for name in ("prompt", "demonstration"))
+    if not keep_notes:
+        demonstration = _without_notes(demonstration)
+    made = {name: row.get(column) for name, column in shape.items() if name in OTHER_COLUMNS}
+    if "gold" in shape:
+        gold = row.get(shape["gold"])
+        if gold is None or isinstance(gold, list | dict) or not str(gold).strip():
+            raise DataError(f"{place}: {shape['gold']!r}, the gold answer, is {preferences._kind(gold)}, not a text.")
+        gold = str(gold).strip()
+    else:
+        gold = _marked_gold(demonstration, place, shape["demonstration"])
+    if conversational and isinstance(prompt, str) and isinstance(demonstration, str):
+        prompt = [{"role": "user", "content": prompt}]
+        demonstration = [{"role": "assistant", "content": demonstration}]
+    if isinstance(prompt, str) != isinstance(demonstration, str):
+        raise DataError(f"{place}: prompt and demonstration must both be texts or both lists of messages.")
+    return {"prompt": prompt, "demonstration": demonstration, "gold": gold, **made}
+
+
+def _side(row: dict, place: str, column: str, name: str):
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        return [{"role": message["role"], "content": message["content"]} for message in value]
+    shown = "an empty text" if isinstance(value, str) else "an empty list" if value == [] else preferences._kind(value)
+    raise DataError(f"{place}: {column!r}, the {name}, is {shown}; it must be a text or a list of messages.")
+
+
+def _is_message(message) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )
+
+
+def _without_notes(demonstration):
+    if isinstance(demonstration, str):
+        return _NOTES.sub("", demonstration)
+    return [{**message, "content": _NOTES.sub("", message["content"])} for message in demonstration]
+
+
+def _marked_gold(demonstration, place: str, column: str) -> str:
+    from posttrain.rewards.answers import final_answer
+
+    text = demonstration if isinstance(demonstration, str) else demonstration[-1]["content"]
+    for where in ("hash", "boxed"):
+        answer = final_answer(text, where)
+        if answer is not None and answer.text:
+            # 1,234 in GSM8K's way of writing
+            return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer.text)
+    raise DataError(
+        f"{place}: {column!r} ends without '#### N' (or a box) and there is no column for the gold answer; it ends in "
+        f"{text[-60:]!r}. Mark the answer, or name its column by columns={{'gold': ...}}."
+    )
+
+
+def _generate(kind: str, rest: str, split: str, conversational: bool):
+    name, _, query = rest.partition("?")
+    source = f"{kind}:{rest}"
+    options = _options(query, source)
+    n, seed = options.pop("n", 256), options.pop("seed", 0)
+    for key, value in (("n", n), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{source!r}: {key}={value!r} is no integer.")
+    if kind == "gym":
+
+        def make(seed: int, exclude: Iterable[dict] = ()):
+            return gym_tasks(name, n, seed, exclude, **{"conversational": conversational, **options})
+    else:
+        if name not in _GENERATED:
+            known = ", ".join(f"generated:{one}" for one in _GENERATED)
+            raise ConfigError(f"{source!r} is not known; the generated tasks are {known}.")
+        _check_options(source, options, _GENERATED[name])
+
+        def make(seed: int, exclude: Iterable[dict] = ()):
+            return _GENERATED[name](n, seed, **{"conversational": conversational, **options}, exclude=exclude)
+
+    try:
+        train = make(seed)
+        return train if split == "train" else make(seed + 1, train)
+    except ConfigError as error:
+        raise ConfigError(f"{source!r}: {error}") from None
+
+
+def _check_options(source: str, options: dict, function) -> None:
+    known = ["n", "seed", *(name for name in signature(function).parameters if name not in ("n", "seed", "exclude"))]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(f"{source!r} has no option {option!r} (it has {', '.join(known)}){hint}")
+
+
+def _options(query: str, source: str) -> dict:
+    options = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"{source!r}: write options as key=value, joined by &.")
+        # + is an operator here, not a space as in web addresses
+        options[key] = _scalar(key, unquote(value))
+    return options
+
+
+def _scalar(key: str, text: str):
+    span = re.fullmatch(r"(\d+)-(\d+)", text)
+    if span and key in _RANGES:
+        return int(span[1]), int(span[2])
+    if key in _RANGES and text.isdigit():
+        return int(text), int(text)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text, text)

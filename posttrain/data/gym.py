@@ -1,0 +1,126 @@
+"""Tasks of the reasoning-gym package, by name (extra `gym`)."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+
+from posttrain.errors import ConfigError, DataError
+from posttrain.rewards.base import require
+
+# Keeps what JSON has no words for, since verifiers tell tuples from lists.
+_KIND = "__kind__"
+_KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
+
+
+def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conversational: bool = True, **options):
+    """`n` tasks of a reasoning-gym data set such as `chain_sum`.
+
+    Args:
+        name: of the data set. options: fields of its config, its difficulty among them.
+        seed: of the generator. exclude: rows of an earlier call, whose questions do not come again.
+        conversational: messages if true, texts if false.
+
+    Returns a `datasets.Dataset` with the columns prompt, demonstration (the bare answer: reasoning-gym has no worked
+    solutions), gold (the answer) and gym_task (the task as the reward
+    `gym` reads it). No question comes twice.
+
+    Raises EnvironmentIssue where reasoning-gym is missing, ConfigError for an unknown name or option, DataError where
+    a task has no answer that its own verifier scores 1.0, or there are too few different questions.
+    """
+    from datasets import Dataset
+
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ConfigError(f"n={n!r} must be an integer of at least 1.")
+    prompts = (row["prompt"] for row in exclude)
+    seen = {prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts}
+    # Rows are made when asked for, so a large size costs little. Most data sets seed row i with seed + i: those of the
+    # next seed are nearly all among the excluded ones.
+    source = _create(name, seed, 4 * (n + len(seen)) + 100, options)
+    rows, tried = [], 0
+    while len(rows) < n:
+        if tried == len(source):
+            raise DataError(
+                f"gym:{name} has only {len(rows)} different questions among {tried}, not {n}; ask for fewer, or "
+                "choose options that make it harder."
+            )
+        entry = source[tried]
+        tried += 1
+        if entry["question"] in seen:
+            continue
+        seen.add(entry["question"])
+        rows.append(_row(name, source, entry, conversational))
+    return Dataset.from_list(rows)
+
+
+def encode_task(name: str, entry: dict) -> str:
+    """A task as one text, from which `decode_task` makes an equal one."""
+    return json.dumps([name, _encode(entry)])
+
+
+def decode_task(task: str) -> tuple[str, dict]:
+    """The data set's name, and the task as its verifier takes it."""
+    name, entry = json.loads(task)
+    return name, _decode(entry)
+
+
+def _create(name: str, seed: int, size: int, options: dict):
+    require("reasoning_gym", "gym", f"gym:{name}")
+    from reasoning_gym import create_dataset
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "Such as 'chain_sum' or 'gcd'; its documentation lists them."
+        raise ConfigError(f"reasoning-gym has no data set {name!r}. {hint}")
+    known = [field.name for field in fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(f"gym:{name} has no option {option!r} (it has {', '.join(known)}){hint}")
+    try:
+        return create_dataset(name, seed=seed, size=size, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"gym:{name} does not take the options {options!r}: {error}.") from None
+
+
+def _row(name: str, source, entry: dict, conversational: bool) -> dict:
+    answer = entry["answer"]
+    accepted = isinstance(answer, str) and answer.strip() and source.score_answer(answer, entry) == 1.0
+    if not accepted:
+        raise DataError(
+            f"gym:{name}: the task {entry['question'][:80]!r} has the answer {answer!r}, which its own verifier does "
+            "not score 1.0; choose another data set."
+        )
+    try:
+        task = encode_task(name, entry)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"gym:{name}: a task cannot be stored as text: {error}; choose another data set.") from None
+    prompt, demonstration = entry["question"], answer
+    if conversational:
+        prompt = [{"role": "user", "content": prompt}]
+        demonstration = [{"role": "assistant", "content": demonstration}]
+    return {"prompt": prompt, "demonstration": demonstration, "gold": answer, "gym_task": task}
+
+
+def _encode(value):
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and _KIND not in value:
+            return {key: _encode(one) for key, one in value.items()}
+        return {_KIND: "dict", "items": [[_encode(key), _encode(one)] for key, one in value.items()]}
+    if isinstance(value, list):
+        return [_encode(one) for one in value]
+    if type(value).__name__ in _KINDS and type(value) is _KINDS[type(value).__name__]:
+        return {_KIND: type(value).__name__, "items": [_encode(one) for one in value]}
+    return value
+
+
+def _decode(value):
+    if isinstance(value, list):
+        return [_decode(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if _KIND not in value:
+        return {key: _decode(one) for key, one in value.items()}
+    return _KINDS[value[_KIND]](_decode(one) for one in value["items"])

@@ -1,0 +1,67 @@
+r"""A reward for the form of a completion, whatever it says."""
+
+import re
+from dataclasses import dataclass
+
+from posttrain.errors import ConfigError
+from posttrain.rewards.answers import final_answer
+from posttrain.rewards.base import Reward, check_choice, completion_text
+
+# Text without any of the tags, so that each tag comes once. Every character is looked at once: no backtracking.
+_ANY = r"(?:(?!</?(?:think|answer)>)[\s\S])*+"
+_SOME = rf"(?=\s*[^\s<]|\s*<(?!/?(?:think|answer)>)){_ANY}"
+
+TEMPLATES = {
+    "think_answer": rf"\s*<think>{_SOME}</think>\s*<answer>{_SOME}</answer>\s*",
+    "think": rf"\s*<think>{_SOME}</think>{_SOME}",
+    "answer": rf"{_ANY}<answer>{_SOME}</answer>\s*",
+    "hash": r"(?:(?!####)[\s\S])*+####[ \t]*+[^\s#][^\n#]*+\s*",
+    # a box's braces nest, which no regular expression counts
+    "boxed": None,
+}
+
+
+@dataclass(eq=False)
+class Format(Reward):
+    r"""1.0 where a whole completion has the form, 0.0 otherwise.
+
+    Args:
+        template: think_answer, `<think>...</think><answer>...</answer>`; think, `<think>...</think>` and a text;
+            answer, a text that ends with `<answer>...</answer>`; hash, a text whose last line ends with `#### ...`;
+            boxed, a `\boxed{...}` after any thinking. Each tag and #### comes exactly once, and none is empty.
+        pattern: a regular expression of your own instead, for the whole completion, where `.` is any character. It
+            runs in this process without a timeout.
+        prefix: put before every completion, for chat templates whose prompt ends with an opening `<think>`.
+
+    Raises ConfigError for an unknown template or a broken pattern.
+    """
+
+    template: str | None = None
+    pattern: str | None = None
+    prefix: str = ""
+
+    __name__ = "format"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.template is not None and self.pattern is not None:
+            raise ConfigError(
+                f"template={self.template!r} and pattern={self.pattern!r} exclude each other; leave one out."
+            )
+        if self.pattern is None:
+            self.template = self.template or "think_answer"
+            check_choice("template", self.template, tuple(TEMPLATES))
+        expression = self.pattern if self.pattern is not None else TEMPLATES[self.template]
+        try:
+            self._matches = None if expression is None else re.compile(expression, re.DOTALL).fullmatch
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"pattern={self.pattern!r} is no regular expression: {error}.") from None
+
+    def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
+        return self._scored([float(self._fits(self.prefix + completion_text(one))) for one in completions])
+
+    def _fits(self, text: str) -> bool:
+        if self._matches is not None:
+            return self._matches(text) is not None
+        answer = final_answer(text, "boxed")
+        return answer is not None and bool(answer.text)

@@ -1,0 +1,50 @@
+"""The score that reasoning-gym's own verifiers give."""
+
+from dataclasses import dataclass
+
+from posttrain.rewards.answers import final_answer
+from posttrain.rewards.base import PooledReward, column_of, completion_text, require
+
+
+@dataclass(eq=False)
+class GymScore(PooledReward):
+    """reasoning-gym's score of a completion's final answer, between 0 and 1 as its verifier gives it.
+
+    Many verifiers give a wrong answer 0.01 or 0.05 where it has the right form, some give more for a part of the
+    solution, and a right number among words can get 0.3: only 1.0 is a solved task. Where success has to be told from
+    failure, set the trainer's threshold at 0.99.
+
+    Args:
+        gold: column with the tasks, as `posttrain.data.gym.gym_tasks` writes them.
+        timeout: seconds a sample; one that takes longer is scored None and counted. workers: processes on each rank.
+
+    The answer is what `<answer>`, a box or #### marks, or else the whole text after any thinking. Raises
+    EnvironmentIssue where reasoning-gym is missing (extra `gym`).
+    """
+
+    gold: str = "gym_task"
+    timeout: float = 5.0
+    workers: int = 2
+
+    __name__ = "gym"
+    verifier = "posttrain.rewards._gym"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("reasoning_gym", "gym", "the reward gym")
+
+    def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
+        tasks = column_of(columns, self.gold, self, "gold")
+        answers = [final_answer(completion_text(completion)) for completion in completions]
+        calls = [
+            None if answer is None else {"answer": answer.text.strip(), "gold": task}
+            for answer, task in zip(answers, tasks, strict=True)
+        ]
+        return self._scored(self._score_in_pool(calls))
+
+    def gold_errors(self, values: list) -> list[str | None]:
+        outcomes = self._pool.map("gold_error", [{"gold": value} for value in values])
+        return [
+            f"its verifier does not finish in {self.timeout:g} s." if one.timed_out else one.value or one.error
+            for one in outcomes
+        ]

@@ -1,0 +1,144 @@
+"""Rewards by name, as a config gives them."""
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from functools import partial
+from urllib.parse import unquote
+
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.rewards.base import Reward
+from posttrain.rewards.format import Format
+from posttrain.rewards.gym import GymScore
+from posttrain.rewards.length import OverlongPenalty
+from posttrain.rewards.maths import ExactMatch, MathsAnswer
+from posttrain.rewards.user import UserReward
+
+BUILT_IN = {
+    "maths_answer": MathsAnswer,
+    "exact_match": ExactMatch,
+    "format": Format,
+    "length": OverlongPenalty,
+    "gym": GymScore,
+}
+_USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def get_reward(name: str, **settings) -> Reward:
+    """The reward of a name, with its settings.
+
+    Args:
+        name: one of maths_answer, exact_match, format, length and gym, or `module:function` for one of your own, found
+            where Python imports from and in the working folder. Settings may follow as
+            `length?max_length=512&cache=128`.
+        settings: of the reward; for a function of your own, keyword arguments it is always called with.
+
+    Raises ConfigError, naming the nearest name, for what does not exist, and as the reward does for its settings.
+    """
+    name, _, query = name.partition("?")
+    settings = {**_options(name, query), **settings}
+    if ":" in name:
+        return _users_reward(_import(name), settings)
+    if name not in BUILT_IN:
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"reward_funcs: {name!r} is not known.{hint} There are {', '.join(BUILT_IN)}, and your own as "
+            "module:function."
+        )
+    kind = BUILT_IN[name]
+    known = [field.name for field in fields(kind)]
+    for setting in settings:
+        if setting not in known:
+            near = difflib.get_close_matches(setting, known, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else "."
+            raise ConfigError(f"reward_funcs: {name} has no setting `{setting}` (it has {', '.join(known)}){hint}")
+    try:
+        return kind(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"reward_funcs: {name}: {error}") from None
+
+
+def get_rewards(specs: Iterable) -> list[Reward]:
+    """Rewards from what a config's `reward_funcs` lists.
+
+    Each is a name as in `get_reward`, a mapping of one name to its settings (`length: {max_length: 512, cache: 128}`),
+    a function, or a reward. Raises ConfigError as `get_reward` does.
+    """
+    specs = [specs] if isinstance(specs, str | Mapping) or callable(specs) else list(specs)
+    if not specs:
+        raise ConfigError("reward_funcs is empty; name a reward such as maths_answer.")
+    return [_reward(spec) for spec in specs]
+
+
+def _reward(spec) -> Reward:
+    if isinstance(spec, Reward):
+        return spec
+    if isinstance(spec, str):
+        return get_reward(spec)
+    if isinstance(spec, Mapping):
+        if len(spec) != 1 or not all(isinstance(value, Mapping | None) for value in spec.values()):
+            raise ConfigError(f"reward_funcs: {dict(spec)!r} must map one reward's name to its settings.")
+        ((name, settings),) = spec.items()
+        return get_reward(str(name), **(settings or {}))
+    if callable(spec):
+        return UserReward(spec)
+    raise ConfigError(f"reward_funcs: {spec!r} is neither a reward's name nor a function.")
+
+
+def _users_reward(found: Callable, settings: dict) -> Reward:
+    if isinstance(found, type):
+        found, settings = found(**settings), {}
+    if settings:
+        return UserReward(partial(found, **settings))
+    return found if isinstance(found, Reward) else UserReward(found)
+
+
+def _options(name: str, query: str) -> dict:
+    settings = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"reward_funcs: {name}?{query}: write settings as key=value, joined by &.")
+        settings[key] = _scalar(unquote(value))
+    return settings
+
+
+def _scalar(text: str):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "null": None}.get(text, text)
+
+
+def _import(name: str) -> Callable:
+    if not _USERS.fullmatch(name):
+        raise ConfigError(f"reward_funcs: {name!r} must be module:function, such as my_rewards:shortness.")
+    module_name, _, path = name.partition(":")
+    # A recipe's own folder is searched by Python, the working folder is not.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module_name)
+    except PosttrainError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"reward_funcs: the module of {name!r} cannot be imported: {type(error).__name__}: {error} (working "
+            f"folder: {os.getcwd()})."
+        ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"reward_funcs: {name!r}: {module_name} has no {part!r}.{hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"reward_funcs: {name!r} is {type(found).__name__}, not a function.")
+    return found

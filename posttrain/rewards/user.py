@@ -1,0 +1,120 @@
+"""Users' own reward functions, run in process with their exceptions counted."""
+
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from inspect import iscoroutinefunction
+
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.rewards.base import Reward, shorten
+
+# Calls in a row that may raise before the run stops: so many steps without this reward teach nothing.
+PATIENCE = 3
+
+
+@dataclass(eq=False)
+class UserReward(Reward):
+    """A user's reward function, with TRL's interface, under its own name.
+
+    A call that raises scores all its completions None, is counted and shown with the line it was raised at; after
+    PATIENCE such calls in a row, the first ones included, the run stops. NaN is taken for None.
+
+    Args:
+        function: `fn(prompts, completions, completion_ids=None, **columns) -> list[float | None]`, or such a coroutine
+            function.
+
+    Raises ConfigError for a function that cannot be called, the wrong number of scores, a score that is no number, and
+    the last exception of too many.
+    """
+
+    function: Callable
+
+    def __new__(cls, function: Callable = None):
+        # TRL tells coroutine functions by their __call__.
+        return super().__new__(_AsyncUserReward if cls is UserReward and _is_coroutine(function) else cls)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.function):
+            raise ConfigError(f"reward function {self.function!r} cannot be called; give a function.")
+        self.__name__ = _name_of(self.function)
+        self._failures = 0
+
+    def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
+        try:
+            scores = self.function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        except PosttrainError:
+            raise
+        except Exception as error:
+            return self._failed(error, len(completions))
+        return self._checked(scores, len(completions))
+
+    def _failed(self, error: Exception, samples: int) -> list[None]:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        self._note_exception(message, samples)
+        self._failures += 1
+        if self._failures >= PATIENCE:
+            raise ConfigError(
+                f"reward function {self.__name__} raised in {PATIENCE} calls in a row; mend it, or return None for "
+                f"completions it cannot score. The last: {message}"
+            ) from error
+        return [None] * samples
+
+    def _checked(self, scores, samples: int) -> list[float | None]:
+        self._failures = 0
+        try:
+            scores = list(scores)
+        except TypeError:
+            raise ConfigError(
+                f"reward function {self.__name__} returned {shorten(scores)}; it must return a list with a score for "
+                "each completion."
+            ) from None
+        if len(scores) != samples:
+            raise ConfigError(
+                f"reward function {self.__name__} returned {len(scores)} scores for {samples} completions; it must "
+                "return one for each, None where it has none."
+            )
+        return self._scored([self._number(score) for score in scores])
+
+    def _number(self, score) -> float | None:
+        if score is None:
+            return None
+        try:
+            number = float(score)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"reward function {self.__name__} returned the score {shorten(score)}; a score is a number or None."
+            ) from None
+        return None if math.isnan(number) else number
+
+
+class _AsyncUserReward(UserReward):
+    async def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
+        try:
+            scores = await self.function(
+                prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+            )
+        except PosttrainError:
+            raise
+        except Exception as error:
+            return self._failed(error, len(completions))
+        return self._checked(scores, len(completions))
+
+
+def _inner(function):
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def _name_of(function) -> str:
+    function = _inner(function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _is_coroutine(function) -> bool:
+    function = _inner(function)
+    return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

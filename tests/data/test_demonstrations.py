@@ -1,0 +1,200 @@
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from posttrain.data.demonstrations import load_demonstrations
+from posttrain.data.gym import decode_task, encode_task, gym_tasks
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.rewards import GymScore, MathsAnswer, check_golds
+
+GSM8K = [
+    {"question": "2 boxes of 600?", "answer": "He has 2*600=<<2*600=1200>>1200.\n#### 1,200"},
+    {"question": "Half of 5?", "answer": "5/2\n#### 2.5"},
+]
+
+
+def write(path, rows):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz"])
+def test_gsm8k_files_become_prompt_demonstration_and_gold(tmp_path, name):
+    source = write(tmp_path / name, GSM8K)
+    rows = load_demonstrations(source)
+    assert rows.column_names == ["prompt", "demonstration", "gold"]
+    assert rows[0] == {
+        "prompt": [{"role": "user", "content": "2 boxes of 600?"}],
+        "demonstration": [{"role": "assistant", "content": "He has 2*600=1200.\n#### 1,200"}],
+        "gold": "1200",
+    }
+    assert rows["gold"][:] == ["1200", "2.5"]
+    bare = load_demonstrations(source, conversational=False, keep_notes=True, limit=1)
+    assert bare.to_list() == [{"prompt": "2 boxes of 600?", "demonstration": GSM8K[0]["answer"], "gold": "1200"}]
+
+
+@pytest.mark.parametrize(
+    "row, gold",
+    [
+        ({"problem": "1+1?", "solution": "so 2", "answer": "2"}, "2"),
+        ({"problem": "1+1?", "solution": r"so \boxed{\frac{4}{2}}"}, r"\frac{4}{2}"),
+        ({"prompt": "1+1?", "demonstration": "so 2", "gold": 2, "other": "x"}, "2"),
+        ({"prompt": "1+1?", "demonstration": "#### 2", "difficulty": 3}, "2"),
+    ],
+)
+def test_known_columns_are_mapped(tmp_path, row, gold):
+    (made,) = load_demonstrations(write(tmp_path / "rows.jsonl", [row]), conversational=False)
+    assert (made["prompt"], made["gold"]) == ("1+1?", gold)
+    assert made["demonstration"] == row.get("demonstration", row.get("solution"))
+    assert ("difficulty" in made) == ("difficulty" in row) and "other" not in made
+
+
+def test_other_columns_are_mapped_by_name_and_messages_stay(tmp_path):
+    row = {
+        "ask": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1?"}],
+        "said": [{"role": "assistant", "content": "<<1+1=2>>2"}],
+        "right": "2",
+    }
+    columns = {"prompt": "ask", "demonstration": "said", "gold": "right"}
+    (made,) = load_demonstrations(write(tmp_path / "rows.jsonl", [row]), columns=columns)
+    assert made["prompt"] == row["ask"] and made["gold"] == "2"
+    assert made["demonstration"] == [{"role": "assistant", "content": "2"}]
+
+
+@pytest.mark.parametrize(
+    "rows, columns, message",
+    [
+        ([{"question": "q"}], None, r"no columns for prompt and demonstration; found \['question'\].*columns="),
+        ([{"question": "q", "answer": "4"}], None, r"line 1: 'answer' ends without '#### N'.*ends in '4'"),
+        ([*GSM8K, {"question": "q", "answer": "####"}], None, "line 3: 'answer' ends without"),
+        ([{"question": " ", "answer": "#### 4"}], None, "line 1: 'question', the prompt, is an empty text"),
+        ([{"question": "q", "answer": None}], None, "line 1: 'answer', the demonstration, is null"),
+        ([{"problem": "q", "solution": "s", "answer": None}], None, "line 1: 'answer', the gold answer, is null"),
+        ([{"prompt": "q", "demonstration": [{"role": "assistant"}]}], None, "'demonstration', the demonstration, is a"),
+        ([{"a": 1}], {"prompt": "b"}, "column 'b' of columns=.* is missing; found"),
+        ([{"prompt": "q", "demonstration": [{"role": "assistant", "content": "#### 1"}]}], None, "must both be texts"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_used_are_named(tmp_path, rows, columns, message):
+    with pytest.raises(DataError, match=message):
+        load_demonstrations(write(tmp_path / "rows.jsonl", rows), columns=columns)
+
+
+def test_rows_of_unlike_types_are_named(tmp_path):
+    rows = [{**GSM8K[0], "difficulty": 1}, {**GSM8K[1], "difficulty": "hard"}]
+    with pytest.raises(DataError, match="rows.jsonl: the rows do not have the same types throughout"):
+        load_demonstrations(write(tmp_path / "rows.jsonl", rows))
+
+
+def test_sources_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(DataError, match="missing.jsonl does not exist"):
+        load_demonstrations("missing.jsonl")
+    for config in (None, "main"):
+        with pytest.raises(EnvironmentIssue, match="'openai/gsm8k' is no.*, and the hub cannot be reached"):
+            load_demonstrations("openai/gsm8k", config=config)
+    source = write(tmp_path / "rows.jsonl", GSM8K)
+    with pytest.raises(ConfigError, match="limit=0 must be at least 1"):
+        load_demonstrations(source, limit=0)
+    with pytest.raises(ConfigError, match="'answer' is not one of prompt, demonstration, gold"):
+        load_demonstrations(source, columns={"answer": "answer"})
+    with pytest.raises(ConfigError, match="must name the columns of at least prompt and demonstration"):
+        load_demonstrations(source, columns={"prompt": "question"})
+
+
+def test_a_hub_data_set_is_asked_for_its_config_and_mapped(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(GSM8K)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = load_demonstrations("openai/gsm8k", split="test", config="main", limit=1)
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert rows["gold"][:] == ["1200"]
+
+
+def test_generated_tasks_are_named_with_their_options():
+    rows = load_demonstrations("generated:arithmetic?n=30&seed=3&operands=2-3&digits=2&operators=+*")
+    assert len(rows) == 30 and {"prompt", "demonstration", "gold", "difficulty"} == set(rows.column_names)
+    asked = " ".join(row["prompt"][0]["content"] for row in rows)
+    assert "+" in asked and "*" in asked and "-" not in asked
+    held_out = load_demonstrations("generated:modular_sum?n=20&terms=2", "test", conversational=False)
+    train = load_demonstrations("generated:modular_sum?n=20&terms=2", conversational=False)
+    assert not set(held_out["prompt"]) & set(train["prompt"])
+    assert len(load_demonstrations("generated:modular_sum", limit=7)) == 7
+    check_golds(rows, "gold", MathsAnswer(engine="numbers"))
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("generated:arithmetics", "'generated:arithmetics' is not known; the generated tasks are generated:arithmetic"),
+        (
+            "generated:arithmetic?operand=2-3",
+            r"no option 'operand' \(it has n, seed, operands.*did you mean 'operands'",
+        ),
+        ("generated:arithmetic?n=many", "n='many' is no integer"),
+        ("generated:arithmetic?n", "write options as key=value"),
+        ("generated:modular_sum?modulus=1", "'generated:modular_sum.modulus=1': modulus=1 must be an integer"),
+        ("gym:chain_sun", "reasoning-gym has no data set 'chain_sun'. Did you mean 'chain_sum'"),
+        ("gym:chain_sum?max_term=3", r"gym:chain_sum has no option 'max_term' \(it has .*did you mean 'max_terms'"),
+        ("gym:chain_sum?min_terms=0", "does not take the options {'min_terms': 0}: min_terms must be positive"),
+    ],
+)
+def test_generated_tasks_that_cannot_be_are_refused(source, message):
+    with pytest.raises(ConfigError, match=message):
+        load_demonstrations(source)
+
+
+def test_gym_tasks_come_by_name_with_their_verifier_as_reward():
+    rows = load_demonstrations("gym:chain_sum?n=20&seed=1&max_terms=3", conversational=False)
+    assert rows.column_names == ["prompt", "demonstration", "gold", "gym_task"] and len(rows) == 20
+    assert rows["demonstration"][:] == rows["gold"][:]
+    held_out = load_demonstrations("gym:chain_sum?n=20&seed=1&max_terms=3", "test", conversational=False)
+    assert not set(rows["prompt"]) & set(held_out["prompt"]) and len(set(rows["prompt"])) == 20
+
+    # Its verifier raises on an answer that is no number.
+    factors = gym_tasks("prime_factorization", 1, 0)
+    reward = GymScore(workers=1, timeout=20)
+    assert check_golds(rows, "gym_task", reward) == 20
+    answer, task = rows[0]["gold"], rows[0]["gym_task"]
+    texts = [answer, f"<answer>{answer}</answer>", f"<think>0</think>{answer}", f"the answer is {answer}", "x", ""]
+    scores = reward(completions=texts, gym_task=[task] * len(texts))
+    assert scores[:3] == [1.0, 1.0, 1.0] and 0 < scores[3] < 0.99 and scores[4:] == [0.0, 0.0]
+    assert reward(completions=["x"], gym_task=factors["gym_task"]) == [0.0]
+    assert reward.counters == {"scored": 7, "timeouts": 0, "exceptions": 1}
+    with pytest.raises(DataError, match="row 1: the gold answer 'x' in column 'gym_task'.*make it with gym_tasks"):
+        check_golds([{"gym_task": "x"}], "gym_task", reward)
+    reward.close()
+
+
+def test_gym_tasks_without_an_answer_or_in_too_small_a_number_are_refused():
+    with pytest.raises(DataError, match="gym:rush_hour: the task .* has the answer None"):
+        gym_tasks("rush_hour", 1, 0)
+    with pytest.raises(DataError, match="has only .* different questions among .*; ask for fewer"):
+        gym_tasks("chain_sum", 500, 0, min_terms=2, max_terms=2, min_digits=1, max_digits=1)
+
+
+def test_tasks_keep_what_json_has_no_words_for():
+    entry = {"a": (1, [2, {"b"}]), "c": {1: (2, 3)}, "__kind__": None, "f": frozenset({4})}
+    assert decode_task(encode_task("name", entry)) == ("name", entry)
+
+
+@pytest.mark.data
+@pytest.mark.skipif("POSTTRAIN_TEST_DATA" not in os.environ, reason="reads the data of POSTTRAIN_TEST_DATA")
+def test_gsm8k_is_mapped_whole():
+    folder = Path(os.environ["POSTTRAIN_TEST_DATA"])
+    for name, count in (("train", 7473), ("test", 659)):
+        rows = load_demonstrations(str(folder / f"gsm8k_{name}.jsonl.gz"))
+        assert len(rows) == count
+        assert all(float(gold) == int(gold) for gold in rows["gold"])
+        assert not any("<<" in row[0]["content"] for row in rows["demonstration"])
+        check_golds(rows, "gold", MathsAnswer(engine="numbers"))
