@@ -15,8 +15,8 @@ class TaskArguments(DataArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards, summed: maths_answer, exact_match, format, length, gym, or my_module:my_function; settings "
-            "follow a name as `length?max_length=512&cache=128`."
+            "help": "Rewards, summed: maths_answer, exact_match, format, length, gym, or my_module:my_function; "
+            "settings follow a name as `length?max_length=512&cache=128`."
         },
     )
     gold_column: str = field(default="gold", metadata={"help": "Column with the answer that is right."})

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError
+from posttrain.mechanisms import group_rewards
+from posttrain.objectives import advantages
+from posttrain.trainers._rollout_metrics import judged
 
 COLUMN, IDS = "demonstration", "demonstration_ids"
 
@@ -138,3 +141,70 @@ def place(batch: dict, rows: list[int], demonstrations: list[list[int]], pad: in
         for key, neutral in (("tool_mask", 1), ("importance_sampling_ratio", 1.0), ("old_per_token_logps", 0.0)):
             if key in batch:
                 batch[key][row] = neutral
+
+
+def insert(trainer, batch: dict, inputs: list[dict], rewards: Tensor, size: int) -> None:
+    """Put demonstrations into a scored batch where the gates of their prompts say so.
+
+    Args:
+        batch: this rank's rollouts with their advantages; changed in place. `demonstrations` (B,) flags the rows that
+            are demonstrations now, `off_policy_share` (B,) the part of their advantage that is off-policy.
+        inputs: this rank's examples, with `demonstration_ids`.
+        rewards: (N,) of all ranks' rollouts, NaN where unscorable.
+        size: rollouts a prompt.
+    """
+    args, device, own = trainer.args, rewards.device, len(inputs)
+    start = trainer.accelerator.process_index * own
+    scores = judged(trainer, rewards).view(-1, size)
+    gate = None
+    if args.soft_gate is None:
+        gate = advantages.success_gate(scores, args.gamma, args.success_threshold)
+    weights = gate_weights(scores, gate, args.soft_gate, args.success_threshold)
+    lengths = torch.tensor([len(row[IDS]) for row in inputs], device=device)
+    lengths = trainer.accelerator.gather(lengths).view(-1, size)[:, 0].float()
+    # a prompt without a demonstration stays with its rollouts
+    weights[lengths == 0] = torch.tensor([1.0, 0.0, 0.0], device=device)
+    on_policy, off_policy, sft = weights.unbind(dim=1)
+    demonstrated = (off_policy > 0) | (sft > 0)
+
+    values = trainer.accelerator.gather(batch["advantages"])
+    if (off_policy > 0).any():
+        # an off-policy demonstration belongs to the group that it is compared with
+        filled = rewards.view(-1, size).clone()
+        filled[off_policy > 0, 0] = args.success_threshold
+        values = group_rewards.group_advantages(filled.view(-1), size, trainer.group_advantage)
+    values = values.view(-1, size)
+    off_policy = off_policy * values[:, 0]
+    values = values * on_policy[:, None]
+
+    group_of = torch.arange(start, start + own, device=device) // size
+    batch["completion_mask"][on_policy[group_of] == 0] = 0
+    rows = [i for i in range(own) if (start + i) % size == 0 and demonstrated[(start + i) // size]]
+    place(batch, rows, [inputs[i][IDS] for i in rows], trainer._tokenizer.pad_token_id)
+    loss_mask = batch["completion_mask"]
+    if "tool_mask" in batch:
+        loss_mask = loss_mask * batch["tool_mask"]
+    batch["num_items_in_batch"] = trainer.accelerator.gather(loss_mask.sum()).sum()
+    totals = {
+        "rows": len(rewards),
+        "prompts": len(scores),
+        "tokens": batch["num_items_in_batch"].item(),
+        "demonstration_tokens": max(lengths[demonstrated].sum().item(), 1.0),
+        "max_length": trainer.max_completion_length,
+    }
+    one = row_advantage(args.sft_normalization, trainer.loss_type, lengths.clamp(min=1), totals)
+    whole = sft * args.sft_coef * one + off_policy
+    values[demonstrated, 0] = whole[demonstrated]
+    trainer.set_advantages(batch, values.reshape(-1))
+    flags = torch.zeros(own, device=device)
+    flags[rows] = 1.0
+    batch["demonstrations"] = flags
+    batch["off_policy_share"] = flags * torch.nan_to_num(off_policy / whole)[group_of]
+
+    metrics = trainer._metrics["train"]
+    successes = (scores >= args.success_threshold).sum(dim=1)
+    metrics["hpt/frac_sft_prompts"].append((on_policy == 0).float().mean().item())
+    metrics["hpt/success_rate"].append((successes.float() / size).mean().item())
+    metrics["hpt/solve_none"].append((successes == 0).float().mean().item())
+    metrics["hpt/solve_all"].append((successes == size).float().mean().item())
+    metrics["hpt/demo_tokens"].append(lengths[demonstrated].sum().item())

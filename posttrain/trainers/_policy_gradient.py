@@ -4,6 +4,7 @@ import importlib
 import math
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError, DivergedError
@@ -13,7 +14,7 @@ from posttrain.mechanisms import group_rewards
 from posttrain.models import resolve_model
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
-from posttrain.trainers import _checks, _demonstrations
+from posttrain.trainers import _checks, _demonstrations, _rollout_metrics
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, check_setting
@@ -96,19 +97,38 @@ class PolicyGradientMixin(RunMixin):
         size = self.num_generations if training else self.num_generations_eval
         rewards = group_rewards.weighted_rewards(self._rewards, self.reward_weights)
         mode = "train" if training else "eval"
-        self._metrics[mode]["rollouts/unscorable_share"].append(torch.isnan(rewards).float().mean().item())
+        _rollout_metrics.record(self, rewards, size, mode)
         if self._advantage_function is not None:
             values = group_rewards.group_advantages(rewards, size, self._advantage_function)
-            self._set_advantages(batch, values)
+            self.set_advantages(batch, values)
             if self.args.quantile is not None:
-                self._record_quantile(rewards.view(-1, size), values, mode)
+                _rollout_metrics.record_quantile(self, rewards.view(-1, size), values, mode)
         if training and self.args.learns_from_demonstrations:
-            self._demonstrate(batch, inputs, rewards, size)
+            _demonstrations.insert(self, batch, inputs, rewards, size)
         if training:
             self._watch_dead_generations(batch, rewards)
         return batch
 
-    def _set_advantages(self, batch: dict, values: Tensor) -> None:
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """TRL's evaluation on sampled rollouts, and the success of one answer a prompt without sampling.
+
+        With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if self.args.eval_greedy and not self.use_vllm and isinstance(dataset, Dataset):
+            name = f"{metric_key_prefix}_greedy_success"
+            metrics[name] = _rollout_metrics.greedy_success(self, dataset)
+            self.log({name: metrics[name]})
+        return metrics
+
+    def group_advantage(self, rewards: Tensor) -> Tensor:
+        """Advantages (P, G) of a group's rewards (P, G), of the kind that the settings ask for."""
+        if self._advantage_function is not None:
+            return self._advantage_function(rewards)
+        return advantages.group_mean_advantage(rewards, scale=self.scale_rewards)
+
+    def set_advantages(self, batch: dict, values: Tensor) -> None:
         """Put (N,) gathered advantages into this rank's batch and into the log of completions."""
         own = len(batch["advantages"])
         start = self.accelerator.process_index * own
@@ -117,82 +137,6 @@ class PolicyGradientMixin(RunMixin):
         for _ in range(min(len(log), len(values))):
             log.pop()
         log.extend(values.tolist())
-
-    def _record_quantile(self, rewards: Tensor, values: Tensor, mode: str) -> None:
-        args, metrics = self.args, self._metrics[mode]
-        above = advantages.quantile_advantage(
-            rewards, args.quantile, scale="none", interpolation=args.quantile_interpolation
-        )
-        # the same in each scorable column
-        baseline = torch.nanmean(rewards - above, dim=1)
-        hard = baseline[~torch.isnan(baseline)] < args.success_threshold
-        metrics["qae/frac_zero_advantage"].append((values == 0).float().mean().item())
-        metrics["qae/frac_hard_prompts"].append(hard.float().mean().item())
-        metrics["qae/frac_easy_prompts"].append((~hard).float().mean().item())
-        metrics["qae/baseline_mean"].append(torch.nanmean(baseline).item())
-
-    def _demonstrate(self, batch: dict, inputs: list[dict], rewards: Tensor, size: int) -> None:
-        args, device, own = self.args, rewards.device, len(inputs)
-        start = self.accelerator.process_index * own
-        judged = rewards
-        if args.success_reward is not None:
-            judged = self._rewards[:, self.reward_func_names.index(args.success_reward)]
-        judged = judged.view(-1, size)
-        gate = None
-        if args.soft_gate is None:
-            gate = advantages.success_gate(judged, args.gamma, args.success_threshold)
-        weights = _demonstrations.gate_weights(judged, gate, args.soft_gate, args.success_threshold)
-        # a prompt without a demonstration stays with its rollouts, and whether it has one its first rank knows
-        lengths = torch.tensor([len(row[_demonstrations.IDS]) for row in inputs], device=device)
-        lengths = self.accelerator.gather(lengths).view(-1, size)[:, 0].float()
-        weights[lengths == 0] = torch.tensor([1.0, 0.0, 0.0], device=device)
-        demonstrated = (weights[:, 1:] > 0).any(dim=1)
-
-        gathered = self.accelerator.gather(batch["advantages"])
-        if (weights[:, 1] > 0).any():
-            # an off-policy demonstration belongs to the group that it is compared with
-            filled = rewards.view(-1, size).clone()
-            filled[weights[:, 1] > 0, 0] = args.success_threshold
-            function = self._advantage_function or _default_advantage(args)
-            gathered = group_rewards.group_advantages(filled.view(-1), size, function)
-        values = gathered.view(-1, size)
-        off_policy = weights[:, 1] * values[:, 0]
-        values = values * weights[:, :1]
-
-        mask = batch["completion_mask"]
-        group_of = torch.arange(start, start + own, device=device) // size
-        mask[(weights[group_of] * weights.new_tensor([1, 0, 0])).sum(dim=1) == 0] = 0
-        rows = [i for i in range(own) if (start + i) % size == 0 and demonstrated[(start + i) // size]]
-        _demonstrations.place(batch, rows, [inputs[i][_demonstrations.IDS] for i in rows], self._tokenizer.pad_token_id)
-        loss_mask = batch["completion_mask"]
-        if "tool_mask" in batch:
-            loss_mask = loss_mask * batch["tool_mask"]
-        tokens = self.accelerator.gather(loss_mask.sum()).sum()
-        batch["num_items_in_batch"] = tokens
-        totals = {
-            "rows": len(rewards),
-            "prompts": len(judged),
-            "tokens": tokens.item(),
-            "demonstration_tokens": max(lengths[demonstrated].sum().item(), 1.0),
-            "max_length": self.max_completion_length,
-        }
-        sft = weights[:, 2] * args.sft_coef
-        sft = sft * _demonstrations.row_advantage(args.sft_normalization, self.loss_type, lengths.clamp(min=1), totals)
-        whole = sft + off_policy
-        values[demonstrated, 0] = whole[demonstrated]
-        self._set_advantages(batch, values.reshape(-1))
-        flags = torch.zeros(own, device=device)
-        flags[rows] = 1.0
-        batch["demonstrations"] = flags
-        batch["off_policy_share"] = flags * torch.nan_to_num(off_policy / whole)[group_of]
-
-        metrics = self._metrics["train"]
-        successes = (judged >= args.success_threshold).sum(dim=1)
-        metrics["hpt/frac_sft_prompts"].append((weights[:, 0] == 0).float().mean().item())
-        metrics["hpt/success_rate"].append((successes.float() / size).mean().item())
-        metrics["hpt/solve_none"].append((successes == 0).float().mean().item())
-        metrics["hpt/solve_all"].append((successes == size).float().mean().item())
-        metrics["hpt/demo_tokens"].append(lengths[demonstrated].sum().item())
 
     def _watch_dead_generations(self, batch: dict, rewards: Tensor) -> None:
         alive = self.accelerator.gather(group_rewards.living_rows(batch).float())
@@ -335,10 +279,6 @@ class _Sharing:
             if packed is not None:
                 kwargs["packed"] = packed
         return self._model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-
-
-def _default_advantage(args):
-    return lambda rewards: advantages.group_mean_advantage(rewards, scale=args.scale_rewards)
 
 
 def _advantage_function(args):

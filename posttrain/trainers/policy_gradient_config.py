@@ -106,6 +106,10 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         default=None,
         metadata={"help": "Skip the optimiser step where the gradient's norm before clipping exceeds this."},
     )
+    eval_greedy: bool = field(
+        default=True,
+        metadata={"help": "Evaluation also answers each prompt once without sampling (not with vLLM)."},
+    )
     max_dead_steps: int = field(
         default=50,
         metadata={"help": "Stop, with the cause, after so many generations running without any gradient. 0: never."},

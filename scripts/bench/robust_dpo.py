@@ -300,18 +300,21 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from bench.floors import add_floors
 
-    rows = []
+    rows, rounds = [], args.rounds or (3 if args.quick else 6)
+    if args.data and any(setting.model.startswith("random") for setting in settings(args)):
+        raise SystemExit("--data goes with embedded:smollm2-135m; random models train on generated pairs")
+    # first, while this process holds no model of its own
+    memory = {
+        setting: memory_of_each(setting, args, rounds)
+        for setting in settings(args)
+        if setting.section == "pairs" and setting.reference == "live" and not args.no_memory
+    }
     for setting in settings(args):
-        if setting.model.startswith("random") and args.data:
-            raise SystemExit("--data goes with embedded:smollm2-135m; random models train on generated pairs")
         rounds = args.rounds or (3 if args.quick else 6)
         if setting.section == "window":
             rounds = -(-rounds // 3)
         measured = [measure(setting, args.data, rounds, seed) for seed in range(args.seeds or 1)]
-        memory = {}
-        if setting.section == "pairs" and setting.reference == "live" and not args.no_memory:
-            memory = memory_of_each(setting, args, rounds)
-        block = summarise(setting, measured, memory)
+        block = summarise(setting, measured, memory.get(setting, {}))
         if torch.cuda.is_available():
             add_floors(block, torch.cuda.get_device_name())
         show(block)
