@@ -24,10 +24,10 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     """The log-probability of the chosen and rejected answer of each pair, given its prompt, summed over its
     tokens.
 
-    Tokens are TRL's own for DPO: the chat template and the end-of-turn token included. Sequences are sorted
-    by length before batching; the logits of a whole sequence are never held. The result does not depend on
-    `batch_size`, but for rounding. Runs in eval mode, without gradient, and leaves the model's mode as it
-    was.
+    Tokens are TRL's own for DPO: the chat template and the end-of-turn token included. Pairs are sorted
+    by length before batching, and both sides of one share their prompt where the model allows; the logits of a
+    whole sequence are never held. The result does not depend on `batch_size`, but for rounding. Runs in eval
+    mode, without gradient, and leaves the model's mode as it was.
 
     `model`: a causal language model or a PeftModel. `dataset`: preference rows, or the rows TRL makes of them
     (with prompt_ids, chosen_ids and rejected_ids). `batch_size`: sequences a batch. `progress`: called with
@@ -37,32 +37,43 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     from trl.trainer.utils import add_fused_lm_head
 
     from posttrain.data.tokens import tokenized_pairs
+    from posttrain.mechanisms.prefix_sharing import attention_cost, obstacle, pack_padded, share_prefixes
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = list(tokenized_pairs(dataset, tokenizer))
-    sequences = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
-    order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
-    scores = torch.empty(len(sequences))
+    sides = ("chosen_ids", "rejected_ids")
+    order = sorted(range(len(rows)), key=lambda i: -sum(len(rows[i][side]) for side in ("prompt_ids", *sides)))
+    scores, size = torch.empty(2, len(rows)), max(batch_size // 2, 1)
 
     training, own_forward = model.training, vars(base).get("forward")
     model.eval()
     add_fused_lm_head(base)
+    shares = obstacle(base.config, base, peft_config=getattr(model, "active_peft_config", None)) is None
+    if shares:
+        share_prefixes(base)
     try:
         with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = _padded([sequences[i] for i in chosen], model.device)
+            for start in range(0, len(order), size):
+                own = order[start : start + size]
+                batch = _padded([(rows[i]["prompt_ids"], rows[i][side]) for side in sides for i in own], model.device)
+                if shares:
+                    batch["packed"] = pack_padded(
+                        batch["input_ids"],
+                        batch["attention_mask"],
+                        batch["labels"],
+                        attention_cost=attention_cost(base.config),
+                    )
                 log_probs = model(**batch, fused_lm_head=True).log_probs
-                scores[chosen] = log_probs.float().sum(dim=1).cpu()
+                scores[:, own] = log_probs.float().sum(dim=1).view(2, -1).cpu()
                 if progress is not None:
-                    progress(len(chosen))
+                    progress(2 * len(own))
     finally:
         model.train(training)
         if own_forward is None:
             del base.forward
         else:
             base.forward = own_forward
-    return PairScores(*scores.chunk(2))
+    return PairScores(*scores)
 
 
 def _padded(sequences: list[tuple[list[int], list[int]]], device) -> dict:

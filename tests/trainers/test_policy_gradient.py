@@ -5,7 +5,7 @@ from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, QAEConfig, QA
 from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.log import get_logger
 from posttrain.objectives import advantages
-from tests.rollouts import PARENT, entries, prompts, train
+from tests.rollouts import PARENT, entries, prompts, success, train
 from tests.training import distance
 
 OFF = dict(prefix_sharing="never", drop_dead_rows=False)
@@ -383,3 +383,45 @@ def test_a_resumed_run_goes_on_bit_for_bit(tiny_folder, tmp_path, said):
     assert len({row["loss"] for row in rows[0]}) > 6
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_success_is_logged_by_rollout_and_by_prompt(tiny_folder, tmp_path):
+    _, trainer = train(tiny_folder, tmp_path, gradient_accumulation_steps=8, max_steps=1)
+    log = entries(trainer)[0]
+    assert log["rollouts/pass_at_1"] == pytest.approx(11 / 32)
+    assert log["rollouts/pass_at_4"] == pytest.approx(5 / 8)
+    assert log["rollouts/unscorable_share"] == 0
+
+
+def test_success_may_be_read_from_one_reward_of_several(tiny_folder, tmp_path):
+    def length(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    run = dict(HPT, success_reward="success", reward=[success, length])
+    _, trainer = train(tiny_folder, tmp_path, **run, **WHOLE)
+    assert entries(trainer)[0]["hpt/frac_sft_prompts"] == pytest.approx(3 / 8)
+    with pytest.raises(ConfigError, match="success_reward is 'nobody'; it must be one of success"):
+        train(tiny_folder, tmp_path / "other", **HPT, success_reward="nobody")
+
+
+def test_evaluation_answers_each_prompt_once_without_sampling(tiny_folder, tmp_path):
+    answers = []
+
+    def even(completion_ids, **columns):
+        answers.append([tuple(ids) for ids in completion_ids])
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    data = prompts([0, 1, 2, 3, 4, 0], demonstrations=False)
+    _, trainer = train(tiny_folder, tmp_path, made_up=False, reward=even, per_device_eval_batch_size=4)
+    before = trainer.generation_config.do_sample
+    results = []
+    for _ in range(2):
+        answers.clear()
+        metrics = trainer.evaluate(data)
+        results.append((metrics["eval_greedy_success"], answers[-2:]))
+    assert results[0] == results[1], "no chance in it"
+    greedy = [ids for batch in results[0][1] for ids in batch][: len(data)]
+    assert results[0][0] == pytest.approx(sum(sum(ids) % 2 for ids in greedy) / len(data))
+    assert trainer.generation_config.do_sample == before is True
+    trainer.args.eval_greedy = False
+    assert "eval_greedy_success" not in trainer.evaluate(data)
