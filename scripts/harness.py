@@ -104,9 +104,10 @@ def alternate(sides: dict[str, Callable], rounds: int, warmup: int = 1) -> dict[
     from one `turn()` to the next. The first step also holds what the side does before it: warm up at least once. Who
     goes first changes with every round. After the last round each side runs to its end, untimed.
     """
-    if hasattr(ctypes.CDLL(None), "mallopt"):
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         # glibc hands other threads heaps that fit big tensors badly: let all have the main one
-        ctypes.CDLL(None).mallopt(-8, 1)
+        libc.mallopt(-8, 1)
     back, sides = queue.Queue(), {name: _Side(call) for name, call in sides.items()}
     times = {name: [] for name in sides}
     order = list(sides)
@@ -123,6 +124,9 @@ def alternate(sides: dict[str, Callable], rounds: int, warmup: int = 1) -> dict[
                     times[name].append(time.perf_counter() - begun)
                 if ended is not None:
                     raise RuntimeError(f"{name} ended before its last step") if ended is _ENDED else ended
+                if hasattr(libc, "malloc_trim"):
+                    # what one side freed is of no use to the next, whose tensors have other sizes
+                    libc.malloc_trim(0)
             order = order[1:] + order[:1]
         for side in sides.values():
             side.go.release()
