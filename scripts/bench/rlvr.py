@@ -1,0 +1,172 @@
+"""Speed of an update on groups of rollouts of which most have no gradient, beside TRL's GRPOTrainer.
+
+    OMP_NUM_THREADS=2 python scripts/bench/rlvr.py --json docs/evidence/rlvr_speed.json
+
+Groups of 8 made-up rollouts; in four of five all rewards are equal, so their advantages are zero. All sides train in
+one process on the same rollouts with the same random model and take turns step by step. A step holds rewards,
+advantages, forward, backward and the optimiser; sampling is left out, being the same on every side. Losses and gradient
+norms must be equal at every step.
+
+Arms: `trl`; `padded`, ours with everything off; `dropped`, without dead rows; `posttrain`, as it comes: prompts shared
+as well.
+"""
+
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness
+from bench.sides import at_step_end, no_curves
+
+ARMS = {
+    "trl": None,
+    "padded": {"prefix_sharing": "never", "drop_dead_rows": False},
+    "dropped": {"prefix_sharing": "never"},
+    "posttrain": {},
+}
+GROUP, WANTED = 8, 3.0
+
+
+def tasks(groups: int, steps: int):
+    """One prompt in five has rollouts that differ in reward."""
+    from datasets import Dataset
+
+    rng = random.Random(0)
+    rows = []
+    for i in range(groups * steps):
+        successes = rng.randint(1, GROUP - 1) if i % 5 == 0 else rng.choice([0, GROUP])
+        words = " ".join(rng.choice(["sum", "of", "all", "odd", "terms"]) for _ in range(rng.randint(10, 40)))
+        rows.append({"prompt": f"{successes} in {GROUP}: {words} ({i})"})
+    return Dataset.from_list(rows)
+
+
+def rollouts(prompts: list[str], trainer) -> dict:
+    tokenizer = trainer.processing_class
+    completions = []
+    for i, prompt in enumerate(prompts):
+        rng = random.Random(f"{prompt}{i % GROUP}")
+        first = 65 if i % GROUP < int(prompt.split()[0]) else 98
+        length = rng.randint(trainer.max_completion_length // 4, trainer.max_completion_length - 2)
+        completions.append([first, *(rng.randrange(97, 122) for _ in range(length)), tokenizer.eos_token_id])
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def reward(completion_ids, **columns) -> list[float]:
+    return [float(ids[0] == 65) for ids in completion_ids]
+
+
+def make_trainer(arm: str, folder: str, rows, rounds: int, groups: int, quick: bool):
+    from transformers import PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from posttrain import PolicyGradientConfig, PolicyGradientTrainer
+    from posttrain.models import byte_tokenizer, tiny_model
+
+    ours = ARMS[arm]
+    sizes = {} if quick else {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "head_dim": 96}
+    settings = dict(
+        output_dir=f"{folder}/{arm}",
+        per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=groups,
+        num_generations=GROUP,
+        max_completion_length=32 if quick else 192,
+        max_steps=rounds + 1,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        shuffle_dataset=False,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = (GRPOTrainer if ours is None else PolicyGradientTrainer)(
+        tiny_model(**sizes),
+        reward,
+        GRPOConfig(**settings) if ours is None else PolicyGradientConfig(**settings, **ours),
+        rows,
+        processing_class=byte_tokenizer(),
+        rollout_func=rollouts,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def measure(rounds: int, groups: int, quick: bool) -> tuple[dict, dict]:
+    """(seconds of each arm's steps, what each logged)."""
+    trainers, sides = {}, {}
+    with tempfile.TemporaryDirectory() as folder, no_curves():
+        for arm in ARMS:
+            trainers[arm] = make_trainer(arm, folder, tasks(groups, rounds + 1), rounds, groups, quick)
+            sides[arm] = _side(trainers[arm])
+        seconds = harness.alternate(sides, rounds)
+    logs = {arm: [row for row in trainer.state.log_history if "loss" in row] for arm, trainer in trainers.items()}
+    return seconds, logs
+
+
+def _side(trainer):
+    def side(turn):
+        trainer.add_callback(at_step_end(turn))
+        trainer.train()
+
+    return side
+
+
+def check_equal(logs: dict) -> float:
+    """The largest difference of a loss or a relative one of a gradient norm; SystemExit above 1e-4."""
+    largest = 0.0
+    for arm, rows in logs.items():
+        for step, (ours, theirs) in enumerate(zip(rows, logs["trl"], strict=True), 1):
+            gap = max(
+                abs(ours["loss"] - theirs["loss"]),
+                abs(ours["grad_norm"] - theirs["grad_norm"]) / max(theirs["grad_norm"], 1e-12),
+            )
+            if not gap <= 1e-4:
+                raise SystemExit(f"step {step}: {arm} differs from TRL by {gap:.3g}")
+            largest = max(largest, gap)
+    return largest
+
+
+def main(arguments: list[str] | None = None) -> None:
+    import os
+
+    options = harness.options(__doc__.split("\n")[0])
+    options.add_argument("--rounds", type=int, metavar="N", help="steps of every arm")
+    args = options.parse_args(arguments)
+    os.environ.setdefault("POSTTRAIN_LOG", "warning")
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from posttrain.reporting import format_table
+
+    groups = 5 if args.quick else 10
+    seconds, logs = measure(args.rounds or (3 if args.quick else 8), groups, args.quick)
+    gap = check_equal(logs)
+    rows = []
+    for arm, values in seconds.items():
+        ratios = [theirs / ours for theirs, ours in zip(seconds["trl"], values, strict=True)]
+        row = {"arm": arm, "rows_a_step": groups * GROUP, "seconds": _three(values), "ratio": _three(ratios)}
+        kept = [entry["rows/kept_share"] for entry in logs[arm] if "rows/kept_share" in entry]
+        rows.append(row | ({"kept_share": round(sum(kept) / len(kept), 3)} if kept else {}))
+    lines = [
+        [r["arm"], "{:.2f} [{:.2f}, {:.2f}]".format(*r["seconds"]), "{:.2f} [{:.2f}, {:.2f}]".format(*r["ratio"])]
+        for r in rows
+    ]
+    print(format_table(("arm", "s/step", "x TRL"), lines))
+    reached = rows[-1]["ratio"][0]
+    print(f"largest gap {gap:.2g}; {'met' if reached >= WANTED else 'NOT MET'}: {reached:.2f} of {WANTED}")
+    if args.json:
+        content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
+        harness.write_json(args.json, content | {"largest_gap": gap, "wanted": WANTED})
+
+
+def _three(values) -> list[float]:
+    return [round(value, 4) for value in harness.spread(values)]
+
+
+if __name__ == "__main__":
+    main()
