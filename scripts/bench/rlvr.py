@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--rounds", type=int, metavar="N", help="steps of every arm")
     args = options.parse_args(arguments)
     os.environ.setdefault("POSTTRAIN_LOG", "warning")
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from posttrain.reporting import format_table
 
     groups = 5 if args.quick else 10
