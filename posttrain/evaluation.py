@@ -37,7 +37,7 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     from trl.trainer.utils import add_fused_lm_head
 
     from posttrain.data.tokens import tokenized_pairs
-    from posttrain.mechanisms.prefix_sharing import attention_cost, obstacle, pack_padded, share_prefixes
+    from posttrain.mechanisms import prefix_sharing
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = list(tokenized_pairs(dataset, tokenizer))
@@ -48,20 +48,22 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     training, own_forward = model.training, vars(base).get("forward")
     model.eval()
     add_fused_lm_head(base)
-    shares = obstacle(base.config, base, peft_config=getattr(model, "active_peft_config", None)) is None
+    shares = prefix_sharing.obstacle(base.config, base, peft_config=getattr(model, "active_peft_config", None)) is None
     if shares:
-        share_prefixes(base)
+        prefix_sharing.share_prefixes(base)
+        shares = _checked(model, base)
+        window = prefix_sharing.sliding_window(base.config)
     try:
         with torch.no_grad():
             for start in range(0, len(order), size):
                 own = order[start : start + size]
                 batch = _padded([(rows[i]["prompt_ids"], rows[i][side]) for side in sides for i in own], model.device)
-                if shares:
-                    batch["packed"] = pack_padded(
+                if shares and not (window and batch["input_ids"].size(1) > window):
+                    batch["packed"] = prefix_sharing.pack_padded(
                         batch["input_ids"],
                         batch["attention_mask"],
                         batch["labels"],
-                        attention_cost=attention_cost(base.config),
+                        attention_cost=prefix_sharing.attention_cost(base.config),
                     )
                 log_probs = model(**batch, fused_lm_head=True).log_probs
                 scores[:, own] = log_probs.float().sum(dim=1).view(2, -1).cpu()
@@ -74,6 +76,20 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
         else:
             base.forward = own_forward
     return PairScores(*scores)
+
+
+def _checked(model, base) -> bool:
+    """Whether packed rows give the model's padded numbers."""
+    import torch
+
+    from posttrain.mechanisms import prefix_sharing
+
+    try:
+        gaps = prefix_sharing.self_check(model, base.config.get_text_config().vocab_size, model.device)
+    except Exception:
+        # whatever a model's code trips over: it is padded then
+        return False
+    return prefix_sharing.fault(*gaps, {p.dtype for p in model.parameters()} != {torch.float32}) is None
 
 
 def _padded(sequences: list[tuple[list[int], list[int]]], device) -> dict:

@@ -70,3 +70,10 @@ def test_plain_text_pairs_are_scored_with_the_end_of_sequence_token(pairs):
     with torch.no_grad():
         per_token = model(whole).logits[0, :-1].log_softmax(-1)[torch.arange(5), whole[0, 1:]]
     assert scores.chosen.item() == pytest.approx(per_token[2:].sum().item(), abs=1e-3)
+
+
+def test_a_sliding_window_shorter_than_a_row_is_minded(pairs):
+    model, tokenizer = tiny_model("mistral", sliding_window=12, initializer_range=0.2), byte_tokenizer()
+    scores = score_pairs(model, tokenizer, pairs)
+    expected = [by_hand(model, tokenizer, row, "chosen") for row in pairs]
+    assert scores.chosen.tolist() == pytest.approx(expected, abs=1e-3)

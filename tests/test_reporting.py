@@ -93,8 +93,10 @@ def test_only_the_main_process_writes(args, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_curves_are_drawn_without_touching_the_global_backend(args, tmp_path):
+def test_curves_are_drawn_without_touching_the_global_backend(args, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    # other libraries may have imported it by now
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     run(RunReport(), args, 0, 4)
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "matplotlib.pyplot" not in sys.modules

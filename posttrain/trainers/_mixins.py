@@ -148,7 +148,9 @@ class PreferenceMixin(RunMixin):
 
     def _packed(self, model, batch):
         """The batch with chosen and rejected behind their prompt, or None where it is to be padded."""
-        if not batch.keys() - _NOT_FOR_THE_MODEL <= {"input_ids", "attention_mask"}:
+        extras = batch.keys() - _NOT_FOR_THE_MODEL - {"input_ids", "attention_mask"}
+        if extras and self._sharing.active:
+            self._sharing.decline(f"it holds {', '.join(sorted(extras))} for the model")
             return None
         self._sharing.check(model)
         return self._sharing.pack(batch, 2 * list(range(_pairs(batch))))
@@ -201,7 +203,8 @@ class PreferenceMixin(RunMixin):
     def _sorted(self, batches: list[dict]) -> list[dict]:
         """Like lengths together, where no result hangs on which micro-batch a pair is in."""
         whole = all(batch["real_rows"] == _pairs(batch) for batch in batches)
-        return sort_pairs(batches) if self._sharing.active and whole and not self.split_matters else batches
+        sharing = self._sharing.active and self._sharing.may_sort
+        return sort_pairs(batches) if sharing and whole and not self.split_matters else batches
 
     @property
     def split_matters(self) -> bool:

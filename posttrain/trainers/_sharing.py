@@ -7,12 +7,6 @@ from datasets import Dataset
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.mechanisms import prefix_sharing
-from posttrain.mechanisms.prefix_sharing.support import sliding_window
-
-_KNOWN = {"input_ids", "attention_mask", "use_cache"}
-# Nats that padded and packed log-probs of the self-check may differ by: largest in fp32, mean in half precision, where
-# rounding alone makes hundredths. A model that ignores the mask or the positions is off by far more.
-_LARGEST_FP32, _MEAN_HALF = 2e-3, 0.25
 
 
 def check_setting(args, config, peft_config=None) -> None:
@@ -33,17 +27,22 @@ def _refusal(reason: str) -> ConfigError:
 
 
 class PrefixSharing:
-    """Decides at construction; `pack` then gives each batch its packed form, or None where it is to be padded."""
+    """Decides at construction; `pack` then gives each batch its packed form, or None where it is to be padded.
+
+    Attributes:
+        active: whether batches are packed at all.
+        may_sort: whether it makes no difference which rows are in a batch together.
+    """
 
     def __init__(self, trainer) -> None:
         self._setting, self._accelerator = trainer.args.prefix_sharing, trainer.accelerator
         self._said: set[str] = set()
-        self._checked = False
-        self.active = self._setting != "never"
+        self._checked: set[int] = set()
+        self.active, self.may_sort = self._setting != "never", False
         if not self.active:
             return
         models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
-        bases = [_innermost(trainer.accelerator.unwrap_model(model)) for model in models]
+        bases = [self._innermost(model) for model in models]
         adapter = trainer.model.active_peft_config if is_peft_model(trainer.model) else None
         for base in bases:
             reason = prefix_sharing.obstacle(base.config, base, peft_config=adapter)
@@ -52,9 +51,9 @@ class PrefixSharing:
                 return
         for base in bases:
             prefix_sharing.share_prefixes(base)
-        self._config = bases[0].config.get_text_config()
-        self._cost = prefix_sharing.attention_cost(self._config)
-        self._window = sliding_window(self._config)
+        self.may_sort = not any(prefix_sharing.scales_with_length(base.config) for base in bases)
+        self._cost = prefix_sharing.attention_cost(bases[0].config)
+        self._window = min(filter(None, (prefix_sharing.sliding_window(base.config) for base in bases)), default=None)
         # kernels on accelerators are made for widths of multiples of eight
         self._multiple = 1 if trainer.accelerator.device.type == "cpu" else 8
         if self._setting == "always" and self._window:
@@ -76,29 +75,41 @@ class PrefixSharing:
 
     def pack_rows(self, input_ids, attention_mask, labels, groups: list[int] | None = None):
         """The packed form of padded rows (B, L); without `groups`, rows of equal prompts share them."""
-        packed = prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple)
-        if packed is not None and self._window and packed.longest > self._window:
-            self._refuse(f"a row of {packed.longest} tokens is longer than the sliding window of {self._window}")
+        if self._window and attention_mask.sum(dim=1).max() > self._window:
+            self.decline(f"it has rows longer than the sliding window of {self._window}")
             return None
-        return packed
+        return prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple)
 
     def check(self, model) -> None:
-        """Once, at the first forward: a few made-up tokens through both forms. All ranks call it."""
-        if self._checked or not self.active:
+        """At the first forward of each model: a few made-up tokens through both forms. All ranks call it."""
+        base = self._innermost(model)
+        if not self.active or id(base) in self._checked:
             return
-        self._checked = True
+        self._checked.add(id(base))
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            gaps = prefix_sharing.self_check(model, self._config.vocab_size, self._accelerator.device)
+            vocabulary = base.config.get_text_config().vocab_size
+            gaps = prefix_sharing.self_check(model, vocabulary, self._accelerator.device)
+        except Exception as error:
+            # whatever a model's code trips over: its packed form is of no use then
+            self._give_up(f"the model cannot run packed rows ({type(error).__name__}: {error})")
+            return
         finally:
             for module, mode in modes:
                 module.training = mode
         largest, mean = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device)).amax(0).tolist()
         dtypes = {parameter.dtype for parameter in model.parameters()}
         half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
-        if not (mean <= _MEAN_HALF if half else largest <= _LARGEST_FP32):
-            self._give_up(f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens")
+        reason = prefix_sharing.fault(largest, mean, half)
+        if reason:
+            self._give_up(reason)
+
+    def decline(self, reason: str) -> None:
+        """A batch is padded although sharing goes on: said once, an error with `always`."""
+        if self._setting == "always":
+            raise _refusal(f"a batch must be padded, as {reason}")
+        self._say(f"a batch is padded, not shared: {reason}; so will others be")
 
     def _check_lengths(self, trainer) -> None:
         limit = trainer.args.max_length
@@ -111,22 +122,19 @@ class PrefixSharing:
                 )
                 longest = max(lengths, default=0)
                 if min(longest, limit or longest) > self._window:
-                    self._refuse(f"a row of {longest} tokens is longer than the sliding window of {self._window}")
+                    self.decline(f"a row of {longest} tokens is longer than the sliding window of {self._window}")
+
+    def _innermost(self, model):
+        model = self._accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
 
     def _give_up(self, reason: str) -> None:
-        self._refuse(reason)
-        self.active = False
-
-    def _refuse(self, reason: str) -> None:
         if self._setting == "always":
             raise _refusal(reason)
         self._say(f"prefix sharing is not used: {reason}")
+        self.active = False
 
     def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             get_logger().info(text)
-
-
-def _innermost(model):
-    return model.get_base_model() if is_peft_model(model) else model

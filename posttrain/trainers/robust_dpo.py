@@ -128,6 +128,8 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
                 scores = self.score(self.model_wrapped, inputs)
                 reference = self._reference_logps(self.model_wrapped, inputs)
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = reference
+            if "packed" in inputs:
+                batch["packed"] = inputs["packed"]
             losses.append(
                 self.pair_losses(scores.chosen_logps - reference[0], scores.rejected_logps - reference[1], inputs)
             )

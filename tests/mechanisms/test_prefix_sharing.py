@@ -1,8 +1,10 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from posttrain.mechanisms.length_sorting import sort_pairs
@@ -13,6 +15,7 @@ from posttrain.mechanisms.prefix_sharing import (
     pack_padded,
     self_check,
     share_prefixes,
+    sliding_window,
 )
 from posttrain.models import tiny_model
 
@@ -87,7 +90,7 @@ def test_each_answer_sees_what_it_would_see_in_a_row_of_its_own(cost, seed):
 
 def test_what_a_row_costs_decides_how_much_goes_into_it():
     prompts, answers = random_groups(0, count=8, answers=2)
-    free, dear = pack(prompts, answers), pack(prompts, answers, attention_cost=10.0)
+    free, dear = pack(prompts, answers, attention_cost=0.0), pack(prompts, answers, attention_cost=10.0)
     assert free.input_ids.shape[0] == 1 and free.forwarded == free.tokens
     assert dear.input_ids.shape[0] > 4
     assert dear.tokens >= free.tokens, "short prompts are repeated rather than shared"
@@ -101,9 +104,33 @@ def test_scores_come_back_in_the_callers_order():
     assert packed.unpack(values).tolist() == [[0, 0, 11, 12], [0, 0, 13, 0], [14, 15, 16, 0]]
 
 
-def test_a_prompt_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="prompt 1 or one of its answers has no token"):
-        pack([[5], []], [[[6]], [[7]]])
+@pytest.mark.parametrize(
+    ("prompts", "answers", "message"),
+    [
+        ([[5], []], [[[6]], [[7]]], "prompt 1 or one of its answers has no token"),
+        ([], [], "there is no prompt to pack"),
+        ([[5], [6]], [[[7]], []], "prompt 1 has no answer"),
+        ([[5.5]], [[[6]]], "the token ids of prompt 0 are not whole numbers"),
+    ],
+)
+def test_nothing_to_pack_is_refused(prompts, answers, message):
+    with pytest.raises(ValueError, match=message):
+        pack(prompts, answers)
+
+
+def test_odd_batches_are_refused_or_read_right():
+    batch, groups = padded_batch([[5, 6], [7]], [[[50005]], [[60007]]])
+    expected = pack_padded(*batch.values(), groups)
+    halves = pack_padded(batch["input_ids"], batch["attention_mask"].half(), batch["labels"], groups)
+    assert torch.equal(halves.input_ids, expected.input_ids) and torch.equal(halves.labels, expected.labels)
+    with pytest.raises(ValueError, match="there are 1 groups for 2 rows"):
+        pack_padded(*batch.values(), [0])
+    with pytest.raises(ValueError, match="token ids are whole numbers"):
+        pack_padded(batch["input_ids"].float(), batch["attention_mask"], batch["labels"], groups)
+    with pytest.raises(ValueError, match="multiple is 0"):
+        pack_padded(*batch.values(), groups, multiple=0)
+    mixed = pack([np.array([5, 6], np.int32)], [[np.array([7], np.int64), [8]]])
+    assert mixed.unshared == 0 and mixed.tokens == 4
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -294,8 +321,6 @@ def test_what_stands_in_the_way_is_named(architecture, changes, reason):
 
 
 def test_models_that_place_tokens_themselves_are_found():
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     mamba = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mamba", vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
@@ -304,6 +329,23 @@ def test_models_that_place_tokens_themselves_are_found():
         AutoConfig.for_model("mpt", vocab_size=50, d_model=16, n_heads=2, n_layers=1)
     )
     assert "MptForCausalLM builds its positions itself" in obstacle(mpt.config, mpt)
+
+
+def test_windows_of_other_names_are_found():
+    neo = AutoConfig.for_model("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]], window_size=7)
+    assert sliding_window(neo) == 7
+    assert sliding_window(tiny_model("mistral", sliding_window=9).config) == 9
+    assert sliding_window(tiny_model("qwen2").config) is None
+
+
+def test_positions_counted_from_the_padding_id_are_found():
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    roberta = AutoModelForCausalLM.from_config(AutoConfig.for_model("roberta", is_decoder=True, **sizes))
+    assert "counts positions from its padding id" in obstacle(roberta.config, roberta)
+
+
+def test_layers_of_different_sizes_have_a_cost_too():
+    assert attention_cost(AutoConfig.for_model("gemma3n_text")) > 0
 
 
 def test_generation_and_plain_calls_are_as_before():

@@ -7,15 +7,25 @@ as prefix sharing (arXiv 2410.20305).
 
 from posttrain.mechanisms.prefix_sharing.forward import share_prefixes
 from posttrain.mechanisms.prefix_sharing.packing import PackedBatch, pack, pack_padded, pack_rows
-from posttrain.mechanisms.prefix_sharing.support import attention_cost, obstacle, self_check
+from posttrain.mechanisms.prefix_sharing.support import (
+    attention_cost,
+    fault,
+    obstacle,
+    scales_with_length,
+    self_check,
+    sliding_window,
+)
 
 __all__ = [
     "PackedBatch",
     "attention_cost",
+    "fault",
     "obstacle",
     "pack",
     "pack_padded",
     "pack_rows",
+    "scales_with_length",
     "self_check",
     "share_prefixes",
+    "sliding_window",
 ]

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 _TRUNK, _PADDING = 0, -1
+# of a model with 135M parameters; larger ones have less
+ATTENTION_COST = 3e-4
+# more padding than this only where there is no other way
+_PADDING_SHARE = 0.1
 
 
 @dataclass
@@ -118,7 +122,7 @@ class PackedBatch:
 def pack(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[Sequence[int]]],
-    attention_cost: float = 0.0,
+    attention_cost: float = ATTENTION_COST,
     multiple: int = 1,
 ) -> PackedBatch:
     """Pack prompts, each with any number of answers (at least one token each).
@@ -131,13 +135,24 @@ def pack(
         answers: per prompt, the token ids of its answers.
         attention_cost: see `pack_rows`.
         multiple: round the width up to a multiple of this.
+
+    Raises:
+        ValueError: nothing to pack, a prompt or answer without tokens, a prompt without answers, ids that are not whole
+            numbers.
     """
     rows, prompt_lengths, groups = [], [], []
+    if not len(prompts):
+        raise ValueError("there is no prompt to pack")
     for number, (prompt, several) in enumerate(zip(prompts, answers, strict=True)):
+        if not len(several):
+            raise ValueError(f"prompt {number} has no answer")
         if not len(prompt) or not all(len(answer) for answer in several):
             raise ValueError(f"prompt {number} or one of its answers has no token")
         for answer in several:
-            rows.append(np.asarray([*prompt, *answer]))
+            row = np.asarray([*prompt, *answer])
+            if row.dtype.kind not in "iu":
+                raise ValueError(f"the token ids of prompt {number} are not whole numbers")
+            rows.append(row.astype(np.int64))
             prompt_lengths.append(len(prompt))
             groups.append(number)
     scored = [np.arange(len(row)) >= length for row, length in zip(rows, prompt_lengths, strict=True)]
@@ -150,7 +165,7 @@ def pack_padded(
     attention_mask: Tensor,
     labels: Tensor,
     groups: Sequence[int] | None = None,
-    attention_cost: float = 0.0,
+    attention_cost: float = ATTENTION_COST,
     multiple: int = 1,
 ) -> PackedBatch | None:
     """Pack a padded batch.
@@ -167,9 +182,18 @@ def pack_padded(
     Returns:
         The packed batch, on the device of `input_ids`; None where there is nothing to score or a row has padding
         between its tokens.
+
+    Raises:
+        ValueError: not as many groups as rows, ids that are not whole numbers.
     """
     device = input_ids.device
-    ids, mask, targets = torch.stack([input_ids, attention_mask, labels]).cpu().numpy()
+    if groups is not None and len(groups) != len(input_ids):
+        raise ValueError(f"there are {len(groups)} groups for {len(input_ids)} rows")
+    if input_ids.is_floating_point():
+        raise ValueError(f"input_ids are {input_ids.dtype}; token ids are whole numbers")
+    # one transfer; a mask of halves would round the ids
+    parts = [input_ids, attention_mask.to(input_ids.dtype), labels.to(input_ids.dtype)]
+    ids, mask, targets = torch.stack(parts).cpu().numpy()
     rows, scored, starts, prompt_lengths = [], [], [], []
     for row, valid, label in zip(ids, mask.astype(bool), targets, strict=True):
         places = np.flatnonzero(valid)
@@ -199,7 +223,7 @@ def pack_rows(
     prompt_lengths: Sequence[int],
     groups: Sequence[int],
     width: int,
-    attention_cost: float = 0.0,
+    attention_cost: float = ATTENTION_COST,
     multiple: int = 1,
 ) -> PackedBatch:
     """Pack rows of tokens.
@@ -215,6 +239,8 @@ def pack_rows(
             goes into one row, and whether sharing a prompt is worth the longer row.
         multiple: round the packed width up to a multiple of this.
     """
+    if multiple < 1:
+        raise ValueError(f"multiple is {multiple}; it must be 1 or more")
     blocks, unshared = [], 0
     for members in _by_group(groups):
         prompts = {rows[i][: prompt_lengths[i]].tobytes() for i in members}
@@ -294,9 +320,12 @@ def _split(members: list[int], rows, prompt_lengths, attention_cost: float) -> l
 
 
 def _bins(sizes: list[int], attention_cost: float, multiple: int) -> tuple[list[list[int]], int]:
-    """Distribute blocks over the number of rows that costs least: few long rows attend more, many pad more."""
+    """Distribute blocks over the number of rows that costs least: few long rows attend more, many pad more.
+
+    Of the ways that pad little, if there are any.
+    """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    best, best_width, best_cost = [], 0, math.inf
+    best, best_width, best_cost = [], 0, (True, math.inf)
     for count in range(1, len(sizes) + 1):
         loads, bins = [0] * count, [[] for _ in range(count)]
         for i in order:
@@ -304,7 +333,8 @@ def _bins(sizes: list[int], attention_cost: float, multiple: int) -> tuple[list[
             loads[emptiest] += sizes[i]
             bins[emptiest].append(i)
         width = -(-max(loads) // multiple) * multiple
-        cost = count * _cost(width, attention_cost)
+        padded = 1 - sum(sizes) / (count * width)
+        cost = (padded > _PADDING_SHARE, count * _cost(width, attention_cost))
         if cost < best_cost:
             best, best_width, best_cost = bins, width, cost
     return best, best_width

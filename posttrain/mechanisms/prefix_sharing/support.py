@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from posttrain.mechanisms.prefix_sharing.packing import pack_padded
+from posttrain.mechanisms.prefix_sharing.packing import ATTENTION_COST, pack_padded
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -29,6 +29,8 @@ def obstacle(config, model=None, attention: str | None = None, peft_config=None)
         return f"attention implementation {attention} takes no mask; use sdpa, eager or flex_attention"
     if getattr(peft_config, "is_prompt_learning", False):
         return f"{getattr(peft_config.peft_type, 'value', peft_config.peft_type)} puts virtual tokens in front"
+    if getattr(peft_config, "alora_invocation_tokens", None):
+        return "activated LoRA looks for its tokens in the padded rows"
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYERS)
     if others:
         return f"layers of type {', '.join(others)} do not go by a mask"
@@ -41,27 +43,55 @@ def obstacle(config, model=None, attention: str | None = None, peft_config=None)
             return "a state-space model carries its state from one answer into the next"
         if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
             return f"{type(model).__name__} builds its positions itself"
+        if hasattr(getattr(model.base_model, "embeddings", None), "padding_idx"):
+            return f"{type(model).__name__} counts positions from its padding id"
     return None
 
 
 def sliding_window(config) -> int | None:
     """How many tokens back the shortest-sighted layer looks; None where all look back to the start."""
     text = config.get_text_config()
+    # GPT-Neo's
+    if "local" in (getattr(text, "attention_layers", None) or ()):
+        return text.window_size
     types = getattr(text, "layer_types", None)
     if types is not None and "sliding_attention" not in types:
         return None
     return getattr(text, "sliding_window", None)
 
 
+def scales_with_length(config) -> bool:
+    """Whether rotary factors depend on the longest row of a batch, so that it matters which rows are in one."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return any(entry.get("rope_type") in ("dynamic", "longrope") for entry in nested)
+
+
 def attention_cost(config) -> float:
     """What one attended position costs a token, as a share of the multiplications of its linear layers."""
     text = config.get_text_config()
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    linear = 2 * hidden * head_dim * (heads + key_heads) + 3 * hidden * inner
-    return 2 * heads * head_dim / linear
+    try:
+        hidden, heads = text.hidden_size, text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or hidden // heads
+        key_heads = getattr(text, "num_key_value_heads", None) or heads
+        inner = getattr(text, "intermediate_size", None) or 4 * hidden
+        return 2 * heads * head_dim / (2 * hidden * head_dim * (heads + key_heads) + 3 * hidden * inner)
+    except (AttributeError, TypeError):
+        # layers of different sizes
+        return ATTENTION_COST
+
+
+# Nats that padded and packed log-probs of the self-check may differ by: largest in fp32, mean in half precision, where
+# rounding alone makes hundredths. A model that ignores the mask or the positions is off by far more.
+_LARGEST_FP32, _MEAN_HALF = 2e-3, 0.25
+
+
+def fault(largest: float, mean: float, half: bool) -> str | None:
+    """What the differences of `self_check` say against a model; `half`: it computes in half precision."""
+    if mean <= _MEAN_HALF if half else largest <= _LARGEST_FP32:
+        return None
+    return f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens"
 
 
 def self_check(model, vocab_size: int, device) -> tuple[float, float]:
