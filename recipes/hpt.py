@@ -9,6 +9,7 @@ run that diverged; `accelerate launch` itself turns each of them into 1.
 
 import sys
 
+import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
 from posttrain import HPTConfig, HPTTrainer
 from posttrain.config import run_main
 from posttrain.tasks import run
