@@ -280,9 +280,9 @@ def test_a_model_whose_code_trips_over_packed_rows_is_padded(tiny_folder, tmp_pa
 
     inner = LlamaModel.forward
 
-    def forward(self, *args, attention_mask=None, **kwargs):
+    def forward(self, *args, attention_mask=None, position_ids=None, **kwargs):
         assert attention_mask is None or attention_mask.dim() == 2, "rows of my own"
-        return inner(self, *args, attention_mask=attention_mask, **kwargs)
+        return inner(self, *args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
     train(tiny_folder, tmp_path / "a", pair_loss="dpo")
