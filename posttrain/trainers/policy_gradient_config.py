@@ -54,7 +54,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             "in [0, 1]. null closes the gate."
         },
     )
-    soft_gate: list | None = field(
+    soft_gate: list[list[float]] | str | None = field(
         default=None,
         metadata={
             "help": "Instead of gamma: for 0, 1, ... G successes a list [rollouts, off_policy, sft] of weights of the "
