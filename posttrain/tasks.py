@@ -57,8 +57,7 @@ class TaskArguments(DataArguments):
         named = {"prompt": self.prompt_column, "demonstration": self.demonstration_column, "gold": self.gold_column}
         if not any(named.values()):
             return None
-        named = {"prompt": "prompt", "demonstration": "demonstration"} | {k: v for k, v in named.items() if v}
-        return named
+        return {"prompt": "prompt", "demonstration": "demonstration"} | {k: v for k, v in named.items() if v}
 
     @property
     def is_local(self) -> bool:

@@ -32,7 +32,7 @@ WARM_ACCURACY = 0.9
 LONGEST = 2 * TERMS + 4
 SAMPLES = 8
 SPLITS = ("easy", "hard")
-ARMS = ("warm", "sft", "grpo", "sft_grpo", "luffy", "hpt", "hpt_sft_rate", "hpt_qae", "qae")
+ARMS = ("warm", "sft", "grpo", "sft_grpo", "luffy", "hpt", "hpt_sft_rate", "hpt_qae", "qae", "grpo_fast", "qae_fast")
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,27 @@ class Size:
 
 
 QUICK = Size(warm_steps=150, steps=6, held_out=20, watched=10, watch_every=3)
-RL_RATE, SFT_RATE = 3e-5, 3e-4
+# at FAST_RATE the pilot of plain GRPO lost what it knew
+RL_RATE, SFT_RATE, FAST_RATE = 3e-5, 3e-4, 3e-4
 
 
 def trainer_settings(arm: str) -> tuple[str, dict]:
     """(preset, settings) of an arm with rollouts. `grpo` is TRL's default loss with DAPO's clip range, which `qae` has
     too: a step makes one update of its rollouts, so no ratio is ever clipped."""
     dapo = {"num_generations": G, "epsilon_high": 0.28}
+    qae = {"advantage": "quantile", "quantile": 0.4}
+    fast = {"learning_rate": FAST_RATE}
     return {
         "grpo": ("policy_gradient", dapo),
-        "qae": ("policy_gradient", dapo | {"advantage": "quantile", "quantile": 0.4}),
+        "qae": ("policy_gradient", dapo | qae),
+        "grpo_fast": ("policy_gradient", dapo | fast),
+        "qae_fast": ("policy_gradient", dapo | qae | fast),
         # one demonstration in the place of a rollout in every group, off-policy and shaped
         "luffy": ("policy_gradient", dapo | {"soft_gate": [[1, 1, 0]] * (G + 1), "demonstration_loss": "luffy"}),
+        # at GRPO's learning rate, as all arms with rollouts that name none
         "hpt": ("hpt", {"num_generations": G}),
-        # every arm with rollouts has GRPO's learning rate, but this one
         "hpt_sft_rate": ("hpt", {"num_generations": G, "learning_rate": SFT_RATE}),
-        "hpt_qae": ("hpt", {"num_generations": G, "advantage": "quantile", "quantile": 0.4}),
+        "hpt_qae": ("hpt", {"num_generations": G} | qae),
     }[arm]
 
 
@@ -353,7 +358,7 @@ def main() -> None:
     size = QUICK if args.quick else Size()
     tasks = Tasks(args.work, size)
     if args.pilot:
-        for arm, rates in (("sft", (1e-4, 3e-4, 1e-3)), ("grpo", (1e-5, 3e-5, 1e-4))):
+        for arm, rates in (("sft", (1e-4, 3e-4, 1e-3)), ("grpo", (1e-5, 3e-5, 1e-4, 3e-4))):
             for rate in rates:
                 result = train_cell(tasks, {"seed": 900, "arm": arm}, learning_rate=rate)
                 print(rlvr_report.pilot_line(arm, rate, result), flush=True)
@@ -367,7 +372,7 @@ def main() -> None:
     rlvr_report.show(content)
     if args.json:
         head = {"command": "python " + " ".join(sys.argv), "machine": harness.machine()}
-        settings = {"rl_learning_rate": RL_RATE, "sft_learning_rate": SFT_RATE, **asdict(size)}
+        settings = {"rl_learning_rate": RL_RATE, "sft_learning_rate": SFT_RATE, "fast_rate": FAST_RATE, **asdict(size)}
         harness.write_json(args.json, head | {"settings": settings} | content | {"missing_cells": missing})
         rlvr_report.plot(done, content, args.json.with_suffix(".png"))
 

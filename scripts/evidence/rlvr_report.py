@@ -30,7 +30,7 @@ def per_run(cell: dict) -> dict[str, float]:
         found["rows_without_gradient"] = 1 - float(np.mean(kept))
     gated = result["log"].get("hpt/frac_sft_prompts")
     if gated:
-        found["prompts_by_demonstration"] = float(np.mean(gated))
+        found["prompts_gated"] = float(np.mean(gated))
     return found
 
 
@@ -46,7 +46,7 @@ def summarise(done: list[dict], samples: int) -> dict:
             row = {"arm": arm, "split": split, "seeds": len(by_seed), "k": samples}
             for metric in METRICS:
                 row[metric] = _rounded(np.stack([scores[seed][metric] for seed in sorted(scores)]))
-                for other in ("grpo", "hpt"):
+                for other in ("grpo_fast",) if arm == "qae_fast" else ("grpo", "hpt"):
                     both = sorted(set(by_seed) & set(arms.get(other, {})))
                     if arm != other and both:
                         theirs = [measured(arms[other][seed], split, samples)[metric] for seed in both]
@@ -57,11 +57,11 @@ def summarise(done: list[dict], samples: int) -> dict:
         run = {"arm": arm, "seeds": len(facts)}
         for name in facts[0]:
             run[name] = _rounded(np.array([[fact[name]] for fact in facts]))
-        both = sorted(set(by_seed) & set(arms.get("grpo", {})))
-        if arm == "qae" and both:
-            for name in facts[0]:
-                gaps = [[per_run(by_seed[seed])[name] - per_run(arms["grpo"][seed])[name]] for seed in both]
-                run[f"{name}_minus_grpo"] = _rounded(np.array(gaps))
+        other = {"qae": "grpo", "qae_fast": "grpo_fast"}.get(arm)
+        both = sorted(set(by_seed) & set(arms.get(other, {})))
+        for name in facts[0] if both else ():
+            gaps = [[per_run(by_seed[seed])[name] - per_run(arms[other][seed])[name]] for seed in both]
+            run[f"{name}_minus_{other}"] = _rounded(np.array(gaps))
         runs.append(run)
     return {"rows": rows, "runs": runs}
 
@@ -75,7 +75,7 @@ def show(content: dict) -> None:
         gaps = [_points(row.get(f"pass1_minus_{other}")) for other in ("grpo", "hpt")]
         lines.append([row["arm"], row["split"], row["seeds"], *(_percent(row[m]) for m in METRICS), *gaps])
     print(format_table(headers, lines))
-    names = ("generated_tokens", "update_tokens", "train_seconds", "rows_without_gradient", "prompts_by_demonstration")
+    names = ("generated_tokens", "update_tokens", "train_seconds", "rows_without_gradient", "prompts_gated")
     names += tuple(f"entropy_{split}_{when}" for split in SPLITS for when in ("first", "highest", "last"))
     lines = [[run["arm"], *(_number(run.get(name)) for name in names)] for run in content["runs"]]
     print("\n" + format_table(("arm", *names), lines))
@@ -102,14 +102,15 @@ def plot(done: list[dict], content: dict, path) -> None:
     _bars(axes[0][0], content["rows"])
     _curves(axes[0][1], done, lambda result: _points_of(result["curve"], "pass1_hard"), None)
     axes[0][1].set(title="held-out hard tasks", xlabel="optimiser step", ylabel="pass@1, mean over seeds")
-    both = ("grpo", "qae")
+    both = ("grpo", "qae", "grpo_fast", "qae_fast")
     _curves(axes[1][0], done, lambda result: _points_of(result["curve"], "entropy_hard"), both)
     axes[1][0].set(title="hard tasks", xlabel="optimiser step", ylabel="entropy of own answers (nats a token)")
     _curves(axes[1][1], done, lambda result: _smooth(result["log"].get("rows/kept_share")), both)
     axes[1][1].set(title="training rollouts", xlabel="optimiser step", ylabel="share of zero advantages (of 5 steps)")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

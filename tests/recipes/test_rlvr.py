@@ -136,7 +136,7 @@ REFUSED = [
     ("hpt", {"demonstration_column": "solution"}, ROWS, 3, "column 'solution' of columns="),
     ("hpt", {"dataset_name": ""}, ROWS, 2, "dataset_name is not set; give it in the config file or as --dataset_name"),
     ("hpt", {"eval_strategy": "steps", "eval_steps": 1}, ROWS, 2, "the file tasks.jsonl has no splits."),
-    ("hpt", {}, WITHOUT, 3, "no columns for prompt and demonstration; found ['gold', 'prompt']"),
+    ("hpt", {}, WITHOUT, 3, "no columns for prompt and demonstration; found ['prompt', 'gold']"),
     ("hpt", {}, EMPTY, 3, "line 2: 'demonstration', the demonstration, is an empty text"),
     ("hpt", {"max_completion_length": 4}, ROWS, 3, "8 of 8 demonstrations of train_dataset are longer than"),
     ("qae", {}, BAD_GOLD, 3, "train_dataset, row 4: the gold answer 'about four' in column 'gold' cannot be used by"),
