@@ -45,7 +45,8 @@ def run(folder, out, rows, peft=True, evaluate=0, **overrides):
         folder,
         args=RobustDPOConfig(**settings(out / "run", **overrides)),
         train_dataset=make_pairs(rows),
-        eval_dataset=make_pairs(evaluate, seed=9) if evaluate else None,
+        # a seed without a pair of equal sides: rounding would decide which of them is the likelier
+        eval_dataset=make_pairs(evaluate, seed=10) if evaluate else None,
         peft_config=lora() if peft else None,
     )
     before = snapshot(trainer.model)
