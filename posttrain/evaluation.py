@@ -51,7 +51,9 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     shares = prefix_sharing.obstacle(base.config, base, peft_config=getattr(model, "active_peft_config", None)) is None
     if shares:
         prefix_sharing.share_prefixes(base)
-        shares = _checked(model, base)
+        *gaps, trouble = prefix_sharing.trial(model, base.config, model.device)
+        half = {parameter.dtype for parameter in model.parameters()} != {torch.float32}
+        shares = trouble is None and prefix_sharing.fault(*gaps, half) is None
         window = prefix_sharing.sliding_window(base.config)
     try:
         with torch.no_grad():
@@ -76,20 +78,6 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
         else:
             base.forward = own_forward
     return PairScores(*scores)
-
-
-def _checked(model, base) -> bool:
-    """Whether packed rows give the model's padded numbers."""
-    import torch
-
-    from posttrain.mechanisms import prefix_sharing
-
-    try:
-        gaps = prefix_sharing.self_check(model, base.config.get_text_config().vocab_size, model.device)
-    except Exception:
-        # whatever a model's code trips over: it is padded then
-        return False
-    return prefix_sharing.fault(*gaps, {p.dtype for p in model.parameters()} != {torch.float32}) is None
 
 
 def _padded(sequences: list[tuple[list[int], list[int]]], device) -> dict:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import DataError
 from posttrain.mechanisms import group_rewards
 from posttrain.objectives import advantages
 from posttrain.trainers._rollout_metrics import judged
@@ -91,35 +91,29 @@ def gate_weights(rewards: Tensor, gate: Tensor | None, soft_gate: list | None, t
     return weights
 
 
-def row_advantage(normalization: str, loss_type: str, length: Tensor, totals: dict) -> Tensor:
+def row_advantage(normalization: str, coefficient: float, loss_type: str, length: Tensor, totals: dict) -> Tensor:
     """The advantages that give demonstrations of `length` tokens (D,) the weight that `normalization` asks for.
 
     Args:
-        normalization: unified, the weight of a rollout with advantage 1; prompt, token mean times 1 / prompts; token,
-            1 / demonstration tokens.
-        loss_type: TRL's, which sets what a token of a row weighs.
-        totals: of the generation batch over all ranks: rows, prompts, tokens (of the loss), demonstration_tokens,
+        normalization, coefficient: as in `objectives.advantages.demonstration_advantage`, which is of dr_grpo.
+        loss_type: TRL's; sets what a token of a row weighs.
+        totals: of the generation batch over all ranks: rows, group_size, tokens (of the loss), demonstration_tokens,
             max_length (of a completion).
     """
-    if normalization == "unified":
-        return torch.ones_like(length)
-    wanted = 1.0 / (totals["prompts"] * length)
-    if normalization == "token":
-        wanted = torch.full_like(length, 1.0 / totals["demonstration_tokens"])
-    if loss_type == "dr_grpo":
-        weight = torch.full_like(length, 1.0 / (totals["rows"] * totals["max_length"]))
-    elif loss_type in ("grpo", "sapo"):
-        weight = 1.0 / (totals["rows"] * length)
-    elif loss_type == "luspo":
-        weight = torch.full_like(length, 1.0 / totals["rows"])
-    elif loss_type in ("dapo", "cispo", "vespo"):
-        weight = torch.full_like(length, 1.0 / totals["tokens"])
-    else:
-        raise ConfigError(
-            f"sft_normalization is {normalization} with loss_type {loss_type}, whose weight of a token depends on the "
-            "micro-batch. Set `sft_normalization: unified`, or another loss_type."
-        )
-    return wanted / weight
+    rows, max_length = totals["rows"], totals["max_length"]
+    wanted = advantages.demonstration_advantage(
+        normalization,
+        coefficient,
+        group_size=totals["group_size"],
+        max_length=max_length,
+        demo_tokens=length,
+        total_rows=rows,
+        total_demo_tokens=totals["demonstration_tokens"],
+    )
+    if normalization == "unified" or loss_type == "dr_grpo":
+        return wanted * torch.ones_like(length)
+    divisor = {"grpo": rows * length, "sapo": rows * length, "luspo": rows}.get(loss_type, totals["tokens"])
+    return wanted * divisor / (rows * max_length) * torch.ones_like(length)
 
 
 def place(batch: dict, rows: list[int], demonstrations: list[list[int]], pad: int) -> None:
@@ -187,17 +181,17 @@ def insert(trainer, batch: dict, inputs: list[dict], rewards: Tensor, size: int)
     batch["num_items_in_batch"] = trainer.accelerator.gather(loss_mask.sum()).sum()
     totals = {
         "rows": len(rewards),
-        "prompts": len(scores),
+        "group_size": size,
         "tokens": batch["num_items_in_batch"].item(),
         "demonstration_tokens": max(lengths[demonstrated].sum().item(), 1.0),
         "max_length": trainer.max_completion_length,
     }
-    one = row_advantage(args.sft_normalization, trainer.loss_type, lengths.clamp(min=1), totals)
-    whole = sft * args.sft_coef * one + off_policy
+    one = row_advantage(args.sft_normalization, args.sft_coef, trainer.loss_type, lengths.clamp(min=1), totals)
+    whole = sft * one + off_policy
     values[demonstrated, 0] = whole[demonstrated]
     trainer.set_advantages(batch, values.reshape(-1))
-    flags = torch.zeros(own, device=device)
-    flags[rows] = 1.0
+    flags = torch.zeros(own, dtype=torch.bool, device=device)
+    flags[rows] = True
     batch["demonstrations"] = flags
     batch["off_policy_share"] = flags * torch.nan_to_num(off_policy / whole)[group_of]
 

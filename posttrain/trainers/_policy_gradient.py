@@ -11,6 +11,7 @@ from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
+from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.models import resolve_model
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
@@ -58,6 +59,7 @@ class PolicyGradientMixin(RunMixin):
             train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
         self._begin_run(preflight(args, model))
         self._sharing, self._scored, self._rewards = None, None, None
+        self._means = MeanMetrics()
         self._dead_generations, self._skipped = 0, False
         with _checks.upstream_refusals():
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
@@ -82,7 +84,7 @@ class PolicyGradientMixin(RunMixin):
     # stands on GRPOTrainer._calculate_rewards, whose result is the gathered matrix
     def _calculate_rewards(self, *args, **kwargs):
         self._rewards = super()._calculate_rewards(*args, **kwargs)
-        if torch.isnan(self._rewards).all():
+        if self.model.training and torch.isnan(self._rewards).all():
             raise DataError(
                 f"every reward function returned None for all {len(self._rewards)} completions of step "
                 f"{self.state.global_step + 1}, so there is nothing to learn from. Look at what "
@@ -228,23 +230,28 @@ class PolicyGradientMixin(RunMixin):
 
     def _weigh_demonstrations(self, inputs: dict, logps: Tensor) -> None:
         """Give demonstration rows the ratio 1, and each of their tokens its weight on the gradient of its log-prob."""
-        rows = inputs["demonstrations"].bool()
+        rows = inputs["demonstrations"]
         if "old_per_token_logps" in inputs:
             inputs["old_per_token_logps"] = torch.where(rows[:, None], logps, inputs["old_per_token_logps"])
         if "ref_per_token_logps" in inputs:
             inputs["ref_per_token_logps"] = torch.where(rows[:, None], logps, inputs["ref_per_token_logps"])
         mask = inputs["completion_mask"] * rows[:, None]
-        nll = -(logps * mask).sum() / mask.sum().clamp(min=1)
-        if mask.any():
-            self._metrics["train"]["hpt/sft_nll"].append(nll.item())
-        share = inputs["off_policy_share"][:, None]
-        if not share.any():
+        self._means.add("hpt/sft_nll", -logps, mask.bool())
+        if self.args.soft_gate is None:
             return
+        share = inputs["off_policy_share"][:, None]
         parts = PRESETS["srft_offline" if self.args.demonstration_loss == "srft" else "luffy_offline"]
         values = inputs["advantages"]
         values = values[:, None] if values.dim() == 1 else values
         off_policy = policy_gradient.gradient_weight(logps, None, inputs["completion_mask"], values, parts)
         inputs["advantages"] = values * torch.where(rows[:, None], 1 - share + share * off_policy, 1.0)
+
+    # stands on GRPOTrainer.log, which averages the lists in `_metrics`
+    def log(self, logs, start_time=None):
+        if self.model.training and self.args.learns_from_demonstrations:
+            for name, (total, count) in self._means.reduce(self.accelerator).items():
+                self._metrics["train"][name] = [total / count] if count else []
+        super().log(logs, start_time)
 
     @property
     def step_moved(self) -> bool:
@@ -255,16 +262,14 @@ class PolicyGradientMixin(RunMixin):
         self._watch_gradients()
         return super().get_batch_samples(*args, **kwargs)
 
-    # stands on Trainer._clip_grad_norm, the last call before the optimiser's step
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+    def skips_step(self, model, norm) -> bool:
         limit = self.args.skip_grad_norm
-        self._skipped = limit is not None and norm is not None and not norm <= limit
+        self._skipped = limit is not None and not norm <= limit
         if self._skipped:
             get_logger().warning("step %d skipped: gradient norm %.3g", self.state.global_step + 1, norm)
             for parameter in model.parameters():
                 parameter.grad = None
-        return norm
+        return self._skipped
 
 
 class _Sharing:

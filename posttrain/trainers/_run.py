@@ -98,9 +98,15 @@ class RunMixin:
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
         # in fp16 the gradient scaler skips such steps by itself
-        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+        if norm is None or self.skips_step(model, norm):
+            return norm
+        if not self.args.fp16 and not math.isfinite(norm):
             stop(self, "the gradient")
         return norm
+
+    def skips_step(self, model, norm) -> bool:
+        """Whether a step is left out for its gradient's norm before clipping; the gradients are gone then."""
+        return False
 
     def _watch_gradients(self) -> None:
         if self._live_gradients is None:

@@ -75,33 +75,29 @@ class PrefixSharing:
 
     def pack_rows(self, input_ids, attention_mask, labels, groups: list[int] | None = None):
         """The packed form of padded rows (B, L); without `groups`, rows of equal prompts share them."""
-        if self._window and attention_mask.sum(dim=1).max() > self._window:
+        wide = self._window and input_ids.size(1) > self._window
+        if wide and attention_mask.sum(dim=1).max() > self._window:
             self.decline(f"it has rows longer than the sliding window of {self._window}")
             return None
         return prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple)
 
     def check(self, model) -> None:
         """At the first forward of each model: a few made-up tokens through both forms. All ranks call it."""
-        base = self._innermost(model)
-        if not self.active or id(base) in self._checked:
+        if not self.active or id(model) in self._checked:
             return
-        self._checked.add(id(base))
+        self._checked.add(id(model))
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            vocabulary = base.config.get_text_config().vocab_size
-            gaps = prefix_sharing.self_check(model, vocabulary, self._accelerator.device)
-        except Exception as error:
-            # whatever a model's code trips over: its packed form is of no use then
-            self._give_up(f"the model cannot run packed rows ({type(error).__name__}: {error})")
-            return
+            *gaps, trouble = prefix_sharing.trial(model, self._innermost(model).config, self._accelerator.device)
         finally:
             for module, mode in modes:
                 module.training = mode
+        # a rank of which the model tripped still has to meet the others here
         largest, mean = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device)).amax(0).tolist()
         dtypes = {parameter.dtype for parameter in model.parameters()}
         half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
-        reason = prefix_sharing.fault(largest, mean, half)
+        reason = trouble or prefix_sharing.fault(largest, mean, half)
         if reason:
             self._give_up(reason)
 

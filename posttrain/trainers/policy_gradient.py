@@ -31,7 +31,7 @@ class QAETrainer(PolicyGradientMixin, GRPOTrainer):
     _paper = {
         "title": "Quantile Advantage Estimation for Entropy-Safe Reasoning",
         "id": "2509.22611",
-        "citation": """@article{wu2025quantile,
+        "citation": """@article{qae2025,
     title   = {{Quantile Advantage Estimation for Entropy-Safe Reasoning}},
     year    = 2025,
     eprint  = {arXiv:2509.22611},
@@ -48,7 +48,7 @@ class HPTTrainer(PolicyGradientMixin, GRPOTrainer):
     _paper = {
         "title": "Towards a Unified View of Large Language Model Post-Training",
         "id": "2509.04419",
-        "citation": """@article{lv2025towards,
+        "citation": """@article{hpt2025,
     title   = {{Towards a Unified View of Large Language Model Post-Training}},
     year    = 2025,
     eprint  = {arXiv:2509.04419},

@@ -7,7 +7,7 @@ from trl import GRPOConfig
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.group_rewards import LOSS_TYPES
 from posttrain.trainers._checks import check_choice
-from posttrain.trainers._configs import CommonConfig
+from posttrain.trainers._configs import CommonConfig, under_deepspeed
 from posttrain.trainers._estimators import NO_CLIP, compile_parts, resolve
 
 ADVANTAGES = ("group_mean", "quantile", "leave_one_out", "reward")
@@ -137,8 +137,8 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         for name in ("sft_coef", "max_dead_steps"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        if self.skip_grad_norm is not None and not self.skip_grad_norm > 0:
-            raise ConfigError(f"skip_grad_norm is {self.skip_grad_norm}; it must be above 0, or be left out.")
+        if self.skip_grad_norm is not None:
+            self._check_skipping()
         super().__post_init__()
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(sorted(LOSS_TYPES))}.")
@@ -162,6 +162,20 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     def learns_from_demonstrations(self) -> bool:
         """Whether a `demonstration` column is needed."""
         return self.gamma is not None or self.soft_gate is not None
+
+    def _check_skipping(self) -> None:
+        if not self.skip_grad_norm > 0:
+            raise ConfigError(f"skip_grad_norm is {self.skip_grad_norm}; it must be above 0, or be left out.")
+        if under_deepspeed(self):
+            raise ConfigError(
+                f"skip_grad_norm is {self.skip_grad_norm} under DeepSpeed, which steps before the norm is known here. "
+                "Leave it out; max_grad_norm still clips."
+            )
+        if not self.max_grad_norm > 0:
+            raise ConfigError(
+                f"skip_grad_norm is {self.skip_grad_norm} and max_grad_norm is {self.max_grad_norm}, with which no "
+                "norm is computed. Set max_grad_norm above 0; a large one never clips."
+            )
 
     def _check_quantile(self) -> None:
         if self.quantile is None:
@@ -198,6 +212,11 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
                     f"soft_gate must have {self.num_generations + 1} rows (for 0 to num_generations successes) of "
                     "three weights of 0 or more: rollouts, off-policy demonstration, SFT demonstration."
                 )
+        if self.sft_normalization != "unified" and self.loss_type == "bnpo":
+            raise ConfigError(
+                f"sft_normalization is {self.sft_normalization} with loss_type bnpo, whose weight of a token depends "
+                "on the micro-batch. Set `sft_normalization: unified`, or another loss_type."
+            )
         for name, value, neutral, why in (
             ("top_entropy_quantile", self.top_entropy_quantile, 1.0, "it would mask tokens of demonstrations"),
             ("off_policy_mask_threshold", self.off_policy_mask_threshold, None, "it would mask demonstrations"),

@@ -272,6 +272,8 @@ REFUSED = [
     (dict(gamma=0.0, importance_sampling_level="sequence"), "importance_sampling_level is sequence with a gate"),
     (dict(sft_coef=-1.0), "sft_coef is -1.0; it must be 0 or more"),
     (dict(skip_grad_norm=0.0), "skip_grad_norm is 0.0; it must be above 0"),
+    (dict(skip_grad_norm=80.0), "skip_grad_norm is 80.0 and max_grad_norm is 0.0, with which no norm is computed"),
+    (dict(gamma=0.0, loss_type="bnpo", sft_normalization="prompt"), "sft_normalization is prompt with loss_type bnpo"),
     (dict(loss_type="ppo"), "loss_type is 'ppo'; it must be one of"),
     (dict(sft_normalization="row"), "sft_normalization is 'row'"),
 ]
@@ -425,3 +427,44 @@ def test_evaluation_answers_each_prompt_once_without_sampling(tiny_folder, tmp_p
     assert trainer.generation_config.do_sample == before is True
     trainer.args.eval_greedy = False
     assert "eval_greedy_success" not in trainer.evaluate(data)
+
+
+def test_skipping_is_refused_under_deepspeed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="skip_grad_norm is 80.0 under DeepSpeed"):
+        PolicyGradientConfig(str(tmp_path), skip_grad_norm=80.0)
+
+
+def test_a_gradient_that_is_no_number_is_skipped_where_asked_for(tiny_folder, tmp_path, said):
+    def broken(trainer):
+        parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    change, _ = train(tiny_folder, tmp_path / "a", before=broken, skip_grad_norm=80.0, max_grad_norm=1.0)
+    assert not any(value.any() for value in change.values()) and "gradient norm nan" in said()
+    with pytest.raises(DivergedError, match="the gradient became NaN"):
+        train(tiny_folder, tmp_path / "b", before=broken, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_the_demonstrations_likelihood_is_a_mean_over_their_tokens(tiny_folder, tmp_path, size):
+    split = dict(per_device_train_batch_size=size, gradient_accumulation_steps=32 // size)
+    run = HPT | dict(data=prompts([0] * 8))
+    _, whole = train(tiny_folder, tmp_path / "a", **run, per_device_train_batch_size=32, gradient_accumulation_steps=1)
+    _, trainer = train(tiny_folder, tmp_path / "b", **run, **split)
+    assert entries(trainer)[0]["hpt/sft_nll"] == pytest.approx(entries(whole)[0]["hpt/sft_nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["prompt", "token"])
+@pytest.mark.parametrize("loss", [dict(loss_type="grpo"), dict(loss_type="dapo")], ids=["grpo", "dapo"])
+def test_a_demonstration_weighs_the_same_under_every_loss(tiny_folder, tmp_path, loss, normalization):
+    run = HPT | WHOLE | dict(data=prompts([0] * 8), sft_normalization=normalization)
+    plain, _ = train(tiny_folder, tmp_path / "a", **run)
+    other, _ = train(tiny_folder, tmp_path / "b", **run, **loss)
+    assert distance(other, plain) <= 1e-5
+
+
+def test_an_evaluation_batch_without_a_score_goes_on(tiny_folder, tmp_path):
+    _, trainer = train(tiny_folder, tmp_path, per_device_eval_batch_size=4, eval_greedy=False)
+    trainer.reward_funcs[0] = lambda completion_ids, **_: [None] * len(completion_ids)
+    assert "eval_loss" in trainer.evaluate(prompts([0, 1]))

@@ -14,6 +14,7 @@ from posttrain.mechanisms.prefix_sharing.support import (
     scales_with_length,
     self_check,
     sliding_window,
+    trial,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "self_check",
     "share_prefixes",
     "sliding_window",
+    "trial",
 ]
