@@ -34,7 +34,9 @@ class PrefixSharing:
         may_sort: whether it makes no difference which rows are in a batch together.
     """
 
-    def __init__(self, trainer) -> None:
+    def __init__(self, trainer, left_padded: bool = False) -> None:
+        """`left_padded`: the trainer's batches have padding in front of the prompts."""
+        self._left_padded = left_padded
         self._setting, self._accelerator = trainer.args.prefix_sharing, trainer.accelerator
         self._said: set[str] = set()
         self._checked: set[int] = set()
@@ -49,9 +51,13 @@ class PrefixSharing:
             if reason:
                 self._give_up(reason)
                 return
+        scales = any(prefix_sharing.scales_with_length(base.config) for base in bases)
+        if scales and left_padded:
+            self._give_up("its rotary factors depend on the width of a batch")
+            return
         for base in bases:
             prefix_sharing.share_prefixes(base)
-        self.may_sort = not any(prefix_sharing.scales_with_length(base.config) for base in bases)
+        self.may_sort = not scales
         self._cost = prefix_sharing.attention_cost(bases[0].config)
         self._window = min(filter(None, (prefix_sharing.sliding_window(base.config) for base in bases)), default=None)
         # kernels on accelerators are made for widths of multiples of eight
@@ -89,7 +95,8 @@ class PrefixSharing:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            *gaps, trouble = prefix_sharing.trial(model, self._innermost(model).config, self._accelerator.device)
+            config, device = self._innermost(model).config, self._accelerator.device
+            *gaps, trouble = prefix_sharing.trial(model, config, device, self._left_padded)
         finally:
             for module, mode in modes:
                 module.training = mode

@@ -35,6 +35,8 @@ def obstacle(config, model=None, attention: str | None = None, peft_config=None)
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYERS)
     if others:
         return f"layers of type {', '.join(others)} do not go by a mask"
+    if "local" in (getattr(text, "attention_layers", None) or ()):
+        return "local attention goes by the place in the row, not by position ids"
     if getattr(text, "alibi", False):
         return "ALiBi goes by the place in the row, not by position ids"
     if getattr(text, "output_router_logits", False):
@@ -52,9 +54,6 @@ def obstacle(config, model=None, attention: str | None = None, peft_config=None)
 def sliding_window(config) -> int | None:
     """How many tokens back the shortest-sighted layer looks; None where all look back to the start."""
     text = config.get_text_config()
-    # GPT-Neo's
-    if "local" in (getattr(text, "attention_layers", None) or ()):
-        return text.window_size
     types = getattr(text, "layer_types", None)
     if types is not None and "sliding_attention" not in types:
         return None
@@ -95,28 +94,34 @@ def fault(largest: float, mean: float, half: bool) -> str | None:
     return f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens"
 
 
-def trial(model, config, device) -> tuple[float, float, str | None]:
+def trial(model, config, device, left: bool = False) -> tuple[float, float, str | None]:
     """`self_check`, where a model's own code may trip over packed rows: infinite differences then, and what it said."""
     try:
-        return *self_check(model, config.get_text_config().vocab_size, device), None
+        return *self_check(model, config.get_text_config().vocab_size, device, left), None
     except Exception as error:
         # whatever it is, in code that is not ours: the model is padded then
         return math.inf, math.inf, f"the model cannot run packed rows ({type(error).__name__}: {error})"
 
 
-def self_check(model, vocab_size: int, device) -> tuple[float, float]:
+def self_check(model, vocab_size: int, device, left: bool = False) -> tuple[float, float]:
     """(largest, mean) difference in nats between the padded and the packed log-probs of a few made-up tokens.
 
     Two prompts with two answers each in one packed row. `model` is called without gradient and should be in eval mode;
-    it is a model with `share_prefixes`, or one around it.
+    it is a model with `share_prefixes`, or one around it. `left`: the batch also has padding on the left, as
+    rollouts have.
     """
     generator = torch.Generator().manual_seed(0)
-    lengths, prompt_lengths, groups = (10, 8, 7, 9), (6, 6, 4, 4), (0, 0, 1, 1)
-    input_ids = torch.randint(vocab_size, (4, 10), generator=generator)
-    input_ids[1, :6], input_ids[3, :4] = input_ids[0, :6], input_ids[2, :4]
-    places = torch.arange(10)
-    attention_mask = (places < torch.tensor(lengths).unsqueeze(1)).long()
-    scored = attention_mask.bool() & (places >= torch.tensor(prompt_lengths).unsqueeze(1))
+    groups, before = (0, 0, 1, 1), 3 if left else 0
+    starts = torch.tensor([before, before, 0, 0]).unsqueeze(1)
+    answers = starts + torch.tensor([6, 6, 4, 4]).unsqueeze(1)
+    ends = starts + torch.tensor([10, 8, 7, 9]).unsqueeze(1)
+    input_ids = torch.randint(vocab_size, (4, 10 + before), generator=generator)
+    for row in (1, 3):
+        prompt = slice(starts[row], answers[row])
+        input_ids[row, prompt] = input_ids[row - 1, prompt]
+    places = torch.arange(10 + before)
+    attention_mask = ((places >= starts) & (places < ends)).long()
+    scored = attention_mask.bool() & (places >= answers)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     batch |= {"labels": input_ids.masked_fill(~scored, -100)}
     batch = {key: value.to(device) for key, value in batch.items()}
