@@ -101,10 +101,11 @@ class PrefixSharing:
             for module, mode in modes:
                 module.training = mode
         # a rank of which the model tripped still has to meet the others here
-        largest, mean = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device)).amax(0).tolist()
+        gathered = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device))
+        (largest, mean, _), blind = gathered.amax(0).tolist(), gathered[:, 2].min().item()
         dtypes = {parameter.dtype for parameter in model.parameters()}
         half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
-        reason = trouble or prefix_sharing.fault(largest, mean, half)
+        reason = trouble or prefix_sharing.fault(largest, mean, blind, half)
         if reason:
             self._give_up(reason)
 

@@ -11,6 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.prefix_sharing import (
     attention_cost,
+    fault,
     obstacle,
     pack,
     pack_padded,
@@ -289,7 +290,7 @@ def test_a_repeated_prompt_token_would_see_itself_twice():
 
 def test_the_check_finds_a_model_that_ignores_the_mask():
     model = fused()
-    assert max(self_check(model.eval(), 259, "cpu")) < 1e-4
+    assert self_check(model.eval(), 259, "cpu")[0] < 1e-4
     backbone = model.model.forward
     model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
     assert self_check(model, 259, "cpu")[0] > 2e-2
@@ -300,6 +301,20 @@ def test_the_check_finds_a_model_that_ignores_positions():
     backbone = model.model.forward
     model.model.forward = lambda *args, position_ids=None, **kwargs: backbone(*args, **kwargs)
     assert self_check(model, 259, "cpu")[0] > 2e-3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("weights", [0.6, 1.0])
+def test_half_precision_is_told_from_a_model_that_ignores_the_mask(architecture, weights):
+    model = fused(architecture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(weights)
+    model = model.bfloat16().eval()
+    assert fault(*self_check(model, 259, "cpu"), half=True) is None
+    backbone = model.model.forward
+    model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
+    assert "packed log-probs differ" in fault(*self_check(model, 259, "cpu"), half=True)
 
 
 @pytest.mark.parametrize(
