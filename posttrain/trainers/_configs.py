@@ -91,6 +91,10 @@ class CommonConfig:
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
+    def __getstate__(self):
+        # training_args.bin is a pickle, and goes wherever the run folder goes
+        return {**self.__dict__, "hub_token": None}
+
     def _check_ranges(self) -> None:
         """Refuse values that upstream would only trip over once the model is loaded."""
         if self.output_dir == "":

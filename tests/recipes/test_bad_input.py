@@ -181,3 +181,18 @@ def test_adapters_without_gradient_end_with_code_5(recipe, monkeypatch):
     monkeypatch.setattr(_guards.LiveGradients, "_note", lambda self, name, gradient: None)
     code, said = recipe(max_steps=3)
     assert code == 5 and "adapter tensors got no gradient in the first two steps: " in said
+
+
+def test_no_file_of_a_run_holds_the_hub_token(recipe, tmp_path):
+    token = "hf_" + "aB3" * 11
+    assert recipe(hub_token=token, save_strategy="steps", save_steps=1)[0] == 0
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert sum(path.name == "training_args.bin" for path in files) == 2
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+
+
+def test_an_error_does_not_repeat_the_hub_token(recipe):
+    token = "hf_" + "aB3" * 11
+    code, said = recipe(token)
+    assert code == 2 and "command line: `hf_***` follows no key; write `--key value`." in said
+    assert token not in said
