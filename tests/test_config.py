@@ -66,6 +66,11 @@ def test_the_command_line_takes_the_same_values_and_wins(tmp_path):
     assert got == Toy(steps=1000, keep=False, ratio=None, share=True)
 
 
+def test_merged_keys_are_settings_that_the_files_own_override(tmp_path):
+    got = toy(tmp_path, "rate: 0.25\n<<: {rate: 1, steps: 3}\nextra: {<<: {a: 1}, a: 2}")
+    assert got == Toy(rate=0.25, steps=3, extra={"a": 2})
+
+
 def test_an_empty_file_leaves_the_defaults(tmp_path):
     assert toy(tmp_path, "# nothing yet\n") == Toy()
 
@@ -104,6 +109,17 @@ def test_env_sets_variables(tmp_path, monkeypatch):
         ("- 1", "1: a config file is lines of `key: value`, not a list."),
         ("rate: [1", "1: not valid YAML: expected ',' or ']', but got '<stream end>'."),
         ("rate: 1\nenv: 3", "2: `env` is `3`; it takes a mapping."),
+        ("rate: 1\nenv: {'A=B': 4}", "2: `env` cannot set 'A=B': illegal environment variable name."),
+        ('env: {A: "a\\0b"}', "1: `env` cannot set 'A': embedded null byte."),
+        ("rate: 1\nextra: &x {b: *x}", "2: what the anchor names here contains itself."),
+        ("rate: 1\n~: 4", "2: the key `~` is no text; keys are names of settings."),
+        ("mode: a\n<<: {rate: 1, stepz: 3}", "2: unknown key `stepz`; did you mean `steps` (Toy)?"),
+        ("mode: a\nname: 2020-13-45", "2: not valid YAML: month must be in 1..12."),
+        (
+            "mode: a\nsteps: " + "1" * 5000,
+            "2: not valid YAML: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; "
+            "use sys.set_int_max_str_digits() to increase the limit.",
+        ),
     ],
 )
 def test_a_bad_file_is_answered_with_its_line(tmp_path, text, message):

@@ -89,6 +89,22 @@ def test_a_setting_that_cannot_be_ends_with_code_2(recipe, tmp_path, given, mess
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
+FILES = [
+    ("extra: 1\nseed: &x [*x]\n", "2: what the anchor names here contains itself."),
+    ("seed: 1\n~: 4\n", "2: the key `~` is no text; keys are names of settings."),
+    ("env: {'A=B': 4}\n", "1: `env` cannot set 'A=B': illegal environment variable name."),
+    ("seed: " + "1" * 5000, "1: not valid YAML: Exceeds the limit (4300 digits)"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES, ids=["cycle", "no text", "env", "digits"])
+def test_a_config_file_that_cannot_be_ends_with_code_2_and_its_line(recipe, tmp_path, content, message):
+    (tmp_path / "bad.yaml").write_text(content)
+    code, said = recipe(config="bad.yaml")
+    assert code == 2 and f"bad.yaml:{message}" in said
+    assert not (tmp_path / "run").exists()
+
+
 DATA = [
     (lines(row | {"rejected": row["chosen"]} for row in TEXTS), "train_dataset: all 4 pairs have identical sides."),
     (lines(row | {"chosen": " "} for row in TEXTS), "train_dataset: all 4 pairs have an empty side. Fill it in"),
