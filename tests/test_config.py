@@ -112,7 +112,7 @@ def test_env_sets_variables(tmp_path, monkeypatch):
         ("rate: 1\nenv: {'A=B': 4}", "2: `env` cannot set 'A=B': illegal environment variable name."),
         ('env: {A: "a\\0b"}', "1: `env` cannot set 'A': embedded null byte."),
         ("rate: 1\nextra: &x {b: *x}", "2: what the anchor names here contains itself."),
-        ("rate: 1\n~: 4", "2: the key `~` is no text; keys are names of settings."),
+        ("rate: 1\n~: 4", "2: the key `~` is no text, as all keys are."),
         ("mode: a\n<<: {rate: 1, stepz: 3}", "2: unknown key `stepz`; did you mean `steps` (Toy)?"),
         ("mode: a\nname: 2020-13-45", "2: not valid YAML: month must be in 1..12."),
         (

@@ -91,7 +91,7 @@ def test_a_setting_that_cannot_be_ends_with_code_2(recipe, tmp_path, given, mess
 
 FILES = [
     ("extra: 1\nseed: &x [*x]\n", "2: what the anchor names here contains itself."),
-    ("seed: 1\n~: 4\n", "2: the key `~` is no text; keys are names of settings."),
+    ("seed: 1\n~: 4\n", "2: the key `~` is no text, as all keys are."),
     ("env: {'A=B': 4}\n", "1: `env` cannot set 'A=B': illegal environment variable name."),
     ("seed: " + "1" * 5000, "1: not valid YAML: Exceeds the limit (4300 digits)"),
 ]
