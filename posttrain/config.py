@@ -244,9 +244,7 @@ def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
     lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
     for key, _ in root.value:
         if not key.tag.endswith(":str"):
-            raise ConfigError(
-                f"{path}:{lines[key.value]}: the key `{key.value}` is no text, as all keys are."
-            )
+            raise ConfigError(f"{path}:{lines[key.value]}: the key `{key.value}` is no text, as all keys are.")
     if not isinstance(settings.get("env") or {}, dict):
         raise ConfigError(f"{path}:{lines['env']}: `env` is {kind_of(settings['env'])}; it takes a mapping.")
     return settings, lines

@@ -77,6 +77,29 @@ SETTINGS = [
     (dict(lora_task_type="CAUSALLM"), "the adapter cannot be built with these settings: Invalid task type: 'CAUSALLM'"),
     (dict(output_dir=""), "output_dir is empty; give the folder that the run is to be saved in."),
     (dict(optim="adamw_torchh"), "Did you mean adamw_torch?"),
+    (dict(output_dir="x" * 300), "output_dir cannot be a folder (File name too long): xxx"),
+    (dict(lora_alpha=-3), "lora_alpha is -3; it must be a number above 0 (at 0 the adapter would never train)."),
+    (dict(beta="inf"), "beta is inf; it must be a finite number."),
+    (dict(logging_steps="nan"), "logging_steps is nan; it must be a finite number."),
+    (dict(warmup_steps="nan"), "warmup_steps is nan; it must be a finite number."),
+    (dict(eval_steps="inf", eval_strategy="steps"), "eval_steps is inf; it must be a finite number."),
+    (
+        dict(optim_args="foo"),
+        "optim adamw_torch_fused cannot be built with optim_args 'foo' (written name=value,name=value): ",
+    ),
+    (
+        dict(lr_scheduler_kwargs='{"foo": 1}'),
+        "lr_scheduler_type linear cannot be built with lr_scheduler_kwargs {'foo': 1}: ",
+    ),
+    (
+        dict(lr_scheduler_type="warmup_stable_decay"),
+        "lr_scheduler_type warmup_stable_decay cannot be built with lr_scheduler_kwargs None: get_wsd_schedule() "
+        "missing 1 required positional argument: 'num_decay_steps'",
+    ),
+    (
+        dict(lr_scheduler_type="cosine_with_min_lr"),
+        "lr_scheduler_type cosine_with_min_lr cannot be built with lr_scheduler_kwargs None: One of min_lr or",
+    ),
     (dict(config="none.yaml"), "the config file none.yaml cannot be read: No such file or directory."),
 ]
 
@@ -141,6 +164,15 @@ def test_a_hub_that_cannot_be_reached_ends_with_code_4_for_data_and_model(recipe
     assert code == 4 and "model 'org/gone' is no folder here and not in the cache, and the hub cannot be" in said
     code, said = recipe(dataset_name="org/gone")
     assert code == 4 and "the data set 'org/gone' is no file or folder here, and the hub cannot be" in said
+
+
+@pytest.mark.parametrize(
+    ("optim", "package"), [("galore_adamw", "galore_torch"), ("lomo", "lomo_optim"), ("stable_adamw", "torch-optimi")]
+)
+def test_an_optimiser_whose_package_is_missing_ends_with_code_4(recipe, optim, package):
+    code, said = recipe(optim=optim)
+    assert code == 4
+    assert f"these settings need a package that is missing: You need to install `{package}` in order to use" in said
 
 
 def test_dr_dpo_of_one_pair_is_warned_about(recipe):
