@@ -8,6 +8,7 @@ have to be set in the shell instead.
 """
 
 import atexit
+import copy
 import difflib
 import os
 import re
@@ -94,6 +95,11 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
 
 def get_peft_config(model_args: ModelConfig):
     """TRL's: the adapter that the LoRA settings describe; None without `use_peft`. ConfigError where PEFT refuses."""
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        # TRL unpacks a list of one, and PEFT would match a text with the whole path of a module
+        model_args = copy.copy(model_args)
+        model_args.lora_target_modules = [targets]
     try:
         return _get_peft_config(model_args)
     except (ValueError, TypeError) as error:

@@ -11,6 +11,7 @@ from posttrain.config import (
     DataArguments,
     ModelArguments,
     PosttrainParser,
+    get_peft_config,
     parse,
     run_main,
 )
@@ -197,6 +198,21 @@ def test_settings_of_the_method_are_refused_at_their_line(tmp_path):
     path = write(tmp_path, "pair_loss: rdpo\nflip_rate: 0.5\n")
     with pytest.raises(ConfigError, match=rf"^flip_rate is 0.5; it must lie in \[0, 0.5\).*{path}:2\)$"):
         parse(SECTIONS, ["--config", path])
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("q_proj", {"q_proj"}),
+        ("[q_proj, v_proj]", {"q_proj", "v_proj"}),
+        ("all-linear", "all-linear"),
+        (r"'.*\.q_proj'", r".*\.q_proj"),
+    ],
+)
+def test_one_target_module_is_a_name_as_two_are(tmp_path, text, targets):
+    path = write(tmp_path, f"use_peft: true\nlora_target_modules: {text}")
+    (model_args,) = parse((ModelArguments,), ["--config", path])
+    assert get_peft_config(model_args).target_modules == targets
 
 
 def test_removed_settings_name_something_that_exists():

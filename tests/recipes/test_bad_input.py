@@ -62,7 +62,7 @@ SETTINGS = [
     (dict(attn_implementation="spda"), "attn_implementation is 'spda'; it must be one of"),
     (dict(dtype="bfloat"), "`dtype` is 'bfloat'; it takes auto, bfloat16, float16 or float32."),
     (dict(lora_r=0), "the LoRA rank (lora_r) is 0; it must be a whole number of 1 or more."),
-    (dict(lora_target_modules="q_projj"), "these settings: Target modules q_projj not found in the base model."),
+    (dict(lora_target_modules="q_projj"), "these settings: Target modules {'q_projj'} not found in the base model."),
     (dict(resume_from_checkpoint="nope"), "resume_from_checkpoint is nope, which does not exist"),
     (
         dict(resume_from_checkpoint="true"),
@@ -173,6 +173,10 @@ def test_an_optimiser_whose_package_is_missing_ends_with_code_4(recipe, optim, p
     code, said = recipe(optim=optim)
     assert code == 4
     assert f"these settings need a package that is missing: You need to install `{package}` in order to use" in said
+
+
+def test_an_adapter_on_one_named_module_trains(recipe):
+    assert recipe(lora_target_modules="q_proj")[0] == 0
 
 
 def test_dr_dpo_of_one_pair_is_warned_about(recipe):
