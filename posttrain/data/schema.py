@@ -179,21 +179,7 @@ def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None)
             "  from posttrain.data.formats import convert\n"
             "  dataset = convert(dataset)"
         )
-    missing = [side for side in ("chosen", "rejected") if side not in columns]
-    message = (
-        f"{name} has no column {' and '.join(missing)}. Found: {', '.join(columns) or 'none'}. Needed: chosen, "
-        "rejected, and prompt unless both sides begin with it."
-    )
-    names = formats.renames(columns)
-    if set(missing) <= set(names.values()):
-        raise DataError(f"{message} Rename yours:\n  names = {names}\n  dataset = dataset.rename_columns(names)")
-    if found.kind != formats.UNKNOWN:
-        message += f" These look like {found} rows ({found.why}), without a second answer to compare with."
-    raise DataError(
-        f"{message} A row looks like this, and columns of other names are renamed:\n"
-        '  {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}\n'
-        '  dataset = dataset.rename_columns({"better": "chosen", "worse": "rejected"})'
-    )
+    raise formats.without_sides(columns, name, row, is_loaded=True)
 
 
 def generation_stop_ids(model, revision: str | None = None) -> set[int]:

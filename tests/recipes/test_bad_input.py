@@ -131,7 +131,7 @@ def test_a_config_file_that_cannot_be_ends_with_code_2_and_its_line(recipe, tmp_
 DATA = [
     (lines(row | {"rejected": row["chosen"]} for row in TEXTS), "train_dataset: all 4 pairs have identical sides."),
     (lines(row | {"chosen": " "} for row in TEXTS), "train_dataset: all 4 pairs have an empty side. Fill it in"),
-    (lines({"prompt": "q", "chosen": "a"} for _ in range(4)), "line 1: 'rejected' missing; found ['chosen', 'prompt']"),
+    (lines({"prompt": "q", "chosen": "a"} for _ in range(4)), "line 1 has no column rejected. Found: prompt, ch"),
     (lines([TEXTS[0], TEXTS[1] | {"rejected": None}]), "line 2: 'rejected' is null; every row needs both sides."),
     (lines([TEXTS[0], TEXTS[1] | {"prompt": None}]), "line 2: 'prompt' is null; fill it in, or leave the row out."),
     (lines([TEXTS[0], TEXTS[1] | {"chosen": 5}]), "line 2: chosen is a number, and in bad.jsonl, line 1 it is a text;"),
@@ -139,6 +139,7 @@ DATA = [
     (lines(row | {"flip_rate": 0.7} for row in TEXTS), "flip_rate of 0.7 in row 1; every row's flip_rate must lie in"),
     (lines(TEXTS[:2]) + '{"prompt": "q",\n', "bad.jsonl, line 3, column 16: broken JSON: "),
     (lines(row | {"prompt": "p" * 200} for row in TEXTS), "max_length is 128, and every prompt alone is that long"),
+    (lines([TEXTS[0], TEXTS[1] | {"chosen": "\ud83d"}]), "bad.jsonl, line 2: '\\ud83d' is half of a surrogate pair"),
     ("", "bad.jsonl holds no rows"),
 ]
 
