@@ -84,9 +84,7 @@ def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -
     Returns the reports by name; streams are not looked at. Raises as `check_preferences` does, and ConfigError for a
     model without a tokenizer.
     """
-    if isinstance(train_dataset, Mapping):
-        splits = ", ".join(map(str, train_dataset))
-        raise DataError(f"train_dataset is a {type(train_dataset).__name__}; give one of its splits: {splits}.")
+    refuse_splits(train_dataset)
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset})
     named = {name: dataset for name, dataset in named.items() if hasattr(dataset, "column_names")}
@@ -166,6 +164,13 @@ def examine_preferences(
             facts = template_facts(processing_class)
             report.prefix_preserving, report.stop_token_trained = facts.values()
     return report
+
+
+def refuse_splits(train_dataset) -> None:
+    """DataError for several data sets by name in the place of the one to train on."""
+    if isinstance(train_dataset, Mapping):
+        splits = ", ".join(map(str, train_dataset))
+        raise DataError(f"train_dataset is a {type(train_dataset).__name__}; give one of its splits: {splits}.")
 
 
 def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None) -> Format:

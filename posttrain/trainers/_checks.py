@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AttentionInterface, AutoConfig, Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
 from posttrain.remote import check_model_name, model_failure
@@ -20,6 +21,7 @@ from posttrain.trainers import _checkpoints
 # adapter left out of the reference moves it by 0.05 nats and more.
 ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
+_FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 # Optimisers that ask for more of a model than its parameters.
 _NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
@@ -142,6 +144,13 @@ def check_loading(kwargs: dict) -> None:
     if isinstance(attention, str) and "/" not in attention:
         known = [name for name in AttentionInterface().valid_keys() if "|" not in name]
         check_choice("attn_implementation", attention, ["eager", *sorted(known)])
+        available = _FLASH_ATTENTION.get(attention, lambda: True)
+        # transformers takes the hub's kernel where it can
+        if not available() and not is_kernels_available():
+            raise EnvironmentIssue(
+                f"attn_implementation is {attention}, whose package is not installed here. Install flash-attn or "
+                "kernels, or set `attn_implementation: sdpa`."
+            )
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
 

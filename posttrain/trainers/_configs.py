@@ -67,7 +67,7 @@ class CommonConfig:
         check_reporters(self.report_to)
         chosen = []
         if not torch.accelerator.is_available():
-            if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
                 raise ConfigError(
                     "FSDP was asked for on a machine without an accelerator, where it would train as plain DDP. Use "
                     "configs/accelerate/cpu_zero3.yaml to shard on CPUs."

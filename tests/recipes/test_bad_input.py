@@ -13,7 +13,7 @@ import pytest
 
 from posttrain import RobustDPOTrainer
 from posttrain.paths import recipes_dir
-from posttrain.trainers import _checkpoints, _guards
+from posttrain.trainers import _checkpoints, _checks, _guards
 
 TEXTS = [{"prompt": f"Is {i} even?", "chosen": " yes", "rejected": f" no, {i}"} for i in range(4)]
 
@@ -178,6 +178,22 @@ def test_an_optimiser_whose_package_is_missing_ends_with_code_4(recipe, optim, p
 
 def test_an_adapter_on_one_named_module_trains(recipe):
     assert recipe(lora_target_modules="q_proj")[0] == 0
+
+
+@pytest.mark.parametrize("mode", ["true", "false"])
+def test_flash_attention_that_is_not_installed_ends_with_code_4(recipe, monkeypatch, mode):
+    monkeypatch.setitem(_checks._FLASH_ATTENTION, "flash_attention_2", lambda: False)
+    monkeypatch.setattr(_checks, "is_kernels_available", lambda: False)
+    code, said = recipe(attn_implementation="flash_attention_2", dry_run=mode)
+    assert code == 4
+    assert "attn_implementation is flash_attention_2, whose package is not installed here. Install flash-attn" in said
+
+
+def test_fsdp_without_an_accelerator_ends_with_code_2(recipe, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    for mode in ("true", "false"):
+        code, said = recipe(fsdp="full_shard", dry_run=mode)
+        assert code == 2 and "FSDP was asked for on a machine without an accelerator" in said
 
 
 def test_dr_dpo_of_one_pair_is_warned_about(recipe):

@@ -3,7 +3,7 @@
 import pytest
 from datasets import DatasetDict
 
-from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.trainers import _checks
 from tests.conftest import make_pairs
@@ -70,6 +70,9 @@ def test_several_splits_in_the_place_of_one_are_refused(tiny_folder, tmp_path):
     splits = DatasetDict(train=make_pairs(4), test=make_pairs(4))
     with pytest.raises(DataError, match=r"^train_dataset is a DatasetDict; give one of its splits: train, test\.$"):
         RobustDPOTrainer(tiny_folder, args=RobustDPOConfig(str(tmp_path / "out")), train_dataset=splits)
+    args = PolicyGradientConfig(str(tmp_path / "out"), num_generations=2)
+    with pytest.raises(DataError, match=r"^train_dataset is a DatasetDict; give one of its splits: train, test\.$"):
+        PolicyGradientTrainer(tiny_folder, str.isdigit, args, train_dataset=splits)
 
 
 def test_reporters_are_refused_with_the_nearest_name(tmp_path):
