@@ -262,8 +262,9 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node, deep=False):
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError) as error:
-            raise yaml.constructor.ConstructorError(problem=str(error), problem_mark=node.start_mark) from None
+        except (ValueError, KeyError, AttributeError) as error:
+            what = f"a value cannot be read as {node.tag.rpartition(':')[2]} ({error})"
+            raise yaml.constructor.ConstructorError(problem=what, problem_mark=node.start_mark) from None
 
 
 def _check_keys(node, path: str, outer: tuple = ()) -> None:

@@ -115,11 +115,14 @@ def test_env_sets_variables(tmp_path, monkeypatch):
         ("rate: 1\nextra: &x {b: *x}", "2: what the anchor names here contains itself."),
         ("rate: 1\n~: 4", "2: the key `~` is no text, as all keys are."),
         ("mode: a\n<<: {rate: 1, stepz: 3}", "2: unknown key `stepz`; did you mean `steps` (Toy)?"),
-        ("mode: a\nname: 2020-13-45", "2: not valid YAML: month must be in 1..12."),
+        (
+            "mode: a\nname: 2020-13-45",
+            "2: not valid YAML: a value cannot be read as timestamp (month must be in 1..12).",
+        ),
         (
             "mode: a\nsteps: " + "1" * 5000,
-            "2: not valid YAML: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; "
-            "use sys.set_int_max_str_digits() to increase the limit.",
+            "2: not valid YAML: a value cannot be read as int (Exceeds the limit (4300 digits) for integer string "
+            "conversion: value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit).",
         ),
     ],
 )

@@ -99,7 +99,7 @@ class CommonConfig:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
     def __getstate__(self):
-        # training_args.bin is a pickle, and goes wherever the run folder goes
+        # training_args.bin is a pickle, and goes wherever the run folder goes; a copy takes the stored login
         return {**self.__dict__, "hub_token": None}
 
     def _refuse_none(self) -> None:

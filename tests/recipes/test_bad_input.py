@@ -116,7 +116,7 @@ FILES = [
     ("extra: 1\nseed: &x [*x]\n", "2: what the anchor names here contains itself."),
     ("seed: 1\n~: 4\n", "2: the key `~` is no text, as all keys are."),
     ("env: {'A=B': 4}\n", "1: `env` cannot set 'A=B': illegal environment variable name."),
-    ("seed: " + "1" * 5000, "1: not valid YAML: Exceeds the limit (4300 digits)"),
+    ("seed: " + "1" * 5000, "1: not valid YAML: a value cannot be read as int (Exceeds the limit"),
 ]
 
 
