@@ -8,6 +8,7 @@ have to be set in the shell instead.
 """
 
 import atexit
+import copy
 import difflib
 import os
 import re
@@ -94,6 +95,11 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
 
 def get_peft_config(model_args: ModelConfig):
     """TRL's: the adapter that the LoRA settings describe; None without `use_peft`. ConfigError where PEFT refuses."""
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        # TRL unpacks a list of one, and PEFT would match a text with the whole path of a module
+        model_args = copy.copy(model_args)
+        model_args.lora_target_modules = [targets]
     try:
         return _get_peft_config(model_args)
     except (ValueError, TypeError) as error:
@@ -172,7 +178,10 @@ class PosttrainParser(TrlParser):
     def _read_defaults(self, path: str) -> None:
         settings, lines = _read_yaml(path)
         for name, value in (settings.pop("env", None) or {}).items():
-            os.environ[name] = str(value)
+            try:
+                os.environ[str(name)] = str(value)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path}:{lines['env']}: `env` cannot set {str(name)!r}: {error}.") from None
         for name, value in settings.items():
             place = self._places[name] = f"{path}:{lines[name]}"
             if name not in self._sections:
@@ -217,8 +226,10 @@ def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
         text = Path(path).read_bytes().decode("utf-8-sig")
         if not text.strip():
             raise ConfigError(f"the config file {path} is empty; write lines of `key: value`, or leave --config out.")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        settings = yaml.safe_load(text)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        _check_keys(root, path)
+        settings = None if root is None else loader.construct_document(root)
     except OSError as error:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -229,30 +240,49 @@ def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: lists or mappings are nested too deeply.") from None
     if settings is None:
         return {}, {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}:1: a config file is lines of `key: value`, not {kind_of(settings)}.")
-    _refuse_repeated(root, path)
+    # with the keys that `<<` merged in, which now stand before the mapping's own
     lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+    for key, _ in root.value:
+        if not key.tag.endswith(":str"):
+            raise ConfigError(f"{path}:{lines[key.value]}: the key `{key.value}` is no text, as all keys are.")
     if not isinstance(settings.get("env") or {}, dict):
         raise ConfigError(f"{path}:{lines['env']}: `env` is {kind_of(settings['env'])}; it takes a mapping.")
-    return {str(name): value for name, value in settings.items()}, lines
+    return settings, lines
 
 
-def _refuse_repeated(node, path: str) -> None:
-    """YAML itself keeps the last of two equal keys without a word."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, with the line of what its own constructors fail over, such as a date without such a day."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:
+            what = f"a value cannot be read as {node.tag.rpartition(':')[2]} ({error})"
+            raise yaml.constructor.ConstructorError(problem=what, problem_mark=node.start_mark) from None
+
+
+def _check_keys(node, path: str, outer: tuple = ()) -> None:
+    """Refuse what YAML takes without a word: of two equal keys it keeps the last, and an anchor may hold itself."""
+    if any(node is other for other in outer):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: what the anchor names here contains itself.")
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_repeated(item, path)
+            _check_keys(item, path, (*outer, node))
     elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if key.value in first:
+            if isinstance(key, yaml.ScalarNode) and key.value in first:
                 raise ConfigError(f"{path}:{line}: `{key.value}` is set at line {first[key.value]} already.")
-            first[key.value] = line
-            _refuse_repeated(value, path)
+            if isinstance(key, yaml.ScalarNode):
+                first[key.value] = line
+            _check_keys(value, path, (*outer, node))
 
 
 def _split_config(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -1,12 +1,24 @@
 """The errors a user can meet, each with the command line's exit code."""
 
+import re
 from importlib.util import find_spec
+
+# a token of the hub as a word of its own; hf_pairs.jsonl and hf_org/name are names
+_TOKEN = re.compile(r"(?<![\w./-])hf_[\w-]{4,}(?![\w-]|[./]\w)")
+
+
+def hide_tokens(text: str) -> str:
+    """`text` with every token of the hub as `hf_***`."""
+    return _TOKEN.sub("hf_***", text)
 
 
 class PosttrainError(Exception):
     """The base of the library's own errors."""
 
     exit_code = 1
+
+    def __str__(self):
+        return hide_tokens(super().__str__())
 
 
 class ConfigError(PosttrainError, ValueError):

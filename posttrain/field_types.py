@@ -47,10 +47,10 @@ class FieldType:
         if isinstance(value, bool) and bool not in self.kinds and (self.choices or str in self.kinds):
             raise BadValue(
                 f"`{self.name}` is {text}, which YAML also reads from a bare yes, no, on or off; "
-                f"{self._wanted()}, in quotes."
+                f"{self.wanted()}, in quotes."
             )
         if value is None or isinstance(value, (dict, list)):
-            raise BadValue(f"`{self.name}` is {kind_of(value)}; {self._wanted()}.")
+            raise BadValue(f"`{self.name}` is {kind_of(value)}; {self.wanted()}.")
         if self.choices:
             for choice in self.choices:
                 if text == shown(choice):
@@ -69,9 +69,10 @@ class FieldType:
                     return _CONVERSIONS[kind](text)
         near = difflib.get_close_matches(text, map(shown, self.choices), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise BadValue(f"`{self.name}` is {text!r}; {self._wanted()}.{hint}")
+        raise BadValue(f"`{self.name}` is {text!r}; {self.wanted()}.{hint}")
 
-    def _wanted(self) -> str:
+    def wanted(self) -> str:
+        """What it takes, in words."""
         if self.choices:
             words = [shown(choice) for choice in self.choices]
         else:

@@ -11,6 +11,7 @@ from posttrain.config import (
     DataArguments,
     ModelArguments,
     PosttrainParser,
+    get_peft_config,
     parse,
     run_main,
 )
@@ -66,6 +67,11 @@ def test_the_command_line_takes_the_same_values_and_wins(tmp_path):
     assert got == Toy(steps=1000, keep=False, ratio=None, share=True)
 
 
+def test_merged_keys_are_settings_that_the_files_own_override(tmp_path):
+    got = toy(tmp_path, "rate: 0.25\n<<: {rate: 1, steps: 3}\nextra: {<<: {a: 1}, a: 2}")
+    assert got == Toy(rate=0.25, steps=3, extra={"a": 2})
+
+
 def test_an_empty_file_leaves_the_defaults(tmp_path):
     assert toy(tmp_path, "# nothing yet\n") == Toy()
 
@@ -104,6 +110,20 @@ def test_env_sets_variables(tmp_path, monkeypatch):
         ("- 1", "1: a config file is lines of `key: value`, not a list."),
         ("rate: [1", "1: not valid YAML: expected ',' or ']', but got '<stream end>'."),
         ("rate: 1\nenv: 3", "2: `env` is `3`; it takes a mapping."),
+        ("rate: 1\nenv: {'A=B': 4}", "2: `env` cannot set 'A=B': illegal environment variable name."),
+        ('env: {A: "a\\0b"}', "1: `env` cannot set 'A': embedded null byte."),
+        ("rate: 1\nextra: &x {b: *x}", "2: what the anchor names here contains itself."),
+        ("rate: 1\n~: 4", "2: the key `~` is no text, as all keys are."),
+        ("mode: a\n<<: {rate: 1, stepz: 3}", "2: unknown key `stepz`; did you mean `steps` (Toy)?"),
+        (
+            "mode: a\nname: 2020-13-45",
+            "2: not valid YAML: a value cannot be read as timestamp (month must be in 1..12).",
+        ),
+        (
+            "mode: a\nsteps: " + "1" * 5000,
+            "2: not valid YAML: a value cannot be read as int (Exceeds the limit (4300 digits) for integer string "
+            "conversion: value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit).",
+        ),
     ],
 )
 def test_a_bad_file_is_answered_with_its_line(tmp_path, text, message):
@@ -181,6 +201,21 @@ def test_settings_of_the_method_are_refused_at_their_line(tmp_path):
     path = write(tmp_path, "pair_loss: rdpo\nflip_rate: 0.5\n")
     with pytest.raises(ConfigError, match=rf"^flip_rate is 0.5; it must lie in \[0, 0.5\).*{path}:2\)$"):
         parse(SECTIONS, ["--config", path])
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("q_proj", {"q_proj"}),
+        ("[q_proj, v_proj]", {"q_proj", "v_proj"}),
+        ("all-linear", "all-linear"),
+        (r"'.*\.q_proj'", r".*\.q_proj"),
+    ],
+)
+def test_one_target_module_is_a_name_as_two_are(tmp_path, text, targets):
+    path = write(tmp_path, f"use_peft: true\nlora_target_modules: {text}")
+    (model_args,) = parse((ModelArguments,), ["--config", path])
+    assert get_peft_config(model_args).target_modules == targets
 
 
 def test_removed_settings_name_something_that_exists():

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import posttrain
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, hide_tokens
 
 VERBS = ("quickstart", "train", "recipes", "data", "env", "generate", "merge", "push")
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # `train` hands flags it does not know to the recipe; for all other verbs they are mistakes
     args.settings = rest
     if rest and not getattr(args, "takes_settings", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(hide_tokens(f"unrecognized arguments: {' '.join(rest)}"))
     try:
         return modules[args.verb].run(args)
     except PosttrainError as error:

@@ -12,6 +12,7 @@ from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 OUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 # Of longer sequences the middle is not shown.
 SHOWN_TOKENS = 600
+SHOWN_CHARACTERS = 2000
 
 
 def add_parser(subparsers) -> None:
@@ -124,9 +125,17 @@ def _print_values(shown: list[dict]) -> None:
     for example in shown:
         print(f"row {example['row']}")
         for name, value in example["values"].items():
-            print(f"  {visible(name)}: {visible(_shown(value))}")
+            print(f"  {visible(name)}: {visible(_cut(_shown(value)))}")
         print()
     print("With --model MODEL: its tokens, and which of them are supervised.")
+
+
+def _cut(text: str) -> str:
+    left_out = len(text) - SHOWN_CHARACTERS
+    if left_out <= 0:
+        return text
+    half = SHOWN_CHARACTERS // 2
+    return f"{text[:half]}\n... {left_out} characters left out ...\n{text[-half:]}"
 
 
 def _shown(value) -> str:

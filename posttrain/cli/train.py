@@ -5,9 +5,10 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, hide_tokens
 from posttrain.paths import configs_dir, recipes_dir
 
 
@@ -35,7 +36,7 @@ def run(args) -> int:
     recipe = recipes_dir() / f"{args.method}.py"
     # quiet: without it, accelerate adds a traceback of its own to every message of a recipe
     line = ["accelerate", "launch", "--quiet", "--config_file", launch, recipe, "--config", config, *args.settings]
-    print(shlex.join(map(str, line)), flush=True)
+    print(_printable(map(str, line)), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         code_file = Path(folder) / "exit_code"
         # the same interpreter, whatever `accelerate` the PATH would find
@@ -47,6 +48,18 @@ def run(args) -> int:
 def methods() -> list[str]:
     """The recipes there are."""
     return sorted(path.stem for path in recipes_dir().glob("*.py"))
+
+
+def _printable(line: Iterable[str]) -> str:
+    """The launch line without the hub token."""
+    words, hidden = [], False
+    for word in line:
+        name, sign, _ = word.partition("=")
+        is_token = name.replace("-", "_") == "__hub_token"
+        shown = f"{name}=***" if is_token and sign else "***" if hidden else hide_tokens(word)
+        words.append(shlex.quote(shown) if shown == word else shown)
+        hidden = is_token and not sign
+    return " ".join(words)
 
 
 def _shipped(name: str, folder: Path, what: str) -> Path:

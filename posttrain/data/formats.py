@@ -101,6 +101,33 @@ def renames(columns: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def without_sides(columns: Iterable[str], name: str, row: Mapping | None = None, is_loaded: bool = False) -> DataError:
+    """The error for rows that are no pairs: what was found, what is needed, what they are instead, and the fix.
+
+    `name` says where the rows are. `is_loaded`: they are a `datasets.Dataset` at hand, which can be mended as one.
+    """
+    columns = list(columns)
+    missing = [side for side in ("chosen", "rejected") if side not in columns]
+    message = (
+        f"{name} has no column {' and '.join(missing)}. Found: {', '.join(columns) or 'none'}. Needed: chosen, "
+        "rejected, and prompt unless both sides begin with it."
+    )
+    found, names = detect(columns, row), renames(columns)
+    if set(missing) <= set(names.values()):
+        if is_loaded:
+            return DataError(f"{message} Rename yours:\n  names = {names}\n  dataset = dataset.rename_columns(names)")
+        return DataError(f"{message} Rename {', '.join(f'{theirs} to {ours}' for theirs, ours in names.items())}.")
+    if found.kind not in (UNKNOWN, TOKENISED):
+        message += f" These look like {found} rows ({found.why}), without a second answer to compare with."
+    message += (
+        " A row looks like this, and columns of other names are renamed:\n"
+        '  {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}'
+    )
+    return DataError(
+        message + '\n  dataset = dataset.rename_columns({"better": "chosen", "worse": "rejected"})' * is_loaded
+    )
+
+
 def convert(dataset):
     """An alpaca or sharegpt data set (a `datasets.Dataset`) in TRL's conversational type; others as they are.
 

@@ -2,8 +2,9 @@
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -45,7 +46,8 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
         dataset = _read_file(Path(source).expanduser(), limit)
     else:
         dataset = _load_hub(source, split)
-    _check_columns(dataset.column_names, source)
+    if not {"chosen", "rejected"} <= set(dataset.column_names):
+        raise formats.without_sides(dataset.column_names, source, dataset[0] if len(dataset) else None)
     if len(dataset) == 0:
         raise DataError(f"{source} (split {split!r}) holds no rows.")
     found = formats.detect(dataset.column_names, dataset[0])
@@ -98,7 +100,7 @@ def _read_file(path: Path, limit: int | None):
         return _read_parquet(path)
     rows, places = [], []
     for place, row in _json_rows(path):
-        rows.append(_checked(row, place))
+        rows.append(_checked(row, place, is_first=not rows))
         places.append(place)
         if len(rows) == limit:
             break
@@ -130,6 +132,11 @@ def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exce
     """The error to raise where the values of some column have no common type, which pyarrow said as `error`."""
     seen: dict[str, tuple[str, str]] = {}
     for place, row in zip(places, rows, strict=True):
+        half = _half_character(row)
+        if half:
+            return DataError(
+                f"{place}: {half!r} is half of a surrogate pair, and no character. Mend the row, or leave it out."
+            )
         for name, value in row.items():
             for part, kind in _kinds(value, name):
                 known, where = seen.setdefault(part, (kind, place))
@@ -139,6 +146,12 @@ def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exce
                         "the row, or leave it out."
                     )
     return DataError(f"{source}: the rows do not have the same types throughout: {error}")
+
+
+def _half_character(row: dict) -> str | None:
+    """A lone surrogate, which JSON can write and a text cannot hold."""
+    found = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str))
+    return found and found.group()
 
 
 def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
@@ -167,7 +180,8 @@ def _read_parquet(path: Path):
 
     try:
         names = pq.read_schema(path).names
-        _check_columns(names, path)
+        if not {"chosen", "rejected"} <= set(names):
+            raise formats.without_sides(names, path, next(iter(Dataset(pq.read_table(path))), None))
         known = [name for name in (*formats.KNOWN_COLUMNS, *COLUMNS) if name in names]
         table = Dataset(pq.read_table(path, columns=list(dict.fromkeys(known))))
         return table.select_columns(_columns_to_read(set(names), table[0] if len(table) else {}))
@@ -195,9 +209,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
         # A line is parsed alone, a .json file as a whole: one of the two numbers is 1.
         line = number + error.lineno - 1
         raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}.") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        kind = "gzipped UTF-8" if path.suffix == ".gz" else "UTF-8"
-        raise DataError(f"{path} cannot be read as {kind} text: {error}") from None
+    except UnicodeDecodeError as error:
+        # the text was decoded in blocks, whose positions say nothing
+        with opener(path, "rb") as file:
+            number = next(number for number, line in enumerate(file, 1) if not _is_utf8(line))
+        raise DataError(f"{path}, line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as gzipped UTF-8 text: {error}") from None
     except (RecursionError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -206,12 +224,25 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{place}: JSON that cannot be read: {error}.") from None
 
 
-def _checked(row, place: str) -> dict:
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _checked(row, place: str, is_first: bool) -> dict:
     if not isinstance(row, dict):
         raise DataError(f"{place}: a row must be an object with 'chosen' and 'rejected', not {_kind(row)}.")
     missing = [name for name in ("chosen", "rejected") if name not in row]
+    if missing and is_first:
+        raise formats.without_sides(row, place, row)
     if missing:
-        raise DataError(f"{place}: {' and '.join(map(repr, missing))} missing; found {sorted(row)}.{_renaming(row)}")
+        raise DataError(
+            f"{place}: {' and '.join(map(repr, missing))} missing, though other rows have both sides; found "
+            f"{list(row)}. Fill it in, or leave the row out."
+        )
     null = [name for name in ("chosen", "rejected") if row[name] is None]
     if null:
         what = f"{null[0]!r} is null" if len(null) == 1 else "'chosen' and 'rejected' are null"
@@ -255,20 +286,6 @@ def _load_saved(source: str, split: str):
     if split not in saved:
         raise DataError(f"the data set in the folder {source!r} has no split {split!r}; it has {', '.join(saved)}.")
     return saved[split]
-
-
-def _check_columns(found: list[str], source) -> None:
-    missing = [name for name in ("chosen", "rejected") if name not in found]
-    if missing:
-        raise DataError(
-            f"{source}: column {' and '.join(map(repr, missing))} missing; found {sorted(found)}. Preference "
-            f"pairs need 'chosen' and 'rejected', and 'prompt' unless both sides begin with it.{_renaming(found)}"
-        )
-
-
-def _renaming(columns: Iterable[str]) -> str:
-    names = [f"{other} to {name}" for other, name in formats.renames(columns).items()]
-    return f" Rename {', '.join(names)}." if names else ""
 
 
 def _kind(value) -> str:

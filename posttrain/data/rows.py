@@ -76,9 +76,9 @@ def cells(rows: list[dict], places: list[str]):
     for place, row in zip(places, rows, strict=True):
         for name in names:
             try:
-                columns[name].append(json.dumps(row[name]) if name in row else None)
+                columns[name].append(json.dumps(row[name], allow_nan=False) if name in row else None)
             except (TypeError, ValueError) as error:
-                raise DataError(f"{place}, column {name!r}: {error}.") from None
+                raise DataError(f"{place}, column {name!r} holds a value that JSON cannot: {error}.") from None
     if "flipped" in columns:
         columns["flipped"] = [bool(row.get("flipped")) for row in rows]
     return Dataset.from_dict(columns)

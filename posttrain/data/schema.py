@@ -84,6 +84,7 @@ def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -
     Returns the reports by name; streams are not looked at. Raises as `check_preferences` does, and ConfigError for a
     model without a tokenizer.
     """
+    refuse_splits(train_dataset)
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset})
     named = {name: dataset for name, dataset in named.items() if hasattr(dataset, "column_names")}
@@ -165,6 +166,13 @@ def examine_preferences(
     return report
 
 
+def refuse_splits(train_dataset) -> None:
+    """DataError for several data sets by name in the place of the one to train on."""
+    if isinstance(train_dataset, Mapping):
+        splits = ", ".join(map(str, train_dataset))
+        raise DataError(f"train_dataset is a {type(train_dataset).__name__}; give one of its splits: {splits}.")
+
+
 def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None) -> Format:
     """The format of preference pairs; DataError with the found and needed columns and a fix for anything else."""
     found = detect(columns, row)
@@ -176,21 +184,7 @@ def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None)
             "  from posttrain.data.formats import convert\n"
             "  dataset = convert(dataset)"
         )
-    missing = [side for side in ("chosen", "rejected") if side not in columns]
-    message = (
-        f"{name} has no column {' and '.join(missing)}. Found: {', '.join(columns) or 'none'}. Needed: chosen, "
-        "rejected, and prompt unless both sides begin with it."
-    )
-    names = formats.renames(columns)
-    if set(missing) <= set(names.values()):
-        raise DataError(f"{message} Rename yours:\n  names = {names}\n  dataset = dataset.rename_columns(names)")
-    if found.kind != formats.UNKNOWN:
-        message += f" These look like {found} rows ({found.why}), without a second answer to compare with."
-    raise DataError(
-        f"{message} A row looks like this, and columns of other names are renamed:\n"
-        '  {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}\n'
-        '  dataset = dataset.rename_columns({"better": "chosen", "worse": "rejected"})'
-    )
+    raise formats.without_sides(columns, name, row, is_loaded=True)
 
 
 def generation_stop_ids(model, revision: str | None = None) -> set[int]:

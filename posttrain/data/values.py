@@ -7,12 +7,20 @@ from posttrain.data import formats
 from posttrain.errors import DataError
 
 _SIDES = ("chosen", "rejected")
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 # What is counted, in words, and what to do about it.
 _FAULTS = {
     "empty": ("an empty side", "Fill it in, or leave those rows out"),
     "identical": ("identical sides", "There is no preference to learn in them; leave those rows out"),
     "no_prompt": ("no prompt", "Add a column prompt, or let both sides begin with it"),
+    "answerer": ("an answer whose last message is not the assistant's", "It is trained on all the same; mend its role"),
+    "role": (
+        f"a message with another role than {', '.join(_KNOWN_ROLES)}",
+        "A chat template may drop it; mend the role",
+    ),
 }
+# Said, but not refused where every row has them: a chat template can have roles of its own.
+_ONLY_SAID = ("answerer", "role")
 COLUMNS = ("prompt", *_SIDES, "messages", "completion", "chat_template_kwargs", *formats.TOKEN_COLUMNS)
 
 
@@ -39,7 +47,8 @@ def scan_pairs(rows: Iterable[tuple[str, Mapping]], name: str) -> tuple[Counter,
     for fault, (what, advice) in _FAULTS.items():
         if counts[fault] == 0:
             continue
-        if counts[fault] == total and not (fault == "no_prompt" and has_prompt):
+        refused = fault not in _ONLY_SAID and not (fault == "no_prompt" and has_prompt)
+        if counts[fault] == total and refused:
             raise DataError(f"{name}: all {total} pairs have {what}. {advice}.")
         warnings.append(f"{name}: {counts[fault]} of {total} pairs have {what} (first: {first[fault]}). {advice}.")
     return counts, warnings
@@ -87,6 +96,11 @@ def faults(row: Mapping, place: str, styles: dict | None = None) -> list[str]:
         found.append("empty")
     if chosen == rejected:
         found.append("identical")
+    messages = [value for value in (row.get("prompt"), chosen, rejected) if formats.is_messages(value)]
+    if any(side[-1]["role"] != "assistant" for side in (chosen, rejected) if formats.is_messages(side)):
+        found.append("answerer")
+    if any(message["role"] not in _KNOWN_ROLES for value in messages for message in value):
+        found.append("role")
     if explicit:
         if not formats.is_messages(row["prompt"]) and not row["prompt"]:
             found.append("no_prompt")

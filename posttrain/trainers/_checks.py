@@ -2,14 +2,16 @@
 
 import contextlib
 import difflib
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface, AutoConfig, Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
 from posttrain.log import get_logger
@@ -20,6 +22,10 @@ from posttrain.trainers import _checkpoints
 # may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
 # adapter left out of the reference moves it by 0.05 nats and more.
 ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+_FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+# Optimisers that ask for more of a model than its parameters.
+_NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -69,6 +75,9 @@ def check_lora(peft_config) -> None:
         raise ConfigError(f"the LoRA rank (lora_r) is {rank}; it must be a whole number of 1 or more.")
     if dropout is not None and not 0 <= dropout < 1:
         raise ConfigError(f"lora_dropout is {dropout}; it must lie in [0, 1).")
+    alpha = getattr(peft_config, "lora_alpha", 1)
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ConfigError(f"lora_alpha is {alpha}; it must be a number above 0 (at 0 the adapter would never train).")
     targets = getattr(peft_config, "target_modules", None) or ()
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         raise ConfigError(
@@ -77,9 +86,32 @@ def check_lora(peft_config) -> None:
         )
 
 
+def check_optimiser(args) -> None:
+    """Refuse an optimiser or a schedule that upstream would only trip over once the model is loaded.
+
+    Raises ConfigError for arguments that it does not take, EnvironmentIssue where its package is missing.
+    """
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    name = args.optim.value
+    hint = " (written name=value,name=value)" if args.optim_args else ""
+    with upstream_refusals(f"optim {name} cannot be built with optim_args {args.optim_args!r}{hint}"):
+        if name.startswith(_NEED_THE_MODEL):
+            with contextlib.suppress(ValueError):
+                Trainer.get_optimizer_cls_and_kwargs(args)
+        else:
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+            kind(parameters, **settings)
+    name, settings = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
+    with upstream_refusals(f"lr_scheduler_type {name} cannot be built with lr_scheduler_kwargs {settings}"):
+        optimiser = torch.optim.SGD(parameters, lr=args.learning_rate)
+        get_scheduler(
+            name, optimiser, args.get_warmup_steps(100), num_training_steps=100, scheduler_specific_kwargs=settings
+        )
+
+
 @contextlib.contextmanager
-def upstream_refusals():
-    """What TRL, PEFT or transformers refuse while a trainer is built is a setting of the user's: say it as one."""
+def upstream_refusals(what: str = "the trainer cannot be built with these settings"):
+    """What TRL, PEFT or transformers refuse while something is built is a setting of the user's: say it as one."""
     try:
         yield
     except PosttrainError:
@@ -87,7 +119,7 @@ def upstream_refusals():
     except ImportError as error:
         raise EnvironmentIssue(f"these settings need a package that is missing: {error}") from error
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"the trainer cannot be built with these settings: {error}") from error
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def load_config(model_id: str, args):
@@ -95,6 +127,8 @@ def load_config(model_id: str, args):
 
     Raises ConfigError where there is no such model, EnvironmentIssue where the hub cannot be reached.
     """
+    if not isinstance(model_id, str):
+        raise ConfigError(f"model is {model_id!r}; give a hub id, a folder's path as text, or a loaded model.")
     check_model_name(model_id)
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     check_loading(kwargs)
@@ -112,6 +146,13 @@ def check_loading(kwargs: dict) -> None:
     if isinstance(attention, str) and "/" not in attention:
         known = [name for name in AttentionInterface().valid_keys() if "|" not in name]
         check_choice("attn_implementation", attention, ["eager", *sorted(known)])
+        available = _FLASH_ATTENTION.get(attention, lambda: True)
+        # transformers takes the hub's kernel where it can
+        if not available() and not is_kernels_available():
+            raise EnvironmentIssue(
+                f"attn_implementation is {attention}, whose package is not installed here. Install flash-attn or "
+                "kernels, or set `attn_implementation: sdpa`."
+            )
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
 

@@ -2,15 +2,21 @@
 
 import math
 import os
+import typing
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 
 from posttrain.errors import ConfigError
+from posttrain.field_types import FieldType
 from posttrain.log import get_logger
 from posttrain.trainers import _checkpoints
-from posttrain.trainers._checks import check_reporters
+from posttrain.trainers._checks import check_optimiser, check_reporters
+
+# Where infinity is a setting, and not a slip.
+_MAY_BE_INFINITE = ("beta_prime",)
 
 
 def under_deepspeed(args) -> bool:
@@ -61,7 +67,7 @@ class CommonConfig:
         check_reporters(self.report_to)
         chosen = []
         if not torch.accelerator.is_available():
-            if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
                 raise ConfigError(
                     "FSDP was asked for on a machine without an accelerator, where it would train as plain DDP. Use "
                     "configs/accelerate/cpu_zero3.yaml to shard on CPUs."
@@ -87,14 +93,31 @@ class CommonConfig:
             # transformers is renaming the field that TRL still reads
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             super().__post_init__()
+        check_optimiser(self)
         _checkpoints.find(self.output_dir, self.resume_from_checkpoint)
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
+
+    def __getstate__(self):
+        # training_args.bin is a pickle, and goes wherever the run folder goes; a copy takes the stored login
+        return {**self.__dict__, "hub_token": None}
+
+    def _refuse_none(self) -> None:
+        """Refuse None in the place of a number, before the checks that compute with it."""
+        for entry in fields(self):
+            if getattr(self, entry.name) is None and isinstance(entry.default, int | float):
+                kind = FieldType(entry.name, typing.get_type_hints(type(self))[entry.name])
+                if not kind.optional:
+                    raise ConfigError(f"{entry.name} is None; {kind.wanted()}.")
 
     def _check_ranges(self) -> None:
         """Refuse values that upstream would only trip over once the model is loaded."""
         if self.output_dir == "":
             raise ConfigError("output_dir is empty; give the folder that the run is to be saved in.")
+        try:
+            Path(self.output_dir or "").exists()
+        except OSError as error:
+            raise ConfigError(f"output_dir cannot be a folder ({error.strerror}): {self.output_dir}") from None
         for name, lowest in (
             ("per_device_train_batch_size", 1),
             ("per_device_eval_batch_size", 1),
@@ -123,3 +146,9 @@ class CommonConfig:
             raise ConfigError(f"max_steps is {self.max_steps}; give a number above 0, or -1 to go by num_train_epochs.")
         if self.max_steps == -1 and not self.num_train_epochs > 0:
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0.")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, float) or math.isfinite(value):
+                continue
+            if math.isnan(value) or entry.name not in _MAY_BE_INFINITE:
+                raise ConfigError(f"{entry.name} is {value}; it must be a finite number.")

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from posttrain.data.schema import refuse_splits
 from posttrain.data.tokens import processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
 from posttrain.hub import preflight
@@ -306,6 +307,7 @@ def _advantage_function(args):
 
 
 def _check_prompts(train_dataset, eval_dataset) -> None:
+    refuse_splits(train_dataset)
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
     for name, dataset in named.items():

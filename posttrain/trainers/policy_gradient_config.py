@@ -118,6 +118,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     )
 
     def __post_init__(self):
+        self._refuse_none()
         self.weighs_tokens = False
         if self.estimator is not None:
             self._compile_estimator()

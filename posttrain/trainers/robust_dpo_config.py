@@ -81,6 +81,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
     )
 
     def __post_init__(self):
+        self._refuse_none()
         check_choice("reduction", self.reduction, ("mean", "dr_dpo"))
         check_choice("dr_dpo_scope", self.dr_dpo_scope, ("global", "micro_batch"))
         check_choice("dr_dpo_window", self.dr_dpo_window, ("two_pass", "rescale"))

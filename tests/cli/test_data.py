@@ -105,6 +105,12 @@ def test_a_missing_action_is_a_usage_error(capsys):
 
 
 class TestInspect:
+    def test_of_a_long_value_the_middle_is_left_out(self, tmp_path, data):
+        path = write(tmp_path / "a.jsonl", [ROWS[0] | {"chosen": "a" * 50_000 + "b" * 50_000}])
+        code, out, _ = data("inspect", path)
+        assert code == 0 and len(out) < 4000
+        assert f"{'a' * 1000}\n... 98000 characters left out ...\n{'b' * 1000}\n" in out
+
     def test_without_a_model_the_values_are_shown(self, source, data):
         code, out, _ = data("inspect", source, "--rows", 2)
         assert code == 0
@@ -211,6 +217,21 @@ def test_a_space_that_depends_on_what_comes_before_is_kept():
 
 
 class TestStats:
+    def test_roles_that_are_not_the_assistants_or_unknown_are_said(self, tmp_path, data):
+        chosen, rejected = ([{"role": role, "content": text}] for role, text in (("user", "a"), ("assistant", "b")))
+        row = {"prompt": [{"role": "use", "content": "q"}], "chosen": chosen, "rejected": rejected}
+        path = write(tmp_path / "a.jsonl", [row, row])
+        code, out, _ = data("stats", path)
+        assert code == 0
+        assert (
+            f"2 of 2 pairs have an answer whose last message is not the assistant's (first: {path}, line 1). It is "
+            "trained on all the same; mend its role."
+        ) in out
+        assert (
+            "2 of 2 pairs have a message with another role than system, developer, user, assistant, tool (first: "
+            f"{path}, line 1). A chat template may drop it; mend the role."
+        ) in out
+
     def test_counts_lengths_and_advice(self, tmp_path, data, tiny_folder):
         rows = [*ROWS, ROWS[0] | {"rejected": " yes"}, ROWS[0] | {"chosen": ""}, ROWS[0] | {"prompt": "p" * 99}]
         path = write(tmp_path / "a.jsonl.gz", rows)
@@ -375,6 +396,14 @@ class TestFlip:
             ([*ROWS, {"prompt": "p", "chosen": "a"}], r"line 21: 'rejected' missing; found \['prompt', 'chosen'\]"),
             ([{"text": "t"}], "line 1: 'chosen' and 'rejected' missing.*Only preference pairs can be flipped"),
             ('{"chosen": 1,', "line 1, column .*broken JSON"),
+            (
+                '{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rejected": "b", "score": 1e400}',
+                "line 2, column 'score' holds a value that JSON cannot: Out of range float values are not JSON",
+            ),
+            (
+                '{"chosen": "a", "rejected": "b", "score": [NaN]}',
+                "line 1, column 'score' holds a value that JSON cannot",
+            ),
         ],
     )
     def test_rows_that_are_no_pairs_are_named_and_nothing_is_written(self, tmp_path, data, rows, message):

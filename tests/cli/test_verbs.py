@@ -75,6 +75,15 @@ def test_train_prints_its_line_and_passes_the_recipes_exit_code_on(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_train_prints_its_line_without_the_hub_token(capfd):
+    token = "hf_" + "aB3" * 11
+    given = ["--hub_token", "secret", f"--hub-token={token}", token, "--dataset_name", "hf_org/my pairs.jsonl"]
+    assert main(["train", "robust_dpo", *given]) == 2
+    said = capfd.readouterr()
+    assert said.out.rstrip().endswith("--hub_token *** --hub-token=*** hf_*** --dataset_name 'hf_org/my pairs.jsonl'")
+    assert token not in said.out + said.err and "`hf_***` follows no key" in said.err
+
+
 def test_train_knows_the_shipped_configs(capsys):
     assert main(["train", "robust_dpo", "--config", "laptop"]) == 2
     assert "config is 'laptop': no such file, and none of the shipped ones: cpu, single_gpu, zero3." in (

@@ -74,13 +74,33 @@ def test_wrong_generated_sources_are_named(source, message):
         ("a.json", '{"chosen": ' + "9" * 5000 + "}", r"a\.json: JSON that cannot be read: Exceeds the limit"),
         ("a.json", json.dumps(ROWS, indent=1).replace('"no 1"', "no"), "line 12, column 15: broken JSON"),
         ("a.json", '{"data": []}', r"must hold a list of rows, not an object"),
-        ("a.jsonl", '{"chosen": "a"}', r"line 1: 'rejected' missing; found \['chosen'\]"),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "rejected": "a"}',
+            r"line 1 has no column chosen. Found: prompt, rejected. Needed: chosen, rejected, and prompt unless both .*"
+            r"These look like standard prompt-only rows .* A row looks like .*\n  {\"prompt\": \"2 \+ 2 =\", [^\n]*$",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "completion": "c", "label": true}',
+            "These look like standard unpaired preference rows .*, without a second answer to compare with. A row",
+        ),
+        (
+            "a.jsonl",
+            '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}',
+            "Found: conversations. .*These look like conversational sharegpt rows .*, without a second answer",
+        ),
+        (
+            "a.json",
+            '[{"instruction": "q", "output": "a"}]',
+            "row 1 has no column chosen and rejected. .* These look like standard alpaca rows .*, without a second",
+        ),
         (
             "a.jsonl",
             '{"question": "q", "good": "a", "bad": "b"}',
-            r"found \['bad', 'good', 'question'\]. Rename question to prompt, good to chosen, bad to rejected.",
+            r"Found: question, good, bad. .* Rename question to prompt, good to chosen, bad to rejected.",
         ),
-        ("a.jsonl", LINES + '{"prompt": "p"}', r"line 5: 'chosen' and 'rejected' missing"),
+        ("a.jsonl", LINES + '{"prompt": "p"}', r"line 5: 'chosen' and 'rejected' missing, though other"),
         ("a.jsonl", '{"chosen": "a", "rejected": null}', "line 1: 'rejected' is null; every row needs both sides"),
         ("a.jsonl", '{"chosen": null, "rejected": null}', "line 1: 'chosen' and 'rejected' are null"),
         ("a.jsonl", '["a"]', "line 1: a row must be an object .* not a list"),
@@ -96,7 +116,11 @@ def test_wrong_generated_sources_are_named(source, message):
             '{"chosen": [{"content": "a"}], "rejected": "b"}\n{"chosen": [{"content": ["a"]}], "rejected": "b"}',
             r"line 2: chosen\[\].content is a list, and in .*line 1 it is a text",
         ),
-        ("a.jsonl", '{"chosen": "\\ud800", "rejected": "b"}', "do not have the same types throughout: .*surrogates"),
+        (
+            "a.jsonl",
+            LINES + '{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}',
+            r"line 5: '\\ud800' is half of a surrogate pair, and no character. Mend the row, or leave it out.",
+        ),
         ("a.jsonl", "\n", r"a\.jsonl holds no rows"),
         ("a.json", "[]", r"a\.json holds no rows"),
         ("a.csv", "x", r"a\.csv is of an unknown kind; readable are \.json, \.jsonl, \.jsonl\.gz, \.parquet"),
@@ -108,6 +132,14 @@ def test_unreadable_files_are_answered_with_the_place_and_the_reason(tmp_path, n
         load_preferences(write(tmp_path / name, content))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_file_that_is_not_utf8_is_answered_with_the_line(tmp_path, name):
+    content = LINES.encode() + '{"chosen": "été"}\n'.encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError, match=r", line 5: not UTF-8 text \(invalid continuation byte\); save the file as"):
+        load_preferences(str(tmp_path / name))
+
+
 def test_a_file_that_is_not_gzip_is_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_text(LINES)
     with pytest.raises(DataError, match="cannot be read as gzipped UTF-8"):
@@ -116,7 +148,7 @@ def test_a_file_that_is_not_gzip_is_named(tmp_path):
 
 def test_parquet_without_a_side_lists_what_was_found(tmp_path):
     Dataset.from_list(ROWS).remove_columns("rejected").to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="column 'rejected' missing; found .*'chosen'"):
+    with pytest.raises(DataError, match="a.parquet has no column rejected. Found: prompt, chosen"):
         load_preferences(str(tmp_path / "a.parquet"))
 
 

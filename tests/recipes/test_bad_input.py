@@ -13,7 +13,7 @@ import pytest
 
 from posttrain import RobustDPOTrainer
 from posttrain.paths import recipes_dir
-from posttrain.trainers import _checkpoints, _guards
+from posttrain.trainers import _checkpoints, _checks, _guards
 
 TEXTS = [{"prompt": f"Is {i} even?", "chosen": " yes", "rejected": f" no, {i}"} for i in range(4)]
 
@@ -62,7 +62,7 @@ SETTINGS = [
     (dict(attn_implementation="spda"), "attn_implementation is 'spda'; it must be one of"),
     (dict(dtype="bfloat"), "`dtype` is 'bfloat'; it takes auto, bfloat16, float16 or float32."),
     (dict(lora_r=0), "the LoRA rank (lora_r) is 0; it must be a whole number of 1 or more."),
-    (dict(lora_target_modules="q_projj"), "these settings: Target modules q_projj not found in the base model."),
+    (dict(lora_target_modules="q_projj"), "these settings: Target modules {'q_projj'} not found in the base model."),
     (dict(resume_from_checkpoint="nope"), "resume_from_checkpoint is nope, which does not exist"),
     (
         dict(resume_from_checkpoint="true"),
@@ -77,6 +77,29 @@ SETTINGS = [
     (dict(lora_task_type="CAUSALLM"), "the adapter cannot be built with these settings: Invalid task type: 'CAUSALLM'"),
     (dict(output_dir=""), "output_dir is empty; give the folder that the run is to be saved in."),
     (dict(optim="adamw_torchh"), "Did you mean adamw_torch?"),
+    (dict(output_dir="x" * 300), "output_dir cannot be a folder (File name too long): xxx"),
+    (dict(lora_alpha=-3), "lora_alpha is -3; it must be a number above 0 (at 0 the adapter would never train)."),
+    (dict(beta="inf"), "beta is inf; it must be a finite number."),
+    (dict(logging_steps="nan"), "logging_steps is nan; it must be a finite number."),
+    (dict(warmup_steps="nan"), "warmup_steps is nan; it must be a finite number."),
+    (dict(eval_steps="inf", eval_strategy="steps"), "eval_steps is inf; it must be a finite number."),
+    (
+        dict(optim_args="foo"),
+        "optim adamw_torch_fused cannot be built with optim_args 'foo' (written name=value,name=value): ",
+    ),
+    (
+        dict(lr_scheduler_kwargs='{"foo": 1}'),
+        "lr_scheduler_type linear cannot be built with lr_scheduler_kwargs {'foo': 1}: ",
+    ),
+    (
+        dict(lr_scheduler_type="warmup_stable_decay"),
+        "lr_scheduler_type warmup_stable_decay cannot be built with lr_scheduler_kwargs None: get_wsd_schedule() "
+        "missing 1 required positional argument: 'num_decay_steps'",
+    ),
+    (
+        dict(lr_scheduler_type="cosine_with_min_lr"),
+        "lr_scheduler_type cosine_with_min_lr cannot be built with lr_scheduler_kwargs None: One of min_lr or",
+    ),
     (dict(config="none.yaml"), "the config file none.yaml cannot be read: No such file or directory."),
 ]
 
@@ -89,10 +112,26 @@ def test_a_setting_that_cannot_be_ends_with_code_2(recipe, tmp_path, given, mess
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
+FILES = [
+    ("extra: 1\nseed: &x [*x]\n", "2: what the anchor names here contains itself."),
+    ("seed: 1\n~: 4\n", "2: the key `~` is no text, as all keys are."),
+    ("env: {'A=B': 4}\n", "1: `env` cannot set 'A=B': illegal environment variable name."),
+    ("seed: " + "1" * 5000, "1: not valid YAML: a value cannot be read as int (Exceeds the limit"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES, ids=["cycle", "no text", "env", "digits"])
+def test_a_config_file_that_cannot_be_ends_with_code_2_and_its_line(recipe, tmp_path, content, message):
+    (tmp_path / "bad.yaml").write_text(content)
+    code, said = recipe(config="bad.yaml")
+    assert code == 2 and f"bad.yaml:{message}" in said
+    assert not (tmp_path / "run").exists()
+
+
 DATA = [
     (lines(row | {"rejected": row["chosen"]} for row in TEXTS), "train_dataset: all 4 pairs have identical sides."),
     (lines(row | {"chosen": " "} for row in TEXTS), "train_dataset: all 4 pairs have an empty side. Fill it in"),
-    (lines({"prompt": "q", "chosen": "a"} for _ in range(4)), "line 1: 'rejected' missing; found ['chosen', 'prompt']"),
+    (lines({"prompt": "q", "chosen": "a"} for _ in range(4)), "line 1 has no column rejected. Found: prompt, ch"),
     (lines([TEXTS[0], TEXTS[1] | {"rejected": None}]), "line 2: 'rejected' is null; every row needs both sides."),
     (lines([TEXTS[0], TEXTS[1] | {"prompt": None}]), "line 2: 'prompt' is null; fill it in, or leave the row out."),
     (lines([TEXTS[0], TEXTS[1] | {"chosen": 5}]), "line 2: chosen is a number, and in bad.jsonl, line 1 it is a text;"),
@@ -100,6 +139,7 @@ DATA = [
     (lines(row | {"flip_rate": 0.7} for row in TEXTS), "flip_rate of 0.7 in row 1; every row's flip_rate must lie in"),
     (lines(TEXTS[:2]) + '{"prompt": "q",\n', "bad.jsonl, line 3, column 16: broken JSON: "),
     (lines(row | {"prompt": "p" * 200} for row in TEXTS), "max_length is 128, and every prompt alone is that long"),
+    (lines([TEXTS[0], TEXTS[1] | {"chosen": "\ud83d"}]), "bad.jsonl, line 2: '\\ud83d' is half of a surrogate pair"),
     ("", "bad.jsonl holds no rows"),
 ]
 
@@ -125,6 +165,35 @@ def test_a_hub_that_cannot_be_reached_ends_with_code_4_for_data_and_model(recipe
     assert code == 4 and "model 'org/gone' is no folder here and not in the cache, and the hub cannot be" in said
     code, said = recipe(dataset_name="org/gone")
     assert code == 4 and "the data set 'org/gone' is no file or folder here, and the hub cannot be" in said
+
+
+@pytest.mark.parametrize(
+    ("optim", "package"), [("galore_adamw", "galore_torch"), ("lomo", "lomo_optim"), ("stable_adamw", "torch-optimi")]
+)
+def test_an_optimiser_whose_package_is_missing_ends_with_code_4(recipe, optim, package):
+    code, said = recipe(optim=optim)
+    assert code == 4
+    assert f"these settings need a package that is missing: You need to install `{package}` in order to use" in said
+
+
+def test_an_adapter_on_one_named_module_trains(recipe):
+    assert recipe(lora_target_modules="q_proj")[0] == 0
+
+
+@pytest.mark.parametrize("mode", ["true", "false"])
+def test_flash_attention_that_is_not_installed_ends_with_code_4(recipe, monkeypatch, mode):
+    monkeypatch.setitem(_checks._FLASH_ATTENTION, "flash_attention_2", lambda: False)
+    monkeypatch.setattr(_checks, "is_kernels_available", lambda: False)
+    code, said = recipe(attn_implementation="flash_attention_2", dry_run=mode)
+    assert code == 4
+    assert "attn_implementation is flash_attention_2, whose package is not installed here. Install flash-attn" in said
+
+
+def test_fsdp_without_an_accelerator_ends_with_code_2(recipe, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    for mode in ("true", "false"):
+        code, said = recipe(fsdp="full_shard", dry_run=mode)
+        assert code == 2 and "FSDP was asked for on a machine without an accelerator" in said
 
 
 def test_dr_dpo_of_one_pair_is_warned_about(recipe):
@@ -181,3 +250,18 @@ def test_adapters_without_gradient_end_with_code_5(recipe, monkeypatch):
     monkeypatch.setattr(_guards.LiveGradients, "_note", lambda self, name, gradient: None)
     code, said = recipe(max_steps=3)
     assert code == 5 and "adapter tensors got no gradient in the first two steps: " in said
+
+
+def test_no_file_of_a_run_holds_the_hub_token(recipe, tmp_path):
+    token = "hf_" + "aB3" * 11
+    assert recipe(hub_token=token, save_strategy="steps", save_steps=1)[0] == 0
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert sum(path.name == "training_args.bin" for path in files) == 2
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+
+
+def test_an_error_does_not_repeat_the_hub_token(recipe):
+    token = "hf_" + "aB3" * 11
+    code, said = recipe(token)
+    assert code == 2 and "command line: `hf_***` follows no key; write `--key value`." in said
+    assert token not in said

@@ -1,9 +1,10 @@
 """Settings that are refused before any weight is read."""
 
 import pytest
+from datasets import DatasetDict
 
-from posttrain import RobustDPOConfig, RobustDPOTrainer
-from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.trainers import _checks
 from tests.conftest import make_pairs
 
@@ -41,6 +42,37 @@ def test_loading_settings_are_refused_before_the_model_loads(weightless, tmp_pat
 @pytest.mark.parametrize("name", ["eager", "sdpa", "kernels-community/flash-attn2", None])
 def test_attention_that_transformers_knows_passes(name):
     _checks.check_loading({"attn_implementation": name, "dtype": "float32"})
+
+
+@pytest.mark.parametrize("name", ["beta", "beta_prime", "learning_rate"])
+def test_none_in_the_place_of_a_number_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"^{name} is None; it takes a number.$"):
+        RobustDPOConfig(str(tmp_path), **{name: None})
+
+
+def test_only_a_neutral_infinity_is_taken(tmp_path):
+    assert RobustDPOConfig(str(tmp_path), reduction="dr_dpo", beta_prime=float("inf")).beta_prime == float("inf")
+    with pytest.raises(ConfigError, match="^num_train_epochs is inf; it must be a finite number.$"):
+        RobustDPOConfig(str(tmp_path), num_train_epochs=float("inf"))
+
+
+def test_a_schedule_with_the_settings_that_it_needs_passes(tmp_path):
+    settings = dict(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 3})
+    assert RobustDPOConfig(str(tmp_path), **settings, optim="adamw_8bit").optim == "adamw_8bit"
+
+
+def test_a_model_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="^model is None; give a hub id, a folder's path as text, or a loaded model"):
+        RobustDPOTrainer(None, args=RobustDPOConfig(str(tmp_path / "out")), train_dataset=make_pairs(4))
+
+
+def test_several_splits_in_the_place_of_one_are_refused(tiny_folder, tmp_path):
+    splits = DatasetDict(train=make_pairs(4), test=make_pairs(4))
+    with pytest.raises(DataError, match=r"^train_dataset is a DatasetDict; give one of its splits: train, test\.$"):
+        RobustDPOTrainer(tiny_folder, args=RobustDPOConfig(str(tmp_path / "out")), train_dataset=splits)
+    args = PolicyGradientConfig(str(tmp_path / "out"), num_generations=2)
+    with pytest.raises(DataError, match=r"^train_dataset is a DatasetDict; give one of its splits: train, test\.$"):
+        PolicyGradientTrainer(tiny_folder, str.isdigit, args, train_dataset=splits)
 
 
 def test_reporters_are_refused_with_the_nearest_name(tmp_path):
