@@ -28,6 +28,8 @@ class PolicyGradientMixin(RunMixin):
     micro-batches and the per-token log-probs.
     """
 
+    _train_sampler = None
+
     def __init__(
         self,
         model,
@@ -74,6 +76,11 @@ class PolicyGradientMixin(RunMixin):
             "temperature", "top_p", "top_k",
         )  # fmt: skip
         return {name: getattr(self.args, name) for name in names}
+
+    # stands on GRPOTrainer._get_train_sampler; its generator is moved on where a run resumes
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     # stands on GRPOTrainer._calculate_rewards, whose result is the gathered matrix
     def _calculate_rewards(self, *args, **kwargs):
