@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.rollouts import PARENT, train
+from posttrain.errors import ConfigError
+from posttrain.log import get_logger
+from tests.rollouts import PARENT, prompts, train
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +53,17 @@ def test_a_run_resumed_in_a_later_epoch_has_its_order(tiny_folder, tmp_path, ste
         assert again == seen[len(seen) - len(again) :] and len(again) == len(seen) * (3 * epoch - step) // (3 * epoch)
         for name, value in whole.model.state_dict().items():
             assert value.equal(resumed.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_inside_a_generation_is_said_and_not_resumed_from(tiny_folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    caplog.set_level("INFO", logger=get_logger().name)
+    run = RUN | dict(steps_per_generation=4, data=prompts([1] * 8))
+    train(tiny_folder, tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **run)
+    assert "the checkpoint of step 3 lies inside a generation" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    longer = run | dict(max_steps=6, before=resuming(tmp_path, 3))
+    with pytest.raises(ConfigError, match=r"step 3 lies inside a generation \(2 of its 4 micro-batches are used\)"):
+        train(tiny_folder, tmp_path, **longer)
+    _, trainer = train(tiny_folder, tmp_path, **longer, check_resume=False)
+    assert trainer.state.global_step == 6 and "out of step with the earlier run" in caplog.text
