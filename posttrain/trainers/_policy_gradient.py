@@ -167,6 +167,11 @@ class PolicyGradientMixin(RunMixin):
             and self.top_entropy_quantile == 1.0
         )
 
+    @property
+    def _leaves_out_rows(self) -> bool:
+        """Whether rows may have no part in the update, so that means over it are kept as sums and counts."""
+        return self._drops_dead_rows or self.args.learns_from_demonstrations
+
     # stands on GRPOTrainer._prepare_inputs, which refills the buffer once per generation
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -198,11 +203,13 @@ class PolicyGradientMixin(RunMixin):
     # stands on GRPOTrainer._compute_loss
     def _compute_loss(self, model, inputs):
         # a copy: what the log-probs decide is written into it before TRL reads it
-        self._scored = dict(inputs)
+        self._scored = scored = dict(inputs)
         try:
-            loss = super()._compute_loss(model, self._scored)
+            loss = super()._compute_loss(model, scored)
         finally:
             self._scored = None
+        if self.model.training and self._leaves_out_rows:
+            _rollout_metrics.take_means(self, scored)
         if self.model.training and self.is_in_train:
             self._finite_loss.watch(self, loss)
         return loss
@@ -251,9 +258,8 @@ class PolicyGradientMixin(RunMixin):
 
     # stands on GRPOTrainer.log, which averages the lists in `_metrics`
     def log(self, logs, start_time=None):
-        if self.model.training and self.args.learns_from_demonstrations:
-            for name, (total, count) in self._means.reduce(self.accelerator).items():
-                self._metrics["train"][name] = [total / count] if count else []
+        if self.model.training and self._leaves_out_rows:
+            _rollout_metrics.put_means(self)
         super().log(logs, start_time)
 
     @property
