@@ -15,7 +15,7 @@ from posttrain.mechanisms import group_rewards
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
-from posttrain.trainers import _checks, _demonstrations, _rollout_metrics
+from posttrain.trainers import _checks, _completions, _demonstrations, _rollout_metrics
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing
@@ -110,6 +110,8 @@ class PolicyGradientMixin(RunMixin):
                 _rollout_metrics.record_quantile(self, rewards.view(-1, size), values, mode)
         if training and self.args.learns_from_demonstrations:
             _demonstrations.insert(self, batch, inputs, rewards, size)
+            if self.log_completions:
+                _completions.show_demonstrations(self, batch)
         if training:
             self._watch_dead_generations(batch, rewards)
         return batch
@@ -119,12 +121,14 @@ class PolicyGradientMixin(RunMixin):
 
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with _completions.of_evaluation(self, metric_key_prefix):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if self.args.eval_greedy and not self.use_vllm and isinstance(dataset, Dataset):
             name = f"{metric_key_prefix}_greedy_success"
             metrics[name] = _rollout_metrics.greedy_success(self, dataset)
-            self.log({name: metrics[name]})
+            with _completions.no_table(self):
+                self.log({name: metrics[name]})
         return metrics
 
     def group_advantage(self, rewards: Tensor) -> Tensor:
