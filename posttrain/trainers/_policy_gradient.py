@@ -150,6 +150,9 @@ class PolicyGradientMixin(RunMixin):
     def _watch_dead_generations(self, batch: dict, rewards: Tensor) -> None:
         alive = self.accelerator.gather(group_rewards.living_rows(batch).float())
         self._metrics["train"]["rows/kept_share"].append(alive.mean().item())
+        # the loss itself is near 0 while the policy is the one that sampled, however much there is to learn
+        sizes = self.accelerator.gather(batch["advantages"].abs())
+        self._metrics["train"]["loss/abs_advantage"].append(sizes.mean().item())
         self._dead_generations = 0 if alive.any() else self._dead_generations + 1
         if self.args.max_dead_steps and self._dead_generations >= self.args.max_dead_steps:
             scored = rewards[~torch.isnan(rewards)]

@@ -59,3 +59,18 @@ def test_with_all_rows_in_the_update_the_means_are_the_parents(tiny_folder, tmp_
     for row, expected in zip(entries(trainer), entries(parent), strict=True):
         for name in ("entropy", *CLIPS):
             assert row[name] == expected[name], name
+
+
+def test_the_size_of_advantages_stands_beside_a_loss_of_nothing(tiny_folder, tmp_path):
+    run = dict(data=prompts([2, 0, 4, 2]), max_steps=1, scale_rewards="none", loss_type="dr_grpo")
+    _, trainer = train(tiny_folder, tmp_path, **run, **split(4))
+    # half of the rows have an advantage of 1/2 either way
+    assert entries(trainer)[0]["loss/abs_advantage"] == pytest.approx(0.25)
+
+
+def test_a_step_without_demonstrations_has_no_likelihood_of_them(tiny_folder, tmp_path):
+    run = dict(preset="hpt", num_generations=4, max_steps=1)
+    _, trainer = train(tiny_folder, tmp_path / "none", data=prompts([2, 1, 3, 2]), **run, **split(4))
+    assert not [name for row in entries(trainer) for name in row if row[name] is None or name == "hpt/sft_nll"]
+    _, trainer = train(tiny_folder, tmp_path / "some", data=prompts([2, 0, 3, 2]), **run, **split(4))
+    assert entries(trainer)[0]["hpt/sft_nll"] > 1
