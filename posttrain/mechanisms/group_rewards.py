@@ -5,7 +5,7 @@ advantages afterwards; the functions here are the arithmetic in between.
 
 A row whose advantage is zero has no gradient, as long as the loss has no KL, entropy or auxiliary term. `pack_living`
 moves the others of an optimiser step into the fewest micro-batches. What is left of the step's micro-batches is a
-single row of one token, so that all ranks run the same number of forwards, and TRL's division by rows or tokens is
+single row of a few tokens, so that all ranks run the same number of forwards, and TRL's division by rows or tokens is
 undone in the advantages, so that the gradient is what it was.
 """
 
@@ -60,6 +60,12 @@ def living_rows(batch: dict) -> Tensor:
     return ((advantages != 0) & mask.bool()).any(dim=1)
 
 
+def loss_tokens(batch: dict) -> Tensor:
+    """(B,) tokens of each row of a rollout batch that are in the loss."""
+    mask = batch["completion_mask"]
+    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).sum(dim=1)
+
+
 def pack_living(batches: list[dict], loss_type: str, agree: Callable[[int], int] = int) -> list[dict]:
     """The micro-batches of one optimiser step with the rows that have a gradient, in as few of them as they fit.
 
@@ -78,9 +84,9 @@ def pack_living(batches: list[dict], loss_type: str, agree: Callable[[int], int]
     rows = _stack(batches)
     living = living_rows(rows).nonzero().squeeze(1)
     counts = _counts(agree(len(living)), size, len(batches))
-    tokens = _tokens(rows)
+    tokens = loss_tokens(rows)
     # what a row's loss was divided by, beside the number of micro-batches
-    before = torch.cat([_tokens(batch).sum().clamp(min=1).expand(size) for batch in batches])
+    before = torch.cat([loss_tokens(batch).sum().clamp(min=1).expand(size) for batch in batches])
     packed, start = [], 0
     for number, count in enumerate(counts):
         own = living[start : start + count]
@@ -94,11 +100,6 @@ def pack_living(batches: list[dict], loss_type: str, agree: Callable[[int], int]
         batch["advantages"] *= scale if batch["advantages"].dim() == 1 else scale.unsqueeze(1)
         packed.append(batches[number] | batch)
     return packed
-
-
-def _tokens(batch: dict) -> Tensor:
-    mask = batch["completion_mask"]
-    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).sum(dim=1)
 
 
 def _counts(living: int, size: int, batches: int) -> list[int]:
@@ -135,8 +136,11 @@ def _take(rows: dict, own: Tensor, count: int) -> dict:
     batch["prompt_mask"][~filled, :-1] = 0
     batch["prompt_mask"][~filled, -1] = 1
     batch["advantages"][~filled] = 0
+    if "importance_sampling_ratio" in batch:
+        batch["importance_sampling_ratio"][~filled] = 1
     prompt_width = max(1, int(batch["prompt_mask"].sum(dim=1).max()))
-    completion_width = max(1, int(batch["completion_mask"].sum(dim=1).max()))
+    # not 1, which TRL's metrics take for a value a row, whatever the mask
+    completion_width = max(2, int(batch["completion_mask"].sum(dim=1).max()))
     for key, value in batch.items():
         if value.dim() == 2:
             batch[key] = value[:, -prompt_width:] if key in _PROMPT else value[:, :completion_width]

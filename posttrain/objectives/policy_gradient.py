@@ -126,7 +126,8 @@ def per_token_loss(
         estimator: the parts; its `advantage` and `aggregate` are not used here.
 
     Returns:
-        (B, T) losses, fp32 or fp64, 0 where the mask is off. `aggregate` reduces them.
+        (B, T) losses, fp32 or fp64, 0 where the mask is off. `aggregate` reduces them. A ratio that overflows
+        makes the loss infinite and its gradient the largest number of the type.
 
     Raises:
         ValueError: shapes that do not match; a reference that is needed and missing.
@@ -140,7 +141,10 @@ def per_token_loss(
     value = _surrogate(logps.detach(), ratio, weight, advantages, estimator)
     alive = mask & (advantages != 0)
     value, slope = (torch.where(alive, part, 0.0) for part in (value, weight * advantages))
-    # x - x is 0: the second term brings the gradient and leaves the value as it is
+    # x - x is 0: the second term brings the gradient and leaves the value as it is. A slope that overflowed is
+    # the largest number there, as infinity x 0 is none
+    largest = torch.finfo(slope.dtype).max
+    slope = slope.clamp(-largest, largest)
     return -(value + slope * (logps - logps.detach()))
 
 

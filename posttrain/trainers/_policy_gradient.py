@@ -16,7 +16,7 @@ from posttrain.mechanisms import group_rewards
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
-from posttrain.trainers import _checks, _demonstrations, _rollout_metrics
+from posttrain.trainers import _checks, _completions, _demonstrations, _rollout_metrics
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing
@@ -28,6 +28,8 @@ class PolicyGradientMixin(RunMixin):
     TRL generates, scores and computes the loss. The seams are the gathered rewards, the scored batch, the buffer of
     micro-batches and the per-token log-probs.
     """
+
+    _train_sampler = None
 
     def __init__(
         self,
@@ -76,6 +78,11 @@ class PolicyGradientMixin(RunMixin):
         )  # fmt: skip
         return {name: getattr(self.args, name) for name in names}
 
+    # stands on GRPOTrainer._get_train_sampler; its generator is moved on where a run resumes
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
     # stands on GRPOTrainer._calculate_rewards, whose result is the gathered matrix
     def _calculate_rewards(self, *args, **kwargs):
         self._rewards = super()._calculate_rewards(*args, **kwargs)
@@ -104,6 +111,8 @@ class PolicyGradientMixin(RunMixin):
                 _rollout_metrics.record_quantile(self, rewards.view(-1, size), values, mode)
         if training and self.args.learns_from_demonstrations:
             _demonstrations.insert(self, batch, inputs, rewards, size)
+            if self.log_completions:
+                _completions.show_demonstrations(self, batch)
         if training:
             self._watch_dead_generations(batch, rewards)
         return batch
@@ -113,12 +122,14 @@ class PolicyGradientMixin(RunMixin):
 
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with _completions.of_evaluation(self, metric_key_prefix):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if self.args.eval_greedy and not self.use_vllm and isinstance(dataset, Dataset):
             name = f"{metric_key_prefix}_greedy_success"
             metrics[name] = _rollout_metrics.greedy_success(self, dataset)
-            self.log({name: metrics[name]})
+            with _completions.no_table(self):
+                self.log({name: metrics[name]})
         return metrics
 
     def group_advantage(self, rewards: Tensor) -> Tensor:
@@ -140,6 +151,9 @@ class PolicyGradientMixin(RunMixin):
     def _watch_dead_generations(self, batch: dict, rewards: Tensor) -> None:
         alive = self.accelerator.gather(group_rewards.living_rows(batch).float())
         self._metrics["train"]["rows/kept_share"].append(alive.mean().item())
+        # the loss itself is near 0 while the policy is the one that sampled, however much there is to learn
+        sizes = self.accelerator.gather(batch["advantages"].abs())
+        self._metrics["train"]["loss/abs_advantage"].append(sizes.mean().item())
         self._dead_generations = 0 if alive.any() else self._dead_generations + 1
         if self.args.max_dead_steps and self._dead_generations >= self.args.max_dead_steps:
             scored = rewards[~torch.isnan(rewards)]
@@ -160,6 +174,11 @@ class PolicyGradientMixin(RunMixin):
             and not self.aux_loss_enabled
             and self.top_entropy_quantile == 1.0
         )
+
+    @property
+    def _leaves_out_rows(self) -> bool:
+        """Whether rows may have no part in the update, so that means over it are kept as sums and counts."""
+        return self._drops_dead_rows or self.args.learns_from_demonstrations
 
     # stands on GRPOTrainer._prepare_inputs, which refills the buffer once per generation
     def _prepare_inputs(self, generation_batch):
@@ -192,11 +211,13 @@ class PolicyGradientMixin(RunMixin):
     # stands on GRPOTrainer._compute_loss
     def _compute_loss(self, model, inputs):
         # a copy: what the log-probs decide is written into it before TRL reads it
-        self._scored = dict(inputs)
+        self._scored = scored = dict(inputs)
         try:
-            loss = super()._compute_loss(model, self._scored)
+            loss = super()._compute_loss(model, scored)
         finally:
             self._scored = None
+        if self.model.training and self._leaves_out_rows:
+            _rollout_metrics.take_means(self, scored)
         if self.model.training and self.is_in_train:
             self._finite_loss.watch(self, loss)
         return loss
@@ -245,9 +266,8 @@ class PolicyGradientMixin(RunMixin):
 
     # stands on GRPOTrainer.log, which averages the lists in `_metrics`
     def log(self, logs, start_time=None):
-        if self.model.training and self.args.learns_from_demonstrations:
-            for name, (total, count) in self._means.reduce(self.accelerator).items():
-                self._metrics["train"][name] = [total / count] if count else []
+        if self.model.training and self._leaves_out_rows:
+            _rollout_metrics.put_means(self)
         super().log(logs, start_time)
 
     @property

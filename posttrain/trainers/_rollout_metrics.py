@@ -1,6 +1,7 @@
-"""What is measured of rollouts: success, pass@k, the quantile's two sides, and greedy answers in evaluation."""
+"""What is measured of rollouts: success, pass@k, the quantile's two sides, greedy answers, and means over an update."""
 
 import copy
+import math
 
 import torch
 from datasets import Dataset
@@ -8,6 +9,12 @@ from torch import Tensor
 
 from posttrain.mechanisms import group_rewards
 from posttrain.objectives import advantages
+
+# What TRL logs of an update: means over tokens; over tokens, or rows where a ratio is a row's; over rows
+_OF_TOKENS = ("entropy", "kl")
+_OF_RATIOS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
+_OF_ROWS = ("vespo/phi_seq_mean",)
+_EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
 
 
 def judged(trainer, rewards: Tensor) -> Tensor:
@@ -40,6 +47,55 @@ def record_quantile(trainer, rewards: Tensor, values: Tensor, mode: str) -> None
     metrics["qae/frac_hard_prompts"].append(hard.float().mean().item())
     metrics["qae/frac_easy_prompts"].append((~hard).float().mean().item())
     metrics["qae/baseline_mean"].append(torch.nanmean(baseline).item())
+
+
+def take_means(trainer, scored: dict) -> None:
+    """Turn what TRL has just logged of a training micro-batch into sums and counts over its tokens or rows.
+
+    TRL takes a mean over a micro-batch on all ranks and averages those: a micro-batch without tokens counts as 0
+    there, and one of few tokens as much as one of many.
+
+    Args:
+        scored: this rank's micro-batch, as the loss has read it. Rows without tokens are in no mean.
+    """
+    metrics = trainer._metrics["train"]
+    tokens = group_rewards.loss_tokens(scored).float()
+    kept = (tokens > 0).float().sum()
+    ratios_of_rows = trainer.importance_sampling_level == "sequence" and scored["advantages"].dim() == 1
+    for name in _OF_TOKENS + _OF_RATIOS + _OF_ROWS:
+        if not metrics.get(name):
+            continue
+        value = metrics.pop(name)[-1]
+        of_rows = name in _OF_ROWS or (ratios_of_rows and name in _OF_RATIOS)
+        # undo TRL's division; it takes values of width 1 for a row's
+        by_rows = of_rows or scored["completion_ids"].size(1) == 1
+        total = value * (torch.ones_like(tokens).sum() if by_rows else tokens.sum())
+        if name in _OF_ROWS:
+            # a row without tokens has the weight of ratio 1, which is 1; it has no entropy and is never clipped
+            total = total - (tokens == 0).float().sum()
+        trainer._means.add_sum(name, total, kept if of_rows else tokens.sum())
+    if ratios_of_rows:
+        for name in _EXTREMES:
+            metrics.pop(name, None)
+
+
+def put_means(trainer) -> None:
+    """Put the means since the last log among TRL's metrics. All ranks call it."""
+    metrics = trainer._metrics["train"]
+    means = trainer._means.reduce(trainer.accelerator)
+    for name, (total, count) in means.items():
+        if count:
+            metrics[name] = [total / count]
+    for name, extreme in _EXTREMES.items():
+        values = [value for value in metrics.pop(name, []) if not math.isnan(value)]
+        if values:
+            metrics[name] = [extreme(values)]
+    if trainer.importance_sampling_level == "sequence" and "clip_ratio/low_mean" in means:
+        # a row is clipped or is not: the least is 1 where all are, the greatest where one is
+        (low, rows), (high, _) = means["clip_ratio/low_mean"], means["clip_ratio/high_mean"]
+        if rows:
+            metrics["clip_ratio/low_min"] = [float(low > rows - 0.5)]
+            metrics["clip_ratio/high_max"] = [float(high > 0.5)]
 
 
 def greedy_success(trainer, dataset: Dataset) -> float:

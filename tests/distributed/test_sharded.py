@@ -115,8 +115,9 @@ def test_two_ranks_learn_from_rollouts_as_one(launch, tiny_folder, tmp_path, mon
     assert distance(launch.change(case), change) <= 1e-4
     advantages = list(trainer._logs["advantages"])[-32:]
     assert launch.results[f"{case}_advantages"] == pytest.approx(advantages, abs=1e-6) and any(advantages)
-    kept = [row["rows/kept_share"] for row in launch.results["history"][case]]
-    assert kept == pytest.approx([row["rows/kept_share"] for row in rollouts.entries(trainer)])
+    for logged, reference in zip(launch.results["history"][case], rollouts.entries(trainer), strict=True):
+        for name in ("rows/kept_share", "entropy", "clip_ratio/region_mean", "clip_ratio/low_min"):
+            assert logged[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-6), name
 
 
 def test_rollouts_are_generated_by_sharded_models(launch):

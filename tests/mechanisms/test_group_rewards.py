@@ -80,10 +80,11 @@ def test_without_the_scaling_the_gradient_would_be_another():
     assert (gradient(packed, "grpo") - gradient(batches, "grpo")).norm() > 0.1 * gradient(batches, "grpo").norm()
 
 
-def test_a_step_without_a_living_row_forwards_single_tokens():
+def test_a_step_without_a_living_row_forwards_a_few_tokens():
     packed = pack_living(rollouts(4, 3, dead=1.1), "grpo")
     for batch in packed:
-        assert batch["completion_ids"].shape == (1, 1) and batch["prompt_ids"].shape == (1, 1)
+        # two: values of width 1 would be a row's in TRL's metrics
+        assert batch["completion_ids"].shape == (1, 2) and batch["prompt_ids"].shape == (1, 1)
         assert batch["completion_mask"].sum() == 0 and batch["prompt_mask"].sum() == 1
 
 

@@ -479,6 +479,19 @@ def test_ratios_that_overflow_stay_out_of_clipped_gradients():
         close((logps - seam).exp(), torch.full((2, MAX_LENGTH), -slope), 1e-6)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_ratio_that_overflows_is_infinity_and_not_nan(name):
+    logps = torch.tensor([[-1.0, 0.0]] * 2, requires_grad=True)
+    old, mask = torch.full((2, 2), -1e4), torch.ones(2, 2, dtype=torch.bool)
+    losses = per_token_loss(logps, old, mask, torch.tensor([-1.0, 1.0]), PRESETS[name])
+    losses.sum().backward()
+    assert not losses.isnan().any() and logps.grad.isfinite().all()
+    if name == "grpo":
+        # pushed down without bound, pushed up no further
+        assert losses[0].eq(math.inf).all() and losses[1].isfinite().all()
+        assert logps.grad[0].gt(1e38).all() and logps.grad[1].eq(0).all()
+
+
 def test_low_precision_is_widened():
     logps, reference, mask, advantages = batch(10)
     for name in PRESETS:

@@ -1,0 +1,71 @@
+"""The table of completions that `log_completions` writes: demonstrations stand in it, evaluation has a file of its own.
+
+TRL keeps the last generation's rows in one place, for training and evaluation alike, and names the file by the step.
+"""
+
+import contextlib
+import math
+from collections import defaultdict, deque
+from pathlib import Path
+
+from accelerate.utils import gather_object
+
+
+def show_demonstrations(trainer, batch: dict) -> None:
+    """Write demonstrations over the rollouts whose place they took; all ranks call it.
+
+    A demonstration has no reward. The column `kind` tells the rows apart.
+    """
+    flags, masks = batch["demonstrations"].tolist(), batch["completion_mask"].bool()
+    texts = gather_object(
+        [
+            trainer._tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True) if flag else None
+            for ids, mask, flag in zip(batch["completion_ids"], masks, flags, strict=True)
+        ]
+    )
+    logs = trainer._logs
+    logs["extra"]["kind"].extend("rollout" if text is None else "demonstration" for text in texts)
+    # from the end: the log holds a generation at most
+    for back, text in enumerate(reversed(texts[-len(logs["completion"]) :]), 1):
+        if text is None:
+            continue
+        in_turns = not isinstance(logs["completion"][-back], str)
+        logs["completion"][-back] = [{"role": "assistant", "content": text}] if in_turns else text
+        for rewards in logs["rewards"].values():
+            rewards[-back] = math.nan
+
+
+@contextlib.contextmanager
+def of_evaluation(trainer, prefix: str):
+    """Keep an evaluation's rows apart from training's, and write them to `completions_<step>_<prefix>.parquet`."""
+    logs = trainer._logs
+    trainer._logs = {name: _emptied(rows) for name, rows in logs.items()}
+    step = trainer.state.global_step
+    folder = Path(trainer.args.output_dir) / "completions"
+    file, aside = folder / f"completions_{step:05d}.parquet", folder / f"completions_{step:05d}.training"
+    writes = trainer.log_completions and trainer.accelerator.is_main_process
+    moved = writes and file.is_file()
+    if moved:
+        file.replace(aside)
+    try:
+        yield
+    finally:
+        trainer._logs = logs
+        if writes and file.is_file():
+            file.replace(folder / f"completions_{step:05d}_{prefix}.parquet")
+        if moved:
+            aside.replace(file)
+
+
+@contextlib.contextmanager
+def no_table(trainer):
+    """Log without printing and writing the table once more."""
+    wanted, trainer.log_completions = trainer.log_completions, False
+    try:
+        yield
+    finally:
+        trainer.log_completions = wanted
+
+
+def _emptied(rows):
+    return deque(maxlen=rows.maxlen) if isinstance(rows, deque) else defaultdict(rows.default_factory)
