@@ -7,6 +7,8 @@ import typing
 from collections.abc import Sequence
 from enum import Enum
 
+import yaml
+
 
 class BadValue(Exception):
     """A value of the wrong type. No ValueError: argparse would put its own words in the place of these."""
@@ -44,6 +46,10 @@ class FieldType:
     def from_scalar(self, value):
         """A scalar of YAML, or text of the command line."""
         text = shown(value)
+        # lists within lists come from a command line as one text
+        if self.list and not self.only_list and text.lstrip().startswith("["):
+            with contextlib.suppress(yaml.YAMLError):
+                return yaml.safe_load(text)
         if isinstance(value, bool) and bool not in self.kinds and (self.choices or str in self.kinds):
             raise BadValue(
                 f"`{self.name}` is {text}, which YAML also reads from a bare yes, no, on or off; "

@@ -132,7 +132,8 @@ def _shape(found: list[str], columns: Mapping[str, str] | None, source: str, nee
     raise DataError(
         f"{source}: no columns for prompt and {missing}; found {found}. Known are prompt + demonstration (+ gold), "
         "problem + solution (+ answer) and question + answer (ending in '#### N'). Name others by "
-        "columns={'prompt': ..., 'demonstration': ..., 'gold': ...}."
+        "prompt_column, demonstration_column and gold_column in a recipe, by "
+        "columns={'prompt': ..., 'demonstration': ..., 'gold': ...} in Python."
     )
 
 
@@ -199,7 +200,8 @@ def _marked_gold(demonstration, place: str, column: str) -> str:
             return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer.text)
     raise DataError(
         f"{place}: {column!r} ends without '#### N' (or a box) and there is no column for the gold answer; it ends in "
-        f"{text[-60:]!r}. Mark the answer, or name its column by columns={{'gold': ...}}."
+        f"{text[-60:]!r}. Mark the answer, or name its column: gold_column in a recipe, columns={{'gold': ...}} in "
+        "Python."
     )
 
 

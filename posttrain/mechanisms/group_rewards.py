@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from posttrain.errors import ConfigError
+
 # Tensors of a rollout batch by the place that pads: prompts on the left, completions on the right
 _PROMPT = ("prompt_ids", "prompt_mask")
 # Loss types that divide a micro-batch by its rows, and by its tokens; the others divide by a count of the whole step
@@ -29,24 +31,39 @@ def weighted_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
     return rewards
 
 
-def group_advantages(rewards: Tensor, group_size: int, advantage: Callable[[Tensor], Tensor]) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    advantage: Callable[[Tensor], Tensor],
+    name: str = "the advantage function",
+) -> Tensor:
     """(N,) advantages of (N,) rewards whose rows are in groups of `group_size`.
 
     Args:
         advantage: (prompts, group_size) -> (prompts, group_size); NaN rewards are unscorable, their advantage is 0.
+        name: of the function, for messages.
 
     Raises:
-        ValueError: the function returned another shape, or a value that is not finite for a scorable reward.
+        ConfigError: (a ValueError) the function raised, or returned another shape, or a value that is not finite for a
+            scorable reward.
     """
     grouped = rewards.view(-1, group_size)
-    values = advantage(grouped)
+    try:
+        # a copy: a function that works in place leaves the rewards as they are
+        values = advantage(grouped.clone())
+    except Exception as error:
+        raise ConfigError(
+            f"{name} raised {type(error).__name__}: {error}, for rewards of shape {tuple(grouped.shape)}"
+        ) from error
     if not isinstance(values, Tensor) or values.shape != grouped.shape:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"the advantage function returned {shape} for rewards of shape {tuple(grouped.shape)}")
+        raise ConfigError(
+            f"{name} returned {shape} for rewards of shape {tuple(grouped.shape)}; it must return as many advantages"
+        )
     values = values.detach().to(rewards.dtype)
     scorable = ~torch.isnan(grouped)
     if not torch.isfinite(values[scorable]).all():
-        raise ValueError("the advantage function returned NaN or infinity for a reward that is a number")
+        raise ConfigError(f"{name} returned NaN or infinity for a reward that is a number")
     return values.masked_fill(~scorable, 0.0).view(-1)
 
 

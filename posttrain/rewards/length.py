@@ -25,13 +25,18 @@ class OverlongPenalty(Reward):
     Raises ConfigError for values out of range, or where the trainer passes no completion_ids.
     """
 
-    max_length: int = 0
-    cache: int = 0
+    max_length: int | None = None
+    cache: int | None = None
 
     __name__ = "length"
 
     def __post_init__(self):
         super().__post_init__()
+        missing = [name for name in ("max_length", "cache") if getattr(self, name) is None]
+        if missing:
+            raise ConfigError(
+                f"{' and '.join(missing)} must be given, in tokens, such as `length?max_length=512&cache=128`."
+            )
         check_integer("max_length", self.max_length, 1)
         check_integer("cache", self.cache, 1, self.max_length)
 

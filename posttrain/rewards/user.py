@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from inspect import iscoroutinefunction
+from inspect import iscoroutinefunction, signature
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.rewards.base import Reward, shorten
@@ -19,11 +19,12 @@ class UserReward(Reward):
     """A user's reward function, with TRL's interface, under its own name.
 
     A call that raises scores all its completions None, is counted and shown with the line it was raised at; after
-    PATIENCE such calls in a row, the first ones included, the run stops. NaN is taken for None.
+    PATIENCE such calls in a row, the first ones included, the run stops; at once where no other reward gave a score.
+    NaN is taken for None.
 
     Args:
         function: `fn(prompts, completions, completion_ids=None, **columns) -> list[float | None]`, or such a coroutine
-            function.
+            function. One without `**columns` is given the arguments that it names.
 
     Raises ConfigError for a function that cannot be called, the wrong number of scores, a score that is no number, and
     the last exception of too many.
@@ -40,16 +41,20 @@ class UserReward(Reward):
         if not callable(self.function):
             raise ConfigError(f"reward function {self.function!r} cannot be called; give a function.")
         self.__name__ = _name_of(self.function)
-        self._failures = 0
+        self._failures, self._named = 0, _named_arguments(self.function)
 
     def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         try:
-            scores = self.function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            scores = self.function(**self._taken(given))
         except PosttrainError:
             raise
         except Exception as error:
             return self._failed(error, len(completions))
         return self._checked(scores, len(completions))
+
+    def _taken(self, given: dict) -> dict:
+        return given if self._named is None else {name: given[name] for name in self._named if name in given}
 
     def _failed(self, error: Exception, samples: int) -> list[None]:
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -93,10 +98,9 @@ class UserReward(Reward):
 
 class _AsyncUserReward(UserReward):
     async def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         try:
-            scores = await self.function(
-                prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
-            )
+            scores = await self.function(**self._taken(given))
         except PosttrainError:
             raise
         except Exception as error:
@@ -108,6 +112,15 @@ def _inner(function):
     while isinstance(function, partial):
         function = function.func
     return function
+
+
+def _named_arguments(function) -> list[str] | None:
+    """The names of a function's arguments; None where it takes any."""
+    try:
+        parameters = signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    return None if any(one.kind is one.VAR_KEYWORD for one in parameters) else [one.name for one in parameters]
 
 
 def _name_of(function) -> str:

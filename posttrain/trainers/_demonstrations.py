@@ -1,11 +1,15 @@
 """Demonstrations among rollouts: tokenised once, put in the place of a rollout where a prompt's gate says so."""
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from posttrain.errors import DataError
+from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
 from posttrain.objectives import advantages
+from posttrain.rewards.base import shorten
+from posttrain.trainers import _rewards
 from posttrain.trainers._rollout_metrics import judged
 
 COLUMN, IDS = "demonstration", "demonstration_ids"
@@ -15,9 +19,15 @@ def tokenise(dataset, tokenizer, args, name: str):
     """Add `demonstration_ids`: what the model is to say after the prompt, its end included.
 
     Raises:
-        DataError: no `demonstration` column; an empty or over-long demonstration where the config says error; a chat
-            template under which the prompt with its answer does not begin with the prompt.
+        DataError: no `datasets.Dataset`, or one without `demonstration` column; a demonstration that is neither a text
+            nor one message of the assistant; an empty or over-long one where the config says error; a chat template
+            under which the prompt with its answer does not begin with the prompt.
     """
+    if not isinstance(dataset, Dataset):
+        raise DataError(
+            f"{name} is of type {type(dataset).__name__}; with a gate its demonstrations are read before training, "
+            "from a datasets.Dataset. Load it whole (Dataset.from_list(rows)), or set `gamma: null`."
+        )
     columns = dataset.column_names or []
     missing = [column for column in ("prompt", COLUMN) if column not in columns]
     if missing:
@@ -25,16 +35,25 @@ def tokenise(dataset, tokenizer, args, name: str):
             f"{name} has no column {missing[0]!r}, which the gate for demonstrations needs. Found: "
             f"{', '.join(columns)}. Rename or add it, or set `gamma: null`."
         )
-    rows = dataset.map(
-        lambda row: {IDS: _ids(row["prompt"], row[COLUMN], tokenizer, args.chat_template_kwargs or {})},
-        desc=f"Tokenizing demonstrations of {name}",
-    )
+    kwargs = args.chat_template_kwargs or {}
+
+    def tokens(row: dict, index: int) -> dict:
+        try:
+            return {IDS: _ids(row["prompt"], row[COLUMN], tokenizer, kwargs)}
+        except DataError as error:
+            raise DataError(f"{name}, row {index + 1}: {error}") from None
+
+    rows = dataset.map(tokens, with_indices=True, desc=f"Tokenizing demonstrations of {name}")
     lengths = [len(ids) for ids in rows[IDS]]
     empty = [number for number, length in enumerate(lengths, 1) if not length]
     if empty and args.empty_demonstrations == "error":
         raise DataError(
             f"{len(empty)} of {len(lengths)} demonstrations of {name} are empty, the first in row {empty[0]}. Fill or "
             "drop them, or set `empty_demonstrations: rollouts`, which leaves such prompts to their rollouts."
+        )
+    if empty:
+        get_logger().warning(
+            "%d of %d demonstrations of %s are empty; these prompts keep their rollouts", len(empty), len(rows), name
         )
     limit = args.max_completion_length
     long = [number for number, length in enumerate(lengths, 1) if length > limit]
@@ -45,21 +64,23 @@ def tokenise(dataset, tokenizer, args, name: str):
             f"{max(lengths)}, or `long_demonstrations: truncate`, which cuts them before their end."
         )
     if long:
+        get_logger().warning(
+            "%d of %d demonstrations of %s are cut to %d tokens, without their end", len(long), len(rows), name, limit
+        )
         rows = rows.map(lambda row: {IDS: row[IDS][:limit]}, desc=f"Cutting demonstrations of {name}")
     return rows
 
 
 def _ids(prompt, demonstration, tokenizer, template_kwargs: dict) -> list[int]:
-    if not demonstration:
+    answer = _answer(demonstration)
+    if not answer.strip():
         return []
     end = tokenizer.eos_token_id
     if isinstance(prompt, str):
         if not isinstance(demonstration, str):
             raise DataError("a prompt is text and its demonstration is not; give both as text, or both as messages.")
         return [*tokenizer(demonstration, add_special_tokens=False)["input_ids"], end]
-    turns = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
-    if not all(turn.get("content") for turn in turns):
-        return []
+    turns = [{"role": "assistant", "content": answer}] if isinstance(demonstration, str) else demonstration
     kwargs = {"tokenize": True, "return_dict": True, **template_kwargs}
     before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
     whole = tokenizer.apply_chat_template([*prompt, *turns], **kwargs)["input_ids"]
@@ -72,6 +93,23 @@ def _ids(prompt, demonstration, tokenizer, template_kwargs: dict) -> list[int]:
     # templates often write a line break after the end of the turn, which a rollout never reaches
     last = max((i for i, token in enumerate(ids) if token == end), default=None)
     return [*ids, end] if last is None else ids[: last + 1]
+
+
+def _answer(demonstration) -> str:
+    """The text of a demonstration, empty where there is none."""
+    if not demonstration:
+        return ""
+    if isinstance(demonstration, str):
+        return demonstration
+    turns = demonstration if isinstance(demonstration, list) else []
+    if len(turns) == 1 and isinstance(turns[0], dict) and turns[0].get("role") == "assistant":
+        content = turns[0].get("content")
+        if content is None or isinstance(content, str):
+            return content or ""
+    raise DataError(
+        f"the demonstration is {shorten(demonstration)}; it must be a text, or a list of one message of the assistant "
+        "whose content is a text (no images, no turns of others)."
+    )
 
 
 def gate_weights(rewards: Tensor, gate: Tensor | None, soft_gate: list | None, threshold: float) -> Tensor:
@@ -150,10 +188,11 @@ def insert(trainer, batch: dict, inputs: list[dict], rewards: Tensor, size: int)
     args, device, own = trainer.args, rewards.device, len(inputs)
     start = trainer.accelerator.process_index * own
     scores = judged(trainer, rewards).view(-1, size)
+    _rewards.check_success(args, scores)
     gate = None
     if args.soft_gate is None:
-        gate = advantages.success_gate(scores, args.gamma, args.success_threshold)
-    weights = gate_weights(scores, gate, args.soft_gate, args.success_threshold)
+        gate = advantages.success_gate(scores, args.gamma, args.least_success)
+    weights = gate_weights(scores, gate, args.soft_gate, args.least_success)
     lengths = torch.tensor([len(row[IDS]) for row in inputs], device=device)
     lengths = trainer.accelerator.gather(lengths).view(-1, size)[:, 0].float()
     # a prompt without a demonstration stays with its rollouts
@@ -165,8 +204,10 @@ def insert(trainer, batch: dict, inputs: list[dict], rewards: Tensor, size: int)
     if (off_policy > 0).any():
         # an off-policy demonstration belongs to the group that it is compared with
         filled = rewards.view(-1, size).clone()
-        filled[off_policy > 0, 0] = args.success_threshold
-        values = group_rewards.group_advantages(filled.view(-1), size, trainer.group_advantage)
+        filled[off_policy > 0, 0] = args.least_success
+        values = group_rewards.group_advantages(
+            filled.view(-1), size, trainer.group_advantage, f"advantage {args.advantage}"
+        )
     values = values.view(-1, size)
     off_policy = off_policy * values[:, 0]
     values = values * on_policy[:, None]
@@ -196,7 +237,7 @@ def insert(trainer, batch: dict, inputs: list[dict], rewards: Tensor, size: int)
     batch["off_policy_share"] = flags * torch.nan_to_num(off_policy / whole)[group_of]
 
     metrics = trainer._metrics["train"]
-    successes = (scores >= args.success_threshold).sum(dim=1)
+    successes = (scores >= args.least_success).sum(dim=1)
     metrics["hpt/frac_sft_prompts"].append((on_policy == 0).float().mean().item())
     metrics["hpt/success_rate"].append((successes.float() / size).mean().item())
     metrics["hpt/solve_none"].append((successes == 0).float().mean().item())

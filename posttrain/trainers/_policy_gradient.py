@@ -16,7 +16,8 @@ from posttrain.mechanisms import group_rewards
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
-from posttrain.trainers import _checks, _completions, _demonstrations, _rollout_metrics
+from posttrain.rewards.base import shorten
+from posttrain.trainers import _checks, _completions, _demonstrations, _rewards, _rollout_metrics
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing
@@ -46,6 +47,7 @@ class PolicyGradientMixin(RunMixin):
         if args.use_vllm:
             require("vllm", "vllm", "use_vllm")
         self._advantage_function = _advantage_function(args)
+        reward_funcs = _rewards.reward_functions(reward_funcs, args)
         _check_prompts(train_dataset, eval_dataset)
         _checks.check_generation(args, train_dataset)
         if args.learns_from_demonstrations:
@@ -71,12 +73,13 @@ class PolicyGradientMixin(RunMixin):
 
     def identity_settings(self) -> dict:
         names = (
-            "advantage", "quantile", "quantile_interpolation", "gamma", "soft_gate", "success_threshold",
+            "advantage", "quantile", "quantile_interpolation", "gamma", "soft_gate",
             "demonstration_loss", "sft_normalization", "sft_coef", "loss_type", "beta", "epsilon", "epsilon_high",
             "scale_rewards", "num_generations", "num_iterations", "steps_per_generation", "max_completion_length",
             "temperature", "top_p", "top_k",
         )  # fmt: skip
-        return {name: getattr(self.args, name) for name in names}
+        settings = {name: getattr(self.args, name) for name in names}
+        return settings | {"success_threshold": self.args.least_success}
 
     # stands on GRPOTrainer._get_train_sampler; its generator is moved on where a run resumes
     def _get_train_sampler(self, dataset=None):
@@ -86,12 +89,7 @@ class PolicyGradientMixin(RunMixin):
     # stands on GRPOTrainer._calculate_rewards, whose result is the gathered matrix
     def _calculate_rewards(self, *args, **kwargs):
         self._rewards = super()._calculate_rewards(*args, **kwargs)
-        if self.model.training and torch.isnan(self._rewards).all():
-            raise DataError(
-                f"every reward function returned None for all {len(self._rewards)} completions of step "
-                f"{self.state.global_step + 1}, so there is nothing to learn from. Look at what "
-                f"{', '.join(self.reward_func_names)} make of the completions, and at the columns they are given."
-            )
+        _rewards.check_scores(self, self._rewards)
         return self._rewards
 
     # stands on GRPOTrainer._generate_and_score_completions
@@ -105,7 +103,8 @@ class PolicyGradientMixin(RunMixin):
         # beside them in the table of completions
         self._logs["extra"]["sampling"].extend([self._drawn_with] * len(rewards))
         if self._advantage_function is not None:
-            values = group_rewards.group_advantages(rewards, size, self._advantage_function)
+            name = f"advantage {self.args.advantage}"
+            values = group_rewards.group_advantages(rewards, size, self._advantage_function, name)
             self.set_advantages(batch, values)
             if self.args.quantile is not None:
                 _rollout_metrics.record_quantile(self, rewards.view(-1, size), values, mode)
@@ -307,11 +306,11 @@ def _advantage_function(args):
         module, _, name = args.advantage.partition(":")
         try:
             function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:
             raise ConfigError(
                 f"advantage is {args.advantage!r}, which cannot be imported ({error}). Give module:function, of a "
                 "module on the Python path."
-            ) from None
+            ) from error
         if not callable(function):
             raise ConfigError(f"advantage is {args.advantage!r}, which is no function.")
         return function
@@ -336,3 +335,12 @@ def _check_prompts(train_dataset, eval_dataset) -> None:
             raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
         if hasattr(dataset, "__len__") and not len(dataset):
             raise DataError(f"{name} has no rows.")
+        if not isinstance(dataset, Dataset):
+            continue
+        for row, prompt in enumerate(dataset["prompt"], 1):
+            messages = isinstance(prompt, list) and all(isinstance(turn, dict) and turn.get("role") for turn in prompt)
+            if not prompt or not (messages or isinstance(prompt, str)):
+                raise DataError(
+                    f"{name}, row {row}: the prompt is {shorten(prompt)}; it must be a text, or a list of messages "
+                    "that each have a role. Mend the row or leave it out."
+                )

@@ -27,7 +27,7 @@ def judged(trainer, rewards: Tensor) -> Tensor:
 def record(trainer, rewards: Tensor, size: int, mode: str) -> None:
     """Log how many of a batch's rollouts (N,) and prompts succeed."""
     metrics = trainer._metrics[mode]
-    success = (judged(trainer, rewards) >= trainer.args.success_threshold).view(-1, size)
+    success = (judged(trainer, rewards) >= trainer.args.least_success).view(-1, size)
     metrics["rollouts/unscorable_share"].append(torch.isnan(rewards).float().mean().item())
     metrics["rollouts/pass_at_1"].append(success.float().mean().item())
     if size > 1:
@@ -42,7 +42,7 @@ def record_quantile(trainer, rewards: Tensor, values: Tensor, mode: str) -> None
     )
     # the same in each scorable column
     baseline = torch.nanmean(rewards - above, dim=1)
-    hard = baseline[~torch.isnan(baseline)] < args.success_threshold
+    hard = baseline[~torch.isnan(baseline)] < args.least_success
     metrics["qae/frac_zero_advantage"].append((values == 0).float().mean().item())
     metrics["qae/frac_hard_prompts"].append(hard.float().mean().item())
     metrics["qae/frac_easy_prompts"].append((~hard).float().mean().item())
@@ -116,7 +116,7 @@ def greedy_success(trainer, dataset: Dataset) -> float:
             trainer._calculate_rewards(rows, prompts, completions, ids)
             rewards = group_rewards.weighted_rewards(trainer._rewards, trainer.reward_weights)
             scored = judged(trainer, rewards)[: len(dataset) - start]
-            successes += int((scored >= trainer.args.success_threshold).sum())
+            successes += int((scored >= trainer.args.least_success).sum())
     finally:
         trainer.generation_config = sampling
         trainer.model.train(mode)

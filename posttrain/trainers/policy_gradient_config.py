@@ -1,5 +1,6 @@
 """Settings of the policy gradient trainers: the parts of the estimator, QAE's and HPT's presets."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
@@ -8,6 +9,7 @@ from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.mechanisms.group_rewards import LOSS_TYPES
 from posttrain.objectives.advantages import order_statistic
+from posttrain.rewards.base import shorten
 from posttrain.trainers._checks import check_choice
 from posttrain.trainers._configs import CommonConfig, under_deepspeed
 from posttrain.trainers._estimators import NO_CLIP, compile_parts, resolve
@@ -43,7 +45,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     )
     quantile: float | None = field(
         default=None,
-        metadata={"help": "K of advantage: quantile, in (0, 1). null is the group mean."},
+        metadata={"help": "K of advantage: quantile, in (0, 1). null is the group mean, in QAEConfig only."},
     )
     quantile_interpolation: str = field(
         default="inverted_cdf",
@@ -63,7 +65,13 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             "rollouts, of the demonstration as off-policy row, and of the demonstration as SFT row."
         },
     )
-    success_threshold: float = field(default=1.0, metadata={"help": "A rollout succeeds from this reward on."})
+    success_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "A rollout succeeds from this reward on. null is 1.0, and with a gate stops at a reward that is "
+            "neither 0 nor 1."
+        },
+    )
     success_reward: str | None = field(
         default=None,
         metadata={"help": "Name of the reward function that success is read from. Default: the weighted sum."},
@@ -71,8 +79,8 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     demonstration_loss: str = field(
         default="sft",
         metadata={
-            "help": "Gradient of a demonstration row: sft (of its log-likelihood), luffy (off-policy, shaped by "
-            "p / (p + 0.1)) or srft (off-policy, by the likelihood)."
+            "help": "Gradient of the off-policy part of a demonstration, of the weights off_policy of soft_gate: luffy "
+            "(shaped by p / (p + 0.1)) or srft (by the likelihood). sft: demonstrations have no such part."
         },
     )
     sft_normalization: str = field(
@@ -122,7 +130,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         self.weighs_tokens = False
         if self.estimator is not None:
             self._compile_estimator()
-        if ":" not in self.advantage:
+        if ":" not in str(self.advantage):
             check_choice("advantage", self.advantage, (*ADVANTAGES, "my_module:my_function"))
         check_choice("quantile_interpolation", self.quantile_interpolation, ("inverted_cdf", "linear"))
         check_choice("demonstration_loss", self.demonstration_loss, DEMONSTRATION_LOSSES)
@@ -137,9 +145,14 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             )
         self._check_quantile()
         self._check_gate()
-        for name in ("sft_coef", "max_dead_steps"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("sft_coef", "max_dead_steps", "beta"):
+            if not _is_weight(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be 0 or more, and finite.")
+        if not _is_number(self.least_success):
+            raise ConfigError(
+                f"success_threshold is {self.success_threshold!r}; it must be a finite number, the least reward of a "
+                "success."
+            )
         if self.skip_grad_norm is not None:
             self._check_skipping()
         super().__post_init__()
@@ -166,6 +179,11 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     def learns_from_demonstrations(self) -> bool:
         """Whether a `demonstration` column is needed."""
         return self.gamma is not None or self.soft_gate is not None
+
+    @property
+    def least_success(self) -> float:
+        """The least reward of a success."""
+        return 1.0 if self.success_threshold is None else self.success_threshold
 
     def _check_skipping(self) -> None:
         if not self.skip_grad_norm > 0:
@@ -213,6 +231,11 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
 
     def _check_quantile(self) -> None:
         if self.quantile is None:
+            # where the preset has a quantile, null was chosen
+            if self.advantage == "quantile" and type(self).quantile is None:
+                raise ConfigError(
+                    "advantage is quantile, and quantile is not set. Set `quantile: 0.4`, or `advantage: group_mean`."
+                )
             return
         if self.advantage != "quantile":
             raise ConfigError(
@@ -240,20 +263,11 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     def _check_gate(self) -> None:
         if self.gamma is not None and (isinstance(self.gamma, bool | str) or not 0 <= self.gamma <= 1):
             raise ConfigError(f"gamma is {self.gamma!r}; it is a share of rollouts, in [0, 1]; null closes the gate.")
+        self._check_soft_gate()
         if not self.learns_from_demonstrations:
             return
         if self.gamma is not None and self.soft_gate is not None:
             raise ConfigError("gamma and soft_gate are both set; a prompt has one gate. Leave one of them out.")
-        if self.soft_gate is not None:
-            rows = self.soft_gate
-            good = len(rows) == self.num_generations + 1 and all(
-                isinstance(row, list | tuple) and len(row) == 3 and all(value >= 0 for value in row) for row in rows
-            )
-            if not good:
-                raise ConfigError(
-                    f"soft_gate must have {self.num_generations + 1} rows (for 0 to num_generations successes) of "
-                    "three weights of 0 or more: rollouts, off-policy demonstration, SFT demonstration."
-                )
         if self.sft_normalization != "unified" and self.loss_type == "bnpo":
             raise ConfigError(
                 f"sft_normalization is {self.sft_normalization} with loss_type bnpo, whose weight of a token depends "
@@ -266,6 +280,37 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         ):
             if value != neutral:
                 raise ConfigError(f"{name} is {value} with a gate for demonstrations; {why}. Leave {name} out.")
+
+    def _check_soft_gate(self) -> None:
+        rows = () if self.soft_gate is None else self.soft_gate
+        good = isinstance(rows, list | tuple) and all(
+            isinstance(row, list | tuple) and len(row) == 3 and all(map(_is_weight, row)) for row in rows
+        )
+        if not good or (self.soft_gate is not None and len(rows) != self.num_generations + 1):
+            raise ConfigError(
+                f"soft_gate must have {self.num_generations + 1} rows (for 0 to num_generations successes) of "
+                "three finite weights of 0 or more: rollouts, off-policy demonstration, SFT demonstration. It is "
+                f"{shorten(self.soft_gate)}."
+            )
+        off_policy = any(row[1] > 0 for row in rows)
+        if off_policy and self.demonstration_loss == "sft":
+            raise ConfigError(
+                "soft_gate has weights of off-policy demonstrations, and demonstration_loss is sft, which says nothing "
+                "of them. Set `demonstration_loss: luffy` or `srft`, or use the third weight."
+            )
+        if not off_policy and self.demonstration_loss != "sft":
+            raise ConfigError(
+                f"demonstration_loss is {self.demonstration_loss}, which has no effect without off-policy weights in "
+                "soft_gate: a demonstration of gamma is an SFT row. Set such weights, or leave demonstration_loss out."
+            )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_weight(value) -> bool:
+    return _is_number(value) and value >= 0
 
 
 @dataclass

@@ -69,9 +69,9 @@ def test_other_columns_are_mapped_by_name_and_messages_stay(tmp_path):
 @pytest.mark.parametrize(
     "rows, columns, message",
     [
-        ([{"question": "q"}], None, r"no columns for prompt and demonstration; found \['question'\].*columns="),
+        ([{"question": "q"}], None, r"no columns for prompt and .*; found \['question'\].*gold_column.*columns="),
         ([{"question": "q", "answer": "4"}], None, r"line 1: 'answer' ends without '#### N'.*ends in '4'"),
-        ([*GSM8K, {"question": "q", "answer": "####"}], None, "line 3: 'answer' ends without"),
+        ([*GSM8K, {"question": "q", "answer": "####"}], None, "line 3: 'answer' ends without.*gold_column in a recipe"),
         ([{"question": " ", "answer": "#### 4"}], None, "line 1: 'question', the prompt, is an empty text"),
         ([{"question": "q", "answer": None}], None, "line 1: 'answer', the demonstration, is null"),
         ([{"problem": "q", "solution": "s", "answer": None}], None, "line 1: 'answer', the gold answer, is null"),

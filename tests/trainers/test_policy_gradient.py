@@ -44,7 +44,7 @@ def identical(change, other):
         ({}, {}),
         (dict(beta=0.05), {}),
         (dict(num_iterations=2), {}),
-        ({}, dict(advantage="quantile", quantile=None)),
+        (dict(epsilon_high=0.28), dict(trainer_class=QAETrainer, config_class=QAEConfig, quantile=None)),
         (dict(loss_type="dr_grpo", scale_rewards="none"), dict(gamma=None)),
     ],
     ids=["default", "kl", "two-iterations", "quantile-null", "gamma-null"],

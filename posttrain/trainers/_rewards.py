@@ -1,0 +1,80 @@
+"""Rewards of a trainer: what TRL is given as `reward_funcs`, and what is refused of the scores."""
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.rewards import get_rewards
+from posttrain.rewards.registry import BUILT_IN
+from posttrain.trainers import _checks
+
+
+def reward_functions(specs, args) -> list | None:
+    """Functions, guarded as `UserReward`; built-in rewards by their names; reward models and their ids as they are.
+
+    Raises:
+        ConfigError, EnvironmentIssue: a name that is neither a reward's nor a model's that can be loaded.
+    """
+    if specs is None:
+        return None
+    return [_reward(spec, args) for spec in (specs if isinstance(specs, list | tuple) else [specs])]
+
+
+def _reward(spec, args):
+    if isinstance(spec, torch.nn.Module):
+        return spec
+    if not isinstance(spec, str) or ":" in spec or spec.partition("?")[0] in BUILT_IN:
+        return get_rewards([spec])[0]
+    try:
+        _checks.load_config(spec, args)
+    except PosttrainError as error:
+        raise type(error)(
+            f"reward_funcs: {spec!r} is no reward's name ({', '.join(BUILT_IN)}, or your own as module:function), and "
+            f"no reward model: {error}"
+        ) from error
+    return spec
+
+
+def check_scores(trainer, rewards: Tensor) -> None:
+    """Refuse scores (N, F) of all ranks that nothing can be learned from.
+
+    Raises:
+        DataError: an infinite score; in training, no score at all.
+    """
+    step, names = trainer.state.global_step + 1, trainer.reward_func_names
+    infinite = torch.isinf(rewards)
+    if infinite.any():
+        column = int(infinite.any(dim=0).nonzero()[0])
+        count = int(infinite[:, column].sum())
+        raise DataError(
+            f"reward function {names[column]} gave {rewards[infinite[:, column], column][0].item()} for {count} of "
+            f"{len(rewards)} completions of step {step}; a reward is a finite number, or None where there is none."
+        )
+    if trainer.model.training and torch.isnan(rewards).all():
+        raised = [
+            f" The last exception of {name}: {function.last_exception}."
+            for name, function in zip(names, trainer.reward_funcs, strict=True)
+            if getattr(function, "last_exception", None)
+        ]
+        raise DataError(
+            f"every reward function returned None for all {len(rewards)} completions of step {step}, so there is "
+            f"nothing to learn from.{''.join(raised)} Look at what {', '.join(names)} make of the completions, and at "
+            "the columns they are given."
+        )
+
+
+def check_success(args, scores: Tensor) -> None:
+    """Refuse scores (P, G) that success cannot be told from by the default threshold.
+
+    Raises:
+        ConfigError: `success_threshold` was not set, and a score is neither 0 nor 1.
+    """
+    if args.success_threshold is not None:
+        return
+    other = scores[(scores != 0) & (scores != 1) & ~torch.isnan(scores)]
+    if len(other):
+        raise ConfigError(
+            f"success is read from a reward of {other[0].item():g}, which is neither 0 nor 1, and success_threshold is "
+            "not set. Set success_threshold to the least reward of a success, or success_reward to the name of a "
+            "reward function that gives 0 or 1."
+        )

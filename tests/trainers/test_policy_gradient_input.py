@@ -1,0 +1,251 @@
+"""What a user can get wrong in settings, rewards, advantages, prompts and demonstrations, and how it is answered."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, QAEConfig
+from posttrain.config import parse
+from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.log import get_logger
+from tests.rollouts import entries, prompts, success, train
+from tests.training import distance
+
+HPT = dict(trainer_class=HPTTrainer, config_class=HPTConfig, num_generations=4, max_steps=1)
+WHOLE = dict(gradient_accumulation_steps=8)
+OFF_POLICY = [[0, 1, 0]] * 5
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    return lambda: caplog.text
+
+
+NAN, INF = float("nan"), float("inf")
+SETTINGS = [
+    (dict(gamma=0.0, demonstration_loss="luffy"), "demonstration_loss is luffy, which has no effect without"),
+    (dict(demonstration_loss="srft"), "demonstration_loss is srft, which has no effect without off-policy weights"),
+    (dict(soft_gate=[[1, 0, 1]] * 5, demonstration_loss="luffy"), "demonstration_loss is luffy, which has no effect"),
+    (dict(soft_gate=OFF_POLICY), "soft_gate has weights of off-policy demonstrations, and demonstration_loss is sft"),
+    (dict(soft_gate=[[0, 0, "a"]] * 5), "soft_gate must have 5 rows (for 0 to num_generations successes) of three"),
+    (dict(soft_gate=[[0, 0, None]] * 5), "three finite weights of 0 or more"),
+    (dict(soft_gate=[[0, 0, INF]] * 5), "It is [[0, 0, inf], [0, 0, inf]"),
+    (dict(soft_gate="x"), "It is 'x'."),
+    (dict(success_threshold=NAN), "success_threshold is nan; it must be a finite number"),
+    (dict(success_threshold="a"), "success_threshold is 'a'; it must be a finite number"),
+    (dict(sft_coef=INF), "sft_coef is inf; it must be 0 or more, and finite"),
+    (dict(beta=-1.0), "beta is -1.0; it must be 0 or more"),
+    (dict(advantage=":"), "advantage is ':', which cannot be imported"),
+    (dict(advantage=None), "advantage is None; it must be one of group_mean"),
+    (dict(advantage="quantile"), "advantage is quantile, and quantile is not set. Set `quantile: 0.4`"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), SETTINGS, ids=[f"{next(iter(f))}-{i}" for i, (f, _) in enumerate(SETTINGS)]
+)
+def test_settings_that_cannot_be_or_have_no_effect_are_refused(tiny_folder, tmp_path, fields, message):
+    with pytest.raises(ConfigError) as error:
+        train(tiny_folder, tmp_path, **fields)
+    assert message in str(error.value)
+
+
+def test_a_quantile_of_null_is_the_mean_where_the_preset_has_one(tmp_path):
+    assert QAEConfig(str(tmp_path), per_device_train_batch_size=16, quantile=None).quantile is None
+
+
+def test_a_soft_gate_is_read_from_a_command_line(tmp_path):
+    table = "[[0, 0, 1], [0.5, 0, 0.5], [1, 0, 0]]"
+    flags = ["--output_dir", str(tmp_path), "--num_generations", "2", "--soft_gate", table]
+    (args,) = parse((PolicyGradientConfig,), flags)
+    assert args.soft_gate == [[0, 0, 1], [0.5, 0, 0.5], [1, 0, 0]]
+    with pytest.raises(ConfigError, match=r"soft_gate must have 3 rows.*It is '\[\[0, 0, 1'"):
+        parse((PolicyGradientConfig,), [*flags[:-1], "[[0, 0, 1"])
+
+
+def raises(completions, **columns):
+    raise RuntimeError("boom")
+
+
+def returns(scores):
+    def function(completions, **columns):
+        return scores(len(completions))
+
+    return function
+
+
+REWARDS = [
+    (raises, DataError, "so there is nothing to learn from. The last exception of raises: RuntimeError: boom ("),
+    (returns(lambda n: None), ConfigError, "reward function function returned None; it must return a list"),
+    (returns(lambda n: ["good"] * n), ConfigError, "returned the score 'good'; a score is a number or None"),
+    (
+        returns(lambda n: [INF] + [0.0] * (n - 1)),
+        DataError,
+        "reward function function gave inf for 1 of 16 completions",
+    ),
+    (returns(lambda n: [-INF] * n), DataError, "gave -inf for 16 of 16 completions of step 1; a reward is a finite"),
+    ("maths_anser", PosttrainError, "reward_funcs: 'maths_anser' is no reward's name (maths_answer, exact_match"),
+    ("exact_match?nothing=1", ConfigError, "exact_match has no setting `nothing`"),
+    (3, ConfigError, "reward_funcs: 3 is neither a reward's name nor a function"),
+]
+
+
+@pytest.mark.parametrize(("reward", "kind", "message"), REWARDS, ids=range(len(REWARDS)))
+@pytest.mark.parametrize("preset", ["qae", "hpt"])
+def test_what_is_wrong_with_a_reward_is_said(tiny_folder, tmp_path, monkeypatch, preset, reward, kind, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(kind) as error:
+        train(tiny_folder, tmp_path, preset=preset, reward=reward, num_generations=4)
+    assert message in str(error.value)
+
+
+def test_a_reward_that_raises_beside_another_ends_the_run_at_its_third_call(tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match="reward function raises raised in 3 calls in a row.*RuntimeError: boom"):
+        train(tiny_folder, tmp_path, reward=[success, raises], max_steps=4)
+
+
+def test_rewards_may_be_named_and_need_not_take_every_column(tiny_folder, tmp_path):
+    def plain(prompts, completions):
+        return [float(len(prompts) == len(completions))] * len(completions)
+
+    _, trainer = train(tiny_folder, tmp_path, reward=["exact_match?gold=demonstration", plain], max_steps=1)
+    assert trainer.reward_func_names == ["exact_match", "plain"]
+    log = entries(trainer)[0]
+    assert log["rewards/plain/mean"] == 1.0 and log["rewards/exact_match/mean"] == 0.0
+
+
+def test_a_reward_model_stays_one(tiny_folder, tmp_path):
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    judge = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tiny_folder, num_labels=1))
+    judge.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "judge")
+    _, trainer = train(tiny_folder, tmp_path / "run", reward=str(tmp_path / "judge"), max_steps=1)
+    assert isinstance(trainer.reward_funcs[0], torch.nn.Module)
+    assert entries(trainer)[0]["reward_std"] > 0
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 2.0])
+def test_success_is_not_guessed_from_rewards_of_other_values(tiny_folder, tmp_path, value):
+    def graded(completion_ids, **columns):
+        return [value] * len(completion_ids)
+
+    with pytest.raises(ConfigError) as error:
+        train(tiny_folder, tmp_path / "a", **HPT, reward=graded)
+    assert f"success is read from a reward of {value:g}, which is neither 0 nor 1, and success_threshold" in str(
+        error.value
+    )
+    _, trainer = train(tiny_folder, tmp_path / "b", **HPT, reward=graded, success_threshold=value)
+    assert entries(trainer)[0]["hpt/solve_all"] == 1
+    _, trainer = train(tiny_folder, tmp_path / "c", **HPT, reward=[graded, success], success_reward="success")
+    assert 0 < entries(trainer)[0]["hpt/success_rate"] < 1
+    train(tiny_folder, tmp_path / "d", **HPT, reward=graded, gamma=None)
+
+
+def in_place(rewards):
+    return rewards.sub_(rewards.mean(dim=1, keepdim=True))
+
+
+def out_of_place(rewards):
+    return rewards - rewards.mean(dim=1, keepdim=True)
+
+
+def test_an_advantage_that_works_in_place_leaves_the_gate_as_it_is(tiny_folder, tmp_path):
+    logs, changes = [], []
+    for name in ("in_place", "out_of_place"):
+        change, trainer = train(tiny_folder, tmp_path / name, **HPT, **WHOLE, advantage=f"{__name__}:{name}")
+        changes.append(change)
+        logs.append({key: entries(trainer)[0][key] for key in ("hpt/frac_sft_prompts", "hpt/success_rate")})
+    assert logs[0] == logs[1] == {"hpt/frac_sft_prompts": pytest.approx(3 / 8), "hpt/success_rate": 11 / 32}
+    assert distance(*changes) == 0
+
+
+def breaks(rewards):
+    raise KeyError("x")
+
+
+def one_a_prompt(rewards):
+    return rewards.mean(dim=1)
+
+
+def nowhere(rewards):
+    return rewards * NAN
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("breaks", "breaks raised KeyError: 'x', for rewards of shape (4, 4)"),
+        ("one_a_prompt", "one_a_prompt returned (4,) for rewards of shape (4, 4)"),
+        ("nowhere", "nowhere returned NaN or infinity for a reward that is a number"),
+    ],
+)
+def test_what_is_wrong_with_an_advantage_is_said(tiny_folder, tmp_path, name, message):
+    with pytest.raises(ConfigError) as error:
+        train(tiny_folder, tmp_path, advantage=f"{__name__}:{name}")
+    assert f"advantage {__name__}:{message}" in str(error.value)
+
+
+@pytest.mark.parametrize("prompt", [None, "", 3, [], [{"content": "a"}]], ids=repr)
+def test_a_prompt_that_is_none_is_refused_with_its_row(tiny_folder, tmp_path, prompt):
+    kind = {str: "a", list: [{"role": "user", "content": "a"}], int: 3, type(None): "a"}[type(prompt)]
+    rows = [{"prompt": kind}, {"prompt": prompt}] + [{"prompt": kind}] * 6
+    with pytest.raises(DataError, match=rf"train_dataset, row {1 if prompt == 3 else 2}: the prompt is .*; it must be"):
+        train(tiny_folder, tmp_path, data=Dataset.from_list(rows))
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+BLOCKS = [{"type": "image", "text": None}, {"type": "text", "text": "A"}]
+ONE = "it must be a text, or a list of one message of the assistant"
+
+
+@pytest.mark.parametrize(
+    ("demonstration", "message"),
+    [
+        ([assistant(BLOCKS)], ONE),
+        ([{"content": "A"}], ONE),
+        ([{"role": "user", "content": "A"}], ONE),
+        (["A", "b"], ONE),
+        (3, ONE),
+        ([assistant("A"), {"role": "user", "content": "more"}, assistant("B")], ONE),
+        ([assistant(" \n")], "8 of 8 demonstrations of train_dataset are empty"),
+        ("   ", "8 of 8 demonstrations of train_dataset are empty"),
+    ],
+    ids=["blocks", "no-role", "user", "texts", "number", "several-turns", "blank-message", "blank"],
+)
+@pytest.mark.parametrize("prompt", ["q", [{"role": "user", "content": "q"}]], ids=["text", "messages"])
+def test_a_demonstration_is_one_answer(tiny_folder, tmp_path, prompt, demonstration, message):
+    data = Dataset.from_list([{"prompt": prompt, "demonstration": demonstration}] * 8)
+    with pytest.raises(DataError) as error:
+        train(tiny_folder, tmp_path, **HPT, data=data)
+    assert message in str(error.value)
+    if message == ONE:
+        assert "train_dataset, row 1: the demonstration is " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [(lambda data: data.to_iterable_dataset(), "IterableDataset"), (lambda data: data.to_list(), "list")],
+    ids=["stream", "list"],
+)
+def test_demonstrations_come_from_a_data_set(tiny_folder, tmp_path, given, kind):
+    with pytest.raises(DataError, match=f"train_dataset is of type {kind}; with a gate its demonstrations are read"):
+        train(tiny_folder, tmp_path, **HPT, data=given(prompts([0] * 8)))
+
+
+def test_fallbacks_for_demonstrations_are_counted(tiny_folder, tmp_path, said):
+    rows = prompts([0] * 8).to_list()
+    rows[0]["demonstration"], rows[1]["demonstration"], rows[2]["demonstration"] = "", " ", "y" * 20
+    choices = dict(empty_demonstrations="rollouts", long_demonstrations="truncate")
+    train(tiny_folder, tmp_path, **HPT, **WHOLE, **choices, data=Dataset.from_list(rows))
+    assert "2 of 8 demonstrations of train_dataset are empty; these prompts keep their rollouts" in said()
+    assert "1 of 8 demonstrations of train_dataset are cut to 12 tokens, without their end" in said()
