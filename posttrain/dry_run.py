@@ -1,9 +1,12 @@
 """What a run would do, told without doing it: no weight is loaded and nothing is written."""
 
 import math
+import os
 import warnings
 
 SAMPLE_ROWS = 64
+# of the first row, which `show` prints as blocks
+TEXTS = ("prompt", "chosen", "rejected", "demonstration", "gold")
 
 
 def describe(
@@ -29,21 +32,13 @@ def describe(
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     from posttrain.data import schema
-    from posttrain.data.tokens import load_processing_class, tokenized_pairs, tokenizer_of
+    from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
     from posttrain.trainers import _checks
 
-    _checks.check_args(args, type(args))
-    _checks.check_output_dir(args.output_dir)
-    if peft_config is not None:
-        _checks.check_lora(peft_config)
-    config = _checks.load_config(model_id, args)
+    config = check(model_id, args, peft_config)
     _checks.check_model_config(args, config)
-    revision = (args.model_init_kwargs or {}).get("revision")
-    processing_class = load_processing_class(model_id, revision, args.trust_remote_code)
+    processing_class = processing_class_for(model_id, None, args)
     reports = schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset)
     _checks.check_flip_rates(args, train_dataset, eval_dataset)
 
@@ -53,18 +48,6 @@ def describe(
     sample = train_dataset.select(range(min(SAMPLE_ROWS, len(train_dataset))))
     rows = list(tokenized_pairs(sample, processing_class))
     tokens = [min(len(r["prompt_ids"]) + len(r[side]), limit) for r in rows for side in ("chosen_ids", "rejected_ids")]
-
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings(), _checks.upstream_refusals():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-        # without memory for the weights, shared ones come out apart
-        model.tie_weights()
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     lengths = reports["train_dataset"].lengths
@@ -80,23 +63,58 @@ def describe(
         "pairs per step": batch,
         "training pairs": pairs,
         "steps": steps,
-        "parameters": parameters,
-        "trainable parameters": trainable,
         "tokens per step": round(2 * batch * sum(tokens) / len(tokens)),
         "longest sequence in the sample (tokens)": max(tokens),
-        # fp32; AdamW keeps two numbers a parameter beside the weights
-        "checkpoint bytes (estimate)": 4 * trainable * (1 if args.save_only_model else 3),
+        **sizes(config, args, peft_config),
         "prompt": tokenizer.decode(first["prompt_ids"]),
         "chosen": tokenizer.decode(first["chosen_ids"]),
         "rejected": tokenizer.decode(first["rejected_ids"]),
     }
 
 
+def check(model_id: str, args, peft_config):
+    """What every trainer checks before anything loads; returns the model's config."""
+    from posttrain.trainers import _checks
+
+    _checks.check_args(args, type(args))
+    _checks.check_output_dir(args.output_dir)
+    if peft_config is not None:
+        _checks.check_lora(peft_config)
+    return _checks.load_config(model_id, args)
+
+
+def sizes(config, args, peft_config) -> dict[str, int]:
+    """Parameters and checkpoint bytes of a model that is built without memory for its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from posttrain.trainers import _checks
+
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings(), _checks.upstream_refusals():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+        # without memory for the weights, shared ones come out apart
+        model.tie_weights()
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable parameters": trainable,
+        # fp32; AdamW keeps two numbers a parameter beside the weights
+        "checkpoint bytes (estimate)": 4 * trainable * (1 if args.save_only_model else 3),
+    }
+
+
 def show(facts: dict) -> None:
-    """Print what `describe` found."""
+    """Print what `describe` found, from the first process alone."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     print("A dry run: nothing was trained and nothing was written.\n")
     for name, value in facts.items():
-        if name in ("prompt", "chosen", "rejected"):
-            print(f"\nFirst {'pair, its prompt' if name == 'prompt' else name}:\n{value}")
+        if name in TEXTS:
+            print(f"\nFirst {name}:\n{value}")
         else:
-            print(f"{name:42} {value:,}")
+            print(f"{name:42} {value if isinstance(value, str) else format(value, ',')}")

@@ -1,5 +1,7 @@
 """The errors a user can meet, each with the command line's exit code."""
 
+from importlib.util import find_spec
+
 
 class PosttrainError(Exception):
     """The base of the library's own errors."""
@@ -29,3 +31,9 @@ class DivergedError(PosttrainError, RuntimeError):
     """Training that has left the finite numbers."""
 
     exit_code = 5
+
+
+def require(package: str, extra: str, why: str) -> None:
+    """Raise EnvironmentIssue, naming the extra to install, where a package is missing."""
+    if find_spec(package) is None:
+        raise EnvironmentIssue(f'{why} needs the package {package}: pip install "posttrain[{extra}]".')

@@ -1,15 +1,11 @@
 """What the recipes with verifiable rewards share: tasks, rewards, trainer, report, hub."""
 
 import math
-import os
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from posttrain.config import DataArguments, ModelArguments, get_peft_config, get_quantization_config, parse
-from posttrain.errors import ConfigError, DataError
-
-SAMPLE_ROWS = 64
+from posttrain import dry_run, recipe
+from posttrain.config import DataArguments, ModelArguments, get_quantization_config, parse
+from posttrain.errors import ConfigError
 
 
 @dataclass
@@ -36,7 +32,7 @@ class TaskArguments(DataArguments):
     )
     demonstration_column: str | None = field(
         default=None,
-        metadata={"help": "Column with the demonstration. Where nothing learns from it, the gold answer's will do."},
+        metadata={"help": "Column with the demonstration; needed only where something learns from it."},
     )
     gold_column: str | None = field(
         default=None,
@@ -57,56 +53,39 @@ class TaskArguments(DataArguments):
         named = {"prompt": self.prompt_column, "demonstration": self.demonstration_column, "gold": self.gold_column}
         if not any(named.values()):
             return None
-        return {"prompt": "prompt", "demonstration": "demonstration"} | {k: v for k, v in named.items() if v}
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the data set's name means something on this machine only."""
-        return self.dataset_name.split(":")[0] in ("generated", "gym") or Path(self.dataset_name).exists()
+        return {"prompt": "prompt"} | {k: v for k, v in named.items() if v}
 
 
-def load_tasks(task_args: TaskArguments, evaluate: bool):
-    """The training tasks, and those for evaluation if some are named or `evaluate` asks for them."""
+def load_tasks(task_args: TaskArguments, training_args):
+    """The training tasks, and those for evaluation if some are named or `eval_strategy` asks for them."""
     from posttrain.data.demonstrations import load_demonstrations
+
+    learns = training_args.learns_from_demonstrations
+    columns = task_args.columns
+    if learns and columns is not None:
+        columns = {"demonstration": "demonstration", **columns}
 
     def load(name, split, limit):
         return load_demonstrations(
             name,
             split,
             limit,
-            columns=task_args.columns,
+            columns=columns,
             config=task_args.dataset_config,
             conversational=task_args.conversational,
+            need_demonstrations=learns and training_args.empty_demonstrations == "error",
         )
 
-    train_dataset = load(task_args.dataset_name, task_args.dataset_train_split, task_args.max_train_rows)
-    eval_name = task_args.eval_dataset_name
-    if eval_name is None:
-        if not evaluate:
-            return train_dataset, None
-        if Path(task_args.dataset_name).is_file():
-            raise ConfigError(
-                f"eval_strategy asks for evaluation, but the file {task_args.dataset_name} has no splits. "
-                'Set eval_dataset_name to another file, or eval_strategy: "no".'
-            )
-        eval_name = task_args.dataset_name
-    return train_dataset, load(eval_name, task_args.dataset_test_split, task_args.max_eval_rows)
+    return recipe.load_splits(load, task_args, training_args.eval_strategy != "no")
 
 
 def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:
-    """What can be told before a model loads: enough tasks, gold answers that can be scored against, known names.
+    """What can be told before a model loads: gold answers that can be scored against, known names.
 
     Raises ConfigError or DataError. Rewards with workers start them.
     """
     from posttrain.rewards import check_golds
 
-    prompts = args.generation_batch_size // args.num_generations
-    if len(train_dataset) < prompts:
-        raise DataError(
-            f"train_dataset has {len(train_dataset)} tasks, and a generation takes {prompts} prompts "
-            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}). Give more "
-            "tasks, or make per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation smaller."
-        )
     names = [reward.__name__ for reward in rewards]
     if args.success_reward is not None and args.success_reward not in names:
         raise ConfigError(f"success_reward is {args.success_reward!r}; it must be one of {', '.join(names)}.")
@@ -119,32 +98,21 @@ def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:
 
 def run(trainer_class, config_class) -> None:
     """The whole of a recipe: settings, tasks, rewards, training, evaluation, card, hub."""
-    from posttrain.models import resolve_model
     from posttrain.reporting import RunReport
     from posttrain.rewards import get_rewards
 
     task_args, model_args, training_args = parse((TaskArguments, ModelArguments, config_class))
-    for name, arguments in (("model_name_or_path", model_args), ("dataset_name", task_args)):
-        if not getattr(arguments, name):
-            raise ConfigError(f"{name} is not set; give it in the config file or as --{name} VALUE.")
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation,
-        **(training_args.model_init_kwargs or {}),
-    }
+    model, peft_config = recipe.named_model(task_args, model_args, training_args)
     rewards = get_rewards(task_args.reward_funcs)
     try:
-        train_dataset, eval_dataset = load_tasks(task_args, evaluate=training_args.eval_strategy != "no")
+        train_dataset, eval_dataset = load_tasks(task_args, training_args)
         check_tasks(training_args, rewards, train_dataset, eval_dataset)
-        model, peft_config = resolve_model(model_args.model_name_or_path), get_peft_config(model_args)
         if training_args.dry_run:
             facts = describe(model, training_args, task_args, train_dataset, peft_config)
-            return show(facts)
+            return dry_run.show(facts)
         for reward in rewards:
             # the workers of a rank that none of the checks needed
             reward.start()
-
         trainer = trainer_class(
             model=model,
             reward_funcs=rewards,
@@ -155,23 +123,10 @@ def run(trainer_class, config_class) -> None:
             quantization_config=get_quantization_config(model_args),
             callbacks=[RunReport(sections={"tasks": vars(task_args), "model": vars(model_args)})],
         )
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if eval_dataset is not None:
-            metrics = trainer.evaluate()
-            trainer.log_metrics("eval", metrics)
-            trainer.save_metrics("eval", metrics)
+        recipe.train(trainer, task_args, evaluate=eval_dataset is not None)
     finally:
         for reward in rewards:
             reward.close()
-
-    # Every rank saves: under ZeRO-3 each one holds a part of the weights.
-    trainer.save_model()
-    hub_dataset = None if task_args.is_local else task_args.dataset_name
-    trainer.create_model_card(dataset_name=hub_dataset)
-    trainer.accelerator.print(f"Saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=hub_dataset)
-    trainer.end()
 
 
 def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_config=None) -> dict:
@@ -184,34 +139,18 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
+    from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.trainers import _checks, _demonstrations
 
-    _checks.check_args(args, type(args))
-    _checks.check_output_dir(args.output_dir)
-    if peft_config is not None:
-        _checks.check_lora(peft_config)
-    config = _checks.load_config(model_id, args)
-    tokenizer = _checks.tokenizer_for(model_id, None, args)
+    config = dry_run.check(model_id, args, peft_config)
+    _checks.check_generation(args, train_dataset)
+    tokenizer = tokenizer_of(processing_class_for(model_id, None, args))
     if args.learns_from_demonstrations:
         train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
 
-    sample = train_dataset.select(range(min(SAMPLE_ROWS, len(train_dataset))))
+    sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
     texts = [_rendered(row["prompt"], tokenizer, args) for row in sample]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings(), _checks.upstream_refusals():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-        # without memory for the weights, shared ones come out apart
-        model.tie_weights()
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-
     rollouts = args.generation_batch_size
     prompts = rollouts // args.num_generations
     # what is left of an epoch after its whole generations is not trained on
@@ -224,13 +163,9 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         "rollouts per generation": rollouts,
         "rollouts per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "steps": args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable parameters": trainable,
         "longest prompt in the sample (tokens)": max(lengths),
         "tokens of a rollout, at most": args.max_completion_length,
-        # fp32; AdamW keeps two numbers a parameter beside the weights
-        "checkpoint bytes (estimate)": 4 * trainable * (1 if args.save_only_model else 3),
-    }
+    } | dry_run.sizes(config, args, peft_config)
     if args.learns_from_demonstrations:
         facts["longest demonstration (tokens)"] = max(len(ids) for ids in train_dataset[_demonstrations.IDS])
     facts |= {"rewards": ", ".join(task_args.reward_funcs), "prompt": texts[0]}
@@ -251,15 +186,3 @@ def _rendered(prompt, tokenizer, args) -> str:
             f"prompts are messages, and the model's tokenizer has no chat template ({error}). Set `conversational: "
             "false` for tasks as plain text, or name a model that has one."
         ) from None
-
-
-def show(facts: dict) -> None:
-    """Print what `describe` found, from the first process alone."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print("A dry run: nothing was trained and nothing was written.\n")
-    for name, value in facts.items():
-        if name in ("prompt", "demonstration", "gold"):
-            print(f"\nFirst {'task, its prompt' if name == 'prompt' else name}:\n{value}")
-        else:
-            print(f"{name:42} {value if isinstance(value, str) else format(value, ',')}")

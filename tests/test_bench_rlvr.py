@@ -15,7 +15,8 @@ def rlvr(monkeypatch):
 def test_the_update_benchmark_measures_every_arm(rlvr, tmp_path, capsys):
     rlvr.main(["--quick", "--rounds", "1", "--json", str(tmp_path / "speed.json")])
     content = json.loads((tmp_path / "speed.json").read_text())
-    rows = {row["arm"]: row for row in content["rows"]}
+    assert [r["arm"] for r in content["rows"] if r["section"] == "scored"] == ["trl", "padded", "posttrain"]
+    rows = {row["arm"]: row for row in content["rows"] if row["section"] == "update"}
     assert list(rows) == ["trl", "padded", "dropped", "posttrain"]
     assert all(len(row["seconds"]) == 3 and min(row["seconds"]) > 0 for row in rows.values())
     assert rows["trl"]["ratio"] == [1.0, 1.0, 1.0]

@@ -25,6 +25,8 @@ _SHAPES = (
     {"prompt": "problem", "demonstration": "solution", "gold": "answer"},
     {"prompt": "problem", "demonstration": "solution"},
     {"prompt": "question", "demonstration": "answer"},
+    {"prompt": "prompt", "gold": "gold"},
+    {"prompt": "problem", "gold": "answer"},
 )
 _GENERATED = {"arithmetic": arithmetic_tasks, "modular_sum": modular_sum_tasks}
 _RANGES = ("operands", "digits", "terms")
@@ -40,6 +42,7 @@ def load_demonstrations(
     config: str | None = None,
     conversational: bool = True,
     keep_notes: bool = False,
+    need_demonstrations: bool = True,
 ):
     """Tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
 
@@ -58,6 +61,7 @@ def load_demonstrations(
         config: of a hub data set that has several, such as `main` of openai/gsm8k.
         conversational: make texts into a user message and an assistant message. Rows of messages stay so.
         keep_notes: keep GSM8K's calculator notes, `<<48/2=24>>`, which are no part of the text.
+        need_demonstrations: False lets demonstrations be empty, or their column be missing where there is one for gold.
 
     Raises DataError for what cannot be read, missing columns, an empty prompt or demonstration, and a row without a
     gold answer, each with its place; ConfigError for wrong options; EnvironmentIssue where the hub cannot be reached
@@ -73,8 +77,11 @@ def load_demonstrations(
         made = _generate(kind, rest, split, conversational)
         return made if limit is None else made.select(range(min(limit, len(made))))
     rows, places = _read(source, split, limit, config)
-    shape = _shape(columns_of(rows), columns, source)
-    made = [_row(row, place, shape, conversational, keep_notes) for row, place in zip(rows, places, strict=True)]
+    shape = _shape(columns_of(rows), columns, source, need_demonstrations)
+    made = [
+        _row(row, place, shape, conversational, keep_notes, need_demonstrations)
+        for row, place in zip(rows, places, strict=True)
+    ]
     try:
         return Dataset.from_list(made)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
@@ -104,7 +111,7 @@ def _read(source: str, split: str, limit: int | None, config: str | None) -> tup
     return list(found), [f"{source}, row {number}" for number in range(1, len(found) + 1)]
 
 
-def _shape(found: list[str], columns: Mapping[str, str] | None, source: str) -> dict[str, str]:
+def _shape(found: list[str], columns: Mapping[str, str] | None, source: str, need: bool) -> dict[str, str]:
     """The source's column for each of ours, ours that are not there left out."""
     if columns is not None:
         unknown = sorted(set(columns) - set(COLUMNS))
@@ -115,19 +122,27 @@ def _shape(found: list[str], columns: Mapping[str, str] | None, source: str) -> 
             raise DataError(f"{source}: column {missing[0]!r} of columns={dict(columns)!r} is missing; found {found}.")
     shapes = _SHAPES if columns is None else (dict(columns),)
     for shape in shapes:
-        if {"prompt", "demonstration"} <= set(shape) and set(shape.values()) <= set(found):
+        answer = "demonstration" in shape or ("gold" in shape and not need)
+        if "prompt" in shape and answer and set(shape.values()) <= set(found):
             return {**shape, **{name: name for name in OTHER_COLUMNS if name in found}}
     if columns is not None:
-        raise ConfigError(f"columns={dict(columns)!r} must name the columns of at least prompt and demonstration.")
+        least = "demonstration" if need else "demonstration or gold"
+        raise ConfigError(f"columns={dict(columns)!r} must name the columns of at least prompt and {least}.")
+    missing = "demonstration" if need else "gold"
     raise DataError(
-        f"{source}: no columns for prompt and demonstration; found {found}. Known are prompt + demonstration (+ gold), "
+        f"{source}: no columns for prompt and {missing}; found {found}. Known are prompt + demonstration (+ gold), "
         "problem + solution (+ answer) and question + answer (ending in '#### N'). Name others by "
         "columns={'prompt': ..., 'demonstration': ..., 'gold': ...}."
     )
 
 
-def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, keep_notes: bool) -> dict:
-    prompt, demonstration = (_side(row, place, shape[name], name) for name in ("prompt", "demonstration"))
+def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, keep_notes: bool, need: bool) -> dict:
+    prompt = _side(row, place, shape["prompt"], "prompt")
+    demonstration = row.get(shape.get("demonstration"))
+    if need or (demonstration and not _is_blank(demonstration)):
+        demonstration = _side(row, place, shape["demonstration"], "demonstration")
+    else:
+        demonstration = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
     if not keep_notes:
         demonstration = _without_notes(demonstration)
     made = {name: row.get(column) for name, column in shape.items() if name in OTHER_COLUMNS}
@@ -143,7 +158,8 @@ def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, kee
         demonstration = [{"role": "assistant", "content": demonstration}]
     if isinstance(prompt, str) != isinstance(demonstration, str):
         raise DataError(f"{place}: prompt and demonstration must both be texts or both lists of messages.")
-    return {"prompt": prompt, "demonstration": demonstration, "gold": gold, **made}
+    shown = {"demonstration": demonstration} if "demonstration" in shape else {}
+    return {"prompt": prompt, **shown, "gold": gold, **made}
 
 
 def _side(row: dict, place: str, column: str, name: str):
@@ -154,6 +170,10 @@ def _side(row: dict, place: str, column: str, name: str):
         return [{"role": message["role"], "content": message["content"]} for message in value]
     shown = "an empty text" if isinstance(value, str) else "an empty list" if value == [] else preferences._kind(value)
     raise DataError(f"{place}: {column!r}, the {name}, is {shown}; it must be a text or a list of messages.")
+
+
+def _is_blank(value) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def _is_message(message) -> bool:

@@ -5,8 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import fields
 
-from posttrain.errors import ConfigError, DataError
-from posttrain.rewards.base import require
+from posttrain.errors import ConfigError, DataError, require
 
 # Keeps what JSON has no words for, since verifiers tell tuples from lists.
 _KIND = "__kind__"

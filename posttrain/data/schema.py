@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from posttrain.data import formats
 from posttrain.data.formats import Format, convert, detect
 from posttrain.data.lengths import Lengths, end_of_turn_tokens, measure
-from posttrain.data.tokens import load_processing_class, tokenized_pairs, tokenizer_of
+from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
 from posttrain.data.values import read_values, scan_pairs
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import DataError
 from posttrain.log import get_logger
 
 __all__ = ["Format", "PairReport", "check_columns", "check_preferences", "check_run", "convert", "detect"]
@@ -90,11 +90,8 @@ def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     revision = kwargs.get("revision") if isinstance(model, str) else None
     stop_ids = generation_stop_ids(model, revision)
-    if processing_class is None and any(map(_is_sized, named.values())):
-        model_id = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        if not model_id:
-            raise ConfigError("the model has no name to load a tokenizer by; pass `processing_class`.")
-        processing_class = load_processing_class(model_id, revision, args.trust_remote_code)
+    if any(map(_is_sized, named.values())):
+        processing_class = processing_class_for(model, processing_class, args)
     reports = {
         name: check_preferences(dataset, processing_class, args.max_length, name, args.truncation_mode, stop_ids)
         for name, dataset in named.items()

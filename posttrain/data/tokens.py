@@ -35,6 +35,22 @@ def load_processing_class(model: str, revision: str | None = None, trust_remote_
         raise model_failure(model, error, "has no tokenizer that can be loaded") from error
 
 
+def processing_class_for(model, processing_class, args):
+    """The tokenizer or processor of a run with the training arguments `args`: the one given, else the model's own.
+
+    `model`: a hub id or folder, or a model. Raises as `load_processing_class`, and ConfigError for a model without a
+    name.
+    """
+    if processing_class is not None:
+        return processing_class
+    model_id = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not model_id:
+        raise ConfigError("the model has no name to load a tokenizer by; pass `processing_class`.")
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    revision = kwargs.get("revision") if isinstance(model, str) else None
+    return load_processing_class(model_id, revision, args.trust_remote_code)
+
+
 def tokenizer_of(processing_class):
     """The tokenizer in a processor; a tokenizer as it is."""
     from transformers import ProcessorMixin

@@ -2,9 +2,8 @@
 
 import math
 from dataclasses import fields
-from importlib.util import find_spec
 
-from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.rewards.pool import WorkerPool
 
@@ -180,12 +179,6 @@ def shorten(value, length: int = 80) -> str:
 
 def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-
-
-def require(package: str, extra: str, why: str) -> None:
-    """Raise EnvironmentIssue, naming the extra to install, where a package is missing."""
-    if find_spec(package) is None:
-        raise EnvironmentIssue(f'{why} needs the package {package}: pip install "posttrain[{extra}]".')
 
 
 def check_choice(name: str, value, allowed) -> None:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from posttrain.errors import require
 from posttrain.rewards.answers import final_answer
-from posttrain.rewards.base import PooledReward, column_of, completion_text, require
+from posttrain.rewards.base import PooledReward, column_of, completion_text
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, require
 from posttrain.log import get_logger
 from posttrain.rewards.answers import PLACES, answer_number, final_answer, gold_answer
 from posttrain.rewards.base import (
@@ -12,7 +12,6 @@ from posttrain.rewards.base import (
     check_choice,
     column_of,
     completion_text,
-    require,
 )
 
 ENGINES = ("auto", "math_verify", "numbers")

@@ -10,7 +10,6 @@ import torch
 from transformers import AttentionInterface, AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from posttrain.data.tokens import load_processing_class, tokenizer_of
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
 from posttrain.remote import check_model_name, model_failure
 from posttrain.trainers import _checkpoints
@@ -165,6 +164,17 @@ def check_flip_rates(args, train_dataset, eval_dataset) -> None:
                 )
 
 
+def check_generation(args, train_dataset) -> None:
+    """TRL's sampler leaves out what fills no whole generation; of too few rows nothing would be left."""
+    prompts = args.generation_batch_size // args.num_generations
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
+        raise DataError(
+            f"train_dataset has {len(train_dataset)} rows, and a generation takes {prompts} prompts "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}). Give more "
+            "rows, or make per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation smaller."
+        )
+
+
 def check_parallelism(accelerator) -> None:
     """Refuse layouts in which a rank does not hold its own rows."""
     layout = getattr(accelerator, "parallelism_config", None)
@@ -192,14 +202,3 @@ def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
             "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel; if this is "
             "intended, set `check_reference: false`."
         )
-
-
-def tokenizer_for(model, processing_class, args):
-    """The tokenizer of a run, before its model loads."""
-    if processing_class is None:
-        model_id = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        if not model_id:
-            raise ConfigError("the model has no name to load a tokenizer by; pass `processing_class`.")
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        processing_class = load_processing_class(model_id, revision, args.trust_remote_code)
-    return tokenizer_of(processing_class)

@@ -19,10 +19,9 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.models import resolve_model
 from posttrain.trainers import _checks, _reference
 from posttrain.trainers._run import RunMixin
-from posttrain.trainers._sharing import PrefixSharing, check_setting
+from posttrain.trainers._sharing import PrefixSharing
 
 # Columns of a batch that are ours or the loss's, not the model's
 _NOT_FOR_THE_MODEL = {
@@ -61,8 +60,6 @@ class PreferenceMixin(RunMixin):
     counts and reduced once per log.
     """
 
-    _config_class: type
-
     def __init__(
         self,
         model,
@@ -75,16 +72,8 @@ class PreferenceMixin(RunMixin):
         *rest,
         **kwargs,
     ):
-        args = _checks.check_args(args, self._config_class)
-        _checks.check_output_dir(args.output_dir)
-        peft_config = kwargs.get("peft_config")
-        if peft_config is not None:
-            _checks.check_lora(peft_config)
-        if isinstance(model, str):
-            model = resolve_model(model)
-        config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
+        model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         _checks.check_model_config(args, config)
-        check_setting(args, config, peft_config)
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
         self._begin_run(preflight(args, model))

@@ -7,18 +7,18 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from posttrain.errors import ConfigError, DataError, DivergedError
+from posttrain.data.tokens import processing_class_for, tokenizer_of
+from posttrain.errors import ConfigError, DataError, DivergedError, require
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
 from posttrain.mechanisms.metrics import MeanMetrics
-from posttrain.models import resolve_model
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
 from posttrain.trainers import _checks, _demonstrations, _rollout_metrics
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._run import RunMixin
-from posttrain.trainers._sharing import PrefixSharing, check_setting
+from posttrain.trainers._sharing import PrefixSharing
 
 
 class PolicyGradientMixin(RunMixin):
@@ -27,8 +27,6 @@ class PolicyGradientMixin(RunMixin):
     TRL generates, scores and computes the loss. The seams are the gathered rewards, the scored batch, the buffer of
     micro-batches and the per-token log-probs.
     """
-
-    _config_class: type
 
     def __init__(
         self,
@@ -41,26 +39,22 @@ class PolicyGradientMixin(RunMixin):
         *rest,
         **kwargs,
     ):
-        args = _checks.check_args(args, self._config_class)
-        _checks.check_output_dir(args.output_dir)
-        peft_config = kwargs.get("peft_config")
-        if peft_config is not None:
-            _checks.check_lora(peft_config)
-        if isinstance(model, str):
-            model = resolve_model(model)
-        config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
-        check_setting(args, config, peft_config)
+        model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
+        if args.use_vllm:
+            require("vllm", "vllm", "use_vllm")
         self._advantage_function = _advantage_function(args)
         _check_prompts(train_dataset, eval_dataset)
+        _checks.check_generation(args, train_dataset)
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
-            tokenizer = _checks.tokenizer_for(model, processing_class, args)
+            tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
             train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
         self._begin_run(preflight(args, model))
         self._sharing, self._scored, self._rewards = None, None, None
         self._means = MeanMetrics()
         self._dead_generations, self._skipped = 0, False
+        self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
         with _checks.upstream_refusals():
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
         _checks.check_parallelism(self.accelerator)
@@ -100,6 +94,8 @@ class PolicyGradientMixin(RunMixin):
         rewards = group_rewards.weighted_rewards(self._rewards, self.reward_weights)
         mode = "train" if training else "eval"
         _rollout_metrics.record(self, rewards, size, mode)
+        # beside them in the table of completions
+        self._logs["extra"]["sampling"].extend([self._drawn_with] * len(rewards))
         if self._advantage_function is not None:
             values = group_rewards.group_advantages(rewards, size, self._advantage_function)
             self.set_advantages(batch, values)

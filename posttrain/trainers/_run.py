@@ -2,17 +2,34 @@
 
 import math
 
+import torch
 from accelerate.utils import is_peft_model
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
+from posttrain.models import resolve_model
 from posttrain.reporting import RunReport
-from posttrain.trainers import _checkpoints
+from posttrain.trainers import _checkpoints, _checks
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
+from posttrain.trainers._sharing import check_setting
 
 
 class RunMixin:
     """The part of each mixin that does not depend on its family. Stands on `transformers.Trainer`."""
+
+    _config_class: type
+
+    def _check_start(self, model, args, peft_config):
+        """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
+        args = _checks.check_args(args, self._config_class)
+        _checks.check_output_dir(args.output_dir)
+        if peft_config is not None:
+            _checks.check_lora(peft_config)
+        if isinstance(model, str):
+            model = resolve_model(model)
+        config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
+        check_setting(args, config, peft_config)
+        return model, args, config
 
     def _begin_run(self, hub_destination) -> None:
         """Before the parent's constructor."""

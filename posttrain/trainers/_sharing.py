@@ -108,7 +108,7 @@ class PrefixSharing:
         self._say(f"a batch is padded, not shared: {reason}; so will others be")
 
     def _check_lengths(self, trainer) -> None:
-        limit = trainer.args.max_length
+        limit = getattr(trainer.args, "max_length", None)
         for sets in (trainer.train_dataset, trainer.eval_dataset):
             for rows in sets.values() if isinstance(sets, dict) else [sets]:
                 if not isinstance(rows, Dataset) or "chosen_ids" not in rows.column_names:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, fields
 from trl import GRPOConfig
 
 from posttrain.errors import ConfigError
+from posttrain.log import get_logger
 from posttrain.mechanisms.group_rewards import LOSS_TYPES
+from posttrain.objectives.advantages import order_statistic
 from posttrain.trainers._checks import check_choice
 from posttrain.trainers._configs import CommonConfig, under_deepspeed
 from posttrain.trainers._estimators import NO_CLIP, compile_parts, resolve
@@ -140,6 +142,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         if self.skip_grad_norm is not None:
             self._check_skipping()
         super().__post_init__()
+        self._check_sampling()
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(sorted(LOSS_TYPES))}.")
 
@@ -177,6 +180,36 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
                 "norm is computed. Set max_grad_norm above 0; a large one never clips."
             )
 
+    @property
+    def sampling(self) -> dict:
+        """What rollouts are drawn with."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return {name: getattr(self, name) for name in names} | (self.generation_kwargs or {})
+
+    def _check_sampling(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"temperature is {self.temperature}; it must be above 0, rollouts of a prompt must differ."
+            )
+        if "temperature" in (self.generation_kwargs or {}):
+            raise ConfigError(
+                "generation_kwargs sets temperature, of which the log-probabilities in training would not know. Set "
+                "`temperature` instead."
+            )
+        neutral = {"top_p": (1.0, None), "top_k": (0, None, -1), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+        sampling = self.sampling
+        changed = [f"{name} is {sampling[name]}" for name, values in neutral.items() if sampling[name] not in values]
+        if not changed:
+            return
+        found = f"{', '.join(changed)}, so rollouts are drawn from another distribution than the model's own"
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            raise ConfigError(
+                f"{found}, and the ratio between vLLM's log-probabilities and the trainer's would correct for it token "
+                "by token as if it were an error. Leave it at its default, or set "
+                "`vllm_importance_sampling_correction: false`."
+            )
+        get_logger().warning("%s; the gradient does not account for it", found)
+
     def _check_quantile(self) -> None:
         if self.quantile is None:
             return
@@ -193,6 +226,14 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             raise ConfigError(
                 f"multi_objective_aggregation is {self.multi_objective_aggregation} with a quantile of the summed "
                 "reward. Set `multi_objective_aggregation: sum_then_normalize`, or `quantile: null`."
+            )
+        place = order_statistic(self.quantile, self.num_generations)
+        if place in (1, self.num_generations):
+            get_logger().warning(
+                "quantile %s of %d rollouts is the %s of them, so no advantage is %s",
+                self.quantile,
+                self.num_generations,
+                *(("least", "below 0") if place == 1 else ("greatest", "above 0")),
             )
 
     def _check_gate(self) -> None:

@@ -106,6 +106,24 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
         load_demonstrations(source, columns={"prompt": "question"})
 
 
+def test_demonstrations_may_be_missing_where_nothing_learns_from_them(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [{"problem": "1 + 1", "answer": "2"}])
+    (made,) = load_demonstrations(source, need_demonstrations=False)
+    assert made == {"prompt": [{"role": "user", "content": "1 + 1"}], "gold": "2"}
+    (made,) = load_demonstrations(source, columns={"prompt": "problem", "gold": "answer"}, need_demonstrations=False)
+    assert made["gold"] == "2" and "demonstration" not in made
+    rows = [{"prompt": "a", "demonstration": text, "gold": "2"} for text in ("it is 2", " ", None)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    made = load_demonstrations(source, need_demonstrations=False, conversational=False)
+    assert made["demonstration"] == ["it is 2", "", ""]
+    made = load_demonstrations(source, need_demonstrations=False)
+    assert [turns[0]["content"] for turns in made["demonstration"]] == ["it is 2", "", ""]
+    with pytest.raises(DataError, match="no columns for prompt and gold"):
+        load_demonstrations(write(tmp_path / "rows.jsonl", [{"prompt": "a"}]), need_demonstrations=False)
+    with pytest.raises(ConfigError, match="at least prompt and demonstration or gold"):
+        load_demonstrations(source, columns={"prompt": "prompt"}, need_demonstrations=False)
+
+
 def test_a_hub_data_set_is_asked_for_its_config_and_mapped(monkeypatch):
     import datasets
 

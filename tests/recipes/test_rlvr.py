@@ -115,7 +115,7 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(recipe, tmp_path):
     linears = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     rank = 16 * sum(module.in_features + module.out_features for module in linears if module is not model.lm_head)
     assert facts["trainable parameters"] == f"{rank:,}"
-    assert "First task, its prompt:\n<|im_start|>user\nWhat is " in out and "First demonstration:\n" in out
+    assert "First prompt:\n<|im_start|>user\nWhat is " in out and "First demonstration:\n" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -141,7 +141,7 @@ REFUSED = [
     ("hpt", {"max_completion_length": 4}, ROWS, 3, "8 of 8 demonstrations of train_dataset are longer than"),
     ("qae", {}, BAD_GOLD, 3, "train_dataset, row 4: the gold answer 'about four' in column 'gold' cannot be used by"),
     ("qae", {"reward_funcs": "gym"}, ROWS, 3, "train_dataset: column 'gym_task' with the gold answers is missing"),
-    ("qae", {}, ROWS[:3], 3, "train_dataset has 3 tasks, and a generation takes 4 prompts"),
+    ("qae", {}, ROWS[:3], 3, "train_dataset has 3 rows, and a generation takes 4 prompts"),
 ]
 
 
@@ -157,14 +157,21 @@ def test_what_cannot_be_trained_ends_with_its_code(recipe, tmp_path, mode, metho
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
-def test_columns_of_other_names_are_read_and_gold_stands_in_for_a_missing_demonstration(recipe, tmp_path):
+def test_columns_of_other_names_are_read_and_qae_needs_no_demonstration(recipe, tmp_path):
     rows = [{"task": row["prompt"], "result": row["gold"]} for row in ROWS]
     (tmp_path / "tasks.jsonl").write_text(lines(rows))
-    columns = {"prompt_column": "task", "demonstration_column": "result", "gold_column": "result"}
+    columns = {"prompt_column": "task", "gold_column": "result"}
     given = {"dataset_name": "tasks.jsonl", "reward_funcs": "maths_answer?engine=numbers", "dry_run": "true"}
     code, out, err = recipe("qae", *shipped("qae", "cpu"), **given, **columns)
     assert code == 0, err
-    assert "First task, its prompt:\n<|im_start|>user\n0 + 1 =" in out and "First gold:\n1" in out
+    assert "First prompt:\n<|im_start|>user\n0 + 1 =" in out and "First gold:\n1" in out
+
+
+def test_prompts_without_a_demonstration_are_left_to_their_rollouts_where_asked_for(recipe, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text(lines(EMPTY))
+    given = {"dataset_name": "tasks.jsonl", "reward_funcs": "maths_answer?engine=numbers", "dry_run": "true"}
+    code, out, err = recipe("hpt", *shipped("hpt", "cpu"), **given, empty_demonstrations="rollouts")
+    assert code == 0 and "First demonstration:\n#### 1" in out, err
 
 
 def test_the_command_line_knows_the_recipes(tmp_path, monkeypatch, capsys):

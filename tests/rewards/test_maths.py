@@ -9,7 +9,6 @@ import pytest
 
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.rewards import ExactMatch, MathsAnswer, check_golds, maths
-from posttrain.rewards import base as rewards_base
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_where_the_answer_is_looked_for_can_be_narrowed():
 
 def test_without_math_verify_numbers_are_compared_and_asking_for_it_names_the_extra(monkeypatch):
     monkeypatch.setattr(maths, "find_spec", lambda name: None)
-    monkeypatch.setattr(rewards_base, "find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain.errors.find_spec", lambda name: None)
     reward = MathsAnswer()
     reward.start()
     assert reward(completions=[r"\boxed{1/2}"], gold=["0.5"]) == [1.0] and reward._pool.pids == []

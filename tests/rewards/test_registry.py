@@ -143,6 +143,6 @@ def test_coroutine_functions_stay_so():
 
 
 def test_gym_needs_its_extra(monkeypatch):
-    monkeypatch.setattr("posttrain.rewards.base.find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain.errors.find_spec", lambda name: None)
     with pytest.raises(Exception, match=r'pip install "posttrain\[gym\]"'):
         GymScore()

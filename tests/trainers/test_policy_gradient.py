@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, QAEConfig, QAETrainer
-from posttrain.errors import ConfigError, DataError, DivergedError
+from posttrain.errors import ConfigError, DataError, DivergedError, EnvironmentIssue
 from posttrain.log import get_logger
+from posttrain.models import tiny_model
 from posttrain.objectives import advantages
 from tests.rollouts import PARENT, entries, prompts, success, train
 from tests.training import distance
@@ -275,6 +276,11 @@ REFUSED = [
     (dict(skip_grad_norm=80.0), "skip_grad_norm is 80.0 and max_grad_norm is 0.0, with which no norm is computed"),
     (dict(gamma=0.0, loss_type="bnpo", sft_normalization="prompt"), "sft_normalization is prompt with loss_type bnpo"),
     (dict(loss_type="ppo"), "loss_type is 'ppo'; it must be one of"),
+    (dict(temperature=0.0), "temperature is 0.0; it must be above 0"),
+    (dict(generation_kwargs={"temperature": 0.5}), "generation_kwargs sets temperature"),
+    (dict(top_p=0.9, use_vllm=True), "top_p is 0.9, so rollouts are drawn from another distribution"),
+    (dict(generation_kwargs={"top_k": 5}, use_vllm=True), "top_k is 5, so rollouts"),
+    (dict(data=prompts([0] * 3)), "train_dataset has 3 rows, and a generation takes 4 prompts"),
     (dict(sft_normalization="row"), "sft_normalization is 'row'"),
 ]
 
@@ -283,9 +289,30 @@ REFUSED = [
     ("fields", "message"), REFUSED, ids=[next(iter(f)) + f"-{i}" for i, (f, _) in enumerate(REFUSED)]
 )
 def test_impossible_settings_are_refused_by_name(tiny_folder, tmp_path, fields, message):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises((ConfigError, DataError)) as error:
         train(tiny_folder, tmp_path, **fields)
     assert message in str(error.value)
+
+
+def test_vllm_is_asked_for_before_the_model_loads(tiny_folder, tmp_path):
+    with pytest.raises(EnvironmentIssue, match=r'use_vllm needs the package vllm: pip install "posttrain\[vllm\]"'):
+        train(tiny_folder, tmp_path, use_vllm=True)
+
+
+def test_sampling_settings_are_kept_with_the_rollouts(tiny_folder, tmp_path, said):
+    pandas = pytest.importorskip("pandas")
+    sampled = dict(temperature=0.7, top_p=0.9, generation_kwargs={"min_p": 0.01})
+    train(tiny_folder, tmp_path, log_completions=True, num_completions_to_print=1, **sampled)
+    table = next((tmp_path / "completions").glob("*.parquet"))
+    drawn_with = "temperature 0.7, top_p 0.9, top_k 0, min_p 0.01, repetition_penalty 1.0"
+    assert set(pandas.read_parquet(table)["sampling"]) == {drawn_with}
+    assert "top_p is 0.9, min_p is 0.01, so rollouts are drawn from another distribution" in said()
+
+
+@pytest.mark.parametrize(("quantile", "side"), [(0.2, "the least of them, so no advantage is below 0"), (0.5, None)])
+def test_a_quantile_at_the_edge_of_a_group_is_said(tmp_path, said, quantile, side):
+    PolicyGradientConfig(str(tmp_path), advantage="quantile", quantile=quantile, num_generations=4)
+    assert (side in said()) if side else "of them" not in said()
 
 
 @pytest.mark.parametrize(
@@ -468,3 +495,13 @@ def test_an_evaluation_batch_without_a_score_goes_on(tiny_folder, tmp_path):
     _, trainer = train(tiny_folder, tmp_path, per_device_eval_batch_size=4, eval_greedy=False)
     trainer.reward_funcs[0] = lambda completion_ids, **_: [None] * len(completion_ids)
     assert "eval_loss" in trainer.evaluate(prompts([0, 1]))
+
+
+def test_a_window_narrower_than_the_rows_cannot_always_share(tokenizer, tmp_path):
+    for window in (16, 64):
+        tiny_model("mistral", sliding_window=window).save_pretrained(tmp_path / f"{window}")
+        tokenizer.save_pretrained(tmp_path / f"{window}")
+    _, trainer = train(str(tmp_path / "64"), tmp_path / "a", prefix_sharing="always")
+    assert trainer._sharing.active
+    with pytest.raises(ConfigError, match="it has rows longer than the sliding window of 16"):
+        train(str(tmp_path / "16"), tmp_path / "b", prefix_sharing="always")
