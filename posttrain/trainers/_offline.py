@@ -108,6 +108,7 @@ class OfflineMixin(RunMixin):
         self.eval_dataset = _unnamed(
             self.eval_dataset, {name: self._with_reference(dataset, name) for name, dataset in named.items()}
         )
+        _token_reference.end_engine(self)
 
     @property
     def has_trained(self) -> bool:
@@ -333,6 +334,7 @@ class OfflineMixin(RunMixin):
             eval_dataset = {name: self._prepared(dataset, name) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        _token_reference.end_engine(self)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _prepared(self, dataset, name: str):

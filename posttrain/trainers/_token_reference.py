@@ -128,6 +128,16 @@ def _forwarded_model(trainer):
     return trainer.reference_engine
 
 
+def end_engine(trainer) -> None:
+    """Take the inference engine's hooks off the model.
+
+    The training engine numbers the modules anew, and hooks of ZeRO-3 that saw a single forward would trip over that.
+    """
+    if trainer.reference_engine is not None:
+        trainer.reference_engine.destroy()
+        trainer.reference_engine = None
+
+
 def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[torch.Tensor]:
     lengths = [sum(label != -100 for label in labels[1:]) for labels in rows["labels"]]
     gathered = []
