@@ -293,7 +293,7 @@ class OfflineMixin(RunMixin):
             tokens = mask.sum(dim=1).clamp(min=1)
             gaps = torch.where(mask, logps - reference, 0.0).sum(dim=1).abs() / tokens
             worst = self.accelerator.gather(gaps.max().unsqueeze(0)).max().item()
-        _checks.check_zero_margin(worst, self.model, self.accelerator, _token_reference.describe(self))
+        _token_reference.check_start(self, worst)
 
     def _record(self, mode: str, outputs, inputs: dict, real: Tensor) -> None:
         means, mask = self._means[mode], outputs.label_mask & real.unsqueeze(1)

@@ -254,7 +254,7 @@ def _key(trainer, distinct: list[str], prompts: dict, targets: tuple) -> str:
 
 
 def _say_quality(values: list[float], rewards: list[float], name: str) -> None:
-    mean = math.fsum(rewards) / len(rewards)
+    mean = baselines.mean(rewards)
     error = math.fsum((value - reward) ** 2 for value, reward in zip(values, rewards, strict=True)) / len(rewards)
     spread = math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)
     explained = 1 - error / spread if spread else 0.0
