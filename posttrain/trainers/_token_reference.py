@@ -56,10 +56,10 @@ def check_start(trainer, worst: float) -> None:
     tolerance = ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2)
     if not worst <= tolerance:
         raise ConfigError(
-            f"the policy differs from its own start by {worst:.3g} nats per token before the first step "
-            f"(tolerance {tolerance:g} in {str(dtype).removeprefix('torch.')}). The reference is: {describe(trainer)}; it was read "
-            "when the trainer was built. If the weights were changed since, build the trainer afterwards; if this is "
-            "intended, set `check_reference: false`."
+            f"the policy differs from its own start by {worst:.3g} nats per token before the first step (tolerance "
+            f"{tolerance:g} in {str(dtype).removeprefix('torch.')}). The reference is: {describe(trainer)}; it was "
+            "read when the trainer was built. If the weights were changed since, build the trainer afterwards; if this "
+            "is intended, set `check_reference: false`."
         )
 
 
