@@ -54,7 +54,7 @@ def settings(output_dir, **overrides) -> dict:
 
 
 def build(folder, output_dir, rows=None, peft=True, trainer_class=ALoLTrainer, config_class=ALoLConfig, **overrides):
-    names = ("eval_dataset", "reward_func", "processing_class")
+    names = ("eval_dataset", "reward_func", "processing_class", "quantization_config")
     given = {name: overrides.pop(name) for name in names if name in overrides}
     return trainer_class(
         model=folder,

@@ -29,12 +29,17 @@ def prompt_key(prompt) -> str:
     return json.dumps(prompt, sort_keys=True)
 
 
+def mean(rewards: Sequence[float]) -> float:
+    """The mean; of equal rewards exactly that one, so that rounding makes no advantage of nothing."""
+    return min(max(math.fsum(rewards) / len(rewards), min(rewards)), max(rewards))
+
+
 def mean_per_prompt(keys: Sequence[str], rewards: Sequence[float]) -> list[float]:
     """The mean reward of all answers to a row's prompt, its own included."""
     grouped = defaultdict(list)
     for key, reward in zip(keys, rewards, strict=True):
         grouped[key].append(reward)
-    means = {key: math.fsum(values) / len(values) for key, values in grouped.items()}
+    means = {key: mean(values) for key, values in grouped.items()}
     return [means[key] for key in keys]
 
 

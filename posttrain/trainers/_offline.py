@@ -5,27 +5,19 @@ import time
 from collections.abc import Mapping
 
 import torch
-import xxhash
-from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import baselines, schema, scored
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import ConfigError
 from posttrain.hub import preflight
-from posttrain.log import get_logger
 from posttrain.mechanisms.metrics import MeanMetrics
-from posttrain.mechanisms.reference_cache import ReferenceCache
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
 from posttrain.models import resolve_model
-from posttrain.paths import cache_dir
-from posttrain.trainers import _checks, _token_reference
+from posttrain.trainers import _checks, _scored_rows, _token_reference
 from posttrain.trainers._run import RunMixin
-
-# Columns of a prepared data set that go into batches, and their names there
-_BATCHED = {"reward": "rewards", "advantage": "advantages"}
 
 
 class OfflineMixin(RunMixin):
@@ -57,7 +49,7 @@ class OfflineMixin(RunMixin):
         peft_config = kwargs.get("peft_config")
         if peft_config is not None:
             _checks.check_lora(peft_config)
-        _refuse(model, peft_config, rest, kwargs)
+        _scored_rows.refuse(model, peft_config, rest, kwargs)
         if isinstance(model, str):
             model = resolve_model(model)
         config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
@@ -65,11 +57,11 @@ class OfflineMixin(RunMixin):
         self._reward_func = reward_func
         # what a reward function was given beside prompt and answer, by prompt
         self.reward_columns: dict[str, dict] = {}
-        _check_stream(args, train_dataset)
+        _scored_rows.check_stream(args, train_dataset)
         tokenizer = processing_class if processing_class is not None else _checks.tokenizer_for(model, None, args)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         stop_ids = schema.generation_stop_ids(model, revision)
-        named = self._named(eval_dataset)
+        named = _scored_rows.by_name(eval_dataset)
         train_dataset = self._scored(train_dataset, "train_dataset", args)
         named = {name: self._scored(dataset, name, args) for name, dataset in named.items()}
         if args.chat_template_path is None:
@@ -77,7 +69,7 @@ class OfflineMixin(RunMixin):
                 baselines.check_tokens(dataset, tokenizer, args.max_length, name, stop_ids)
         self._late_values = self.values_need_the_model(args)
         if not self._late_values:
-            train_dataset = self._living(self.weigh(train_dataset, "train_dataset", args), "train_dataset")
+            train_dataset = _scored_rows.living(self.weigh(train_dataset, "train_dataset", args), "train_dataset")
             named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
         self._begin_run(preflight(args, model))
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
@@ -90,35 +82,32 @@ class OfflineMixin(RunMixin):
                 args,
                 data_collator,
                 train_dataset,
-                _unnamed(eval_dataset, named),
+                _scored_rows.like(eval_dataset, named),
                 processing_class,
                 *rest,
                 **kwargs,
             )
         _checks.check_parallelism(self.accelerator)
         keep_4bit_weights_trainable(self.model)
-        self.data_collator = _WeighedRows(self.data_collator)
-        named = self._named(self.eval_dataset)
+        self.data_collator = _scored_rows.WeighedRows(self.data_collator)
+        named = _scored_rows.by_name(self.eval_dataset)
         if self._late_values:
-            self.train_dataset = self._living(self.weigh(self.train_dataset, "train_dataset", args), "train_dataset")
+            self.train_dataset = _scored_rows.living(
+                self.weigh(self.train_dataset, "train_dataset", args), "train_dataset"
+            )
             named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
         # before the reference: the run's folder may be another's
         self._finish_construction()
         self.train_dataset = self._with_reference(self.train_dataset, "train_dataset")
-        self.eval_dataset = _unnamed(
+        self.eval_dataset = _scored_rows.like(
             self.eval_dataset, {name: self._with_reference(dataset, name) for name, dataset in named.items()}
         )
+        _token_reference.end_engine(self)
 
     @property
     def has_trained(self) -> bool:
         """Whether the weights may have left their start."""
         return self.state.global_step > 0
-
-    @staticmethod
-    def _named(eval_dataset) -> dict:
-        if eval_dataset is None:
-            return {}
-        return dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
 
     def needs_rewards(self, args) -> bool:
         """Whether rows need a reward."""
@@ -157,33 +146,10 @@ class OfflineMixin(RunMixin):
         return dataset
 
     def _score(self, rows: list[dict], name: str, args) -> list[float]:
-        """The reward function's scores, found by one rank for all: it may be slow, or chance may be in it."""
         for row in rows:
             others = {column: value for column, value in row.items() if column not in ("prompt", "completion")}
             self.reward_columns.setdefault(baselines.prompt_key(row["prompt"]), others)
-        found = [None]
-        if args.process_index == 0:
-            key = scored.reward_key(self._reward_func)
-            cache = ReferenceCache(cache_dir() / "rewards", key) if key else None
-            try:
-                found = [scored.score(rows, self._reward_func, name, cache)]
-            except PosttrainError as error:
-                found = [error]
-        broadcast_object_list(found, from_process=0)
-        if isinstance(found[0], PosttrainError):
-            raise found[0]
-        return found[0]
-
-    def _living(self, dataset, name: str):
-        """The rows that have a gradient."""
-        weights = dataset["weight"][:]
-        living = [i for i, weight in enumerate(weights) if weight != 0]
-        if len(living) == len(weights):
-            return dataset
-        get_logger().info(
-            "%s: %d of %d rows have no gradient and are left out", name, len(weights) - len(living), len(weights)
-        )
-        return dataset.select(living)
+        return _scored_rows.score(rows, self._reward_func, name, args)
 
     def _with_reference(self, dataset, name: str):
         if not self.args.needs_reference:
@@ -191,23 +157,12 @@ class OfflineMixin(RunMixin):
         return _token_reference.precompute(self, dataset, name, self.args.per_device_eval_batch_size)
 
     def identity_settings(self) -> dict:
-        return {"data": self._fingerprint(), "max_length": self.args.max_length}
-
-    def _fingerprint(self) -> str:
-        """A digest of the rows that are trained on: their tokens and rewards, in order."""
-        columns = [name for name in ("input_ids", "labels", "reward") if name in self.train_dataset.column_names]
-        digest = xxhash.xxh3_128(f"{len(self.train_dataset)}|{columns}".encode())
-        for batch in self.train_dataset.select_columns(columns).with_format("numpy").iter(1000):
-            for name in columns:
-                for value in batch[name]:
-                    digest.update(value.tobytes())
-                    digest.update(b"|")
-        return digest.hexdigest()
+        return {"data": _scored_rows.fingerprint(self.train_dataset), "max_length": self.args.max_length}
 
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        for name in (*_BATCHED, _token_reference.COLUMN):
+        for name in (*_scored_rows.BATCHED, _token_reference.COLUMN):
             if name not in self._signature_columns:
                 self._signature_columns.append(name)
 
@@ -292,7 +247,7 @@ class OfflineMixin(RunMixin):
             tokens = mask.sum(dim=1).clamp(min=1)
             gaps = torch.where(mask, logps - reference, 0.0).sum(dim=1).abs() / tokens
             worst = self.accelerator.gather(gaps.max().unsqueeze(0)).max().item()
-        _checks.check_zero_margin(worst, self.model, self.accelerator, _token_reference.describe(self))
+        _token_reference.check_start(self, worst)
 
     def _record(self, mode: str, outputs, inputs: dict, real: Tensor) -> None:
         means, mask = self._means[mode], outputs.label_mask & real.unsqueeze(1)
@@ -333,6 +288,7 @@ class OfflineMixin(RunMixin):
             eval_dataset = {name: self._prepared(dataset, name) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        _token_reference.end_engine(self)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _prepared(self, dataset, name: str):
@@ -348,25 +304,6 @@ class OfflineMixin(RunMixin):
         return self._with_reference(dataset, name)
 
 
-class _WeighedRows:
-    """A collator that also hands over the columns of ours that TRL's collator does not know."""
-
-    def __init__(self, collator):
-        self.collator = collator
-
-    def __call__(self, examples: list[dict]) -> dict:
-        batch = self.collator(examples)
-        for column, name in _BATCHED.items():
-            if column in examples[0]:
-                batch[name] = torch.tensor([float(example[column]) for example in examples])
-        if _token_reference.COLUMN in examples[0]:
-            mask = batch["labels"][:, 1:] != -100
-            logps = torch.zeros(mask.shape)
-            logps[mask] = torch.tensor([value for example in examples for value in example[_token_reference.COLUMN]])
-            batch["ref_per_token_logps"] = logps
-        return batch
-
-
 def _counting_rows(accelerator, batches):
     """Count the rows of each batch that are data at the moment it is drawn: the dataloader's state is of that batch."""
     for batch in batches:
@@ -375,36 +312,3 @@ def _counting_rows(accelerator, batches):
 
 def _drops_out(model) -> bool:
     return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-
-
-def _unnamed(like, named: dict):
-    if like is None:
-        return None
-    return named if isinstance(like, Mapping) else named["eval_dataset"]
-
-
-def _check_stream(args, dataset) -> None:
-    if dataset is not None and not hasattr(dataset, "__len__") and args.advantage_weighting != "weight":
-        raise ConfigError(
-            f"train_dataset is a stream, and advantage_weighting is {args.advantage_weighting}: rows are drawn by "
-            "their weights, which are known of all rows or not at all. Load it into memory, "
-            "`datasets.Dataset.from_list(list(stream.take(n)))`."
-        )
-
-
-def _refuse(model, peft_config, rest, kwargs: dict) -> None:
-    """Refuse what SFTTrainer takes and this trainer does not."""
-    for name in ("compute_loss_func", "formatting_func"):
-        if kwargs.get(name) is not None:
-            raise ConfigError(f"{name} is given, which this trainer does not use. Leave it out.")
-    if rest:
-        raise ConfigError("give everything after `processing_class` by name.")
-    adapters = [peft_config] if peft_config is not None else []
-    if isinstance(model, torch.nn.Module) and is_peft_model(model):
-        adapters += model.peft_config.values()
-    for adapter in adapters:
-        if getattr(adapter, "is_prompt_learning", False):
-            raise ConfigError(
-                f"the adapter is {adapter.peft_type.value}, whose virtual tokens stand in front of the prompt; "
-                "log-probabilities of answers would be read one token off. Use LoRA."
-            )

@@ -23,6 +23,7 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.reference_cache import sequence_digest, weights_digest
 from posttrain.mechanisms.token_cache import TokenCache
 from posttrain.paths import cache_dir
+from posttrain.trainers._checks import ZERO_MARGIN_TOLERANCE
 
 COLUMN = "ref_logps"
 
@@ -41,6 +42,25 @@ def describe(trainer) -> str:
     if is_peft_model(trainer.model):
         return "the model with its adapter as the run began"
     return "the model as the run began"
+
+
+def check_start(trainer, worst: float) -> None:
+    """Raise ConfigError if the policy differs from the reference before the first step by more than rounding.
+
+    `worst`: the largest |log pi - log pi_ref| per token of an answer, in nats.
+    """
+    model = trainer.model
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, model.dtype)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        dtype = torch.bfloat16
+    tolerance = ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2)
+    if not worst <= tolerance:
+        raise ConfigError(
+            f"the policy differs from its own start by {worst:.3g} nats per token before the first step (tolerance "
+            f"{tolerance:g} in {str(dtype).removeprefix('torch.')}). The reference is: {describe(trainer)}; it was "
+            "read when the trainer was built. If the weights were changed since, build the trainer afterwards; if this "
+            "is intended, set `check_reference: false`."
+        )
 
 
 def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -126,6 +146,16 @@ def _forwarded_model(trainer):
         # The policy is not prepared yet: an inference engine places its weights, or gathers them under ZeRO-3
         trainer.reference_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
     return trainer.reference_engine
+
+
+def end_engine(trainer) -> None:
+    """Take the inference engine's hooks off the model.
+
+    The training engine numbers the modules anew, and hooks of ZeRO-3 that saw a single forward would trip over that.
+    """
+    if trainer.reference_engine is not None:
+        trainer.reference_engine.destroy()
+        trainer.reference_engine = None
 
 
 def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[torch.Tensor]:

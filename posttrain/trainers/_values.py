@@ -1,5 +1,6 @@
 """Values of prompts by a head on the frozen model's states: trained, saved, found again, and what they are worth."""
 
+import inspect
 import json
 import math
 
@@ -159,9 +160,17 @@ def _hidden(trainer, prompts: list[list[int]], what: str):
     with _token_reference.frozen(trainer) as model:
         inner = trainer.accelerator.unwrap_model(model)
         inner = inner.get_base_model() if is_peft_model(inner) else inner
-        for batch in _token_reference.batches_of(trainer, rows, what, trainer.args.per_device_eval_batch_size):
-            ids, mask = batch["input_ids"], batch["attention_mask"]
-            yield inner.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state, mask.bool()
+        # the whole model is called, as ZeRO-3 fetches weights in the order of its forward; the head sees one position
+        short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+        kept = []
+        hook = inner.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        try:
+            for batch in _token_reference.batches_of(trainer, rows, what, trainer.args.per_device_eval_batch_size):
+                ids, mask = batch["input_ids"], batch["attention_mask"]
+                model(input_ids=ids, attention_mask=mask, use_cache=False, **short)
+                yield kept.pop(), mask.bool()
+        finally:
+            hook.remove()
 
 
 def _rewards_of_generations(trainer, prompts: list[tuple]) -> list[float]:
@@ -245,7 +254,7 @@ def _key(trainer, distinct: list[str], prompts: dict, targets: tuple) -> str:
 
 
 def _say_quality(values: list[float], rewards: list[float], name: str) -> None:
-    mean = math.fsum(rewards) / len(rewards)
+    mean = baselines.mean(rewards)
     error = math.fsum((value - reward) ** 2 for value, reward in zip(values, rewards, strict=True)) / len(rewards)
     spread = math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)
     explained = 1 - error / spread if spread else 0.0

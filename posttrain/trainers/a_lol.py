@@ -129,7 +129,7 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         """The expected reward of each row's prompt; of held-out rows from what the training rows taught."""
         if args.value == "mean":
             if self._mean_reward is None:
-                self._mean_reward = math.fsum(rewards) / len(rewards)
+                self._mean_reward = baselines.mean(rewards)
             return [self._mean_reward] * len(rewards)
         if args.value == "per_prompt":
             return baselines.mean_per_prompt(baselines.prompt_keys(dataset), rewards)

@@ -217,6 +217,7 @@ def test_baselines_and_what_they_say():
     keys = baselines.prompt_keys(dataset)
     assert keys[0] == keys[2] != keys[1]
     assert baselines.mean_per_prompt(keys, [0.2, 0.9, 0.6]) == pytest.approx([0.4, 0.9, 0.4])
+    assert {baselines.mean([value / 10] * n) for value in range(10) for n in (3, 7)} == {v / 10 for v in range(10)}
     assert baselines.column_of_values(dataset, "v", "x") == [0.5, 0.1, 0.2]
     with pytest.raises(DataError, match="x, answer 2: v, the value, is null; it must be a finite number."):
         baselines.column_of_values(rows_of({"v": 1.0}, {"v": None}), "v", "x")

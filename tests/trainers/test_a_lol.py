@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from posttrain import ALoLConfig, ALoLTrainer, reporting
 from posttrain.errors import ConfigError, DataError
@@ -250,8 +250,18 @@ def test_a_wrong_reference_stops_the_run_before_the_first_step(tiny_folder, tmp_
     for name, parameter in trainer.model.named_parameters():
         if "lora_B.default" in name:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="policy and reference differ by .* nats per token before the first step"):
+    with pytest.raises(ValueError, match="the policy differs from its own start by .* nats per token before the first"):
         trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_4bit_base_trains(tiny_folder, tmp_path):
+    quantization = get_quantization_config(ModelConfig(load_in_4bit=True))
+    change, trainer = train(tiny_folder, tmp_path, quantization_config=quantization)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert type(layer).__name__ == "Linear4bit" and layer.weight.quant_type == "nf4"
+    assert all("lora" in name for name in change) and any(value.any() for value in change.values())
+    assert entries(trainer)[0]["ratio/mean"] == pytest.approx(1.0, abs=0.05)
 
 
 def test_precompute_leaves_the_random_state_alone(tiny_folder, tmp_path):
@@ -545,6 +555,11 @@ BAD = [
         lambda rows: make_scored(4, baseline=[1.0] * 4),
         dict(value="column"),
         "none of 4 answers has a reward above its value",
+    ),
+    (
+        lambda rows: make_scored(6).map(lambda row: {"reward": 0.1}),
+        {},
+        "none of 6 answers has a reward above its value (value: mean), so none would be learned from. All rewards",
     ),
     (lambda rows: rows, dict(value="per_prompt"), "The mean over a prompt's answers needs several of them"),
     (
