@@ -23,8 +23,8 @@ class ScoredArguments(DataArguments):
     reward_func: str | None = field(
         default=None,
         metadata={
-            "help": "Scores every answer once, before training, instead of a column: maths_answer, exact_match, format, "
-            "length, or my_module:my_function."
+            "help": "Scores every answer once, before training, instead of a column: maths_answer, exact_match, "
+            "format, length, or my_module:my_function."
         },
     )
 
@@ -62,8 +62,10 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
+    import torch
+
     from posttrain.data import baselines, schema
-    from posttrain.data.tokens import processing_class_for
+    from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.objectives import offline
     from posttrain.trainers import _checks
 
@@ -85,8 +87,10 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
             advantages = [reward - value for reward, value in zip(rewards, values, strict=True)]
             baselines.check_positive(advantages, args.value, "train_dataset")
             facts["advantages"] = "\n" + baselines.histogram(advantages)
-            weights = offline.gradient_weights(args.variant, advantages, args.kl_beta, args.keep_negative_advantages)
-            kept = sum(weight != 0 for weight in weights)
+            weights = offline.gradient_weights(
+                args.variant, torch.tensor(advantages), args.kl_beta, args.keep_negative_advantages
+            )
+            kept = int((weights != 0).sum())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     micro_batches = math.ceil(kept / (args.per_device_train_batch_size * args.world_size))
     steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
@@ -99,7 +103,15 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
         "steps": args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs),
         **dry_run.sizes(config, args, peft_config),
         **facts,
-        "prompt": first["prompt"],
-        "completion": first["completion"],
+        "prompt": _text(first["prompt"], tokenizer_of(processing_class)),
+        "completion": _text(first["completion"]),
         "reward": first.get("reward", f"by {data_args.reward_func}"),
     }
+
+
+def _text(value, tokenizer=None) -> str:
+    if isinstance(value, str):
+        return value
+    if tokenizer is not None:
+        return tokenizer.apply_chat_template(value, add_generation_prompt=True, tokenize=False)
+    return "".join(turn["content"] or "" for turn in value)

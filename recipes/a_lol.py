@@ -3,9 +3,9 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml recipes/a_lol.py \
         --config configs/a_lol/cpu.yaml --dataset_name answers.jsonl.gz
 
-Settings are the fields of ScoredArguments, ModelArguments and ALoLConfig, in the YAML file or on the command line, which
-wins. The script ends with exit code 2 for a bad setting, 3 for bad data, 4 for a missing package or connection, 5 for a
-run that diverged; `accelerate launch` itself turns each of them into 1.
+Settings are the fields of ScoredArguments, ModelArguments and ALoLConfig, in the YAML file or on the command line,
+which wins. The script ends with exit code 2 for a bad setting, 3 for bad data, 4 for a missing package or connection, 5
+for a run that diverged; `accelerate launch` itself turns each of them into 1.
 """
 
 import sys

@@ -49,6 +49,7 @@ def settings(output_dir, **overrides) -> dict:
         save_strategy="no",
         disable_tqdm=True,
         max_length=256,
+        prefix_sharing="never",
     )
     return base | overrides
 
@@ -56,9 +57,12 @@ def settings(output_dir, **overrides) -> dict:
 def build(folder, output_dir, rows=None, peft=True, trainer_class=ALoLTrainer, config_class=ALoLConfig, **overrides):
     names = ("eval_dataset", "reward_func", "processing_class", "quantization_config")
     given = {name: overrides.pop(name) for name in names if name in overrides}
+    fields = settings(output_dir, **overrides)
+    if config_class is not ALoLConfig:
+        del fields["prefix_sharing"]
     return trainer_class(
         model=folder,
-        args=config_class(**settings(output_dir, **overrides)),
+        args=config_class(**fields),
         train_dataset=rows if rows is not None else make_scored(16),
         peft_config=lora() if peft else None,
         **given,

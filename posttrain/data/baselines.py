@@ -53,6 +53,16 @@ def column_of_values(dataset, column: str, name: str) -> list[float]:
     return [float(value) for value in values]
 
 
+def values_of(dataset, value: str, column: str | None, name: str) -> list[float]:
+    """The value of each row, of those that need no model: mean, per_prompt or column."""
+    if value == "column":
+        return column_of_values(dataset, column, name)
+    rewards = dataset["reward"][:]
+    if value == "per_prompt":
+        return mean_per_prompt(prompt_keys(dataset), rewards)
+    return [math.fsum(rewards) / len(rewards)] * len(rewards)
+
+
 @dataclass
 class Advantages:
     """What is known of a data set's advantages.

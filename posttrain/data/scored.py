@@ -9,12 +9,14 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from posttrain.data import formats, preferences
+from posttrain.data.procedural import reversed_share
 from posttrain.data.rows import columns_of, read_rows
 from posttrain.data.values import _described, _is_empty, style_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
 COLUMNS = ("prompt", "completion", "reward", "baseline", "tools", "chat_template_kwargs")
+_ANSWERS = {"prompt", "completion", "chosen", "rejected"}
 # Names under which pairs carry the scores of both answers
 PAIR_REWARDS = (
     ("chosen_reward", "rejected_reward"),
@@ -37,17 +39,19 @@ def load_scored(
     columns: Mapping[str, str] | None = None,
     same_scale: bool = False,
     needs_reward: bool = True,
+    keep: Iterable[str] = (),
 ):
     """Scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     Args:
         source: what `posttrain.data.rows.read_rows` reads: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id;
             or several of them. Rows are prompt, completion, reward, or pairs with a reward for each side, which become
-            two rows.
+            two rows. Of `generated:reverse_list` the reward is the share of words in their right place.
         limit: the first rows of each source only, pairs counting one.
         columns: yours to ours, where the names differ: {"score": "reward"}.
         same_scale: several sources are on one scale of rewards, whatever it looks like.
-        needs_reward: False where a reward function is to score the answers.
+        needs_reward: False where a reward function is to score the answers; all columns are kept for it.
+        keep: further columns to keep.
 
     Raises:
         DataError: what cannot be read; missing columns; a reward that is missing, no number or NaN, with its place;
@@ -57,23 +61,27 @@ def load_scored(
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise ConfigError(f"limit={limit!r} must be at least 1, or left out for all rows.")
     sources = [source] if isinstance(source, str) else list(source)
-    rows, spans, keep = [], {}, []
+    rows, spans, kept = [], {}, []
     for one in sources:
         found, places = read_rows(one, split, limit)
+        if one.startswith("generated:"):
+            found = [_with_rewards(row) for row in found]
         names = columns_of(found)
         missing = sorted(set(columns or ()) - set(names))
         if missing:
             raise DataError(f"{one}: column {missing[0]!r} of columns={dict(columns)!r} is missing; found {names}.")
         renamed = [{(columns or {}).get(name, name): value for name, value in row.items()} for row in found]
-        scored = unroll(renamed, places, one, keep=("baseline",), needs_reward=needs_reward)
+        others = {"baseline", *keep} if needs_reward else set(columns_of(renamed)) - _ANSWERS
+        scored = unroll(renamed, places, one, keep=sorted(others), needs_reward=needs_reward)
         rewards = [row["reward"] for row in scored if "reward" in row]
         if rewards:
             spans[one] = (min(rewards), max(rewards))
         rows += scored
-        keep += [name for name in COLUMNS if name in scored[0] and name not in keep]
+        wanted = dict.fromkeys((*COLUMNS, *sorted(others)))
+        kept += [name for name in wanted if name in scored[0] and name not in kept]
     if not same_scale:
         check_scales(spans)
-    return _dataset([{name: row.get(name) for name in keep} for row in rows], ", ".join(sources))
+    return _dataset([{name: row.get(name) for name in kept} for row in rows], ", ".join(sources))
 
 
 def as_scored(
@@ -290,6 +298,11 @@ def _dataset(rows: list[dict], source: str):
         # pyarrow's own errors are ValueErrors or TypeErrors
         places = [f"{source}, answer {number}" for number in range(1, len(rows) + 1)]
         raise preferences.mixed_types(rows, places, source, error) from None
+
+
+def _with_rewards(row: Mapping) -> dict:
+    sides = {side: reversed_share(row["prompt"], row[side]) for side in ("chosen", "rejected")}
+    return {**row, "chosen_reward": sides["chosen"], "rejected_reward": sides["rejected"]}
 
 
 def _one_reward(reward: Callable):

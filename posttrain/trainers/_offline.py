@@ -10,14 +10,15 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import baselines, schema, scored
+from posttrain.data.tokens import processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
-from posttrain.models import resolve_model
 from posttrain.trainers import _checks, _scored_rows, _token_reference
 from posttrain.trainers._run import RunMixin
+from posttrain.trainers._sharing import PrefixSharing, record_padding
 
 
 class OfflineMixin(RunMixin):
@@ -28,7 +29,6 @@ class OfflineMixin(RunMixin):
     them. The mean over sequences is taken over the optimiser step's global batch, whatever its split.
     """
 
-    _config_class: type
     # stands on Trainer.loss_is_scaled_for_ga: losses are divided by the sequences of the whole step here
     loss_is_scaled_for_ga = True
 
@@ -44,21 +44,15 @@ class OfflineMixin(RunMixin):
         reward_func=None,
         **kwargs,
     ):
-        args = _checks.check_args(args, self._config_class)
-        _checks.check_output_dir(args.output_dir)
         peft_config = kwargs.get("peft_config")
-        if peft_config is not None:
-            _checks.check_lora(peft_config)
         _scored_rows.refuse(model, peft_config, rest, kwargs)
-        if isinstance(model, str):
-            model = resolve_model(model)
-        config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
+        model, args, config = self._check_start(model, args, peft_config)
         _checks.check_model_config(args, config)
         self._reward_func = reward_func
         # what a reward function was given beside prompt and answer, by prompt
         self.reward_columns: dict[str, dict] = {}
         _scored_rows.check_stream(args, train_dataset)
-        tokenizer = processing_class if processing_class is not None else _checks.tokenizer_for(model, None, args)
+        tokenizer = processing_class_for(model, processing_class, args)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         stop_ids = schema.generation_stop_ids(model, revision)
         named = _scored_rows.by_name(eval_dataset)
@@ -75,7 +69,7 @@ class OfflineMixin(RunMixin):
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self.adapter_is_new = peft_config is not None and _token_reference.starts_as_identity(peft_config)
         self.reference_key, self.reference_engine = None, None
-        self._clock, self._start_checked = None, False
+        self._clock, self._start_checked, self._sharing = None, False, None
         with _checks.upstream_refusals():
             super().__init__(
                 model,
@@ -89,6 +83,7 @@ class OfflineMixin(RunMixin):
             )
         _checks.check_parallelism(self.accelerator)
         keep_4bit_weights_trainable(self.model)
+        self._sharing = PrefixSharing(self)
         self.data_collator = _scored_rows.WeighedRows(self.data_collator)
         named = _scored_rows.by_name(self.eval_dataset)
         if self._late_values:
@@ -195,13 +190,14 @@ class OfflineMixin(RunMixin):
         return outputs.log_probs, outputs.label_mask
 
     def _forward(self, model, batch):
-        return model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
-            use_cache=False,
-            fused_lm_head=True,
-        )
+        """The fused head's outputs on a padded batch, answers to one prompt computed behind it where that can be."""
+        rows = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        if self._sharing.active:
+            self._sharing.check(model)
+        if self._sharing.active:
+            packed = batch["packed"] = self._sharing.pack_rows(**rows)
+            rows |= {"packed": packed} if packed is not None else {}
+        return model(**rows, use_cache=False, fused_lm_head=True)
 
     def _plain_forward(self):
         """Recomputing activations has no use without gradient, and reentrant checkpointing warns."""
@@ -217,7 +213,7 @@ class OfflineMixin(RunMixin):
             real_count = real_rows(self.accelerator, rows) if mode == "eval" else rows
         outputs = self._forward(model, inputs)
         logps, mask = outputs.log_probs, outputs.label_mask
-        self._check_start(logps, mask, inputs)
+        self._check_first_ratios(logps, mask, inputs)
         losses = self.sequence_losses(logps, mask, inputs)
         if mode == "train" and "window_rows" in inputs:
             # undoes the mean over ranks
@@ -235,7 +231,7 @@ class OfflineMixin(RunMixin):
                 return loss, model(**plain, use_cache=False)
         return loss
 
-    def _check_start(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
+    def _check_first_ratios(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
         """Before the first step every importance ratio is 1, or the reference is not the policy's start."""
         if self._start_checked or not self.model.training:
             return
@@ -260,8 +256,7 @@ class OfflineMixin(RunMixin):
         if mode == "train":
             tokens = inputs["attention_mask"].sum(dim=1)
             means.add_sum("num_tokens", (tokens * real).sum().float(), 1)
-            padding = inputs["attention_mask"].numel() - tokens.sum()
-            means.add_sum("tokens/padding_share", padding.float(), inputs["attention_mask"].numel())
+            record_padding(means, inputs["attention_mask"], inputs.get("packed"))
         self.extra_metrics(means, outputs.log_probs, outputs.label_mask, inputs, real)
 
     # stands on SFTTrainer.log, which averages the lists in `_metrics`

@@ -131,10 +131,8 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
             if self._mean_reward is None:
                 self._mean_reward = baselines.mean(rewards)
             return [self._mean_reward] * len(rewards)
-        if args.value == "per_prompt":
-            return baselines.mean_per_prompt(baselines.prompt_keys(dataset), rewards)
-        if args.value == "column":
-            return baselines.column_of_values(dataset, args.value_column, name)
+        if args.value != "head":
+            return baselines.values_of(dataset, args.value, args.value_column, name)
         return _values.of_head(self, dataset, rewards, name)
 
     def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:

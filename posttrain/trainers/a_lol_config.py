@@ -88,6 +88,12 @@ class ALoLConfig(CommonConfig, SFTConfig):
     value_head_dir: str | None = field(
         default=None, metadata={"help": "Folder of the value head. Default: value_head in output_dir."}
     )
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute a prompt once for all of its answers in a batch, and no padding: auto, always or never."
+        },
+    )
     check_reference: bool = field(
         default=True,
         metadata={"help": "Stop where the policy differs from its own starting weights before the first step."},
@@ -103,6 +109,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
     def __post_init__(self):
         check_choice("variant", self.variant, offline.VARIANTS)
         check_choice("value", self.value, VALUES)
+        check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
         check_choice("advantage_weighting", self.advantage_weighting, WEIGHTINGS)
         for name in ("clip", "kl_beta", "reward_max", "value_learning_rate"):
             value = getattr(self, name)

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python scripts/bench/a_lol.py --data ../shared/data --json docs/evidence/a_lol_speed.json
 
 All sides train in one process on the same answers (those with an advantage, of at most 512 tokens with their prompt)
-in the same batches, with the same LoRA, optimiser and seed, and take turns step by step; a step is timed from one step's
-end to the next, as in robust_dpo.py. The first does not count.
+in the same batches, with the same LoRA, optimiser and seed, and take turns step by step; a step is timed from one
+step's end to the next, as in robust_dpo.py. The first does not count.
 
 Arms: `sft`, TRL's SFTTrainer; `two_models`, A-LoL as its published code does it, a frozen copy of the model forwarded
 beside the policy at every step, log-probabilities from whole logits; `padded`, ours without prefix sharing;
@@ -100,16 +100,17 @@ def make_trainer(arm: str, folder: str, rows, steps: int, batch: int, model: str
 
 
 def _two_models():
-    import copy
-
     import torch
+    from transformers import AutoModelForCausalLM
 
     from posttrain import ALoLTrainer
     from posttrain.objectives import offline
 
     class TwoModels(ALoLTrainer):
         def _with_reference(self, dataset, name):
-            self.frozen = copy.deepcopy(self.model.get_base_model()).requires_grad_(False).eval()
+            # loaded, not copied: a copy's patched forward would be the policy's
+            self.frozen = AutoModelForCausalLM.from_pretrained(self.model.config._name_or_path, dtype=torch.float32)
+            self.frozen.requires_grad_(False).eval()
             return dataset
 
         def compute_loss(self, model, inputs, *args, **kwargs):

@@ -608,3 +608,26 @@ def test_which_adapters_start_as_the_identity():
     plain.init_lora_weights = "pissa"
     assert not _token_reference.starts_as_identity(plain)
     assert not _token_reference.starts_as_identity(PromptTuningConfig(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize("variant", ["wbc", "r_gold", "a_lol", "a_lol_seq"])
+def test_sharing_prompts_leaves_the_update(tiny_folder, tmp_path, variant):
+    # four prompts of four answers each
+    rows = make_scored(16, prompts=4)
+    run = dict(variant=variant, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    run |= dict(eval_dataset=make_scored(6, seed=1, prompts=2), per_device_eval_batch_size=4)
+    padded, parent = train(tiny_folder, tmp_path / "padded", rows, **run)
+    shared, trainer = train(tiny_folder, tmp_path / "shared", rows, **run, prefix_sharing="always")
+    assert trainer._sharing.active and distance(shared, padded) <= 1e-4
+    for ours, theirs in zip(entries(trainer), entries(parent), strict=True):
+        for name in ("loss", "nll/token", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+        assert ours["tokens/padding_share"] <= theirs["tokens/padding_share"]
+    ours, theirs = trainer.evaluate(), parent.evaluate()
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
+
+
+def test_prompts_are_shared_by_default(tiny_folder, tmp_path):
+    assert ALoLConfig(str(tmp_path)).prefix_sharing == "auto"
+    with pytest.raises(ConfigError, match="prefix_sharing is 'on'; it must be one of auto, always, never"):
+        ALoLConfig(str(tmp_path), prefix_sharing="on")
