@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from posttrain.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -45,6 +47,10 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     order = sorted(range(len(rows)), key=lambda i: -sum(len(rows[i][side]) for side in ("prompt_ids", *sides)))
     scores, size = torch.empty(2, len(rows)), max(batch_size // 2, 1)
 
+    if base.config.is_encoder_decoder:
+        raise ConfigError(
+            f"the model is a {type(base).__name__}, an encoder-decoder; a causal language model is needed."
+        )
     training, own_forward = model.training, vars(base).get("forward")
     model.eval()
     add_fused_lm_head(base)

@@ -1,5 +1,6 @@
 """What a run leaves behind beside its weights: metrics, curves and the settings it really had."""
 
+import contextlib
 import csv
 import dataclasses
 import enum
@@ -17,6 +18,7 @@ from statistics import NormalDist
 
 from transformers import TrainerCallback
 
+from posttrain.errors import EnvironmentIssue
 from posttrain.log import get_logger
 
 _LIBRARIES = "posttrain torch transformers trl peft accelerate datasets deepspeed bitsandbytes".split()
@@ -49,15 +51,15 @@ class RunReport(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if state.global_step > 0:
-            self._rows = [row for row in _read_rows(path) if row["step"] <= state.global_step]
-        # What an earlier run of this folder left goes; an evaluation by this process before training stays.
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        unfinished.replace(path)
-        write_resolved_config(args, folder / "resolved_config.yaml", self.sections)
+        with _writing(folder):
+            if state.global_step > 0:
+                self._rows = [row for row in _read_rows(path) if row.get("step", 0) <= state.global_step]
+            # What an earlier run of this folder left goes; an evaluation by this process before training stays.
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+            unfinished.replace(path)
+            write_resolved_config(args, folder / "resolved_config.yaml", self.sections)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -66,8 +68,7 @@ class RunReport(TrainerCallback):
         row = {"step": state.global_step, "epoch": values.pop("epoch", state.epoch), **values}
         self._rows.append(row)
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "metrics.jsonl", "a") as file:
+        with _writing(folder), open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -81,6 +82,15 @@ class RunReport(TrainerCallback):
                 get_logger().info("no %s without matplotlib: pip install 'posttrain[plots]'", name)
             except Exception as error:
                 get_logger().warning("%s could not be written: %s", name, error)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise EnvironmentIssue(f"{folder} cannot be written to: {error.strerror or error}") from error
 
 
 def write_resolved_config(args, path: Path, sections: dict | None = None) -> None:

@@ -40,6 +40,7 @@ def train(
     config_class=RobustDPOConfig,
     pairs=None,
     peft=True,
+    collator=None,
     **overrides,
 ):
     trainer = trainer_class(
@@ -47,6 +48,7 @@ def train(
         args=config_class(**settings(output_dir, **overrides)),
         train_dataset=pairs if pairs is not None else make_pairs(16),
         peft_config=lora() if peft else None,
+        data_collator=collator,
     )
     before = trainable(trainer.model)
     trainer.train()

@@ -30,6 +30,12 @@ _WEIGHTS = (
     "adapter_model.bin",
     "pytorch_model.bin",
 )
+# Settings on which an update depends; the number of steps is not among them, as runs are made longer
+_UPDATE = (
+    "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
+    "train_sampling_strategy",
+)  # fmt: skip
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -72,6 +78,14 @@ def identity(trainer) -> dict:
     }
 
 
+def update_settings(trainer) -> dict:
+    """What else a run must share with the checkpoint it goes on from; one that starts anew may change it."""
+    adapter = adapter_config(trainer.model)
+    shape = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora") if adapter else ()
+    settings = {name: _plain(getattr(trainer.args, name)) for name in _UPDATE}
+    return settings | {name: _plain(getattr(adapter, name, None)) for name in shape}
+
+
 def mark(folder: Path, content: dict, name: str = MARKER) -> None:
     """Write the marker at once, so that it is never half there."""
     partial = folder / f".{name}.partial"
@@ -103,7 +117,7 @@ def check_folder(output_dir: str | Path, now: dict) -> None:
         raise ConfigError(
             f"output_dir is {output_dir}, which holds a model ({weights}) that no run has noted as its own. {advice}"
         )
-    then = json.loads(note.read_text())["identity"]
+    then = _content(note)["identity"]
     shared = now.keys() & then
     differing = _differing({name: now[name] for name in shared}, {name: then[name] for name in shared})
     if differing:
@@ -202,9 +216,19 @@ def find(output_dir: str | Path, wanted: str | bool | None) -> Path | None:
 
 
 def read(folder: Path, now: dict | None) -> dict:
-    """The marker's content; ConfigError if the checkpoint's identity is not `now`, that of the run that resumes."""
-    content = json.loads((folder / MARKER).read_text())
-    then = content["identity"]
+    """The marker's content; ConfigError for a checkpoint that is damaged, or of other settings than `now`.
+
+    `now`: identity and update settings of the run that resumes; None to take any.
+    """
+    content = _content(folder / MARKER)
+    for name, size in content.get("files", {}).items():
+        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if there != size:
+            what = f"has {there} bytes instead of {size}" if there is not None else "is missing"
+            raise ConfigError(
+                f"the checkpoint {folder} is damaged: {name} {what}. Resume from another one, or delete it."
+            )
+    then = content["identity"] | content.get("update", {})
     differing = "" if now is None else _differing(now, then)
     if differing:
         raise ConfigError(
@@ -232,8 +256,12 @@ def complete_or_not_there(trainer):
         yield
         trainer.accelerator.wait_for_everyone()
         if main:
-            mark(folder, {"identity": trainer._identity(), "state": {"num_tokens": trainer._total_train_tokens}})
-    except (OSError, SafetensorError) as error:
+            state = {"num_tokens": trainer._total_train_tokens}
+            content = {"identity": trainer._identity(), "update": update_settings(trainer)}
+            mark(folder, content | {"state": state, "files": _sizes(folder)})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_write_error(error):
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         last = next(reversed(complete(output_dir)), None)
         kept = f"The last complete one is {last}; go on from it with `resume_from_checkpoint: auto`." if last else ""
@@ -242,6 +270,33 @@ def complete_or_not_there(trainer):
         trainer.args.save_total_limit = limit
     if main:
         rotate(output_dir, limit, trainer.state.best_model_checkpoint)
+
+
+def _plain(value):
+    """As JSON will hold it, an enumeration by its value."""
+    return json.loads(json.dumps(getattr(value, "value", value), default=str))
+
+
+def _content(path: Path) -> dict:
+    """What a marker or a note says; ConfigError if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content["identity"], dict):
+            return content
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a checkpoint, which a resumption looks for again."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether a disk that is full or cannot be written to is behind it; torch.save has a RuntimeError for that."""
+    return not isinstance(error, RuntimeError) or any(words in str(error) for words in ("inline_container", "write"))
 
 
 def _differing(now: dict, then: dict) -> str:

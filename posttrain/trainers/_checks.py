@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import AttentionInterface, AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
+from posttrain.log import get_logger
 from posttrain.remote import check_model_name, model_failure
 from posttrain.trainers import _checkpoints
 
@@ -148,9 +150,23 @@ def check_model_config(args, config) -> None:
         )
 
 
+def check_reference(model, ref_model, args, peft_config) -> None:
+    """Refuse full fine-tuning whose reference upstream would load by a name that the model does not have."""
+    if not isinstance(model, torch.nn.Module) or ref_model is not None or peft_config is not None:
+        return
+    if is_peft_model(model) or args.precompute_ref_log_probs or getattr(model.config, "_name_or_path", ""):
+        return
+    raise ConfigError(
+        "the model was built in code, and its reference is to be loaded by a name, which it does not have. Pass "
+        "`ref_model=copy.deepcopy(model)`, or a `peft_config`, or set `precompute_ref_log_probs: true`."
+    )
+
+
 def check_flip_rates(args, train_dataset, eval_dataset) -> None:
     """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
     if args.pair_loss not in ("rdpo", "cdpo"):
+        if "flip_rate" in (getattr(train_dataset, "column_names", None) or ()):
+            get_logger().warning("train_dataset's column flip_rate is not read by pair_loss %s", args.pair_loss)
         return
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})

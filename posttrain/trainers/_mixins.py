@@ -74,6 +74,7 @@ class PreferenceMixin(RunMixin):
     ):
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         _checks.check_model_config(args, config)
+        _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
         self._begin_run(preflight(args, model))
@@ -95,13 +96,23 @@ class PreferenceMixin(RunMixin):
     # stands on DPOTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "flip_rate" not in self._signature_columns:
-            self._signature_columns.append("flip_rate")
+        for name in ("flip_rate", self.args.length_column_name):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
 
     # stands on DPOTrainer._prepare_dataset, which would look for text again
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if not {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(dataset.column_names or ()):
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(dataset.column_names or ()):
+            dataset = self._short_enough(dataset, args)
+        else:
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
+            return dataset
+        # upstream's sampler reads lengths from a column, or from `input_ids`, which pairs do not have
+        return dataset.add_column(args.length_column_name, [_reference.length_of(row) for row in dataset])
+
+    @staticmethod
+    def _short_enough(dataset, args):
         if args.max_length is None or args.truncation_mode != "keep_start":
             return dataset
         return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": args.max_length})
@@ -177,7 +188,6 @@ class PreferenceMixin(RunMixin):
 
     # stands on Trainer.get_batch_samples: the whole accumulation window, before its first backward
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._watch_gradients()
         batches, items = super().get_batch_samples(
             _counting_rows(self.accelerator, epoch_iterator), num_batches, device
         )
@@ -192,6 +202,8 @@ class PreferenceMixin(RunMixin):
     def _sorted(self, batches: list[dict]) -> list[dict]:
         """Like lengths together, where no result hangs on which micro-batch a pair is in."""
         whole = all(batch["real_rows"] == _pairs(batch) for batch in batches)
+        # a user's collator may pad on the left, where columns cannot be cut off
+        whole = whole and all(bool(batch["attention_mask"][:, 0].all()) for batch in batches)
         sharing = self._sharing.active and self._sharing.may_sort
         return sort_pairs(batches) if sharing and whole and not self.split_matters else batches
 

@@ -64,7 +64,7 @@ class PolicyGradientMixin(RunMixin):
             )
         self._finish_construction()
         self.add_callback(SaveBetweenGenerations(self))
-        self._sharing = PrefixSharing(self)
+        self._sharing = PrefixSharing(self, left_padded=True)
 
     def identity_settings(self) -> dict:
         names = (
@@ -253,11 +253,6 @@ class PolicyGradientMixin(RunMixin):
     def step_moved(self) -> bool:
         return not self._dead_generations and not self._skipped
 
-    # stands on Trainer.get_batch_samples, the first call of an optimiser step
-    def get_batch_samples(self, *args, **kwargs):
-        self._watch_gradients()
-        return super().get_batch_samples(*args, **kwargs)
-
     def skips_step(self, model, norm) -> bool:
         limit = self.args.skip_grad_norm
         self._skipped = limit is not None and not norm <= limit
@@ -275,7 +270,10 @@ class _Sharing:
         self._sharing, self._model = sharing, model
 
     def __call__(self, input_ids, attention_mask, labels, **kwargs):
-        if kwargs.keys() <= {"fused_lm_head"}:
+        extras = sorted(kwargs.keys() - {"fused_lm_head"})
+        if extras:
+            self._sharing.decline(f"it holds {', '.join(extras)} for the model")
+        else:
             packed = self._sharing.pack_rows(input_ids, attention_mask, labels)
             if packed is not None:
                 kwargs["packed"] = packed

@@ -47,8 +47,8 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
     known: dict[bytes, float] = shared[0]
     missing = [i for i, pair in enumerate(digests) if pair[0] not in known or pair[1] not in known]
     if missing:
-        if trainer._sharing.active:
-            missing.sort(key=lambda i: _length(dataset[i]), reverse=True)
+        if trainer._sharing.active and trainer._sharing.may_sort:
+            missing.sort(key=lambda i: length_of(dataset[i]), reverse=True)
         chosen, rejected = _forward(trainer, dataset.select(missing), name, batch_size)
         fresh = {}
         for i, chosen_logp, rejected_logp in zip(missing, chosen, rejected, strict=True):
@@ -91,7 +91,7 @@ def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> tuple[list[f
     return chosen.tolist(), rejected.tolist()
 
 
-def _length(row: dict) -> int:
+def length_of(row: dict) -> int:
     return len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 

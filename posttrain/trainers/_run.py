@@ -4,8 +4,10 @@ import math
 
 import torch
 from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
 
 from posttrain.compat import keep_4bit_weights_trainable
+from posttrain.errors import EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.models import resolve_model
 from posttrain.reporting import RunReport
@@ -57,7 +59,8 @@ class RunMixin:
         """
         checkpoint = _checkpoints.find(self.args.output_dir, resume_from_checkpoint)
         if checkpoint is not None:
-            content = _checkpoints.read(checkpoint, self._identity() if self.args.check_resume else None)
+            now = self._identity() | _checkpoints.update_settings(self) if self.args.check_resume else None
+            content = _checkpoints.read(checkpoint, now)
             self._total_train_tokens = content["state"]["num_tokens"]
         self._live_gradients = None
         output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -79,10 +82,25 @@ class RunMixin:
         """Settings of the method that a resumed run must share with the one it goes on from."""
         return {}
 
+    # stands on Trainer.get_batch_samples, the first call of an optimiser step; each mixin's own comes after it
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:
+            # resumed from its last step: upstream would take one more
+            self.control.should_training_stop = True
+            return [], None
+        self._watch_gradients()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the adapter or model; all ranks call it. No local path is left in the card that PEFT writes."""
         # not upstream's own push from here: it would come before the card, and push_to_hub is called after it anyway
-        super().save_model(output_dir, _internal_call=True)
+        try:
+            super().save_model(output_dir, _internal_call=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not _checkpoints.is_write_error(error):
+                raise
+            folder = output_dir or self.args.output_dir
+            raise EnvironmentIssue(f"the model could not be saved to {folder}: {error}") from error
         if self.is_world_process_zero():
             clean_readme(output_dir or self.args.output_dir, self.args.base_model_id)
 

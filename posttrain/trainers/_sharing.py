@@ -44,7 +44,9 @@ class PrefixSharing:
         may_sort: whether it makes no difference which rows are in a batch together.
     """
 
-    def __init__(self, trainer) -> None:
+    def __init__(self, trainer, left_padded: bool = False) -> None:
+        """`left_padded`: the trainer's batches have padding in front of the prompts."""
+        self._left_padded = left_padded
         self._setting, self._accelerator = trainer.args.prefix_sharing, trainer.accelerator
         self._said: set[str] = set()
         self._checked: set[int] = set()
@@ -59,9 +61,13 @@ class PrefixSharing:
             if reason:
                 self._give_up(reason)
                 return
+        scales = any(prefix_sharing.scales_with_length(base.config) for base in bases)
+        if scales and left_padded:
+            self._give_up("its rotary factors depend on the width of a batch")
+            return
         for base in bases:
             prefix_sharing.share_prefixes(base)
-        self.may_sort = not any(prefix_sharing.scales_with_length(base.config) for base in bases)
+        self.may_sort = not scales
         self._cost = prefix_sharing.attention_cost(bases[0].config)
         self._window = min(filter(None, (prefix_sharing.sliding_window(base.config) for base in bases)), default=None)
         # kernels on accelerators are made for widths of multiples of eight
@@ -99,15 +105,17 @@ class PrefixSharing:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            *gaps, trouble = prefix_sharing.trial(model, self._innermost(model).config, self._accelerator.device)
+            config, device = self._innermost(model).config, self._accelerator.device
+            *gaps, trouble = prefix_sharing.trial(model, config, device, self._left_padded)
         finally:
             for module, mode in modes:
                 module.training = mode
         # a rank of which the model tripped still has to meet the others here
-        largest, mean = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device)).amax(0).tolist()
+        gathered = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device))
+        (largest, mean, _), blind = gathered.amax(0).tolist(), gathered[:, 2].min().item()
         dtypes = {parameter.dtype for parameter in model.parameters()}
         half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
-        reason = trouble or prefix_sharing.fault(largest, mean, half)
+        reason = trouble or prefix_sharing.fault(largest, mean, blind, half)
         if reason:
             self._give_up(reason)
 

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import random
 
@@ -10,6 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.prefix_sharing import (
     attention_cost,
+    fault,
     obstacle,
     pack,
     pack_padded,
@@ -288,7 +290,7 @@ def test_a_repeated_prompt_token_would_see_itself_twice():
 
 def test_the_check_finds_a_model_that_ignores_the_mask():
     model = fused()
-    assert max(self_check(model.eval(), 259, "cpu")) < 1e-4
+    assert self_check(model.eval(), 259, "cpu")[0] < 1e-4
     backbone = model.model.forward
     model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
     assert self_check(model, 259, "cpu")[0] > 2e-2
@@ -299,6 +301,20 @@ def test_the_check_finds_a_model_that_ignores_positions():
     backbone = model.model.forward
     model.model.forward = lambda *args, position_ids=None, **kwargs: backbone(*args, **kwargs)
     assert self_check(model, 259, "cpu")[0] > 2e-3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("weights", [0.6, 1.0])
+def test_half_precision_is_told_from_a_model_that_ignores_the_mask(architecture, weights):
+    model = fused(architecture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(weights)
+    model = model.bfloat16().eval()
+    assert fault(*self_check(model, 259, "cpu"), half=True) is None
+    backbone = model.model.forward
+    model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
+    assert "packed log-probs differ" in fault(*self_check(model, 259, "cpu"), half=True)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +349,7 @@ def test_models_that_place_tokens_themselves_are_found():
 
 def test_windows_of_other_names_are_found():
     neo = AutoConfig.for_model("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]], window_size=7)
-    assert sliding_window(neo) == 7
+    assert "local attention goes by the place in the row" in obstacle(neo)
     assert sliding_window(tiny_model("mistral", sliding_window=9).config) == 9
     assert sliding_window(tiny_model("qwen2").config) is None
 
@@ -388,3 +404,29 @@ def test_sorting_deals_the_same_pairs_out_by_length():
                 assert set(batch["input_ids"][row].tolist()) <= {0, int(name)}
             totals.append(int(batch["attention_mask"][[i, i + size]].sum()))
     assert totals == sorted(totals, reverse=True)
+
+
+def test_a_deep_copy_runs_its_own_weights():
+    model = fused()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+        batch, groups = padded_batch(*random_groups(0, count=2, answers=2))
+        packed = pack_padded(*batch.values(), groups, attention_cost=0.0)
+        own, other, shared = (
+            scores(m, batch, p).log_probs for m, p in ((model, None), (copied, None), (copied, packed))
+        )
+    assert (own - other).abs().max() > 0.1 and (shared - other).abs().max() < 1e-4
+
+
+def test_the_check_finds_a_model_that_left_padding_moves():
+    sizes = dict(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).eval()
+    model.transformer.wpe.weight.data *= 50
+    add_fused_lm_head(model)
+    share_prefixes(model)
+    assert self_check(model, 259, "cpu")[0] < 1e-4
+    assert self_check(model, 259, "cpu", left=True)[0] > 0.01
+    assert self_check(fused(), 259, "cpu", left=True)[0] < 1e-4

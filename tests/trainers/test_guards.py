@@ -11,7 +11,7 @@ from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DivergedError, EnvironmentIssue
 from posttrain.trainers import _checkpoints
 from tests.conftest import make_pairs
-from tests.training import lora, losses, settings
+from tests.training import lora, losses, settings, trainable
 
 
 def build(folder, out, pairs=None, **overrides):
@@ -97,6 +97,8 @@ def test_resuming_another_run_is_refused_by_name(tiny_folder, tmp_path):
         build(tiny_folder, tmp_path, pairs=make_pairs(16, seed=5), max_steps=4).train(resume_from_checkpoint=True)
     with pytest.raises(ConfigError, match="gradient_accumulation_steps: 1 there, 2 here"):
         build(tiny_folder, tmp_path, gradient_accumulation_steps=2).train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="learning_rate: 0.05 there, 0.01 here; weight_decay: 0.0 there, 0.5 here"):
+        build(tiny_folder, tmp_path, learning_rate=0.01, weight_decay=0.5).train(resume_from_checkpoint=True)
     relaxed = build(tiny_folder, tmp_path, pairs=make_pairs(16, seed=5), max_steps=4, check_resume=False)
     relaxed.train(resume_from_checkpoint=True)
     assert relaxed.state.global_step == 4
@@ -129,6 +131,44 @@ def test_rotation_keeps_the_newest_and_the_best_and_clears_what_is_incomplete(tm
             _checkpoints.mark(folder, {})
     _checkpoints.rotate(tmp_path, keep=1, best=str(tmp_path / "checkpoint-2"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_a_run_that_was_done_takes_no_further_step(tiny_folder, tmp_path):
+    # five pairs in steps of two: the last step is not an epoch's end
+    run = dict(pairs=make_pairs(5), max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+    done = build(tiny_folder, tmp_path, **run)
+    done.train()
+    again = build(tiny_folder, tmp_path, **run)
+    again.train(resume_from_checkpoint="auto")
+    assert again.state.global_step == 4 and not (tmp_path / "checkpoint-5").exists()
+    ours, theirs = trainable(again.model), trainable(done.model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_damaged_checkpoint_is_named_with_its_file(tiny_folder, tmp_path):
+    run = dict(max_steps=2, save_strategy="steps", save_steps=2)
+    build(tiny_folder, tmp_path, **run).train()
+    folder = tmp_path / "checkpoint-2"
+    for name, cut in (("optimizer.pt", None), ("adapter_model.safetensors", 10), (_checkpoints.MARKER, 5)):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink() if cut is None else (folder / name).write_bytes(kept[:cut])
+        message = {
+            None: "is damaged: optimizer.pt is missing",
+            10: "is damaged: adapter_model.safetensors has 10 bytes",
+        }
+        with pytest.raises(ConfigError, match=message.get(cut, "is damaged, so nothing says what run wrote")):
+            build(tiny_folder, tmp_path, max_steps=4, check_resume=False).train(resume_from_checkpoint=True)
+        (folder / name).write_bytes(kept)
+
+
+def test_a_disk_that_torch_finds_full_is_said_as_one(tiny_folder, tmp_path, monkeypatch):
+    def full(self, output_dir):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    trainer = build(tiny_folder, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    monkeypatch.setattr(RobustDPOTrainer, "_save_rng_state", full)
+    with pytest.raises(EnvironmentIssue, match="checkpoint-2 could not be saved: .*unexpected pos"):
+        trainer.train()
 
 
 def test_a_full_disk_leaves_the_last_complete_checkpoint(tiny_folder, tmp_path, monkeypatch):

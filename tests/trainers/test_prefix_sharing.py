@@ -297,3 +297,19 @@ def test_a_batch_is_packed_once_for_all_passes(tiny_folder, tmp_path, monkeypatc
     monkeypatch.setattr(prefix_sharing, "pack_padded", lambda *args: calls.append(1) or inner(*args))
     train(tiny_folder, tmp_path, reduction="dr_dpo", **ACCUMULATE)
     assert len(calls) == 2 * 2, "micro-batches, though each has two policy passes and one of the reference"
+
+
+def test_a_collator_that_pads_on_the_left_trains_the_same(tiny_folder, tmp_path):
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    class Left(DataCollatorForPreference):
+        def torch_call(self, examples):
+            batch = super().torch_call(examples)
+            order = batch["attention_mask"].argsort(dim=1, stable=True)
+            return {key: value.gather(1, order) if value.dim() == 2 else value for key, value in batch.items()}
+
+    changes = []
+    for side, collator in (("right", None), ("left", Left(pad_token_id=257))):
+        run = dict(collator=collator, prefix_sharing="always", **ACCUMULATE)
+        changes.append(train(tiny_folder, tmp_path / side, **run)[0])
+    assert distance(*changes) <= 1e-4

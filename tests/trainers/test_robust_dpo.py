@@ -5,7 +5,7 @@ import torch
 from trl import DPOConfig, DPOTrainer
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
-from posttrain.errors import DivergedError
+from posttrain.errors import ConfigError, DivergedError
 from posttrain.objectives import preference
 from tests.conftest import make_pairs
 from tests.training import distance, losses, settings, train
@@ -297,3 +297,26 @@ def test_defaults_follow_the_reduction(tmp_path):
     plain, dr = RobustDPOConfig(str(tmp_path)), RobustDPOConfig(str(tmp_path), reduction="dr_dpo")
     assert (plain.pair_loss, plain.flip_rate) == ("rdpo", 0.1)
     assert (dr.pair_loss, dr.flip_rate, dr.beta_prime) == ("dpo", 0.0, 1.0)
+
+
+def test_full_fine_tuning_of_a_nameless_model_asks_for_its_reference(tokenizer, tmp_path):
+    from posttrain.models import tiny_model
+
+    given = dict(args=RobustDPOConfig(**settings(tmp_path)), train_dataset=make_pairs(8), processing_class=tokenizer)
+    with pytest.raises(ConfigError, match=r"Pass `ref_model=copy.deepcopy\(model\)`, or a `peft_config`"):
+        RobustDPOTrainer(tiny_model(), **given)
+    assert RobustDPOTrainer(tiny_model(), ref_model=tiny_model(), **given)
+
+
+def test_batches_may_be_grouped_by_length(tiny_folder, tmp_path):
+    _, trainer = train(tiny_folder, tmp_path, train_sampling_strategy="group_by_length", max_steps=2)
+    lengths = trainer.train_dataset["length"]
+    row = trainer.train_dataset[0]
+    assert lengths[0] == len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+    assert trainer.state.global_step == 2
+
+
+def test_a_flip_rate_column_that_nothing_reads_is_said(tiny_folder, tmp_path, logged):
+    pairs = make_pairs(8).add_column("flip_rate", [0.1] * 8)
+    train(tiny_folder, tmp_path, pairs=pairs, pair_loss="dpo", max_steps=1)
+    assert "train_dataset's column flip_rate is not read by pair_loss dpo" in logged.text

@@ -16,19 +16,22 @@ def share_prefixes(model) -> None:
     label is -100. The states of scored tokens alone reach the LM head. Any other call goes to the forward as it was.
     It sits on the innermost model, so PEFT, DDP and DeepSpeed around it need not know.
     """
-    inner = model.forward
+    before = model.forward
+    # unbound where it can be: a deep copy's forward must run the copy
+    inner = getattr(before, "__func__", None) or (lambda self, *args, **kwargs: before(*args, **kwargs))
 
     # generate() checks its arguments against the signature
     @functools.wraps(type(model).forward)
     def forward(self, *args, packed: PackedBatch | None = None, **kwargs):
         if packed is None or not kwargs.get("fused_lm_head"):
-            return inner(*args, **kwargs)
+            return inner(self, *args, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in _REPLACED}
         config = self.config.get_text_config()
         mask = packed.attention_mask(config._attn_implementation, self.get_input_embeddings().weight.dtype)
         hook = self.base_model.register_forward_hook(functools.partial(_keep_scored, packed))
         try:
             outputs = inner(
+                self,
                 *args,
                 input_ids=packed.input_ids,
                 position_ids=packed.position_ids,

@@ -1,5 +1,6 @@
 """Where prefix sharing can work, and what a longer row costs."""
 
+import dataclasses
 import inspect
 import math
 
@@ -35,6 +36,8 @@ def obstacle(config, model=None, attention: str | None = None, peft_config=None)
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYERS)
     if others:
         return f"layers of type {', '.join(others)} do not go by a mask"
+    if "local" in (getattr(text, "attention_layers", None) or ()):
+        return "local attention goes by the place in the row, not by position ids"
     if getattr(text, "alibi", False):
         return "ALiBi goes by the place in the row, not by position ids"
     if getattr(text, "output_router_logits", False):
@@ -52,9 +55,6 @@ def obstacle(config, model=None, attention: str | None = None, peft_config=None)
 def sliding_window(config) -> int | None:
     """How many tokens back the shortest-sighted layer looks; None where all look back to the start."""
     text = config.get_text_config()
-    # GPT-Neo's
-    if "local" in (getattr(text, "attention_layers", None) or ()):
-        return text.window_size
     types = getattr(text, "layer_types", None)
     if types is not None and "sliding_attention" not in types:
         return None
@@ -84,45 +84,63 @@ def attention_cost(config) -> float:
 
 
 # Nats that padded and packed log-probs of the self-check may differ by: largest in fp32, mean in half precision, where
-# rounding alone makes hundredths. A model that ignores the mask or the positions is off by far more.
-_LARGEST_FP32, _MEAN_HALF = 2e-3, 0.25
+# rounding alone makes hundredths. There a mean above the second number is also held against what a model would be off
+# by if it ignored the mask or the positions.
+_LARGEST_FP32, _MEAN_HALF, _NOISE_HALF = 2e-3, 0.25, 0.02
 
 
-def fault(largest: float, mean: float, half: bool) -> str | None:
+def fault(largest: float, mean: float, blind: float, half: bool) -> str | None:
     """What the differences of `self_check` say against a model; `half`: it computes in half precision."""
-    if mean <= _MEAN_HALF if half else largest <= _LARGEST_FP32:
-        return None
-    return f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens"
+    good = largest <= _LARGEST_FP32
+    if half:
+        good = mean <= _NOISE_HALF or mean <= min(_MEAN_HALF, blind / 2)
+    return None if good else f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens"
 
 
-def trial(model, config, device) -> tuple[float, float, str | None]:
+def trial(model, config, device, left: bool = False) -> tuple[float, float, float, str | None]:
     """`self_check`, where a model's own code may trip over packed rows: infinite differences then, and what it said."""
     try:
-        return *self_check(model, config.get_text_config().vocab_size, device), None
+        return *self_check(model, config.get_text_config().vocab_size, device, left), None
     except Exception as error:
         # whatever it is, in code that is not ours: the model is padded then
-        return math.inf, math.inf, f"the model cannot run packed rows ({type(error).__name__}: {error})"
+        return math.inf, math.inf, 0.0, f"the model cannot run packed rows ({type(error).__name__}: {error})"
 
 
-def self_check(model, vocab_size: int, device) -> tuple[float, float]:
+def self_check(model, vocab_size: int, device, left: bool = False) -> tuple[float, float, float]:
     """(largest, mean) difference in nats between the padded and the packed log-probs of a few made-up tokens.
 
+    The third number is the mean difference that a model would have if it ignored the mask, or, if that is less, the
+    positions.
+
     Two prompts with two answers each in one packed row. `model` is called without gradient and should be in eval mode;
-    it is a model with `share_prefixes`, or one around it.
+    it is a model with `share_prefixes`, or one around it. `left`: the batch also has padding on the left, as
+    rollouts have.
     """
     generator = torch.Generator().manual_seed(0)
-    lengths, prompt_lengths, groups = (10, 8, 7, 9), (6, 6, 4, 4), (0, 0, 1, 1)
-    input_ids = torch.randint(vocab_size, (4, 10), generator=generator)
-    input_ids[1, :6], input_ids[3, :4] = input_ids[0, :6], input_ids[2, :4]
-    places = torch.arange(10)
-    attention_mask = (places < torch.tensor(lengths).unsqueeze(1)).long()
-    scored = attention_mask.bool() & (places >= torch.tensor(prompt_lengths).unsqueeze(1))
+    groups, before = (0, 0, 1, 1), 3 if left else 0
+    starts = torch.tensor([before, before, 0, 0]).unsqueeze(1)
+    answers = starts + torch.tensor([6, 6, 4, 4]).unsqueeze(1)
+    ends = starts + torch.tensor([10, 8, 7, 9]).unsqueeze(1)
+    input_ids = torch.randint(vocab_size, (4, 10 + before), generator=generator)
+    for row in (1, 3):
+        prompt = slice(starts[row], answers[row])
+        input_ids[row, prompt] = input_ids[row - 1, prompt]
+    places = torch.arange(10 + before)
+    attention_mask = ((places >= starts) & (places < ends)).long()
+    scored = attention_mask.bool() & (places >= answers)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     batch |= {"labels": input_ids.masked_fill(~scored, -100)}
     batch = {key: value.to(device) for key, value in batch.items()}
     packed = pack_padded(*batch.values(), groups, attention_cost=0.0)
+    row = torch.zeros_like(packed.blocks)
+    maskless = dataclasses.replace(packed, blocks=row, branches=row, _masks={})
+    running = torch.arange(row.size(1), device=row.device).expand_as(row)
+    placeless = dataclasses.replace(packed, position_ids=running, _masks={})
+    scored = scored[:, 1:].to(device)
     with torch.no_grad():
         padded = model(**batch, use_cache=False, fused_lm_head=True).log_probs
-        shared = model(**batch, use_cache=False, fused_lm_head=True, packed=packed).log_probs
-    gap = (padded - shared).float().abs()[scored[:, 1:].to(device)]
-    return gap.max().item(), gap.mean().item()
+        gap, *blind = (
+            (padded - model(**batch, use_cache=False, fused_lm_head=True, packed=form).log_probs).float().abs()[scored]
+            for form in (packed, maskless, placeless)
+        )
+    return gap.max().item(), gap.mean().item(), min(one.mean().item() for one in blind)
