@@ -68,6 +68,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.objectives import offline
     from posttrain.trainers import _checks
+    from posttrain.trainers.a_lol import check_rewards
 
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_model_config(args, config)
@@ -78,6 +79,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
 
     kept, facts = len(train_dataset), {}
     if "reward" in train_dataset.column_names:
+        check_rewards(train_dataset, "train_dataset", args)
         rewards = train_dataset["reward"][:]
         facts["rewards"] = "\n" + baselines.histogram(rewards)
         if args.weighs_by == "rewards":

@@ -152,7 +152,7 @@ class OfflineMixin(RunMixin):
         return _token_reference.precompute(self, dataset, name, self.args.per_device_eval_batch_size)
 
     def identity_settings(self) -> dict:
-        return {"data": _scored_rows.fingerprint(self.train_dataset), "max_length": self.args.max_length}
+        return {"max_length": self.args.max_length}
 
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
@@ -172,7 +172,6 @@ class OfflineMixin(RunMixin):
 
     # stands on Trainer.get_batch_samples: the whole accumulation window, before its first backward
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._watch_gradients()
         batches, items = super().get_batch_samples(
             _counting_rows(self.accelerator, epoch_iterator), num_batches, device
         )

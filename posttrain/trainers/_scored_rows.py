@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-import xxhash
 from accelerate.utils import broadcast_object_list, is_peft_model
 
 from posttrain.data import scored
@@ -43,18 +42,6 @@ def living(dataset, name: str):
         "%s: %d of %d rows have no gradient and are left out", name, len(weights) - len(alive), len(weights)
     )
     return dataset.select(alive)
-
-
-def fingerprint(dataset) -> str:
-    """A digest of tokenised rows, their tokens and rewards, in order."""
-    columns = [name for name in ("input_ids", "labels", "reward") if name in dataset.column_names]
-    digest = xxhash.xxh3_128(f"{len(dataset)}|{columns}".encode())
-    for batch in dataset.select_columns(columns).with_format("numpy").iter(1000):
-        for name in columns:
-            for value in batch[name]:
-                digest.update(value.tobytes())
-                digest.update(b"|")
-    return digest.hexdigest()
 
 
 def by_name(eval_dataset) -> dict:

@@ -76,25 +76,10 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         return args.value == "head"
 
     def check_rows(self, dataset, name: str, args) -> None:
-        if args.weighs_by == "rewards":
-            rewards = dataset["reward"][:]
-            scored.check_range(
-                rewards, name, 0.0, math.inf,
-                f"variant {args.variant} weighs answers by it, and a negative weight would push one down without bound",
-                "Shift rewards to 0 and above, or take the sigmoid of a reward model's score; variants named a_lol "
-                "take any reward.",
-            )  # fmt: skip
-            if not any(rewards):
-                raise DataError(f"{name}: all {len(rewards)} rewards are 0, so no answer would be learned from.")
-        elif args.value == "head":
-            scored.check_range(
-                dataset["reward"][:], name, 0.0, args.reward_max,
-                f"the value head's values lie between 0 and reward_max ({args.reward_max:g})",
-                "Scale the rewards, take the sigmoid of a reward model's score, or set reward_max to the largest.",
-            )  # fmt: skip
-            if name == "train_dataset":
-                _values.check_generations(self, args)
-                self._check_value_prompts(len(set(baselines.prompt_keys(dataset))), args)
+        check_rewards(dataset, name, args)
+        if args.weighs_by == "advantages" and args.value == "head" and name == "train_dataset":
+            _values.check_generations(self, args)
+            self._check_value_prompts(len(set(baselines.prompt_keys(dataset))), args)
 
     def _check_value_prompts(self, prompts: int, args) -> None:
         if prompts < args.value_folds:
@@ -175,3 +160,23 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
             ratio, counted = log_ratio.sum(dim=1).exp(), real
         means.add("ratio/mean", ratio, counted)
         means.add("ratio/clipped_share", (offline.clamp_ratio(ratio, self.args.clip) != ratio).float(), counted)
+
+
+def check_rewards(dataset, name: str, args) -> None:
+    """Refuse rewards that the variant, or the value head, cannot take; DataError names the first."""
+    if args.weighs_by == "rewards":
+        rewards = dataset["reward"][:]
+        scored.check_range(
+            rewards, name, 0.0, math.inf,
+            f"variant {args.variant} weighs answers by it, and a negative weight would push one down without bound",
+            "Shift rewards to 0 and above, or take the sigmoid of a reward model's score; variants named a_lol "
+            "take any reward.",
+        )  # fmt: skip
+        if not any(rewards):
+            raise DataError(f"{name}: all {len(rewards)} rewards are 0, so no answer would be learned from.")
+    elif args.value == "head":
+        scored.check_range(
+            dataset["reward"][:], name, 0.0, args.reward_max,
+            f"the value head's values lie between 0 and reward_max ({args.reward_max:g})",
+            "Scale the rewards, take the sigmoid of a reward model's score, or set reward_max to the largest.",
+        )  # fmt: skip
