@@ -8,6 +8,8 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
+    "ALoLConfig": "posttrain.trainers.a_lol",
+    "ALoLTrainer": "posttrain.trainers.a_lol",
     "HPTConfig": "posttrain.trainers.policy_gradient",
     "HPTTrainer": "posttrain.trainers.policy_gradient",
     "PolicyGradientConfig": "posttrain.trainers.policy_gradient",

@@ -44,6 +44,13 @@ PRIVATE_NAMES = (
         "GRPOTrainer._get_per_token_logps_and_entropies",
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
     ),
+    (
+        "trl.trainer.sft_trainer",
+        "SFTTrainer._prepare_dataset",
+        ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
+    ),
+    ("trl.trainer.sft_trainer", "SFTTrainer._set_signature_columns_if_needed", ()),
+    ("trl.trainer.sft_trainer", "SFTTrainer._save_checkpoint", ("model", "trial")),
     # the speed benchmark counts what reaches the LM head there
     ("trl.trainer.utils", "_ChunkedLogProbFunction", ()),
     ("transformers", "Trainer._push_from_checkpoint", ("checkpoint_folder",)),
@@ -51,6 +58,7 @@ PRIVATE_NAMES = (
     ("transformers.utils", "PushInProgress", ("jobs",)),
     ("transformers", "Trainer._clip_grad_norm", ("model",)),
     ("transformers", "Trainer.get_batch_samples", ("epoch_iterator", "num_batches", "device")),
+    ("transformers", "Trainer._get_train_sampler", ("train_dataset",)),
     ("transformers", "Trainer._prepare_inputs", ("inputs",)),
     ("transformers", "Trainer.compute_loss_context_manager", ()),
 )
@@ -76,6 +84,7 @@ INSTANCE_ATTRIBUTES = {
         "_entropy_bonus_enabled",
         "aux_loss_enabled",
     ),
+    "trl.SFTTrainer": ("_metrics", "_total_train_tokens"),
     "transformers.Trainer": ("model_wrapped", "_signature_columns"),
     "bitsandbytes.nn.Linear4bit": ("support_avx512bf16_for_cpu",),
 }

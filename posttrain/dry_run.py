@@ -6,7 +6,7 @@ import warnings
 
 SAMPLE_ROWS = 64
 # of the first row, which `show` prints as blocks
-TEXTS = ("prompt", "chosen", "rejected", "demonstration", "gold")
+TEXTS = ("prompt", "chosen", "rejected", "completion", "reward", "demonstration", "gold")
 
 
 def describe(

@@ -16,15 +16,24 @@ def test_a_renamed_private_name_is_reported(monkeypatch):
 def test_every_instance_attribute_in_use_is_still_there(tiny_folder, tmp_path):
     import bitsandbytes
 
-    from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
+    from posttrain import (
+        ALoLConfig,
+        ALoLTrainer,
+        PolicyGradientConfig,
+        PolicyGradientTrainer,
+        RobustDPOConfig,
+        RobustDPOTrainer,
+    )
     from tests import rollouts
     from tests.conftest import make_pairs
+    from tests.scored import make_scored
 
     trainer = RobustDPOTrainer(tiny_folder, args=RobustDPOConfig(str(tmp_path)), train_dataset=make_pairs(4))
     args = PolicyGradientConfig(**rollouts.settings(tmp_path / "grpo"))
     objects = {
         "trl.GRPOTrainer": PolicyGradientTrainer(tiny_folder, rollouts.success, args, rollouts.prompts([1] * 4)),
         "trl.DPOTrainer": trainer,
+        "trl.SFTTrainer": ALoLTrainer(tiny_folder, ALoLConfig(str(tmp_path / "a_lol")), train_dataset=make_scored(8)),
         "transformers.Trainer": trainer,
         "bitsandbytes.nn.Linear4bit": bitsandbytes.nn.Linear4bit(4, 4),
     }

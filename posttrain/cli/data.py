@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -155,6 +156,10 @@ def _stats(args) -> int:
         report |= source.pair_facts(args.max_length)
     else:
         report |= source.other_facts(args.max_length)
+    rewards = source.rewards()
+    if rewards:
+        report["rewards"] = {"answers": len(rewards), "mean": math.fsum(rewards) / len(rewards)}
+        report["rewards"] |= {"min": min(rewards), "max": max(rewards)}
     if args.json:
         _print_json(report)
         return 0
@@ -170,6 +175,12 @@ def _stats(args) -> int:
     print("\n" + format_table(headers, [(part, *values.values()) for part, values in report["lengths"].items()]) + "\n")
     for line in (*report["notes"], *report["warnings"]):
         print(line)
+    if rewards:
+        from posttrain.data.baselines import histogram
+
+        mean = report["rewards"]["mean"]
+        print(f"\nrewards of {len(rewards)} answers, mean {mean:.3g}:\n{histogram(rewards)}")
+        print(f"advantages over their mean:\n{histogram([reward - mean for reward in rewards])}")
     return 0
 
 
@@ -269,6 +280,16 @@ class _Source:
     def facts(self) -> dict:
         kind = {"kind": self.format.kind, "style": self.format.style, "why": self.format.why}
         return {"source": self.name, "rows": len(self.rows), "columns": self.columns, "format": kind}
+
+    def rewards(self) -> list[float]:
+        """The rewards of scored answers; empty where there are none, or one is no number."""
+        from posttrain.data.scored import PAIR_REWARDS
+
+        pair = next((names for names in PAIR_REWARDS if set(names) <= set(self.columns)), ())
+        names = ("reward",) if "reward" in self.columns else pair
+        values = [row.get(name) for row in self.rows for name in names]
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        return values if numbers else []
 
     def processing_class(self):
         from posttrain.data.tokens import load_processing_class

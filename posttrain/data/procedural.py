@@ -62,6 +62,13 @@ def reverse_list_pairs(n: int, seed: int, words: int = 3, exclude: Iterable[dict
     return Dataset.from_list(rows)
 
 
+def reversed_share(prompt: list[dict], answer: list[dict]) -> float:
+    """The share of a list's words that an answer has in their place of the reversed list."""
+    right = prompt[-1]["content"].split(", ")[::-1]
+    given = answer[-1]["content"].split(", ")
+    return sum(one == other for one, other in zip(given, right, strict=False)) / len(right)
+
+
 def _row(order: list[str], right: list[str], wrong: list[str]) -> dict:
     return {
         "prompt": [

@@ -30,6 +30,8 @@ _WEIGHTS = (
     "adapter_model.bin",
     "pytorch_model.bin",
 )
+# Columns of rows that were tokenised before the run
+_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
 # Settings on which an update depends; the number of steps is not among them, as runs are made longer
 _UPDATE = (
     "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
@@ -41,9 +43,8 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 def fingerprint(dataset) -> str | None:
     """A digest of the tokens of a prepared dataset, in order; None for a stream."""
-    columns = [
-        c for c in ("prompt_ids", "chosen_ids", "rejected_ids", "flip_rate") if c in (dataset.column_names or ())
-    ]
+    tokens = [name for name in _TOKENS if name in (dataset.column_names or ())]
+    columns = tokens and tokens + [name for name in ("flip_rate", "reward") if name in dataset.column_names]
     if not hasattr(dataset, "__len__"):
         return None
     if not columns:

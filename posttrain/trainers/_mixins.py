@@ -21,7 +21,7 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
 from posttrain.trainers import _checks, _reference
 from posttrain.trainers._run import RunMixin
-from posttrain.trainers._sharing import PrefixSharing
+from posttrain.trainers._sharing import PrefixSharing, record_padding
 
 # Columns of a batch that are ours or the loss's, not the model's
 _NOT_FOR_THE_MODEL = {
@@ -285,17 +285,12 @@ class PreferenceMixin(RunMixin):
             means.add("mean_token_accuracy", outputs.is_top1[:, -width:].chunk(2)[0].float(), chosen_tokens)
         if mode == "train":
             means.add_sum("num_tokens", (inputs["attention_mask"].sum(dim=1) * real.repeat(2)).sum().float(), 1)
-            self._record_padding(means, inputs)
+            packed = inputs.get("packed")
+            record_padding(means, inputs["attention_mask"], packed)
+            if packed is not None:
+                unshared = torch.full((), packed.unshared, dtype=torch.float32, device=self.accelerator.device)
+                means.add_sum("prefix_sharing/unshared", unshared, _pairs(inputs))
         self.extra_metrics(means, losses, chosen_logratios - rejected_logratios, inputs, mode)
-
-    def _record_padding(self, means: MeanMetrics, inputs: dict) -> None:
-        packed, mask = inputs.get("packed"), inputs["attention_mask"]
-        if packed is None:
-            means.add_sum("tokens/padding_share", (mask.numel() - mask.sum()).float(), mask.numel())
-            return
-        padding = mask.new_tensor(packed.forwarded - packed.tokens, dtype=torch.float32)
-        means.add_sum("tokens/padding_share", padding, packed.forwarded)
-        means.add_sum("prefix_sharing/unshared", torch.full_like(padding, packed.unshared), _pairs(inputs))
 
     # stands on DPOTrainer.log, which averages the lists in `_metrics`
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

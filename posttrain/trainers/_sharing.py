@@ -26,6 +26,16 @@ def _refusal(reason: str) -> ConfigError:
     )
 
 
+def record_padding(means, attention_mask, packed) -> None:
+    """Add `tokens/padding_share` of a batch, padded or packed."""
+    if packed is None:
+        forwarded, padding = attention_mask.numel(), (attention_mask.numel() - attention_mask.sum()).float()
+    else:
+        forwarded = packed.forwarded
+        padding = attention_mask.new_tensor(packed.forwarded - packed.tokens, dtype=torch.float32)
+    means.add_sum("tokens/padding_share", padding, forwarded)
+
+
 class PrefixSharing:
     """Decides at construction; `pack` then gives each batch its packed form, or None where it is to be padded.
 
@@ -43,7 +53,7 @@ class PrefixSharing:
         self.active, self.may_sort = self._setting != "never", False
         if not self.active:
             return
-        models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+        models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
         bases = [self._innermost(model) for model in models]
         adapter = trainer.model.active_peft_config if is_peft_model(trainer.model) else None
         for base in bases:

@@ -31,6 +31,15 @@ ROLLOUTS = {
 }
 ROLLOUT_SPLIT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=8)
 
+# scored answers, of which all but a few are kept; a step's 8 lie across ranks and micro-batches
+_SCORED = dict(rows=20, learning_rate=0.003, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+SCORED = {
+    "a_lol": dict(_SCORED, variant="a_lol"),
+    "a_lol-seq-full": dict(_SCORED, variant="a_lol_seq", peft=False),
+    "a_lol-sampled": dict(_SCORED, variant="a_lol", advantage_weighting="sample"),
+    "a_lol-head": dict(_SCORED, variant="a_lol", value="head", value_folds=2, value_learning_rate=0.01),
+}
+
 
 def whole(case: dict) -> dict:
     """The same case on one process, all 8 pairs of a step in one padded batch."""

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests import rollouts
-from tests.distributed.cases import EQUAL, LOCAL, RESCALE, ROLLOUTS, whole
+from tests import rollouts, scored
+from tests.distributed.cases import EQUAL, LOCAL, RESCALE, ROLLOUTS, SCORED, whole
 from tests.training import distance, train
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +125,22 @@ def test_rollouts_are_generated_by_sharded_models(launch):
     assert len(history) == 2 and all(row["hpt/frac_sft_prompts"] > 0 for row in history)
     assert all(value.isfinite().all() for value in launch.change("generated").values())
     assert any(value.any() for value in launch.change("generated").values())
+
+
+@pytest.mark.parametrize("case", SCORED)
+def test_two_ranks_learn_from_scored_answers_as_one(launch, tiny_folder, tmp_path, case):
+    arguments = dict(SCORED[case], per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    rows = scored.make_scored(arguments.pop("rows"), prompts=10)
+    change, trainer = scored.train(tiny_folder, tmp_path, rows, **arguments)
+    kept = trainer.train_dataset["advantage"][:]
+    assert launch.results[f"{case}_advantages"] == pytest.approx(kept, abs=1e-6)
+    # a last step of fewer than 8: ranks fill up by repeats
+    assert 8 < len(kept) < 16
+    assert distance(launch.change(case), change) <= 1e-4
+    for logged, reference in zip(launch.results["history"][case], scored.entries(trainer), strict=True):
+        for name in reference:
+            if "/" in name and not name.startswith("tokens/"):
+                assert logged[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-5), name
 
 
 def test_rescale_makes_the_same_update(launch, single):

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.models import resolve_model
-from tests import rollouts
+from tests import rollouts, scored
 from tests.conftest import make_pairs
-from tests.distributed.cases import DR_DPO, EQUAL, LOCAL, RESCALE, ROLLOUT_SPLIT, ROLLOUTS
+from tests.distributed.cases import DR_DPO, EQUAL, LOCAL, RESCALE, ROLLOUT_SPLIT, ROLLOUTS, SCORED
 from tests.training import lora, settings
 
 DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -103,6 +103,17 @@ def main(folder: str, out: Path) -> None:
         changes |= {f"{name}|{key}": value.contiguous().cpu() for key, value in change.items()}
         results["history"][name] = rollouts.entries(trainer)
         results[f"{name}_advantages"] = list(trainer._logs["advantages"])[-32:]
+        del trainer
+        gc.collect()
+    for name, case in SCORED.items():
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+        rows = scored.make_scored(case["rows"], prompts=10)
+        arguments = {key: value for key, value in case.items() if key != "rows"}
+        change, trainer = scored.train(folder, out / name, rows, snapshot=snapshot, **arguments)
+        changes |= {f"{name}|{key}": value.contiguous().cpu() for key, value in change.items()}
+        results["history"][name] = scored.entries(trainer)
+        results[f"{name}_advantages"] = trainer.train_dataset["advantage"][:]
         del trainer
         gc.collect()
     for kind, peft in (("lora", True), ("full", False)):

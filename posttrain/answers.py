@@ -1,0 +1,119 @@
+"""What the recipe with scored answers adds to every recipe's own: its data settings, its rows, its dry run."""
+
+import math
+from dataclasses import dataclass, field
+
+from posttrain import dry_run, recipe
+from posttrain.config import DataArguments
+
+
+@dataclass
+class ScoredArguments(DataArguments):
+    """Where scored answers come from: rows of prompt, completion and reward, or pairs with a reward for each side."""
+
+    more_datasets: list[str] | None = field(
+        default=None, metadata={"help": "Further files or hub ids of scored answers, added to the training rows."}
+    )
+    same_scale: bool = field(
+        default=False, metadata={"help": "The rewards of several files are on one scale, whatever it looks like."}
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: prompt."})
+    completion_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: completion."})
+    reward_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: reward."})
+    reward_func: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scores every answer once, before training, instead of a column: maths_answer, exact_match, "
+            "format, length, or my_module:my_function."
+        },
+    )
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Your columns to ours, as `load_scored` takes them."""
+        named = {"prompt": self.prompt_column, "completion": self.completion_column, "reward": self.reward_column}
+        return {yours: ours for ours, yours in named.items() if yours is not None and yours != ours}
+
+
+def load_answers(data_args: ScoredArguments, training_args):
+    """The scored answers to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    from posttrain.data.scored import load_scored
+
+    needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
+    keep = (training_args.value_column,) if training_args.value == "column" else ()
+
+    def load(name, split, limit):
+        training = name == data_args.dataset_name and split == data_args.dataset_train_split
+        sources = [name, *(data_args.more_datasets or [])] if training else name
+        return load_scored(
+            sources, split, limit, data_args.columns, data_args.same_scale, needs_reward=needs_reward, keep=keep
+        )
+
+    return recipe.load_splits(load, data_args, training_args.eval_strategy != "no")
+
+
+def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, peft_config=None) -> dict:
+    """Answers, steps, parameters and checkpoint size of a run, what the rewards say, and the first answer.
+
+    Settings and data are checked as the trainer would. The tokenizer is loaded, and the model is built without memory
+    for its weights. Answers that will have no gradient are counted where their values are known without the model.
+
+    Raises:
+        ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
+            adapter settings that do not fit the model.
+    """
+    import torch
+
+    from posttrain.data import baselines, schema
+    from posttrain.data.tokens import processing_class_for, tokenizer_of
+    from posttrain.objectives import offline
+    from posttrain.trainers import _checks
+    from posttrain.trainers.a_lol import check_rewards
+
+    config = dry_run.check(model_id, args, peft_config)
+    _checks.check_model_config(args, config)
+    processing_class = processing_class_for(model_id, None, args)
+    revision = (args.model_init_kwargs or {}).get("revision")
+    stop_ids = schema.generation_stop_ids(model_id, revision)
+    baselines.check_tokens(train_dataset, processing_class, args.max_length, "train_dataset", stop_ids)
+
+    kept, facts = len(train_dataset), {}
+    if "reward" in train_dataset.column_names:
+        check_rewards(train_dataset, "train_dataset", args)
+        rewards = train_dataset["reward"][:]
+        facts["rewards"] = "\n" + baselines.histogram(rewards)
+        if args.weighs_by == "rewards":
+            kept = sum(reward != 0 for reward in rewards)
+        elif args.weighs_by == "advantages" and args.value != "head":
+            values = baselines.values_of(train_dataset, args.value, args.value_column, "train_dataset")
+            advantages = [reward - value for reward, value in zip(rewards, values, strict=True)]
+            baselines.check_positive(advantages, args.value, "train_dataset")
+            facts["advantages"] = "\n" + baselines.histogram(advantages)
+            weights = offline.gradient_weights(
+                args.variant, torch.tensor(advantages), args.kl_beta, args.keep_negative_advantages
+            )
+            kept = int((weights != 0).sum())
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    micro_batches = math.ceil(kept / (args.per_device_train_batch_size * args.world_size))
+    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    first = train_dataset[0]
+    return {
+        "processes": args.world_size,
+        "scored answers": len(train_dataset),
+        "of them with a gradient": kept if args.value != "head" else "known once the value head has learned",
+        "answers per step": batch,
+        "steps": args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs),
+        **dry_run.sizes(config, args, peft_config),
+        **facts,
+        "prompt": _text(first["prompt"], tokenizer_of(processing_class)),
+        "completion": _text(first["completion"]),
+        "reward": first.get("reward", f"by {data_args.reward_func}"),
+    }
+
+
+def _text(value, tokenizer=None) -> str:
+    if isinstance(value, str):
+        return value
+    if tokenizer is not None:
+        return tokenizer.apply_chat_template(value, add_generation_prompt=True, tokenize=False)
+    return "".join(turn["content"] or "" for turn in value)

@@ -1,0 +1,170 @@
+"""The value of a prompt, learned: what reward the frozen model's answers to it are expected to earn.
+
+A small head pools the frozen model's last hidden states of the prompt by attention. It is a module of its own, never
+part of the model's state dict. Prompts are dealt into folds and a head is trained for each on the others', so that an
+answer's value never comes from a head that saw its reward.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from posttrain.log import get_logger
+
+FILE = "value_head.safetensors"
+BATCH = 32
+
+
+class ValueHead(nn.Module):
+    """V(x) = reward_max sigmoid(linear(attention(query, states)))
+
+    One learned query attends to the states of the prompt's tokens with 8 heads (or as many up to 8 as divide the
+    width); dropout 0.1 before and after. 4 hidden_size^2 parameters.
+    Source: the published code of arXiv 2305.14718, with a mask for padding, and out of training mode when used.
+
+    Args:
+        hidden_size: width of the states. reward_max: R_max, above 0.
+    """
+
+    def __init__(self, hidden_size: int, reward_max: float = 1.0, heads: int = 8, dropout: float = 0.1) -> None:
+        super().__init__()
+        heads = next(count for count in range(heads, 0, -1) if hidden_size % count == 0)
+        self.reward_max = reward_max
+        self.query = nn.Parameter(torch.randn(1, 1, hidden_size) * hidden_size**-0.5)
+        self.attention = nn.MultiheadAttention(hidden_size, heads, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(hidden_size, 1)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """(B,) values from states (B, T, hidden_size) and a mask (B, T), true at tokens; at least one in each row."""
+        states = torch.where(mask.unsqueeze(-1), states.to(self.query.dtype), 0.0)
+        states = self.dropout(states)
+        query = self.query.expand(len(states), -1, -1)
+        pooled, _ = self.attention(query, states, states, key_padding_mask=~mask, need_weights=False)
+        return self.reward_max * torch.sigmoid(self.linear(self.dropout(pooled.squeeze(1))).squeeze(-1))
+
+
+def folds_of(keys: Sequence[str], folds: int) -> list[int]:
+    """The fold of each distinct key, 0 to folds - 1: even in size, whatever the order in which they come."""
+    order = sorted(range(len(keys)), key=lambda i: hashlib.blake2b(keys[i].encode(), digest_size=16).digest())
+    found = [0] * len(keys)
+    for position, i in enumerate(order):
+        found[i] = position % folds
+    return found
+
+
+def fit(
+    states: Sequence[Tensor],
+    rewards: Tensor,
+    counts: Tensor,
+    reward_max: float,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> ValueHead:
+    """A head trained on prompts by the squared error to their answers' rewards; in eval mode.
+
+    Args:
+        states: of each prompt, (T, hidden_size), T of 1 or more.
+        rewards: (N,) the mean reward of each prompt's answers. counts: (N,) how many there are, their weight.
+        seed: of the weights, the order and the dropout; the global random state is left as it was.
+
+    The start is the mean reward for every prompt, so what little training does not reach stays with the mean.
+    """
+    with _seeded(seed, device):
+        head = ValueHead(states[0].size(-1), reward_max)
+        mean = float((rewards * counts).sum() / counts.sum() / reward_max)
+        nn.init.zeros_(head.linear.weight)
+        nn.init.constant_(head.linear.bias, torch.logit(torch.tensor(mean), eps=1e-3).item())
+        head = head.to(device).train()
+        optimiser = torch.optim.AdamW(head.parameters(), lr=learning_rate)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(states)).split(BATCH):
+                values = head(*pad([states[i] for i in batch.tolist()], device))
+                error = (values - rewards[batch].to(device, values.dtype)).square() * counts[batch].to(device)
+                optimiser.zero_grad()
+                (error.sum() / counts[batch].sum()).backward()
+                optimiser.step()
+    return head.eval()
+
+
+@torch.no_grad()
+def predict(head: ValueHead, states: Sequence[Tensor], device: torch.device | str = "cpu") -> list[float]:
+    """The values of prompts from their states."""
+    values: list[float] = []
+    for start in range(0, len(states), BATCH):
+        values += head(*pad(states[start : start + BATCH], device)).tolist()
+    return values
+
+
+def pad(states: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """States (T_i, h) as (B, T, h) fp32 and the mask (B, T) of what is no padding."""
+    lengths = torch.tensor([len(one) for one in states])
+    padded = nn.utils.rnn.pad_sequence([one.float() for one in states], batch_first=True)
+    return padded.to(device), (torch.arange(padded.size(1)) < lengths.unsqueeze(1)).to(device)
+
+
+def save(heads: Sequence[ValueHead], folder: str | Path, key: str) -> Path:
+    """Write the heads of all folds into one file at once; `key` says what they were trained on."""
+    path = Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = heads[0]
+    facts = {"key": key, "folds": len(heads), "hidden_size": first.query.size(-1), "reward_max": first.reward_max}
+    tensors = {
+        f"{i}.{name}": value.cpu().contiguous()
+        for i, head in enumerate(heads)
+        for name, value in head.state_dict().items()
+    }
+    partial = path.with_name(f".{FILE}-{uuid.uuid4().hex}.partial")
+    try:
+        save_file(tensors, partial, metadata={"value_head": json.dumps(facts)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load(folder: str | Path, key: str | None = None, device: torch.device | str = "cpu") -> list[ValueHead] | None:
+    """The heads that `save` wrote, in eval mode; None where there are none, or ones of another key."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("value_head", "{}"))
+            if not facts or (key is not None and facts["key"] != key):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        get_logger().warning("value head %s cannot be read (%s); it will be trained anew", path, error)
+        return None
+    heads = []
+    for fold in range(facts["folds"]):
+        with _seeded(0, device):
+            head = ValueHead(facts["hidden_size"], facts["reward_max"])
+        own = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{fold}.")}
+        head.load_state_dict(own)
+        heads.append(head.to(device).eval())
+    return heads
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device | str) -> Iterator[None]:
+    device = torch.device(device)
+    devices = [] if device.type == "cpu" else [device]
+    kind = {} if device.type == "cpu" else {"device_type": device.type}
+    with torch.random.fork_rng(devices=devices, **kind):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            getattr(torch, device.type).manual_seed(seed)
+        yield

@@ -1,0 +1,182 @@
+"""Offline policy gradients from scored answers: the A-LoL family in one trainer."""
+
+import math
+
+import torch
+from torch import Tensor
+from trl import SFTTrainer
+
+from posttrain.data import baselines, scored
+from posttrain.errors import DataError
+from posttrain.log import get_logger
+from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.objectives import offline
+from posttrain.trainers import _values
+from posttrain.trainers._offline import OfflineMixin
+from posttrain.trainers.a_lol_config import ALoLConfig
+
+
+class ALoLTrainer(OfflineMixin, SFTTrainer):
+    """`trl.SFTTrainer` for answers with a score each: A-LoL (arXiv 2305.14718) and the methods it is compared with.
+
+    Takes what `trl.SFTTrainer` takes, with an `ALoLConfig` as `args`. Data sets have the columns prompt, completion and
+    reward, as texts or as lists of messages, or are pairs with a reward for each side. The loss is the mean over the
+    sequences of the optimiser step's global batch: it does not depend on micro-batches, ranks or padding. Where all
+    answers have equally many tokens, `variant: nll` is `trl.SFTTrainer` at a learning rate times that number; in
+    general SFTTrainer divides a step by its tokens, this trainer by its answers.
+
+    Args:
+        reward_func: a name or function as `posttrain.rewards.get_rewards` takes; scores every answer once, before
+            training, instead of a column of rewards. Scores are cached by the answer and the function's code.
+
+    Raises:
+        ConfigError, DataError: (ValueErrors) bad settings; columns or rewards that are missing or cannot be; no answer
+            that beats its value; a model with attention dropout. All before the model loads, but for `value: head`.
+        TypeError: `args` of another class.
+    """
+
+    _config_class = ALoLConfig
+    _name = "A-LoL"
+    _tag_names = ["trl", "posttrain", "a_lol"]
+    _paper = {
+        "title": "Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models",
+        "id": "2305.14718",
+        "citation": """@inproceedings{baheti2024leftover,
+    title     = {{Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models}},
+    author    = {Ashutosh Baheti and Ximing Lu and Faeze Brahman and Ronan Le Bras and Maarten Sap and Mark Riedl},
+    booktitle = {International Conference on Learning Representations},
+    year      = 2024,
+    eprint    = {arXiv:2305.14718},
+}""",
+    }
+
+    def __init__(self, *args, **kwargs):
+        self.advantages: baselines.Advantages | None = None
+        self._mean_reward: float | None = None
+        self._mean_weight: float | None = None
+        super().__init__(*args, **kwargs)
+
+    def identity_settings(self) -> dict:
+        names = (
+            "variant", "clip", "kl_beta", "value", "value_column", "advantage_weighting", "keep_negative_advantages",
+        )  # fmt: skip
+        if self.args.value == "head":
+            names += (
+                "reward_max", "value_folds", "value_epochs", "value_learning_rate", "value_prompts", "value_targets",
+            )  # fmt: skip
+        return super().identity_settings() | {name: getattr(self.args, name) for name in names}
+
+    def needs_rewards(self, args) -> bool:
+        return args.weighs_by is not None
+
+    def kept_columns(self, args) -> tuple[str, ...]:
+        return (args.value_column,) if args.value == "column" and args.weighs_by == "advantages" else ()
+
+    def values_need_the_model(self, args) -> bool:
+        return args.value == "head"
+
+    def check_rows(self, dataset, name: str, args) -> None:
+        check_rewards(dataset, name, args)
+        if args.weighs_by == "advantages" and args.value == "head" and name == "train_dataset":
+            _values.check_generations(self, args)
+            self._check_value_prompts(len(set(baselines.prompt_keys(dataset))), args)
+
+    def _check_value_prompts(self, prompts: int, args) -> None:
+        if prompts < args.value_folds:
+            raise DataError(
+                f"value is head with value_folds {args.value_folds}, and train_dataset has {prompts} different "
+                "prompts. Use fewer folds, or `value: mean`."
+            )
+        if prompts < 100:
+            get_logger().warning(
+                "the value head learns from %d different prompts; below 100 it rarely beats `value: mean`.", prompts
+            )
+
+    def weigh(self, dataset, name: str, args):
+        if args.weighs_by is None:
+            return dataset.add_column("weight", [1.0] * len(dataset))
+        rewards = dataset["reward"][:]
+        if args.weighs_by == "rewards":
+            return dataset.add_column("weight", rewards)
+        training = name == "train_dataset"
+        values = self._values(dataset, rewards, name, args)
+        advantages = [reward - value for reward, value in zip(rewards, values, strict=True)]
+        weights = offline.gradient_weights(
+            args.variant, torch.tensor(advantages, dtype=torch.float64), args.kl_beta, args.keep_negative_advantages
+        ).tolist()
+        if training:
+            baselines.check_positive(advantages, args.value, name)
+            self.advantages = baselines.describe(advantages, weights)
+            get_logger().info("%s: %s", name, self.advantages.summary())
+        return dataset.add_column("advantage", advantages).add_column("weight", weights)
+
+    def _values(self, dataset, rewards: list[float], name: str, args) -> list[float]:
+        """The expected reward of each row's prompt; of held-out rows from what the training rows taught."""
+        if args.value == "mean":
+            if self._mean_reward is None:
+                self._mean_reward = baselines.mean(rewards)
+            return [self._mean_reward] * len(rewards)
+        if args.value != "head":
+            return baselines.values_of(dataset, args.value, args.value_column, name)
+        return _values.of_head(self, dataset, rewards, name)
+
+    def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:
+        args, weights = self.args, {}
+        if args.weighs_by is not None:
+            weights[args.weighs_by] = inputs[args.weighs_by]
+            if args.advantage_weighting == "sample" and self.model.training:
+                # rows are drawn by weight: with the mean as each one's, the step's gradient is that of `weight` in
+                # expectation
+                weights[args.weighs_by] = torch.full_like(inputs[args.weighs_by], self._mean_drawn_weight())
+        return offline.a_lol(
+            logps,
+            inputs.get("ref_per_token_logps"),
+            mask,
+            variant=args.variant,
+            clip=args.clip,
+            kl_beta=args.kl_beta,
+            keep_negative=args.keep_negative_advantages,
+            **weights,
+        )
+
+    def _mean_drawn_weight(self) -> float:
+        if self._mean_weight is None:
+            weights = self.train_dataset["weight"][:]
+            self._mean_weight = math.fsum(weights) / len(weights)
+        return self._mean_weight
+
+    def extra_metrics(self, means: MeanMetrics, logps: Tensor, mask: Tensor, inputs: dict, real: Tensor) -> None:
+        if "rewards" in inputs:
+            means.add("rewards/mean", inputs["rewards"], real)
+        if "advantages" in inputs:
+            means.add("advantages/mean", inputs["advantages"], real)
+            means.add("advantages/positive_share", (inputs["advantages"] > 0).float(), real)
+        if not self.args.needs_reference:
+            return
+        log_ratio = torch.where(mask, logps.detach() - inputs["ref_per_token_logps"], 0.0)
+        if self.args.variant == "a_lol_seq":
+            ratio, counted = log_ratio.exp(), mask & real.unsqueeze(1)
+        else:
+            ratio, counted = log_ratio.sum(dim=1).exp(), real
+        means.add("ratio/mean", ratio, counted)
+        means.add("ratio/clipped_share", (offline.clamp_ratio(ratio, self.args.clip) != ratio).float(), counted)
+
+
+def check_rewards(dataset, name: str, args) -> None:
+    """Refuse rewards that the variant, or the value head, cannot take; DataError names the first."""
+    if args.weighs_by == "rewards":
+        rewards = dataset["reward"][:]
+        scored.check_range(
+            rewards, name, 0.0, math.inf,
+            f"variant {args.variant} weighs answers by it, and a negative weight would push one down without bound",
+            "Shift rewards to 0 and above, or take the sigmoid of a reward model's score; variants named a_lol "
+            "take any reward.",
+        )  # fmt: skip
+        if not any(rewards):
+            raise DataError(f"{name}: all {len(rewards)} rewards are 0, so no answer would be learned from.")
+    elif args.value == "head":
+        scored.check_range(
+            dataset["reward"][:], name, 0.0, args.reward_max,
+            f"the value head's values lie between 0 and reward_max ({args.reward_max:g})",
+            "Scale the rewards, take the sigmoid of a reward model's score, or set reward_max to the largest.",
+        )  # fmt: skip

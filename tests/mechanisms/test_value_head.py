@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+
+from posttrain.mechanisms import value_head
+from posttrain.mechanisms.value_head import ValueHead, fit, folds_of, load, pad, predict, save
+
+WIDTH = 16
+
+
+def make_states(n, seed=0, width=WIDTH):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 7, (n,), generator=generator).tolist()
+    return [torch.randn(length, width, generator=generator) for length in lengths]
+
+
+@pytest.fixture
+def head():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ValueHead(WIDTH, reward_max=4.0).eval()
+
+
+def test_the_value_is_attention_pooling_by_the_formula(head):
+    (states,) = make_states(1, seed=2)
+    weight, bias = head.attention.in_proj_weight, head.attention.in_proj_bias
+    q, k, v = (
+        (x @ w.T + b).view(len(x), 8, 2).transpose(0, 1)
+        for x, w, b in zip((head.query[0], states, states), weight.chunk(3), bias.chunk(3), strict=True)
+    )
+    pooled = (torch.softmax(q @ k.transpose(1, 2) / 2**0.5, dim=-1) @ v).transpose(0, 1).reshape(1, WIDTH)
+    value = 4.0 * torch.sigmoid(head.linear(head.attention.out_proj(pooled)))
+    torch.testing.assert_close(head(*pad([states])), value.squeeze(1))
+    assert sum(p.numel() for p in head.parameters()) == 4 * WIDTH**2 + 6 * WIDTH + 1
+
+
+def test_padding_and_batching_change_no_value(head):
+    states = make_states(5)
+    alone = [predict(head, [one])[0] for one in states]
+    assert predict(head, states) == pytest.approx(alone, rel=1e-5)
+    padded, mask = pad(states)
+    # infinities in the padding must not come through
+    poisoned = torch.where(mask.unsqueeze(-1), padded, float("nan"))
+    with torch.no_grad():
+        assert head(poisoned, mask).tolist() == pytest.approx(alone, rel=1e-5)
+    assert len(set(alone)) == 5 and all(0 < value < 4 for value in alone)
+
+
+def test_a_width_that_eight_does_not_divide_gets_fewer_heads():
+    assert ValueHead(12).attention.num_heads == 6
+    assert ValueHead(7).attention.num_heads == 7
+
+
+def test_training_finds_what_the_states_say_and_starts_from_the_mean():
+    states = make_states(80)
+    rewards = torch.tensor([float(one[:, 0].mean() > 0) for one in states]) * 0.6 + 0.2
+    counts = torch.ones(80)
+
+    def error(head):
+        return (torch.tensor(predict(head, states)) - rewards).square().mean().item()
+
+    before = torch.random.get_rng_state()
+    start = fit(states, rewards, counts, 1.0, 0, 0.01, seed=1)
+    assert predict(start, states) == pytest.approx([rewards.mean().item()] * 80, abs=1e-6)
+    trained = fit(states, rewards, counts, 1.0, 30, 0.01, seed=1)
+    assert error(trained) < 0.2 * error(start)
+    assert not trained.training
+    again = fit(states, rewards, counts, 1.0, 30, 0.01, seed=1)
+    assert predict(again, states) == predict(trained, states)
+    assert torch.equal(torch.random.get_rng_state(), before), "the global random state is left alone"
+
+
+def test_answers_count_by_their_number():
+    states = make_states(2, seed=3)
+    head = fit(states, torch.tensor([0.2, 0.8]), torch.tensor([3.0, 1.0]), 1.0, 0, 0.01, seed=0)
+    assert predict(head, states) == pytest.approx([0.35, 0.35], abs=1e-6)
+
+
+def test_folds_are_even_and_do_not_hang_on_the_order():
+    keys = [f"prompt {i}" for i in range(23)]
+    folds = folds_of(keys, 5)
+    assert sorted(folds.count(fold) for fold in range(5)) == [4, 4, 5, 5, 5]
+    turned = dict(zip(reversed(keys), folds_of(keys[::-1], 5), strict=True))
+    assert [turned[key] for key in keys] == folds
+
+
+def test_heads_are_saved_as_safetensors_and_found_by_their_key(tmp_path, head, logged):
+    states = make_states(3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        other = ValueHead(WIDTH, reward_max=4.0).eval()
+    path = save([head, other], tmp_path / "run", "k1")
+    assert path.name == "value_head.safetensors" and [p.name for p in path.parent.iterdir()] == [path.name]
+    first, second = load(tmp_path / "run", "k1")
+    assert predict(first, states) == predict(head, states) and predict(second, states) == predict(other, states)
+    assert not first.training and first.reward_max == 4.0
+    assert load(tmp_path / "run", "k2") is None and load(tmp_path, "k1") is None
+    with value_head.safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["value_head"])
+    assert facts == {"key": "k1", "folds": 2, "hidden_size": WIDTH, "reward_max": 4.0}
+    path.write_bytes(b"not a safetensors file")
+    assert load(tmp_path / "run", "k1") is None and "cannot be read" in logged.text

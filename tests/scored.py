@@ -1,0 +1,81 @@
+"""Scored answers, and short SGD runs on them whose changes of the parameters can be compared."""
+
+import random
+
+from datasets import Dataset
+
+from posttrain import ALoLConfig, ALoLTrainer
+from tests.conftest import WORDS
+from tests.training import lora, trainable
+
+
+def make_scored(n: int, seed: int = 0, prompts: int | None = None, length: int | None = None, **columns) -> Dataset:
+    """`n` conversational answers of uneven lengths with rewards in [0, 1], the same on every machine.
+
+    `prompts`: how many different ones; all by default. `length`: bytes of every answer, its end not counted.
+    """
+    rng = random.Random(seed)
+
+    def text(low, high):
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+    asked = [text(1, 4) + f" {i}" for i in range(prompts or n)]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": asked[i % len(asked)]}],
+            "completion": [{"role": "assistant", "content": text(4, 6)[:length] if length else text(1, 6)}],
+            "reward": round(rng.random(), 3),
+        }
+        for i in range(n)
+    ]
+    dataset = Dataset.from_list(rows)
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, list(values))
+    return dataset
+
+
+def settings(output_dir, **overrides) -> dict:
+    base = dict(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        max_steps=2,
+        seed=3,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        max_length=256,
+        prefix_sharing="never",
+    )
+    return base | overrides
+
+
+def build(folder, output_dir, rows=None, peft=True, trainer_class=ALoLTrainer, config_class=ALoLConfig, **overrides):
+    names = ("eval_dataset", "reward_func", "processing_class", "quantization_config")
+    given = {name: overrides.pop(name) for name in names if name in overrides}
+    fields = settings(output_dir, **overrides)
+    if config_class is not ALoLConfig:
+        del fields["prefix_sharing"]
+    return trainer_class(
+        model=folder,
+        args=config_class(**fields),
+        train_dataset=rows if rows is not None else make_scored(16),
+        peft_config=lora() if peft else None,
+        **given,
+    )
+
+
+def train(folder, output_dir, rows=None, resume=None, snapshot=trainable, **overrides):
+    trainer = build(folder, output_dir, rows, **overrides)
+    before = snapshot(trainer.model)
+    trainer.train(resume_from_checkpoint=resume)
+    after = snapshot(trainer.model)
+    return {name: after[name] - before[name] for name in before}, trainer
+
+
+def entries(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]

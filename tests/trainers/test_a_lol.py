@@ -1,0 +1,633 @@
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, PromptTuningConfig
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
+
+from posttrain import ALoLConfig, ALoLTrainer, reporting
+from posttrain.errors import ConfigError, DataError
+from posttrain.mechanisms import value_head
+from posttrain.objectives import offline
+from posttrain.rewards import UserReward
+from posttrain.trainers import _token_reference
+from tests.scored import build, entries, make_scored, settings, train
+from tests.training import distance, lora
+
+PARENT = dict(trainer_class=SFTTrainer, config_class=SFTConfig, use_cpu=True, bf16=False, gradient_checkpointing=False)
+
+
+def identical(change, other):
+    return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing them takes longer than a run here, and is tested where it belongs."""
+    monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The rows of each reference batch that was forwarded."""
+    calls = []
+    original = ALoLTrainer.score
+
+    def counted(self, model, batch):
+        calls.append(batch["input_ids"].size(0))
+        return original(self, model, batch)
+
+    monkeypatch.setattr(ALoLTrainer, "score", counted)
+    return calls
+
+
+# how a batch is laid out in rows, and how fast it runs
+LAYOUT = ("tokens/",)
+
+
+def same_metrics(ours, theirs, **tolerance):
+    for own, other in zip(entries(ours), entries(theirs), strict=True):
+        for name in other:
+            if name.startswith(LAYOUT):
+                continue
+            if "/" in name or name in ("loss", "num_tokens", "entropy", "mean_token_accuracy"):
+                assert own[name] == pytest.approx(other[name], **tolerance), name
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+def test_nll_is_sft_bit_for_bit_at_a_rate_times_the_tokens_of_an_answer(tiny_folder, tmp_path, peft):
+    # 7 bytes and the end of the turn: 8 tokens, a power of two, so that the scaling is exact
+    rows, split = (
+        make_scored(16, length=7),
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, peft=peft),
+    )
+    reference, parent = train(tiny_folder, tmp_path / "trl", rows, learning_rate=0.08, **split, **PARENT)
+    change, trainer = train(tiny_folder, tmp_path / "ours", rows, learning_rate=0.01, variant="nll", **split)
+    assert identical(change, reference)
+    for own, theirs in zip(entries(trainer), entries(parent), strict=True):
+        assert own["loss"] == pytest.approx(8 * theirs["loss"], rel=1e-6)
+        assert own["nll/token"] == pytest.approx(theirs["loss"], rel=1e-6)
+        for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+            assert own[name] == pytest.approx(theirs[name], rel=1e-6)
+
+
+def test_nll_is_sft_times_tokens_over_answers_whatever_their_lengths(tiny_folder, tmp_path):
+    rows, one = make_scored(8), dict(max_steps=1)
+    reference, _ = train(tiny_folder, tmp_path / "trl", rows, **one, **PARENT)
+    change, trainer = train(tiny_folder, tmp_path / "ours", rows, variant="nll", **one)
+    labels = trainer.train_dataset["labels"]
+    factor = sum(label != -100 for row in labels for label in row) / len(rows)
+    assert len({sum(label != -100 for label in row) for row in labels}) > 3
+    assert distance(change, {name: factor * value for name, value in reference.items()}) <= 1e-5
+    assert distance(change, reference) > 0.5
+
+
+METHODS = {
+    "nll": {},
+    "wbc": {},
+    "r_gold": {},
+    "r_lol": {},
+    "a_lol": dict(clip=0.2),
+    "a_lol_seq": {},
+    "a_lol_ref_free": {},
+    "a_lol_kl": dict(kl_beta=0.1),
+}
+
+
+@pytest.mark.parametrize("variant", METHODS)
+def test_a_run_is_that_of_the_pure_function_on_full_logits(tiny_folder, tmp_path, variant):
+    rows, steps = make_scored(8), 2
+    more = METHODS[variant] | dict(max_steps=steps, learning_rate=0.02, peft=False)
+    change, trainer = train(tiny_folder, tmp_path, rows, variant=variant, **more)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    mask = batch["labels"][:, 1:] != -100
+
+    def log_probabilities():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+
+    with torch.no_grad():
+        reference = log_probabilities()
+    weight = offline.weight_of(variant)
+    weights = {weight: batch[weight]} if weight else {}
+    for entry in entries(trainer):
+        losses = offline.a_lol(
+            log_probabilities(), reference, mask, variant=variant, clip=trainer.args.clip, kl_beta=trainer.args.kl_beta,
+            **weights,
+        )  # fmt: skip
+        model.zero_grad()
+        losses.mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.02 * parameter.grad
+        constant = 0.1 * (reference * mask).sum(1).mean().item() if variant == "a_lol_kl" else 0.0
+        assert entry["loss"] == pytest.approx(losses.mean().item() + constant, rel=1e-5)
+    assert distance(change, {n: p.detach() - before[n] for n, p in model.named_parameters()}) <= 1e-4
+    if variant in offline.NEEDS_REFERENCE:
+        first, second = entries(trainer)
+        assert first["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+        assert second["ratio/mean"] != pytest.approx(1.0, abs=1e-2), "the ratio plays a part"
+
+
+SPLITS = {
+    "a_lol": dict(variant="a_lol"),
+    "a_lol_seq": dict(variant="a_lol_seq"),
+    "sample_and_weight": dict(variant="a_lol", advantage_weighting="sample_and_weight"),
+}
+
+
+@pytest.mark.parametrize("method", SPLITS)
+@pytest.mark.parametrize("rows", [16, 13], ids=["full", "short-last-window"])
+def test_the_update_does_not_depend_on_the_batch_split(tiny_folder, tmp_path, method, rows):
+    # values below all rewards: every row is kept
+    data = make_scored(rows, baseline=[-0.1] * rows)
+    method = SPLITS[method] | dict(value="column", learning_rate=0.003)
+    reference, whole = train(tiny_folder, tmp_path / "whole", data, **method)
+    for micro, steps in ((2, 4), (1, 8)):
+        split = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=steps)
+        change, trainer = train(tiny_folder, tmp_path / "split", data, **split, **method)
+        assert distance(change, reference) <= 1e-5
+        same_metrics(trainer, whole, rel=1e-4, abs=1e-6)
+
+
+def test_padding_changes_nothing(tiny_folder, tmp_path):
+    reference, whole = train(tiny_folder, tmp_path / "a")
+    change, padded = train(tiny_folder, tmp_path / "b", pad_to_multiple_of=128)
+    assert distance(change, reference) <= 1e-5
+    same_metrics(padded, whole, rel=1e-4, abs=1e-6)
+    shares = [entries(trainer)[0]["tokens/padding_share"] for trainer in (whole, padded)]
+    assert shares[1] > shares[0] + 0.1
+
+
+def test_a_mean_of_means_is_told_apart(tiny_folder, tmp_path, monkeypatch):
+    # 13 rows: the second step holds 5, in micro-batches of 4 and 1
+    rows, split = make_scored(13), dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, variant="nll")
+    whole, _ = train(tiny_folder, tmp_path / "whole", rows, variant="nll")
+    window = ALoLTrainer.get_batch_samples
+
+    def forgetful(self, *args):
+        batches, items = window(self, *args)
+        return [{k: v for k, v in batch.items() if k != "window_rows"} for batch in batches], items
+
+    monkeypatch.setattr(ALoLTrainer, "get_batch_samples", forgetful)
+    monkeypatch.setattr(ALoLTrainer, "loss_is_scaled_for_ga", False)
+    wrong, _ = train(tiny_folder, tmp_path / "wrong", rows, **split)
+    assert distance(wrong, whole) > 1e-3, "more than ten times the tolerance of the exact form"
+
+
+def test_rows_without_gradient_are_dropped_before_their_reference_is_computed(tiny_folder, tmp_path, forwards):
+    rows = make_scored(16)
+    mean = sum(rows["reward"]) / 16
+    beat = [i for i, reward in enumerate(rows["reward"]) if reward > mean]
+    trainer = build(tiny_folder, tmp_path, rows)
+    assert sum(forwards) == len(beat) == len(trainer.train_dataset) < 16
+    assert trainer.train_dataset["reward"][:] == [rows["reward"][i] for i in beat]
+    assert trainer.train_dataset["advantage"][:] == pytest.approx([rows["reward"][i] - mean for i in beat])
+    found = trainer.advantages
+    assert (found.rows, found.kept, found.positive) == (16, len(beat), len(beat) / 16)
+    # the cache knows them: another batch size, another variant, other rows beside them
+    for change in (dict(per_device_eval_batch_size=3), dict(variant="a_lol_seq"), dict(variant="r_lol")):
+        forwards.clear()
+        again = build(tiny_folder, tmp_path / "again", rows, **change)
+        assert sum(forwards) == (16 - len(beat) if change.get("variant") == "r_lol" else 0)
+    assert again.train_dataset[beat[0]]["ref_logps"] == trainer.train_dataset[0]["ref_logps"]
+
+
+def test_a_dropped_row_had_no_part_in_the_update(tiny_folder, tmp_path):
+    # with keep_negative and values above all rewards but some, dropping is undone: the same sum over fewer rows
+    rows = make_scored(8)
+    kept, _ = train(tiny_folder, tmp_path / "kept", rows, variant="a_lol_ref_free", max_steps=1)
+    mean = sum(rows["reward"]) / 8
+    clamped = [max(reward - mean, 0.0) for reward in rows["reward"]]
+    everything = rows.remove_columns("reward").add_column("reward", clamped)
+    share = sum(value > 0 for value in clamped) / 8
+    whole, trainer = train(
+        tiny_folder, tmp_path / "whole", everything, variant="wbc", max_steps=1, learning_rate=0.01 / share
+    )
+    assert len(trainer.train_dataset) == share * 8
+    assert distance(whole, {name: value / share for name, value in kept.items()}) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_reference_is_the_start_and_there_is_no_second_model(tiny_folder, tmp_path, kind):
+    peft = kind == "lora"
+    trainer = build(tiny_folder, tmp_path, peft=peft)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    for row in list(trainer.train_dataset)[:3]:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
+        answer = [logp for logp, label in zip(logps.tolist(), row["labels"][1:], strict=True) if label != -100]
+        assert row["ref_logps"] == pytest.approx(answer, abs=1e-5)
+    assert not hasattr(trainer, "ref_model")
+    if peft:
+        assert list(trainer.model.peft_config) == ["default"]
+
+
+def test_the_reference_of_a_trained_adapter_is_that_adapter(tiny_folder, tmp_path, tokenizer):
+    _, first = train(tiny_folder, tmp_path / "first", variant="nll", learning_rate=0.05)
+    first.save_model(str(tmp_path / "adapter"))
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "adapter", is_trainable=True
+    )
+    trainer = build(model, tmp_path / "second", peft=False, processing_class=tokenizer, max_steps=1)
+    base = build(tiny_folder, tmp_path / "base")
+    gap = sum(
+        abs(a - b)
+        for a, b in zip(trainer.train_dataset[0]["ref_logps"], base.train_dataset[0]["ref_logps"], strict=True)
+    )
+    assert gap > 0.1
+    trainer.train()
+    assert entries(trainer)[0]["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_wrong_reference_stops_the_run_before_the_first_step(tiny_folder, tmp_path):
+    trainer = build(tiny_folder, tmp_path)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B.default" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="the policy differs from its own start by .* nats per token before the first"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_4bit_base_trains(tiny_folder, tmp_path):
+    quantization = get_quantization_config(ModelConfig(load_in_4bit=True))
+    change, trainer = train(tiny_folder, tmp_path, quantization_config=quantization)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert type(layer).__name__ == "Linear4bit" and layer.weight.quant_type == "nf4"
+    assert all("lora" in name for name in change) and any(value.any() for value in change.values())
+    assert entries(trainer)[0]["ratio/mean"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_precompute_leaves_the_random_state_alone(tiny_folder, tmp_path):
+    build(tiny_folder, tmp_path)
+    warm = torch.random.get_rng_state()
+    build(tiny_folder, tmp_path, ref_cache_dir=str(tmp_path / "other"))
+    assert torch.equal(torch.random.get_rng_state(), warm)
+    assert list((tmp_path / "other").glob("*.safetensors"))
+
+
+def test_sampling_draws_by_weight_and_counts_every_row_alike(tiny_folder, tmp_path):
+    rows = make_scored(16)
+    trainer = build(tiny_folder, tmp_path / "a", rows, advantage_weighting="sample", variant="a_lol_ref_free")
+    weights = torch.tensor(trainer.train_dataset["weight"][:])
+    drawn = list(trainer._get_train_sampler())
+    assert len(drawn) == len(weights) and max(drawn) < len(weights)
+    # p_i x mean weight = w_i / N: the expectation of `weight`, row by row
+    mask, logps = torch.ones(2, 1, dtype=torch.bool), torch.tensor([[-1.0], [-2.0]])
+    trainer.model.train()
+    losses = trainer.sequence_losses(logps, mask, {"advantages": weights[:2]})
+    assert losses.tolist() == pytest.approx([weights.mean().item(), 2 * weights.mean().item()])
+    trainer.model.eval()
+    held_out = trainer.sequence_losses(logps, mask, {"advantages": weights[:2]})
+    assert held_out.tolist() == pytest.approx([weights[0].item(), 2 * weights[1].item()]), "no drawing in evaluation"
+    both = build(tiny_folder, tmp_path / "b", rows, advantage_weighting="sample_and_weight", variant="a_lol_ref_free")
+    both.model.train()
+    assert both.sequence_losses(logps, mask, {"advantages": weights[:2]}).tolist() == pytest.approx(held_out.tolist())
+    assert list(both._get_train_sampler()) == drawn, "the stream is the seed's"
+
+
+@pytest.mark.parametrize("weighting", ["weight", "sample", "sample_and_weight"])
+def test_a_resumed_run_is_the_straight_one_bit_for_bit(tiny_folder, tmp_path, weighting):
+    # 8 rows kept of 16 or so: an epoch is 4 steps of 2, and the run goes on within the second
+    more = dict(advantage_weighting=weighting, per_device_train_batch_size=2, learning_rate=1e-3, optim="adamw_torch")
+    more |= dict(max_steps=7, value="column", lr_scheduler_type="linear")
+    rows = make_scored(8, baseline=[-0.1] * 8)
+    _, straight = train(tiny_folder, tmp_path, rows, save_strategy="steps", save_steps=5, **more)
+    _, resumed = train(tiny_folder, tmp_path, rows, resume=str(tmp_path / "checkpoint-5"), **more)
+    weights = [
+        {n: p for n, p in trainer.model.named_parameters() if p.requires_grad} for trainer in (straight, resumed)
+    ]
+    assert identical(*weights)
+    last = [[entry["loss"] for entry in entries(trainer)][5:] for trainer in (straight, resumed)]
+    assert last[0] == last[1] and len(last[0]) == 2
+    with pytest.raises(ConfigError, match="clip: 0.9 there, 0.5 here"):
+        build(tiny_folder, tmp_path, rows, **more, clip=0.5)
+
+
+def test_a_checkpoint_of_other_rows_is_not_resumed(tiny_folder, tmp_path):
+    train(tiny_folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    rows = make_scored(16)
+    other = rows.remove_columns("reward").add_column("reward", [1 - reward for reward in rows["reward"]])
+    with pytest.raises(ConfigError, match="data: other rows there than here"):
+        build(tiny_folder, tmp_path, other)
+    assert build(tiny_folder, tmp_path, rows)
+
+
+def test_values(tiny_folder, tmp_path):
+    rows = make_scored(12, prompts=4, baseline=[0.25] * 12)
+    rewards = rows["reward"][:]
+    means = [sum(rewards[i % 4 :: 4]) / 3 for i in range(12)]
+    for value, expected in (("per_prompt", means), ("column", [0.25] * 12), ("mean", [sum(rewards) / 12] * 12)):
+        trainer = build(tiny_folder, tmp_path, rows, value=value, variant="a_lol_ref_free", check_resume=False)
+        wanted = [r - v for r, v in zip(rewards, expected, strict=True) if r > v]
+        assert trainer.train_dataset["advantage"][:] == pytest.approx(wanted)
+    kept = build(
+        tiny_folder, tmp_path, rows, variant="a_lol_ref_free", keep_negative_advantages=True, check_resume=False
+    )
+    assert len(kept.train_dataset) == 12 and min(kept.train_dataset["advantage"]) < 0
+    kl = build(tiny_folder, tmp_path, rows, variant="a_lol_kl", kl_beta=0.05, check_resume=False)
+    assert len(kl.train_dataset) == 12, "answers below their value are pushed down"
+
+
+def test_pairs_plain_text_and_a_reward_function(tiny_folder, tmp_path, tokenizer):
+    pairs = Dataset.from_list(
+        [
+            {
+                "prompt": f"{i} ",
+                "chosen": "good",
+                "rejected": "bad" * i,
+                "chosen_reward": 1.0,
+                "rejected_reward": 0.1 * i,
+            }
+            for i in range(1, 5)
+        ]
+    )
+    _, trainer = train(tiny_folder, tmp_path / "pairs", pairs)
+    assert trainer.train_dataset["completion"][:] == ["good<|im_end|>"] * 4
+    assert all(row["labels"][-1] == tokenizer.eos_token_id for row in trainer.train_dataset)
+    calls = []
+
+    def by_length(prompts, completions, **columns):
+        calls.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    scored = build(tiny_folder, tmp_path / "scored", pairs, reward_func=by_length)
+    assert calls == [text for i in range(1, 5) for text in ("good", "bad" * i)]
+    assert scored.train_dataset["reward"][:] == [6.0, 9.0, 12.0]
+
+
+def test_evaluation_counts_every_row_once_whatever_its_batch_size(tiny_folder, tmp_path):
+    rows, held_out = make_scored(16), make_scored(11, seed=10)
+    _, trainer = train(tiny_folder, tmp_path, rows, eval_dataset=held_out)
+    results = []
+    for size in (11, 3):
+        trainer.args.per_device_eval_batch_size = size
+        results += [trainer.evaluate(), trainer.evaluate(held_out)]
+    kept = [{k: v for k, v in r.items() if "/" in k or k == "eval_loss"} for r in results]
+    for other in kept[1:]:
+        assert other == pytest.approx(kept[0], rel=1e-5)
+    # held-out answers are compared with what the training rows earned
+    value = sum(rows["reward"]) / 16
+    advantages = [reward - value for reward in held_out["reward"]]
+    assert kept[0]["eval_advantages/mean"] == pytest.approx(sum(advantages) / 11, rel=1e-5)
+    assert kept[0]["eval_advantages/positive_share"] == pytest.approx(sum(a > 0 for a in advantages) / 11)
+
+
+def test_held_out_rows_come_before_full_fine_tuning_begins(tiny_folder, tmp_path):
+    _, trainer = train(tiny_folder, tmp_path, peft=False, max_steps=1, eval_dataset={"a": make_scored(4, seed=8)})
+    assert trainer.evaluate()["eval_a_loss"] > 0
+    with pytest.raises(ConfigError, match="eval_dataset came after training had begun, when the reference's weights"):
+        trainer.evaluate(make_scored(4, seed=9))
+
+
+def head(**overrides):
+    return (
+        dict(value="head", value_folds=2, value_epochs=2, value_learning_rate=0.05, variant="a_lol_ref_free")
+        | overrides
+    )
+
+
+def values_of(trainer):
+    return {row["prompt"][0]["content"]: row["reward"] - row["advantage"] for row in trainer.train_dataset}
+
+
+def test_no_value_comes_from_a_head_that_saw_its_reward(tiny_folder, tmp_path):
+    rows = make_scored(16, prompts=8)
+    folds = [tmp_path / name for name in ("a", "b")]
+    one = build(tiny_folder, folds[0], rows, keep_negative_advantages=True, **head())
+    prompt = rows[0]["prompt"]
+    rewards = [1.0 if row["prompt"] == prompt else row["reward"] for row in rows]
+    changed = rows.remove_columns("reward").add_column("reward", rewards)
+    two = build(tiny_folder, folds[1], changed, keep_negative_advantages=True, **head())
+    first, second = values_of(one), values_of(two)
+    own = next(fold for key, fold in one.value_fold.items() if prompt[0]["content"] in key)
+    for key, fold in one.value_fold.items():
+        name = next(name for name in first if f'"{name}"' in key)
+        if fold == own:
+            assert second[name] == pytest.approx(first[name], abs=1e-7), "its head never saw the prompt"
+        else:
+            assert abs(second[name] - first[name]) > 1e-3
+    assert all(0 < value < 1 for value in first.values())
+    for trainer in (one, two):
+        assert not any(head.training for head in trainer.value_heads)
+
+
+def test_heads_are_saved_beside_the_adapter_and_reused(tiny_folder, tmp_path, monkeypatch, logged):
+    rows = make_scored(12)
+    _, trainer = train(
+        tiny_folder, tmp_path, rows, eval_dataset=make_scored(5, seed=4), **head(per_device_eval_batch_size=5)
+    )
+    assert "the value head learns from 12 different prompts; below 100 it rarely beats" in logged.text
+    trainer.save_model()
+    saved = value_head.load(tmp_path)
+    assert len(saved) == 2 and (tmp_path / "adapter_model.safetensors").is_file()
+    assert not any("query" in name for name in trainer.model.state_dict()), "no part of the policy"
+    monkeypatch.setattr(value_head, "fit", lambda *args, **kwargs: pytest.fail("a head was trained"))
+    again = build(tiny_folder, tmp_path, rows, **head(per_device_eval_batch_size=2))
+    assert values_of(again) == pytest.approx(values_of(trainer), abs=1e-6), "whatever the batches' padding"
+    elsewhere = build(tiny_folder, tmp_path / "other", rows, **head(value_head_dir=str(tmp_path)))
+    assert values_of(elsewhere) == pytest.approx(values_of(trainer), abs=1e-6)
+    with pytest.raises(pytest.fail.Exception, match="a head was trained"):
+        build(tiny_folder, tmp_path / "more", make_scored(13), **head(value_head_dir=str(tmp_path)))
+
+
+def share_of_vowels(prompts, completions, mark, **columns):
+    assert mark == ["m"] * len(prompts), "the row's other columns go along"
+    texts = [turns[0]["content"] for turns in completions]
+    return [sum(text.count(letter) for letter in "aeiou") / max(len(text), 1) for text in texts]
+
+
+def test_heads_learn_from_the_models_own_generations(tiny_folder, tmp_path, tokenizer, monkeypatch):
+    seen, call = [], UserReward.__call__
+
+    def watched(self, prompts, completions, **columns):
+        seen.append((prompts, [turns[0]["content"] for turns in completions]))
+        return call(self, prompts=prompts, completions=completions, **columns)
+
+    monkeypatch.setattr(UserReward, "__call__", watched)
+    rows = make_scored(8, prompts=4, mark=["m"] * 8).remove_columns("reward")
+    own = head(value_targets="generations", value_max_new_tokens=6, per_device_eval_batch_size=3)
+    trainer = build(tiny_folder, tmp_path, rows, reward_func=share_of_vowels, **own)
+    (_, answers), (prompts, generated) = seen
+    assert answers == [row[0]["content"] for row in rows["completion"]] and len(generated) == 4
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    for prompt, text in zip(prompts, generated, strict=True):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        assert text == tokenizer.decode(output[0, ids["input_ids"].size(1) :], skip_special_tokens=True)
+    assert trainer.advantages.rows == 8
+    again = build(tiny_folder, tmp_path, rows, reward_func=share_of_vowels, **own)
+    assert len(seen) == 2, "scores and heads are found again"
+    assert values_of(again) == pytest.approx(values_of(trainer), abs=1e-6)
+    with pytest.raises(ConfigError, match="value_targets is generations, and no reward function is given"):
+        build(tiny_folder, tmp_path / "none", make_scored(8), **own)
+
+
+REFUSED = [
+    (dict(variant="ppo"), "variant is 'ppo'; it must be one of nll, wbc, r_gold, r_lol, a_lol,"),
+    (dict(variant="a_lol_sq"), "Did you mean a_lol_seq?"),
+    (dict(value="median"), "value is 'median'; it must be one of mean, per_prompt, column, head."),
+    (dict(advantage_weighting="draw"), "advantage_weighting is 'draw'; it must be one of weight, sample,"),
+    (dict(clip=0.0), "clip is 0.0; it must be above 0"),
+    (dict(clip=-1), "clip is -1; it must be above 0"),
+    (dict(clip="0.9"), "clip is '0.9'; it must be a number."),
+    (dict(kl_beta=0.1), "kl_beta is 0.1 with variant a_lol, which has no KL part: a_lol_kl has one"),
+    (dict(variant="a_lol_kl", kl_beta=-1.0), "kl_beta is -1.0; it must be a number of 0 or more."),
+    (dict(value_column="v"), "value_column is 'v', which has no effect on value: mean. Set `value: column`"),
+    (dict(reward_max=0.0), "reward_max is 0.0; it must be a number above 0."),
+    (dict(value_folds=1), "value_folds is 1; it must be a whole number of 2 or more."),
+    (dict(value_targets="generations"), "value_targets is generations, which has no effect on value: mean."),
+    (dict(value="head", variant="wbc"), "value is head, which variant wbc has no use for"),
+    (dict(keep_negative_advantages=True, variant="wbc"), "variant wbc does not weigh by advantages. Leave it out."),
+    (dict(advantage_weighting="sample", variant="nll"), "variant nll has no weights to draw by"),
+    (
+        dict(advantage_weighting="sample", variant="a_lol_kl", kl_beta=0.1),
+        "advantage_weighting is sample, and kl_beta is 0.1, so answers without advantage are trained on as well",
+    ),
+    (
+        dict(advantage_weighting="sample", keep_negative_advantages=True),
+        "keep_negative_advantages is true: a negative weight cannot be drawn by. Set `advantage_weighting: weight`.",
+    ),
+    (
+        dict(advantage_weighting="sample", train_sampling_strategy="group_by_length"),
+        "train_sampling_strategy is group_by_length with advantage_weighting: sample, which draws the rows itself.",
+    ),
+    (dict(packing=True), "packing is True, which this trainer does not use; an answer's importance ratio is of the"),
+    (dict(packing=True, variant="wbc"), "packing is True, which this trainer does not use; a row has a weight"),
+    (dict(padding_free=True), "padding_free is True, which this trainer does not use"),
+    (dict(loss_type="dft"), "loss_type is dft, which this trainer does not use; choose with `variant`"),
+    (dict(completion_only_loss=False), "completion_only_loss is False, which this trainer does not use"),
+    (dict(label_smoothing_factor=0.1), "label_smoothing_factor is 0.1, which this trainer does not use"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), REFUSED, ids=[f"{next(iter(f))}-{i}" for i, (f, _) in enumerate(REFUSED)]
+)
+def test_impossible_settings_are_refused_by_name(tmp_path, fields, message):
+    with pytest.raises(ConfigError) as error:
+        ALoLConfig(str(tmp_path), **fields)
+    assert message in str(error.value)
+
+
+def test_defaults(tmp_path, logged):
+    args = ALoLConfig(str(tmp_path))
+    assert (args.variant, args.clip, args.value, args.advantage_weighting) == ("a_lol", 0.9, "mean", "weight")
+    assert ALoLConfig(str(tmp_path), value="column").value_column == "baseline"
+    assert ALoLConfig(str(tmp_path), clip=None).clip is None
+    assert not logged.text
+    ALoLConfig(str(tmp_path), keep_negative_advantages=True)
+    assert "answers below their value are pushed down, and nothing bounds how far" in logged.text
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+
+
+def changed(rows, column, number, value):
+    values = rows[column][:]
+    values[number] = value
+    return rows.remove_columns(column).add_column(column, values)
+
+
+BAD = [
+    (lambda rows: rows.remove_columns("reward"), {}, "train_dataset has no column reward. Found: prompt, completion."),
+    (lambda rows: changed(rows, "reward", 1, None), {}, "train_dataset, row 2: reward is missing"),
+    (lambda rows: changed(rows, "reward", 1, math.nan), {}, "train_dataset, row 2: reward is nan"),
+    (
+        lambda rows: changed(rows, "reward", 1, 1.5),
+        dict(value="head"),
+        "train_dataset, answer 2: reward is 1.5, outside [0, 1]; the value head's values lie between 0 and reward_max",
+    ),
+    (
+        lambda rows: changed(rows, "reward", 1, -0.5),
+        dict(variant="wbc"),
+        "train_dataset, answer 2: reward is -0.5, below 0; variant wbc weighs answers by it",
+    ),
+    (
+        lambda rows: make_scored(4, baseline=[1.0] * 4),
+        dict(value="column"),
+        "none of 4 answers has a reward above its value",
+    ),
+    (
+        lambda rows: make_scored(6).map(lambda row: {"reward": 0.1}),
+        {},
+        "none of 6 answers has a reward above its value (value: mean), so none would be learned from. All rewards",
+    ),
+    (lambda rows: rows, dict(value="per_prompt"), "The mean over a prompt's answers needs several of them"),
+    (
+        lambda rows: rows,
+        dict(value="column"),
+        "train_dataset has no column 'baseline'. Found: prompt, completion, reward.",
+    ),
+    (lambda rows: rows, dict(value="head", value_folds=9), "value_folds 9, and train_dataset has 8 different prompts"),
+    (
+        lambda rows: rows.to_iterable_dataset(),
+        dict(advantage_weighting="sample"),
+        "train_dataset is a stream, and advantage_weighting is sample: rows are drawn by their weights",
+    ),
+    (lambda rows: rows.to_iterable_dataset(), {}, "train_dataset is a stream. Values, the rows to keep"),
+    (
+        lambda rows: rows,
+        dict(max_length=10),
+        "train_dataset: max_length is 10, and every prompt looked at is that long",
+    ),
+    (lambda rows: make_scored(4).map(lambda row: {"reward": 0.0}), dict(variant="wbc"), "all 4 rewards are 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "fields", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_data_is_refused_before_the_model_loads(tiny_folder, tmp_path, unloaded, change, fields, message):
+    with pytest.raises((DataError, ConfigError)) as error:
+        build(tiny_folder, tmp_path, change(make_scored(8)), **fields)
+    assert message in str(error.value)
+
+
+def test_what_this_trainer_cannot_take_is_refused(tiny_folder, tmp_path):
+    args = dict(args=ALoLConfig(**settings(tmp_path)), train_dataset=make_scored(4))
+    with pytest.raises(ConfigError, match="formatting_func is given, which this trainer does not use"):
+        ALoLTrainer(tiny_folder, formatting_func=str, **args)
+    with pytest.raises(ConfigError, match="the adapter is PROMPT_TUNING, whose virtual tokens stand in front"):
+        ALoLTrainer(tiny_folder, peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), **args)
+    with pytest.raises(TypeError, match="args is a SFTConfig; it must be a posttrain.ALoLConfig"):
+        ALoLTrainer(tiny_folder, args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=make_scored(4))
+    with pytest.raises(ConfigError, match="train_dataset is missing"):
+        ALoLTrainer(tiny_folder, args=args["args"])
+
+
+def test_which_adapters_start_as_the_identity():
+    plain = lora()
+    assert _token_reference.starts_as_identity(plain)
+    plain.init_lora_weights = "pissa"
+    assert not _token_reference.starts_as_identity(plain)
+    assert not _token_reference.starts_as_identity(PromptTuningConfig(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize("variant", ["wbc", "r_gold", "a_lol", "a_lol_seq"])
+def test_sharing_prompts_leaves_the_update(tiny_folder, tmp_path, variant):
+    # four prompts of four answers each
+    rows = make_scored(16, prompts=4)
+    run = dict(variant=variant, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    run |= dict(eval_dataset=make_scored(6, seed=1, prompts=2), per_device_eval_batch_size=4)
+    padded, parent = train(tiny_folder, tmp_path / "padded", rows, **run)
+    shared, trainer = train(tiny_folder, tmp_path / "shared", rows, **run, prefix_sharing="always")
+    assert trainer._sharing.active and distance(shared, padded) <= 1e-4
+    for ours, theirs in zip(entries(trainer), entries(parent), strict=True):
+        for name in ("loss", "nll/token", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+        assert ours["tokens/padding_share"] <= theirs["tokens/padding_share"]
+    ours, theirs = trainer.evaluate(), parent.evaluate()
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
+
+
+def test_prompts_are_shared_by_default(tiny_folder, tmp_path):
+    assert ALoLConfig(str(tmp_path)).prefix_sharing == "auto"
+    with pytest.raises(ConfigError, match="prefix_sharing is 'on'; it must be one of auto, always, never"):
+        ALoLConfig(str(tmp_path), prefix_sharing="on")
