@@ -79,7 +79,7 @@ class PolicyGradientMixin(RunMixin):
             "temperature", "top_p", "top_k",
         )  # fmt: skip
         settings = {name: getattr(self.args, name) for name in names}
-        return settings | {"success_threshold": self.args.least_success}
+        return settings | {"least_success": self.args.least_success}
 
     # stands on GRPOTrainer._get_train_sampler; its generator is moved on where a run resumes
     def _get_train_sampler(self, dataset=None):

@@ -505,3 +505,12 @@ def test_a_window_narrower_than_the_rows_cannot_always_share(tokenizer, tmp_path
     assert trainer._sharing.active
     with pytest.raises(ConfigError, match="it has rows longer than the sliding window of 16"):
         train(str(tmp_path / "16"), tmp_path / "b", prefix_sharing="always")
+
+
+def test_a_run_may_start_anew_in_its_folder(tiny_folder, tmp_path):
+    run = HPT | dict(save_strategy="steps", save_steps=1)
+    train(tiny_folder, tmp_path, **run)
+    _, trainer = train(tiny_folder, tmp_path, **run)
+    assert trainer.state.global_step == 1
+    with pytest.raises(ConfigError, match="gamma: 0.0 there, 0.5 here"):
+        train(tiny_folder, tmp_path, **run | dict(gamma=0.5))
