@@ -65,8 +65,14 @@ def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):
     assert identical(change, reference)
 
 
+# one of each way that a loss is divided: by rows, by tokens of a micro-batch, of the step
+QUICK = ("grpo", "bnpo", "dapo", "gspo")
+
+
 @pytest.mark.parametrize("size", [1, 2, 8])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
+)
 def test_leaving_out_dead_rows_leaves_the_update(tiny_folder, tmp_path, loss, size):
     split = dict(per_device_train_batch_size=size, gradient_accumulation_steps=16 // size)
     whole, _ = train(tiny_folder, tmp_path / "whole", **OFF, **LOSSES[loss], **split)
