@@ -8,13 +8,13 @@ library versions. A flipped pair, another batch size, another subset or another 
 import hashlib
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from posttrain.log import get_logger
 
@@ -37,14 +37,13 @@ class ReferenceCache:
         if not self.path.exists():
             return {}
         try:
-            with safe_open(self.path, framework="pt") as file:
-                digests, logps = file.get_tensor("digests"), file.get_tensor("logps")
+            tensors = load_file(self.path)
         except (SafetensorError, OSError) as error:
             get_logger().warning("reference cache %s cannot be read (%s); it will be written anew", self.path, error)
             return {}
-        raw = digests.numpy().tobytes()
+        raw = tensors["digests"].numpy().tobytes()
         keys = [raw[i : i + _DIGEST_BYTES] for i in range(0, len(raw), _DIGEST_BYTES)]
-        return dict(zip(keys, logps.tolist(), strict=True))
+        return dict(zip(keys, self._from_tensors(tensors), strict=True))
 
     def add(self, values: Mapping[bytes, float]) -> None:
         """Add entries. The file is replaced at once, so a reader or a killed run never sees half of it."""
@@ -55,10 +54,29 @@ class ReferenceCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.stem}-{uuid.uuid4().hex}.partial")
         try:
-            save_file({"digests": digests, "logps": torch.tensor(list(merged.values()))}, partial)
+            save_file({"digests": digests, **self._to_tensors(list(merged.values()))}, partial)
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def _from_tensors(self, tensors: dict[str, torch.Tensor]) -> Sequence:
+        return tensors["logps"].tolist()
+
+    def _to_tensors(self, values: list) -> dict[str, torch.Tensor]:
+        return {"logps": torch.tensor(values)}
+
+
+class TokenCache(ReferenceCache):
+    """Sequence digests -> (T,) fp32 log-probabilities of the answer's tokens in nats, in a file beside the sums'."""
+
+    def __init__(self, directory: str | Path, key: str) -> None:
+        super().__init__(directory, f"{key}-tokens")
+
+    def _from_tensors(self, tensors):
+        return tensors["logps"].split(tensors["lengths"].tolist())
+
+    def _to_tensors(self, values):
+        return {"lengths": torch.tensor([len(logps) for logps in values]), "logps": torch.cat(values)}
 
 
 def sequence_digest(prompt_ids: list[int], completion_ids: list[int], max_length: int | None, extra: str = "") -> bytes:

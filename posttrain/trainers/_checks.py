@@ -241,6 +241,14 @@ def check_parallelism(accelerator) -> None:
             raise ConfigError(f"{name}_size is {size}; only data parallel training (DDP, ZeRO, FSDP) is supported.")
 
 
+def zero_margin_tolerance(model, accelerator) -> tuple[float, str]:
+    """What rounding may make of |log pi - log pi_ref| per token of equal weights, in nats, and the type computed in."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        dtype = torch.bfloat16
+    return ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2), str(dtype).removeprefix("torch.")
+
+
 def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
     """Raise if policy and reference differ at step 0 by more than rounding.
 
@@ -248,14 +256,11 @@ def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
         worst: largest |log pi - log pi_ref| per completion token of the first micro-batches, in nats.
         reference: which weights the reference is, for the message.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        dtype = torch.bfloat16
-    tolerance = ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2)
+    tolerance, dtype = zero_margin_tolerance(model, accelerator)
     if not worst <= tolerance:
         raise ConfigError(
             f"policy and reference differ by {worst:.3g} nats per token before the first step (tolerance "
-            f"{tolerance:g} in {str(dtype).removeprefix('torch.')}). The reference is: {reference}. If it should be "
+            f"{tolerance:g} in {dtype}). The reference is: {reference}. If it should be "
             "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel; if this is "
             "intended, set `check_reference: false`."
         )

@@ -294,20 +294,7 @@ class PreferenceMixin(RunMixin):
 
     # stands on DPOTrainer.log, which averages the lists in `_metrics`
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        sums = self._means[mode].reduce(self.accelerator)
-        if "num_tokens" in sums:
-            tokens = int(sums.pop("num_tokens")[0])
-            self._total_train_tokens += tokens
-            if self._clock is not None:
-                logs["tokens/per_second"] = tokens / (time.monotonic() - self._clock)
-                self._clock = None
-        metrics = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
-        if metrics:
-            metrics["num_tokens"] = self._total_train_tokens
-            self.finish_metrics(metrics, mode)
-        for name, value in metrics.items():
-            self._metrics[mode][name] = [value]
+        self._reduce_means(logs)
         super().log(logs, start_time)
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
@@ -316,9 +303,6 @@ class PreferenceMixin(RunMixin):
 
     def extra_metrics(self, means: MeanMetrics, losses: Tensor, margins: Tensor, inputs: dict, mode: str) -> None:
         """Add a method's own metrics; `losses` and `margins` are (B,)."""
-
-    def finish_metrics(self, metrics: dict[str, float], mode: str) -> None:
-        """Change reduced metrics in place before they are logged."""
 
 
 class _PairColumns:

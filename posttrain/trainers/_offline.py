@@ -1,6 +1,7 @@
 """The mixin of offline trainers: weighed answers on TRL's SFTTrainer, the mean over sequences of the whole step."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Mapping
 
@@ -135,7 +136,7 @@ class OfflineMixin(RunMixin):
             raise ConfigError(f"{name} is missing; give a datasets.Dataset of prompt, completion and reward.")
         scorer = None
         if self._reward_func is not None and self.needs_rewards(args):
-            scorer = lambda rows: self._score(rows, name, args)  # noqa: E731
+            scorer = functools.partial(self._score, name=name, args=args)
         dataset = scored.as_scored(dataset, name, self.kept_columns(args), self.needs_rewards(args), scorer)
         self.check_rows(dataset, name, args)
         return dataset
@@ -260,19 +261,7 @@ class OfflineMixin(RunMixin):
 
     # stands on SFTTrainer.log, which averages the lists in `_metrics`
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        sums = self._means[mode].reduce(self.accelerator)
-        if "num_tokens" in sums:
-            tokens = int(sums.pop("num_tokens")[0])
-            self._total_train_tokens += tokens
-            if self._clock is not None:
-                logs["tokens/per_second"] = tokens / (time.monotonic() - self._clock)
-                self._clock = None
-        metrics = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
-        if metrics:
-            metrics["num_tokens"] = self._total_train_tokens
-        for name, value in metrics.items():
-            self._metrics[mode][name] = [value]
+        self._reduce_means(logs)
         super().log(logs, start_time)
 
     # stands on SFTTrainer.evaluate

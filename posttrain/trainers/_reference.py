@@ -1,6 +1,7 @@
 """Which weights the reference is, and its log-probabilities for a whole dataset, through the cache on disk."""
 
 import json
+from collections.abc import Iterable
 
 import torch
 import transformers
@@ -103,24 +104,33 @@ def _row_digests(row: dict, args) -> tuple[bytes, bytes]:
 
 
 def _reference_key(trainer) -> str:
-    """A digest of everything but the rows that affects a reference log-probability."""
     model = trainer.ref_model if trainer.ref_model is not None else trainer.model
     adapters = set(getattr(model, "peft_config", {})) - {"ref"}
-    weights = gather_object([weights_digest(model, skip_adapters=adapters)])
+    facts = {"ld_alpha": trainer.args.ld_alpha}
+    if adapters and "ref" in model.peft_config:
+        facts["adapter"] = str(model.peft_config["ref"].to_dict())
+    return reference_key(trainer, model, adapters, facts)
+
+
+def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> str:
+    """A digest of everything but the rows that affects a reference log-probability; all ranks call it.
+
+    Args:
+        model: the one that is forwarded, without the adapters of `skip_adapters`.
+        facts: what else the values depend on, by name.
+    """
+    weights = gather_object([weights_digest(model, skip_adapters=skip_adapters)])
     config = json.loads(model.config.to_json_string(use_diff=False))
     for name in ("_name_or_path", "transformers_version", "pad_token_id"):
         config.pop(name, None)
-    facts = {
+    facts = facts | {
         "weights": weights,
         "config": config,
         "attention": model.config._attn_implementation,
         "precision": [trainer.accelerator.mixed_precision, str(model.dtype)],
         "device": trainer.accelerator.device.type,
-        "ld_alpha": trainer.args.ld_alpha,
         # equal to rounding only, and `never` is to equal TRL's numbers bit for bit
         "prefix_sharing": trainer._sharing.active,
         "versions": [torch.__version__, transformers.__version__],
     }
-    if adapters and "ref" in model.peft_config:
-        facts["adapter"] = str(model.peft_config["ref"].to_dict())
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())

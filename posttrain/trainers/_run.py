@@ -1,6 +1,7 @@
 """What every trainer's run has: complete checkpoints and exact resumption, watches over loss and gradients, the hub."""
 
 import math
+import time
 
 import torch
 from accelerate.utils import is_peft_model
@@ -138,6 +139,26 @@ class RunMixin:
         if not self.args.fp16 and not math.isfinite(norm):
             stop(self, "the gradient")
         return norm
+
+    def _reduce_means(self, logs: dict[str, float]) -> None:
+        """The means kept in `_means` into the lists that TRL averages on logging; all ranks call it."""
+        mode = "train" if self.model.training else "eval"
+        sums = self._means[mode].reduce(self.accelerator)
+        if "num_tokens" in sums:
+            tokens = int(sums.pop("num_tokens")[0])
+            self._total_train_tokens += tokens
+            if self._clock is not None:
+                logs["tokens/per_second"] = tokens / (time.monotonic() - self._clock)
+                self._clock = None
+        metrics = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
+        if metrics:
+            metrics["num_tokens"] = self._total_train_tokens
+            self.finish_metrics(metrics, mode)
+        for name, value in metrics.items():
+            self._metrics[mode][name] = [value]
+
+    def finish_metrics(self, metrics: dict[str, float], mode: str) -> None:
+        """Derive metrics from the reduced ones, in place; `mode`: train or eval."""
 
     def skips_step(self, model, norm) -> bool:
         """Whether a step is left out for its gradient's norm before clipping; the gradients are gone then."""

@@ -6,12 +6,9 @@ the first step.
 """
 
 import contextlib
-import json
 
 import torch
-import transformers
-import xxhash
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -20,10 +17,10 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.mechanisms.reference_cache import sequence_digest, weights_digest
-from posttrain.mechanisms.token_cache import TokenCache
+from posttrain.mechanisms.reference_cache import TokenCache, sequence_digest
 from posttrain.paths import cache_dir
-from posttrain.trainers._checks import ZERO_MARGIN_TOLERANCE
+from posttrain.trainers import _reference
+from posttrain.trainers._checks import zero_margin_tolerance
 
 COLUMN = "ref_logps"
 
@@ -49,15 +46,11 @@ def check_start(trainer, worst: float) -> None:
 
     `worst`: the largest |log pi - log pi_ref| per token of an answer, in nats.
     """
-    model = trainer.model
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, model.dtype)
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        dtype = torch.bfloat16
-    tolerance = ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2)
+    tolerance, dtype = zero_margin_tolerance(trainer.model, trainer.accelerator)
     if not worst <= tolerance:
         raise ConfigError(
             f"the policy differs from its own start by {worst:.3g} nats per token before the first step (tolerance "
-            f"{tolerance:g} in {str(dtype).removeprefix('torch.')}). The reference is: {describe(trainer)}; it was "
+            f"{tolerance:g} in {dtype}). The reference is: {describe(trainer)}; it was "
             "read when the trainer was built. If the weights were changed since, build the trainer afterwards; if this "
             "is intended, set `check_reference: false`."
         )
@@ -178,21 +171,8 @@ def _digest(row: dict) -> bytes:
 
 
 def _reference_key(trainer) -> str:
-    """A digest of everything but the rows that affects a reference log-probability."""
     model = trainer.model
-    adapters = set(getattr(model, "peft_config", {}))
-    weights = gather_object([weights_digest(model, skip_adapters=adapters if trainer.adapter_is_new else ())])
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    for name in ("_name_or_path", "transformers_version", "pad_token_id"):
-        config.pop(name, None)
-    facts = {
-        "weights": weights,
-        "config": config,
-        "attention": model.config._attn_implementation,
-        "precision": [trainer.accelerator.mixed_precision, str(model.dtype)],
-        "device": trainer.accelerator.device.type,
-        "versions": [torch.__version__, transformers.__version__],
-    }
+    adapters, facts = set(getattr(model, "peft_config", {})), {}
     if adapters and not trainer.adapter_is_new:
         facts["adapter"] = {name: str(value.to_dict()) for name, value in sorted(model.peft_config.items())}
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
+    return _reference.reference_key(trainer, model, adapters if trainer.adapter_is_new else (), facts)

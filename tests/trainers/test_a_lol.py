@@ -631,3 +631,8 @@ def test_prompts_are_shared_by_default(tiny_folder, tmp_path):
     assert ALoLConfig(str(tmp_path)).prefix_sharing == "auto"
     with pytest.raises(ConfigError, match="prefix_sharing is 'on'; it must be one of auto, always, never"):
         ALoLConfig(str(tmp_path), prefix_sharing="on")
+
+
+def test_reference_values_of_shared_and_padded_rows_are_kept_apart(tiny_folder, tmp_path):
+    keys = {build(tiny_folder, tmp_path / name, prefix_sharing=name).reference_key for name in ("never", "auto")}
+    assert len(keys) == 2
