@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
+from evidence import reversing
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = (0.0, 0.1, 0.2, 0.3)
@@ -61,11 +62,11 @@ class Small:
 
         train = reverse_list_pairs(self.train_pairs, seed=1000 + seed, words=self.words)
         held_out = reverse_list_pairs(self.held_out, seed=2000 + seed, words=self.words, exclude=train)
-        return self._base(seed), train.map(_as_text), held_out.map(_as_text), None
+        return self._base(seed), train.map(reversing.as_text), held_out.map(reversing.as_text), None
 
     def _base(self, seed: int) -> str:
         if seed not in self.bases:
-            self.bases[seed] = _pretrain(self.folder / f"base-{seed}", seed, self.words)
+            self.bases[seed] = reversing.pretrain(self.folder / f"base-{seed}", seed, self.words)
         return self.bases[seed]
 
 
@@ -219,67 +220,6 @@ def plot(rows: list[dict], path: Path) -> None:
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-
-
-def _as_text(row: dict) -> dict:
-    """The words alone: a prompt `a b c >` and answers in words."""
-    words = {key: row[key][-1]["content"].replace(",", "") for key in ("prompt", "chosen", "rejected")}
-    return {"prompt": words["prompt"] + " >", "chosen": " " + words["chosen"], "rejected": " " + words["rejected"]}
-
-
-def _pretrain(folder: Path, seed: int, words: int) -> str:
-    """A small llama and a word tokenizer, trained from nothing to answer with the prompt's words in any order."""
-    if (folder / "tokenizer.json").exists():
-        return str(folder)
-    import random
-
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from posttrain.data.procedural import WORDS
-    from posttrain.models import tiny_model
-
-    specials = ["<eos>", "<pad>", ">"]
-    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.add_special_tokens(specials[:2])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
-    model = tiny_model(
-        seed=seed,
-        vocab_size=len(vocabulary),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        head_dim=32,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    rng = random.Random(5000 + seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    steps = 1200
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
-        rows = []
-        for _ in range(64):
-            order = rng.sample(WORDS, words)
-            answer = rng.sample(order, words)
-            rows.append([vocabulary[w] for w in order] + [2] + [vocabulary[w] for w in answer] + [0])
-        ids = torch.tensor(rows)
-        labels = ids.clone()
-        labels[:, : words + 1] = -100
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    print(f"base {seed}: last loss {loss.item():.3f}", flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def main() -> None:
