@@ -25,8 +25,6 @@ VARIANTS = {"sft": "nll", "wbc": "wbc", "r_lol": "r_lol", "a_lol": "a_lol", "a_l
 ARMS = ("base", "sft", "a_lol", "dpo", "wbc", "r_lol", "a_lol_seq", "sft_kept")
 DATA = ("as_is", "half_low")
 SIDES = ("chosen", "rejected")
-# answers a micro-batch; of an optimiser step each source says how many. DPO takes half as many pairs.
-MICRO = 8
 
 
 def cells(stage: str, seeds: int) -> list[dict]:
@@ -43,9 +41,11 @@ class Small:
     reward is the share of words in their place of the reversed list; the logged answers are that list with some of its
     words shuffled. Generations are scored by whether the whole list is right, drawn at temperature 1."""
 
-    pairs, held_out, epochs, step, longest, sampled = 1024, 400, 4, 32, 8, True
+    pairs, held_out, epochs, longest, sampled = 1024, 400, 4, 8, True
+    # answers an optimiser step and a micro-batch; DPO takes half as many pairs
+    step, micro = 32, 32
     words = 4
-    rate, dpo_rate, beta = 5e-4, 2e-4, 0.1
+    rate, dpo_rate, beta = 2e-4, 5e-4, 0.1
     rates = (1e-4, 2e-4, 5e-4, 1e-3)
     template = False
 
@@ -96,7 +96,8 @@ class SmolLM2:
     lowest 40% of the training file's rewards. Generations are greedy, and scored by a probe of the untrained model's
     states that was fitted to the human labels of training pairs that no policy trains on, never to a reward."""
 
-    pairs, held_out, epochs, step, longest, sampled = 160, 120, 1, 8, 40, False
+    pairs, held_out, epochs, longest, sampled = 160, 120, 1, 40, False
+    step, micro = 8, 8
     rate, dpo_rate, beta = 2e-4, 2e-4, 0.1
     rates = ()
     template = True
@@ -242,8 +243,8 @@ def _answers_trainer(source, cell, pairs, base, tokenizer, lora, run, out, overr
     settings = _settings(source, cell, run, out) | {"learning_rate": source.rate} | overrides
     args = ALoLConfig(
         variant=VARIANTS[cell["arm"]],
-        per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=source.step // MICRO,
+        per_device_train_batch_size=source.micro,
+        gradient_accumulation_steps=source.step // source.micro,
         **settings,
     )
     return ALoLTrainer(
@@ -258,8 +259,8 @@ def _dpo(source, cell, pairs, base, tokenizer, lora, run, out, overrides):
 
     settings = _settings(source, cell, run, out) | {"learning_rate": source.dpo_rate, "beta": source.beta} | overrides
     args = RobustDPOConfig(
-        per_device_train_batch_size=MICRO // 2,
-        gradient_accumulation_steps=source.step // MICRO,
+        per_device_train_batch_size=source.micro // 2,
+        gradient_accumulation_steps=source.step // source.micro,
         precompute_ref_log_probs=True,
         **settings,
     )

@@ -171,7 +171,7 @@ def test_the_evidence_script_trains_every_arm_and_goes_on_where_it_stopped(tmp_p
     evidence = importlib.import_module("evidence.a_lol")
     report = importlib.import_module("evidence.a_lol_report")
     monkeypatch.setattr(importlib.import_module("evidence.reversing"), "STEPS", 3)
-    for name, value in {"pairs": 16, "held_out": 6, "epochs": 1, "step": 8}.items():
+    for name, value in {"pairs": 16, "held_out": 6, "epochs": 1, "step": 8, "micro": 4}.items():
         monkeypatch.setattr(evidence.Small, name, value)
     source = evidence.Small(tmp_path / "work")
     _, pairs, low, held_out, _ = source.load(0)
