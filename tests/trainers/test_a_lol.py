@@ -447,6 +447,13 @@ def test_heads_that_could_not_be_kept_stop_the_run_before_the_model_loads(tiny_f
         build(tiny_folder, tmp_path, make_scored(4), **head(value_head_dir=str(tmp_path / "file" / "heads")))
 
 
+def test_a_best_metric_that_is_none_is_named_with_those_there_are(tiny_folder, tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "accuracy"}
+    trainer = build(tiny_folder, tmp_path, make_scored(6), eval_dataset=make_scored(3, seed=4), **best)
+    with pytest.raises(ConfigError, match="'eval_accuracy', which is not found .*'eval_loss'"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
