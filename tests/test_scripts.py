@@ -114,7 +114,8 @@ def test_without_a_python_the_script_says_which_it_needs(clone):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "python -m pytest -m not slow"),
+        ([], "python -m pytest -n 2 --dist loadfile -m not slow"),
+        (["-n", "0", "-k", "two words"], "python -m pytest -n 2 --dist loadfile -m not slow -n 0 -k two words"),
         (["--slow"], "python -m pytest"),
         (["--slow-only", "-k", "two words"], "python -m pytest -m slow -k two words"),
     ],
