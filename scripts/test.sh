@@ -7,8 +7,9 @@
 # Real data is read from POSTTRAIN_TEST_DATA, or from ../shared/data if that exists.
 source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
 
-# A file's tests stay together: what one of them trained, launched or built serves the others.
-select=(-n 2 --dist loadfile -m "not slow")
+# A file's tests stay together: what one of them trained, launched or built serves the others. Files come in the order
+# of their names: by number of tests, as is the default, some of the longest would be the last, one worker idle.
+select=(-n 2 --dist loadfile --no-loadscope-reorder -m "not slow")
 arguments=()
 for argument in "$@"; do
     case "$argument" in
