@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Runs the tests in .venv, installing what they need first.
-#   scripts/test.sh              the core suite
-#   scripts/test.sh --slow       everything
+#   scripts/test.sh              the core suite, in two processes
+#   scripts/test.sh --slow       everything, in one: slow tests fill the cores by themselves
 #   scripts/test.sh --slow-only  only what --slow adds
-# Other arguments go to pytest. Real data is read from POSTTRAIN_TEST_DATA, or from ../shared/data if that exists.
+# Other arguments go to pytest; `-n 0` keeps the core suite in one process, as a debugger needs.
+# Real data is read from POSTTRAIN_TEST_DATA, or from ../shared/data if that exists.
 source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
 
-select=(-m "not slow")
+# A file's tests stay together: what one of them trained, launched or built serves the others. Files come in the order
+# of their names: by number of tests, as is the default, some of the longest would be the last, one worker idle.
+select=(-n 2 --dist loadfile --no-loadscope-reorder -m "not slow")
 arguments=()
 for argument in "$@"; do
     case "$argument" in

@@ -1,5 +1,8 @@
+import gc
 import os
 import random
+import resource
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -9,6 +12,19 @@ os.environ.setdefault("POSTTRAIN_LOG", "warning")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+
+def pytest_collection_finish(session):
+    """Each run ends in a full collection, which need not go over all that was imported again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def cpu_seconds_of_children() -> float:
+    """Of those that have ended: how long an answer takes wherever a core is free, which a clock cannot tell here."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
 
 WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch".split()
 
@@ -58,6 +74,20 @@ def tiny_folder(tmp_path_factory, tokenizer):
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Drawing them takes longer than a tiny run does. Tests that want them ask for `curves`."""
+    # not imported for this alone, which takes seconds
+    reporting = sys.modules.get("posttrain.reporting")
+    if reporting and "curves" not in request.fixturenames:
+        monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
+
+
+@pytest.fixture
+def curves():
+    """Runs in this process end with their picture."""
 
 
 @pytest.fixture

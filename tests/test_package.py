@@ -3,13 +3,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import posttrain
+from tests.conftest import cpu_seconds_of_children
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "matplotlib"}
@@ -32,14 +32,13 @@ def test_importing_the_package_or_asking_for_help_loads_nothing_heavy():
     assert not HEAVY & set(helped.partition("MODULES")[2].split())
 
 
-def test_help_is_answered_in_under_a_third_of_a_second():
+def test_help_is_answered_in_under_a_third_of_a_second_of_cpu_time():
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = cpu_seconds_of_children()
         helped = run("import sys, posttrain.cli; sys.argv[0] = 'posttrain'; posttrain.cli.main()", "--help").stdout
-        times.append(time.perf_counter() - start)
+        times.append(cpu_seconds_of_children() - start)
     assert "quickstart" in helped and "exit codes" in helped
-    # The best of five: the machine may be busy with other tests.
     assert min(times) < 0.3
 
 

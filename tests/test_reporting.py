@@ -93,7 +93,7 @@ def test_only_the_main_process_writes(args, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_curves_are_drawn_without_touching_the_global_backend(args, tmp_path, monkeypatch):
+def test_curves_are_drawn_without_touching_the_global_backend(args, tmp_path, monkeypatch, curves):
     pytest.importorskip("matplotlib")
     # other libraries may have imported it by now
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)

@@ -29,6 +29,8 @@ echo "$(basename "$0") $*" >>"$CALLS"
 [ "$(basename "$0")" != pip ] || exit "${PIP_EXIT:-0}"
 """
 
+CORE = "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m not slow"
+
 
 class Clone:
     """A copy of the repository's scripts with stand-ins first on the PATH."""
@@ -114,7 +116,8 @@ def test_without_a_python_the_script_says_which_it_needs(clone):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "python -m pytest -m not slow"),
+        ([], CORE),
+        (["-n", "0", "-k", "two words"], f"{CORE} -n 0 -k two words"),
         (["--slow"], "python -m pytest"),
         (["--slow-only", "-k", "two words"], "python -m pytest -m slow -k two words"),
     ],

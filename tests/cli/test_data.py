@@ -14,6 +14,7 @@ from datasets import Dataset
 from posttrain.cli import _console, _tokens, main
 from posttrain.data.corruption import flip_preferences
 from posttrain.data.preferences import load_preferences
+from tests.conftest import cpu_seconds_of_children
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
@@ -86,13 +87,13 @@ def test_the_real_command_answers_broken_data_with_one_line_and_code_3(tmp_path)
     assert done.stdout == ""
 
 
-def test_help_of_every_action_is_answered_in_under_a_third_of_a_second():
+def test_help_of_every_action_is_answered_in_under_a_third_of_a_second_of_cpu_time():
     for action in ([], ["inspect"], ["stats"], ["flip"]):
         times = []
         for _ in range(4):
-            start = time.perf_counter()
+            start = cpu_seconds_of_children()
             done = command(*action, "--help")
-            times.append(time.perf_counter() - start)
+            times.append(cpu_seconds_of_children() - start)
         assert done.returncode == 0 and "usage: posttrain data" in done.stdout
         assert min(times) < 0.3, action
 

@@ -46,22 +46,30 @@ def launch(request, tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(tiny_folder, tmp_path_factory):
-    """The change and the logged history of a case on one process, computed once."""
+def once():
+    """`once(compute, **case)` is what `compute(case)` gave for the first of the backends."""
     known = {}
 
-    def compute(case: dict):
-        key = json.dumps(whole(case), sort_keys=True)
+    def remember(compute, **case):
+        key = json.dumps([compute.__name__, case], sort_keys=True)
         if key not in known:
-            from tests.conftest import make_pairs
-
-            arguments = whole(case)
-            pairs = make_pairs(arguments.pop("rows"))
-            change, trainer = train(tiny_folder, tmp_path_factory.mktemp("single"), pairs=pairs, **arguments)
-            known[key] = change, [entry for entry in trainer.state.log_history if "loss" in entry]
+            known[key] = compute(case)
         return known[key]
 
-    return compute
+    return remember
+
+
+@pytest.fixture(scope="module")
+def single(tiny_folder, tmp_path_factory, once):
+    """The change and the logged history of a case on one process, computed once."""
+    from tests.conftest import make_pairs
+
+    def pairs_whole(arguments: dict):
+        pairs = make_pairs(arguments.pop("rows"))
+        change, trainer = train(tiny_folder, tmp_path_factory.mktemp("single"), pairs=pairs, **arguments)
+        return change, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    return lambda case: once(pairs_whole, **whole(case))
 
 
 def test_the_engine_is_what_the_config_says(launch):
@@ -108,14 +116,18 @@ def test_micro_batch_scope_is_told_apart(launch, single):
 
 
 @pytest.mark.parametrize("case", ROLLOUTS)
-def test_two_ranks_learn_from_rollouts_as_one(launch, tiny_folder, tmp_path, monkeypatch, case):
+def test_two_ranks_learn_from_rollouts_as_one(launch, once, tiny_folder, tmp_path, monkeypatch, case):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    one = dict(per_device_train_batch_size=32, gradient_accumulation_steps=1)
-    change, trainer = rollouts.train(tiny_folder, tmp_path, **one, **ROLLOUTS[case])
+
+    def rollouts_whole(arguments: dict):
+        one = dict(per_device_train_batch_size=32, gradient_accumulation_steps=1)
+        change, trainer = rollouts.train(tiny_folder, tmp_path, **one, **arguments)
+        return change, list(trainer._logs["advantages"])[-32:], rollouts.entries(trainer)
+
+    change, advantages, history = once(rollouts_whole, **ROLLOUTS[case])
     assert distance(launch.change(case), change) <= 1e-4
-    advantages = list(trainer._logs["advantages"])[-32:]
     assert launch.results[f"{case}_advantages"] == pytest.approx(advantages, abs=1e-6) and any(advantages)
-    for logged, reference in zip(launch.results["history"][case], rollouts.entries(trainer), strict=True):
+    for logged, reference in zip(launch.results["history"][case], history, strict=True):
         for name in ("rows/kept_share", "entropy", "clip_ratio/region_mean", "clip_ratio/low_min"):
             assert logged[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-6), name
 
@@ -128,16 +140,19 @@ def test_rollouts_are_generated_by_sharded_models(launch):
 
 
 @pytest.mark.parametrize("case", SCORED)
-def test_two_ranks_learn_from_scored_answers_as_one(launch, tiny_folder, tmp_path, case):
-    arguments = dict(SCORED[case], per_device_train_batch_size=8, gradient_accumulation_steps=1)
-    rows = scored.make_scored(arguments.pop("rows"), prompts=10)
-    change, trainer = scored.train(tiny_folder, tmp_path, rows, **arguments)
-    kept = trainer.train_dataset["advantage"][:]
+def test_two_ranks_learn_from_scored_answers_as_one(launch, once, tiny_folder, tmp_path, case):
+    def scored_whole(arguments: dict):
+        rows = scored.make_scored(arguments.pop("rows"), prompts=10)
+        change, trainer = scored.train(tiny_folder, tmp_path, rows, **arguments)
+        return change, trainer.train_dataset["advantage"][:], scored.entries(trainer)
+
+    one = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    change, kept, history = once(scored_whole, **SCORED[case] | one)
     assert launch.results[f"{case}_advantages"] == pytest.approx(kept, abs=1e-6)
     # a last step of fewer than 8: ranks fill up by repeats
     assert 8 < len(kept) < 16
     assert distance(launch.change(case), change) <= 1e-4
-    for logged, reference in zip(launch.results["history"][case], scored.entries(trainer), strict=True):
+    for logged, reference in zip(launch.results["history"][case], history, strict=True):
         for name in reference:
             if "/" in name and not name.startswith("tokens/"):
                 assert logged[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-5), name
@@ -176,15 +191,18 @@ def test_an_adapter_checkpoint_leaves_the_frozen_base_out(launch, tiny_folder):
     assert launch.results["full_checkpoint_bytes"] > base
 
 
-def test_evaluation_counts_every_row_once(launch, tiny_folder, tmp_path):
+def test_evaluation_counts_every_row_once(launch, once, tiny_folder, tmp_path):
     from tests.conftest import make_pairs
+
+    def evaluated_whole(arguments: dict):
+        _, trainer = train(
+            tiny_folder, tmp_path, per_device_train_batch_size=8, reduction="dr_dpo", beta_prime=0.3, **arguments
+        )
+        return trainer.evaluate(make_pairs(11, seed=10))
 
     # 11 rows over 2 ranks x 3: the last round is filled up
     for kind, peft in (("lora", True), ("full", False)):
-        _, trainer = train(
-            tiny_folder, tmp_path, peft=peft, per_device_train_batch_size=8, reduction="dr_dpo", beta_prime=0.3
-        )
-        expected, ours = trainer.evaluate(make_pairs(11, seed=10)), launch.results[f"{kind}_eval"]
+        expected, ours = once(evaluated_whole, peft=peft), launch.results[f"{kind}_eval"]
         for name in expected:
             if "/" in name or name == "eval_loss":
                 assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name

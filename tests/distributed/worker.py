@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
-from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain import RobustDPOConfig, RobustDPOTrainer, reporting
 from posttrain.models import resolve_model
 from tests import rollouts, scored
 from tests.conftest import make_pairs
@@ -82,6 +82,10 @@ def folder_bytes(folder: Path) -> int:
 
 
 def main(folder: str, out: Path) -> None:
+    # one rank would draw for longer than both of them train
+    reporting.plot_curves = lambda *args: None
+    # what is imported by now need not be gone over at the end of each run
+    gc.freeze()
     results, changes = {"history": {}}, {}
     cases = EQUAL | LOCAL | ({} if DEEPSPEED else RESCALE)
     for name, case in cases.items():

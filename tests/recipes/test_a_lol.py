@@ -57,7 +57,7 @@ def recipe(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(recipe, tmp_path):
+def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(recipe, tmp_path, curves):
     code, out, err = recipe(rows=None, dataset_name="generated:reverse_list?n=16")
     assert code == 0 and "Saved to run" in out, err
     run = tmp_path / "run"
@@ -71,6 +71,7 @@ def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(recipe, tmp_path
     settings = yaml.safe_load((run / "resolved_config.yaml").read_text())
     assert settings["data"]["dataset_name"] == "generated:reverse_list?n=16"
     assert settings["training"]["variant"] == "a_lol" and "2305.14718" in (run / "README.md").read_text()
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_shipped_config_is_valid():

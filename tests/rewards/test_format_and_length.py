@@ -51,10 +51,10 @@ def test_messages_a_prefix_and_a_pattern():
 
 def test_long_completions_take_no_long_time():
     texts = ["<think>" * 20000, "<think>" + "< " * 50000, "#" * 100000, "<answer>" * 20000, "\\boxed{" * 3000]
-    start = time.perf_counter()
+    start = time.process_time()
     for template in ("think_answer", "think", "answer", "hash", "boxed"):
         assert score(Format(template), *texts) == [0.0] * len(texts)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

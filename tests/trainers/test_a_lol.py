@@ -7,7 +7,7 @@ from peft import PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
-from posttrain import ALoLConfig, ALoLTrainer, reporting
+from posttrain import ALoLConfig, ALoLTrainer
 from posttrain.errors import ConfigError, DataError
 from posttrain.mechanisms import value_head
 from posttrain.objectives import offline
@@ -21,12 +21,6 @@ PARENT = dict(trainer_class=SFTTrainer, config_class=SFTConfig, use_cpu=True, bf
 
 def identical(change, other):
     return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Drawing them takes longer than a run here, and is tested where it belongs."""
-    monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
 
 
 @pytest.fixture
