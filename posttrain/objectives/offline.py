@@ -142,8 +142,8 @@ def check_settings(variant: str, clip: float | None, kl_beta: float) -> None:
         raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}.")
     if variant in NEEDS_REFERENCE and clip is not None and not (_is_number(clip) and clip > 0):
         raise ValueError(
-            f"clip is {clip!r}; it must be above 0 (0.9 keeps ratios in [0.1, 1.9]), or null for the exact ratio. For a "
-            "fixed ratio of 1 use variant a_lol_ref_free."
+            f"clip is {clip!r}; it must be above 0 (0.9 keeps ratios in [0.1, 1.9]), or null for the exact ratio. For "
+            "a fixed ratio of 1 use variant a_lol_ref_free."
         )
     if not (_is_number(kl_beta) and 0 <= kl_beta < math.inf):
         raise ValueError(f"kl_beta is {kl_beta!r}; it must be a number of 0 or more.")
