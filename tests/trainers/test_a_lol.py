@@ -533,7 +533,7 @@ def unloaded(monkeypatch):
 
 
 def beyond(n, reward, rows):
-    """`n` rows with a prompt of 325 tokens or so before others."""
+    """`n` rows whose prompt has 319 tokens, before others."""
     row = {"prompt": [{"role": "user", "content": "cat " * 75}], "completion": [{"role": "assistant", "content": "a"}]}
     return concatenate_datasets([Dataset.from_list([row | {"reward": reward}] * n), rows])
 
@@ -591,7 +591,7 @@ BAD = [
         dict(max_length=100),
         "none of 20 answers has a reward above its value (value: mean), so none would be learned from. All rewards are "
         "equal, up to rounding, so there is nothing to tell answers apart by. max_length 100 leaves nothing of 4 "
-        "further answers, whose prompts alone are that long; max_length 326 keeps a token of each, 328 all of them",
+        "further answers, whose prompts alone are that long; max_length 320 keeps a token of each, 321 all of them",
     ),
     (
         lambda rows: beyond(4, 1.0, make_scored(20).map(lambda row: {"reward": 0.0})),
@@ -638,7 +638,7 @@ BAD = [
     (
         lambda rows: rows,
         dict(eval_dataset={"held out": make_scored(40, seed=1).map(lambda row: {"reward": 50 + 50 * row["reward"]})}),
-        "the rewards of these data sets are on different scales (train_dataset: 0.259 to 0.844; held out: 5",
+        "the rewards of these data sets are on different scales (train_dataset: 0.443 to 0.998; held out: 50.75 to",
     ),
     (lambda rows: list(rows), {}, "train_dataset is a list, no data set. Make one of its rows:"),
     (
