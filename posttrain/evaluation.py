@@ -32,16 +32,19 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     mode, without gradient, and leaves the model's mode as it was.
 
     `model`: a causal language model or a PeftModel. `dataset`: preference rows, or the rows TRL makes of them
-    (with prompt_ids, chosen_ids and rejected_ids). `batch_size`: sequences a batch. `progress`: called with
+    (with prompt_ids, chosen_ids and rejected_ids), as a `datasets.Dataset` or a list of dicts. `batch_size`: sequences a batch. `progress`: called with
     the number of sequences done after each batch.
     """
     import torch
+    from datasets import Dataset
     from trl.trainer.utils import add_fused_lm_head
 
     from posttrain.data.tokens import tokenized_pairs
     from posttrain.mechanisms import prefix_sharing
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(dataset, list):
+        dataset = Dataset.from_list(dataset)
     rows = list(tokenized_pairs(dataset, tokenizer))
     sides = ("chosen_ids", "rejected_ids")
     order = sorted(range(len(rows)), key=lambda i: -sum(len(rows[i][side]) for side in ("prompt_ids", *sides)))

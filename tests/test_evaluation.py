@@ -42,6 +42,7 @@ def test_scores_do_not_depend_on_the_batch_size_and_progress_counts_every_sequen
     large = score_pairs(model, tokenizer, pairs, batch_size=100, progress=done.append)
     assert torch.allclose(small.chosen, large.chosen, atol=1e-3)
     assert done == [18]
+    assert torch.equal(score_pairs(model, tokenizer, pairs.to_list(), batch_size=1).chosen, small.chosen)
 
 
 def test_an_adapter_counts_and_can_be_disabled(pairs):

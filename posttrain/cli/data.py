@@ -3,11 +3,11 @@
 import contextlib
 import gzip
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
 
+from posttrain.cli import _rewards
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 
 OUT_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -36,6 +36,7 @@ def add_parser(subparsers) -> None:
         "--max-length", "--max_length", type=int, default=1024, metavar="N", help="in tokens; default: 1024"
     )
     stats.add_argument("--limit", type=int, metavar="N", help="read the first rows only")
+    _rewards.add_options(stats)
 
     flip = actions.add_parser("flip", help="write a copy in which some rows have chosen and rejected swapped")
     _add_source(flip)
@@ -156,10 +157,11 @@ def _stats(args) -> int:
         report |= source.pair_facts(args.max_length)
     else:
         report |= source.other_facts(args.max_length)
-    rewards = source.rewards()
-    if rewards:
-        report["rewards"] = {"answers": len(rewards), "mean": math.fsum(rewards) / len(rewards)}
-        report["rewards"] |= {"min": min(rewards), "max": max(rewards)}
+    drawn = _rewards.facts(args, source.columns, source.rows[0])
+    if "not_drawn" in drawn:
+        report["warnings"] = [*report["warnings"], drawn["not_drawn"]]
+    else:
+        report |= drawn
     if args.json:
         _print_json(report)
         return 0
@@ -175,12 +177,7 @@ def _stats(args) -> int:
     print("\n" + format_table(headers, [(part, *values.values()) for part, values in report["lengths"].items()]) + "\n")
     for line in (*report["notes"], *report["warnings"]):
         print(line)
-    if rewards:
-        from posttrain.data.baselines import histogram
-
-        mean = report["rewards"]["mean"]
-        print(f"\nrewards of {len(rewards)} answers, mean {mean:.3g}:\n{histogram(rewards)}")
-        print(f"advantages over their mean:\n{histogram([reward - mean for reward in rewards])}")
+    _rewards.draw(drawn)
     return 0
 
 
@@ -280,16 +277,6 @@ class _Source:
     def facts(self) -> dict:
         kind = {"kind": self.format.kind, "style": self.format.style, "why": self.format.why}
         return {"source": self.name, "rows": len(self.rows), "columns": self.columns, "format": kind}
-
-    def rewards(self) -> list[float]:
-        """The rewards of scored answers; empty where there are none, or one is no number."""
-        from posttrain.data.scored import PAIR_REWARDS
-
-        pair = next((names for names in PAIR_REWARDS if set(names) <= set(self.columns)), ())
-        names = ("reward",) if "reward" in self.columns else pair
-        values = [row.get(name) for row in self.rows for name in names]
-        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in values)
-        return values if numbers else []
 
     def processing_class(self):
         from posttrain.data.tokens import load_processing_class

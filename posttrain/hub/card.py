@@ -162,6 +162,9 @@ def _method(trainer, papers) -> str:
 def _data(trainer, dataset: str | None) -> str:
     source = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else "Local or generated data"
     size = f"{len(trainer.train_dataset):,} training rows" if hasattr(trainer.train_dataset, "__len__") else "streamed"
+    given = getattr(trainer, "given_rows", None)
+    if given and given > len(trainer.train_dataset):
+        size += f" of {given:,} (the others have no gradient, or lost their answer to max_length)"
     held_out = trainer.eval_dataset
     if hasattr(held_out, "__len__") and not isinstance(held_out, dict):
         size += f", {len(held_out):,} evaluation rows"
@@ -181,7 +184,7 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     args = trainer.args
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
     rows = [
-        *_method_settings(args),
+        *_method_settings(args, getattr(trainer, "_settings_in_card", ())),
         *((name, getattr(args, name)) for name in ("beta", "max_length") if hasattr(args, name)),
         ("learning_rate", args.learning_rate),
         ("lr_scheduler_type", getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -211,15 +214,16 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     return [(name, _short(value)) for name, value in rows]
 
 
-def _method_settings(args) -> list[tuple[str, object]]:
-    """The fields that the trainer's own config adds and that were set, paths left out."""
+def _method_settings(args, always) -> list[tuple[str, object]]:
+    """The fields that the trainer's own config adds and that were set, or always count; paths left out."""
     config = type(args)
     own = inspect.get_annotations(config) if config.__module__.startswith("posttrain.") else {}
     fields = {name: getattr(args, name) for name in own}
     return [
         (name, value)
         for name, value in fields.items()
-        if value != config.__dataclass_fields__[name].default and not (isinstance(value, str) and "/" in value)
+        if (name in always or value != config.__dataclass_fields__[name].default)
+        and not (isinstance(value, str) and "/" in value)
     ]
 
 

@@ -115,9 +115,14 @@ def pad(states: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[T
 
 
 def save(heads: Sequence[ValueHead], folder: str | Path, key: str) -> Path:
-    """Write the heads of all folds into one file at once; `key` says what they were trained on."""
+    """Write the heads of all folds into one file at once; `key` says what they were trained on.
+
+    Heads of another key that lie there stay, and these get a name of their own.
+    """
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and _facts(path).get("key", key) != key:
+        path = path.with_name(_keyed(key))
     first = heads[0]
     facts = {"key": key, "folds": len(heads), "hidden_size": first.query.size(-1), "reward_max": first.reward_max}
     tensors = {
@@ -136,14 +141,14 @@ def save(heads: Sequence[ValueHead], folder: str | Path, key: str) -> Path:
 
 def load(folder: str | Path, key: str | None = None, device: torch.device | str = "cpu") -> list[ValueHead] | None:
     """The heads that `save` wrote, in eval mode; None where there are none, or ones of another key."""
-    path = Path(folder) / FILE
-    if not path.is_file():
+    names = (FILE,) if key is None else (FILE, _keyed(key))
+    paths = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
+    path = next((path for path in paths if (facts := _facts(path)) and key in (None, facts["key"])), None)
+    if path is None:
         return None
+    facts = _facts(path)
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("value_head", "{}"))
-            if not facts or (key is not None and facts["key"] != key):
-                return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         get_logger().warning("value head %s cannot be read (%s); it will be trained anew", path, error)
@@ -156,6 +161,20 @@ def load(folder: str | Path, key: str | None = None, device: torch.device | str 
         head.load_state_dict(own)
         heads.append(head.to(device).eval())
     return heads
+
+
+def _keyed(key: str) -> str:
+    return FILE.replace(".", f"-{key[:16]}.", 1)
+
+
+def _facts(path: Path) -> dict:
+    """What `save` wrote of the heads in a file; empty where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("value_head", "{}"))
+    except (SafetensorError, OSError) as error:
+        get_logger().warning("value head %s cannot be read (%s); it will be trained anew", path, error)
+        return {}
 
 
 @contextlib.contextmanager

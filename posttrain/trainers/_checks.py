@@ -55,8 +55,8 @@ def check_args(args, config_class: type):
     return args
 
 
-def check_output_dir(output_dir: str) -> None:
-    """Refuse a folder that cannot be written to, or made; nothing is left behind."""
+def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
+    """Refuse a folder that cannot be written to, or made; nothing is left behind. `name`: of the setting."""
     folder = Path(output_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -64,7 +64,7 @@ def check_output_dir(output_dir: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"output_dir is {output_dir}, which cannot be written to ({error.strerror}: {there}). Choose another."
+            f"{name} is {output_dir}, which cannot be written to ({error.strerror}: {there}). Choose another."
         ) from error
 
 

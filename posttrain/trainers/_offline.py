@@ -60,6 +60,7 @@ class OfflineMixin(RunMixin):
         stop_ids = schema.generation_stop_ids(model, revision)
         named = _scored_rows.by_name(eval_dataset)
         train_dataset = self._scored(train_dataset, "train_dataset", args)
+        self.given_rows = len(train_dataset)
         named = {name: self._scored(dataset, name, args) for name, dataset in named.items()}
         if self.needs_rewards(args) and reward_func is None and not same_scale:
             _scored_rows.check_scales(train_dataset, named)

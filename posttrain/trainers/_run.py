@@ -8,7 +8,7 @@ from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.errors import EnvironmentIssue
+from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.models import resolve_model
 from posttrain.reporting import RunReport
@@ -55,7 +55,8 @@ class RunMixin:
                 if there is any.
 
         Raises:
-            ConfigError: no complete checkpoint where one is asked for, or one of another method, data or batch split.
+            ConfigError: no complete checkpoint where one is asked for, or one of another method, data or batch split;
+                a metric_for_best_model that the evaluation has not.
             DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
         """
         checkpoint = _checkpoints.find(self.args.output_dir, resume_from_checkpoint)
@@ -64,7 +65,13 @@ class RunMixin:
             content = _checkpoints.read(checkpoint, now)
             self._total_train_tokens = content["state"]["num_tokens"]
         self._live_gradients = None
-        output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        try:
+            output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        except KeyError as error:
+            # which metrics there are is known at the first evaluation, where upstream looks the best one up
+            if "metric_for_best_model" not in str(error):
+                raise
+            raise ConfigError(str(error.args[0])) from None
         if self._live_gradients and self.step_moved:
             self._live_gradients.after_step(self)
         return output

@@ -13,7 +13,7 @@ from posttrain.data import baselines, scored
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.mechanisms import value_head
-from posttrain.trainers import _token_reference
+from posttrain.trainers import _checks, _token_reference
 
 
 def of_head(trainer, dataset, rewards: list[float], name: str) -> list[float]:
@@ -65,7 +65,7 @@ def _heads(trainer, distinct, prompts: dict, targets: tuple, dataset, keys) -> l
     args, device = trainer.args, trainer.accelerator.device
     if trainer.reference_key is None:
         trainer.reference_key = _token_reference._reference_key(trainer)
-    key = _key(trainer, distinct, prompts, targets)
+    key = trainer.value_head_key = _key(trainer, distinct, prompts, targets)
     folder = args.value_head_dir or args.output_dir
     # Ranks may not share a disk: rank 0 looks, all follow
     main = trainer.accelerator.is_main_process
@@ -215,8 +215,10 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
     return [text for _, text in sorted(gather_object(found))]
 
 
-def check_generations(trainer, args) -> None:
-    """Raise ConfigError where `value_targets: generations` cannot be had."""
+def check_start(trainer, args) -> None:
+    """Raise ConfigError where the heads could not be kept, or `value_targets: generations` cannot be had."""
+    if args.value_head_dir is not None:
+        _checks.check_output_dir(args.value_head_dir, "value_head_dir")
     if args.value_targets != "generations":
         return
     if trainer._reward_func is None:
@@ -268,3 +270,9 @@ def _say_quality(values: list[float], rewards: list[float], name: str) -> None:
             "better baseline here, unless more prompts or other value_epochs and value_learning_rate mend it.",
             explained,
         )
+
+
+def save_beside(trainer, folder: str) -> None:
+    """Write the heads into the folder of a saved adapter or model; on the main rank."""
+    if trainer.value_heads is not None and trainer.is_world_process_zero():
+        value_head.save(trainer.value_heads, folder, trainer.value_head_key)

@@ -16,6 +16,17 @@ from posttrain.trainers import _values
 from posttrain.trainers._offline import OfflineMixin
 from posttrain.trainers.a_lol_config import ALoLConfig
 
+_NAMES = {
+    "nll": "SFT on scored answers",
+    "wbc": "weighted behaviour cloning",
+    "r_gold": "Reward GOLD",
+    "r_lol": "R-LoL",
+    "a_lol": "A-LoL",
+    "a_lol_seq": "A-LoL seq",
+    "a_lol_ref_free": "A-LoL ref-free",
+    "a_lol_kl": "A-LoL KL",
+}
+
 
 class ALoLTrainer(OfflineMixin, SFTTrainer):
     """`trl.SFTTrainer` for answers with a score each: A-LoL (arXiv 2305.14718) and the methods it is compared with.
@@ -40,6 +51,7 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
 
     _config_class = ALoLConfig
     _name = "A-LoL"
+    _settings_in_card = ("variant", "clip", "value", "advantage_weighting")
     _tag_names = ["trl", "posttrain", "a_lol"]
     _paper = {
         "title": "Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models",
@@ -57,7 +69,17 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         self.advantages: baselines.Advantages | None = None
         self._mean_reward: float | None = None
         self._mean_weight: float | None = None
+        self.value_heads: list | None = None
+        self.value_head_key: str | None = None
         super().__init__(*args, **kwargs)
+        # what the card says was run
+        self._name = _NAMES[self.args.variant]
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the adapter or model, and beside it the value head; not in checkpoints, which find it in the run."""
+        super().save_model(output_dir, _internal_call=True)
+        if not _internal_call or output_dir is None:
+            _values.save_beside(self, output_dir or self.args.output_dir)
 
     def identity_settings(self) -> dict:
         names = (
@@ -81,7 +103,7 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
     def check_rows(self, dataset, name: str, args) -> None:
         check_rows(dataset, name, args)
         if args.weighs_by == "advantages" and args.value == "head" and name == "train_dataset":
-            _values.check_generations(self, args)
+            _values.check_start(self, args)
 
     def check_left(self, dataset, args) -> None:
         check_left(dataset, "train_dataset", args, self._lost)

@@ -86,7 +86,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
     )
     value_max_new_tokens: int = field(default=128, metadata={"help": "Longest of those generations, in tokens."})
     value_head_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the value head. Default: value_head in output_dir."}
+        default=None, metadata={"help": "Folder where value heads are looked for and kept. Default: output_dir."}
     )
     prefix_sharing: str = field(
         default="auto",
@@ -115,6 +115,12 @@ class ALoLConfig(CommonConfig, SFTConfig):
             value = getattr(self, name)
             if isinstance(value, bool | str) or (value is None and name != "clip"):
                 raise ConfigError(f"{name} is {value!r}; it must be a number.")
+        if self.clip is not None and not self.clip > 0:
+            # for every variant: a sweep over them must not hide it
+            raise ConfigError(
+                f"clip is {self.clip}; it must be above 0 (0.9 keeps ratios in [0.1, 1.9]), or null for the exact "
+                "ratio. For a fixed ratio of 1 use variant a_lol_ref_free."
+            )
         try:
             offline.check_settings(self.variant, self.clip, self.kl_beta)
         except ValueError as error:
@@ -128,6 +134,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
             )
         self._check_head()
         self._check_weighting()
+        self._say_what_has_no_effect()
         self._refuse_settings_without_effect()
         super().__post_init__()
 
@@ -195,6 +202,19 @@ class ALoLConfig(CommonConfig, SFTConfig):
                 f"train_sampling_strategy is {self.train_sampling_strategy} with advantage_weighting: "
                 f"{self.advantage_weighting}, which draws the rows itself. Leave one of them out."
             )
+
+    def _say_what_has_no_effect(self):
+        """Settings that a sweep over variants may keep for all of them: said, not refused."""
+        fields = type(self).__dataclass_fields__
+        by_advantage, head = self.weighs_by == "advantages", self.value == "head"
+        for name, used, why in (
+            ("clip", self.needs_reference, f"variant {self.variant} has no importance ratio"),
+            ("value", by_advantage or head, f"variant {self.variant} does not weigh by advantages"),
+            ("reward_max", head, f"value is {self.value}"),
+            ("value_head_dir", head, f"value is {self.value}"),
+        ):
+            if not used and getattr(self, name) != fields[name].default:
+                get_logger().warning("%s: %s has no effect here: %s.", name, getattr(self, name), why)
 
     def _refuse_settings_without_effect(self):
         packing = (

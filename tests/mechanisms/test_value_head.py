@@ -96,6 +96,10 @@ def test_heads_are_saved_as_safetensors_and_found_by_their_key(tmp_path, head, l
     assert predict(first, states) == predict(head, states) and predict(second, states) == predict(other, states)
     assert not first.training and first.reward_max == 4.0
     assert load(tmp_path / "run", "k2") is None and load(tmp_path, "k1") is None
+    beside = save([other], tmp_path / "run", "k2")
+    assert beside != path and len(load(tmp_path / "run", "k1")) == 2 and len(load(tmp_path / "run")) == 2
+    assert [predict(one, states) for one in load(tmp_path / "run", "k2")] == [predict(other, states)]
+    beside.unlink()
     with value_head.safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["value_head"])
     assert facts == {"key": "k1", "folds": 2, "hidden_size": WIDTH, "reward_max": 4.0}

@@ -168,13 +168,33 @@ def test_columns_of_other_names_and_a_reward_function_of_ones_own(recipe):
     assert code == 0 and "Saved to run" in out, err
 
 
-def test_stats_draw_rewards(recipe, tmp_path, capsys):
+def test_stats_draw_rewards_and_advantages(recipe, tmp_path, capsys):
+    def stats(*given):
+        code = main(["data", "stats", *given])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
     recipe(dry_run="true")
-    assert main(["data", "stats", "answers.jsonl"]) == 0
-    out = capsys.readouterr().out
-    assert "rewards of 16 answers" in out and "advantages over their mean" in out
-    assert main(["data", "stats", "answers.jsonl", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rewards"]["max"] == 1.0
+    code, out, _ = stats("answers.jsonl")
+    assert code == 0 and "rewards of 16 answers, mean 0.625" in out
+    assert "advantages over their mean, 50.0% of them above 0" in out
+    found = json.loads(stats("answers.jsonl", "--json", "--value", "per_prompt")[1])
+    assert found["rewards"]["max"] == 1.0 and found["advantages"]["value"] == "per_prompt"
+    assert found["advantages"]["max"] == 0.375 and found["advantages"]["positive_share"] == 0.5
+    assert [count for *_, count in found["rewards"]["histogram"]] == [8, 0, 0, 0, 0, 0, 0, 8]
+
+    renamed = [{"prompt": r["prompt"], "completion": r["completion"], "mark": r["reward"], "v": 0.5} for r in ROWS]
+    recipe(renamed, dry_run="true")
+    assert "rewards" not in stats("answers.jsonl")[1]
+    out = stats("answers.jsonl", "--reward-column", "mark", "--value", "column", "--value-column", "v")[1]
+    assert "advantages over the column v, 50.0%" in out and "-0.25 to" in out
+    assert stats("answers.jsonl", "--value-column", "v")[0] == 2
+    code, _, err = stats("answers.jsonl", "--reward-column", "mark", "--value", "column")
+    assert code == 3 and "has no column 'baseline'" in err
+    assert "rewards of 8 answers" in stats("generated:reverse_list?n=4")[1]
+    recipe([*ROWS[:3], ROWS[3] | {"reward": float("nan")}], dry_run="true")
+    code, out, _ = stats("answers.jsonl")
+    assert code == 0 and "rewards are not drawn: answers.jsonl, line 4: reward is nan" in out
 
 
 @pytest.mark.slow

@@ -429,6 +429,8 @@ def test_heads_are_saved_beside_the_adapter_and_reused(tiny_folder, tmp_path, mo
     saved = value_head.load(tmp_path)
     assert len(saved) == 2 and (tmp_path / "adapter_model.safetensors").is_file()
     assert not any("query" in name for name in trainer.model.state_dict()), "no part of the policy"
+    trainer.save_model(str(tmp_path / "copy"))
+    assert len(value_head.load(tmp_path / "copy", trainer.value_head_key)) == 2
     monkeypatch.setattr(value_head, "fit", lambda *args, **kwargs: pytest.fail("a head was trained"))
     again = build(tiny_folder, tmp_path, rows, **head(per_device_eval_batch_size=2))
     assert values_of(again) == pytest.approx(values_of(trainer), abs=1e-6), "whatever the batches' padding"
@@ -436,6 +438,50 @@ def test_heads_are_saved_beside_the_adapter_and_reused(tiny_folder, tmp_path, mo
     assert values_of(elsewhere) == pytest.approx(values_of(trainer), abs=1e-6)
     with pytest.raises(pytest.fail.Exception, match="a head was trained"):
         build(tiny_folder, tmp_path / "more", make_scored(13), **head(value_head_dir=str(tmp_path)))
+
+
+def test_heads_that_could_not_be_kept_stop_the_run_before_the_model_loads(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    loads = "transformers.AutoModelForCausalLM.from_pretrained"
+    monkeypatch.setattr(loads, lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match="value_head_dir is .*file/heads, which cannot be written to"):
+        build(tiny_folder, tmp_path, make_scored(4), **head(value_head_dir=str(tmp_path / "file" / "heads")))
+
+
+def test_a_best_metric_that_is_none_is_named_with_those_there_are(tiny_folder, tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "accuracy"}
+    trainer = build(tiny_folder, tmp_path, make_scored(6), eval_dataset=make_scored(3, seed=4), **best)
+    with pytest.raises(ConfigError, match="'eval_accuracy', which is not found .*'eval_loss'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"variant": "wbc", "clip": 0.5}, "clip: 0.5 has no effect here: variant wbc has no importance ratio."),
+        ({"variant": "r_lol", "value": "per_prompt"}, "value: per_prompt has no effect here: variant r_lol"),
+        ({"reward_max": 4.0}, "reward_max: 4.0 has no effect here: value is mean."),
+    ],
+)
+def test_settings_without_effect_are_named(tmp_path, settings, text, logged):
+    ALoLConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    assert text in logged.text
+    logged.clear()
+    ALoLConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert "no effect" not in logged.text
+
+
+def test_the_card_names_the_variant_and_what_was_dropped(tiny_folder, tmp_path):
+    from posttrain.hub.card import write_model_card
+
+    trainer = build(tiny_folder, tmp_path, make_scored(6), variant="wbc")
+    text = write_model_card(trainer).read_text()
+    assert "trained with weighted behaviour cloning by" in text and "A-LoL by" not in text
+    assert "| variant " in text and "| advantage_weighting " in text
+    trainer = build(tiny_folder, tmp_path / "a", rows := make_scored(6))
+    text = write_model_card(trainer).read_text()
+    assert "trained with A-LoL by" in text and "| value " in text
+    assert f"{len(trainer.train_dataset)} training rows of {len(rows)} (the others" in text
 
 
 def share_of_vowels(prompts, completions, mark, **columns):
