@@ -207,6 +207,7 @@ def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path):
         "--max_length", "64", "--max_steps", "2", "--save_steps", "2", "--learning_rate", "1e-3",
     ]  # fmt: skip
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(recipes_dir().parent)}
+    environment["POSTTRAIN_LOG"] = "info"
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
