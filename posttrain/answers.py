@@ -37,69 +37,84 @@ class ScoredArguments(DataArguments):
 
 def load_answers(data_args: ScoredArguments, training_args):
     """The scored answers to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    from posttrain.data.scales import check_scales
     from posttrain.data.scored import load_scored
+    from posttrain.trainers.a_lol import kept_columns
 
     needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
-    keep = (training_args.value_column,) if training_args.value == "column" else ()
+    keep, rewards = tuple(kept_columns(training_args)), {}
 
     def load(name, split, limit):
         training = name == data_args.dataset_name and split == data_args.dataset_train_split
-        sources = [name, *(data_args.more_datasets or [])] if training else name
-        return load_scored(
+        sources = [name, *(data_args.more_datasets or [])] if training else [name]
+        found = load_scored(
             sources, split, limit, data_args.columns, data_args.same_scale, needs_reward=needs_reward, keep=keep
         )
+        if needs_reward:
+            rewards[f"{', '.join(sources)} ({'training' if training else 'evaluation'})"] = found["reward"][:]
+        return found
 
-    return recipe.load_splits(load, data_args, training_args.eval_strategy != "no")
+    datasets = recipe.load_splits(load, data_args, training_args.eval_strategy != "no")
+    if not data_args.same_scale:
+        check_scales(rewards, "data sets")
+    return datasets
 
 
 def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, peft_config=None) -> dict:
     """Answers, steps, parameters and checkpoint size of a run, what the rewards say, and the first answer.
 
-    Settings and data are checked as the trainer would. The tokenizer is loaded, and the model is built without memory
-    for its weights. Answers that will have no gradient are counted where their values are known without the model.
+    Settings and data are checked as the trainer would. The tokenizer is loaded, every answer is tokenised, and the
+    model is built without memory for its weights. Answers that fit `max_length` are weighed; those that will have no
+    gradient are counted where their values are known without the model.
 
     Raises:
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    import torch
-
-    from posttrain.data import baselines, schema
+    from posttrain.data import answer_tokens, baselines, schema, scored
     from posttrain.data.tokens import processing_class_for, tokenizer_of
-    from posttrain.objectives import offline
-    from posttrain.trainers import _checks
-    from posttrain.trainers.a_lol import check_rewards
+    from posttrain.trainers import _checks, _scored_rows, a_lol
 
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_model_config(args, config)
     processing_class = processing_class_for(model_id, None, args)
     revision = (args.model_init_kwargs or {}).get("revision")
     stop_ids = schema.generation_stop_ids(model_id, revision)
-    baselines.check_tokens(train_dataset, processing_class, args.max_length, "train_dataset", stop_ids)
+    name, answers, first = "train_dataset", len(train_dataset), train_dataset[0]
+    weighed = args.weighs_by is not None and "reward" in train_dataset.column_names
+    columns = a_lol.kept_columns(args)
+    train_dataset = scored.as_scored(train_dataset, name, tuple(columns), weighed).rename_columns(columns)
+    if weighed:
+        a_lol.check_rows(train_dataset, name, args)
+    lost = ""
+    if answer_tokens.are_known(args):
+        train_dataset, lost = answer_tokens.fit(train_dataset, processing_class, args, name, stop_ids)
 
     kept, facts = len(train_dataset), {}
-    if "reward" in train_dataset.column_names:
-        check_rewards(train_dataset, "train_dataset", args)
+    if weighed:
+        a_lol.check_left(train_dataset, name, args, lost)
         rewards = train_dataset["reward"][:]
         facts["rewards"] = "\n" + baselines.histogram(rewards)
         if args.weighs_by == "rewards":
             kept = sum(reward != 0 for reward in rewards)
         elif args.weighs_by == "advantages" and args.value != "head":
-            values = baselines.values_of(train_dataset, args.value, args.value_column, "train_dataset")
-            advantages = [reward - value for reward, value in zip(rewards, values, strict=True)]
-            baselines.check_positive(advantages, args.value, "train_dataset")
+            values = baselines.values_of(train_dataset, args.value, "baseline", name)
+            advantages = baselines.advantages_of(rewards, values)
+            weights = a_lol.weights_of(advantages, args)
+            baselines.check_positive(advantages, args.value, name, lost)
+            baselines.check_weights(weights, name)
             facts["advantages"] = "\n" + baselines.histogram(advantages)
-            weights = offline.gradient_weights(
-                args.variant, torch.tensor(advantages), args.kl_beta, args.keep_negative_advantages
-            )
-            kept = int((weights != 0).sum())
+            kept = sum(weight != 0 for weight in weights)
+    if args.value != "head":
+        _scored_rows.check_fills_a_batch(args, kept)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    micro_batches = math.ceil(kept / (args.per_device_train_batch_size * args.world_size))
+    full = math.floor if args.dataloader_drop_last else math.ceil
+    micro_batches = full(kept / (args.per_device_train_batch_size * args.world_size))
     steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
-    first = train_dataset[0]
     return {
         "processes": args.world_size,
-        "scored answers": len(train_dataset),
+        "scored answers": answers,
+        "of them within max_length": len(train_dataset),
         "of them with a gradient": kept if args.value != "head" else "known once the value head has learned",
         "answers per step": batch,
         "steps": args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs),

@@ -31,9 +31,9 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     whole sequence are never held. The result does not depend on `batch_size`, but for rounding. Runs in eval
     mode, without gradient, and leaves the model's mode as it was.
 
-    `model`: a causal language model or a PeftModel. `dataset`: preference rows, or the rows TRL makes of them
-    (with prompt_ids, chosen_ids and rejected_ids), as a `datasets.Dataset` or a list of dicts. `batch_size`: sequences a batch. `progress`: called with
-    the number of sequences done after each batch.
+    `model`: a causal language model or a PeftModel. `dataset`: preference rows, or the rows TRL makes of them (with
+    prompt_ids, chosen_ids and rejected_ids), as a `datasets.Dataset` or a list of dicts. `batch_size`: sequences a
+    batch. `progress`: called with the number of sequences done after each batch.
     """
     import torch
     from datasets import Dataset

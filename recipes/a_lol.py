@@ -30,6 +30,7 @@ def main():
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         reward_func=data_args.reward_func,
+        same_scale=data_args.same_scale,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
         callbacks=[RunReport(sections={"data": vars(data_args), "model": vars(model_args)})],

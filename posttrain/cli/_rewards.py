@@ -51,7 +51,7 @@ def facts(args, columns: list[str], first: dict) -> dict:
             raise
         return {"not_drawn": f"rewards are not drawn: {error}"}
     rewards = rows["reward"][:]
-    advantages = [reward - value for reward, value in zip(rewards, values, strict=True)]
+    advantages = baselines.advantages_of(rewards, values)
     positive = sum(advantage > 0 for advantage in advantages)
     named = {"value": args.value} | ({"column": column} if column else {})
     return {

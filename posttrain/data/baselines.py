@@ -6,16 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain.data import formats
-from posttrain.data.lengths import measure
-from posttrain.data.schema import PairReport, _check_ends
-from posttrain.data.tokens import tokenizer_of
+from posttrain.data.scored import check_size
 from posttrain.data.values import _described
 from posttrain.errors import DataError
-from posttrain.log import get_logger
 
-# Rows whose tokens are looked at
-SAMPLE = 1000
+# What a reward differs from its value by, relative to them, is rounding up to here; scores are rounded to fp32
+ROUNDING = 1e-6
+# The largest weight below this leaves gradients that fp32 rounds to nothing
+_SMALLEST = 1e-12
 _BAR = 40
 
 
@@ -43,13 +41,17 @@ def mean_per_prompt(keys: Sequence[str], rewards: Sequence[float]) -> list[float
     return [means[key] for key in keys]
 
 
-def column_of_values(dataset, column: str, name: str) -> list[float]:
-    """A column of values; DataError for one that is no finite number, with its row."""
-    values = dataset[column][:]
+def column_of_values(dataset, column: str, name: str, called: str | None = None) -> list[float]:
+    """A column of values; DataError for one that is no finite number, or beyond 1e18, with its row.
+
+    `called`: its name in the data set as given; default: `column`.
+    """
+    values, called = dataset[column][:], called or column
     for number, value in enumerate(values, 1):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             shown = value if isinstance(value, float) else _described(value)
-            raise DataError(f"{name}, answer {number}: {column}, the value, is {shown}; it must be a finite number.")
+            raise DataError(f"{name}, answer {number}: {called}, the value, is {shown}; it must be a finite number.")
+        check_size(value, f"{name}, answer {number}", f"{called}, the value,")
     return [float(value) for value in values]
 
 
@@ -60,7 +62,15 @@ def values_of(dataset, value: str, column: str | None, name: str) -> list[float]
     rewards = dataset["reward"][:]
     if value == "per_prompt":
         return mean_per_prompt(prompt_keys(dataset), rewards)
-    return [math.fsum(rewards) / len(rewards)] * len(rewards)
+    return [mean(rewards)] * len(rewards)
+
+
+def advantages_of(rewards: Sequence[float], values: Sequence[float]) -> list[float]:
+    """Reward minus value of each answer; 0 where that is only rounding, at most 1e-6 of the larger of the two."""
+    return [
+        0.0 if abs(reward - value) <= ROUNDING * max(abs(reward), abs(value)) else reward - value
+        for reward, value in zip(rewards, values, strict=True)
+    ]
 
 
 @dataclass
@@ -107,9 +117,9 @@ def describe(advantages: Sequence[float], weights: Sequence[float]) -> Advantage
 def histogram(values: Sequence[float], bins: int = 8) -> str:
     """Counts over equal spans as lines of text: the span, the count, a bar."""
     low, high = min(values), max(values)
-    if low == high:
+    width = high / bins - low / bins
+    if not width:
         return f"  {low:9.3g}  {len(values):>7} {'#' * _BAR}"
-    width = (high - low) / bins
     counts = [0] * bins
     for value in values:
         counts[min(int((value - low) / width), bins - 1)] += 1
@@ -120,48 +130,36 @@ def histogram(values: Sequence[float], bins: int = 8) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def check_positive(advantages: Sequence[float], value: str, name: str) -> None:
-    """Raise DataError, with the histogram, where no answer beats its value."""
+def check_positive(advantages: Sequence[float], value: str, name: str, lost: str = "") -> None:
+    """Raise DataError, with the histogram, where no answer beats its value. `lost`: what `max_length` left out."""
     if any(advantage > 0 for advantage in advantages):
         return
     advice = {
         "per_prompt": "The mean over a prompt's answers needs several of them with different rewards; `value: mean` "
         "compares all answers.",
-        "mean": "All rewards are equal, so there is nothing to tell answers apart by.",
+        "mean": "All rewards are equal, up to rounding, so there is nothing to tell answers apart by.",
     }.get(value, "The values are on another scale than the rewards, or too high; `value: mean` compares all answers.")
     raise DataError(
         f"{name}: none of {len(advantages)} answers has a reward above its value (value: {value}), so none would be "
-        f"learned from. {advice} The advantages:\n{histogram(advantages)}"
+        f"learned from. {advice}{lost} The advantages:\n{histogram(advantages)}"
     )
 
 
-def check_tokens(dataset, processing_class, max_length: int | None, name: str, stop_ids=()) -> None:
-    """What `max_length` leaves of scored answers, and whether they end the turn; on a sample of up to 1000 rows.
+def check_unequal(rewards: Sequence[float], value: str, name: str, lost: str = "") -> None:
+    """Raise DataError, with the histogram, where all rewards are equal. `lost`: what `max_length` left out."""
+    if max(rewards) - min(rewards) > ROUNDING * max(map(abs, rewards)):
+        return
+    raise DataError(
+        f"{name}: all {len(rewards)} rewards are equal, up to rounding, so none beats what is expected of its prompt "
+        f"(value: {value}), and none would be learned from.{lost} The rewards:\n{histogram(rewards)}"
+    )
 
-    Raises DataError where every row looked at loses its whole answer, no answer ends the turn, or a row cannot be
-    rendered; ConfigError for a tokenizer without chat template or eos token. Says in the log what else is found.
-    """
-    rows = len(dataset)
-    sample = dataset if rows <= SAMPLE else dataset.select([i * rows // SAMPLE for i in range(SAMPLE)])
-    places = [f"{name}, answer {i * rows // len(sample) + 1}" for i in range(len(sample))]
-    # both sides of a pair, as the pairs' tokeniser takes them
-    columns = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in sample.column_names]
-    pairs = sample.select_columns([*columns, "completion"]).rename_column("completion", "chosen")
-    pairs = pairs.add_column("rejected", sample["completion"][:])
-    lengths = measure(pairs, processing_class, places, max_length, keep_start=True)
-    advice = f"max_length {lengths.keeps_99} keeps 99% of the rows, {lengths.whole_99} keeps 99% of them whole"
-    if lengths.dropped == lengths.rows:
+
+def check_weights(weights: Sequence[float], name: str) -> None:
+    """Raise DataError where no weight is large enough for fp32 to train with."""
+    largest = max(map(abs, weights))
+    if 0 < largest < _SMALLEST:
         raise DataError(
-            f"{name}: max_length is {max_length}, and every prompt looked at is that long "
-            f"({lengths.shortest_prompt} to {lengths.parts['prompt']['max']} tokens), so no answer would be left to "
-            f"learn from; {advice}."
+            f"{name}: the largest weight of an answer is {largest:.3g}; below {_SMALLEST:g}, gradients vanish in fp32. "
+            "Scale the rewards up, to [0, 1], say."
         )
-    if lengths.dropped or lengths.cut:
-        get_logger().warning(
-            "%s: of %d rows looked at, max_length %s leaves nothing of %d answers and cuts %d; %s.",
-            name, lengths.rows, max_length, lengths.dropped, lengths.cut, advice,
-        )  # fmt: skip
-    report = PairReport(name, formats.Format("scored", "", ""), rows, 0, 0, [], max_length, lengths)
-    _check_ends(report, tokenizer_of(processing_class), set(stop_ids))
-    for warning in report.warnings:
-        get_logger().warning("%s", warning)

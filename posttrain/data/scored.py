@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from posttrain.data import formats, preferences
 from posttrain.data.procedural import reversed_share
 from posttrain.data.rows import columns_of, read_rows
+from posttrain.data.scales import check_scales
 from posttrain.data.values import _described, _is_empty, style_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
@@ -23,8 +24,8 @@ PAIR_REWARDS = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
 )
-# Files whose largest rewards differ by more than this are taken to be on different scales
-_SCALE = 3.0
+# Optimisers square gradients in fp32, which ends at 3.4e38
+LARGEST = 1e18
 _OTHER_NAMES = ("score", "rating", "value", "label", "rewards", "scores")
 _NEEDED = (
     "Needed: prompt, completion and reward, or pairs with a reward each: prompt, chosen, rejected, chosen_reward, "
@@ -54,14 +55,14 @@ def load_scored(
         keep: further columns to keep.
 
     Raises:
-        DataError: what cannot be read; missing columns; a reward that is missing, no number or NaN, with its place;
-            sources on different scales.
+        DataError: what cannot be read; missing columns; a reward that is missing, no number, NaN or beyond 1e18, with
+            its place; sources on different scales.
         ConfigError: a limit below 1. EnvironmentIssue: the hub cannot be reached.
     """
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise ConfigError(f"limit={limit!r} must be at least 1, or left out for all rows.")
     sources = [source] if isinstance(source, str) else list(source)
-    rows, spans, kept = [], {}, []
+    rows, rewards, kept = [], {}, []
     for one in sources:
         found, places = read_rows(one, split, limit)
         if one.startswith("generated:"):
@@ -73,14 +74,12 @@ def load_scored(
         renamed = [{(columns or {}).get(name, name): value for name, value in row.items()} for row in found]
         others = {"baseline", *keep} if needs_reward else set(columns_of(renamed)) - _ANSWERS
         scored = unroll(renamed, places, one, keep=sorted(others), needs_reward=needs_reward)
-        rewards = [row["reward"] for row in scored if "reward" in row]
-        if rewards:
-            spans[one] = (min(rewards), max(rewards))
+        rewards[one] = [row["reward"] for row in scored if "reward" in row]
         rows += scored
         wanted = dict.fromkeys((*COLUMNS, *sorted(others)))
         kept += [name for name in wanted if name in scored[0] and name not in kept]
     if not same_scale:
-        check_scales(spans)
+        check_scales(rewards)
     return _dataset([{name: row.get(name) for name in kept} for row in rows], ", ".join(sources))
 
 
@@ -100,13 +99,9 @@ def as_scored(
         scorer: gives each row of prompt, completion and all further columns its reward; a column of rewards is then
             not taken for it. See `score`.
 
-    Raises DataError as `load_scored`; ConfigError for a stream.
+    Raises DataError as `load_scored`; ConfigError for what is no `datasets.Dataset`.
     """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names"):
-        raise ConfigError(
-            f"{name} is a stream. Values, the rows to keep and reference log-probabilities are found once, from all "
-            "rows: load it into memory, `datasets.Dataset.from_list(list(stream.take(n)))`."
-        )
+    _check_kind(dataset, name)
     if len(dataset) == 0:
         raise DataError(f"{name} holds no rows.")
     needs_reward = needs_reward and scorer is None
@@ -176,7 +171,9 @@ def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores))
         for i, value in zip(batch, scores, strict=True):
-            if value is None or not math.isfinite(value):
+            if value is not None and math.isfinite(value):
+                check_size(value, f"{name}, answer {i + 1}", f"the score by {reward.__name__}")
+            else:
                 why = f" The last exception: {reward.last_exception}" if reward.last_exception else ""
                 raise DataError(
                     f"{name}, answer {i + 1}: reward function {reward.__name__} gave {value}; every answer needs a "
@@ -212,22 +209,32 @@ def check_range(rewards: Sequence[float], name: str, low: float, high: float, wh
             raise DataError(f"{name}, answer {number}: reward is {reward:g}, {span}; {why}. {fix}")
 
 
-def check_scales(spans: Mapping[str, tuple[float, float]]) -> None:
-    """Raise DataError where sources' rewards look to be on different scales.
-
-    Args:
-        spans: the least and the largest reward of each source. Sources are told apart where the largest magnitudes
-            differ by a factor of more than 3, as [0, 1] and [1, 5] do.
-    """
-    sizes = {source: max(map(abs, span)) for source, span in spans.items() if any(span)}
-    if len(sizes) < 2:
-        return
-    small, large = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
-    if sizes[large] > _SCALE * sizes[small]:
-        shown = "; ".join(f"{one}: {spans[one][0]:g} to {spans[one][1]:g}" for one in (small, large))
+def check_size(value: float, place: str, what: str) -> None:
+    """Raise DataError for a number that cannot be trained with in fp32."""
+    if abs(value) > LARGEST:
         raise DataError(
-            f"the rewards of these files are on different scales ({shown}), so one value for all would be wrong. Scale "
-            "them alike (to [0, 1], say), or say that they are alike: `same_scale: true`."
+            f"{place}: {what} is {value:g}; numbers beyond {LARGEST:g} cannot be trained with: gradients are squared "
+            "in fp32, which ends at 3.4e38. Scale all of them down, to [0, 1], say."
+        )
+
+
+def _check_kind(dataset, name: str) -> None:
+    if isinstance(dataset, Mapping):
+        raise ConfigError(
+            f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset)) or 'nothing'}. Choose a split by "
+            f"its name, `{name}=data[{next(iter(dataset), 'train')!r}]`."
+        )
+    if isinstance(dataset, Sequence) and not hasattr(dataset, "column_names"):
+        raise ConfigError(
+            f"{name} is a {type(dataset).__name__}, no data set. Make one of its rows: "
+            "`datasets.Dataset.from_list(rows)`."
+        )
+    if not hasattr(dataset, "column_names"):
+        raise ConfigError(f"{name} is a {type(dataset).__name__}; give a `datasets.Dataset`.")
+    if not hasattr(dataset, "__len__"):
+        raise ConfigError(
+            f"{name} is a stream. Values, the rows to keep and reference log-probabilities are found once, from all "
+            "rows: load it into memory, `datasets.Dataset.from_list(list(stream.take(n)))`."
         )
 
 
@@ -250,6 +257,7 @@ def _number(row: Mapping, column: str, place: str) -> float:
         raise DataError(f"{place}: {column} is {_described(value)}; it must be a number.")
     if not math.isfinite(value):
         raise DataError(f"{place}: {column} is {value}; it must be a finite number. Mend the row, or leave it out.")
+    check_size(value, place, column)
     return float(value)
 
 

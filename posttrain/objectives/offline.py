@@ -6,6 +6,7 @@ whole answer, w_t that of a token; both are detached, as every weight is.
 """
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -60,15 +61,18 @@ def a_lol(
             reward are pushed down without bound.
 
     Returns:
-        (B,) losses in nats times the reward's unit, fp32 or fp64. No reduction: the mean is over sequences.
+        (B,) losses in nats times the reward's unit, fp32 or fp64. No reduction: the mean is over sequences. Where the
+        weight is 0, loss and gradient are 0 however large the exact ratio is (but for a_lol_kl's KL part).
 
     Raises:
         ValueError: an unknown variant; a weight or a reference that is needed and missing; both weights; clip not above
-            0; kl_beta negative, or above 0 with another variant; shapes that do not match.
+            0; kl_beta negative, or above 0 with another variant; what is no tensor or no number where one is needed;
+            shapes that do not match.
 
     Source: arXiv 2305.14718; the variants as its published code has them.
     """
     check_settings(variant, clip, kl_beta)
+    _check_tensor("per_token_logps", per_token_logps, "(answers, tokens)")
     if per_token_logps.dim() != 2:
         raise ValueError(f"per_token_logps has shape {tuple(per_token_logps.shape)}; (answers, tokens) is needed.")
     if advantages is not None and rewards is not None:
@@ -81,6 +85,10 @@ def a_lol(
     # masked first: neither a value nor a gradient of padding may enter, be it infinite
     logps = torch.where(mask, logps, 0.0)
     weight = _weight(variant, advantages, rewards, logps, keep_negative)
+    if weight is not None and not kl_beta:
+        # the exact ratio of an answer that counts nothing may be infinite, and 0 * inf is no number
+        mask = mask & (weight != 0).unsqueeze(1)
+        logps = torch.where(mask, logps, 0.0)
     nll = -logps.sum(dim=1)
     if variant == "nll":
         return nll
@@ -132,13 +140,13 @@ def check_settings(variant: str, clip: float | None, kl_beta: float) -> None:
     """Raise ValueError for an unknown variant, a clip or a kl_beta out of range, or one that has no effect."""
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}.")
-    if variant in NEEDS_REFERENCE and clip is not None and not clip > 0:
+    if variant in NEEDS_REFERENCE and clip is not None and not (_is_number(clip) and clip > 0):
         raise ValueError(
-            f"clip is {clip}; it must be above 0 (0.9 keeps ratios in [0.1, 1.9]), or null for the exact ratio. For a "
-            "fixed ratio of 1 use variant a_lol_ref_free."
+            f"clip is {clip!r}; it must be above 0 (0.9 keeps ratios in [0.1, 1.9]), or null for the exact ratio. For "
+            "a fixed ratio of 1 use variant a_lol_ref_free."
         )
-    if not 0 <= kl_beta < math.inf:
-        raise ValueError(f"kl_beta is {kl_beta}; it must be a number of 0 or more.")
+    if not (_is_number(kl_beta) and 0 <= kl_beta < math.inf):
+        raise ValueError(f"kl_beta is {kl_beta!r}; it must be a number of 0 or more.")
     if kl_beta and variant != "a_lol_kl":
         raise ValueError(
             f"kl_beta is {kl_beta:g} with variant {variant}, which has no KL part: a_lol_kl has one, and no importance "
@@ -153,6 +161,7 @@ def _weight(variant, advantages, rewards, logps, keep_negative) -> Tensor | None
     weight = rewards if name == "rewards" else advantages
     if weight is None:
         raise ValueError(f"{name} is None; variant {variant!r} weighs by {name}, a tensor of ({len(logps)},).")
+    _check_tensor(name, weight, f"({len(logps)},)")
     if weight.shape != logps.shape[:1]:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; one number an answer, ({len(logps)},), is needed.")
     weight = weight.detach().to(logps.dtype)
@@ -166,7 +175,17 @@ def _log_ratio(variant, logps, ref_per_token_logps, mask) -> Tensor:
     return torch.where(mask, logps.detach() - reference, 0.0)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_tensor(name, value, shape) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is of type {type(value).__name__}; a tensor of shape {shape} is needed.")
+
+
 def _shaped(name, values, like):
+    _check_tensor(name, values, tuple(like.shape))
     if values.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(values.shape)}, per_token_logps {tuple(like.shape)}.")
     return values

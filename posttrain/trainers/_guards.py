@@ -64,6 +64,7 @@ class LiveGradients:
         ]
         self._steps = 0
         self._learning_rate = 0.0
+        self._begun = 0
 
     def _note(self, name: str, gradient: torch.Tensor) -> None:
         alive = gradient.detach().ne(0).any()
@@ -73,6 +74,7 @@ class LiveGradients:
     def before_step(self, trainer) -> None:
         """Note the rate of the step to come."""
         self._learning_rate = trainer.optimizer.param_groups[0]["lr"]
+        self._begun = trainer.state.global_step
 
     def after_step(self, trainer) -> bool:
         """Count a step; after two that could move weights, decide. Returns whether the watch is over.
@@ -80,8 +82,9 @@ class LiveGradients:
         Raises:
             DivergedError: some tensor's gradient was zero throughout, on all ranks.
         """
-        # LoRA's A has no gradient before B has moved, and in a warm-up the first rate is often 0
-        self._steps += self._learning_rate > 0
+        # LoRA's A has no gradient before B has moved, and in a warm-up the first rate is often 0; where the data is
+        # over, no step was taken
+        self._steps += self._learning_rate > 0 and trainer.state.global_step > self._begun
         if self._steps < 2:
             return False
         for hook in self._hooks:

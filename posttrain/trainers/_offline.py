@@ -10,7 +10,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import baselines, schema, scored
+from posttrain.data import answer_tokens, baselines, schema, scored
 from posttrain.data.tokens import processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
@@ -25,9 +25,10 @@ from posttrain.trainers._sharing import PrefixSharing, record_padding
 class OfflineMixin(RunMixin):
     """Training on logged answers in three seams: `weigh`, `sequence_losses`, `extra_metrics`.
 
-    Before training, in this order: rows are checked and scored, `weigh` gives each its weight on the gradient, rows of
-    weight 0 are dropped, and the starting model's log-probabilities of the others are computed where the loss reads
-    them. The mean over sequences is taken over the optimiser step's global batch, whatever its split.
+    Before training, in this order: rows are checked and scored, those of which `max_length` leaves no answer are left
+    out, `weigh` gives each its weight on the gradient, rows of weight 0 are dropped, and the starting model's
+    log-probabilities of the others are computed where the loss reads them. The mean over sequences
+    is taken over the optimiser step's global batch, whatever its split.
     """
 
     # stands on Trainer.loss_is_scaled_for_ga: losses are divided by the sequences of the whole step here
@@ -43,6 +44,7 @@ class OfflineMixin(RunMixin):
         processing_class=None,
         *rest,
         reward_func=None,
+        same_scale=False,
         **kwargs,
     ):
         peft_config = kwargs.get("peft_config")
@@ -60,12 +62,17 @@ class OfflineMixin(RunMixin):
         train_dataset = self._scored(train_dataset, "train_dataset", args)
         self.given_rows = len(train_dataset)
         named = {name: self._scored(dataset, name, args) for name, dataset in named.items()}
-        if args.chat_template_path is None:
-            for name, dataset in {"train_dataset": train_dataset, **named}.items():
-                baselines.check_tokens(dataset, tokenizer, args.max_length, name, stop_ids)
-        self._late_values = self.values_need_the_model(args)
+        if self.needs_rewards(args) and reward_func is None and not same_scale:
+            _scored_rows.check_scales(train_dataset, named)
+        # what `max_length` leaves nothing of, in words for errors
+        self._lost = ""
+        if answer_tokens.are_known(args):
+            train_dataset, self._lost = answer_tokens.fit(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+            named = {n: answer_tokens.fit(dataset, tokenizer, args, n, stop_ids)[0] for n, dataset in named.items()}
+        self.check_left(train_dataset, args)
+        self._late_values = self.values_need_the_model(args) or not answer_tokens.are_known(args)
         if not self._late_values:
-            train_dataset = _scored_rows.living(self.weigh(train_dataset, "train_dataset", args), "train_dataset")
+            train_dataset = _scored_rows.living(self.weigh(train_dataset, "train_dataset", args), args)
             named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
         self._begin_run(preflight(args, model))
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
@@ -89,9 +96,8 @@ class OfflineMixin(RunMixin):
         self.data_collator = _scored_rows.WeighedRows(self.data_collator)
         named = _scored_rows.by_name(self.eval_dataset)
         if self._late_values:
-            self.train_dataset = _scored_rows.living(
-                self.weigh(self.train_dataset, "train_dataset", args), "train_dataset"
-            )
+            _scored_rows.check_rows_left(self.train_dataset, args)
+            self.train_dataset = _scored_rows.living(self.weigh(self.train_dataset, "train_dataset", args), args)
             named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
         # before the reference: the run's folder may be another's
         self._finish_construction()
@@ -110,12 +116,15 @@ class OfflineMixin(RunMixin):
         """Whether rows need a reward."""
         return True
 
-    def kept_columns(self, args) -> tuple[str, ...]:
-        """Columns of the rows that `weigh` reads beside prompt, completion and reward."""
-        return ()
+    def kept_columns(self, args) -> dict[str, str]:
+        """Columns of the rows that `weigh` reads beside prompt, completion and reward: theirs to ours."""
+        return {}
 
     def check_rows(self, dataset, name: str, args) -> None:
         """Refuse rows that the method cannot take, before the model loads."""
+
+    def check_left(self, dataset, args) -> None:
+        """Refuse training rows that teach nothing together, of those that `max_length` leaves."""
 
     def values_need_the_model(self, args) -> bool:
         """Whether `weigh` has to wait for the model, and gets tokenised rows."""
@@ -138,7 +147,9 @@ class OfflineMixin(RunMixin):
         scorer = None
         if self._reward_func is not None and self.needs_rewards(args):
             scorer = functools.partial(self._score, name=name, args=args)
-        dataset = scored.as_scored(dataset, name, self.kept_columns(args), self.needs_rewards(args), scorer)
+        columns = self.kept_columns(args)
+        dataset = scored.as_scored(dataset, name, tuple(columns), self.needs_rewards(args), scorer)
+        dataset = dataset.rename_columns(columns)
         self.check_rows(dataset, name, args)
         return dataset
 

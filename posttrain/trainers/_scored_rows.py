@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 
-from posttrain.data import scored
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.data import scales, scored
+from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.log import get_logger
 from posttrain.mechanisms.reference_cache import ReferenceCache
 from posttrain.paths import cache_dir
@@ -32,16 +32,44 @@ def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
     return found[0]
 
 
-def living(dataset, name: str):
-    """The rows that have a gradient."""
+def living(dataset, args):
+    """The training rows that have a gradient; refused where there are none, or too few for a batch."""
     weights = dataset["weight"][:]
     alive = [i for i, weight in enumerate(weights) if weight != 0]
+    if not alive:
+        raise DataError(f"train_dataset: the weight of all {len(weights)} answers is 0; none would be learned from.")
+    check_fills_a_batch(args, len(alive))
     if len(alive) == len(weights):
         return dataset
     get_logger().info(
-        "%s: %d of %d rows have no gradient and are left out", name, len(weights) - len(alive), len(weights)
+        "train_dataset: %d of %d rows have no gradient and are left out", len(weights) - len(alive), len(weights)
     )
     return dataset.select(alive)
+
+
+def check_rows_left(dataset, args) -> None:
+    """Refuse a data set of which `max_length` left nothing."""
+    if not len(dataset):
+        raise DataError(f"train_dataset: max_length {args.max_length} leaves nothing of any answer. Set a larger one.")
+
+
+def check_fills_a_batch(args, rows: int) -> None:
+    """Raise ConfigError where `dataloader_drop_last` leaves no batch to train on."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        ranks = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
+        raise ConfigError(
+            f"{rows} kept rows fill no batch of {batch} (per_device_train_batch_size {args.train_batch_size}{ranks}), "
+            "and dataloader_drop_last leaves out what is not full, so no step would be taken. Set "
+            "`dataloader_drop_last: false`, or a smaller per_device_train_batch_size."
+        )
+
+
+def check_scales(train_dataset, named: dict) -> None:
+    """Refuse data sets for evaluation whose rewards are on another scale than those trained on."""
+    rewards = train_dataset["reward"][:]
+    for name, dataset in named.items():
+        scales.check_scales({"train_dataset": rewards, name: dataset["reward"][:]}, "data sets")
 
 
 def by_name(eval_dataset) -> dict:

@@ -1,13 +1,14 @@
 """Offline policy gradients from scored answers: the A-LoL family in one trainer."""
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor
 from trl import SFTTrainer
 
 from posttrain.data import baselines, scored
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import offline
@@ -39,10 +40,12 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
     Args:
         reward_func: a name or function as `posttrain.rewards.get_rewards` takes; scores every answer once, before
             training, instead of a column of rewards. Scores are cached by the answer and the function's code.
+        same_scale: rewards for training and evaluation are on one scale, whatever they look like.
 
     Raises:
-        ConfigError, DataError: (ValueErrors) bad settings; columns or rewards that are missing or cannot be; no answer
-            that beats its value; a model with attention dropout. All before the model loads, but for `value: head`.
+        ConfigError, DataError: (ValueErrors) bad settings; columns or rewards that are missing or cannot be, or whose
+            scale in evaluation is another; no answer that fits `max_length` and beats its value; a model with
+            attention dropout. All before the model loads, but for values of `value: head`.
         TypeError: `args` of another class.
     """
 
@@ -91,16 +94,20 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
     def needs_rewards(self, args) -> bool:
         return args.weighs_by is not None
 
-    def kept_columns(self, args) -> tuple[str, ...]:
-        return (args.value_column,) if args.value == "column" and args.weighs_by == "advantages" else ()
+    def kept_columns(self, args) -> dict[str, str]:
+        return kept_columns(args)
 
     def values_need_the_model(self, args) -> bool:
         return args.value == "head"
 
     def check_rows(self, dataset, name: str, args) -> None:
-        check_rewards(dataset, name, args)
+        check_rows(dataset, name, args)
         if args.weighs_by == "advantages" and args.value == "head" and name == "train_dataset":
             _values.check_start(self, args)
+
+    def check_left(self, dataset, args) -> None:
+        check_left(dataset, "train_dataset", args, self._lost)
+        if args.weighs_by == "advantages" and args.value == "head":
             self._check_value_prompts(len(set(baselines.prompt_keys(dataset))), args)
 
     def _check_value_prompts(self, prompts: int, args) -> None:
@@ -120,26 +127,29 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         rewards = dataset["reward"][:]
         if args.weighs_by == "rewards":
             return dataset.add_column("weight", rewards)
-        training = name == "train_dataset"
-        values = self._values(dataset, rewards, name, args)
-        advantages = [reward - value for reward, value in zip(rewards, values, strict=True)]
-        weights = offline.gradient_weights(
-            args.variant, torch.tensor(advantages, dtype=torch.float64), args.kl_beta, args.keep_negative_advantages
-        ).tolist()
-        if training:
-            baselines.check_positive(advantages, args.value, name)
+        advantages = baselines.advantages_of(rewards, self._values(dataset, rewards, name, args))
+        weights = weights_of(advantages, args)
+        if name == "train_dataset":
+            baselines.check_positive(advantages, args.value, name, self._lost)
+            baselines.check_weights(weights, name)
             self.advantages = baselines.describe(advantages, weights)
             get_logger().info("%s: %s", name, self.advantages.summary())
         return dataset.add_column("advantage", advantages).add_column("weight", weights)
 
     def _values(self, dataset, rewards: list[float], name: str, args) -> list[float]:
-        """The expected reward of each row's prompt; of held-out rows from what the training rows taught."""
+        """The expected reward of each row's prompt.
+
+        Of held-out rows from what the training rows taught for `mean` and `head`; `per_prompt` and `column` read
+        these rows' own.
+        """
         if args.value == "mean":
             if self._mean_reward is None:
                 self._mean_reward = baselines.mean(rewards)
             return [self._mean_reward] * len(rewards)
+        if args.value == "per_prompt" and name != "train_dataset":
+            _say_single_answers(baselines.prompt_keys(dataset), name)
         if args.value != "head":
-            return baselines.values_of(dataset, args.value, args.value_column, name)
+            return baselines.values_of(dataset, args.value, "baseline", name)
         return _values.of_head(self, dataset, rewards, name)
 
     def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:
@@ -184,8 +194,18 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         means.add("ratio/clipped_share", (offline.clamp_ratio(ratio, self.args.clip) != ratio).float(), counted)
 
 
-def check_rewards(dataset, name: str, args) -> None:
-    """Refuse rewards that the variant, or the value head, cannot take; DataError names the first."""
+def kept_columns(args) -> dict[str, str]:
+    """The column of values, by a name of ours: theirs may be one that tokenising or training gives a meaning to."""
+    if args.value != "column" or args.weighs_by != "advantages":
+        return {}
+    _check_value_column(args.value_column)
+    return {args.value_column: "baseline"}
+
+
+def check_rows(dataset, name: str, args) -> None:
+    """Refuse rewards and values that the variant, or the value head, cannot take; DataError names the first."""
+    if kept_columns(args):
+        baselines.column_of_values(dataset, "baseline", name, args.value_column)
     if args.weighs_by == "rewards":
         rewards = dataset["reward"][:]
         scored.check_range(
@@ -194,11 +214,50 @@ def check_rewards(dataset, name: str, args) -> None:
             "Shift rewards to 0 and above, or take the sigmoid of a reward model's score; variants named a_lol "
             "take any reward.",
         )  # fmt: skip
-        if not any(rewards):
-            raise DataError(f"{name}: all {len(rewards)} rewards are 0, so no answer would be learned from.")
     elif args.value == "head":
         scored.check_range(
             dataset["reward"][:], name, 0.0, args.reward_max,
             f"the value head's values lie between 0 and reward_max ({args.reward_max:g})",
             "Scale the rewards, take the sigmoid of a reward model's score, or set reward_max to the largest.",
+        )  # fmt: skip
+
+
+def check_left(dataset, name: str, args, lost: str = "") -> None:
+    """Refuse rewards, of rows that fit `max_length`, that teach nothing. `lost`: what is said of the others."""
+    if args.weighs_by == "rewards":
+        rewards = dataset["reward"][:]
+        if not any(rewards):
+            raise DataError(f"{name}: all {len(rewards)} rewards are 0, so no answer would be learned from.{lost}")
+        baselines.check_weights(rewards, name)
+    elif args.weighs_by == "advantages" and args.value == "head":
+        baselines.check_unequal(dataset["reward"][:], args.value, name, lost)
+
+
+def weights_of(advantages: list[float], args) -> list[float]:
+    """The factor of each answer on its gradient."""
+    advantages = torch.tensor(advantages, dtype=torch.float64)
+    return offline.gradient_weights(args.variant, advantages, args.kl_beta, args.keep_negative_advantages).tolist()
+
+
+def _check_value_column(column: str) -> None:
+    """Refuse a column that holds something else than values."""
+    if column == "reward":
+        raise ConfigError(
+            "value_column is 'reward': every answer's value would be its own reward, and no answer could beat it. Name "
+            "a column with the rewards that are expected, or set `value: mean`."
+        )
+    if column in ("prompt", "completion", "chosen", "rejected", "tools", "chat_template_kwargs"):
+        raise ConfigError(
+            f"value_column is {column!r}, which is part of the conversation. Name a column with the rewards that are "
+            "expected."
+        )
+
+
+def _say_single_answers(keys: list[str], name: str) -> None:
+    alone = sum(count == 1 for count in Counter(keys).values())
+    if alone:
+        get_logger().warning(
+            "%s: %d of %d answers are the only one to their prompt; with value: per_prompt their value is their own "
+            "reward, so they count 0 in the loss%s. Give several answers a prompt, or use `value: mean`.",
+            name, alone, len(keys), ", which is 0 throughout and says nothing" if alone == len(keys) else "",
         )  # fmt: skip

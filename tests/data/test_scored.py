@@ -1,12 +1,15 @@
 import gzip
 import json
 import math
+import random
+from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
-from posttrain.data import baselines
-from posttrain.data.scored import as_scored, check_range, check_scales, load_scored, reward_key, score
+from posttrain.data import answer_tokens, baselines
+from posttrain.data.scales import check_scales
+from posttrain.data.scored import as_scored, check_range, load_scored, reward_key, score
 from posttrain.errors import ConfigError, DataError
 from posttrain.mechanisms.reference_cache import ReferenceCache
 
@@ -88,6 +91,8 @@ def test_alpaca_rows_are_converted(tmp_path):
         ({"reward": None}, "row 2: reward is missing; every answer needs a number. Fill it in, or leave the row out."),
         ({"reward": float("nan")}, "row 2: reward is nan; it must be a finite number."),
         ({"reward": float("inf")}, "row 2: reward is inf; it must be a finite number."),
+        ({"reward": 1e39}, "row 2: reward is 1e+39; numbers beyond 1e+18 cannot be trained with: gradients"),
+        ({"reward": -1e308}, "row 2: reward is -1e+308; numbers beyond 1e+18 cannot be trained with"),
         ({"completion": None}, "row 2: completion is null. It must be a text, or a list of messages"),
     ],
 )
@@ -137,6 +142,10 @@ def test_missing_columns_are_named_with_a_fix(rows, message):
 def test_streams_empty_data_and_empty_answers(logged):
     with pytest.raises(ConfigError, match="x is a stream. Values, the rows to keep and reference log-probabilities"):
         as_scored(rows_of(ONE).to_iterable_dataset(), "x")
+    with pytest.raises(ConfigError, match=r"x is a list, no data set. Make one of its rows: `datasets.Dataset.from_l"):
+        as_scored([ONE], "x")
+    with pytest.raises(ConfigError, match=r"x is a DatasetDict of dev, train. Choose a split by its name, `x=data\['d"):
+        as_scored(DatasetDict(dev=rows_of(ONE), train=rows_of(TWO)), "x")
     with pytest.raises(DataError, match="x holds no rows."):
         as_scored(rows_of(ONE).select([]), "x")
     with pytest.raises(DataError, match="x: all 1 answers are empty"):
@@ -157,7 +166,76 @@ def test_files_on_different_scales_are_refused(tmp_path):
     assert load_scored([first, stars], same_scale=True)["reward"][:] == [0.9, 0.1, 5.0, 1.0]
     low = write(tmp_path / "low.jsonl", [TWO | {"reward": 0.35}])
     assert len(load_scored([first, low])) == 3
-    check_scales({"a": (0.0, 0.0), "b": (0.0, 7.0)})
+    check_scales({"a": [0.0, 0.0], "b": [0.0, 7.0]})
+
+
+def drawn(n, draw, seed=0):
+    rng = random.Random(seed)
+    return [draw(rng) for _ in range(n)]
+
+
+def raw(rng):
+    """As a reward model scores, on both sides of 0."""
+    return rng.gauss(-0.1, 1.0)
+
+
+def sigmoid(rng):
+    return 1 / (1 + math.exp(-raw(rng)))
+
+
+def stars(rng):
+    return float(rng.randint(1, 5))
+
+
+def unit(rng):
+    return rng.random()
+
+
+def thumbs(share):
+    return lambda rng: float(rng.random() < share)
+
+
+APART = {
+    "raw scores beside their sigmoid": (drawn(100, raw), drawn(100, sigmoid)),
+    "in few rows": (drawn(12, raw), drawn(50, sigmoid)),
+    "negative beside positive": (drawn(50, lambda rng: -rng.random()), drawn(50, unit)),
+    "minus or plus one beside 0 or 1": (drawn(50, lambda rng: rng.choice([-1.0, 1.0])), drawn(50, thumbs(0.5))),
+    "stars": (drawn(50, unit), drawn(50, stars)),
+    "a few stars": (drawn(50, unit), drawn(4, stars)),
+    "percent": (drawn(30, unit), drawn(30, lambda rng: 100 * rng.random())),
+    "half the width": (drawn(200, unit), drawn(200, lambda rng: 0.3 + 0.3 * rng.random())),
+    "moved": (drawn(50, unit), drawn(50, lambda rng: 2 + rng.random())),
+    "all the same, elsewhere": (drawn(16, thumbs(0.5)), [4.0] * 16),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_scales_that_differ_are_told_apart(case):
+    first, second = APART[case]
+    for rewards in ({"a": first, "b": second}, {"a": second, "c": first, "b": second}):
+        with pytest.raises(DataError, match=r"of these data sets are on different scales \(a: .* to .*; [bc]: "):
+            check_scales(rewards, "data sets")
+
+
+ALIKE = {
+    "raw": (raw, raw),
+    "sigmoid": (sigmoid, sigmoid),
+    "thumbs": (thumbs(0.1), thumbs(0.9)),
+    "hardly any thumbs": (thumbs(0.02), thumbs(0.5)),
+    "all thumbs": (lambda rng: 1.0, thumbs(0.5)),
+    "stars": (stars, lambda rng: float(rng.choice([2, 3, 3, 4, 4, 5]))),
+    "seldom negative": (lambda rng: rng.gauss(2.2, 1.0), lambda rng: rng.gauss(2.2, 1.0)),
+    "a little better": (raw, lambda rng: raw(rng) + 0.7),
+}
+
+
+@pytest.mark.parametrize("sizes", [(50, 50), (50, 2000), (200, 20), (50, 3), (30, 1)], ids=str)
+@pytest.mark.parametrize("case", ALIKE)
+def test_honest_samples_of_one_scale_pass(case, sizes):
+    for seed in range(0, 100, 2):
+        pair = [drawn(n, draw, seed + i) for i, (n, draw) in enumerate(zip(sizes, ALIKE[case], strict=True))]
+        check_scales({"a": pair[0], "b": pair[1]})
+        check_scales({"a": pair[1], "b": pair[0]})
 
 
 def test_rewards_out_of_range_are_named():
@@ -169,6 +247,10 @@ def test_rewards_out_of_range_are_named():
     with pytest.raises(DataError, match="answer 1: reward is -0.1, below 0; why. fix"):
         check_range([-0.1], "x", 0.0, math.inf, "why", "fix")
     check_range([0.0, 1.0], "x", 0.0, 1.0, "", "")
+
+
+def huge(completions, **columns):
+    return [1e39] * len(completions)
 
 
 def test_a_reward_function_scores_each_answer_once(tmp_path):
@@ -191,6 +273,8 @@ def test_a_reward_function_scores_each_answer_once(tmp_path):
         DataError, match="x, answer 2: reward function by_length gave None; every answer needs a number"
     ):
         score([rows[0], rows[1] | {"source": "b"}], by_length, "x")
+    with pytest.raises(DataError, match=r"x, answer 1: the score by huge is 1e\+39; numbers beyond 1e\+18"):
+        score([rows[0]], huge, "x")
 
 
 def test_a_coroutine_scores_too_and_an_exception_is_shown():
@@ -221,6 +305,8 @@ def test_baselines_and_what_they_say():
     assert baselines.column_of_values(dataset, "v", "x") == [0.5, 0.1, 0.2]
     with pytest.raises(DataError, match="x, answer 2: v, the value, is null; it must be a finite number."):
         baselines.column_of_values(rows_of({"v": 1.0}, {"v": None}), "v", "x")
+    with pytest.raises(DataError, match=r"x, answer 2: theirs, the value, is 1e\+30; numbers beyond 1e\+18"):
+        baselines.column_of_values(rows_of({"v": 1.0}, {"v": 1e30}), "v", "x", "theirs")
     found = baselines.describe([0.3, 0.15, -0.2, 0.0], [0.3, 0.15, 0.0, 0.0])
     assert (found.rows, found.kept, found.positive) == (4, 2, 0.5)
     # (.45)^2 / (.09 + .0225)
@@ -239,13 +325,53 @@ def test_no_positive_advantage_shows_the_histogram():
     baselines.check_positive([-1.0, 0.1], "mean", "x")
 
 
-def test_tokens_are_checked_before_training(tokenizer, logged):
-    rows = [{"prompt": "a" * n, "completion": "b" * 5} for n in (3, 30)]
-    baselines.check_tokens(rows_of(*rows), tokenizer, 100, "x")
-    assert "rows looked at" not in logged.text
-    baselines.check_tokens(rows_of(*rows), tokenizer, 20, "x")
-    assert "of 2 rows looked at, max_length 20 leaves nothing of 1 answers and cuts 0" in logged.text
-    with pytest.raises(
-        DataError, match=r"x: max_length is 3, and every prompt looked at is that long \(3 to 30 tokens\)"
-    ):
-        baselines.check_tokens(rows_of(*rows), tokenizer, 3, "x")
+def test_what_only_rounding_tells_apart_is_equal():
+    rewards = [0.1, 0.1 + 1e-16] * 4
+    advantages = baselines.advantages_of(rewards, [baselines.mean(rewards)] * 8)
+    assert advantages == [0.0] * 8
+    with pytest.raises(DataError, match="All rewards are equal, up to rounding, so there is nothing to tell answers"):
+        baselines.check_positive(advantages, "mean", "x")
+    with pytest.raises(DataError, match=r"x: all 8 rewards are equal, up to rounding.* \(value: head\).*lost\. The"):
+        baselines.check_unequal(rewards, "head", "x", " 3 lost.")
+    baselines.check_unequal([0.1, 0.101], "head", "x")
+    assert baselines.advantages_of([1000.01, 0.5, -2.0], [1000.0, 0.5, -1.0]) == pytest.approx([0.01, 0.0, -1.0])
+    assert baselines.histogram([0.0, 5e-324]).split()[1] == "2"
+
+
+def test_weights_that_vanish_in_fp32_are_refused():
+    with pytest.raises(DataError, match="x: the largest weight of an answer is 5e-31; below 1e-12, gradients vanish"):
+        baselines.check_weights([0.0, -5e-31], "x")
+    baselines.check_weights([0.0, 1e-6], "x")
+
+
+def limit(max_length, truncation_mode="keep_start"):
+    return SimpleNamespace(
+        max_length=max_length, truncation_mode=truncation_mode, dataset_num_proc=None, dataset_text_field="text"
+    )
+
+
+def test_answers_that_max_length_leaves_nothing_of_are_left_out_and_counted(tokenizer, logged):
+    rows = rows_of(*({"prompt": "a" * n, "completion": "b" * 5, "reward": float(n)} for n in (3, 30, 18)))
+    found, lost = answer_tokens.fit(rows, tokenizer, limit(100), "x")
+    assert len(found) == 3 and not lost and "max_length" not in logged.text
+    assert [len(ids) for ids in found["input_ids"]] == [9, 36, 24]
+    assert [sum(label != -100 for label in labels) for labels in found["labels"]] == [6, 6, 6]
+    found, lost = answer_tokens.fit(rows, tokenizer, limit(20), "x")
+    assert found["reward"][:] == [3.0, 18.0]
+    assert "x: of 3 rows, max_length 20 leaves nothing of 1 answers, which are left out and count n" in logged.text
+    assert "and cuts 1; max_length 31 keeps 99% of the rows, 36 keeps 99% of them whole" in logged.text
+    assert lost == (
+        " max_length 20 leaves nothing of 1 further answers, whose prompts alone are that long; max_length 31 keeps a "
+        "token of each, 36 all of them whole."
+    )
+    assert len(answer_tokens.fit(rows, tokenizer, limit(31), "x")[0]) == 3
+    assert len(answer_tokens.fit(rows, tokenizer, limit(20, "keep_end"), "x")[0]) == 3
+    with pytest.raises(DataError, match=r"x: max_length is 3, and every prompt is that long \(3 to 30 tokens\)"):
+        answer_tokens.fit(rows, tokenizer, limit(3), "x")
+
+
+def test_messages_without_a_template_are_told_of_this_datas_columns(tokenizer):
+    talk = rows_of({"prompt": USER, "completion": SAYS, "reward": 1.0})
+    plain = SimpleNamespace(chat_template=None)
+    with pytest.raises(ConfigError, match="has no chat template to render them with.* or give prompt and completion"):
+        answer_tokens.fit(talk, plain, limit(100), "x")

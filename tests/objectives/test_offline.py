@@ -132,6 +132,19 @@ def test_without_a_clip_the_ratio_is_exact(clip):
     torch.testing.assert_close(loss, A * ratio * torch.tensor([3.5, 1.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("variant", ["r_lol", "a_lol", "a_lol_seq"])
+def test_an_answer_of_weight_zero_counts_nothing_however_far_it_drifted(variant):
+    # exp(1000) overflows; the second answer's loss stays what it is alone
+    far = REF - torch.tensor([[1000.0], [0.1]], dtype=torch.float64)
+    weights = torch.tensor([0.0, 0.15], dtype=torch.float64)
+    logps = LOGPS.clone().requires_grad_()
+    loss = a_lol(logps, far, MASK, variant=variant, clip=None, **weighed(variant, weights, weights))
+    loss.sum().backward()
+    alone = a_lol(LOGPS[1:], far[1:], MASK[1:], variant=variant, clip=None, **weighed(variant, A[1:], A[1:]))
+    assert loss.tolist() == [0.0, alone.item()] and alone.item() > 0
+    assert logps.grad[0].tolist() == [0.0, 0.0, 0.0] and (logps.grad[1, :2] < 0).all()
+
+
 def test_a_clipped_ratio_keeps_its_gradient():
     _, slope = mean_and_gradient("a_lol", reference=REF - 2, clip=0.9)
     assert slope[0].tolist() == pytest.approx([-0.3 * 1.9 / 2] * 3, abs=1e-12)
@@ -228,6 +241,12 @@ def test_a_clip_above_one_leaves_ratios_at_zero():
         (dict(per_token_logps=LOGPS[0]), "per_token_logps has shape (3,); (answers, tokens) is needed."),
         (dict(clip=0.0), "clip is 0.0; it must be above 0 (0.9 keeps ratios in [0.1, 1.9])"),
         (dict(clip=float("nan")), "clip is nan; it must be above 0"),
+        (dict(clip="0.9"), "clip is '0.9'; it must be above 0"),
+        (dict(clip=True), "clip is True; it must be above 0"),
+        (dict(kl_beta="0.1"), "kl_beta is '0.1'; it must be a number of 0 or more."),
+        (dict(advantages=[0.3, 0.15]), "advantages is of type list; a tensor of shape (2,) is needed."),
+        (dict(mask=[[1, 1, 1], [1, 1, 0]]), "mask is of type list; a tensor of shape (2, 3) is needed."),
+        (dict(per_token_logps=[[-1.0]]), "per_token_logps is of type list; a tensor of shape (answers, tokens)"),
         (dict(kl_beta=-0.1), "kl_beta is -0.1; it must be a number of 0 or more."),
         (dict(kl_beta=0.1), "kl_beta is 0.1 with variant a_lol, which has no KL part: a_lol_kl has one"),
     ],

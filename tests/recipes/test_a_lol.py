@@ -93,6 +93,26 @@ def test_a_dry_run_draws_rewards_and_advantages_and_writes_nothing(recipe, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_counts_what_max_length_leaves(recipe):
+    long = {"prompt": "What? " * 60, "completion": "This.", "reward": 1.0}
+    code, out, err = recipe(rows=[*ROWS, *[long] * 5], dry_run="true", max_steps=-1, num_train_epochs=1, max_length=100)
+    assert code == 0 and "max_length 100 leaves nothing of 5 answers, which are left out and count nowhere" in err, err
+    facts = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line and not line.startswith(" "))
+    counts = ("scored answers", "of them within max_length", "of them with a gradient", "steps")
+    assert [facts[name].strip() for name in counts] == ["21", "16", "8", "2"]
+    # rewards of 1 and 0.25 over the mean of those that fit, 0.625
+    assert "     -0.375 to    -0.281        8 ####" in out and "      0.281 to     0.375        8 ####" in out
+
+
+def test_a_dry_run_counts_the_steps_of_full_batches(recipe):
+    given = dict(dry_run="true", max_steps=-1, num_train_epochs=1, dataloader_drop_last="true")
+    code, out, err = recipe(**given, per_device_train_batch_size=3)
+    # 8 answers kept: two full batches of 3, in one step of cpu.yaml's accumulation
+    assert code == 0 and "steps                                      1" in out, err
+    code, _, err = recipe(**given, per_device_train_batch_size=16)
+    assert code == 2 and "8 kept rows fill no batch of 16 (per_device_train_batch_size 16)" in err
+
+
 REFUSED = [
     ({"variant": "ppo"}, ROWS, 2, "variant is 'ppo'; it must be one of nll, wbc"),
     ({"clip": 0}, ROWS, 2, "clip is 0.0; it must be above 0"),
@@ -103,6 +123,10 @@ REFUSED = [
     ({}, [*ROWS[:3], ROWS[3] | {"reward": None}], 3, "line 4: reward is missing"),
     ({}, [*ROWS[:3], ROWS[3] | {"reward": float("nan")}], 3, "line 4: reward is nan; it must be a finite number"),
     ({}, [row | {"reward": 0.5} for row in ROWS], 3, "none of 16 answers has a reward above its value"),
+    ({"value": "head"}, [row | {"reward": 0.5} for row in ROWS], 3, "all 16 rewards are equal, up to rounding"),
+    ({}, [row | {"reward": row["reward"] * 1e40} for row in ROWS], 3, "line 1: reward is 1e+40; numbers beyond 1e+18"),
+    ({}, [row | {"reward": row["reward"] * 1e-30} for row in ROWS], 3, "below 1e-12, gradients vanish in fp32"),
+    ({"value": "column", "value_column": "reward"}, ROWS, 2, "value_column is 'reward': every answer's value would be"),
     ({"reward_column": "score"}, ROWS, 3, "column 'score' of columns="),
     ({"eval_strategy": "steps", "eval_steps": 1}, ROWS, 2, "the file answers.jsonl has no splits."),
 ]
@@ -122,6 +146,20 @@ def test_files_on_other_scales_are_told_apart(recipe, tmp_path):
     assert code == 3 and "the rewards of these files are on different scales" in err
     code, out, err = recipe(more_datasets="more.jsonl", dry_run="true", same_scale="true")
     assert code == 0 and "32" in out, err
+
+
+@pytest.mark.parametrize("mode", ["train", "dry run"])
+def test_rewards_for_evaluation_are_on_the_scale_of_those_trained_on(recipe, tmp_path, mode):
+    (tmp_path / "held_out.jsonl").write_text(
+        "".join(json.dumps(row | {"reward": 90 + i}) + "\n" for i, row in enumerate(ROWS))
+    )
+    given = {"eval_dataset_name": "held_out.jsonl"} | ({"dry_run": "true"} if mode == "dry run" else {})
+    code, _, err = recipe(**given)
+    assert code == 3 and not (tmp_path / "run").exists(), err
+    shown = "(answers.jsonl (training): 0.25 to 1; held_out.jsonl (evaluation): 90 to 105)"
+    assert f"the rewards of these data sets are on different scales {shown}" in err
+    if mode == "dry run":
+        assert recipe(**given, same_scale="true")[0] == 0
 
 
 def test_columns_of_other_names_and_a_reward_function_of_ones_own(recipe):
@@ -170,6 +208,7 @@ def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path):
         "--max_length", "64", "--max_steps", "2", "--save_steps", "2", "--learning_rate", "1e-3",
     ]  # fmt: skip
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(recipes_dir().parent)}
+    environment["POSTTRAIN_LOG"] = "info"
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )

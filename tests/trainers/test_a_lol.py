@@ -1,18 +1,19 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from peft import PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from posttrain import ALoLConfig, ALoLTrainer
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.mechanisms import value_head
 from posttrain.objectives import offline
 from posttrain.rewards import UserReward
-from posttrain.trainers import _token_reference
+from posttrain.trainers import _guards, _token_reference
 from tests.scored import build, entries, make_scored, settings, train
 from tests.training import distance, lora
 
@@ -571,6 +572,12 @@ def unloaded(monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
 
 
+def beyond(n, reward, rows):
+    """`n` rows whose prompt has 319 tokens, before others."""
+    row = {"prompt": [{"role": "user", "content": "cat " * 75}], "completion": [{"role": "assistant", "content": "a"}]}
+    return concatenate_datasets([Dataset.from_list([row | {"reward": reward}] * n), rows])
+
+
 def changed(rows, column, number, value):
     values = rows[column][:]
     values[number] = value
@@ -617,7 +624,67 @@ BAD = [
     (
         lambda rows: rows,
         dict(max_length=10),
-        "train_dataset: max_length is 10, and every prompt looked at is that long",
+        "train_dataset: max_length is 10, and every prompt is that long",
+    ),
+    (
+        lambda rows: beyond(4, 1.0, make_scored(20).map(lambda row: {"reward": 0.0})),
+        dict(max_length=100),
+        "none of 20 answers has a reward above its value (value: mean), so none would be learned from. All rewards are "
+        "equal, up to rounding, so there is nothing to tell answers apart by. max_length 100 leaves nothing of 4 "
+        "further answers, whose prompts alone are that long; max_length 320 keeps a token of each, 321 all of them",
+    ),
+    (
+        lambda rows: beyond(4, 1.0, make_scored(20).map(lambda row: {"reward": 0.0})),
+        dict(max_length=100, variant="wbc"),
+        "all 20 rewards are 0, so no answer would be learned from. max_length 100 leaves nothing of 4 further answers",
+    ),
+    (
+        lambda rows: make_scored(6).map(lambda row: {"reward": 0.1}),
+        dict(value="head", value_folds=2),
+        "all 6 rewards are equal, up to rounding, so none beats what is expected of its prompt (value: head), and none "
+        "would be learned from. The rewards:\n        0.1        6 ####",
+    ),
+    (lambda rows: changed(rows, "reward", 1, 1e39), {}, "train_dataset, row 2: reward is 1e+39; numbers beyond 1e+18"),
+    (
+        lambda rows: make_scored(8, v=[0.0] * 7 + [1e39]),
+        dict(value="column", value_column="v"),
+        "train_dataset, answer 8: v, the value, is 1e+39; numbers beyond 1e+18",
+    ),
+    (
+        lambda rows: rows.map(lambda row: {"reward": row["reward"] * 1e-30}),
+        {},
+        "below 1e-12, gradients vanish in fp32. Scale the rewards up",
+    ),
+    (
+        lambda rows: rows.map(lambda row, i: {"reward": 0.1 + 1e-16 * (i % 2)}, with_indices=True),
+        {},
+        "none of 8 answers has a reward above its value (value: mean), so none would be learned from. All rewards are",
+    ),
+    (
+        lambda rows: rows,
+        dict(value="column", value_column="reward"),
+        "value_column is 'reward': every answer's value would be its own reward, and no answer could beat it.",
+    ),
+    (
+        lambda rows: rows,
+        dict(value="column", value_column="prompt"),
+        "value_column is 'prompt', which is part of the conversation.",
+    ),
+    (
+        lambda rows: changed(make_scored(3), "reward", 1, 9.0),
+        dict(per_device_train_batch_size=32, dataloader_drop_last=True),
+        "1 kept rows fill no batch of 32 (per_device_train_batch_size 32), and dataloader_drop_last leaves out what is",
+    ),
+    (
+        lambda rows: rows,
+        dict(eval_dataset={"held out": make_scored(40, seed=1).map(lambda row: {"reward": 50 + 50 * row["reward"]})}),
+        "the rewards of these data sets are on different scales (train_dataset: 0.443 to 0.998; held out: 50.75 to",
+    ),
+    (lambda rows: list(rows), {}, "train_dataset is a list, no data set. Make one of its rows:"),
+    (
+        lambda rows: DatasetDict(train=rows, test=rows),
+        {},
+        "train_dataset is a DatasetDict of train, test. Choose a split by its name, `train_dataset=data['train']`.",
     ),
     (lambda rows: make_scored(4).map(lambda row: {"reward": 0.0}), dict(variant="wbc"), "all 4 rewards are 0"),
 ]
@@ -628,6 +695,74 @@ def test_bad_data_is_refused_before_the_model_loads(tiny_folder, tmp_path, unloa
     with pytest.raises((DataError, ConfigError)) as error:
         build(tiny_folder, tmp_path, change(make_scored(8)), **fields)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["mean", "per_prompt", "column"])
+def test_answers_lost_to_max_length_have_no_part_in_values_counts_or_rows(tiny_folder, tmp_path, value, logged):
+    rows = make_scored(12, prompts=4)
+    more = dict(value=value, variant="a_lol_ref_free", max_length=100)
+    column = dict(baseline=[0.3] * 12) if value == "column" else {}
+    lost = beyond(3, 1.0, rows.add_column("baseline", column["baseline"]) if column else rows)
+    if column:
+        lost = lost.remove_columns("baseline").add_column("baseline", [0.3] * 15)
+    alone = build(tiny_folder, tmp_path / "alone", make_scored(12, prompts=4, **column), **more)
+    logged.clear()
+    trainer = build(tiny_folder, tmp_path / "lost", lost, **more)
+    for name in ("prompt", "reward", "advantage", "weight", "input_ids", "labels"):
+        assert trainer.train_dataset[name][:] == alone.train_dataset[name][:]
+    assert trainer.advantages == alone.advantages and trainer.advantages.rows == 12
+    assert logged.text.count("max_length 100 leaves nothing of 3 answers, which are left out and count nowhere") == 1
+    held_out = build(
+        tiny_folder, tmp_path / "held_out", rows.add_column("baseline", [0.3] * 12), eval_dataset=lost, **more
+    )
+    assert len(held_out.eval_dataset) == 12 and "eval_dataset: of 15 rows, max_length 100 leaves nothing" in logged.text
+
+
+def test_rewards_for_evaluation_may_be_said_to_be_on_one_scale(tiny_folder, tmp_path):
+    far = make_scored(40, seed=1).map(lambda row: {"reward": 50 + 50 * row["reward"]})
+    trainer = ALoLTrainer(
+        tiny_folder, ALoLConfig(**settings(tmp_path)), train_dataset=make_scored(8), eval_dataset=far, same_scale=True
+    )
+    assert min(trainer.eval_dataset["advantage"]) > 40
+
+
+@pytest.mark.parametrize("name", ["weight", "advantage", "labels", "input_ids", "ref_logps"])
+def test_a_column_of_values_may_have_any_name(tiny_folder, tmp_path, name):
+    more = dict(value="column", variant="a_lol_ref_free")
+    plain = build(tiny_folder, tmp_path / "plain", make_scored(6, baseline=[0.25] * 6), **more)
+    named = build(tiny_folder, tmp_path / "named", make_scored(6, **{name: [0.25] * 6}), value_column=name, **more)
+    assert named.train_dataset.to_list() == plain.train_dataset.to_list()
+
+
+def test_evaluation_of_single_answers_by_their_own_reward_is_told(tiny_folder, tmp_path, logged):
+    more = dict(value="per_prompt", variant="a_lol_ref_free")
+    rows, single = make_scored(12, prompts=4), make_scored(5, seed=2)
+    trainer = build(tiny_folder, tmp_path / "a", rows, eval_dataset=single, **more)
+    assert trainer.eval_dataset["advantage"][:] == [0.0] * 5
+    assert "eval_dataset: 5 of 5 answers are the only one to their prompt; with value: per_prompt" in logged.text
+    assert "0 throughout and says nothing" in logged.text and "train_dataset: 5 of 5" not in logged.text
+    logged.clear()
+    build(tiny_folder, tmp_path / "b", rows, eval_dataset=make_scored(6, seed=2, prompts=3), **more)
+    assert "the only one" not in logged.text
+
+
+def test_the_watch_over_gradients_counts_steps_that_were_taken():
+    trainer = SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}]),
+        state=SimpleNamespace(global_step=0),
+        accelerator=SimpleNamespace(device="cpu", reduce=lambda values, reduction: values),
+    )
+    watch = _guards.LiveGradients(torch.nn.Linear(1, 1))
+    for _ in range(4):
+        watch.before_step(trainer)
+        assert not watch.after_step(trainer), "a data set without a batch"
+    watch.before_step(trainer)
+    trainer.state.global_step = 1
+    assert not watch.after_step(trainer)
+    watch.before_step(trainer)
+    trainer.state.global_step = 2
+    with pytest.raises(DivergedError, match="2 of 2 adapter tensors got no gradient in the first two steps"):
+        watch.after_step(trainer)
 
 
 def test_what_this_trainer_cannot_take_is_refused(tiny_folder, tmp_path):
