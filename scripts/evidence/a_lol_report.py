@@ -9,8 +9,8 @@ MEASURES = {
     "reward": "training reward of generations, estimated",
     "preferred": "better answer likelier",
     "gained": "better answer gained more",
-    "weighted": "reward-weighted log-likelihood",
-    "selective": "the same less unweighted",
+    "weighted": "reward-weighted log-likelihood, nats a token",
+    "selective": "that less the unweighted one",
     "length": "tokens generated",
 }
 
