@@ -73,7 +73,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     """
     from posttrain.data import answer_tokens, baselines, schema, scored
     from posttrain.data.tokens import processing_class_for, tokenizer_of
-    from posttrain.trainers import _checks, _scored_rows, a_lol
+    from posttrain.trainers import _checks, _scored_rows, _values, a_lol
 
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_model_config(args, config)
@@ -81,16 +81,25 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     revision = (args.model_init_kwargs or {}).get("revision")
     stop_ids = schema.generation_stop_ids(model_id, revision)
     name, answers, first = "train_dataset", len(train_dataset), train_dataset[0]
-    weighed = args.weighs_by is not None and "reward" in train_dataset.column_names
+    if data_args.reward_func is not None:
+        # one that is none is refused here; what it gives is known once it has scored the answers
+        scored.check_reward(data_args.reward_func)
+    weighed = args.weighs_by is not None and data_args.reward_func is None
+    head = args.weighs_by == "advantages" and args.value == "head"
+    if head:
+        _values.check_start(args, data_args.reward_func)
     columns = a_lol.kept_columns(args)
     train_dataset = scored.as_scored(train_dataset, name, tuple(columns), weighed).rename_columns(columns)
     if weighed:
         a_lol.check_rows(train_dataset, name, args)
-    lost = ""
+    lost, fits = "", len(train_dataset)
     if answer_tokens.are_known(args):
         train_dataset, lost = answer_tokens.fit(train_dataset, processing_class, args, name, stop_ids)
 
-    kept, facts = len(train_dataset), {}
+        fits = len(train_dataset)
+    else:
+        fits = f"at most {fits}: chat_template_path or eos_token change the tokens once the model is loaded"
+    kept, facts, living = len(train_dataset), {}, None
     if weighed:
         a_lol.check_left(train_dataset, name, args, lost)
         rewards = train_dataset["reward"][:]
@@ -105,24 +114,33 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
             baselines.check_weights(weights, name)
             facts["advantages"] = "\n" + baselines.histogram(advantages)
             kept = sum(weight != 0 for weight in weights)
-    if args.value != "head":
+    elif head:
+        a_lol.check_value_prompts(len(set(baselines.prompt_keys(train_dataset))), name, args)
+    if head:
+        living = "known once the value head has learned"
+    elif not weighed and args.weighs_by is not None:
+        living = f"known once {data_args.reward_func} has scored the answers"
+    elif isinstance(fits, str):
+        living = f"at most {kept}"
+    else:
         _scored_rows.check_fills_a_batch(args, kept)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     full = math.floor if args.dataloader_drop_last else math.ceil
     micro_batches = full(kept / (args.per_device_train_batch_size * args.world_size))
     steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
     return {
         "processes": args.world_size,
         "scored answers": answers,
-        "of them within max_length": len(train_dataset),
-        "of them with a gradient": kept if args.value != "head" else "known once the value head has learned",
+        "of them within max_length": fits,
+        "of them with a gradient": kept if living is None else living,
         "answers per step": batch,
-        "steps": args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs),
+        "steps": f"at most {steps}" if living is not None and args.max_steps <= 0 else steps,
         **dry_run.sizes(config, args, peft_config),
         **facts,
         "prompt": _text(first["prompt"], tokenizer_of(processing_class)),
         "completion": _text(first["completion"]),
-        "reward": first.get("reward", f"by {data_args.reward_func}"),
+        "reward": f"by {data_args.reward_func}" if data_args.reward_func else first.get("reward"),
     }
 
 

@@ -36,6 +36,9 @@ def facts(args, columns: list[str], first: dict) -> dict:
     pairs = any(set(names) <= set(columns) for names in PAIR_REWARDS)
     labelled = "completion" in columns and type(first.get("label")) is bool
     if not (args.reward_column or "reward" in columns or pairs or labelled or args.source.startswith("generated:rev")):
+        other = next((name for name in ("score", "rating", "rewards", "scores") if name in columns), None)
+        if "completion" in columns and other:
+            return {"not_drawn": f"rewards are not drawn: is {other!r} their column? Then add --reward-column {other}."}
         return {}
     renamed = {args.reward_column: "reward"} if args.reward_column not in (None, "reward") else None
     column = (args.value_column or "baseline") if args.value == "column" else None
@@ -65,6 +68,7 @@ def draw(found: dict) -> None:
     if not found or "not_drawn" in found:
         return
     rewards, advantages = found["rewards"], found["advantages"]
+    print("\nOf all rows, whatever max_length leaves of them:", end="")
     print(f"\nrewards of {rewards['answers']} answers, mean {rewards['mean']:.3g}:\n{_bars(rewards['histogram'])}")
     what = {
         "mean": "their mean",

@@ -19,7 +19,14 @@ _BAR = 40
 
 def prompt_keys(dataset) -> list[str]:
     """A text for each row that equal prompts share, and no others."""
-    return [prompt_key(prompt) for prompt in dataset["prompt"]]
+    # what the template renders beside the messages belongs to the prompt
+    also = [name for name in ("tools", "chat_template_kwargs") if name in dataset.column_names]
+    if not also:
+        return [prompt_key(prompt) for prompt in dataset["prompt"]]
+    return [
+        json.dumps([json.loads(prompt_key(prompt)), *rest], sort_keys=True, default=str)
+        for prompt, *rest in zip(dataset["prompt"], *(dataset[name][:] for name in also), strict=True)
+    ]
 
 
 def prompt_key(prompt) -> str:

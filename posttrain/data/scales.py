@@ -10,6 +10,7 @@ from posttrain.errors import DataError
 _ENOUGH = 20
 _WIDER = 2.0
 _SHIFT = 1 / 3
+_FAR_WIDER = 10.0
 # At either end: of all rewards, of the middle 90% and of the middle half
 _LEFT_OUT = (0, 0.05, 0.25)
 # How unlikely it must be that one source has no negative rewards by chance
@@ -19,11 +20,12 @@ _CHANCE = 1e-4
 def check_scales(rewards: Mapping[str, Sequence[float]], what: str = "files") -> None:
     """Raise DataError where sources' rewards look to be on different scales.
 
-    Two sources of 20 or more rewards each are told apart where, of all their rewards, of the middle 90% and
-    of the middle half alike, one span is more than twice as wide as the other, or both ends lie off by more than
-    a third of the two spans together; and where one has negative rewards, more often than chance would leave out of
-    the other, which has none. A source of fewer, or of equal rewards, is told by rewards farther outside the other's
-    span than that is wide. Samples of one scale pass, but for such as were chosen by their reward.
+    Two sources of 20 or more rewards each are told apart where, of all their rewards, of the middle 90% and of the
+    middle half alike, one span is more than twice as wide as the other, or both ends lie off by more than a third of
+    the two spans together; and where one has negative rewards, more often than chance would leave out of the other,
+    which has none. A source of fewer is told by rewards farther outside the other's span than that is wide; one that
+    mostly repeats a number by rewards that reach ten times its width beyond it. Samples of one scale pass, but for such
+    as were chosen by their reward, and rarely small ones with long tails.
 
     Args:
         rewards: of each source, by its name. what: a word for the sources.
@@ -46,7 +48,10 @@ def _alike(a: list[float], b: list[float]) -> bool:
         return not _of_other_sizes(a, b)
     if _negative_in_one(a, b) or _negative_in_one(b, a):
         return False
-    if len(b) < _ENOUGH or a[0] == a[-1] or b[0] == b[-1]:
+    if len(b) >= _ENOUGH and (_repeats(a) or _repeats(b)):
+        # ratings that are mostly one number: what the others are is a matter of chance, but for their size
+        return not _far_wider(a, b) and not _far_wider(b, a)
+    if len(b) < _ENOUGH:
         wide, other = (a, b) if a[0] < a[-1] else (b, a)
         if wide[0] == wide[-1] or (wide is b and len(b) < _ENOUGH):
             # what is equal throughout has no width to compare with
@@ -54,6 +59,17 @@ def _alike(a: list[float], b: list[float]) -> bool:
         width = wide[-1] - wide[0]
         return wide[0] - width <= other[0] and other[-1] <= wide[-1] + width
     return not all(_apart(*_span(a, share), *_span(b, share)) for share in _LEFT_OUT)
+
+
+def _repeats(values: list[float]) -> bool:
+    low, high = _span(values, 0.25)
+    return low == high
+
+
+def _far_wider(a: list[float], b: list[float]) -> bool:
+    """Whether `a` reaches out of `b` by more than ten times its width, or its size where it has none."""
+    reach = _FAR_WIDER * (b[-1] - b[0] or abs(b[0]) or math.inf)
+    return a[0] < b[0] - reach or a[-1] > b[-1] + reach
 
 
 def _of_other_sizes(a: list[float], b: list[float]) -> bool:
@@ -85,7 +101,8 @@ def _negative_in_one(a: list[float], b: list[float]) -> bool:
     """Whether `a` has negative rewards of some size and `b`, by chance, might not have none."""
     together = max(a[-1], b[-1]) - a[0]
     negative = sum(value < -0.1 * together for value in a)
-    if b[0] < 0 or not negative:
+    if b[0] < 0 or b[0] == b[-1] or not negative:
+        # equal rewards may be all that such a source was asked for
         return False
     # that all of so many, drawn from both together, come from `a`
     return negative * math.log(len(a) / (len(a) + len(b))) < math.log(_CHANCE)

@@ -189,6 +189,11 @@ def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64)
     return [known[digest] for digest in digests]
 
 
+def check_reward(reward) -> None:
+    """Raise ConfigError for what is no reward function, or several."""
+    _one_reward(reward)
+
+
 def reward_key(reward) -> str | None:
     """A digest of a reward function's code and settings; None where it has parts that cannot be read."""
     from datasets.fingerprint import Hasher

@@ -37,8 +37,8 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
 
 
-def check_args(args, config_class: type):
-    """`args`, or the class's defaults.
+def check_args(args, config_class: type, method: str | None = None):
+    """`args`, or the class's defaults. `method`: the trainer's class, where it is known.
 
     Raises TypeError for another class's settings, ConfigError where output_dir holds a run with other settings.
     """
@@ -51,7 +51,7 @@ def check_args(args, config_class: type):
         )
     if args.check_resume:
         # what the settings tell; `RunFolder` asks again once data and model are there
-        _checkpoints.check_folder(args.output_dir, vars(args))
+        _checkpoints.check_folder(args.output_dir, vars(args) | ({"method": method} if method else {}))
     return args
 
 

@@ -24,7 +24,7 @@ class RunMixin:
 
     def _check_start(self, model, args, peft_config):
         """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
-        args = _checks.check_args(args, self._config_class)
+        args = _checks.check_args(args, self._config_class, type(self).__name__)
         _checks.check_output_dir(args.output_dir)
         if peft_config is not None:
             _checks.check_lora(peft_config)

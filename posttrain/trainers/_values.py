@@ -89,6 +89,11 @@ def _heads(trainer, distinct, prompts: dict, targets: tuple, dataset, keys) -> l
         trained = []
         for fold in range(args.value_folds):
             others = [j for j, own in enumerate(folds) if own != fold]
+            if not others:
+                raise ConfigError(
+                    f"value_prompts is {args.value_prompts}, and all of those drawn lie in one fold. Raise it, to 100 "
+                    "and more."
+                )
             rows = torch.tensor([chosen[j] for j in others])
             trained.append(
                 value_head.fit(
@@ -215,13 +220,13 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
     return [text for _, text in sorted(gather_object(found))]
 
 
-def check_start(trainer, args) -> None:
+def check_start(args, reward_func) -> None:
     """Raise ConfigError where the heads could not be kept, or `value_targets: generations` cannot be had."""
     if args.value_head_dir is not None:
         _checks.check_output_dir(args.value_head_dir, "value_head_dir")
     if args.value_targets != "generations":
         return
-    if trainer._reward_func is None:
+    if reward_func is None:
         raise ConfigError(
             "value_targets is generations, and no reward function is given to score them. Pass `reward_func` to the "
             "trainer, or set `value_targets: answers`."

@@ -51,7 +51,6 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
 
     _config_class = ALoLConfig
     _name = "A-LoL"
-    _settings_in_card = ("variant", "clip", "value", "advantage_weighting")
     _tag_names = ["trl", "posttrain", "a_lol"]
     _paper = {
         "title": "Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models",
@@ -74,6 +73,9 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         super().__init__(*args, **kwargs)
         # what the card says was run
         self._name = _NAMES[self.args.variant]
+        used = {"clip": self.args.needs_reference, "value": self.args.weighs_by == "advantages"}
+        used["advantage_weighting"] = self.args.weighs_by is not None
+        self._settings_in_card = ("variant", *(name for name, reads in used.items() if reads))
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the adapter or model, and beside it the value head; not in checkpoints, which find it in the run."""
@@ -103,23 +105,10 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
     def check_rows(self, dataset, name: str, args) -> None:
         check_rows(dataset, name, args)
         if args.weighs_by == "advantages" and args.value == "head" and name == "train_dataset":
-            _values.check_start(self, args)
+            _values.check_start(args, self._reward_func)
 
     def check_left(self, dataset, args) -> None:
         check_left(dataset, "train_dataset", args, self._lost)
-        if args.weighs_by == "advantages" and args.value == "head":
-            self._check_value_prompts(len(set(baselines.prompt_keys(dataset))), args)
-
-    def _check_value_prompts(self, prompts: int, args) -> None:
-        if prompts < args.value_folds:
-            raise DataError(
-                f"value is head with value_folds {args.value_folds}, and train_dataset has {prompts} different "
-                "prompts. Use fewer folds, or `value: mean`."
-            )
-        if prompts < 100:
-            get_logger().warning(
-                "the value head learns from %d different prompts; below 100 it rarely beats `value: mean`.", prompts
-            )
 
     def weigh(self, dataset, name: str, args):
         if args.weighs_by is None:
@@ -230,7 +219,23 @@ def check_left(dataset, name: str, args, lost: str = "") -> None:
             raise DataError(f"{name}: all {len(rewards)} rewards are 0, so no answer would be learned from.{lost}")
         baselines.check_weights(rewards, name)
     elif args.weighs_by == "advantages" and args.value == "head":
-        baselines.check_unequal(dataset["reward"][:], args.value, name, lost)
+        if args.value_targets == "answers":
+            baselines.check_unequal(dataset["reward"][:], args.value, name, lost)
+        check_value_prompts(len(set(baselines.prompt_keys(dataset))), name, args)
+
+
+def check_value_prompts(prompts: int, name: str, args) -> None:
+    """Refuse fewer prompts than folds, and say where the head will learn from few."""
+    if prompts < args.value_folds:
+        raise DataError(
+            f"value is head with value_folds {args.value_folds}, and {name} has {prompts} different prompts. Use fewer "
+            "folds, or `value: mean`."
+        )
+    learned = min(prompts, args.value_prompts)
+    if learned < 100:
+        get_logger().warning(
+            "the value head learns from %d different prompts; below 100 it rarely beats `value: mean`.", learned
+        )
 
 
 def weights_of(advantages: list[float], args) -> list[float]:

@@ -158,6 +158,11 @@ class ALoLConfig(CommonConfig, SFTConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of {lowest} or more.")
+        if self.value == "head" and self.value_prompts < self.value_folds:
+            raise ConfigError(
+                f"value_prompts is {self.value_prompts}, below value_folds ({self.value_folds}): each fold's head "
+                "learns from prompts of the other folds. Raise value_prompts, to 100 and more."
+            )
         if self.value_targets != "answers" and self.value != "head":
             raise ConfigError(
                 f"value_targets is {self.value_targets}, which has no effect on value: {self.value}. Set `value: "

@@ -28,11 +28,11 @@ SIDES = ("chosen", "rejected")
 
 
 def cells(stage: str, seeds: int) -> list[dict]:
-    """The grid; the model before training has no data."""
+    """The grid; the model before training has no data. Each arm on both data sets, so that a part compares them."""
     grid = []
     for seed in range(seeds):
         grid.append({"stage": stage, "seed": seed, "data": "none", "arm": "base"})
-        grid += [{"stage": stage, "seed": seed, "data": data, "arm": arm} for data in DATA for arm in ARMS[1:]]
+        grid += [{"stage": stage, "seed": seed, "data": data, "arm": arm} for arm in ARMS[1:] for data in DATA]
     return grid
 
 

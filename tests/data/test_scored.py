@@ -375,3 +375,22 @@ def test_messages_without_a_template_are_told_of_this_datas_columns(tokenizer):
     plain = SimpleNamespace(chat_template=None)
     with pytest.raises(ConfigError, match="has no chat template to render them with.* or give prompt and completion"):
         answer_tokens.fit(talk, plain, limit(100), "x")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ([1.0, -1.0] * 20, [1.0] * 30, True),
+        ([5.0] * 48 + [1.0, 4.0], [5.0] * 49 + [4.0], True),
+        ([0.5] * 48 + [-2.0, 1.5], [0.5] * 49 + [0.1], True),
+        ([0.0, 1.0] * 20, [0.0, 100.0] * 20, False),
+        ([100.0] * 38 + [0.0, 50.0], [0.0] + [1.0] * 39, False),
+    ],
+)
+def test_sources_that_mostly_repeat_a_number_are_told_by_size_alone(one, other, alike):
+    for first, second in ((one, other), (other, one)):
+        if alike:
+            check_scales({"a": first, "b": second})
+        else:
+            with pytest.raises(DataError, match="on different scales"):
+                check_scales({"a": first, "b": second})

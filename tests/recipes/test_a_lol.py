@@ -4,6 +4,7 @@ script of its evidence at its smallest."""
 import importlib
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -169,6 +170,20 @@ def test_columns_of_other_names_and_a_reward_function_of_ones_own(recipe):
     assert code == 0 and "Saved to run" in out, err
 
 
+def test_a_dry_run_says_what_a_reward_function_will_tell_and_refuses_one_that_is_none(recipe):
+    code, out, err = recipe(dry_run="true", max_steps=-1, num_train_epochs=1, reward_func="brief_reward:brief")
+    assert code == 0 and "known once brief_reward:brief has scored the answers" in out, err
+    assert re.search(r"^steps +at most [1-8]$", out, re.MULTILINE) and "advantages" not in out
+    code, _, err = recipe(dry_run="true", reward_func="brief_reward:none")
+    assert code == 2 and "none" in err
+    code, _, err = recipe(dry_run="true", value="head", value_targets="generations")
+    assert code == 2 and "no reward function is given" in err
+    code, _, err = recipe(dry_run="true", value="head", value_folds=9)
+    assert code == 3 and "value_folds 9, and train_dataset has 8 different prompts" in err
+    code, out, _ = recipe(dry_run="true", max_steps=-1, eos_token="<|im_end|>")
+    assert code == 0 and "at most 16: chat_template_path or eos_token" in out
+
+
 def test_stats_draw_rewards_and_advantages(recipe, tmp_path, capsys):
     def stats(*given):
         code = main(["data", "stats", *given])
@@ -186,7 +201,7 @@ def test_stats_draw_rewards_and_advantages(recipe, tmp_path, capsys):
 
     renamed = [{"prompt": r["prompt"], "completion": r["completion"], "mark": r["reward"], "v": 0.5} for r in ROWS]
     recipe(renamed, dry_run="true")
-    assert "rewards" not in stats("answers.jsonl")[1]
+    assert "rewards of" not in stats("answers.jsonl")[1]
     out = stats("answers.jsonl", "--reward-column", "mark", "--value", "column", "--value-column", "v")[1]
     assert "advantages over the column v, 50.0%" in out and "-0.25 to" in out
     assert stats("answers.jsonl", "--value-column", "v")[0] == 2
@@ -240,7 +255,7 @@ def test_the_evidence_script_trains_every_arm_and_goes_on_where_it_stopped(tmp_p
     assert max(row["chosen_reward"] for row in low) <= 1 / source.words
 
     grid, ran = evidence.cells("small", 1), []
-    assert len(grid) == 15 and [cell["arm"] for cell in grid[:3]] == ["base", "sft", "a_lol"]
+    assert len(grid) == 15 and [cell["arm"] for cell in grid[:3]] == ["base", "sft", "sft"]
     arms = ("base", "sft", "a_lol", "dpo", "sft_kept")
     grid = [c for c in grid if c["arm"] in (arms if c["data"] != "half_low" else ("a_lol",))]
 

@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from posttrain import ALoLConfig, ALoLTrainer
+from posttrain.data import baselines
 from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.mechanisms import value_head
 from posttrain.objectives import offline
 from posttrain.rewards import UserReward
-from posttrain.trainers import _guards, _token_reference
+from posttrain.trainers import _guards, _token_reference, a_lol
 from tests.scored import build, entries, make_scored, settings, train
 from tests.training import distance, lora
 
@@ -811,3 +812,31 @@ def test_prompts_are_shared_by_default(tiny_folder, tmp_path):
 def test_reference_values_of_shared_and_padded_rows_are_kept_apart(tiny_folder, tmp_path):
     keys = {build(tiny_folder, tmp_path / name, prefix_sharing=name).reference_key for name in ("never", "auto")}
     assert len(keys) == 2
+
+
+def test_tools_are_part_of_a_prompt():
+
+    rows = [
+        {"prompt": "p", "completion": "c", "reward": r, "tools": t} for t, r in (("a", 0.0), ("b", 1.0), ("b", 0.8))
+    ]
+    assert baselines.values_of(Dataset.from_list(rows), "per_prompt", None, "rows") == [0.0, 0.9, 0.9]
+    alike = Dataset.from_list(rows).remove_columns("tools")
+    assert baselines.values_of(alike, "per_prompt", None, "rows") == pytest.approx([0.6] * 3)
+
+
+def test_a_head_that_learns_from_too_few_prompts_is_refused_or_named(tiny_folder, tmp_path, logged):
+    with pytest.raises(ConfigError, match="value_prompts is 1, below value_folds .2.: each fold"):
+        ALoLConfig(str(tmp_path), use_cpu=True, bf16=False, value="head", value_prompts=1, value_folds=2)
+    a_lol.check_value_prompts(1000, "rows", SimpleNamespace(value_folds=2, value_prompts=30))
+    assert "learns from 30 different prompts" in logged.text
+
+
+def test_equal_rewards_pass_where_values_come_from_generations():
+    rows = make_scored(6, prompts=6).remove_columns("reward").add_column("reward", [1.0] * 6)
+    args = SimpleNamespace(
+        weighs_by="advantages", value="head", value_targets="generations", value_folds=2, value_prompts=100
+    )
+    a_lol.check_left(rows, "rows", args)
+    args.value_targets = "answers"
+    with pytest.raises(DataError, match="all 6 rewards are equal"):
+        a_lol.check_left(rows, "rows", args)
