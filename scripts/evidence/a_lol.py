@@ -344,6 +344,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence/a_lol", help="folder of bases and caches")
     parser.add_argument("--cells", type=Path, default=ROOT / "docs/evidence/cells/a_lol", help="folder of cells")
     parser.add_argument("--stage", choices=["small", "smollm2"], nargs="+", help="default: small; both with --data")
+    parser.add_argument("--arms", choices=ARMS, nargs="+", help="run cells of these alone; all are reported")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
     parser.add_argument("--pilot", action="store_true", help="SFT and DPO over learning rates, with another seed")
     args = parser.parse_args()
@@ -359,7 +360,10 @@ def main() -> None:
             continue
         seeds = args.seeds or {"small": 2 if args.quick else 10, "smollm2": 1}[stage]
         grid = cells(stage, seeds)
-        harness.run_grid(args.cells / stage, grid, lambda cell, s=source: train_cell(s, cell, args.work), args.minutes)
+        wanted = [cell for cell in grid if cell["arm"] in (args.arms or ARMS)]
+        harness.run_grid(
+            args.cells / stage, wanted, lambda cell, s=source: train_cell(s, cell, args.work), args.minutes
+        )
         done, left = harness.read_grid(args.cells / stage, grid)
         report += a_lol_report.summarise(stage, done)
         missing += left
