@@ -10,7 +10,7 @@ MEASURES = {
     "preferred": "better answer likelier",
     "gained": "better answer gained more",
     "weighted": "reward-weighted log-likelihood, nats a token",
-    "selective": "that less the unweighted one",
+    "selective": "log-likelihood: reward-weighted less plain",
     "length": "tokens generated",
 }
 
