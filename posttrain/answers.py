@@ -95,7 +95,6 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     lost, fits = "", len(train_dataset)
     if answer_tokens.are_known(args):
         train_dataset, lost = answer_tokens.fit(train_dataset, processing_class, args, name, stop_ids)
-
         fits = len(train_dataset)
     else:
         fits = f"at most {fits}: chat_template_path or eos_token change the tokens once the model is loaded"
