@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from posttrain.data import formats
+from posttrain.data import formats, objects
 from posttrain.data.formats import Format, convert, detect
 from posttrain.data.lengths import Lengths, end_of_turn_tokens, measure
 from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
@@ -148,7 +148,7 @@ def examine_preferences(
     """
     if len(dataset) == 0:
         raise DataError(f"{name} holds no rows.")
-    dataset = dataset.with_format(None)
+    dataset = objects.restored(dataset.with_format(None))
     images = sorted({"image", "images"} & set(dataset.column_names))
     dataset = dataset.remove_columns(images)
     found = check_columns(dataset.column_names, name, dataset[0])
