@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from posttrain.data.objects import quietly_mapped
+
 # Columns of texts, those that end with an answer last.
 _ANSWERS = ("chosen", "rejected", "completion", "text", "demonstration")
 _TEXTS = ("prompt", *_ANSWERS)
@@ -44,7 +46,7 @@ def without_doubles(dataset, tokenizer):
     columns = dataset.with_format(None).select_columns(names)
     if not names or not any(clean(row) != row for row in columns):
         return dataset
-    return dataset.map(clean, desc="Cleaning rendered texts")
+    return quietly_mapped(dataset, clean)
 
 
 def clean_row(row: Mapping, tokenizer) -> dict:

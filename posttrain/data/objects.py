@@ -18,6 +18,8 @@ COLUMNS = (
 )
 _IMAGES = {"image", "images"}
 _LISTS, _OBJECTS = "lists", "objects"
+# The keys of messages that Arrow keeps as they are.
+_PLAIN = ({"role", "content"}, {"from", "value"})
 
 
 def exact(rows: Sequence[Mapping], names: Iterable[str] | None = None, places: Sequence[str] = ()):
@@ -98,6 +100,19 @@ def flattened(value):
     ]
 
 
+def quietly_mapped(dataset, function, **kwargs):
+    """`dataset.map`, without a bar."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        return dataset.map(function, **kwargs)
+    disable_progress_bars()
+    try:
+        return dataset.map(function, **kwargs)
+    finally:
+        enable_progress_bars()
+
+
 def _is_text_blocks(message) -> bool:
     content = message.get("content") if isinstance(message, Mapping) else None
     return isinstance(content, list) and all(
@@ -119,8 +134,8 @@ def _kind(values: list) -> str | None:
     if not all(item is None or (isinstance(item, Mapping) and _may_be_said(item)) for item in items):
         # Arrow refuses values of several types, of which the caller names the place
         return None
-    keys = list(items[0]) if isinstance(items[0], Mapping) else None
-    alike = all(
+    keys = list(items[0]) if isinstance(items[0], Mapping) else []
+    alike = set(keys) in _PLAIN and all(
         item is not None and list(item) == keys and all(isinstance(part, str) for part in item.values())
         for item in items
     )
@@ -232,7 +247,7 @@ def _may_be_padded(feature) -> bool:
         return False
     return not (
         isinstance(item, Mapping)
-        and set(item) <= {"role", "content", "from", "value"}
+        and set(item) in _PLAIN
         and all(isinstance(part, Value) for part in item.values())
     )
 
@@ -262,12 +277,8 @@ def _mended(dataset, changed: Mapping):
 
     kinds = {name: Json() if _item(feature) is None else List(Json()) for name, feature in changed.items()}
     features, form = Features({**dataset.features, **kinds}), dataset.format
-    mended = dataset.with_format(None).map(
-        functools.partial(_mended_batch, changed=dict(changed)),
-        batched=True,
-        features=features,
-        desc="Restoring messages",
-    )
+    mend = functools.partial(_mended_batch, changed=dict(changed))
+    mended = quietly_mapped(dataset.with_format(None), mend, batched=True, features=features)
     return mended if form["type"] is None else mended.with_format(form["type"], **form["format_kwargs"])
 
 

@@ -153,6 +153,17 @@ def render(value, row: Mapping, processing_class, place: str, **options) -> list
     return _render(value, row, processing_class, place, **options)["input_ids"]
 
 
+def render_text(messages: list, row: Mapping, processing_class, **options) -> str:
+    """Messages through the chat template, as a text. Raises whatever the template raises."""
+    from transformers import ProcessorMixin
+    from trl.data_utils import prepare_multimodal_messages
+
+    if isinstance(processing_class, ProcessorMixin):
+        messages = prepare_multimodal_messages(messages)
+    options |= _template_options(row)
+    return processing_class.apply_chat_template(messages, tokenize=False, **options)
+
+
 def _language_modelling(row: Mapping, processing_class, place: str) -> TokenSequence:
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -180,9 +191,13 @@ def _render(value, row: Mapping, processing_class, place: str, **options) -> dic
     try:
         if isinstance(value, str):
             return processing_class(text=value)
-        tools = row.get("tools")
-        options |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-        options |= row.get("chat_template_kwargs") or {}
+        options |= _template_options(row)
         return processing_class.apply_chat_template(value, tokenize=True, return_dict=True, **options)
     except Exception as error:
         raise DataError(f"{place}: the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
+
+
+def _template_options(row: Mapping) -> dict:
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
