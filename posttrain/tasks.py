@@ -139,14 +139,17 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    from posttrain.data.tokens import processing_class_for, tokenizer_of
+    from posttrain.data import task_rows
+    from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
     from posttrain.trainers import _checks, _demonstrations
 
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_generation(args, train_dataset)
     tokenizer = tokenizer_of(processing_class_for(model_id, None, args))
+    train_dataset = as_rendered(train_dataset, tokenizer)
     if args.learns_from_demonstrations:
         train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
+    task_rows.check(train_dataset, tokenizer, args)
 
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
     texts = [_rendered(row["prompt"], tokenizer, args) for row in sample]

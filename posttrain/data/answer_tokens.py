@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from posttrain.data import formats
+from posttrain.data import formats, rendering
 from posttrain.data.lengths import measure, quantiles
 from posttrain.data.schema import PairReport, _check_ends
 from posttrain.data.tokens import as_rendered, tokenizer_of
@@ -31,6 +31,8 @@ def fit(dataset, processing_class, args, name: str, stop_ids=()):
     """
     _check_template(dataset, processing_class)
     _check_sample(dataset, processing_class, args.max_length, name, stop_ids)
+    places = [f"{name}, answer {number}" for number in range(1, len(dataset) + 1)]
+    rendering.report(dataset, processing_class, name, places, "answers")
     dataset = tokenise(dataset, processing_class, args, name)
     starts, lengths = [], []
     for labels in dataset["labels"]:

@@ -37,12 +37,12 @@ def without_doubles(dataset, tokenizer):
     """
     end, beginning = tokenizer.eos_token, added_beginning(tokenizer)
     clean = functools.partial(_without_doubles, end=end, beginning=beginning)
-    names = [name for name in _TEXTS if name in (dataset.column_names or ())]
+    features = dataset.features or {}
+    names = [name for name in _TEXTS if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
     if not hasattr(dataset, "__len__"):
-        return dataset.map(clean)
+        return dataset.map(clean) if names or not features else dataset
     if not len(dataset) or dataset.format["type"] == "custom":
         return dataset
-    names = [name for name in names if getattr(dataset.features[name], "dtype", None) in ("string", "large_string")]
     columns = dataset.with_format(None).select_columns(names)
     if not names or not any(clean(row) != row for row in columns):
         return dataset

@@ -100,8 +100,10 @@ class Probe:
             # a generation prompt can end with what the answer begins with, such as <think>
             self._begun, hay[name] = len(hay["prompt"]), hay["prompt"] + hay[name]
         at = {"prompt": 0, name: 0}
-        places, wholly_lost = [], set()
+        places, wholly_lost, calls_lost = [], set(), set()
         for piece in pieces:
+            if piece.kind == "arguments of tool calls" and piece.index in calls_lost:
+                continue
             part = name if piece.index >= start or not prompt else "prompt"
             seen = None if drawn is None else drawn.count(piece.marker)
             message = messages[piece.index]
@@ -113,7 +115,9 @@ class Probe:
                 if seen == 1 and message.get("role") != "system":
                     places.append((drawn.index(piece.marker), piece))
             else:
-                fault = self._other_fault(piece, part, seen, hay[part])
+                fault = self._other_fault(piece, message, part, seen, hay[part])
+                if fault is not None and piece.kind == "tool calls":
+                    calls_lost.add(piece.index)
             if fault is not None:
                 wholly_lost.add(piece.index)
                 yield fault
@@ -173,7 +177,7 @@ class Probe:
             shown, "See the row with `posttrain data inspect`, and use a template that renders it as it is.",
         )  # fmt: skip
 
-    def _other_fault(self, piece, part, seen, hay: str) -> Fault | None:
+    def _other_fault(self, piece, message, part, seen, hay: str) -> Fault | None:
         if seen or (seen is None and _bare(piece.text) in hay):
             return None
         shown = repr(_short(piece.text))
@@ -187,6 +191,8 @@ class Probe:
         return Fault(
             (piece.kind, part != "prompt"), f"the chat template drops {piece.kind}", shown,
             "Use a template that renders tool calls, or write them into the content as the model is to say them.",
+            # an answer of nothing else is learned as an empty one
+            piece.kind == "tool calls" and part != "prompt" and not message.get("content"),
         )  # fmt: skip
 
     def _order_faults(self, places: list) -> Iterator[Fault]:

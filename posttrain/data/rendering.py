@@ -9,6 +9,7 @@ from posttrain.data.applied import ControlTokens
 from posttrain.data.probes import Probe, answers_of, prompt_of
 from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of
 from posttrain.errors import DataError
+from posttrain.log import get_logger
 
 # Rows that are rendered: so many, spread over the data set, and of those that look unlike the others up to so many.
 SPREAD, UNLIKE = 32, 256
@@ -77,6 +78,17 @@ def check(
     faults.refuse()
     found.warnings += faults.warnings()
     return found
+
+
+def report(
+    dataset, processing_class, name: str, places: Sequence[str] = (), unit: str = "rows", settings: Mapping | None = None
+) -> None:
+    """As `check`, and say in the log what was found."""
+    found = check(dataset, processing_class, name, places, unit, settings)
+    for note in found.notes:
+        get_logger().info("%s", note)
+    for warning in found.warnings:
+        get_logger().warning("%s", warning)
 
 
 class _Survey:

@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from posttrain.data import task_rows
 from posttrain.data.schema import refuse_splits
-from posttrain.data.tokens import processing_class_for, tokenizer_of
+from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
 from posttrain.hub import preflight
 from posttrain.log import get_logger
@@ -50,11 +51,14 @@ class PolicyGradientMixin(RunMixin):
         reward_funcs = _rewards.reward_functions(reward_funcs, args)
         _check_prompts(train_dataset, eval_dataset)
         _checks.check_generation(args, train_dataset)
+        tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
+        train_dataset = as_rendered(train_dataset, tokenizer)
+        eval_dataset = _all_rendered(eval_dataset, tokenizer)
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
-            tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
             train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
+        task_rows.check(train_dataset, tokenizer, args)
         self._begin_run(preflight(args, model))
         self._sharing, self._scored, self._rewards = None, None, None
         self._means = MeanMetrics()
@@ -121,6 +125,8 @@ class PolicyGradientMixin(RunMixin):
 
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = _all_rendered(eval_dataset, tokenizer_of(self.processing_class))
         with _completions.of_evaluation(self, metric_key_prefix):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -323,6 +329,13 @@ def _advantage_function(args):
             rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
         )
     return None
+
+
+def _all_rendered(datasets, tokenizer):
+    """One data set, several by name, or None, as the chat template is to see them."""
+    if isinstance(datasets, dict):
+        return {name: as_rendered(dataset, tokenizer) for name, dataset in datasets.items()}
+    return None if datasets is None else as_rendered(datasets, tokenizer)
 
 
 def _check_prompts(train_dataset, eval_dataset) -> None:

@@ -1,0 +1,52 @@
+"""Tasks against their rendering: prompts as the model will see them, and demonstrations where they are learned from."""
+
+from collections.abc import Mapping
+
+from posttrain.data import objects, rendering
+
+
+def check(datasets, processing_class, args, name: str = "train_dataset") -> None:
+    """Look for every text of tasks in its rendering, and say in the log what was found.
+
+    Args:
+        datasets: a `datasets.Dataset` with the column prompt, and demonstration where it is learned from; several by
+            name; or None. Streams are not checked.
+        args: the trainer's config.
+
+    Raises DataError where the model would see or learn something else than the rows say, or a prompt cannot be
+    rendered.
+    """
+    for key, dataset in datasets.items() if isinstance(datasets, Mapping) else [(name, datasets)]:
+        if hasattr(dataset, "__len__") and hasattr(dataset, "column_names"):
+            _check(dataset, processing_class, args, key)
+
+
+def _check(dataset, processing_class, args, name: str) -> None:
+    dataset = dataset.with_format(None)
+    if isinstance(dataset[0]["prompt"], list) and not processing_class.chat_template:
+        # what reads the prompts says that there is none
+        return
+    names = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in dataset.column_names]
+    rows, places = dataset.select_columns(names), [f"{name}, row {number}" for number in range(1, len(dataset) + 1)]
+    answered: list[int] = []
+    if args.learns_from_demonstrations:
+        answers = [
+            _answer(prompt, given) for prompt, given in zip(dataset["prompt"], dataset["demonstration"], strict=True)
+        ]
+        answered = [number for number, answer in enumerate(answers) if answer]
+        made = objects.exact([{**rows[number], "demonstration": answers[number]} for number in answered])
+        where = [places[number] for number in answered]
+        if answered:
+            rendering.report(made, processing_class, name, where, "tasks", args.chat_template_kwargs)
+    others = sorted(set(range(len(rows))) - set(answered))
+    if others:
+        where = [places[number] for number in others]
+        rendering.report(rows.select(others), processing_class, name, where, "tasks", args.chat_template_kwargs)
+
+
+def _answer(prompt, given):
+    """A demonstration in the form of its prompt; None where it says nothing."""
+    text = given if isinstance(given, str) else "".join(turn.get("content") or "" for turn in given or ())
+    if not text.strip():
+        return None
+    return [{"role": "assistant", "content": given}] if isinstance(prompt, list) and isinstance(given, str) else given
