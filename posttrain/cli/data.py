@@ -108,8 +108,9 @@ def _inspect(args) -> int:
                 _tokens.show(pieces, SHOWN_TOKENS, colour)
                 print()
     facts = template_facts(processing_class)
+    said = source.findings(processing_class, args.rows)
     if args.json:
-        _print_json(source.facts() | {"examples": examples, "template": facts})
+        _print_json(source.facts() | {"examples": examples, "template": facts, "warnings": said})
         return 0
     print("Supervised tokens are " + ("green." if colour else "in brackets."))
     words = {True: "yes", False: "no", None: "cannot be told"}
@@ -118,6 +119,8 @@ def _inspect(args) -> int:
     if facts["stop_token_trained"] is not None:
         trained = words[facts["stop_token_trained"]]
         print(f"Its marks of what the assistant says take in the end of the turn: {trained}.")
+    for line in said:
+        print(line)
     return 0
 
 
@@ -285,6 +288,20 @@ class _Source:
         self.model = resolve_model(self.model)
         return load_processing_class(self.model)
 
+    def findings(self, processing_class, rows: int | None = None) -> list[str]:
+        """What the rows' rendering shows, a sentence each; DataError where the model would learn something else."""
+        from posttrain.data import formats, rendering
+        from posttrain.data.rows import as_dataset
+
+        if self.format.kind in (formats.UNKNOWN, formats.TOKENISED):
+            return []
+        places = self.places[:rows]
+        data = as_dataset(self.rows[:rows], self.name)
+        if self.format.kind not in formats.PAIR_KINDS:
+            data = formats.convert(data)
+        found = rendering.check(data, processing_class, self.name, places)
+        return found.notes + found.warnings
+
     def pair_facts(self, max_length: int) -> dict:
         """Counts, lengths and warnings of preference pairs; DataError where they cannot be trained on."""
         from posttrain.data import schema, values
@@ -313,6 +330,7 @@ class _Source:
             notes.append(
                 f"{report.ended:.1%} of the answers end with an end-of-turn token, mostly {report.end_of_turn!r}"
             )
+        notes += report.notes
         facts |= {"unit": "tokens", "lengths": lengths.parts, "notes": notes, "warnings": report.warnings}
         return facts | {"report": report.to_dict()}
 
@@ -337,6 +355,7 @@ class _Source:
         parts = {part: quantiles(values) for part, values in found.items()}
         longest = max(values["99%"] for values in parts.values())
         facts["notes"].append(f"max_length {longest} keeps 99% of the rows whole")
+        facts["warnings"] += self.findings(processing_class)
         return facts | {"unit": "tokens", "lengths": parts}
 
     def _sizes(self, columns: list[str]) -> dict:

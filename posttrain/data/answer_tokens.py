@@ -29,7 +29,7 @@ def fit(dataset, processing_class, args, name: str, stop_ids=()):
     Raises DataError where nothing is left, no answer ends the turn, or a row cannot be rendered; ConfigError for a
     tokenizer without chat template or eos token.
     """
-    _check_template(dataset, processing_class)
+    check_template(dataset, processing_class)
     _check_sample(dataset, processing_class, args.max_length, name, stop_ids)
     places = [f"{name}, answer {number}" for number in range(1, len(dataset) + 1)]
     rendering.report(dataset, processing_class, name, places, "answers")
@@ -87,7 +87,8 @@ def tokenise(dataset, processing_class, args, name: str):
         raise DataError(f"{name}: a row cannot be turned into tokens: {type(error).__name__}: {error}") from error
 
 
-def _check_template(dataset, processing_class) -> None:
+def check_template(dataset, processing_class) -> None:
+    """Refuse messages where the tokenizer has no chat template."""
     if formats.is_messages(dataset[0]["completion"]) and not processing_class.chat_template:
         raise ConfigError(
             "the rows are conversational, and the tokenizer has no chat template to render them with. Use an instruct "

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from posttrain.data import objects
+from posttrain.data import formats, objects
 from posttrain.data.applied import ControlTokens
 from posttrain.data.probes import Probe, answers_of, prompt_of
 from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of
@@ -17,8 +17,9 @@ SPREAD, UNLIKE = 32, 256
 _FEW_SHARE, _FEW = 0.01, 8
 # Characters that prompts must have together before answers that begin with them are no chance.
 _CHANCE = 16
-_COLUMNS = ("prompt", "chosen", "rejected", "completion", "demonstration", "messages", "text")
-_SETTINGS = ("tools", "chat_template_kwargs")
+# What rows are told apart by, the first that fits, and those of them that are no answer to a prompt.
+_KINDS = (("chosen", "rejected"), ("completion",), ("demonstration",), ("messages",), ("text",), ("prompt",))
+_WHOLE = (("messages",), ("text",))
 
 
 @dataclass
@@ -56,10 +57,15 @@ def check(
     Raises DataError where the model would learn something else than the rows say.
     """
     found = Findings()
-    names = [column for column in (*_COLUMNS, *_SETTINGS) if column in dataset.column_names]
-    pairs = {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names)
-    if pairs or not names or {"image", "images"} & set(dataset.column_names):
+    columns = set(dataset.column_names)
+    if "messages" not in columns and "conversations" in columns:
+        dataset = dataset.rename_column("conversations", "messages")
+    kind = next((kind for kind in _KINDS if set(kind) <= set(dataset.column_names)), None)
+    if kind is None or columns.issuperset(formats.TOKEN_COLUMNS) or {"image", "images"} & columns or not len(dataset):
         return found
+    # beside messages there can be what they were made of
+    names = dict.fromkeys((*(() if kind in _WHOLE else ("prompt",)), *kind, "tools", "chat_template_kwargs"))
+    names = [column for column in names if column in columns | {"messages"} & set(kind)]
     dataset = as_rendered(dataset.select_columns(names).with_format(None), processing_class)
     tokenizer = tokenizer_of(processing_class)
     survey = _Survey(name, len(dataset), unit, ControlTokens.of(tokenizer))
