@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from posttrain.data import formats, rendering
 from posttrain.data.lengths import measure, quantiles
 from posttrain.data.schema import PairReport, _check_ends
-from posttrain.data.tokens import as_rendered, tokenizer_of
+from posttrain.data.tokens import as_learned, as_rendered, tokenizer_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
@@ -81,7 +81,10 @@ def tokenise(dataset, processing_class, args, name: str):
     )
     try:
         dataset = as_rendered(dataset, processing_class)
-        return SFTTrainer._prepare_dataset(trainer, dataset, processing_class, plain, False, None, name)
+        dataset = SFTTrainer._prepare_dataset(trainer, dataset, processing_class, plain, False, None, name)
+        return as_learned(dataset, processing_class, name)
+    except DataError:
+        raise
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:
         raise DataError(f"{name}: a row cannot be turned into tokens: {type(error).__name__}: {error}") from error

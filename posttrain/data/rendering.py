@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from posttrain.data import formats, objects
+from posttrain.data import continued, formats, objects
 from posttrain.data.applied import ControlTokens
 from posttrain.data.probes import Probe, answers_of, prompt_of
 from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of
@@ -68,9 +68,17 @@ def check(
     names = [column for column in names if column in columns | {"messages"} & set(kind)]
     dataset = as_rendered(dataset.select_columns(names).with_format(None), processing_class)
     tokenizer = tokenizer_of(processing_class)
+    is_task = kind in (("demonstration",), ("prompt",))
     survey = _Survey(name, len(dataset), unit, ControlTokens.of(tokenizer))
     for number, row in enumerate(_rows(dataset)):
-        survey.look(number, row, places[number] if places else f"{name}, row {number + 1}")
+        place = places[number] if places else f"{name}, row {number + 1}"
+        if is_task and continued.words_of(row["prompt"]):
+            raise DataError(
+                f"{place}: the prompt ends with words of the assistant, and a rollout would begin another turn behind "
+                "them. Give such prompts as texts, rendered with `tokenizer.apply_chat_template(prompt, "
+                "tokenize=False, continue_final_message=True)`, or leave those rows out."
+            )
+        survey.look(number, row, place)
     survey.refuse()
     warnings, found.notes = survey.tokens.say(name, len(dataset), unit, survey.is_text, tokenizer)
     found.warnings = survey.warnings() + warnings

@@ -14,7 +14,7 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import schema
-from posttrain.data.tokens import as_rendered
+from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
@@ -108,6 +108,9 @@ class PreferenceMixin(RunMixin):
         else:
             dataset = as_rendered(dataset, processing_class)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            given, dataset = dataset, as_learned(dataset, processing_class, dataset_name)
+            if dataset is not given:
+                dataset = self._short_enough(dataset, args)
         if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return dataset
         # upstream's sampler reads lengths from a column, or from `input_ids`, which pairs do not have
