@@ -28,7 +28,9 @@ def joined(dataset):
         return dataset
     if dataset.format["type"] == "custom" or not isinstance(dataset[0]["prompt"], list):
         return dataset
-    if not any(words_of(prompt) for batch in dataset.select_columns(["prompt"]).iter(1000) for prompt in batch["prompt"]):
+    if not any(
+        words_of(prompt) for batch in dataset.select_columns(["prompt"]).iter(1000) for prompt in batch["prompt"]
+    ):
         return dataset
     from datasets import Features, Json, List, Value
 
@@ -116,7 +118,9 @@ def _begun(prompt: list, row: Mapping, render) -> list[int]:
     try:
         return render(prompt, row, continue_final_message=True)
     except DataError as error:
-        raise DataError(f"{error} The prompt ends with words of the assistant, which the template cannot continue.") from None
+        raise DataError(
+            f"{error} The prompt ends with words of the assistant, which the template cannot continue."
+        ) from None
 
 
 def _check(length: int, start: int) -> None:

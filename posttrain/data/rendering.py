@@ -37,7 +37,12 @@ class Findings:
 
 
 def check(
-    dataset, processing_class, name: str, places: Sequence[str] = (), unit: str = "rows", settings: Mapping | None = None
+    dataset,
+    processing_class,
+    name: str,
+    places: Sequence[str] = (),
+    unit: str = "rows",
+    settings: Mapping | None = None,
 ) -> Findings:
     """Compare the texts of rows with what is left of them as tokens.
 
@@ -95,7 +100,12 @@ def check(
 
 
 def report(
-    dataset, processing_class, name: str, places: Sequence[str] = (), unit: str = "rows", settings: Mapping | None = None
+    dataset,
+    processing_class,
+    name: str,
+    places: Sequence[str] = (),
+    unit: str = "rows",
+    settings: Mapping | None = None,
 ) -> None:
     """As `check`, and say in the log what was found."""
     found = check(dataset, processing_class, name, places, unit, settings)
@@ -136,9 +146,11 @@ class _Survey:
                 self.first_repeated = self.first_repeated or place
             return
         for answer in answers.values():
-            for role in {turn.get("role") for turn in answer} & {"user", "system", "developer", "tool"} if isinstance(
-                answer, list
-            ) else ():
+            for role in (
+                {turn.get("role") for turn in answer} & {"user", "system", "developer", "tool"}
+                if isinstance(answer, list)
+                else ()
+            ):
                 self.others[role] += 1
                 self.first_other.setdefault(role, place)
 

@@ -112,7 +112,9 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> It
         )
         for row in prepared:
             if continued.COLUMN in row:
-                row = continued.part_pair(row, _renderer(processing_class, places[done] if places else f"row {done + 1}"))
+                row = continued.part_pair(
+                    row, _renderer(processing_class, places[done] if places else f"row {done + 1}")
+                )
             yield {name: row[name] for name in formats.TOKEN_COLUMNS}
             done += 1
     except DataError:

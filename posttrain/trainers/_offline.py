@@ -171,7 +171,9 @@ class OfflineMixin(RunMixin):
     def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
         if "input_ids" not in (dataset.column_names or ()):
             dataset = as_rendered(dataset, processing_class)
-        return as_learned(super()._prepare_dataset(dataset, processing_class, *args, **kwargs), processing_class, "a row")
+        return as_learned(
+            super()._prepare_dataset(dataset, processing_class, *args, **kwargs), processing_class, "a row"
+        )
 
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
