@@ -147,9 +147,9 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     _checks.check_generation(args, train_dataset)
     tokenizer = tokenizer_of(processing_class_for(model_id, None, args))
     train_dataset = as_rendered(train_dataset, tokenizer)
+    task_rows.check(train_dataset, tokenizer, args)
     if args.learns_from_demonstrations:
         train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
-    task_rows.check(train_dataset, tokenizer, args)
 
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
     texts = [_rendered(row["prompt"], tokenizer, args) for row in sample]

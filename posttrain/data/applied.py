@@ -133,8 +133,8 @@ class ControlTokens:
         more = f" and {len(self.tokens) - 4} others" if len(self.tokens) > 4 else ""
         if is_text and 2 * max(self.prompts, self.rows - self.unfinished) >= rows:
             notes = [
-                f"{name}: {self.rows} of {rows} {unit} hold control tokens ({often}{more}; first: {self.first}), so the "
-                "chat template was applied to them already. They are taken as they are, and begin and end once."
+                f"{name}: {self.rows} of {rows} {unit} hold control tokens ({often}{more}; first: {self.first}), so "
+                "the chat template was applied to them already. They are taken as they are, and begin and end once."
             ]
             warnings = []
             if self.unfinished:

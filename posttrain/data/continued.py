@@ -1,4 +1,4 @@
-"""Prompts that end with words of the assistant, which the answer goes on with: one turn, of which the answer is learned.
+"""Prompts that end with words of the assistant, which the answer goes on with: only the answer is learned.
 
 TRL would begin another turn of the assistant behind them. The words are joined to the answers before it tokenises the
 rows, and taken back to the prompt as tokens afterwards.

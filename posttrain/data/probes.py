@@ -206,7 +206,7 @@ class Probe:
 
     def _value_faults(self, messages: list, index: int, message: Mapping, text: str, options) -> Iterator[Fault]:
         """Content that is no text, and the arguments of tool calls: Python's print of them in the place of a text."""
-        content = message.get("content", "")
+        content = message.get("content")
         if isinstance(content, list) and content and _bare(str(content)) in _bare(text):
             yield _printed("a list of blocks", content, "Write the content as a text, or use a template for blocks.")
         elif isinstance(content, list) and not all(block.get("type", "text") == "text" for block in content):
@@ -215,13 +215,11 @@ class Probe:
             if self._are_alike(messages, index, {**message, "content": fewer}, options):
                 kinds = ", ".join(sorted({str(block.get("type")) for block in others}))
                 yield Fault(
-                    ("blocks", kinds), f"the chat template drops blocks of the type {kinds}", _short(json.dumps(others)),
-                    "The answer is to something that the model cannot see; leave those rows out, or use a model for it.",
+                    ("blocks", kinds), f"the chat template drops blocks of the type {kinds}",
+                    _short(json.dumps(others, default=str)),
+                    "The answer is to something that the model cannot see. Leave those rows out, or use a model for it.",
                     True,
                 )  # fmt: skip
-        elif content is None and not self._are_alike(messages, index, {**message, "content": ""}, options):
-            if "None" in text:
-                yield _printed("null content", content, 'Write `"content": ""` there.')
         for call in message.get("tool_calls") or ():
             function = call.get("function", call) if isinstance(call, Mapping) else {}
             arguments, bare = function.get("arguments"), _bare(text)

@@ -1,4 +1,4 @@
-"""Rows against their rendering: what the chat template drops, repeats or prints as Python's own, before a model loads."""
+"""Rows against their rendering: what the chat template drops, repeats or prints as Python does."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -177,8 +177,8 @@ class _Survey:
         said = []
         if self.plainly_repeated and not self._are_repeated:
             said.append(
-                f"{self.name}: in {self.plainly_repeated} of {self.rows} {self.unit} the answers begin with the prompt, which "
-                f"they repeat (first: {self.first_repeated}). Where that is no part of the answer, cut it off."
+                f"{self.name}: in {self.plainly_repeated} of {self.rows} {self.unit} the answers begin with the "
+                f"prompt, which they repeat (first: {self.first_repeated}). Where that is no part of the answer, cut it off."
             )
         if self.others["tool"]:
             said.append(

@@ -29,7 +29,7 @@ def _check(dataset, processing_class, args, name: str) -> None:
     names = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in dataset.column_names]
     rows, places = dataset.select_columns(names), [f"{name}, row {number}" for number in range(1, len(dataset) + 1)]
     answered: list[int] = []
-    if args.learns_from_demonstrations:
+    if args.learns_from_demonstrations and "demonstration" in dataset.column_names:
         answers = [
             _answer(prompt, given) for prompt, given in zip(dataset["prompt"], dataset["demonstration"], strict=True)
         ]
@@ -45,8 +45,9 @@ def _check(dataset, processing_class, args, name: str) -> None:
 
 
 def _answer(prompt, given):
-    """A demonstration in the form of its prompt; None where it says nothing."""
-    text = given if isinstance(given, str) else "".join(turn.get("content") or "" for turn in given or ())
-    if not text.strip():
-        return None
-    return [{"role": "assistant", "content": given}] if isinstance(prompt, list) and isinstance(given, str) else given
+    """A demonstration in the form of its prompt; None where it says nothing, or is none, which tokenising refuses."""
+    if isinstance(given, str) and given.strip():
+        return [{"role": "assistant", "content": given}] if isinstance(prompt, list) else given
+    turn = given[0] if isinstance(given, list) and len(given) == 1 else None
+    is_answer = isinstance(turn, Mapping) and turn.get("role") == "assistant" and isinstance(turn.get("content"), str)
+    return given if is_answer and turn["content"].strip() and isinstance(prompt, list) else None

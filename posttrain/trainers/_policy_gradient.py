@@ -54,11 +54,11 @@ class PolicyGradientMixin(RunMixin):
         tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
         train_dataset = as_rendered(train_dataset, tokenizer)
         eval_dataset = _all_rendered(eval_dataset, tokenizer)
+        task_rows.check(train_dataset, tokenizer, args)
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
             train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
-        task_rows.check(train_dataset, tokenizer, args)
         self._begin_run(preflight(args, model))
         self._sharing, self._scored, self._rewards = None, None, None
         self._means = MeanMetrics()

@@ -100,7 +100,7 @@ def test_ordinary_rows_raise_no_alarm(kind, name, tokenizer):
 
 @pytest.mark.parametrize("name", ["qwen3", "glm4moe", "llama3_1", "nemotron_3_nano", "gptoss"])
 def test_templates_that_know_tools_raise_no_alarm(name):
-    rows = [pair(user("Weather?"), chosen=[says("", tool_calls=CALL)], tools=[TOOL])]
+    rows = [pair(user("Weather?"), chosen=[says(words, tool_calls=CALL)], tools=[TOOL]) for words in ("", None)]
     result = {"role": "tool", "name": "weather", "tool_call_id": "call_1234", "content": '{"sky": "mild"}'}
     rows += [pair(user("Weather?"), says("", tool_calls=CALL), result, tools=[TOOL])]
     assert said(rows, trl_template(name)) == []
@@ -109,18 +109,17 @@ def test_templates_that_know_tools_raise_no_alarm(name):
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("qwen3", pair({"role": "developer", "content": "Be short."}, user()), "drops the message of the role developer.*"
-         "Rename the role to system"),
+        ("qwen3", pair({"role": "developer", "content": "Be short."}, user()), "the role developer.*to system"),
         ("qwen3", pair({"role": "critic", "content": "Be short."}, user()), "drops the message of the role critic"),
-        ("qwen3", pair(user("Hi"), says("<think>\nhm\n</think>\n\nHello"), user()), "drops the reasoning of the prompt"),
-        ("qwen3", pair(user("Hi"), says("Hello", reasoning_content="hm"), user()), "reasoning of the prompt in reasoning_c"),
-        ("llama3_1", pair(chosen=[says(reasoning_content="France has it")]), "drops the answer's reasoning in reasoning_c"),
+        ("qwen3", pair(user("Hi"), says("<think>\nhm\n</think>\n\nHello"), user()), "drops the reasoning of the prom"),
+        ("qwen3", pair(user("Hi"), says("Hello", reasoning_content="hm"), user()), "reasoning of the prompt in reaso"),
+        ("llama3_1", pair(chosen=[says(reasoning_content="France has it")]), "drops the answer's reasoning in reason"),
         ("llama3_1", pair(chosen=[says(thinking="France has it")]), "drops the answer's reasoning in thinking"),
-        ("deepseek_r1_distill", pair(chosen=[says("<think>hm</think>The Loire.")]), "drops the answer's reasoning between"),
+        ("deepseek_r1_distill", pair(chosen=[says("<think>hm</think>The Loire.")]), "drops the answer's reasoning be"),
         ("gemma3", pair(tools=[TOOL]), r"drops the tools.*weather"),
         ("gemma3", pair(chosen=[says(tool_calls=CALL)]), "drops tool calls"),
         ("qwen3", pair(user(name="Ada")), "drops the name of who speaks.*'Ada'"),
-        ("qwen3", pair(chosen=[says(), {"role": "tool", "content": "x"}, says("So.")]), "in 1 answers a tool takes a turn"),
+        ("qwen3", pair(chosen=[says(), {"role": "tool", "content": "x"}, says("So.")]), "in 1 answers a tool takes a"),
     ],
 )  # fmt: skip
 def test_what_a_template_loses_is_said_with_the_row(name, row, message):
@@ -143,17 +142,16 @@ def test_what_a_template_loses_is_said_with_the_row(name, row, message):
         # said twice
         (plain("m.content ~ ' ' ~ m.content"), pair(), "renders a message of the role assistant 2 times"),
         # Python's print
-        (plain(), pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "a list of blocks as Python prints it"),
+        (plain(), pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "a list of blocks as Python pri"),
         (plain(), pair(chosen=[says([{"type": "input_text", "text": "a"}])]), "a list of blocks as Python prints it"),
-        (plain("m.content ~ m.tool_calls"), pair(chosen=[says("a", tool_calls=CALL)]), "the arguments of a tool call as Py"),
-        (plain("m.content ~ (m.tool_calls | tojson if m.tool_calls else '')"), pair(chosen=[says(None, tool_calls=CALL)]), "null content as Python prints it"),
+        (plain("m.content ~ m.tool_calls"), pair(chosen=[says("a", tool_calls=CALL)]), "the arguments of a tool call"),
         # blocks that a template for texts leaves out
         (trl_template("qwen3"), pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "blocks of content"),
         (plain("m.content if m.content is string else m.content[0].text"),
          pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "drops blocks of the type image"),
         # arguments that are a text already, as a text of a text
         (plain("m.content ~ (m.tool_calls | tojson if m.tool_calls else '')"), pair(chosen=[says("a", tool_calls=[
-            {"type": "function", "function": {"name": "weather", "arguments": '{"town": "Lyon"}'}}])]), "quotes the argum"),
+            {"type": "function", "function": {"name": "weather", "arguments": '{"town": "Lyon"}'}}])]), "quotes the "),
     ],
 )  # fmt: skip
 def test_what_would_be_learned_wrong_is_refused(tokenizer, row, message):
