@@ -6,9 +6,9 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from posttrain.data.markers import REASONING, marked
 from posttrain.data.tokens import render_text, tokenizer_of
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
 _ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "text")
 
@@ -27,15 +27,6 @@ class Fault(NamedTuple):
     shown: str
     remedy: str
     is_wrong: bool = False
-
-
-class _Piece(NamedTuple):
-    """A text of a message: of which kind, where, and what stands for it in the marked rendering."""
-
-    kind: str
-    index: int
-    text: str
-    marker: str
 
 
 def prompt_of(row: Mapping):
@@ -89,9 +80,9 @@ class Probe:
     def _faults(self, prompt: list, answer: list, name: str, learned: Mapping) -> Iterator[Fault]:
         messages, start = [*prompt, *answer], len(prompt)
         options = {} if answer else {"add_generation_prompt": True}
-        marked, pieces, names = _marked(messages, self.row.get("tools"))
+        stands, pieces, names = marked(messages, self.row.get("tools"))
         try:
-            drawn = self._render(*marked, **options)
+            drawn = self._render(*stands, **options)
         # a template may want content of some form; what it makes of the row itself is known
         except Exception:
             drawn = None
@@ -181,7 +172,7 @@ class Probe:
         if seen or (seen is None and _bare(piece.text) in hay):
             return None
         shown = repr(_short(piece.text))
-        if piece.kind in _REASONING:
+        if piece.kind in REASONING:
             return _lost_reasoning(f"in {piece.kind}", shown, part != "prompt")
         if piece.kind == "name":
             return Fault(
@@ -217,7 +208,7 @@ class Probe:
                 yield Fault(
                     ("blocks", kinds), f"the chat template drops blocks of the type {kinds}",
                     _short(json.dumps(others, default=str)),
-                    "The answer is to something that the model cannot see. Leave those rows out, or use a model for it.",
+                    "The answer is to something that the model cannot see. Leave those rows out, or take another model.",
                     True,
                 )  # fmt: skip
         for call in message.get("tool_calls") or ():
@@ -287,90 +278,6 @@ def _split(row: Mapping) -> tuple:
         # as TRL, which leaves a blank to the answer
         length -= 1
     return chosen[:length], {"chosen": chosen[length:], "rejected": rejected[length:]}
-
-
-def _marked(messages: list, tools) -> tuple[tuple[list, object], list[_Piece], dict[str, str]]:
-    """The messages and tools with a marker in the place of each text, the pieces, and the markers of tools' names."""
-    pieces: list[_Piece] = []
-    names: dict[str, str] = {}
-    of_tools: dict[str, str] = {}
-
-    def marker(kind: str, index: int, text: str) -> str:
-        pieces.append(_Piece(kind, index, text, f"qz{len(pieces):04d}zq"))
-        return pieces[-1].marker
-
-    def name_of(name: str) -> str:
-        return names.setdefault(name, f"fz{len(names):04d}zf")
-
-    def name_of_tool(name: str) -> str:
-        return of_tools.setdefault(name, f"tz{len(of_tools):04d}zt")
-
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    marked_tools = [_named(tool, name_of_tool) for tool in tools] if tools else tools
-    marked = []
-    for index, message in enumerate(messages):
-        made = dict(message)
-        content = message.get("content")
-        if isinstance(content, str) and content.strip():
-            made["content"] = marker("content", index, content)
-        elif isinstance(content, list):
-            made["content"] = [
-                {**block, "text": marker("content", index, block["text"])}
-                if isinstance(block.get("text"), str) and block["text"].strip()
-                else block
-                for block in content
-            ]
-        for key in _REASONING:
-            if isinstance(message.get(key), str) and message[key].strip():
-                made[key] = marker(key, index, message[key])
-        if isinstance(message.get("name"), str) and message["name"]:
-            known = message["name"] in names
-            # a tool is named by the call before it
-            made["name"] = name_of(message["name"]) if message.get("role") == "tool" or known else message["name"]
-            if message.get("role") != "tool" and not known:
-                made["name"] = marker("name", index, message["name"])
-        if isinstance(message.get("tool_calls"), list):
-            made["tool_calls"] = [_marked_call(call, index, name_of, pieces, marker) for call in message["tool_calls"]]
-        if isinstance(message.get("function_call"), Mapping):
-            call = {**message["function_call"], "name": marker("function_call", index, "function_call")}
-            made["function_call"] = call
-        marked.append(made)
-    return (marked, marked_tools), pieces, of_tools
-
-
-def _named(tool, name_of):
-    if not isinstance(tool, Mapping):
-        return tool
-    if isinstance(tool.get("function"), Mapping) and isinstance(tool["function"].get("name"), str):
-        return {**tool, "function": {**tool["function"], "name": name_of(tool["function"]["name"])}}
-    return {**tool, "name": name_of(tool["name"])} if isinstance(tool.get("name"), str) else tool
-
-
-def _marked_call(call, index: int, name_of, pieces: list, marker):
-    if not isinstance(call, Mapping):
-        return call
-    function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        return call
-    name, arguments = name_of(function["name"]), function.get("arguments")
-    pieces.append(_Piece("tool calls", index, function["name"], name))
-
-    def mark(value):
-        if isinstance(value, str) and value.strip():
-            return marker("arguments of tool calls", index, value)
-        if isinstance(value, Mapping):
-            return {key: mark(part) for key, part in value.items()}
-        return [mark(item) for item in value] if isinstance(value, list) else value
-
-    if isinstance(arguments, Mapping):
-        arguments = mark(arguments)
-    elif isinstance(arguments, str):
-        try:
-            arguments = json.dumps(mark(json.loads(arguments)))
-        except ValueError:
-            arguments = marker("arguments of tool calls", index, arguments)
-    made = {**function, "name": name} | ({"arguments": arguments} if "arguments" in function else {})
-    return {**call, "function": made} if "function" in call else made
 
 
 def _lost_reasoning(where: str, shown: str, in_answer: bool) -> Fault:

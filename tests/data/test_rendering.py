@@ -9,7 +9,7 @@ import trl
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from posttrain.data import objects, rendering
+from posttrain.data import objects, rendering, survey
 from posttrain.data.schema import examine_preferences
 from posttrain.data.tokens import tokenized_pairs
 from posttrain.errors import DataError
@@ -333,7 +333,7 @@ def test_rows_that_look_unlike_the_others_are_rendered():
     for number, row in odd.items():
         rows[number] = {key: row.get(key) for key in ("prompt", "chosen", "rejected", "tools")}
     found = rendering.check(objects.exact(rows), trl_template("gemma3"), "data")
-    assert rendering.SPREAD + len(odd) <= found.rendered <= rendering.SPREAD + len(odd) + 2
+    assert survey.SPREAD + len(odd) <= found.rendered <= survey.SPREAD + len(odd) + 2
     assert sorted("tools" if "the tools" in warning else "name" for warning in found.warnings) == ["name", "tools"]
 
 
