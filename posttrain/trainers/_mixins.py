@@ -20,6 +20,7 @@ from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
 from posttrain.trainers import _checks, _reference
+from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
 
@@ -72,14 +73,14 @@ class PreferenceMixin(RunMixin):
         *rest,
         **kwargs,
     ):
+        self._reference_is_given = ref_model is not None
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
-        _checks.check_model_config(args, config)
+        _checks.check_model_config(args, config, self._weighs_pairs_of(args))
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
-        self._begin_run(preflight(args, model))
+        self._begin_run(preflight(args, model), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
-        self._reference_is_given = ref_model is not None
         self._margin_checked = False
         self.reference_key = None
         self._sharing, self._clock = None, None
@@ -92,6 +93,9 @@ class PreferenceMixin(RunMixin):
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
         get_logger().info("reference: %s", _reference.describe(self))
+
+    def _live_reference(self, args) -> bool:
+        return not self._reference_is_given
 
     # stands on DPOTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
@@ -117,17 +121,21 @@ class PreferenceMixin(RunMixin):
             return dataset
         return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": args.max_length})
 
-    def score(self, model, batch) -> PairScores:
+    def score(self, model, batch, aux_loss: bool = False) -> PairScores:
         """Run `model` on a padded batch of pairs (chosen rows first) and sum the log-probabilities of each completion.
 
-        With `ld_alpha`, tokens beyond the shorter completion of a pair count `ld_alpha` (LD-DPO).
+        With `ld_alpha`, tokens beyond the shorter completion of a pair count `ld_alpha` (LD-DPO). `aux_loss`: ask a
+        mixture of experts for its load-balancing loss, in `outputs`.
         """
         mask = batch["completion_mask"]
         kwargs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        self._head.check(model)
         packed = self._packed(model, batch)
         if packed is not None:
             kwargs["packed"] = packed
+        if aux_loss:
+            kwargs["output_router_logits"] = True
         outputs = model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
         shift_mask = mask[:, 1:]
         # Prompt-learning adapters put virtual tokens in front
@@ -144,6 +152,8 @@ class PreferenceMixin(RunMixin):
     def _set_up_sharing(self) -> None:
         # TRL's constructor precomputes reference log-probs before it returns, so whoever comes first
         if self._sharing is None:
+            self._note_start()
+            self._head = TrueHead(self)
             self._sharing = PrefixSharing(self)
 
     def _packed(self, model, batch):
@@ -212,6 +222,10 @@ class PreferenceMixin(RunMixin):
         """Whether the loss depends on which pairs share a micro-batch."""
         return False
 
+    def _weighs_pairs_of(self, args) -> bool:
+        """Whether the pairs of a step count unequally under these settings."""
+        return False
+
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""
         for batch in batches:
@@ -225,13 +239,17 @@ class PreferenceMixin(RunMixin):
                 **inputs,
                 "real_rows": real_rows(self.accelerator, _pairs(inputs)) if mode == "eval" else _pairs(inputs),
             }
-        scores = self.score(model, inputs)
+        scores = self.score(model, inputs, aux_loss=True) if self.aux_loss_enabled else self.score(model, inputs)
         ref_chosen_logps, ref_rejected_logps = self._reference_logps(model, inputs)
         chosen_logratios = scores.chosen_logps - ref_chosen_logps
         rejected_logratios = scores.rejected_logps - ref_rejected_logps
         self._check_first_margins(chosen_logratios, rejected_logratios, inputs)
         losses = self.pair_losses(chosen_logratios, rejected_logratios, inputs)
         loss = self.reduce_pairs(losses, inputs, mode)
+        if self.aux_loss_enabled:
+            # of each micro-batch's tokens, as TRL has it: it depends on the split
+            loss = loss + self.router_aux_loss_coef * scores.outputs.aux_loss
+            self._means[mode].add_sum("aux_loss", scores.outputs.aux_loss.detach().float(), 1)
         if mode == "train" and self.is_in_train:
             self._finite_loss.watch(self, loss)
         with torch.no_grad():
@@ -254,6 +272,8 @@ class PreferenceMixin(RunMixin):
             return
         self._margin_checked = True
         if self._reference_is_given or not self.args.check_reference or self.state.global_step > 0:
+            return
+        if not _checks.may_be_identity(self.model):
             return
         tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)
         per_token = torch.cat([chosen_logratios, rejected_logratios]).detach().abs() / tokens

@@ -12,7 +12,7 @@ from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.models import resolve_model
 from posttrain.reporting import RunReport
-from posttrain.trainers import _checkpoints, _checks
+from posttrain.trainers import _checkpoints, _checks, _start
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
 from posttrain.trainers._sharing import check_setting
 
@@ -24,24 +24,37 @@ class RunMixin:
 
     def _check_start(self, model, args, peft_config):
         """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
+        self._start, self._peft_config = None, peft_config
         args = _checks.check_args(args, self._config_class, type(self).__name__)
         _checks.check_output_dir(args.output_dir)
         if peft_config is not None:
             _checks.check_lora(peft_config)
+        _start.check_adapter(model, peft_config, args, self._live_reference(args))
         if isinstance(model, str):
             model = resolve_model(model)
         config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
         check_setting(args, config, peft_config)
         return model, args, config
 
-    def _begin_run(self, hub_destination) -> None:
+    def _live_reference(self, args) -> bool:
+        """Whether the reference of a run with an adapter is the model itself, with its adapter off or replaced."""
+        return False
+
+    def _note_start(self) -> None:
+        # TRL's constructor may forward the reference before it returns, so whoever comes first
+        if self._start is None:
+            self._start = _start.Start(self, self._peft_config, self._live_reference(self.args))
+
+    def _begin_run(self, hub_destination, args) -> None:
         """Before the parent's constructor."""
+        _start.begin(self._peft_config, args)
         self.hub_destination = hub_destination
         self._known_identity = None
         self._finite_loss, self._live_gradients = FiniteLoss(), None
 
     def _finish_construction(self) -> None:
         """After the parent's constructor."""
+        self._note_start()
         keep_4bit_weights_trainable(self.model)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
@@ -64,6 +77,7 @@ class RunMixin:
             now = self._identity() | _checkpoints.update_settings(self) if self.args.check_resume else None
             content = _checkpoints.read(checkpoint, now)
             self._total_train_tokens = content["state"]["num_tokens"]
+            self._start.resume(checkpoint, self.state.global_step > 0)
         self._live_gradients = None
         try:
             output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -110,7 +124,20 @@ class RunMixin:
             folder = output_dir or self.args.output_dir
             raise EnvironmentIssue(f"the model could not be saved to {folder}: {error}") from error
         if self.is_world_process_zero():
+            self._start.saved(output_dir or self.args.output_dir)
             clean_readme(output_dir or self.args.output_dir, self.args.base_model_id)
+
+    # stands on Trainer._load_from_checkpoint
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._start.converts:
+            return self._start.load(resume_from_checkpoint)
+        return super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    # stands on Trainer._load_best_model
+    def _load_best_model(self):
+        if self._start.converts and not self.is_deepspeed_enabled:
+            return self._start.load(self.state.best_model_checkpoint)
+        return super()._load_best_model()
 
     # stands on Trainer.push_to_hub: saves first, on all ranks, and never fails the run
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):

@@ -58,6 +58,8 @@ class PrefixSharing:
         adapter = trainer.model.active_peft_config if is_peft_model(trainer.model) else None
         for base in bases:
             reason = prefix_sharing.obstacle(base.config, base, peft_config=adapter)
+            if getattr(trainer, "aux_loss_enabled", False) and not left_padded:
+                reason = "the auxiliary loss of a mixture of experts counts prompt tokens"
             if reason:
                 self._give_up(reason)
                 return

@@ -17,6 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
+from posttrain.mechanisms import initial_adapter
 from posttrain.mechanisms.reference_cache import TokenCache, sequence_digest
 from posttrain.paths import cache_dir
 from posttrain.trainers import _reference
@@ -27,8 +28,11 @@ COLUMN = "ref_logps"
 
 def starts_as_identity(peft_config) -> bool:
     """Whether a new adapter of these settings changes nothing before its first step, and leaves the base alone."""
-    return getattr(peft_config, "init_lora_weights", None) in (True, "gaussian") and not getattr(
-        peft_config, "use_dora", False
+    return (
+        initial_adapter.begins_as_base(peft_config)
+        and initial_adapter.initialisation(peft_config) in (True, "gaussian", "mica")
+        and not getattr(peft_config, "use_dora", False)
+        and getattr(peft_config, "bias", "none") == "none"
     )
 
 

@@ -70,8 +70,11 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     @property
     def _weighs_pairs(self) -> bool:
+        return self._weighs_pairs_of(self.args)
+
+    def _weighs_pairs_of(self, args) -> bool:
         """Whether Dr. DPO is on: at beta_prime inf it is the plain mean."""
-        return self.args.reduction == "dr_dpo" and not math.isinf(self.args.beta_prime)
+        return args.reduction == "dr_dpo" and not math.isinf(args.beta_prime)
 
     @property
     def _rescales(self) -> bool:
