@@ -26,8 +26,13 @@ from trl import get_quantization_config as get_quantization_config
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.field_types import BadValue, FieldType, kind_of, shown
 
-# TRL's own names for models, LoRA and quantisation; `get_peft_config` and `get_quantization_config` read them.
-ModelArguments = ModelConfig
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's own names for models, LoRA and quantisation; the adapter drops nothing out unless it is asked to."""
+
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+
 
 COMMAND_LINE = "command line"
 

@@ -250,6 +250,18 @@ def drops_out(model) -> bool:
     return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """`model` in eval mode inside, each of its modules in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def may_be_identity(model) -> bool:
     """Whether an adapter can be without effect; one of learned prompts or prefixes never is."""
     return not (is_peft_model(model) and model.active_peft_config.is_prompt_learning)

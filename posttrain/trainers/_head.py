@@ -5,6 +5,7 @@ from accelerate.utils import is_peft_model
 
 from posttrain.log import get_logger
 from posttrain.mechanisms.own_head import Head, is_adapted
+from posttrain.trainers import _checks
 
 
 class TrueHead:
@@ -27,14 +28,9 @@ class TrueHead:
         if head is None or id(inner) in self._chosen:
             return
         self._chosen.add(id(inner))
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            vocab_size, device = inner.config.get_text_config().vocab_size, self._accelerator.device
+        vocab_size, device = inner.config.get_text_config().vocab_size, self._accelerator.device
+        with _checks.evaluating(model):
             reason = head.choose(model, vocab_size, device, is_adapted(inner))
-        finally:
-            for module, mode in modes:
-                module.training = mode
         # one rank's rounding must not part it from the others
         order = ("fused", "tiles", "whole")
         own = torch.tensor([order.index(head.mode)], device=device)

@@ -19,7 +19,7 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.trainers import _checks, _reference
+from posttrain.trainers import _checks, _reference, _start
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
@@ -81,7 +81,7 @@ class PreferenceMixin(RunMixin):
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
         self._begin_run(preflight(args, model), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
-        self._margin_checked = False
+        self._margin_checked, self._drops_out = False, False
         self.reference_key = None
         self._sharing, self._clock = None, None
         with _checks.upstream_refusals():
@@ -89,6 +89,8 @@ class PreferenceMixin(RunMixin):
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
             )
         _checks.check_parallelism(self.accelerator)
+        _start.use_adapter_dropout(self.model)
+        self._drops_out = _checks.drops_out(self.model)
         self._finish_construction()
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
@@ -153,6 +155,7 @@ class PreferenceMixin(RunMixin):
         # TRL's constructor precomputes reference log-probs before it returns, so whoever comes first
         if self._sharing is None:
             self._note_start()
+            self._drops_out = _checks.drops_out(self.model)
             self._head = TrueHead(self)
             self._sharing = PrefixSharing(self)
 
@@ -173,7 +176,9 @@ class PreferenceMixin(RunMixin):
         if self.ref_model is None and is_peft_model(self.model):
             peft_model = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None)
-        with torch.no_grad(), self._plain_forward(), adapter, self.accelerator.autocast():
+        # upstream leaves the model in training mode, where the base's own dropout would fall on the reference
+        clean = _checks.evaluating(reference) if self._drops_out else contextlib.nullcontext()
+        with torch.no_grad(), clean, self._plain_forward(), adapter, self.accelerator.autocast():
             scores = self.score(reference, inputs)
         return scores.chosen_logps, scores.rejected_logps
 
@@ -243,7 +248,7 @@ class PreferenceMixin(RunMixin):
         ref_chosen_logps, ref_rejected_logps = self._reference_logps(model, inputs)
         chosen_logratios = scores.chosen_logps - ref_chosen_logps
         rejected_logratios = scores.rejected_logps - ref_rejected_logps
-        self._check_first_margins(chosen_logratios, rejected_logratios, inputs)
+        self._check_first_margins(model, scores, (ref_chosen_logps, ref_rejected_logps), inputs)
         losses = self.pair_losses(chosen_logratios, rejected_logratios, inputs)
         loss = self.reduce_pairs(losses, inputs, mode)
         if self.aux_loss_enabled:
@@ -267,7 +272,7 @@ class PreferenceMixin(RunMixin):
         # A rank whose last batch only fills up has no row that counts; its value is cut off by the Trainer's gather
         return losses[: max(inputs["real_rows"], 1)].mean()
 
-    def _check_first_margins(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> None:
+    def _check_first_margins(self, model, scores: PairScores, reference: tuple[Tensor, Tensor], inputs: dict) -> None:
         if self._margin_checked or not self.model.training:
             return
         self._margin_checked = True
@@ -275,8 +280,12 @@ class PreferenceMixin(RunMixin):
             return
         if not _checks.may_be_identity(self.model):
             return
+        if self._drops_out:
+            with torch.no_grad(), _checks.evaluating(model), self._plain_forward():
+                scores = self.score(model, inputs)
         tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)
-        per_token = torch.cat([chosen_logratios, rejected_logratios]).detach().abs() / tokens
+        logps = torch.cat([scores.chosen_logps, scores.rejected_logps])
+        per_token = (logps - torch.cat(reference)).detach().abs() / tokens
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
         _checks.check_zero_margin(worst, self.model, self.accelerator, _reference.describe(self))
 

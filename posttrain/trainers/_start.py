@@ -160,3 +160,15 @@ class Start:
         if initial_adapter.REFERENCE in self._model.peft_config:
             initial_adapter.add_reference(self._model)
         self._matrices = initial
+
+
+def use_adapter_dropout(model) -> None:
+    """Give a LoRA adapter the dropout of its config again, which TRL's disable_dropout turns off with the base's."""
+    if not is_peft_model(model):
+        return
+    for name in model.active_adapters:
+        dropout = getattr(model.peft_config[name], "lora_dropout", 0.0)
+        for module in model.modules():
+            found = getattr(module, "lora_dropout", None)
+            if dropout and isinstance(found, torch.nn.ModuleDict) and name in found:
+                found[name].p = dropout

@@ -112,6 +112,13 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         default="auto",
         metadata={"help": "Compute a prompt once for all of its rollouts: auto, always or never."},
     )
+    check_reference: bool = field(
+        default=True,
+        metadata={
+            "help": "With beta above 0: stop where policy and reference, meant to be the same weights, differ before "
+            "the first step."
+        },
+    )
     skip_grad_norm: float | None = field(
         default=None,
         metadata={"help": "Skip the optimiser step where the gradient's norm before clipping exceeds this."},

@@ -135,11 +135,6 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
                 "pair_loss is rdpo and reduction is dr_dpo; rDPO's loss is unbounded below, so Dr. DPO would lock on "
                 "the lowest pair. Set `pair_loss: dpo` (or cdpo, hinge, ipo), or `reduction: mean`."
             )
-        if self.dr_dpo_scope == "global" and self.dr_dpo_window == "two_pass" and not self.disable_dropout:
-            raise ConfigError(
-                "disable_dropout is False; the two passes of dr_dpo_window: two_pass would see other losses. "
-                "Set `disable_dropout: true`."
-            )
         if self.dr_dpo_scope == "global" and self.dr_dpo_window == "rescale":
             if self.fp16:
                 raise ConfigError(
