@@ -16,8 +16,8 @@ _PROMPTS = (
     "To sort a list in Python,",
     "Once upon a time, in a small village",
 )
-# Share of tokens of which merged and unmerged model must agree on the likeliest next one. Where the unmerged model gives
-# the merged one's choice nearly its best logit, they agree: rounding may decide such ties either way.
+# Share of tokens of which merged and unmerged model must agree on the likeliest next one. Where the unmerged model
+# gives the merged one's choice nearly its best logit, they agree: rounding may decide such ties either way.
 LEAST_AGREEMENT = 0.95
 
 
@@ -61,7 +61,7 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
             merged = _merged(model)
         except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(
-                f"the adapter in {run} cannot be merged: {error}. Keep it beside its base, and push it without --merged."
+                f"the adapter in {run} cannot be merged: {error}. Keep it beside its base; push it without --merged."
             ) from error
         merged.save_pretrained(partial)
         files = found(Path(run), TOKENIZER)

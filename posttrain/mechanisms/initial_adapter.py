@@ -89,7 +89,7 @@ def convert(folder: str | Path, initial: dict[str, Tensor]) -> None:
     state = load_file(folder / WEIGHTS)
     for name, first in initial.items():
         first = first.to(state[name].dtype)
-        state[name] = torch.cat([state[name], first if name.endswith(_A) else -first], dim=name.endswith(_B))
+        state[name] = torch.cat([state[name], first if name.endswith(_A) else -first], dim=int(name.endswith(_B)))
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     rank = config["r"]
     config |= {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None, "r": 2 * rank}

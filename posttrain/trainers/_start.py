@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import set_seed
 
@@ -33,7 +34,7 @@ def check_adapter(model, peft_config, args, live_reference: bool) -> None:
         ConfigError: in each of these cases.
     """
     if peft_config is None:
-        given = getattr(model, "peft_config", {}) if is_peft_model(model) else {}
+        given = model.peft_config if isinstance(model, PeftModel) else {}
         for config in given.values():
             if initial_adapter.changes_base(config):
                 raise ConfigError(

@@ -233,7 +233,6 @@ REFUSED = [
         dict(reduction="dr_dpo", pair_loss="rdpo"),
         "pair_loss is rdpo and reduction is dr_dpo; rDPO's loss is unbounded",
     ),
-    (dict(reduction="dr_dpo", disable_dropout=False), "disable_dropout is False; the two passes"),
     (
         dict(reduction="dr_dpo", dr_dpo_window="rescale", fp16=True),
         "dr_dpo_window is rescale and fp16 is true",
