@@ -14,6 +14,7 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import schema
+from posttrain.data.tokens import as_rendered
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
@@ -111,6 +112,7 @@ class PreferenceMixin(RunMixin):
         if {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(dataset.column_names or ()):
             dataset = self._short_enough(dataset, args)
         else:
+            dataset = as_rendered(dataset, processing_class)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return dataset

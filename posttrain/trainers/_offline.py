@@ -11,7 +11,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import answer_tokens, baselines, schema, scored
-from posttrain.data.tokens import processing_class_for
+from posttrain.data.tokens import as_rendered, processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
@@ -168,6 +168,12 @@ class OfflineMixin(RunMixin):
 
     def identity_settings(self) -> dict:
         return {"max_length": self.args.max_length}
+
+    # stands on SFTTrainer._prepare_dataset
+    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
+        if "input_ids" not in (dataset.column_names or ()):
+            dataset = as_rendered(dataset, processing_class)
+        return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
 
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
