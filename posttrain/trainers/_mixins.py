@@ -72,6 +72,7 @@ class PreferenceMixin(RunMixin):
         *rest,
         **kwargs,
     ):
+        kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         _checks.check_model_config(args, config)
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
@@ -85,7 +86,7 @@ class PreferenceMixin(RunMixin):
         self._sharing, self._clock = None, None
         with _checks.upstream_refusals():
             super().__init__(
-                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
             )
         _checks.check_parallelism(self.accelerator)
         self._finish_construction()
