@@ -211,9 +211,8 @@ def _unlink(folder: Path, names: set[str]) -> None:
         if path.parent.resolve() == (real / name).parent and (real / name).is_relative_to(real):
             path.unlink(missing_ok=True)
     for path in sorted((p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
-        if any(name.startswith(f"{path.relative_to(folder).as_posix()}/") for name in names) and not any(
-            path.iterdir()
-        ):
+        inside = f"{path.relative_to(folder).as_posix()}/"
+        if any(name.startswith(inside) for name in names) and not any(path.iterdir()):
             path.rmdir()
 
 

@@ -160,7 +160,7 @@ def _reasons(output_dir: str | Path) -> list[tuple[Path, str]]:
 
 def _without_state(lost: list[str]) -> str:
     return (
-        f"has no {', '.join(lost)} (save_only_model leaves them out), so the run cannot go on as it was. "
+        f"has no {', '.join(lost)} (deleted, or left out by save_only_model), so the run cannot go on as it was. "
         "`resume_weights_only: true` goes on from its weights with a new optimizer."
     )
 
@@ -283,7 +283,7 @@ def complete_or_not_there(trainer, folder: Path):
 
 
 def keep_best_alone(trainer, output_dir: Path) -> None:
-    """At the end of training, of `save_total_limit: 1` and a best checkpoint: the best one stays, as upstream has it."""
+    """With `save_total_limit: 1`, leave only the best checkpoint of ours at the end of training, as upstream does."""
     best = trainer.state.best_model_checkpoint
     if trainer.args.save_total_limit != 1 or best is None or not trainer.args.should_save:
         return

@@ -107,8 +107,8 @@ class CommonConfig:
         check_optimiser(self)
         if self.resume_weights_only and under_deepspeed(self):
             raise ConfigError(
-                "resume_weights_only is true under DeepSpeed, which loads weights and optimizer as one. Start a new run "
-                "from the checkpoint's weights."
+                "resume_weights_only is true under DeepSpeed, which loads weights and optimizer as one. Start a new "
+                "run from the checkpoint's weights."
             )
         _checkpoints.find(self.output_dir, self.resume_from_checkpoint, self.check_resume, self.resume_weights_only)
         if chosen:

@@ -133,9 +133,9 @@ class RunMixin:
         over = _checkpoints.passed_over(args.output_dir, found)
         if over:
             get_logger().warning(
-                "resume_from_checkpoint is %s: %s, and passed over %s",
+                "resume_from_checkpoint is %s: %s. Passed over: %s",
                 wanted,
-                f"going on from {found}" if found else "starting anew, as there is nothing to go on from",
+                f"going on from {found}" if found else "starting anew",
                 over,
             )
         return found

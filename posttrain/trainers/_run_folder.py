@@ -1,4 +1,4 @@
-"""A run folder belongs to one run: refused to another, noted where a model is saved, replaced where that is asked for."""
+"""A run folder belongs to one run: refused to another, noted where a model is saved, replaced where that is asked."""
 
 import math
 import re
@@ -100,7 +100,7 @@ def check_way(args, begun: int, steps: int, save_steps: int | None = None, any_s
 
 
 def check_start_stays(args, model) -> None:
-    """Refuse `overwrite` where it would delete the weights that the run starts from, which an adapter goes on needing."""
+    """Refuse `overwrite` where it would delete the weights that the run starts from."""
     source = loaded_from(model)
     if not args.overwrite or not source or not Path(source).exists():
         return
@@ -132,11 +132,14 @@ class RunFolder(TrainerCallback):
         if args.overwrite:
             replace(args.output_dir)
         elif left:
+            ready = _checkpoints.find(args.output_dir, "auto", weights_only=args.resume_weights_only)
+            would = f"`resume_from_checkpoint: auto` would have gone on from {ready.name}, " if ready else ""
             get_logger().warning(
                 "%s holds checkpoints of an earlier run, up to step %s; this run starts anew beside them. "
-                "`resume_from_checkpoint: auto` would have gone on from there, `overwrite: true` replaces them.",
+                "%s`overwrite: true` would have replaced them.",
                 args.output_dir,
                 _checkpoints.step_of(left[-1]),
+                would,
             )
 
 
