@@ -1,5 +1,6 @@
 """Settings every trainer's config shares."""
 
+import copy
 import math
 import os
 import typing
@@ -56,6 +57,16 @@ class CommonConfig:
         default=True,
         metadata={"help": "Refuse a checkpoint, or an output_dir, of a run with another method, data or batch split."},
     )
+    resume_weights_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume with the weights and the step of a checkpoint and a new optimizer, as save_only_model asks."
+        },
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Replace what earlier runs left in output_dir; files that no run wrote stay."},
+    )
 
     def __post_init__(self):
         if self.neftune_noise_alpha is not None:
@@ -94,13 +105,29 @@ class CommonConfig:
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             super().__post_init__()
         check_optimiser(self)
-        _checkpoints.find(self.output_dir, self.resume_from_checkpoint)
+        if self.resume_weights_only and under_deepspeed(self):
+            raise ConfigError(
+                "resume_weights_only is true under DeepSpeed, which loads weights and optimizer as one. Start a new "
+                "run from the checkpoint's weights."
+            )
+        _checkpoints.find(self.output_dir, self.resume_from_checkpoint, self.check_resume, self.resume_weights_only)
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
     def __getstate__(self):
-        # training_args.bin is a pickle, and goes wherever the run folder goes; a copy takes the stored login
+        # training_args.bin is a pickle, and goes wherever the run folder goes
         return {**self.__dict__, "hub_token": None}
+
+    # copies stay in the process, so they keep the token
+    def __copy__(self):
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _refuse_none(self) -> None:
         """Refuse None in the place of a number, before the checks that compute with it."""

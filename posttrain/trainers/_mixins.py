@@ -75,6 +75,7 @@ class PreferenceMixin(RunMixin):
         **kwargs,
     ):
         self._reference_is_given = ref_model is not None
+        kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         _checks.check_model_config(args, config, self._weighs_pairs_of(args))
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
@@ -87,7 +88,7 @@ class PreferenceMixin(RunMixin):
         self._sharing, self._clock = None, None
         with _checks.upstream_refusals():
             super().__init__(
-                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
             )
         _checks.check_parallelism(self.accelerator)
         _start.use_adapter_dropout(self.model)

@@ -48,8 +48,9 @@ class OfflineMixin(RunMixin):
         same_scale=False,
         **kwargs,
     ):
+        kwargs = self._by_name(rest, kwargs)
         peft_config = kwargs.get("peft_config")
-        _scored_rows.refuse(model, peft_config, rest, kwargs)
+        _scored_rows.refuse(model, peft_config, kwargs)
         model, args, config = self._check_start(model, args, peft_config)
         _checks.check_model_config(args, config)
         self._reward_func = reward_func
@@ -88,7 +89,6 @@ class OfflineMixin(RunMixin):
                 train_dataset,
                 _scored_rows.like(eval_dataset, named),
                 processing_class,
-                *rest,
                 **kwargs,
             )
         _checks.check_parallelism(self.accelerator)

@@ -32,6 +32,8 @@ class PolicyGradientMixin(RunMixin):
     """
 
     _train_sampler = None
+    # for the next generation
+    saves_may_wait = True
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class PolicyGradientMixin(RunMixin):
         *rest,
         **kwargs,
     ):
+        kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         if args.use_vllm:
             require("vllm", "vllm", "use_vllm")
@@ -63,7 +66,7 @@ class PolicyGradientMixin(RunMixin):
         self._dead_generations, self._skipped = 0, False
         self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
         with _checks.upstream_refusals():
-            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
         _checks.check_parallelism(self.accelerator)
         if args.success_reward is not None and args.success_reward not in self.reward_func_names:
             raise ConfigError(
