@@ -12,7 +12,7 @@ from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.models import resolve_model
 from posttrain.reporting import RunReport
-from posttrain.trainers import _checkpoints, _checks
+from posttrain.trainers import _checkpoints, _checks, _evaluation
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
 from posttrain.trainers._sharing import check_setting
 
@@ -21,6 +21,8 @@ class RunMixin:
     """The part of each mixin that does not depend on its family. Stands on `transformers.Trainer`."""
 
     _config_class: type
+    # of a metric that an evaluation has measured nowhere
+    no_value = math.nan
 
     def _check_start(self, model, args, peft_config):
         """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
@@ -163,6 +165,21 @@ class RunMixin:
             self.finish_metrics(metrics, mode)
         for name, value in metrics.items():
             self._metrics[mode][name] = [value]
+
+    # stands on Trainer.evaluation_loop, which alone is told the name of the set, by evaluate and predict alike
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        _evaluation.forget(self)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        self.finish_evaluation(dataloader, description)
+        output.metrics.update(_evaluation.take_metrics(self, metric_key_prefix))
+        return output
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        """Put what was measured beside TRL's metrics of an evaluation; all ranks call it."""
 
     def finish_metrics(self, metrics: dict[str, float], mode: str) -> None:
         """Derive metrics from the reduced ones, in place; `mode`: train or eval."""
