@@ -171,9 +171,7 @@ class RunMixin:
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         _evaluation.forget(self)
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self.finish_evaluation(dataloader, description)
         output.metrics.update(_evaluation.take_metrics(self, metric_key_prefix))
         return output
