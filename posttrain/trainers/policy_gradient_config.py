@@ -119,8 +119,8 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     eval_greedy: bool | None = field(
         default=None,
         metadata={
-            "help": "Evaluation also answers each prompt once without sampling. Not with vLLM; a rollout_func has to read "
-            "trainer.generation_config for it. Default: where several answers a prompt are drawn, so that it adds "
+            "help": "Evaluation also answers each prompt once without sampling. Not with vLLM; a rollout_func has to "
+            "read trainer.generation_config for it. Default: where several answers a prompt are drawn, so that it adds "
             "little, and no rollout_func draws them."
         },
     )
