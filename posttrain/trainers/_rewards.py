@@ -60,7 +60,6 @@ def check_scores(trainer, rewards: Tensor) -> None:
             f"reward function {names[column]} gave {rewards[infinite[:, column], column][0].item()} for {count} of "
             f"{len(rewards)} completions of step {step}; a reward is a finite number, or None where there is none."
         )
-    _check_working(trainer, rewards)
     if trainer.model.training and torch.isnan(rewards).all():
         raised = [
             f" The last exception of {name}: {function.last_exception}."
@@ -72,6 +71,7 @@ def check_scores(trainer, rewards: Tensor) -> None:
             f"nothing to learn from.{''.join(raised)} Look at what {', '.join(names)} make of the completions, and at "
             "the columns they are given."
         )
+    _check_working(trainer, rewards)
 
 
 def _check_working(trainer, rewards: Tensor) -> None:
