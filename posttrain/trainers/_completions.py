@@ -19,7 +19,7 @@ def show_demonstrations(trainer, batch: dict) -> None:
     flags, masks = batch["demonstrations"].tolist(), batch["completion_mask"].bool()
     texts = gather_object(
         [
-            trainer._tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True) if flag else None
+            trainer._kept_tokens.text(ids[mask].tolist()) if flag else None
             for ids, mask, flag in zip(batch["completion_ids"], masks, flags, strict=True)
         ]
     )

@@ -86,7 +86,9 @@ class PolicyGradientMixin(RunMixin):
                 f"success_reward is {args.success_reward!r}; it must be one of {', '.join(self.reward_func_names)}."
             )
         self._finish_construction()
-        self._kept_tokens = _special_tokens.KeptTokens(self)
+        self._kept_tokens = _special_tokens.KeptTokens(
+            self._tokenizer, self.reward_funcs, self.eos_token_ids, self.args.kept_tokens
+        )
         self.add_callback(SaveBetweenGenerations(self))
         self._sharing = PrefixSharing(self, left_padded=True)
 

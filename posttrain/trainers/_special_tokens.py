@@ -25,31 +25,29 @@ def check_kept(tokens: list[str], tokenizer) -> None:
 
 
 class KeptTokens:
-    """Writes completions anew with the special tokens that rewards look for.
+    """Writes completions with the special tokens that rewards look for.
 
-    They are those of `kept_tokens`, or else the ones named by what a reward `reads`, but for the tokens that begin,
-    end, pad or mask a text. Completions that a response template parses into messages have their tokens already.
+    They are those of `wanted`, or else the ones named by what a reward `reads`, but for the tokens that begin, end, pad
+    or mask a text.
 
     Args:
-        trainer: a `trl.GRPOTrainer` of this library, after its constructor.
+        tokenizer: of the policy.
+        functions: rewards; those that are no `posttrain.rewards.Reward` name nothing.
+        ends: ids that end a completion.
+        wanted: the setting `kept_tokens`.
     """
 
-    def __init__(self, trainer) -> None:
-        tokenizer = self._tokenizer = trainer._tokenizer
-        self._special, self._said = _special(tokenizer), False
-        self._users = any(isinstance(function, UserReward) for function in trainer.reward_funcs)
-        self._ends = set(trainer.eos_token_ids)
-        wanted = trainer.args.kept_tokens
-        if wanted is None:
-            found = self._named(trainer)
-        else:
-            found = {token: None for token in self._special.values() if token in wanted}
+    def __init__(self, tokenizer, functions: list, ends: list[int], wanted: list[str] | None = None) -> None:
+        self._tokenizer, self._special, self._said = tokenizer, _special(tokenizer), False
+        self._users = any(isinstance(function, UserReward) for function in functions)
+        self._ends = set(ends)
+        found = self._named(functions) if wanted is None else dict.fromkeys(wanted)
         self._kept = {id for id, token in self._special.items() if token in found}
         for token, reward in found.items():
             if reward is not None:
                 get_logger().info("%s is a special token that reward %s looks for: completions keep it", token, reward)
 
-    def _named(self, trainer) -> dict[str, str]:
+    def _named(self, functions: list) -> dict[str, str]:
         """The special tokens that rewards look for, and the first reward that does."""
         tokenizer = self._tokenizer
         frame = {tokenizer.convert_ids_to_tokens(id) for id in self._ends}
@@ -57,30 +55,33 @@ class KeptTokens:
         candidates, found = set(self._special.values()) - frame, {}
         if not candidates:
             return found
-        for function, name in zip(trainer.reward_funcs, trainer.reward_func_names, strict=True):
+        for function in functions:
             for text in function.reads if isinstance(function, Reward) else ():
                 # as a pattern may write it
                 plain = text.replace("\\", "")
                 for token in candidates - found.keys():
                     if token in text or token in plain:
-                        found[token] = name
+                        found[token] = function.__name__
         return found
+
+    def text(self, ids: list[int]) -> str:
+        """A completion's text."""
+        if self._kept.isdisjoint(ids):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        ids = [id for id in ids if id not in self._special or id in self._kept]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def write(self, completions: list, completion_ids: list[list[int]]) -> None:
         """Write the kept tokens into `completions`, texts or single messages, in place."""
         for i, ids in enumerate(completion_ids):
-            if not self._kept.isdisjoint(ids):
-                text = self._decode(ids)
-                if isinstance(completions[i], str):
-                    completions[i] = text
-                else:
-                    completions[i][0]["content"] = text
+            if self._kept.isdisjoint(ids):
+                continue
+            if isinstance(completions[i], str):
+                completions[i] = self.text(ids)
+            else:
+                completions[i][0]["content"] = self.text(ids)
         if self._users and not self._said:
             self._say_left_out(completion_ids)
-
-    def _decode(self, ids: list[int]) -> str:
-        ids = [id for id in ids if id not in self._special or id in self._kept]
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _say_left_out(self, completion_ids: list[list[int]]) -> None:
         """Say, once, what completions hold that rewards do not see."""
