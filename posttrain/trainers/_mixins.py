@@ -20,7 +20,7 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.trainers import _checks, _reference, _start
+from posttrain.trainers import _checks, _evaluation, _reference, _start
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
@@ -81,6 +81,7 @@ class PreferenceMixin(RunMixin):
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
+        _evaluation.check_best_metric(args, eval_dataset)
         self._begin_run(preflight(args, model), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._margin_checked, self._drops_out = False, False
@@ -328,6 +329,21 @@ class PreferenceMixin(RunMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._reduce_means(logs)
         super().log(logs, start_time)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        self._reduce_means({})
+
+    # stands on Trainer.evaluation_loop, which puts its own `gather_function` back
+    def evaluation_loop(self, *args, **kwargs):
+        self._means["eval"].clear()
+        self.gather_function = _evaluation.PairRows(self.accelerator)
+        return super().evaluation_loop(*args, **kwargs)
+
+    # stands on DPOTrainer.prediction_step
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if isinstance(self.gather_function, _evaluation.PairRows):
+            self.gather_function.begin(_pairs(inputs), self.accelerator.device)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
         """The loss of each pair, (B,) from log-ratios (B,) in nats."""

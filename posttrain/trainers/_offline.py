@@ -17,7 +17,7 @@ from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
-from posttrain.trainers import _checks, _scored_rows, _token_reference
+from posttrain.trainers import _checks, _evaluation, _scored_rows, _token_reference
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
@@ -53,6 +53,7 @@ class OfflineMixin(RunMixin):
         _scored_rows.refuse(model, peft_config, kwargs)
         model, args, config = self._check_start(model, args, peft_config)
         _checks.check_model_config(args, config)
+        _evaluation.check_best_metric(args, eval_dataset)
         self._reward_func = reward_func
         # what a reward function was given beside prompt and answer, by prompt
         self.reward_columns: dict[str, dict] = {}
@@ -294,6 +295,14 @@ class OfflineMixin(RunMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._reduce_means(logs)
         super().log(logs, start_time)
+
+    # stands on Trainer.evaluation_loop
+    def evaluation_loop(self, *args, **kwargs):
+        self._means["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        self._reduce_means({})
 
     # stands on SFTTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

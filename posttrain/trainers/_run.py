@@ -16,7 +16,7 @@ from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_c
 from posttrain.log import get_logger
 from posttrain.models import embedded_name, resolve_model
 from posttrain.reporting import RunReport
-from posttrain.trainers import _checkpoints, _checks, _run_folder, _schedule, _start
+from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start
 from posttrain.trainers._checkpoint_files import check_adapter_fits
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
 from posttrain.trainers._identity import differing, identity, update_settings
@@ -29,6 +29,8 @@ class RunMixin:
     _config_class: type
     # whether a save may fall on another step than the settings say
     saves_may_wait = False
+    # of a metric that an evaluation has measured nowhere
+    no_value = math.nan
 
     def _check_start(self, model, args, peft_config):
         """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
@@ -308,6 +310,19 @@ class RunMixin:
             self.finish_metrics(metrics, mode)
         for name, value in metrics.items():
             self._metrics[mode][name] = [value]
+
+    # stands on Trainer.evaluation_loop, which alone is told the name of the set, by evaluate and predict alike
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        _evaluation.forget(self)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self.finish_evaluation(dataloader, description)
+        output.metrics.update(_evaluation.take_metrics(self, metric_key_prefix))
+        return output
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        """Put what was measured beside TRL's metrics of an evaluation; all ranks call it."""
 
     def finish_metrics(self, metrics: dict[str, float], mode: str) -> None:
         """Derive metrics from the reduced ones, in place; `mode`: train or eval."""

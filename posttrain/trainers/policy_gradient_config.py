@@ -123,9 +123,20 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         default=None,
         metadata={"help": "Skip the optimiser step where the gradient's norm before clipping exceeds this."},
     )
-    eval_greedy: bool = field(
-        default=True,
-        metadata={"help": "Evaluation also answers each prompt once without sampling (not with vLLM)."},
+    eval_greedy: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation also answers each prompt once without sampling. Not with vLLM; a rollout_func has to "
+            "read trainer.generation_config for it. Default: where several answers a prompt are drawn, so that it adds "
+            "little, and no rollout_func draws them."
+        },
+    )
+    kept_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Special tokens that stay in the text of completions, as rewards and logs see it. Default: those "
+            "that a reward looks for. An empty list: none, as TRL has it."
+        },
     )
     max_dead_steps: int = field(
         default=50,
@@ -162,6 +173,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             )
         if self.skip_grad_norm is not None:
             self._check_skipping()
+        self._check_rewards()
         super().__post_init__()
         self._check_sampling()
         if self.loss_type not in LOSS_TYPES:
@@ -191,6 +203,21 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     def least_success(self) -> float:
         """The least reward of a success."""
         return 1.0 if self.success_threshold is None else self.success_threshold
+
+    def _check_rewards(self) -> None:
+        weights = self.reward_weights
+        if weights is not None and not (isinstance(weights, list | tuple) and all(map(_is_number, weights))):
+            raise ConfigError(
+                f"reward_weights is {shorten(weights)}; it must be a list of finite numbers, one for each reward "
+                "function."
+            )
+        kept = self.kept_tokens
+        if kept is not None and not (isinstance(kept, list | tuple) and all(isinstance(one, str) for one in kept)):
+            raise ConfigError(f"kept_tokens is {shorten(kept)}; it must be a list of tokens, such as ['<think>'].")
+        if self.eval_greedy and self.use_vllm:
+            raise ConfigError(
+                "eval_greedy is true with use_vllm, whose sampling is set once for the run. Leave eval_greedy out."
+            )
 
     def _check_skipping(self) -> None:
         if not self.skip_grad_norm > 0:
