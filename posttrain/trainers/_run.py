@@ -43,8 +43,8 @@ class RunMixin:
         _start.check_adapter(model, peft_config, args, self._live_reference(args))
         if isinstance(model, str):
             model = resolve_model(model)
-        _run_folder.check_start_stays(args, model)
         config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
+        _run_folder.check_start_stays(args, model)
         check_setting(args, config, peft_config)
         return model, args, config
 
