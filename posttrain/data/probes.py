@@ -208,7 +208,7 @@ class Probe:
                 yield Fault(
                     ("blocks", kinds), f"the chat template drops blocks of the type {kinds}",
                     _short(json.dumps(others, default=str)),
-                    "The answer is to something that the model cannot see. Leave those rows out, or take another model.",
+                    "The model cannot see what the answer is to. Leave those rows out, or take another model.",
                     True,
                 )  # fmt: skip
         for call in message.get("tool_calls") or ():

@@ -17,7 +17,8 @@ def check(datasets, processing_class, args, name: str = "train_dataset") -> None
     rendered.
     """
     for key, dataset in datasets.items() if isinstance(datasets, Mapping) else [(name, datasets)]:
-        if hasattr(dataset, "__len__") and hasattr(dataset, "column_names"):
+        # environments bring prompts of their own
+        if hasattr(dataset, "__len__") and len(dataset) and "prompt" in (getattr(dataset, "column_names", None) or ()):
             _check(dataset, processing_class, args, key)
 
 

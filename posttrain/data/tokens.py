@@ -66,6 +66,9 @@ def as_rendered(dataset, processing_class):
     already applied begin and end once (`applied.without_doubles`). Words of the assistant at the end of a prompt are
     joined to the answer (`continued.joined`); `as_learned` parts their tokens.
     """
+    if not hasattr(dataset, "column_names"):
+        # what is no data set is refused where it is used
+        return dataset
     dataset = applied.without_doubles(objects.restored(dataset), tokenizer_of(processing_class))
     return continued.joined(dataset)
 
