@@ -77,8 +77,8 @@ class Survey:
         said = []
         if self.plainly_repeated and not self._are_repeated:
             said.append(
-                f"{self.name}: in {self.plainly_repeated} of {self.rows} {self.unit} the answers begin with the "
-                f"prompt, which they repeat (first: {self.first_repeated}). Where it is no part of the answer, cut it off."
+                f"{self.name}: in {self.plainly_repeated} of {self.rows} {self.unit} the answers begin with the prompt "
+                f"and repeat it (first: {self.first_repeated}). Where it is no part of the answer, cut it off."
             )
         if self.others["tool"]:
             said.append(

@@ -205,7 +205,7 @@ def test_a_few_answers_that_repeat_their_question_are_said(tokenizer):
     rows = [{"prompt": f"What is {i} + {i}?", "chosen": f" {2 * i}", "rejected": " 1"} for i in range(20)]
     rows[4] |= {"chosen": "What is 4 + 4? It is 8.", "rejected": "What is 4 + 4? It is 9."}
     (warning,) = said(rows, tokenizer)
-    assert "in 1 of 20 rows the answers begin with the prompt, which they repeat (first: data, row 5)" in warning
+    assert "in 1 of 20 rows the answers begin with the prompt and repeat it (first: data, row 5)" in warning
 
 
 @pytest.mark.parametrize("role", ["user", "system", "developer"])

@@ -230,7 +230,11 @@ def test_empty_and_identical_sides_are_counted_and_refused_where_there_is_nothin
 
 def test_a_tool_call_is_no_empty_side(tokenizer):
     call = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}]
-    assert examine_preferences(data(pair(chosen=call)), tokenizer).empty == 0
+    called = "message['content'] + (message.tool_calls | tojson if message.tool_calls else '') + '<|im_end|>'"
+    calls = with_template(tokenizer, tokenizer.chat_template.replace("message['content'] + '<|im_end|>'", called))
+    assert examine_preferences(data(pair(chosen=call)), calls).empty == 0
+    with pytest.raises(DataError, match="the chat template drops tool calls"):
+        examine_preferences(data(pair(chosen=call)), tokenizer)
 
 
 def test_sides_that_share_no_beginning_have_no_prompt(tokenizer):
