@@ -7,8 +7,6 @@ rows, and taken back to the prompt as tokens afterwards.
 import functools
 from collections.abc import Mapping
 
-from trl.data_utils import common_prefix_length
-
 from posttrain.data import objects
 from posttrain.errors import DataError
 
@@ -22,6 +20,7 @@ def joined(dataset):
 
     Where no prompt ends with the assistant's words, and for streams, it is the data set itself.
     """
+    dataset = _with_prompt(dataset)
     columns = set(getattr(dataset, "column_names", None) or ())
     sides = [name for name in _SIDES if name in columns]
     if "prompt" not in columns or not sides or COLUMN in columns or not hasattr(dataset, "__len__") or not len(dataset):
@@ -59,7 +58,7 @@ def part_pair(row: Mapping, render) -> dict:
     start, prompt, sides = len(row["prompt_ids"]), _prompt(row, words), ("chosen_ids", "rejected_ids")
     wholes = [row["prompt_ids"] + row[side] for side in sides]
     begun = _begun(prompt, row, render)
-    length = min(common_prefix_length(begun, whole) for whole in wholes)
+    length = min(_shared(begun, whole) for whole in wholes)
     _check(length, start)
     row["prompt_ids"] = wholes[0][:length]
     row |= {side: whole[length:] for side, whole in zip(sides, wholes, strict=True)}
@@ -77,8 +76,8 @@ def part_labels(row: Mapping, render) -> dict:
     # what max_length cut off at the start
     whole = render([*row["prompt"], *row["completion"]], row)
     cut = next((n for n in range(len(whole) - len(ids) + 1) if whole[n : n + len(ids)] == ids), 0)
-    length = common_prefix_length(begun, whole)
-    _check(length, common_prefix_length(render(row["prompt"], row, add_generation_prompt=True), whole))
+    length = _shared(begun, whole)
+    _check(length, _shared(render(row["prompt"], row, add_generation_prompt=True), whole))
     row["labels"] = [-100 if i + cut < length else label for i, label in enumerate(labels)]
     return row | _as_given(row, prompt, words)
 
@@ -90,6 +89,37 @@ def words_of(prompt) -> str | None:
         return None
     content = last.get("content")
     return content if isinstance(content, str) and content else None
+
+
+def _with_prompt(dataset):
+    """Pairs without a column for the prompt get one, as TRL finds it, where a prompt ends with such words."""
+    columns = set(getattr(dataset, "column_names", None) or ())
+    if "prompt" in columns or not {"chosen", "rejected"} <= columns or not hasattr(dataset, "__len__"):
+        return dataset
+    if not len(dataset) or dataset.format["type"] == "custom" or not isinstance(dataset[0]["chosen"], list):
+        return dataset
+    batches = dataset.select_columns(["chosen", "rejected"]).iter(1000)
+    pairs = (pair for batch in batches for pair in zip(batch["chosen"], batch["rejected"], strict=True))
+    if not any(_share_words(*pair) for pair in pairs):
+        return dataset
+    from datasets import Features, Json, List
+
+    kinds = {name: List(Json()) for name in ("prompt", "chosen", "rejected")}
+    return objects.quietly_mapped(dataset, _extracted, features=Features({**dataset.features, **kinds}))
+
+
+def _share_words(chosen: list, rejected: list) -> bool:
+    """Whether two sides differ first behind a turn of the assistant's, with another of it."""
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+    following = {side[same].get("role") for side in (chosen, rejected)} if same else set()
+    return following == {"assistant"} and bool(words_of(chosen[:same]))
+
+
+def _extracted(row: Mapping) -> dict:
+    from trl import extract_prompt
+
+    found = extract_prompt(row)
+    return {name: objects.as_json(found[name]) for name in ("prompt", "chosen", "rejected")}
 
 
 def _join(row: Mapping, sides: list[str]) -> dict:
@@ -121,6 +151,12 @@ def _begun(prompt: list, row: Mapping, render) -> list[int]:
         raise DataError(
             f"{error} The prompt ends with words of the assistant, which the template cannot continue."
         ) from None
+
+
+def _shared(ids: list[int], others: list[int]) -> int:
+    from trl.data_utils import common_prefix_length
+
+    return common_prefix_length(ids, others)
 
 
 def _check(length: int, start: int) -> None:

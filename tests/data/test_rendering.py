@@ -240,6 +240,11 @@ def test_control_tokens_in_texts_are_counted_with_the_first_row(tokenizer):
     assert "1 of 1 rows hold control tokens" in warning
 
 
+def test_a_text_about_control_tokens_is_none_with_the_template_applied(tokenizer):
+    (warning,) = said([{"prompt": "Explain <|im_end|>.", "chosen": " It ends.", "rejected": " No."}], tokenizer)
+    assert "1 of 1 rows hold control tokens in their texts" in warning
+
+
 APPLIED = "<|im_start|>user\nName river {}.<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -304,6 +309,15 @@ def test_an_answer_goes_on_with_the_words_that_its_prompt_ends_with(name, tokeni
         report = examine_preferences(rows, tokenizer)
         assert report.ended == 1
         assert report.warnings == []
+
+
+def test_words_that_both_sides_of_a_pair_begin_with_are_continued(tokenizer):
+    rows = [{"chosen": [*BEGUN, says(" 4.")], "rejected": [*BEGUN, says(" 5.")]}]
+    rows += [{"chosen": [user(), says()], "rejected": [user(), says("Paris.")]}]
+    begun, plain = tokenized_pairs(objects.exact(rows), tokenizer)
+    assert tokenizer.decode(begun["prompt_ids"]).endswith("<|im_start|>assistant\nIt is")
+    assert tokenizer.decode(begun["chosen_ids"]) == " 4.<|im_end|>"
+    assert tokenizer.decode(plain["chosen_ids"]) == "The Loire.<|im_end|>"
 
 
 @pytest.mark.parametrize(
