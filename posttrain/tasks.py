@@ -139,6 +139,7 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
+    from posttrain.data.schema import generation_stop_ids
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.trainers import _checks, _demonstrations
 
@@ -146,7 +147,8 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     _checks.check_generation(args, train_dataset)
     tokenizer = tokenizer_of(processing_class_for(model_id, None, args))
     if args.learns_from_demonstrations:
-        train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
+        stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))
+        train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
 
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
     texts = [_rendered(row["prompt"], tokenizer, args) for row in sample]

@@ -31,6 +31,8 @@ class Lengths:
         keeps_99: the smallest max_length that drops no more than 1% of the rows.
         whole_99: the smallest one that leaves 99% of the rows whole.
         last_tokens: how many sides end with which token id, blanks at the end left out.
+        trained_last_tokens: the same of the tokens that are trained: of rows that are not dropped, after cutting.
+        cut_ends: how many of these lose which last token to `max_length`.
         shortened_prompts: rows, of the first 64, whose prompt loses its end because the template renders it in
             another way before an answer.
         lost_text: the end that the first of those loses.
@@ -46,13 +48,16 @@ class Lengths:
     keeps_99: int = 0
     whole_99: int = 0
     last_tokens: dict[int | None, int] = field(default_factory=dict)
+    trained_last_tokens: dict[int | None, int] = field(default_factory=dict)
+    cut_ends: dict[int | None, int] = field(default_factory=dict)
     shortened_prompts: int = 0
     lost_text: str = ""
 
 
 def measure(dataset, processing_class, places: Sequence[str], max_length: int | None, keep_start: bool) -> Lengths:
     """Tokenise every row as TRL does and measure it. `places`: where each row is, for errors."""
-    found, last_tokens, blanks = Lengths(len(dataset)), Counter(), {}
+    found, blanks = Lengths(len(dataset)), {}
+    last_tokens, trained, cut_ends = Counter(), Counter(), Counter()
     tokenizer = tokenizer_of(processing_class)
     parts: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
     whole = []
@@ -61,17 +66,21 @@ def measure(dataset, processing_class, places: Sequence[str], max_length: int | 
         for part, ids in zip(parts.values(), (prompt, chosen, rejected), strict=True):
             part.append(len(ids))
         whole.append(len(prompt) + max(len(chosen), len(rejected)))
-        for side in (chosen, rejected):
-            last_tokens[last_token(side, tokenizer, blanks)] += 1
+        ends = [last_token(side, tokenizer, blanks) for side in (chosen, rejected)]
+        last_tokens.update(ends)
         room = whole[-1] if max_length is None or not keep_start else max_length - len(prompt)
         if room <= 0:
             found.dropped += 1
             continue
         found.cut += max_length is not None and whole[-1] > max_length
+        for side, end in zip((chosen, rejected), ends, strict=True):
+            kept = last_token(side[:room], tokenizer, blanks)
+            trained[kept] += 1
+            cut_ends[end] += kept != end
         if chosen[:room] == rejected[:room]:
             found.equal += 1
             found.equal_when_cut += chosen != rejected
-    found.last_tokens = dict(last_tokens)
+    found.last_tokens, found.trained_last_tokens, found.cut_ends = dict(last_tokens), dict(trained), dict(cut_ends)
     found.parts = {name: quantiles(values) for name, values in parts.items()}
     found.shortest_prompt = min(parts["prompt"])
     found.keeps_99 = found.parts["prompt"]["99%"] + 1

@@ -144,6 +144,12 @@ def render(value, row: Mapping, processing_class, place: str, **options) -> list
     return _render(value, row, processing_class, place, **options)["input_ids"]
 
 
+def tools_of(row: Mapping) -> list | None:
+    """The tools of a row, which a column may hold as JSON text; None where it has none."""
+    tools = row.get("tools")
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+
+
 def _language_modelling(row: Mapping, processing_class, place: str) -> TokenSequence:
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -169,8 +175,7 @@ def _render(value, row: Mapping, processing_class, place: str, **options) -> dic
     try:
         if isinstance(value, str):
             return processing_class(text=value)
-        tools = row.get("tools")
-        options |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+        options |= {"tools": tools_of(row)}
         options |= row.get("chat_template_kwargs") or {}
         return processing_class.apply_chat_template(value, tokenize=True, return_dict=True, **options)
     except Exception as error:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from posttrain.data.ends import CHOICES
 from posttrain.errors import ConfigError
 from posttrain.field_types import FieldType
 from posttrain.log import get_logger
 from posttrain.trainers import _checkpoints
-from posttrain.trainers._checks import check_optimiser, check_reporters
+from posttrain.trainers._checks import check_choice, check_optimiser, check_reporters
 
 # Where infinity is a setting, and not a slip.
 _MAY_BE_INFINITE = ("beta_prime",)
@@ -44,6 +45,13 @@ class CommonConfig:
         default=True,
         metadata={"help": "Stop where an adapter tensor gets no gradient in the first two steps."},
     )
+    end_of_turn: str = field(
+        default="warn",
+        metadata={
+            "help": "Where answers do not end with an end-of-turn token as they are trained: warn, or require that half "
+            "of them do."
+        },
+    )
     base_model_id: str | None = field(
         default=None,
         metadata={"help": "Hub id of the base model, for card and push, where it is loaded from a local folder."},
@@ -63,6 +71,7 @@ class CommonConfig:
                 f"neftune_noise_alpha is {self.neftune_noise_alpha}; its noise would fall on reference and scoring "
                 "passes as well. Leave it out."
             )
+        check_choice("end_of_turn", self.end_of_turn, CHOICES)
         self._check_ranges()
         check_reporters(self.report_to)
         chosen = []

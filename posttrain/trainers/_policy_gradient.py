@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from posttrain.data.schema import refuse_splits
+from posttrain.data.schema import generation_stop_ids, refuse_splits
 from posttrain.data.tokens import processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
 from posttrain.hub import preflight
@@ -54,7 +54,8 @@ class PolicyGradientMixin(RunMixin):
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
             tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
-            train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
+            stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
+            train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
         self._begin_run(preflight(args, model))
         self._sharing, self._scored, self._rewards = None, None, None
         self._means = MeanMetrics()
