@@ -44,12 +44,13 @@ def load_answers(data_args: ScoredArguments, training_args):
     needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
     keep, rewards = tuple(kept_columns(training_args)), {}
 
-    def load(name, split, limit):
+    def load(name, split, limit, convert=True):
         training = name == data_args.dataset_name and split == data_args.dataset_train_split
         sources = [name, *(data_args.more_datasets or [])] if training else [name]
         found = load_scored(
-            sources, split, limit, data_args.columns, data_args.same_scale, needs_reward=needs_reward, keep=keep
-        )
+            sources, split, limit, data_args.columns, data_args.same_scale,
+            needs_reward=needs_reward, keep=keep, convert=convert,
+        )  # fmt: skip
         if needs_reward:
             rewards[f"{', '.join(sources)} ({'training' if training else 'evaluation'})"] = found["reward"][:]
         return found

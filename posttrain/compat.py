@@ -37,6 +37,7 @@ PRIVATE_NAMES = (
     ("trl.trainer.grpo_trainer", "GRPOTrainer._generate_and_score_completions", ("inputs",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._generate", ("prompts",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._get_train_sampler", ("dataset",)),
+    ("trl.trainer.grpo_trainer", "GRPOTrainer._tokenize_prompts", ("prompts",)),
     ("trl.trainer.utils", "RepeatSampler", ("data_source", "shuffle", "seed")),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._compute_loss", ("model", "inputs")),
     (

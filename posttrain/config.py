@@ -71,6 +71,13 @@ class DataArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    convert_rows: bool = field(
+        default=True,
+        metadata={
+            "help": "Convert rows of the shapes that well-known data sets have (UltraFeedback, HH-RLHF, ...), which is "
+            "said; false reads the columns as they are."
+        },
+    )
 
     def __post_init__(self):
         for name in ("max_train_rows", "max_eval_rows"):

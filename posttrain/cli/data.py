@@ -192,7 +192,7 @@ def _flip(args) -> int:
 
     import datasets
 
-    from posttrain.data.corruption import flip_preferences
+    from posttrain.data.corruption import flip_row, rows_to_flip
     from posttrain.data.rows import cells, columns_of, read_rows, rows_of
 
     datasets.disable_progress_bars()
@@ -204,9 +204,10 @@ def _flip(args) -> int:
                 f"{place}: {' and '.join(map(repr, missing))} missing; found {columns_of([row])}. Only preference "
                 "pairs can be flipped: every row needs chosen and rejected."
             )
-    flipped = flip_preferences(cells(rows, places), args.rate, args.seed)
-    swapped = round(args.rate * len(rows))
-    _write_lines(out, rows_of(flipped))
+    chosen = rows_to_flip(len(rows), args.rate, args.seed)
+    flipped = [flip_row(row, index in chosen) for index, row in enumerate(rows)]
+    swapped = len(chosen)
+    _write_lines(out, rows_of(cells(flipped, places)))
     if args.json:
         _print_json({"output": str(out), "rows": len(rows), "flipped": swapped, "rate": args.rate, "seed": args.seed})
     else:

@@ -70,8 +70,8 @@ def _fault(report, tokenizer, is_cut: bool) -> str:
             f"{lengths.whole_99} keeps 99% of the rows whole."
         )
     return (
-        f"{name}: {1 - report.ended:.1%} of the answers looked at do not end with {end}; the model learns from them not "
-        "to stop."
+        f"{name}: {1 - report.ended:.1%} of the answers looked at do not end with {end}; the model learns from them "
+        "not to stop."
     )
 
 

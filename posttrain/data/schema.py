@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from posttrain.data import formats
-from posttrain.data.formats import Format, convert, detect
 from posttrain.data.ends import check_ends
+from posttrain.data.formats import Format, convert, detect
 from posttrain.data.lengths import Lengths, measure
 from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
 from posttrain.data.values import read_values, scan_pairs

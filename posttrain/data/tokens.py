@@ -150,6 +150,11 @@ def tools_of(row: Mapping) -> list | None:
     return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
 
 
+def template_kwargs_of(row: Mapping) -> dict:
+    """The settings of the chat template in a row's column chat_template_kwargs, without those that are null."""
+    return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+
+
 def _language_modelling(row: Mapping, processing_class, place: str) -> TokenSequence:
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 

@@ -48,8 +48,8 @@ class CommonConfig:
     end_of_turn: str = field(
         default="warn",
         metadata={
-            "help": "Where answers do not end with an end-of-turn token as they are trained: warn, or require that half "
-            "of them do."
+            "help": "Where answers, as they are trained, do not end with an end-of-turn token: warn, or require that "
+            "half of them do."
         },
     )
     base_model_id: str | None = field(

@@ -5,7 +5,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from posttrain.data.ends import Closing
-from posttrain.data.tokens import tools_of
+from posttrain.data.tokens import template_kwargs_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
@@ -45,7 +45,7 @@ def tokenise(dataset, tokenizer, args, name: str, stop_ids=()):
     closing = Closing(tokenizer, stop_ids)
     found = []
     for number, row in enumerate(dataset.select_columns([c for c in _READ if c in columns]), 1):
-        kwargs = {**(args.chat_template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
+        kwargs = (args.chat_template_kwargs or {}) | template_kwargs_of(row)
         try:
             found.append(_ids(row["prompt"], row[COLUMN], tokenizer, kwargs, tools_of(row), closing))
         except DataError as error:

@@ -13,7 +13,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import schema
+from posttrain.data import columns, formats, preferences, schema
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
@@ -23,6 +23,8 @@ from posttrain.trainers import _checks, _reference
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
 
+# Columns of a data set that training reads
+_READ = (*preferences.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
 # Columns of a batch that are ours or the loss's, not the model's
 _NOT_FOR_THE_MODEL = {
     "completion_mask",
@@ -75,6 +77,8 @@ class PreferenceMixin(RunMixin):
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         _checks.check_model_config(args, config)
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
+        train_dataset = columns.prepare(train_dataset, "train_dataset", _READ)
+        eval_dataset = columns.prepare(eval_dataset, "eval_dataset", _READ)
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
         self._begin_run(preflight(args, model))

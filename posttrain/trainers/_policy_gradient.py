@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from posttrain.data import columns
 from posttrain.data.schema import generation_stop_ids, refuse_splits
 from posttrain.data.tokens import processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
@@ -17,7 +18,7 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
 from posttrain.rewards.base import shorten
-from posttrain.trainers import _checks, _completions, _demonstrations, _rewards, _rollout_metrics
+from posttrain.trainers import _checks, _completions, _demonstrations, _rewards, _rollout_metrics, _row_templates
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing
@@ -49,6 +50,8 @@ class PolicyGradientMixin(RunMixin):
         self._advantage_function = _advantage_function(args)
         reward_funcs = _rewards.reward_functions(reward_funcs, args)
         _check_prompts(train_dataset, eval_dataset)
+        train_dataset = columns.prepare(train_dataset, "train_dataset")
+        eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
         _checks.check_generation(args, train_dataset)
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
@@ -57,7 +60,7 @@ class PolicyGradientMixin(RunMixin):
             stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
             train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
         self._begin_run(preflight(args, model))
-        self._sharing, self._scored, self._rewards = None, None, None
+        self._sharing, self._scored, self._rewards, self._rows = None, None, None, None
         self._means = MeanMetrics()
         self._dead_generations, self._skipped = 0, False
         self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
@@ -95,7 +98,8 @@ class PolicyGradientMixin(RunMixin):
 
     # stands on GRPOTrainer._generate_and_score_completions
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
+        with _row_templates.of_rows(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
         rewards = group_rewards.weighted_rewards(self._rewards, self.reward_weights)
@@ -116,6 +120,12 @@ class PolicyGradientMixin(RunMixin):
         if training:
             self._watch_dead_generations(batch, rewards)
         return batch
+
+    # stands on GRPOTrainer._tokenize_prompts, which renders all prompts with the same tools and settings
+    def _tokenize_prompts(self, prompts):
+        if self._rows is None or len(self._rows) != len(prompts):
+            return super()._tokenize_prompts(prompts)
+        return _row_templates.tokenise(self, prompts, super()._tokenize_prompts)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's evaluation on sampled rollouts, and the success of one answer a prompt without sampling.

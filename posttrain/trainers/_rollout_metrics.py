@@ -9,6 +9,7 @@ from torch import Tensor
 
 from posttrain.mechanisms import group_rewards
 from posttrain.objectives import advantages
+from posttrain.trainers import _row_templates
 
 # What TRL logs of an update: means over tokens; over tokens, or rows where a ratio is a row's; over rows
 _OF_TOKENS = ("entropy", "kl")
@@ -112,7 +113,8 @@ def greedy_success(trainer, dataset: Dataset) -> float:
             # ranks hold as many rows each; what fills up comes last and is cut off
             rows = [dataset[i] for i in own] + [dataset[0]] * (size - len(own))
             prompts = [row["prompt"] for row in rows]
-            _, ids, _, completions, *_ = trainer._generate(prompts)
+            with _row_templates.of_rows(trainer, rows):
+                _, ids, _, completions, *_ = trainer._generate(prompts)
             trainer._calculate_rewards(rows, prompts, completions, ids)
             rewards = group_rewards.weighted_rewards(trainer._rewards, trainer.reward_weights)
             scored = judged(trainer, rewards)[: len(dataset) - start]
