@@ -88,8 +88,8 @@ def say_system(row: Mapping, name: str) -> bool:
         get_logger().info("%s: the column %s is put in front of the messages", name, column)
         return True
     get_logger().warning(
-        "%s: the column %s is left out: a text has no place for a system message. Write the rows as messages, or put it "
-        "into the texts of the prompts.", name, column,
+        "%s: the column %s is left out: a text has no place for a system message. Write the rows as messages, or put "
+        "it into the texts of the prompts.", name, column,
     )  # fmt: skip
     return False
 

@@ -63,7 +63,7 @@ def load_scored(
     for one in sources:
         found, places = read_rows(one, split, limit)
         if convert and not columns:
-            found, places = shapes.read_all(found, places, (shapes.ANSWERS, shapes.PAIRS), one)
+            found, places = shapes.read_all(found, places, (shapes.ANSWERS, shapes.PAIRS, shapes.WHOLE), one)
         if one.startswith("generated:"):
             found = [_with_rewards(row) for row in found]
         names = columns_of(found)
