@@ -73,6 +73,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
             adapter settings that do not fit the model.
     """
     from posttrain.data import answer_tokens, baselines, schema, scored
+    from posttrain.data.limits import Limits
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.trainers import _checks, _scored_rows, _values, a_lol
 
@@ -97,6 +98,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     if answer_tokens.are_known(args):
         train_dataset, lost = answer_tokens.fit(train_dataset, processing_class, args, name, stop_ids)
         fits = len(train_dataset)
+        Limits(model_id, config).check_answers(train_dataset, processing_class, args, name)
     else:
         fits = f"at most {fits}: chat_template_path or eos_token change the tokens once the model is loaded"
     kept, facts, living = len(train_dataset), {}, None

@@ -33,6 +33,7 @@ def describe(
             adapter settings that do not fit the model.
     """
     from posttrain.data import columns, schema
+    from posttrain.data.limits import Limits
     from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
     from posttrain.trainers import _checks
 
@@ -41,7 +42,7 @@ def describe(
     processing_class = processing_class_for(model_id, None, args)
     train_dataset = columns.prepare(train_dataset, "train_dataset")
     eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
-    reports = schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset)
+    reports = schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset, Limits(model_id, config))
     _checks.check_flip_rates(args, train_dataset, eval_dataset)
 
     processes = processes or args.world_size

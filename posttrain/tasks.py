@@ -141,6 +141,7 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
             adapter settings that do not fit the model.
     """
     from posttrain.data import columns
+    from posttrain.data.limits import Limits
     from posttrain.data.schema import generation_stop_ids
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.trainers import _checks, _demonstrations
@@ -148,11 +149,13 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_generation(args, train_dataset)
     train_dataset = columns.prepare(train_dataset, "train_dataset")
-    tokenizer = tokenizer_of(processing_class_for(model_id, None, args))
+    tokenizer, limits = tokenizer_of(processing_class_for(model_id, None, args)), Limits(model_id, config)
     if args.learns_from_demonstrations:
         stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))
         train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
 
+        limits.check(train_dataset, ((_demonstrations.IDS,),), tokenizer, "train_dataset", None)
+    limits.check_prompts(train_dataset, tokenizer, args, "train_dataset")
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
     texts = [_rendered(row, tokenizer, args) for row in sample]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

@@ -25,7 +25,7 @@ class Lengths:
 
     Attributes:
         parts: for prompt, chosen and rejected the values of `quantiles`.
-        shortest_prompt: in tokens.
+        shortest_prompt: in tokens. longest: prompt with the longer answer, before cutting. largest_id: of all tokens.
         dropped: rows that lose every completion token to `max_length`; cut: others that lose a part.
         equal: rows kept whose sides are the same tokens; equal_when_cut: of those, the ones that `max_length` made so.
         keeps_99: the smallest max_length that drops no more than 1% of the rows.
@@ -41,6 +41,8 @@ class Lengths:
     rows: int = 0
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     shortest_prompt: int = 0
+    longest: int = 0
+    largest_id: int = -1
     dropped: int = 0
     cut: int = 0
     equal: int = 0
@@ -65,6 +67,7 @@ def measure(dataset, processing_class, places: Sequence[str], max_length: int | 
         prompt, chosen, rejected = (tokens[name] for name in formats.TOKEN_COLUMNS)
         for part, ids in zip(parts.values(), (prompt, chosen, rejected), strict=True):
             part.append(len(ids))
+            found.largest_id = max(found.largest_id, max(ids, default=-1))
         whole.append(len(prompt) + max(len(chosen), len(rejected)))
         ends = [last_token(side, tokenizer, blanks) for side in (chosen, rejected)]
         last_tokens.update(ends)
@@ -82,7 +85,7 @@ def measure(dataset, processing_class, places: Sequence[str], max_length: int | 
             found.equal_when_cut += chosen != rejected
     found.last_tokens, found.trained_last_tokens, found.cut_ends = dict(last_tokens), dict(trained), dict(cut_ends)
     found.parts = {name: quantiles(values) for name, values in parts.items()}
-    found.shortest_prompt = min(parts["prompt"])
+    found.shortest_prompt, found.longest = min(parts["prompt"]), max(whole)
     found.keeps_99 = found.parts["prompt"]["99%"] + 1
     found.whole_99 = quantiles(whole)["99%"]
     _compare_prompts(found, dataset, processing_class, places, parts["prompt"])

@@ -75,7 +75,7 @@ class PairReport:
         return values
 
 
-def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -> dict[str, PairReport]:
+def check_run(model, processing_class, args, train_dataset, eval_dataset=None, limits=None) -> dict[str, PairReport]:
     """Check every data set of a preference run, before its model loads.
 
     Args:
@@ -83,6 +83,7 @@ def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -
         processing_class: the tokenizer or processor; None to take the model's own.
         args: training arguments with max_length, truncation_mode, end_of_turn, model_init_kwargs, trust_remote_code.
         eval_dataset: a data set, several by name, or None.
+        limits: what the model can take in, `posttrain.data.limits.Limits`; None to leave that out.
 
     Returns the reports by name; streams are not looked at. Raises as `check_preferences` does, and ConfigError for a
     model without a tokenizer.
@@ -104,7 +105,10 @@ def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -
         )
         for name, dataset in named.items()
     }
-    return {name: report for name, report in reports.items() if report is not None}
+    reports = {name: report for name, report in reports.items() if report is not None}
+    if limits is not None:
+        limits.check_reports(reports, named, processing_class, args.max_length)
+    return reports
 
 
 def check_preferences(

@@ -14,6 +14,7 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import columns, formats, preferences, schema
+from posttrain.data.limits import Limits
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
@@ -25,6 +26,7 @@ from posttrain.trainers._sharing import PrefixSharing, record_padding
 
 # Columns of a data set that training reads
 _READ = (*preferences.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
+_SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
 # Columns of a batch that are ours or the loss's, not the model's
 _NOT_FOR_THE_MODEL = {
     "completion_mask",
@@ -79,7 +81,8 @@ class PreferenceMixin(RunMixin):
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
         train_dataset = columns.prepare(train_dataset, "train_dataset", _READ)
         eval_dataset = columns.prepare(eval_dataset, "eval_dataset", _READ)
-        schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
+        self._limits = Limits(model, config)
+        schema.check_run(model, processing_class, args, train_dataset, eval_dataset, self._limits)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
         self._begin_run(preflight(args, model))
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
@@ -110,6 +113,10 @@ class PreferenceMixin(RunMixin):
             dataset = self._short_enough(dataset, args)
         else:
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(dataset, Dataset):
+            # every row, where a sample was looked at before
+            name = {"train": "train_dataset", "eval": "eval_dataset"}.get(dataset_name, dataset_name)
+            self._limits.check(dataset, _SEQUENCES, processing_class, name, args.max_length)
         if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return dataset
         # upstream's sampler reads lengths from a column, or from `input_ids`, which pairs do not have

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from posttrain.data import columns
+from posttrain.data.limits import Limits
 from posttrain.data.schema import generation_stop_ids, refuse_splits
 from posttrain.data.tokens import processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
@@ -21,6 +22,7 @@ from posttrain.rewards.base import shorten
 from posttrain.trainers import _checks, _completions, _demonstrations, _rewards, _rollout_metrics, _row_templates
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._run import RunMixin
+from posttrain.trainers._scored_rows import by_name
 from posttrain.trainers._sharing import PrefixSharing
 
 
@@ -53,12 +55,20 @@ class PolicyGradientMixin(RunMixin):
         train_dataset = columns.prepare(train_dataset, "train_dataset")
         eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
         _checks.check_generation(args, train_dataset)
+        limits, processor = Limits(model, config), None
+        if args.learns_from_demonstrations or hasattr(train_dataset, "__len__"):
+            processor = processing_class_for(model, processing_class, args)
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
-            tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
             stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
-            train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+            train_dataset = _demonstrations.tokenise(
+                train_dataset, tokenizer_of(processor), args, "train_dataset", stop_ids
+            )
+            limits.check(train_dataset, ((_demonstrations.IDS,),), processor, "train_dataset", None)
+        if processor is not None:
+            for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+                limits.check_prompts(dataset, processor, args, name)
         self._begin_run(preflight(args, model))
         self._sharing, self._scored, self._rewards, self._rows = None, None, None, None
         self._means = MeanMetrics()
