@@ -301,6 +301,7 @@ class _Source:
 
         _console.quiet_libraries()
         from posttrain.data import shapes
+        from posttrain.data.columns import first_with_system, say_system
         from posttrain.data.formats import detect
         from posttrain.data.rows import columns_of, read_rows
 
@@ -310,6 +311,10 @@ class _Source:
         self.rows, self.places = shapes.as_ours(self.rows, self.places, self.shape, args.source)
         self.columns = columns_of(self.rows)
         self.format = detect(self.columns, self.rows[0])
+        with_system = first_with_system(self.rows)
+        # alpaca's and sharegpt's is read with their rows
+        if with_system is not None and not self.format.kind.startswith(("alpaca", "sharegpt")):
+            say_system(with_system, args.source)
 
     def heading(self) -> str:
         from posttrain.cli._tokens import visible

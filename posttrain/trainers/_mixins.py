@@ -20,7 +20,7 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.trainers import _checks, _reference
+from posttrain.trainers import _checks, _new_tokens, _reference
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
 
@@ -96,6 +96,8 @@ class PreferenceMixin(RunMixin):
             )
         _checks.check_parallelism(self.accelerator)
         self._finish_construction()
+        if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
+            _new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
         get_logger().info("reference: %s", _reference.describe(self))

@@ -18,7 +18,7 @@ from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
-from posttrain.trainers import _checks, _scored_rows, _token_reference
+from posttrain.trainers import _checks, _new_tokens, _scored_rows, _token_reference
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
 
@@ -99,6 +99,7 @@ class OfflineMixin(RunMixin):
         self._sharing = PrefixSharing(self)
         self.data_collator = _scored_rows.WeighedRows(self.data_collator)
         named = _scored_rows.by_name(self.eval_dataset)
+        _new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         if not answer_tokens.are_known(args):
             limits = Limits(self.model, self.model.config)
             for name, dataset in {"train_dataset": self.train_dataset, **named}.items():

@@ -3,12 +3,24 @@
 import copy
 
 import pytest
+import torch
 from datasets import Dataset
+from peft import LoraConfig
 
-from posttrain import ALoLConfig, PolicyGradientConfig, RobustDPOConfig, RobustDPOTrainer, answers, dry_run, tasks
+from posttrain import (
+    ALoLConfig,
+    ALoLTrainer,
+    PolicyGradientConfig,
+    RobustDPOConfig,
+    RobustDPOTrainer,
+    answers,
+    dry_run,
+    tasks,
+)
 from posttrain.data.limits import Limits
 from posttrain.errors import ConfigError
 from posttrain.models import tiny_model
+from posttrain.trainers._new_tokens import at_their_start
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 
@@ -186,3 +198,42 @@ def test_scaled_positions_count_as_they_are_scaled(tmp_path):
     plain = tiny_model(max_position_embeddings=64)
     limits = Limits(plain, plain.config)
     assert (limits.positions, limits.has_table) == (64, False)
+
+
+@pytest.mark.parametrize("family", ["pairs", "answers"])
+def test_new_tokens_that_an_adapter_leaves_frozen_are_said(tmp_path, tokenizer, logged, family):
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"additional_special_tokens": ["<note>", "<unused>"]})
+    model = tiny_model()
+    model.resize_token_embeddings(len(changed))
+    folder = saved(tmp_path / "resized", changed, model)
+
+    def train(adapter=None, **columns):
+        if family == "answers":
+            rows = scored.make_scored(8)
+            for row in range(8):
+                rows = noted(rows, "completion", row)
+            args = ALoLConfig(**scored.settings(tmp_path / "a"))
+            return ALoLTrainer(folder, args, train_dataset=rows, peft_config=adapter)
+        args = RobustDPOConfig(**training.settings(tmp_path / "a"))
+        return RobustDPOTrainer(folder, args=args, train_dataset=noted(make_pairs(8)), peft_config=adapter)
+
+    train(training.lora())
+    warned = [message for message in logged.messages if "where a new token's starts" in message]
+    assert len(warned) == 1
+    assert "the embedding of '<note>' is where" in warned[0]
+    logged.clear()
+    train(LoraConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens"]))
+    if family == "answers":
+        train()
+    assert "new token" not in logged.text
+
+
+@pytest.mark.parametrize(("row", "new"), [("mean", True), ("zero", False), ("random", False), ("near the mean", False)])
+def test_rows_of_an_embedding_at_their_start_are_told_from_trained_ones(row, new):
+    torch.manual_seed(0)
+    weight = torch.randn(300, 32) + 0.5
+    mean = weight.mean(dim=0)
+    values = {"mean": mean, "zero": mean * 0, "random": weight[7], "near the mean": mean + 0.2 * (weight[7] - mean)}
+    weight[10] = values[row]
+    assert at_their_start(weight, [9, 10]) == [10] * new
