@@ -57,6 +57,8 @@ def _pair(prompt, better, worse, **others) -> list[dict]:
 
 def _split(chosen: list, rejected: list) -> list[dict]:
     """A pair of two whole conversations: what they share up to a turn of the user is the prompt."""
+    if not is_messages(chosen) or not is_messages(rejected):
+        raise TypeError("a side is no conversation")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -111,7 +113,12 @@ def _begins_with_its_prompt(row: Mapping) -> bool:
 
 def _messages_answer_a_text(row: Mapping) -> bool:
     sides = row["chosen"], row["rejected"]
-    return isinstance(row["prompt"], str) and all(is_messages(s) and s[0]["role"] == "assistant" for s in sides)
+    return isinstance(row["prompt"], str) and all(is_messages(side) and _is_answer(side) for side in sides)
+
+
+def _is_answer(side) -> bool:
+    """Whether a side is a text, or messages that begin with the assistant's."""
+    return isinstance(side, str) or (is_messages(side) and side[0]["role"] == "assistant")
 
 
 def _are_texts(*columns: str) -> Callable[[Mapping], bool]:
@@ -241,7 +248,10 @@ SHAPES = (
     ),
     *(
         Shape(
-            "Orca DPO pairs", PAIRS, (column, "chosen", "rejected"), _are_texts(column, "chosen", "rejected"),
+            "Orca DPO pairs", PAIRS, (column, "chosen", "rejected"),
+            lambda row, column=column: (
+                isinstance(row[column], str) and _is_answer(row["chosen"]) and _is_answer(row["rejected"])
+            ),
             _asked(column), f"{column} becomes the user's message", without=(*_NO_PROMPT, other),
         )
         for column, other in (("question", "input"), ("input", "question"))

@@ -13,8 +13,11 @@ from posttrain.log import get_logger
 # Prompts that are rendered before a run
 _SAMPLE = 1000
 _SHORTER = "Set max_length to that number, or a smaller one."
-# What tables of learned positions are called in the models of transformers
-_POSITION_MODULES = ("wpe", "embed_positions", "position_embeddings", "pos_embed", "pos_emb", "position_embedding")
+# What tables of positions are called in the models of transformers
+_POSITION_TABLES = (
+    *("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed"),
+    *("pos_embed", "pos_emb", "pos_encoding"),
+)
 
 
 class Limits:
@@ -34,7 +37,7 @@ class Limits:
 
     @functools.cached_property
     def has_table(self) -> bool:
-        """Whether positions are looked up in a learned table, so that a further one is an error and no guess."""
+        """Whether positions are looked up in a table, so that a further one is an error and no guess."""
         model = self._model
         if isinstance(model, str):
             from accelerate import init_empty_weights
@@ -46,8 +49,14 @@ class Limits:
             # a model of another kind, or code of its own
             except Exception:
                 return False
-        kinds = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
-        return any(name in _POSITION_MODULES and hasattr(module, "num_embeddings") for name, module in kinds)
+        for path, module in model.named_modules():
+            if path.rpartition(".")[2] in _POSITION_TABLES and hasattr(module, "num_embeddings"):
+                return True
+            # sines that were computed once, up to the last position
+            tables = (getattr(module, name, None) for name in _POSITION_TABLES)
+            if any(len(getattr(table, "shape", ())) and len(table) == self.positions for table in tables):
+                return True
+        return False
 
     def beyond(self, tokenizer) -> dict[int, str]:
         """The tokenizer's tokens that the embedding has no row for."""
@@ -126,6 +135,9 @@ class Limits:
         read = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in columns]
         longest, kwargs = 0, args.chat_template_kwargs or {}
         for number, row in enumerate(dataset.with_format(None).select_columns(read), 1):
+            if row["prompt"] is None:
+                # an environment's own
+                continue
             place = f"{name}, row {number if len(dataset) == rows else (number - 1) * rows // _SAMPLE + 1}"
             ids = render(row["prompt"], row, tokenizer, place, add_generation_prompt=True, **kwargs)
             self._check_row(ids, tokenizer, place)

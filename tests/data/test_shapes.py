@@ -91,6 +91,12 @@ PAIRS = {
         "The Loire.",
         "None.",
     ),
+    "Orca with messages": (
+        {"question": "Which river?", "chosen": [assistant("The Loire.")], "rejected": [assistant("None.")]},
+        [user("Which river?")],
+        "The Loire.",
+        "None.",
+    ),
     "Orca of Argilla": (
         {
             "system": "",
@@ -397,6 +403,7 @@ def test_rows_without_a_better_answer_are_left_out_and_counted(tmp_path, logged,
         (PAIRS["SHP, A preferred"][0], {"labels": 2}, "labels is 2, not 0 or 1"),
         (PAIRS["PKU-SafeRLHF"][0], {"better_response_id": None}, "'better_response_id' is missing"),
         (PAIRS["HH-RLHF"][0], {"chosen": "no transcript"}, "a transcript begins with 'Human:'"),
+        (BINARIZED, {"chosen": "a text", "rejected": "another"}, "a side is no conversation"),
         (PAIRS["Orca DPO pairs"][0], {"question": 3}, "a text is missing; found 3"),
     ],
 )

@@ -191,6 +191,30 @@ def test_rows_longer_than_computed_positions_are_said_once(tmp_path, tokenizer, 
     assert "positions" not in logged.text
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings", "has_table"),
+    [
+        *((name, settings, True) for name, settings in TABLES.items()),
+        ("gpt_bigcode", {}, True),
+        ("codegen", dict(rotary_dim=8), True),
+        ("gptj", dict(rotary_dim=8), True),
+        ("llama", {}, False),
+        ("gpt_neox", {}, False),
+        ("bloom", {}, False),
+    ],
+)
+def test_models_that_fail_at_a_further_position_are_told_from_those_that_do_not(architecture, settings, has_table):
+    model = tiny_model(architecture, **{"max_position_embeddings": 64, **settings}).eval()
+    limits = Limits(model, model.config)
+    assert (limits.positions, limits.has_table, Limits("a name", model.config).has_table) == (64, has_table, has_table)
+    model(input_ids=torch.ones(1, 64, dtype=torch.long))
+    if has_table:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.ones(1, 65, dtype=torch.long))
+    else:
+        model(input_ids=torch.ones(1, 65, dtype=torch.long))
+
+
 def test_scaled_positions_count_as_they_are_scaled(tmp_path):
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
     model = tiny_model(max_position_embeddings=64, rope_parameters=rope)
