@@ -8,9 +8,11 @@ from datasets import Dataset
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.data.demonstrations import load_demonstrations
 from posttrain.data.schema import examine_preferences
+from posttrain.models import tiny_model
 from posttrain.trainers import _row_templates
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
+from tests.data import test_ends
 
 TEMPLATE = (
     "{%- if tools -%}<|im_start|>tools {{ tools | map(attribute='function') | map(attribute='name') | join(' ') }}"
@@ -172,3 +174,25 @@ def test_end_of_turn_is_one_of_two(tmp_path):
     for config in (RobustDPOConfig, rollouts.HPTConfig, scored.ALoLConfig):
         with pytest.raises(ConfigError, match="end_of_turn is 'always'; it must be one of warn, require"):
             config(str(tmp_path), end_of_turn="always")
+
+
+@pytest.mark.parametrize("family", [test_ends.GEMMA, test_ends.PHI, test_ends.LLAMA], ids=lambda family: family[0])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_demonstration_ends_with_a_token_at_which_rollouts_stop(tmp_path, tokenizer, family, as_text):
+    template, special, eos, bos = family
+    model, changed = tiny_model(vocab_size=320), test_ends.of_family(tokenizer, template, special, eos, bos)
+    # the model's own names several, the template's end of turn among them
+    ends = [token for token in special if token in ("<eos>", "<end_of_turn>", "<|end|>", "<|eot_id|>", "<|eom_id|>")]
+    model.generation_config.eos_token_id = changed.convert_tokens_to_ids([*ends, eos])
+    model.save_pretrained(tmp_path / "model")
+    changed.save_pretrained(tmp_path / "model")
+    data = tasks().remove_columns("system")
+    if as_text:
+        data = data.map(
+            lambda row: {"demonstration": row["demonstration"][0]["content"]}, remove_columns="demonstration"
+        )
+    args = rollouts.HPTConfig(**rollouts.settings(tmp_path / "run", max_completion_length=32))
+    trainer = rollouts.HPTTrainer(str(tmp_path / "model"), rollouts.success, args, data)
+    for row in trainer.train_dataset:
+        ids = row["demonstration_ids"]
+        assert [token in trainer.eos_token_ids for token in ids] == [False] * (len(ids) - 1) + [True]
