@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from posttrain.data import formats
+from posttrain.data import formats, objects
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 
@@ -51,22 +51,23 @@ def place_system(dataset, name: str):
 
     The column stays, for those who read it. Raises as `system_in_front`.
     """
+    from datasets import concatenate_datasets
+
     columns = getattr(dataset, "column_names", None) or ()
     if not any(column in columns for column in SYSTEM) or not {"prompt", "chosen"} & set(columns):
         return dataset
-    if hasattr(dataset, "__len__"):
-        if not len(dataset):
-            return dataset
-        read = [column for column in (*SYSTEM, "prompt", "chosen", "rejected") if column in columns]
-        rows = dataset.with_format(None).select_columns(read)
-        first = next((row for row in rows if _system_column(row)), None)
-        if first is None or not say_system(first, name):
-            return dataset
-    return dataset.map(
-        lambda row, index: system_in_front(row, f"{name}, row {index + 1}"),
-        with_indices=True,
-        **({"desc": f"Placing system messages of {name}"} if hasattr(dataset, "__len__") else {}),
-    )
+    if not hasattr(dataset, "__len__"):
+        return dataset.map(lambda row, index: system_in_front(row, f"{name}, row {index + 1}"), with_indices=True)
+    parts = [column for column in ("prompt", "chosen", "rejected") if column in columns]
+    read = [column for column in (*SYSTEM, *parts) if column in columns]
+    rows = list(objects.unpadded(dataset.with_format(None).select_columns(read)))
+    first = first_with_system(rows)
+    if first is None or not say_system(first, name):
+        return dataset
+    placed = [{**row, **system_in_front(row, f"{name}, row {number}")} for number, row in enumerate(rows, 1)]
+    made, form = objects.exact(placed, parts), dataset.format
+    made = concatenate_datasets([dataset.with_format(None).remove_columns(parts), made], axis=1)
+    return made.select_columns(columns).with_format(form["type"], **form["format_kwargs"])
 
 
 def prepare(given, name: str, read: Iterable[str] | None = None):

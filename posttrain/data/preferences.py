@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from posttrain.data import formats, shapes
+from posttrain.data import formats, objects, shapes
 from posttrain.data.columns import SYSTEM, place_system, say_left_out
 from posttrain.data.procedural import reverse_list_pairs
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
@@ -57,9 +57,11 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     if found.kind in formats.CONVERTED_PAIRS:
         get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
         dataset = formats.convert(dataset)
+    names = dataset.column_names
+    dataset = objects.restored(dataset.select_columns([name for name in (*COLUMNS, *SYSTEM) if name in names]))
+    say_left_out(names, COLUMNS, source)
     dataset = place_system(dataset, source)
-    say_left_out(dataset.column_names, COLUMNS, source)
-    dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+    dataset = dataset.select_columns([name for name in COLUMNS if name in names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
@@ -100,7 +102,6 @@ def _converted(dataset, source: str, convert: bool):
 
 
 def _read_file(path: Path, limit: int | None, convert: bool):
-    from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
     if not path.exists():
@@ -128,7 +129,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
                 raise DataError(f"{place}: 'prompt' {problem}; fill it in, or leave the row out.")
     rows = [{name: row.get(name) for name in columns} for row in rows]
     try:
-        return Dataset.from_list(rows)
+        return objects.exact(rows, columns, places)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors.
         raise mixed_types(rows, places, path, error) from None

@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from posttrain.data import formats
+from posttrain.data import formats, objects
 from posttrain.data.columns import system_in_front
 from posttrain.data.known_shapes import ANSWERS, PAIRS, SHAPES, TASKS, WHOLE, LeftOut, Shape, anything
 from posttrain.errors import DataError
@@ -141,12 +141,10 @@ def convert(dataset, name: str = "the data set", kinds: Sequence[str] = (PAIRS,)
 
     `kinds`: what is wanted: PAIRS, ANSWERS, TASKS; of several, the first that the shape has. Raises as `read`.
     """
-    from datasets import Dataset
-
     if len(dataset) == 0:
         return dataset
     rows = dataset.with_format(None)
     if find(dataset.column_names, rows[0], kinds, name) is None:
         return formats.convert(dataset)
-    places = ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
-    return Dataset.from_list([row for _, row in read(places, kinds, name)])
+    numbered = ((f"{name}, row {number}", row) for number, row in enumerate(objects.unpadded(rows), 1))
+    return objects.exact([row for _, row in read(numbered, kinds, name)])
