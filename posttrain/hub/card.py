@@ -19,7 +19,7 @@ from posttrain.reporting import format_table, library_versions
 
 ADAPTER_HERE, MODEL_HERE, BASE_HERE = "path/to/this/adapter", "path/to/this/model", "path/to/the/base/model"
 LOCAL_BASE = "a model that was on the training machine only"
-_NOT_EVALUATION = re.compile(r"eval_(runtime|num_tokens|.*_per_second)")
+_NOT_EVALUATION = re.compile(r"eval_(.*_)?(runtime|num_tokens|model_preparation_time|.*_per_second)")
 
 _TRL_CITATION = """@software{vonwerra2020trl,
   title   = {{TRL: Transformers Reinforcement Learning}},
@@ -166,18 +166,28 @@ def _data(trainer, dataset: str | None) -> str:
     if given and given > len(trainer.train_dataset):
         size += f" of {given:,} (the others have no gradient, or lost their answer to max_length)"
     held_out = trainer.eval_dataset
-    if hasattr(held_out, "__len__") and not isinstance(held_out, dict):
-        size += f", {len(held_out):,} evaluation rows"
+    sets = held_out if isinstance(held_out, dict) else {"": held_out}
+    for name, rows in sets.items():
+        if hasattr(rows, "__len__"):
+            size += f", {len(rows):,} evaluation rows" + (f" ({name})" if name else "")
     return f"{source}: {size}."
 
 
 def _evaluation(log_history: list[dict]) -> str | None:
-    for row in reversed(log_history):
-        values = {name: value for name, value in row.items() if name.startswith("eval_")}
-        rows = [(name, _short(value)) for name, value in values.items() if not _NOT_EVALUATION.fullmatch(name)]
-        if rows:
-            return f"After step {row['step']}:\n\n" + format_table(("metric", "value"), rows)
-    return None
+    measured = [(row["step"], _measured(row)) for row in log_history if _measured(row)]
+    if not measured:
+        return None
+    step = measured[-1][0]
+    # several sets have a row each
+    values = {name: value for at, found in measured if at == step for name, value in found.items()}
+    rows = [(name, _short(value)) for name, value in values.items()]
+    return f"After step {step}:\n\n" + format_table(("metric", "value"), rows)
+
+
+def _measured(row: dict) -> dict:
+    return {
+        name: value for name, value in row.items() if name.startswith("eval_") and not _NOT_EVALUATION.fullmatch(name)
+    }
 
 
 def _settings(trainer, adapter) -> list[tuple[str, str]]:

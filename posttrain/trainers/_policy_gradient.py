@@ -151,6 +151,13 @@ class PolicyGradientMixin(RunMixin):
 
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
+        size, group = self.args.per_device_eval_batch_size * self.args.world_size, self.num_generations_eval
+        if size % group:
+            raise ConfigError(
+                f"an evaluation batch holds {size} rollouts (per_device_eval_batch_size "
+                f"{self.args.per_device_eval_batch_size}, {self.args.world_size} processes), which is no multiple of "
+                f"the {group} drawn for a prompt. Change per_device_eval_batch_size or num_generations_eval."
+            )
         with _completions.of_evaluation(self, metric_key_prefix):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
