@@ -54,15 +54,16 @@ def push_folder(
     Raises:
         DataError: there is nothing to push.
         ConfigError: `merged` for a run that cannot be merged.
-        EnvironmentIssue: what the hub or the connection answered, after the last try.
+        EnvironmentIssue: what the hub or the connection answered, after the last try; a merged model that is another
+            one than base and adapter.
     """
     folder, run = Path(folder), run_of(folder)
     if not merged:
         files = files_to_push(folder, run, destination)
         return _commit(files, destination, commit_message, revision, token, delays)
     with tempfile.TemporaryDirectory(prefix="posttrain-merged-") as temporary:
-        merge_adapter(folder, temporary)
-        files = files_to_push(Path(temporary), run, destination)
+        merge_adapter(folder, Path(temporary) / "merged")
+        files = files_to_push(Path(temporary) / "merged", run, destination)
         return _commit(files, destination, commit_message, revision, token, delays)
 
 
@@ -73,6 +74,7 @@ def push_run(
     blocking: bool = True,
     revision: str | None = None,
     token: str | None = None,
+    private: bool | None = None,
     delays: Sequence[float] = RETRY_DELAYS,
 ):
     """Push what a trainer has saved in its output folder. Never raises: a trained run is not lost for a push.
@@ -86,7 +88,7 @@ def push_run(
     args, destination = trainer.args, None
     token, revision = token or args.hub_token, revision or args.hub_revision
     try:
-        destination = destination_of(trainer, delays=delays)
+        destination = destination_of(trainer, private=private, delays=delays)
         files = files_to_push(Path(args.output_dir), Path(args.output_dir), destination)
     except Exception as error:
         _warn(error, args, destination)

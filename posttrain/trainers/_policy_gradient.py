@@ -24,11 +24,13 @@ from posttrain.trainers import (
     _completions,
     _demonstrations,
     _evaluation,
+    _reference,
     _rewards,
     _rollout_metrics,
     _special_tokens,
 )
 from posttrain.trainers._generations import SaveBetweenGenerations
+from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing
 
@@ -42,6 +44,8 @@ class PolicyGradientMixin(RunMixin):
 
     no_value = None
     _train_sampler, _kept_tokens = None, None
+    # for the next generation
+    saves_may_wait = True
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class PolicyGradientMixin(RunMixin):
         *rest,
         **kwargs,
     ):
+        kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         if args.use_vllm:
             require("vllm", "vllm", "use_vllm")
@@ -73,13 +78,14 @@ class PolicyGradientMixin(RunMixin):
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
             tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
             train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
-        self._begin_run(preflight(args, model))
-        self._sharing, self._scored, self._rewards = None, None, None
+        self._begin_run(preflight(args, model), args)
+        self._sharing, self._scored, self._rewards, self._head = None, None, None, None
+        self._reference_is_given, self._reference_checked = False, False
         self._means = MeanMetrics()
         self._dead_generations, self._skipped = 0, False
         self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
         with _checks.upstream_refusals():
-            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
         _checks.check_parallelism(self.accelerator)
         if args.success_reward is not None and args.success_reward not in self.reward_func_names:
             raise ConfigError(
@@ -90,7 +96,11 @@ class PolicyGradientMixin(RunMixin):
             self._tokenizer, self.reward_funcs, self.eos_token_ids, self.args.kept_tokens
         )
         self.add_callback(SaveBetweenGenerations(self))
+        self._head = TrueHead(self)
         self._sharing = PrefixSharing(self, left_padded=True)
+
+    def _live_reference(self, args) -> bool:
+        return args.beta != 0
 
     def identity_settings(self) -> dict:
         names = (
@@ -269,16 +279,34 @@ class PolicyGradientMixin(RunMixin):
 
     # stands on GRPOTrainer._get_per_token_logps_and_entropies, the one way to log-probs of every pass
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._head is not None:
+            self._head.check(model)
         if self._sharing is not None and self._sharing.active:
             self._sharing.check(model)
             model = _Sharing(self._sharing, model)
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._scored is not None:
+            self._check_first_kl(self._scored, result[0].detach())
             if self.args.weighs_tokens:
                 self._weigh_tokens(self._scored, result[0].detach())
             if "demonstrations" in self._scored:
                 self._weigh_demonstrations(self._scored, result[0].detach())
         return result
+
+    def _check_first_kl(self, inputs: dict, logps: Tensor) -> None:
+        """Before the first step the policy is its reference, or another model is taken for its start."""
+        if self._reference_checked or not self.model.training:
+            return
+        self._reference_checked = True
+        reference = inputs.get("ref_per_token_logps")
+        if reference is None or not self.args.check_reference or self.state.global_step > 0:
+            return
+        if _checks.drops_out(self.model) or not _checks.may_be_identity(self.model):
+            return
+        gaps = (logps - reference).abs() * inputs["completion_mask"]
+        per_token = gaps.sum(dim=1) / inputs["completion_mask"].sum(dim=1).clamp(min=1)
+        worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
+        _checks.check_zero_margin(worst, self.model, self.accelerator, _reference.describe(self))
 
     def _weigh_tokens(self, inputs: dict, logps: Tensor) -> None:
         """The parts that TRL's loss has no setting for, as weights on an unclipped loss of ratio 1."""
