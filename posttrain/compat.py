@@ -84,13 +84,15 @@ INSTANCE_ATTRIBUTES = {
         "_step",
         "_metrics",
         "_logs",
+        "_pending_extra_logs",
+        "_pending_metrics",
         "_tokenizer",
         "_total_train_tokens",
         "_entropy_bonus_enabled",
         "aux_loss_enabled",
     ),
     "trl.SFTTrainer": ("_metrics", "_total_train_tokens"),
-    "transformers.Trainer": ("model_wrapped", "_signature_columns"),
+    "transformers.Trainer": ("model_wrapped", "_signature_columns", "gather_function"),
     "bitsandbytes.nn.Linear4bit": ("support_avx512bf16_for_cpu",),
 }
 

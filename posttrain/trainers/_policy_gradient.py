@@ -1,13 +1,11 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
 
 import importlib
-import inspect
 import math
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import GRPOTrainer
 
 from posttrain.data.schema import refuse_splits
 from posttrain.data.tokens import processing_class_for, tokenizer_of
@@ -65,8 +63,7 @@ class PolicyGradientMixin(RunMixin):
         self._advantage_function = _advantage_function(args)
         reward_funcs = _rewards.reward_functions(reward_funcs, args)
         _rewards.check_weights(args, reward_funcs)
-        given = _given(rest, kwargs)
-        _check_prompts(train_dataset, eval_dataset, given)
+        _check_prompts(train_dataset, eval_dataset, kwargs)
         _checks.check_generation(args, train_dataset)
         _evaluation.check_best_metric(args, eval_dataset)
         if args.kept_tokens:
@@ -397,12 +394,6 @@ def _advantage_function(args):
             rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
         )
     return None
-
-
-def _given(rest: tuple, kwargs: dict) -> dict:
-    """What was given behind `processing_class`, by name."""
-    names = list(inspect.signature(GRPOTrainer.__init__).parameters)
-    return dict(zip(names[names.index("processing_class") + 1 :], rest, strict=False)) | kwargs
 
 
 def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
