@@ -108,11 +108,11 @@ def _merged(model):
         merged = model.merge_and_unload(safe_merge=True)
     if tied:
         embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
-        if torch.equal(embedding.weight, head.weight):
+        still = torch.equal(embedding.weight, head.weight)
+        if still:
             head.weight = embedding.weight
-        else:
-            for config in {id(config): config for config in (merged.config, merged.config.get_text_config())}.values():
-                config.tie_word_embeddings = False
+        for config in {id(config): config for config in (merged.config, merged.config.get_text_config())}.values():
+            config.tie_word_embeddings = still
     return merged
 
 

@@ -51,9 +51,7 @@ def test_pairs_are_scored_by_the_models_own_logits(folder, tmp_path, setting):
 
 def test_answers_are_scored_by_the_models_own_logits(folder, tmp_path):
     args = scored.settings(tmp_path, prefix_sharing="auto")
-    trainer = ALoLTrainer(
-        folder, args=ALoLConfig(**args), train_dataset=scored.make_scored(8), peft_config=adapter()
-    )
+    trainer = ALoLTrainer(folder, args=ALoLConfig(**args), train_dataset=scored.make_scored(8), peft_config=adapter())
     trainer.train()
     batch = dict(next(iter(trainer.get_train_dataloader())))
     trainer.model.eval()
