@@ -53,7 +53,8 @@ def train(trainer, data_args: DataArguments, evaluate: bool) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     # Every rank saves: under ZeRO-3 each one holds a part of the weights.
-    trainer.save_model()
+    # The push comes once, with the card.
+    trainer.save_model(_internal_call=True)
     hub_dataset = None if data_args.is_local else data_args.dataset_name
     trainer.create_model_card(dataset_name=hub_dataset)
     trainer.accelerator.print(f"Saved to {args.output_dir}")

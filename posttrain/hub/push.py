@@ -74,6 +74,7 @@ def push_run(
     blocking: bool = True,
     revision: str | None = None,
     token: str | None = None,
+    private: bool | None = None,
     delays: Sequence[float] = RETRY_DELAYS,
 ):
     """Push what a trainer has saved in its output folder. Never raises: a trained run is not lost for a push.
@@ -87,7 +88,7 @@ def push_run(
     args, destination = trainer.args, None
     token, revision = token or args.hub_token, revision or args.hub_revision
     try:
-        destination = destination_of(trainer, delays=delays)
+        destination = destination_of(trainer, private=private, delays=delays)
         files = files_to_push(Path(args.output_dir), Path(args.output_dir), destination)
     except Exception as error:
         _warn(error, args, destination)

@@ -73,14 +73,16 @@ def preflight(args, model, *, delays: Sequence[float] = RETRY_DELAYS) -> Destina
     return outcome[0]
 
 
-def destination_of(trainer, *, delays: Sequence[float] = RETRY_DELAYS) -> Destination:
+def destination_of(trainer, *, private: bool | None = None, delays: Sequence[float] = RETRY_DELAYS) -> Destination:
     """The destination that the preflight found, or a new one where the run was not meant to be pushed.
 
-    Raises as `preflight` does. Asks the hub from this process only.
+    `private`: of a new repository; `hub_private_repo` by default. Raises as `preflight` does. Asks the hub from this
+    process only.
     """
     found = getattr(trainer, "hub_destination", None)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return found or open_repository(**_request(trainer.args, model), delays=delays)
+    request = _request(trainer.args, model) | ({} if private is None else {"private": private})
+    return found or open_repository(**request, delays=delays)
 
 
 def repo_name(args) -> str:

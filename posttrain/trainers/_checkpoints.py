@@ -1,213 +1,120 @@
-"""Checkpoints that are either complete or not there: a marker, the newest marked one, rotation, a run's identity.
+"""Checkpoints that are either complete or not there: the newest one, rotation, saving, resuming.
 
 A checkpoint counts only with its marker, a small JSON file that the main process writes after every rank has saved. A
 run that is killed while it saves leaves a folder without one, which is never resumed from and is cleared away later.
-A run folder that holds what another run left is refused, so that no folder mixes two.
 """
 
 import contextlib
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
-import xxhash
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.hub.base import adapter_config, base_name, loaded_from
 from posttrain.log import get_logger
+from posttrain.trainers import _checkpoint_files as files
+from posttrain.trainers._checkpoint_files import MARKER, mark
+from posttrain.trainers._identity import differing, update_settings
+from posttrain.trainers._schedule import Schedule
 
-MARKER = "posttrain_complete.json"
-# In the run folder: whose model lies there.
-NOTE = "posttrain_run.json"
-_WEIGHTS = (
-    "adapter_model.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.bin",
-    "pytorch_model.bin",
-)
-# Columns of rows that were tokenised before the run
-_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
-# Settings on which an update depends; the number of steps is not among them, as runs are made longer
-_UPDATE = (
-    "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
-    "train_sampling_strategy",
-)  # fmt: skip
-_FOLDER = re.compile(r"checkpoint-(\d+)")
+_FOLDER = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
 
-def fingerprint(dataset) -> str | None:
-    """A digest of the tokens of a prepared dataset, in order; None for a stream."""
-    tokens = [name for name in _TOKENS if name in (dataset.column_names or ())]
-    columns = tokens and tokens + [name for name in ("flip_rate", "reward") if name in dataset.column_names]
-    if not hasattr(dataset, "__len__"):
-        return None
-    if not columns:
-        # not tokenised before the run: prompts for rollouts, with what rewards read
-        digest = xxhash.xxh3_128(f"{len(dataset)}|{sorted(dataset.column_names)}".encode())
-        for row in dataset:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
-    digest = xxhash.xxh3_128(f"{len(dataset)}|{columns}".encode())
-    for batch in dataset.select_columns(columns).with_format("numpy").iter(1000):
-        for name in columns:
-            for value in batch[name]:
-                digest.update(value.tobytes())
-                digest.update(b"|")
-    return digest.hexdigest()
+def folders(output_dir: str | Path) -> list[Path]:
+    """All that is named as a checkpoint is, oldest step first, whatever it is."""
+    root = Path(output_dir)
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.iterdir() if _FOLDER.fullmatch(path.name)), key=step_of)
 
 
-def identity(trainer) -> dict:
-    """What a run must share with the one it resumes, or else goes on with other numbers."""
-    args, source, adapter = trainer.args, loaded_from(trainer.model), adapter_config(trainer.model)
-    return {
-        "method": type(trainer).__name__,
-        # of a local folder its name alone, as it may lie elsewhere by the time the run goes on
-        "model": base_name(source) or (Path(source).name if source else None),
-        "adapter": f"{adapter.peft_type.value} r {getattr(adapter, 'r', None)}" if adapter else None,
-        "data": fingerprint(trainer.train_dataset),
-        "seed": args.seed,
-        "world_size": trainer.accelerator.num_processes,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        **trainer.identity_settings(),
-    }
-
-
-def update_settings(trainer) -> dict:
-    """What else a run must share with the checkpoint it goes on from; one that starts anew may change it."""
-    adapter = adapter_config(trainer.model)
-    shape = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora") if adapter else ()
-    settings = {name: _plain(getattr(trainer.args, name)) for name in _UPDATE}
-    return settings | {name: _plain(getattr(adapter, name, None)) for name in shape}
-
-
-def mark(folder: Path, content: dict, name: str = MARKER) -> None:
-    """Write the marker at once, so that it is never half there."""
-    partial = folder / f".{name}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, folder / name)
-
-
-def check_folder(output_dir: str | Path, now: dict) -> None:
-    """Refuse a run folder with the model, or the complete checkpoints, of another run.
-
-    Args:
-        output_dir: the folder; missing or empty is as good as any.
-        now: what is known of the run that wants to write there, by name: names of its identity, and others.
-
-    Raises:
-        ConfigError: it is another run's, or holds a model of which no run says that it is its own.
-    """
-    folder = Path(output_dir)
-    weights = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
-    newest = next(reversed(complete(folder)), None)
-    advice = (
-        "Choose another output_dir, or delete that one. `resume_from_checkpoint` goes on with the same settings and "
-        "data only; to write there all the same, set `check_resume: false`."
-    )
-    if weights is None and newest is None:
-        return
-    note = folder / NOTE if weights is not None else newest / MARKER
-    if not note.is_file():
-        raise ConfigError(
-            f"output_dir is {output_dir}, which holds a model ({weights}) that no run has noted as its own. {advice}"
-        )
-    then = _content(note)["identity"]
-    shared = now.keys() & then
-    differing = _differing({name: now[name] for name in shared}, {name: then[name] for name in shared})
-    if differing:
-        what = "a model" if weights is not None else "checkpoints"
-        raise ConfigError(
-            f"output_dir is {output_dir}, which holds {what} written by another run ({differing}). {advice}"
-        )
-
-
-class RunFolder(TrainerCallback):
-    """Keeps a run folder to one run: refuses another's at construction, and notes in it whose model it holds.
-
-    Raises ConfigError as `check_folder` does. A run with the same identity may start anew.
-    """
-
-    def __init__(self, trainer):
-        self._trainer = trainer
-        folder = Path(trainer.args.output_dir)
-        # the identity takes a pass over the data, which a new folder does not need
-        if trainer.args.check_resume and ((folder / NOTE).is_file() or complete(folder)):
-            check_folder(folder, trainer._identity())
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        left = complete(args.output_dir)
-        if state.global_step == 0 and left and state.is_world_process_zero:
-            get_logger().warning(
-                "%s holds checkpoints of an earlier run, up to step %s; this run starts anew beside them. "
-                "`resume_from_checkpoint: auto` would have gone on from there.",
-                args.output_dir,
-                left[-1].name.removeprefix("checkpoint-"),
-            )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            mark(Path(args.output_dir), {"identity": self._trainer._identity()}, NOTE)
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def complete(output_dir: str | Path) -> list[Path]:
     """The checkpoints with a marker, oldest step first."""
-    return [path for path in _folders(output_dir) if _marker(path).exists()]
+    return list(filter(files.is_complete, folders(output_dir)))
 
 
-def rotate(output_dir: str | Path, keep: int | None, best: str | None) -> None:
-    """Delete folders without a marker, and all but the newest `keep` and the best complete checkpoints.
+def rotate(output_dir: str | Path, keep: int | None, best: str | None, identity: dict | None = None) -> None:
+    """Delete all but the newest `keep` and the best complete checkpoints, and what this run left half-written.
 
-    The newest are those written last: a run that starts anew may stand beside further steps of an earlier one.
+    The newest are those written last: a run that starts anew may stand beside further steps of an earlier one. Links,
+    folders without a marker of ours, and files that no save wrote are left alone.
+
+    Args:
+        output_dir: the run folder.
+        keep: how many; None or less than 1 for all.
+        best: a checkpoint to keep besides.
+        identity: of this run.
     """
-    marked = sorted(complete(output_dir), key=lambda folder: _marker(folder).stat().st_mtime_ns)
+    own = [folder for folder in folders(output_dir) if folder.is_dir() and not folder.is_symlink()]
+    marked = sorted(filter(files.is_complete, own), key=lambda folder: (folder / MARKER).stat().st_mtime_ns)
     kept = {path.resolve() for path in (marked[-keep:] if keep and keep > 0 else marked)}
     if best is not None:
         kept.add(Path(best).resolve())
-    for folder in _folders(output_dir):
+    half_left = [folder for folder in own if identity is not None and files.is_half_left(folder, identity)]
+    for folder in (*marked, *half_left):
         if folder.resolve() not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+            clear(folder)
 
 
-def find(output_dir: str | Path, wanted: str | bool | None) -> Path | None:
+def clear(folder: Path) -> None:
+    """Delete a checkpoint of ours, saying so where files of others stay."""
+    try:
+        if not files.remove(folder):
+            get_logger().info("%s stays for the files in it that no run wrote", folder)
+    except OSError as error:
+        get_logger().warning("%s could not be deleted: %s", folder, error)
+
+
+def find(
+    output_dir: str | Path, wanted: str | bool | None, check: bool = True, weights_only: bool = False
+) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
         output_dir: the run folder.
         wanted: None or False for none; True for the newest complete one, an error if there is none; "auto" for the
             newest complete one if there is any; or a path.
+        check: refuse one that another library wrote; it is taken by its path alone in any case.
+        weights_only: take one without optimizer, schedule or random state as well.
 
     Raises:
         ConfigError: no complete checkpoint where one was asked for.
     """
     if wanted is None or wanted is False or str(wanted).lower() in ("false", "none"):
         return None
-    newest = next(reversed(complete(output_dir)), None)
+    ready = [folder for folder in complete(output_dir) if weights_only or not files.missing_state(folder)]
+    newest = ready[-1] if ready else None
     if str(wanted).lower() == "auto":
         return newest
     if wanted is True or str(wanted).lower() == "true":
         if newest is None:
-            partial = [path.name for path in _folders(output_dir)]
-            found = f"only incomplete ones ({', '.join(partial)})" if partial else "none"
             raise ConfigError(
-                f"resume_from_checkpoint is true, but {output_dir} holds no complete checkpoint: {found}. Leave it out "
-                "to start anew, or set `resume_from_checkpoint: auto`."
+                f"resume_from_checkpoint is true, but {output_dir} holds no complete checkpoint: {_others(output_dir)} "
+                "Leave it out to start anew, or set `resume_from_checkpoint: auto`."
             )
         return newest
     folder = Path(wanted)
-    if _marker(folder).exists():
+    hint = f" The newest complete one in {output_dir} is {newest}." if newest else ""
+    if files.is_complete(folder) or (not check and files.is_foreign(folder)):
+        lost = files.missing_state(folder)
+        if lost and not weights_only:
+            raise ConfigError(f"the checkpoint {folder} {_without_state(lost)}{hint}")
         return folder
     inside = next(reversed(complete(folder)), None)
     if inside is not None:
         raise ConfigError(f"resume_from_checkpoint is {wanted}, which is a run folder; give a checkpoint: {inside}.")
-    hint = f" The newest complete one in {output_dir} is {newest}." if newest else ""
+    if files.is_foreign(folder):
+        raise ConfigError(
+            f"resume_from_checkpoint is {wanted}, which posttrain did not write, or not to its end (no {MARKER} in "
+            "it): nothing says whether it is complete, or of what settings and data. To go on from it all the same, "
+            f"set `check_resume: false`.{hint}"
+        )
     if folder.is_dir():
         raise ConfigError(f"resume_from_checkpoint is {wanted}, which is not complete (no {MARKER} in it).{hint}")
     raise ConfigError(
@@ -216,83 +123,173 @@ def find(output_dir: str | Path, wanted: str | bool | None) -> Path | None:
     )
 
 
-def read(folder: Path, now: dict | None) -> dict:
+def passed_over(output_dir: str | Path, taken: Path | None) -> str:
+    """What stands in a run folder behind the checkpoint that was taken and was not, and why; empty for nothing."""
+    first = step_of(taken) if taken is not None else -1
+    return " ".join(f"{folder.name} {reason}" for folder, reason in _reasons(output_dir) if step_of(folder) > first)
+
+
+def _others(output_dir: str | Path) -> str:
+    """What stands in the place of checkpoints to resume from, in words."""
+    found = _reasons(output_dir)
+    incomplete = [folder.name for folder, reason in found if reason == _INCOMPLETE]
+    told = [f"{folder.name} {reason}" for folder, reason in found if reason != _INCOMPLETE]
+    if incomplete:
+        told.insert(0, f"only incomplete ones ({', '.join(incomplete)}).")
+    return " ".join(told) or "none."
+
+
+_INCOMPLETE = "is not complete."
+
+
+def _reasons(output_dir: str | Path) -> list[tuple[Path, str]]:
+    """The folders that cannot be resumed from as they are, each with the reason."""
+    found = []
+    for folder in filter(Path.is_dir, folders(output_dir)):
+        lost = files.missing_state(folder) if files.is_complete(folder) else []
+        if lost:
+            found.append((folder, _without_state(lost)))
+        elif files.is_foreign(folder):
+            found.append(
+                (folder, "was not written by posttrain, or not to its end: name it, with `check_resume: false`.")
+            )
+        elif not files.is_complete(folder):
+            found.append((folder, _INCOMPLETE))
+    return found
+
+
+def _without_state(lost: list[str]) -> str:
+    return (
+        f"has no {', '.join(lost)} (deleted, or left out by save_only_model), so the run cannot go on as it was. "
+        "`resume_weights_only: true` goes on from its weights with a new optimizer."
+    )
+
+
+def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
     """The marker's content; ConfigError for a checkpoint that is damaged, or of other settings than `now`.
 
-    `now`: identity and update settings of the run that resumes; None to take any.
+    Of a checkpoint that another library wrote, what its own state tells.
+
+    Args:
+        folder: of the checkpoint.
+        now: identity and update settings of the run that resumes; None to take any.
+        weights_only: optimizer, schedule and random state may be gone.
     """
-    content = _content(folder / MARKER)
+    if not files.is_complete(folder):
+        get_logger().warning(
+            "the checkpoint %s was not written by posttrain, or not to its end: whether its files are whole, and its "
+            "method, model, data, seed and batch split, cannot be checked",
+            folder,
+        )
+        logs = _trainer_state(folder).get("log_history", [])
+        return {"state": {"num_tokens": next((row["num_tokens"] for row in reversed(logs) if "num_tokens" in row), 0)}}
+    content = files.content_of(folder / MARKER)
     for name, size in content.get("files", {}).items():
+        if weights_only and files.is_state(name):
+            continue
         there = (folder / name).stat().st_size if (folder / name).is_file() else None
         if there != size:
             what = f"has {there} bytes instead of {size}" if there is not None else "is missing"
             raise ConfigError(
                 f"the checkpoint {folder} is damaged: {name} {what}. Resume from another one, or delete it."
             )
-    then = content["identity"] | content.get("update", {})
-    differing = "" if now is None else _differing(now, then)
-    if differing:
+    told = "" if now is None else differing(now, settings_of(content))
+    if told:
         raise ConfigError(
-            f"the checkpoint {folder} was written by another run ({differing}). Resume with the same settings and "
+            f"the checkpoint {folder} was written by another run ({told}). Resume with the same settings and "
             "data, or start anew in another output_dir. To go on all the same, set `check_resume: false`."
         )
     return content
 
 
+def settings_of(content: dict) -> dict:
+    """Identity and update settings of a checkpoint's run."""
+    return content["identity"] | content.get("update", {})
+
+
+def planned_steps(folder: Path) -> int:
+    """How many steps the run had that wrote a checkpoint."""
+    return int(_trainer_state(folder)["max_steps"])
+
+
+def say_random_state(folder: Path, ranks: int) -> None:
+    """Warn where a checkpoint holds no random state for each of these ranks: upstream goes on without a word."""
+    wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    lost = [name for name in wanted if not (folder / name).is_file()]
+    if lost:
+        get_logger().warning(
+            "the checkpoint %s has no %s: chance (dropout, sampling) goes on from the seed there, as on another number "
+            "of processes",
+            folder,
+            ", ".join(lost),
+        )
+
+
+def _trainer_state(folder: Path) -> dict:
+    path = folder / files.TRAINER_STATE
+    try:
+        state = json.loads(path.read_text())
+        if isinstance(state["max_steps"], int) and isinstance(state["global_step"], int):
+            return state
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path} cannot be read as the state of a trainer. Resume from another checkpoint.")
+
+
 @contextlib.contextmanager
-def complete_or_not_there(trainer):
-    """Around the saving of a checkpoint by all ranks: the marker last, then rotation.
+def complete_or_not_there(trainer, folder: Path):
+    """Around the saving of a checkpoint by all ranks: a note first, the marker last, then rotation.
 
     Raises:
-        EnvironmentIssue: the disk is full or cannot be written to; the last complete checkpoint is left as it is.
+        EnvironmentIssue: the disk is full or cannot be written to, or what is not ours came to lie there; the last
+            complete checkpoint is left as it is.
     """
-    output_dir, main = trainer.args.output_dir, trainer.accelerator.is_main_process
-    folder = Path(output_dir) / f"checkpoint-{trainer.state.global_step}"
-    if main:
-        (folder / MARKER).unlink(missing_ok=True)
-    trainer.accelerator.wait_for_everyone()
+    output_dir, main = folder.parent, trainer.accelerator.is_main_process
+    occupied = [main and files.is_occupied(folder)]
+    broadcast_object_list(occupied)
+    if occupied[0]:
+        raise EnvironmentIssue(
+            f"the checkpoint {folder} could not be saved: something lies there that posttrain did not write, and that "
+            f"would be written over. {_last_of(output_dir)}"
+        )
+    others = None
     # Upstream would rotate before the marker is written, and might delete the last complete checkpoint
     limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
     try:
+        if main:
+            others = files.begin(folder, trainer._identity())
+        trainer.accelerator.wait_for_everyone()
         yield
         trainer.accelerator.wait_for_everyone()
         if main:
-            state = {"num_tokens": trainer._total_train_tokens}
+            schedule = trainer._schedule.now or Schedule(trainer.state.max_steps)
+            state = {"num_tokens": trainer._total_train_tokens, "schedule": schedule.as_content()}
             content = {"identity": trainer._identity(), "update": update_settings(trainer)}
-            mark(folder, content | {"state": state, "files": _sizes(folder)})
+            mark(folder, content | {"state": state, "files": files.sizes(folder, others)})
+            (folder / files.SAVING).unlink()
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_error(error):
             raise
-        shutil.rmtree(folder, ignore_errors=True)
-        last = next(reversed(complete(output_dir)), None)
-        kept = f"The last complete one is {last}; go on from it with `resume_from_checkpoint: auto`." if last else ""
-        raise EnvironmentIssue(f"the checkpoint {folder} could not be saved: {error}. {kept}") from error
+        if main and folder.is_dir():
+            with contextlib.suppress(OSError):
+                files.remove(folder, None if others is None else files.files_in(folder) - others)
+        raise EnvironmentIssue(
+            f"the checkpoint {folder} could not be saved: {error}. {_last_of(output_dir)}"
+        ) from error
     finally:
         trainer.args.save_total_limit = limit
     if main:
-        rotate(output_dir, limit, trainer.state.best_model_checkpoint)
+        rotate(output_dir, limit, trainer.state.best_model_checkpoint, trainer._identity())
 
 
-def _plain(value):
-    """As JSON will hold it, an enumeration by its value."""
-    return json.loads(json.dumps(getattr(value, "value", value), default=str))
-
-
-def _content(path: Path) -> dict:
-    """What a marker or a note says; ConfigError if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content["identity"], dict):
-            return content
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file of a checkpoint, which a resumption looks for again."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+def keep_best_alone(trainer, output_dir: Path) -> None:
+    """With `save_total_limit: 1`, leave only the best checkpoint of ours at the end of training, as upstream does."""
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.save_total_limit != 1 or best is None or not trainer.args.should_save:
+        return
+    for folder in complete(output_dir):
+        if not folder.is_symlink() and folder.resolve() != Path(best).resolve():
+            clear(folder)
 
 
 def is_write_error(error: Exception) -> bool:
@@ -300,21 +297,6 @@ def is_write_error(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or any(words in str(error) for words in ("inline_container", "write"))
 
 
-def _differing(now: dict, then: dict) -> str:
-    """What of two identities differs, in words; empty if nothing does."""
-    names = [name for name in sorted(now.keys() | then) if now.get(name) != then.get(name)]
-    # digests of data say nothing to a reader
-    words = {"data": "data: other rows there than here"}
-    return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)
-
-
-def _marker(folder: Path) -> Path:
-    return folder / MARKER
-
-
-def _folders(output_dir: str | Path) -> list[Path]:
-    root = Path(output_dir)
-    if not root.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+def _last_of(output_dir: Path) -> str:
+    last = next(reversed(complete(output_dir)), None)
+    return f"The last complete one is {last}; go on from it with `resume_from_checkpoint: auto`." if last else ""

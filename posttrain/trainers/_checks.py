@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
 from posttrain.log import get_logger
 from posttrain.remote import check_model_name, model_failure
-from posttrain.trainers import _checkpoints
+from posttrain.trainers import _run_folder
 
 # |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
 # may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
@@ -37,21 +37,20 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
 
 
-def check_args(args, config_class: type, method: str | None = None):
-    """`args`, or the class's defaults. `method`: the trainer's class, where it is known.
+def check_args(args, config_class: type, method: str | None = None, output_dir: str | None = None):
+    """`args` as a `config_class`, or the class's defaults. `method`: the trainer's class, where it is known.
 
-    Raises TypeError for another class's settings, ConfigError where output_dir holds a run with other settings.
+    `output_dir`: where the defaults are to write.
+
+    Raises TypeError for another trainer's settings, ConfigError where output_dir holds a run with other settings, or
+    what is not ours where this one would write.
     """
-    if args is None:
-        args = config_class()
-    if not isinstance(args, config_class):
-        raise TypeError(
-            f"args is a {type(args).__name__}; it must be a posttrain.{config_class.__name__}, which takes the same "
-            "fields and a few more."
-        )
-    if args.check_resume:
-        # what the settings tell; `RunFolder` asks again once data and model are there
-        _checkpoints.check_folder(args.output_dir, vars(args) | ({"method": method} if method else {}))
+    # the configs import this module
+    from posttrain.trainers._upstream_configs import as_own
+
+    args = config_class(output_dir) if args is None else as_own(args, config_class)
+    # what the settings tell; `RunFolder` asks again once data and model are there
+    _run_folder.check_args(args, method)
     return args
 
 
@@ -211,7 +210,10 @@ def check_flip_rates(args, train_dataset, eval_dataset) -> None:
     """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
     if args.pair_loss not in ("rdpo", "cdpo"):
         if "flip_rate" in (getattr(train_dataset, "column_names", None) or ()):
-            get_logger().warning("train_dataset's column flip_rate is not read by pair_loss %s", args.pair_loss)
+            get_logger().warning(
+                "train_dataset's column flip_rate is not read by pair_loss %s; `pair_loss: rdpo` or `cdpo` reads it",
+                args.pair_loss,
+            )
         return
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})

@@ -38,7 +38,7 @@ def stop(trainer, what: str) -> None:
     weights = torch.stack([torch.isfinite(p.detach()).all() for p in trainer.model.parameters() if p.requires_grad])
     finite = bool(trainer.accelerator.reduce((~weights.all()).float(), reduction="sum").item() == 0)
     if finite:
-        trainer.save_model(str(folder))
+        trainer.save_model(str(folder), _internal_call=True)
     saved = (
         f"the weights after step {step - 1} are in {folder}" if finite else "the weights are no longer finite either"
     )

@@ -14,12 +14,13 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import schema
+from posttrain.data.tokens import as_rendered
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.trainers import _checks, _reference, _start
+from posttrain.trainers import _checks, _evaluation, _reference, _start
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
@@ -74,11 +75,13 @@ class PreferenceMixin(RunMixin):
         **kwargs,
     ):
         self._reference_is_given = ref_model is not None
+        kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         _checks.check_model_config(args, config, self._weighs_pairs_of(args))
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
+        _evaluation.check_best_metric(args, eval_dataset)
         self._begin_run(preflight(args, model), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._margin_checked, self._drops_out = False, False
@@ -86,7 +89,7 @@ class PreferenceMixin(RunMixin):
         self._sharing, self._clock = None, None
         with _checks.upstream_refusals():
             super().__init__(
-                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
             )
         _checks.check_parallelism(self.accelerator)
         _start.use_adapter_dropout(self.model)
@@ -111,6 +114,7 @@ class PreferenceMixin(RunMixin):
         if {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(dataset.column_names or ()):
             dataset = self._short_enough(dataset, args)
         else:
+            dataset = as_rendered(dataset, processing_class)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return dataset
@@ -325,6 +329,21 @@ class PreferenceMixin(RunMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._reduce_means(logs)
         super().log(logs, start_time)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        self._reduce_means({})
+
+    # stands on Trainer.evaluation_loop, which puts its own `gather_function` back
+    def evaluation_loop(self, *args, **kwargs):
+        self._means["eval"].clear()
+        self.gather_function = _evaluation.PairRows(self.accelerator)
+        return super().evaluation_loop(*args, **kwargs)
+
+    # stands on DPOTrainer.prediction_step
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if isinstance(self.gather_function, _evaluation.PairRows):
+            self.gather_function.begin(_pairs(inputs), self.accelerator.device)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
         """The loss of each pair, (B,) from log-ratios (B,) in nats."""

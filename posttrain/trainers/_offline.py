@@ -11,13 +11,13 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import answer_tokens, baselines, schema, scored
-from posttrain.data.tokens import processing_class_for
+from posttrain.data.tokens import as_rendered, processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
-from posttrain.trainers import _checks, _scored_rows, _token_reference
+from posttrain.trainers import _checks, _evaluation, _scored_rows, _token_reference
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
@@ -48,10 +48,12 @@ class OfflineMixin(RunMixin):
         same_scale=False,
         **kwargs,
     ):
+        kwargs = self._by_name(rest, kwargs)
         peft_config = kwargs.get("peft_config")
-        _scored_rows.refuse(model, peft_config, rest, kwargs)
+        _scored_rows.refuse(model, peft_config, kwargs)
         model, args, config = self._check_start(model, args, peft_config)
         _checks.check_model_config(args, config)
+        _evaluation.check_best_metric(args, eval_dataset)
         self._reward_func = reward_func
         # what a reward function was given beside prompt and answer, by prompt
         self.reward_columns: dict[str, dict] = {}
@@ -88,7 +90,6 @@ class OfflineMixin(RunMixin):
                 train_dataset,
                 _scored_rows.like(eval_dataset, named),
                 processing_class,
-                *rest,
                 **kwargs,
             )
         _checks.check_parallelism(self.accelerator)
@@ -168,6 +169,12 @@ class OfflineMixin(RunMixin):
 
     def identity_settings(self) -> dict:
         return {"max_length": self.args.max_length}
+
+    # stands on SFTTrainer._prepare_dataset
+    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
+        if "input_ids" not in (dataset.column_names or ()):
+            dataset = as_rendered(dataset, processing_class)
+        return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
 
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
@@ -288,6 +295,14 @@ class OfflineMixin(RunMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._reduce_means(logs)
         super().log(logs, start_time)
+
+    # stands on Trainer.evaluation_loop
+    def evaluation_loop(self, *args, **kwargs):
+        self._means["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        self._reduce_means({})
 
     # stands on SFTTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

@@ -1,11 +1,13 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
 
 import importlib
+import inspect
 import math
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from trl import GRPOTrainer
 
 from posttrain.data.schema import refuse_splits
 from posttrain.data.tokens import processing_class_for, tokenizer_of
@@ -17,7 +19,16 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
 from posttrain.rewards.base import shorten
-from posttrain.trainers import _checks, _completions, _demonstrations, _reference, _rewards, _rollout_metrics
+from posttrain.trainers import (
+    _checks,
+    _completions,
+    _demonstrations,
+    _evaluation,
+    _reference,
+    _rewards,
+    _rollout_metrics,
+    _special_tokens,
+)
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
@@ -31,7 +42,10 @@ class PolicyGradientMixin(RunMixin):
     micro-batches and the per-token log-probs.
     """
 
-    _train_sampler = None
+    no_value = None
+    _train_sampler, _kept_tokens = None, None
+    # for the next generation
+    saves_may_wait = True
 
     def __init__(
         self,
@@ -44,13 +58,21 @@ class PolicyGradientMixin(RunMixin):
         *rest,
         **kwargs,
     ):
+        kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         if args.use_vllm:
             require("vllm", "vllm", "use_vllm")
         self._advantage_function = _advantage_function(args)
         reward_funcs = _rewards.reward_functions(reward_funcs, args)
-        _check_prompts(train_dataset, eval_dataset)
+        _rewards.check_weights(args, reward_funcs)
+        given = _given(rest, kwargs)
+        _check_prompts(train_dataset, eval_dataset, given)
         _checks.check_generation(args, train_dataset)
+        _evaluation.check_best_metric(args, eval_dataset)
+        if args.kept_tokens:
+            _special_tokens.check_kept(
+                args.kept_tokens, tokenizer_of(processing_class_for(model, processing_class, args))
+            )
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
@@ -63,13 +85,16 @@ class PolicyGradientMixin(RunMixin):
         self._dead_generations, self._skipped = 0, False
         self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
         with _checks.upstream_refusals():
-            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
         _checks.check_parallelism(self.accelerator)
         if args.success_reward is not None and args.success_reward not in self.reward_func_names:
             raise ConfigError(
                 f"success_reward is {args.success_reward!r}; it must be one of {', '.join(self.reward_func_names)}."
             )
         self._finish_construction()
+        self._kept_tokens = _special_tokens.KeptTokens(
+            self._tokenizer, self.reward_funcs, self.eos_token_ids, self.args.kept_tokens
+        )
         self.add_callback(SaveBetweenGenerations(self))
         self._head = TrueHead(self)
         self._sharing = PrefixSharing(self, left_padded=True)
@@ -97,6 +122,15 @@ class PolicyGradientMixin(RunMixin):
         self._rewards = super()._calculate_rewards(*args, **kwargs)
         _rewards.check_scores(self, self._rewards)
         return self._rewards
+
+    # stands on GRPOTrainer._generate, which decodes completions without special tokens
+    def _generate(self, prompts):
+        generated = super()._generate(prompts)
+        _, ids, _, completions, *_ = generated
+        in_turns = not isinstance(completions[0], str)
+        if not (in_turns and (self.tools or _special_tokens.parses_messages(self._tokenizer))):
+            self._kept_tokens.write(completions, ids)
+        return generated
 
     # stands on GRPOTrainer._generate_and_score_completions
     def _generate_and_score_completions(self, inputs):
@@ -128,14 +162,23 @@ class PolicyGradientMixin(RunMixin):
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
         with _completions.of_evaluation(self, metric_key_prefix):
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if self.args.eval_greedy and not self.use_vllm and isinstance(dataset, Dataset):
-            name = f"{metric_key_prefix}_greedy_success"
-            metrics[name] = _rollout_metrics.greedy_success(self, dataset)
-            with _completions.no_table(self):
-                self.log({name: metrics[name]})
-        return metrics
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        dataset = getattr(dataloader, "dataset", None)
+        if description == "Evaluation" and self._answers_greedily and isinstance(dataset, Dataset):
+            self._metrics["eval"]["greedy_success"] = [_rollout_metrics.greedy_success(self, dataset)]
+
+    @property
+    def _answers_greedily(self) -> bool:
+        if self.args.eval_greedy is None:
+            return self.num_generations_eval > 1 and self.rollout_func is None and not self.use_vllm
+        return self.args.eval_greedy and not self.use_vllm
+
+    def score_rollouts(self, rows: list[dict]) -> Tensor:
+        """Answer and score `rows`, one rollout each, as TRL does; the rewards (N, F) of all ranks."""
+        super()._generate_and_score_completions(rows)
+        return self._rewards
 
     def group_advantage(self, rewards: Tensor) -> Tensor:
         """Advantages (P, G) of a group's rewards (P, G), of the kind that the settings ask for."""
@@ -160,7 +203,8 @@ class PolicyGradientMixin(RunMixin):
         sizes = self.accelerator.gather(batch["advantages"].abs())
         self._metrics["train"]["loss/abs_advantage"].append(sizes.mean().item())
         self._dead_generations = 0 if alive.any() else self._dead_generations + 1
-        if self.args.max_dead_steps and self._dead_generations >= self.args.max_dead_steps:
+        limit = self.args.max_dead_steps
+        if limit and self._learns_from_advantages_alone and self._dead_generations >= limit:
             scored = rewards[~torch.isnan(rewards)]
             raise DivergedError(
                 f"no rollout of the last {self._dead_generations} generations had a gradient: all rewards of a prompt "
@@ -170,15 +214,14 @@ class PolicyGradientMixin(RunMixin):
             )
 
     @property
+    def _learns_from_advantages_alone(self) -> bool:
+        """Whether the loss has no KL, entropy or auxiliary term, which have a gradient in rows of zero advantage."""
+        return self.beta == 0.0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
+
+    @property
     def _drops_dead_rows(self) -> bool:
         """Whether a row of zero advantage has no part in the loss."""
-        return (
-            self.args.drop_dead_rows
-            and self.beta == 0.0
-            and not self._entropy_bonus_enabled
-            and not self.aux_loss_enabled
-            and self.top_entropy_quantile == 1.0
-        )
+        return self.args.drop_dead_rows and self._learns_from_advantages_alone and self.top_entropy_quantile == 1.0
 
     @property
     def _leaves_out_rows(self) -> bool:
@@ -349,17 +392,26 @@ def _advantage_function(args):
     return None
 
 
-def _check_prompts(train_dataset, eval_dataset) -> None:
+def _given(rest: tuple, kwargs: dict) -> dict:
+    """What was given behind `processing_class`, by name."""
+    names = list(inspect.signature(GRPOTrainer.__init__).parameters)
+    return dict(zip(names[names.index("processing_class") + 1 :], rest, strict=False)) | kwargs
+
+
+def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
+    """Refuse rows without a prompt, but where an environment has them."""
     refuse_splits(train_dataset)
+    environment = given.get("environment_factory") is not None
+    in_turns = environment or bool(given.get("tools"))
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
     for name, dataset in named.items():
         columns = getattr(dataset, "column_names", None)
-        if columns and "prompt" not in columns:
+        if columns and "prompt" not in columns and not environment:
             raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
         if hasattr(dataset, "__len__") and not len(dataset):
             raise DataError(f"{name} has no rows.")
-        if not isinstance(dataset, Dataset):
+        if not isinstance(dataset, Dataset) or "prompt" not in columns:
             continue
         for row, prompt in enumerate(dataset["prompt"], 1):
             messages = isinstance(prompt, list) and all(isinstance(turn, dict) and turn.get("role") for turn in prompt)
@@ -367,4 +419,9 @@ def _check_prompts(train_dataset, eval_dataset) -> None:
                 raise DataError(
                     f"{name}, row {row}: the prompt is {shorten(prompt)}; it must be a text, or a list of messages "
                     "that each have a role. Mend the row or leave it out."
+                )
+            if in_turns and isinstance(prompt, str):
+                raise DataError(
+                    f"{name}, row {row}: the prompt is a text, and answers with tools or an environment are turns of a "
+                    "conversation. Give it as a list of messages, such as [{'role': 'user', 'content': ...}]."
                 )

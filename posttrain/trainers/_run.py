@@ -1,19 +1,25 @@
 """What every trainer's run has: complete checkpoints and exact resumption, watches over loss and gradients, the hub."""
 
+import inspect
 import math
 import time
+from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
+from trl.trainer.utils import get_config_model_id
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
-from posttrain.models import resolve_model
+from posttrain.log import get_logger
+from posttrain.models import embedded_name, resolve_model
 from posttrain.reporting import RunReport
-from posttrain.trainers import _checkpoints, _checks, _start
+from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start
+from posttrain.trainers._checkpoint_files import check_adapter_fits
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
+from posttrain.trainers._identity import differing, identity, update_settings
 from posttrain.trainers._sharing import check_setting
 
 
@@ -21,11 +27,16 @@ class RunMixin:
     """The part of each mixin that does not depend on its family. Stands on `transformers.Trainer`."""
 
     _config_class: type
+    # whether a save may fall on another step than the settings say
+    saves_may_wait = False
+    # of a metric that an evaluation has measured nowhere
+    no_value = math.nan
 
     def _check_start(self, model, args, peft_config):
         """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
         self._start, self._peft_config = None, peft_config
-        args = _checks.check_args(args, self._config_class, type(self).__name__)
+        output_dir = self._default_folder(model) if args is None else None
+        args = _checks.check_args(args, self._config_class, type(self).__name__, output_dir)
         _checks.check_output_dir(args.output_dir)
         if peft_config is not None:
             _checks.check_lora(peft_config)
@@ -33,6 +44,7 @@ class RunMixin:
         if isinstance(model, str):
             model = resolve_model(model)
         config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
+        _run_folder.check_start_stays(args, model)
         check_setting(args, config, peft_config)
         return model, args, config
 
@@ -45,10 +57,33 @@ class RunMixin:
         if self._start is None:
             self._start = _start.Start(self, self._peft_config, self._live_reference(self.args))
 
+    @classmethod
+    def _default_folder(cls, model) -> str:
+        """The output folder where no settings are given, as TRL names it: MODEL-DPO."""
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        parent = next(kind for kind in cls.__mro__ if kind.__module__.startswith("trl."))
+        return f"{(embedded_name(name) or name).split('/')[-1].split(':')[-1]}-{parent._name}"
+
+    def _by_name(self, rest: tuple, kwargs: dict) -> dict:
+        """`kwargs` with what was given by position behind the processing class, under TRL's names."""
+        parent = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("trl."))
+        names = list(inspect.signature(parent.__init__).parameters)
+        names = names[names.index("processing_class") + 1 :]
+        if len(rest) > len(names):
+            raise TypeError(
+                f"{type(self).__name__} takes {len(names)} arguments behind processing_class, not {len(rest)}."
+            )
+        given = dict(zip(names, rest, strict=False))
+        twice = sorted(given.keys() & kwargs)
+        if twice:
+            raise TypeError(f"{type(self).__name__} got {', '.join(twice)} twice, by position and by name.")
+        return kwargs | given
+
     def _begin_run(self, hub_destination, args) -> None:
         """Before the parent's constructor."""
         _start.begin(self._peft_config, args)
         self.hub_destination = hub_destination
+        self._schedule = _schedule.Current()
         self._known_identity = None
         self._finite_loss, self._live_gradients = FiniteLoss(), None
 
@@ -58,25 +93,36 @@ class RunMixin:
         keep_4bit_weights_trainable(self.model)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
-        self.add_callback(_checkpoints.RunFolder(self))
+        self.add_callback(_run_folder.RunFolder(self))
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Train as `transformers.Trainer.train` does, resuming only from complete checkpoints.
 
         Args:
             resume_from_checkpoint: a path; True for the newest complete checkpoint in `output_dir`; "auto" for that one
-                if there is any.
+                if there is any. One without optimizer, schedule or random state is resumed from with
+                `resume_weights_only`, one that another library wrote by its path, with `check_resume: false`.
 
         Raises:
             ConfigError: no complete checkpoint where one is asked for, or one of another method, data or batch split;
-                a metric_for_best_model that the evaluation has not.
+                fewer steps than it has, or more than its schedule has a rate for; something that is not ours where
+                this run would save; a metric_for_best_model that the evaluation has not.
             DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
         """
-        checkpoint = _checkpoints.find(self.args.output_dir, resume_from_checkpoint)
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._schedule.resumed = None
         if checkpoint is not None:
-            now = self._identity() | _checkpoints.update_settings(self) if self.args.check_resume else None
-            content = _checkpoints.read(checkpoint, now)
-            self._total_train_tokens = content["state"]["num_tokens"]
+            now = self._identity() | update_settings(self) if self.args.check_resume else None
+            state = _checkpoints.read(checkpoint, now, self.args.resume_weights_only)["state"]
+            self._total_train_tokens = state["num_tokens"]
+            then = state.get("schedule") or {"total": _checkpoints.planned_steps(checkpoint), "knots": []}
+            self._schedule.resumed = _schedule.Schedule.of(then)
+            if not self.args.check_resume:
+                whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+                # one that is converted on saving has twice the rank there
+                check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)
+                if not self.args.resume_weights_only:
+                    _checkpoints.say_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
         self._live_gradients = None
         try:
@@ -90,9 +136,30 @@ class RunMixin:
             self._live_gradients.after_step(self)
         return output
 
+    def _checkpoint_to_resume(self, wanted):
+        args = self.args
+        found = _checkpoints.find(args.output_dir, wanted, args.check_resume, args.resume_weights_only)
+        if str(wanted).lower() not in ("auto", "true"):
+            return found
+        if found is not None and args.overwrite and str(wanted).lower() == "auto":
+            then = _checkpoints.settings_of(_checkpoints.read(found, None, args.resume_weights_only))
+            told = differing(self._identity() | update_settings(self), then)
+            if told and args.check_resume:
+                get_logger().warning("%s is of another run (%s): overwrite is true, this one starts anew", found, told)
+                return None
+        over = _checkpoints.passed_over(args.output_dir, found)
+        if over:
+            get_logger().warning(
+                "resume_from_checkpoint is %s: %s. Passed over: %s",
+                wanted,
+                f"going on from {found}" if found else "starting anew",
+                over,
+            )
+        return found
+
     def _identity(self) -> dict:
         if self._known_identity is None:
-            self._known_identity = _checkpoints.identity(self)
+            self._known_identity = identity(self)
         return self._known_identity
 
     @property
@@ -104,6 +171,32 @@ class RunMixin:
         """Settings of the method that a resumed run must share with the one it goes on from."""
         return {}
 
+    # stands on Trainer.create_scheduler, which is called with the number of steps once a checkpoint's state is there
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        current, given = self._schedule, self.lr_scheduler is not None
+        current.now = _schedule.Schedule(num_training_steps)
+        if current.resumed is not None and not given:
+            current.now = _schedule.continued(self.args, current.resumed, self.state.global_step, num_training_steps)
+        scheduler = super().create_scheduler(current.now.total, optimizer)
+        if not given:
+            _schedule.bend(scheduler, current.now)
+        return scheduler
+
+    # stands on Trainer._load_optimizer_and_scheduler, and on GRPOTrainer's
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not self.args.resume_weights_only:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or not self._schedule.changed:
+                return
+        else:
+            get_logger().warning(
+                "resume_weights_only: going on from the weights of %s at step %d with a new optimizer; the run is not "
+                "the one that was never interrupted",
+                checkpoint,
+                self.state.global_step,
+            )
+        _schedule.move_to(self.lr_scheduler, self.state.global_step)
+
     # stands on Trainer.get_batch_samples, the first call of an optimiser step; each mixin's own comes after it
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.state.max_steps:
@@ -114,18 +207,29 @@ class RunMixin:
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Save the adapter or model; all ranks call it. No local path is left in the card that PEFT writes."""
-        # not upstream's own push from here: it would come before the card, and push_to_hub is called after it anyway
+        """Save the adapter or model, and push it with `push_to_hub: true`, as TRL's trainers do; all ranks call it.
+
+        No local path is left in the card that PEFT writes. In the run folder, a note says whose model it is.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        notes = self.is_world_process_zero() and folder.resolve() == Path(self.args.output_dir).resolve()
         try:
+            if notes:
+                before = _run_folder.begin_note(folder, self._identity())
+            # not upstream's own push from here: it would come before our changes to what lies there
             super().save_model(output_dir, _internal_call=True)
+            if self.is_world_process_zero():
+                self._start.saved(folder)
+            if notes:
+                _run_folder.note_model(folder, self._identity(), before)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _checkpoints.is_write_error(error):
                 raise
-            folder = output_dir or self.args.output_dir
             raise EnvironmentIssue(f"the model could not be saved to {folder}: {error}") from error
         if self.is_world_process_zero():
-            self._start.saved(output_dir or self.args.output_dir)
-            clean_readme(output_dir or self.args.output_dir, self.args.base_model_id)
+            clean_readme(folder, self.args.base_model_id)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # stands on Trainer._load_from_checkpoint
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -140,15 +244,20 @@ class RunMixin:
         return super()._load_best_model()
 
     # stands on Trainer.push_to_hub: saves first, on all ranks, and never fails the run
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
-        """Save, write the card and push to the hub; a push that fails is a warning with the command that retries."""
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Save, write the card and push to the hub; a push that fails is a warning with the command that retries.
+
+        `private`: of a repository that is made; `hub_private_repo` by default.
+        """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        return push_run(self, commit_message, blocking=blocking, token=token, revision=revision)
+        return push_run(self, commit_message, blocking=blocking, token=token, revision=revision, private=private)
 
     # stands on Trainer.init_hf_repo, which would ask the hub again, once and without another try
     def init_hf_repo(self, token=None, private=None):
@@ -161,8 +270,19 @@ class RunMixin:
 
     # stands on DPOTrainer._save_checkpoint, and through it on Trainer's
     def _save_checkpoint(self, model, trial):
-        with _checkpoints.complete_or_not_there(self):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with _checkpoints.complete_or_not_there(self, folder):
             super()._save_checkpoint(model, trial)
+
+    # stands on Trainer._finalize_training, which deletes whatever is named as a checkpoint is
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+        _checkpoints.keep_best_alone(self, Path(self._get_output_dir(trial)))
+        return output
 
     # stands on Trainer._clip_grad_norm, the last call before the optimiser's step
     def _clip_grad_norm(self, model):
@@ -190,6 +310,19 @@ class RunMixin:
             self.finish_metrics(metrics, mode)
         for name, value in metrics.items():
             self._metrics[mode][name] = [value]
+
+    # stands on Trainer.evaluation_loop, which alone is told the name of the set, by evaluate and predict alike
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        _evaluation.forget(self)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self.finish_evaluation(dataloader, description)
+        output.metrics.update(_evaluation.take_metrics(self, metric_key_prefix))
+        return output
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        """Put what was measured beside TRL's metrics of an evaluation; all ranks call it."""
 
     def finish_metrics(self, metrics: dict[str, float], mode: str) -> None:
         """Derive metrics from the reduced ones, in place; `mode`: train or eval."""

@@ -115,13 +115,11 @@ def check_stream(args, dataset) -> None:
         )
 
 
-def refuse(model, peft_config, rest, kwargs: dict) -> None:
+def refuse(model, peft_config, kwargs: dict) -> None:
     """Refuse what SFTTrainer takes and this trainer does not."""
     for name in ("compute_loss_func", "formatting_func"):
         if kwargs.get(name) is not None:
             raise ConfigError(f"{name} is given, which this trainer does not use. Leave it out.")
-    if rest:
-        raise ConfigError("give everything after `processing_class` by name.")
     adapters = [peft_config] if peft_config is not None else []
     if isinstance(model, torch.nn.Module) and is_peft_model(model):
         adapters += model.peft_config.values()

@@ -51,7 +51,7 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
 
     _config_class = ALoLConfig
     _name = "A-LoL"
-    _tag_names = ["trl", "posttrain", "a_lol"]
+    _tag_names = ["trl", "posttrain", "a_lol", "sft"]
     _paper = {
         "title": "Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models",
         "id": "2305.14718",
@@ -79,7 +79,7 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the adapter or model, and beside it the value head; not in checkpoints, which find it in the run."""
-        super().save_model(output_dir, _internal_call=True)
+        super().save_model(output_dir, _internal_call)
         if not _internal_call or output_dir is None:
             _values.save_beside(self, output_dir or self.args.output_dir)
 

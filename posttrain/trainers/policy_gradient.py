@@ -19,7 +19,7 @@ class PolicyGradientTrainer(PolicyGradientMixin, GRPOTrainer):
 
     _config_class = PolicyGradientConfig
     _name = "Policy gradient"
-    _tag_names = ["trl", "posttrain", "policy_gradient"]
+    _tag_names = ["trl", "posttrain", "policy_gradient", "grpo"]
 
 
 class QAETrainer(PolicyGradientMixin, GRPOTrainer):
@@ -27,7 +27,7 @@ class QAETrainer(PolicyGradientMixin, GRPOTrainer):
 
     _config_class = QAEConfig
     _name = "QAE"
-    _tag_names = ["trl", "posttrain", "qae"]
+    _tag_names = ["trl", "posttrain", "qae", "grpo"]
     _paper = {
         "title": "Quantile Advantage Estimation for Entropy-Safe Reasoning",
         "id": "2509.22611",
@@ -44,7 +44,7 @@ class HPTTrainer(PolicyGradientMixin, GRPOTrainer):
 
     _config_class = HPTConfig
     _name = "HPT"
-    _tag_names = ["trl", "posttrain", "hpt"]
+    _tag_names = ["trl", "posttrain", "hpt", "grpo"]
     _paper = {
         "title": "Towards a Unified View of Large Language Model Post-Training",
         "id": "2509.04419",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DivergedError, EnvironmentIssue
-from posttrain.trainers import _checkpoints
+from posttrain.trainers import _checkpoint_files, _checkpoints
 from tests.conftest import make_pairs
 from tests.training import lora, losses, settings, trainable
 
@@ -113,12 +113,12 @@ def test_only_complete_checkpoints_are_resumed_from(tiny_folder, tmp_path):
     assert _checkpoints.find(tmp_path, True) == tmp_path / "checkpoint-1"
     assert _checkpoints.find(tmp_path, "auto") == tmp_path / "checkpoint-1"
     assert _checkpoints.find(tmp_path, None) is None
-    with pytest.raises(ConfigError, match="checkpoint-2, which is not complete .* The newest complete one in"):
+    with pytest.raises(ConfigError, match="checkpoint-2, which posttrain did not write, .* The newest complete one in"):
         _checkpoints.find(tmp_path, str(newest))
     with pytest.raises(ConfigError, match="which does not exist"):
         _checkpoints.find(tmp_path, str(tmp_path / "nowhere"))
     (tmp_path / "checkpoint-1" / _checkpoints.MARKER).unlink()
-    with pytest.raises(ConfigError, match=r"only incomplete ones \(checkpoint-1, checkpoint-2\)"):
+    with pytest.raises(ConfigError, match="no complete checkpoint: checkpoint-1 was not written by posttrain, or not"):
         _checkpoints.find(tmp_path, True)
     assert _checkpoints.find(tmp_path, "auto") is None
 
@@ -127,9 +127,8 @@ def test_rotation_keeps_the_newest_and_the_best_and_clears_what_is_incomplete(tm
     for step in (1, 2, 3, 4, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        if step != 4:
-            _checkpoints.mark(folder, {})
-    _checkpoints.rotate(tmp_path, keep=1, best=str(tmp_path / "checkpoint-2"))
+        _checkpoints.mark(folder, {"identity": {}}, _checkpoints.MARKER if step != 4 else _checkpoint_files.SAVING)
+    _checkpoints.rotate(tmp_path, keep=1, best=str(tmp_path / "checkpoint-2"), identity={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
@@ -149,11 +148,11 @@ def test_a_damaged_checkpoint_is_named_with_its_file(tiny_folder, tmp_path):
     run = dict(max_steps=2, save_strategy="steps", save_steps=2)
     build(tiny_folder, tmp_path, **run).train()
     folder = tmp_path / "checkpoint-2"
-    for name, cut in (("optimizer.pt", None), ("adapter_model.safetensors", 10), (_checkpoints.MARKER, 5)):
+    for name, cut in (("README.md", None), ("adapter_model.safetensors", 10), (_checkpoints.MARKER, 5)):
         kept = (folder / name).read_bytes()
         (folder / name).unlink() if cut is None else (folder / name).write_bytes(kept[:cut])
         message = {
-            None: "is damaged: optimizer.pt is missing",
+            None: "is damaged: README.md is missing",
             10: "is damaged: adapter_model.safetensors has 10 bytes",
         }
         with pytest.raises(ConfigError, match=message.get(cut, "is damaged, so nothing says what run wrote")):

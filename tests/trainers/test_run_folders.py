@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
-from posttrain.trainers import _checkpoints
+from posttrain.trainers import _checkpoints, _run_folder
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 
@@ -65,7 +65,7 @@ def test_the_same_run_may_start_anew_and_go_on(tiny_folder, finished):
     longer = build(tiny_folder, finished, max_steps=2)
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 2
-    assert json.loads((finished / _checkpoints.NOTE).read_text())["identity"]["adapter"] == "LORA r 4"
+    assert json.loads((finished / _run_folder.NOTE).read_text())["identity"]["adapter"] == "LORA r 4"
 
 
 def test_a_model_of_unknown_origin_is_not_written_over(tiny_folder, tmp_path):
@@ -86,7 +86,7 @@ def test_a_crashed_run_starts_again_with_its_settings_and_not_with_others(tiny_f
     crashing.training_step = lambda *args: trained(*args) if crashing.state.global_step == 0 else crash()
     with pytest.raises(Crash):
         crashing.train()
-    assert not (tmp_path / _checkpoints.NOTE).exists()
+    assert not (tmp_path / _run_folder.NOTE).exists()
     with pytest.raises(ConfigError, match=r"holds checkpoints written by another run \(beta: 1.0 there, 0.2 here\)"):
         build(tiny_folder, tmp_path, beta=0.2)
     again = build(tiny_folder, tmp_path, max_steps=1)

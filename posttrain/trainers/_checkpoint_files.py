@@ -1,0 +1,224 @@
+"""What lies in a checkpoint's folder: whose it is, what of it a run wrote, what of its training state is missing.
+
+A folder is ours by one of two small files: the marker of a complete checkpoint, or the note that a save begins with and
+that its marker takes the place of. A folder with neither belongs to someone else, and so does every file in ours that
+the save did not write. Neither is deleted or written over.
+"""
+
+import fnmatch
+import json
+import os
+from pathlib import Path
+
+from safetensors import safe_open
+
+from posttrain.errors import ConfigError
+from posttrain.hub.files import TOKENIZER
+
+MARKER = "posttrain_complete.json"
+# there from the first to the last byte of a save, or of a removal
+SAVING = "posttrain_saving.json"
+TRAINER_STATE = "trainer_state.json"
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+MODEL = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_OPTIMIZER = (
+    "optimizer.pt",
+    "optimizer.bin",
+    "optimizer_*/*",
+    "rank*-of-*-optimizer.pt",
+    "global_step*/*optim_states*",
+)
+# DeepSpeed keeps a schedule of its own with its engine
+_SCHEDULER = ("scheduler.pt", "global_step*/*")
+_RANDOM = ("rng_state.pth", "rng_state_*.pth")
+_STATE = {"optimizer.pt": _OPTIMIZER, "scheduler.pt": _SCHEDULER, "rng_state.pth": _RANDOM}
+# What a save writes, in the form of each engine
+_WRITTEN = (
+    *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE,
+    "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp*", "adapter_config.json", "config.json",
+    "generation_config.json", "README.md", "training_args.bin", "scaler.pt", "entropy_ctrl_state.json", "latest",
+    "zero_to_fp32.py", f".{MARKER}.partial", f".{SAVING}.partial",
+)  # fmt: skip
+
+
+def mark(folder: Path, content: dict, name: str = MARKER) -> None:
+    """Write the marker at once, so that it is never half there."""
+    partial = folder / f".{name}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, folder / name)
+
+
+def content_of(path: Path) -> dict:
+    """What a marker or a note says; ConfigError if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content["identity"], dict):
+            return content
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / MARKER).exists()
+
+
+def is_half_left(folder: Path, identity: dict | None = None) -> bool:
+    """Whether a save of ours, or of the run with this identity, began there and was not finished."""
+    if is_complete(folder) or not (folder / SAVING).is_file():
+        return False
+    try:
+        return identity is None or content_of(folder / SAVING)["identity"] == json.loads(json.dumps(identity))
+    except ConfigError:
+        return False
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether a save there would write over what is not ours: a file, a link, a checkpoint of another library."""
+    if folder.is_symlink():
+        return True
+    if not folder.is_dir():
+        return folder.exists()
+    return not (is_complete(folder) or is_half_left(folder)) and any(map(_is_written, files_in(folder)))
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether it is a checkpoint that another library wrote, or one that lost its marker."""
+    if is_complete(folder) or is_half_left(folder) or not (folder / TRAINER_STATE).is_file():
+        return False
+    return any((folder / name).is_file() for name in ADAPTER + MODEL) or has(folder, "global_step*/*")
+
+
+def files_in(folder: Path) -> set[str]:
+    """The paths of all files in a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
+
+
+def has(folder: Path, *patterns: str) -> bool:
+    return any(_matches(name, patterns) for name in files_in(folder))
+
+
+def sizes(folder: Path, others: set[str]) -> dict[str, int]:
+    """Bytes of each file that a save wrote, which a resumption looks for again; `others` were there before it."""
+    names = sorted(files_in(folder) - others - {MARKER, SAVING})
+    return {name: (folder / name).stat().st_size for name in names}
+
+
+def begin(folder: Path, identity: dict) -> set[str]:
+    """Make a folder ready for a save: the note first, then what an earlier save of ours left there goes.
+
+    Returns the files that are not ours.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = own_files(folder)
+    mark(folder, {"identity": identity}, SAVING)
+    (folder / MARKER).unlink(missing_ok=True)
+    _unlink(folder, own)
+    return files_in(folder) - {SAVING}
+
+
+def remove(folder: Path, own: set[str] | None = None) -> bool:
+    """Delete what we wrote into a folder, and the folder if nothing else is in it; returns whether it is gone.
+
+    A removal that is killed leaves an unfinished save behind, never a checkpoint that says that it is complete.
+    `own`: our files; by default what the marker lists, or for an unfinished save what one writes.
+    """
+    if own is None:
+        own = own_files(folder)
+    if is_complete(folder):
+        os.replace(folder / MARKER, folder / SAVING)
+    _unlink(folder, own)
+    (folder / SAVING).unlink(missing_ok=True)
+    try:
+        folder.rmdir()
+    except OSError:
+        return not folder.exists()
+    return True
+
+
+def own_files(folder: Path) -> set[str]:
+    """The files of a folder that a save of ours wrote."""
+    there = files_in(folder)
+    try:
+        if is_complete(folder):
+            return there & content_of(folder / MARKER).get("files", {}).keys()
+    except ConfigError:
+        pass
+    return set(filter(_is_written, there)) if is_complete(folder) or is_half_left(folder) else set()
+
+
+def missing_state(folder: Path) -> list[str]:
+    """The files of optimizer, schedule and random state that a checkpoint lacks, so that no run can go on from it."""
+    there = files_in(folder)
+    lost = [name for name, forms in _STATE.items() if not any(_matches(found, forms) for found in there)]
+    if is_complete(folder):
+        try:
+            listed = content_of(folder / MARKER).get("files", {})
+        except ConfigError:
+            return lost
+        lost += [name for name in listed if is_state(name) and name not in there and name not in lost]
+    return lost
+
+
+def is_state(name: str) -> bool:
+    """Whether a file holds optimizer, schedule or random state."""
+    return any(_matches(name, forms) for forms in _STATE.values())
+
+
+def check_adapter_fits(model, folder: Path, shapes: bool = True) -> None:
+    """Refuse a checkpoint whose weights are not those that the run trains: upstream loads what fits without a word.
+
+    `shapes`: compare them too; they cannot be read where weights are partitioned.
+
+    Raises:
+        ConfigError: an adapter in the place of a model, or the reverse, or tensors of other names or shapes.
+    """
+    from accelerate.utils import is_peft_model
+    from peft import get_peft_model_state_dict
+
+    adapter = folder / ADAPTER[0]
+    if not is_peft_model(model):
+        if adapter.is_file():
+            raise ConfigError(f"the checkpoint {folder} holds an adapter, and this run trains the whole model.")
+        return
+    if not adapter.is_file():
+        if (folder / ADAPTER[1]).is_file():
+            return
+        raise ConfigError(f"the checkpoint {folder} holds no adapter, and this run trains one.")
+    ours = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+    with safe_open(adapter, "pt") as tensors:
+        theirs = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    differing = sorted(ours.keys() ^ theirs.keys())
+    if shapes and not differing:
+        differing = sorted(name for name in ours if ours[name] != theirs[name])
+    if differing:
+        raise ConfigError(
+            f"the adapter in the checkpoint {folder} is not the one of this run: {len(differing)} tensors differ in "
+            f"name or shape ({differing[0]} among them). Give the run the rank and the target modules of that one."
+        )
+
+
+def _unlink(folder: Path, names: set[str]) -> None:
+    real = folder.resolve()
+    for name in names:
+        path = folder / name
+        # nothing behind a link, or outside
+        if path.parent.resolve() == (real / name).parent and (real / name).is_relative_to(real):
+            path.unlink(missing_ok=True)
+    for path in sorted((p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
+        inside = f"{path.relative_to(folder).as_posix()}/"
+        if any(name.startswith(inside) for name in names) and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _is_written(name: str) -> bool:
+    return _matches(name, _WRITTEN)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}/*") for pattern in patterns)

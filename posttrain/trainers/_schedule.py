@@ -1,0 +1,178 @@
+"""The learning rate's schedule of a run that goes on with another number of steps than it was planned with.
+
+Most schedules are a curve over all steps. Where a run that goes on has another number of them, the rest of the curve is
+stretched, or pressed together, over the steps to come: the rate goes on from where it was, and reaches the curve's end
+with the last step. A curve that would have been the same so far under the new number is simply taken anew.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from posttrain.errors import ConfigError
+from posttrain.log import get_logger
+
+# What remains of a curve at or below this share of its peak teaches nothing
+_ENDED = 0.01
+_POINTS = 1000
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A curve over a number of steps, and where on it each step of the run lies.
+
+    Attributes:
+        total: the steps that the curve is drawn over.
+        knots: (step, place on the curve) in order, straight lines between them; empty where both are the same.
+    """
+
+    total: int
+    knots: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def end(self) -> int:
+        """The number of steps of the run."""
+        return self.knots[-1][0] if self.knots else self.total
+
+    def place(self, step: int) -> float:
+        """Where on the curve a step lies."""
+        if not self.knots:
+            return step
+        for (before, start), (after, stop) in itertools.pairwise(((0, 0.0), *self.knots)):
+            if step <= after:
+                return start + (stop - start) * (step - before) / (after - before) if after > before else stop
+        return self.knots[-1][1]
+
+    def up_to(self, step: int, end: int) -> "Schedule":
+        """The same up to a step, the rest of the curve over the steps from there to `end`."""
+        place = self.place(step)
+        kept = tuple(knot for knot in self.knots if knot[0] < step)
+        here = ((step, place),) if step else ()
+        return Schedule(self.total, (*kept, *here, (end, float(self.total))))
+
+    def as_content(self) -> dict:
+        return {"total": self.total, "knots": [list(knot) for knot in self.knots]}
+
+    @classmethod
+    def of(cls, content: dict) -> "Schedule":
+        return cls(int(content["total"]), tuple((int(step), float(place)) for step, place in content["knots"]))
+
+
+@dataclass
+class Current:
+    """The schedule of the run that wrote the checkpoint a run goes on from, and its own. Copies of a trainer share it.
+
+    Attributes:
+        resumed: None where a run starts anew.
+        now: None before training, and where DeepSpeed makes its own.
+    """
+
+    resumed: Schedule | None = None
+    now: Schedule | None = None
+
+    @property
+    def changed(self) -> bool:
+        return self.resumed is not None and self.resumed != self.now
+
+
+def continued(args, then: Schedule, done: int, steps: int) -> Schedule:
+    """The schedule of a run that goes on, and what it means, said.
+
+    Args:
+        args: the trainer's config.
+        then: the schedule of the run that wrote the checkpoint.
+        done: the steps that were taken.
+        steps: how many the run now has.
+
+    Raises:
+        ConfigError: fewer steps than were taken; or more, where the curve has come to its end. Neither is refused with
+            `check_resume: false`.
+    """
+    if steps < done and args.check_resume:
+        raise ConfigError(
+            f"the run has {steps} steps (max_steps, or num_train_epochs), and the checkpoint was written after {done}: "
+            "nothing is left to train. Give it more steps, or resume from an earlier checkpoint. To go on all the "
+            "same, set `check_resume: false`."
+        )
+    if steps == then.end or steps <= done:
+        return then
+    name = args.lr_scheduler_type.value
+    before = curve(args, then.total)
+    if before is None:
+        return Schedule(steps)
+    anew = curve(args, steps)
+    if not then.knots and all(before(step) == anew(step) for step in range(done)):
+        return Schedule(steps)
+    last = max(done - 1, 0)
+    schedule = then.up_to(last, steps)
+    rates = [before(schedule.place(step)) for step in _spread(done, steps)]
+    peak = max(before(place) for place in _spread(0, then.total))
+    told = f"{args.learning_rate * before(then.place(last)):.3g}"
+    if max(rates) <= _ENDED * peak and steps > then.end and args.check_resume:
+        raise ConfigError(
+            f"the run has {steps} steps (max_steps, or num_train_epochs), and the checkpoint of step {done} is of one "
+            f"that had {then.end}, whose {name} schedule has come to its end: the last rate was {told}, and what "
+            "follows would train next to nothing. Start a new run from its weights, in another output_dir. To go on "
+            "from that rate all the same, set `check_resume: false`."
+        )
+    if max(rates) > min(rates) or rates[0] != before(then.place(last)):
+        get_logger().warning(
+            "the run has %d steps, and the checkpoint of step %d is of one that had %d: the rest of its %s schedule is "
+            "spread over the steps to come. The learning rate goes on from %s and is %.3g at the last step; this is "
+            "not the schedule of a run of %d steps from the start.",
+            steps,
+            done,
+            then.end,
+            name,
+            told,
+            args.learning_rate * rates[-1],
+            steps,
+        )
+    return schedule
+
+
+def curve(args, total: int):
+    """The factor on the learning rate by the place on a schedule of `total` steps; None where it is no curve."""
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimiser,
+        args.get_warmup_steps(total),
+        num_training_steps=total,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    return scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
+
+
+def bend(scheduler, schedule: Schedule) -> None:
+    """Have a scheduler over the schedule's curve follow its places."""
+    if schedule.knots and isinstance(scheduler, LambdaLR):
+        scheduler.lr_lambdas = [functools.partial(_bent, factor, schedule) for factor in scheduler.lr_lambdas]
+
+
+def move_to(scheduler, step: int) -> None:
+    """Set a scheduler, and the rates of its optimiser, to a step; one that is no curve over steps stays as it is."""
+    if not isinstance(scheduler, LambdaLR):
+        return
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _bent(factor, schedule: Schedule, step: int) -> float:
+    return factor(schedule.place(step))
+
+
+def _spread(first: int, last: int) -> list[int]:
+    """Some whole numbers from `first` to before `last`, both ends among them."""
+    number = min(max(last - first, 1), _POINTS)
+    return sorted({first + i * max(last - 1 - first, 0) // max(number - 1, 1) for i in range(number)})
