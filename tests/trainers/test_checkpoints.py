@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
@@ -91,8 +93,8 @@ def test_the_best_alone_is_left_of_our_checkpoints_and_everything_of_others(tiny
     shutil.copytree(trl_run[0] / "checkpoint-4", out / "checkpoint-40")
     (out / "checkpoint-50").write_text("a note of mine")
     trainer = build(
-        tiny_folder, out, make_pairs(4, seed=1), save_total_limit=1, eval_strategy="steps", eval_steps=2, load_best_model_at_end=best,
-        metric_for_best_model="loss", greater_is_better=True,
+        tiny_folder, out, make_pairs(4, seed=1), save_total_limit=1, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=best, metric_for_best_model="loss", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
     assert len(_checkpoints.complete(out)) == 1 and (out / "checkpoint-50").read_text() == "a note of mine"
@@ -157,6 +159,69 @@ def test_a_removal_that_is_killed_leaves_no_checkpoint_that_says_it_is_complete(
     assert _checkpoints.complete(tmp_path) == [] and _checkpoint_files.is_half_left(folder, {})
     _checkpoints.rotate(tmp_path, keep=1, best=None, identity={})
     assert not folder.exists()
+
+
+def test_a_save_that_is_killed_at_its_first_byte_is_no_hindrance(tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / f".{SAVING}.partial").write_text('{"ide')
+    assert not _checkpoint_files.is_occupied(folder) and _checkpoint_files.begin(folder, {"method": "A"}) == set()
+    (folder / SAVING).rename(folder / f".{SAVING}.partial")
+    _checkpoints.rotate(tmp_path, keep=None, best=None, identity={"method": "A"})
+    assert not folder.exists()
+    # with a file of someone's beside it, it is that one's folder
+    folder.mkdir()
+    for name in (f".{SAVING}.partial", "optimizer.pt"):
+        (folder / name).write_text("x")
+    assert _checkpoint_files.is_occupied(folder)
+
+
+def test_a_save_that_is_killed_at_any_call_hinders_no_later_one(tiny_folder, tmp_path, monkeypatch):
+    trainer = build(tiny_folder, tmp_path, save_strategy="no")
+    trainer.train()
+    folder = tmp_path / "checkpoint-4"
+
+    class Killed(BaseException):
+        pass
+
+    def save(killed_at):
+        calls = []
+
+        def counted(function):
+            def call(*args, **kwargs):
+                calls.append(function)
+                if len(calls) == killed_at:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, name in (
+                (os, "replace"), (Path, "mkdir"), (Path, "write_text"), (Path, "unlink"), (Trainer, "_save"),
+                (Trainer, "_save_optimizer_and_scheduler"), (Trainer, "_save_rng_state"),
+            ):  # fmt: skip
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            trainer._save_checkpoint(trainer.model, None)
+
+    # over nothing, and over a whole checkpoint of an earlier run
+    for over in (False, True):
+        killed_at, killed = 0, True
+        while killed:
+            killed_at += 1
+            shutil.rmtree(folder, ignore_errors=True)
+            if over:
+                save(0)
+            try:
+                save(killed_at)
+                killed = False
+            except Killed:
+                assert not _checkpoint_files.is_occupied(folder)
+                assert not _checkpoint_files.is_complete(folder) or _checkpoints.read(folder, None)
+                save(0)
+            assert _checkpoints.find(tmp_path, "auto") == folder and _checkpoints.read(folder, None)
+            assert not (folder / SAVING).exists()
+        assert killed_at > 9
 
 
 def test_a_save_that_fails_takes_back_its_own_files_only(tiny_folder, tmp_path, monkeypatch):
