@@ -3,8 +3,9 @@
     data_args, model_args, training_args = parse((DataArguments, ModelArguments, RobustDPOConfig))
 
 `--config FILE` names the YAML file, whose keys are the fields of the dataclasses; the command line wins over
-it. A mapping `env:` in the file sets environment variables; those that a library reads while it is imported
-have to be set in the shell instead.
+it: also where a setting of the file cannot stand beside one of the command line, which is said. A mapping
+`env:` in the file sets environment variables; those that a library reads while it is imported have to be set
+in the shell instead.
 """
 
 import atexit
@@ -23,11 +24,17 @@ from trl import ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError
 from posttrain.field_types import BadValue, FieldType, kind_of, shown
+from posttrain.log import get_logger
 
-# TRL's own names for models, LoRA and quantisation; `get_peft_config` and `get_quantization_config` read them.
-ModelArguments = ModelConfig
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's own names for models, LoRA and quantisation; the adapter drops nothing out unless it is asked to."""
+
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+
 
 COMMAND_LINE = "command line"
 
@@ -212,12 +219,42 @@ class PosttrainParser(TrlParser):
         return f"unknown key `{name}`; the keys are the fields of {sections} (--help lists them)."
 
     def _build(self, kind: type, values):
-        try:
-            return kind(**{f.name: getattr(values, f.name) for f in fields(kind) if f.init})
-        except ValueError as error:
-            named = [name for name in self._places if re.search(rf"(?<!\w){name}(?!\w)", str(error))]
-            places = ", ".join(f"{name}: {self._places[name]}" for name in named)
-            raise ConfigError(f"{error} ({places})" if places else str(error)) from error
+        # only what was written, so that the class can tell it from its own defaults
+        written = [f.name for f in fields(kind) if f.init and f.name in self._places]
+        for name, others in getattr(kind, "replaces", {}).items():
+            for other in others:
+                self._leave_out({other: (name,)}, written, values)
+        while True:
+            try:
+                return kind(**{name: getattr(values, name) for name in written})
+            except ExcludedSetting as error:
+                if not self._leave_out(error.yields, written, values):
+                    raise self._placed(error) from error
+            except ValueError as error:
+                raise self._placed(error) from error
+
+    def _leave_out(self, yields: dict[str, tuple[str, ...]], written: list[str], values) -> bool:
+        """Whether a setting of the file could be left out of `written` for one of the command line; says so."""
+        for name, by in yields.items():
+            winners = [other for other in by if self._places.get(other) == COMMAND_LINE]
+            if name in written and winners and self._places[name] != COMMAND_LINE:
+                written.remove(name)
+                get_logger().info(
+                    "%s: `%s: %s` is left out, as the command line has --%s %s",
+                    self._places[name],
+                    name,
+                    shown(getattr(values, name)),
+                    winners[0],
+                    _as_words(getattr(values, winners[0])),
+                )
+                return True
+        return False
+
+    def _placed(self, error: ValueError) -> ConfigError:
+        """The error with the places of the settings that it names."""
+        named = [name for name in self._places if re.search(rf"(?<!\w){name}(?!\w)", str(error))]
+        places = ", ".join(f"{name}: {self._places[name]}" for name in named)
+        return ConfigError(f"{error} ({places})" if places else str(error))
 
 
 def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
@@ -298,6 +335,12 @@ def _split_config(arguments: list[str]) -> tuple[list[str], str | None]:
         if path is None or path.startswith("--"):
             raise ConfigError(f"{COMMAND_LINE}: `--config` needs the path of a YAML file.")
     return rest, path
+
+
+def _as_words(value) -> str:
+    """A value as the command line has it."""
+    texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return " ".join(value) if texts else shown(value)
 
 
 def _flag(argument: str) -> str | None:

@@ -27,6 +27,20 @@ class ConfigError(PosttrainError, ValueError):
     exit_code = 2
 
 
+class ExcludedSetting(ConfigError):
+    """Settings that exclude each other, or of which one leaves another without effect.
+
+    Args:
+        message: what is wrong and how to mend it.
+        yields: for each setting that may be left out, the settings that it gives way to. The parser leaves it out
+            where it stands in a file and one of those on the command line; anything else is an error.
+    """
+
+    def __init__(self, message: str, yields: dict[str, tuple[str, ...]]):
+        super().__init__(message)
+        self.yields = yields
+
+
 class DataError(PosttrainError, ValueError):
     """Data that cannot be read or trained on."""
 

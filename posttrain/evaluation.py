@@ -41,6 +41,7 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
 
     from posttrain.data.tokens import tokenized_pairs
     from posttrain.mechanisms import prefix_sharing
+    from posttrain.mechanisms.own_head import Head, is_adapted
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(dataset, list):
@@ -57,6 +58,7 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     training, own_forward = model.training, vars(base).get("forward")
     model.eval()
     add_fused_lm_head(base)
+    Head(base).choose(model, base.config.get_text_config().vocab_size, model.device, is_adapted(base))
     shares = prefix_sharing.obstacle(base.config, base, peft_config=getattr(model, "active_peft_config", None)) is None
     if shares:
         prefix_sharing.share_prefixes(base)

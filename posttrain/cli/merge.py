@@ -22,7 +22,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args) -> int:
-    """Merge; exit code 0 once the merged model was saved and re-checked."""
+    """Merge; exit code 0 once the merged model was saved and agrees, 4 where it is another one."""
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ConfigError(f"output is {args.output}, which is not empty; give a new folder.")
 
@@ -37,7 +37,7 @@ def run(args) -> int:
     from posttrain.hub.merging import merge_adapter
 
     try:
-        found = merge_adapter(args.adapter, args.output, args.base, args.dtype, compare=True)
+        found = merge_adapter(args.adapter, args.output, args.base, args.dtype)
     except (OSError, SafetensorError) as error:
         raise EnvironmentIssue(f"output is {args.output}, which cannot be written: {error}.") from error
     facts = {"output": str(args.output), "dtype": args.dtype, **found._asdict()}

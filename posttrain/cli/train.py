@@ -35,7 +35,8 @@ def run(args) -> int:
     launch = _shipped(args.launch or default, configs_dir() / "accelerate", "launch")
     recipe = recipes_dir() / f"{args.method}.py"
     # quiet: without it, accelerate adds a traceback of its own to every message of a recipe
-    line = ["accelerate", "launch", "--quiet", "--config_file", launch, recipe, "--config", config, *args.settings]
+    line = ["accelerate", "launch", "--quiet", "--config_file", launch, *_threads(launch)]
+    line += [recipe, "--config", config, *args.settings]
     print(_printable(map(str, line)), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         code_file = Path(folder) / "exit_code"
@@ -43,6 +44,23 @@ def run(args) -> int:
         command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, line[2:])]
         done = subprocess.run(command, env=os.environ | {"POSTTRAIN_EXIT_CODE_FILE": str(code_file)})
         return int(code_file.read_text()) if code_file.exists() else done.returncode
+
+
+def _threads(launch: Path) -> list[str]:
+    """Threads of a process for a launch file that names a number: OMP_NUM_THREADS, or the cores there are."""
+    import psutil
+    import yaml
+
+    try:
+        file = yaml.safe_load(launch.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        # accelerate says what is wrong with it
+        return []
+    if not isinstance(file, dict) or "num_cpu_threads_per_process" not in (file.get("mpirun_config") or {}):
+        return []
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS") or max(cores // file["num_processes"], 1)
+    return ["--num_cpu_threads_per_process", str(threads)]
 
 
 def methods() -> list[str]:

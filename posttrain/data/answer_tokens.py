@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from posttrain.data import formats
 from posttrain.data.lengths import measure, quantiles
 from posttrain.data.schema import PairReport, _check_ends
-from posttrain.data.tokens import tokenizer_of
+from posttrain.data.tokens import as_rendered, tokenizer_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
@@ -78,6 +78,7 @@ def tokenise(dataset, processing_class, args, name: str):
         shuffle_dataset=False,
     )
     try:
+        dataset = as_rendered(dataset, processing_class)
         return SFTTrainer._prepare_dataset(trainer, dataset, processing_class, plain, False, None, name)
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:

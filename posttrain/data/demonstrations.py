@@ -7,7 +7,7 @@ from inspect import signature
 from pathlib import Path
 from urllib.parse import unquote
 
-from posttrain.data import preferences
+from posttrain.data import objects, preferences
 from posttrain.data.gym import gym_tasks
 from posttrain.data.procedural import arithmetic_tasks, modular_sum_tasks
 from posttrain.data.rows import columns_of, read_rows
@@ -67,7 +67,6 @@ def load_demonstrations(
     gold answer, each with its place; ConfigError for wrong options; EnvironmentIssue where the hub cannot be reached
     or reasoning-gym is missing.
     """
-    from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
     if limit is not None and (isinstance(limit, bool) or limit < 1):
@@ -83,7 +82,7 @@ def load_demonstrations(
         for row, place in zip(rows, places, strict=True)
     ]
     try:
-        return Dataset.from_list(made)
+        return objects.exact(made, places=places)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors
         raise DataError(f"{source}: the rows do not have the same types throughout: {error}") from None
@@ -108,7 +107,7 @@ def _read(source: str, split: str, limit: int | None, config: str | None) -> tup
     found = found if limit is None else found.select(range(min(limit, len(found))))
     if len(found) == 0:
         raise DataError(f"{source} (split {split!r}) holds no rows.")
-    return list(found), [f"{source}, row {number}" for number in range(1, len(found) + 1)]
+    return list(objects.unpadded(found)), [f"{source}, row {number}" for number in range(1, len(found) + 1)]
 
 
 def _shape(found: list[str], columns: Mapping[str, str] | None, source: str, need: bool) -> dict[str, str]:
@@ -167,8 +166,9 @@ def _side(row: dict, place: str, column: str, name: str):
     value = row.get(column)
     if isinstance(value, str) and value.strip():
         return value
+    value = objects.flattened(value)
     if isinstance(value, list) and value and all(_is_message(message) for message in value):
-        return [{"role": message["role"], "content": message["content"]} for message in value]
+        return value
     shown = "an empty text" if isinstance(value, str) else "an empty list" if value == [] else preferences._kind(value)
     raise DataError(f"{place}: {column!r}, the {name}, is {shown}; it must be a text or a list of messages.")
 
@@ -178,21 +178,22 @@ def _is_blank(value) -> bool:
 
 
 def _is_message(message) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    # what calls a tool need not say anything
+    return isinstance(message.get("content"), str) or (message.get("content") is None and bool(message.get("tool_calls")))
 
 
 def _without_notes(demonstration):
     if isinstance(demonstration, str):
         return _NOTES.sub("", demonstration)
-    return [{**message, "content": _NOTES.sub("", message["content"])} for message in demonstration]
+    return [{**message, "content": _NOTES.sub("", message["content"] or "")} for message in demonstration]
 
 
 def _marked_gold(demonstration, place: str, column: str) -> str:
     from posttrain.rewards.answers import final_answer
 
-    text = demonstration if isinstance(demonstration, str) else demonstration[-1]["content"]
+    text = demonstration if isinstance(demonstration, str) else demonstration[-1]["content"] or ""
     for where in ("hash", "boxed"):
         answer = final_answer(text, where)
         if answer is not None and answer.text:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from posttrain.data import formats
+from posttrain.data import formats, objects
 from posttrain.data.procedural import reverse_list_pairs
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.log import get_logger
@@ -54,7 +54,7 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     if found.kind in formats.CONVERTED_PAIRS:
         get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
         dataset = formats.convert(dataset)
-    dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+    dataset = objects.restored(dataset.select_columns([name for name in COLUMNS if name in dataset.column_names]))
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
@@ -89,7 +89,6 @@ def _integer(options: dict, name: str, default: int) -> int:
 
 
 def _read_file(path: Path, limit: int | None):
-    from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
     if not path.exists():
@@ -114,7 +113,7 @@ def _read_file(path: Path, limit: int | None):
                 raise DataError(f"{place}: 'prompt' {problem}; fill it in, or leave the row out.")
     rows = [{name: row.get(name) for name in columns} for row in rows]
     try:
-        return Dataset.from_list(rows)
+        return objects.exact(rows, columns, places)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors.
         raise mixed_types(rows, places, path, error) from None

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from posttrain.data import formats, preferences
+from posttrain.data import formats, objects, preferences
 from posttrain.errors import DataError
 
 
@@ -26,7 +26,8 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> tu
         found = _parquet_rows(path) if path.suffix == ".parquet" else preferences._json_rows(path)
     else:
         load = preferences._generate if source.startswith("generated:") else preferences._load_hub
-        found = ((f"{source}, row {number}", row) for number, row in enumerate(load(source, split), 1))
+        found = objects.unpadded(load(source, split))
+        found = ((f"{source}, row {number}", row) for number, row in enumerate(found, 1))
     rows, places = [], []
     for place, row in found:
         if not isinstance(row, dict):
@@ -48,15 +49,16 @@ def columns_of(rows: Iterable[dict]) -> list[str]:
 def as_dataset(rows: list[dict], source: str):
     """A `datasets.Dataset` of the columns that some kind of data set has; null where a row lacks one.
 
+    Nested values are kept as the rows have them.
+
     Raises DataError where a column's values have no common type.
     """
-    from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
     names = [name for name in columns_of(rows) if name in formats.KNOWN_COLUMNS]
     rows = [{name: row.get(name) for name in names} for row in rows]
     try:
-        return Dataset.from_list(rows)
+        return objects.exact(rows, names)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors
         places = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
@@ -100,5 +102,5 @@ def _parquet_rows(path: Path):
         rows = Dataset(pq.read_table(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from None
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(objects.unpadded(rows), 1):
         yield f"{path}, row {number}", row

@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from posttrain.data import formats
+from posttrain.data import formats, objects, rendering
 from posttrain.data.formats import Format, convert, detect
 from posttrain.data.lengths import Lengths, end_of_turn_tokens, measure
 from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
@@ -30,7 +30,7 @@ class PairReport:
         ended: share of the sides looked at that end with an end-of-turn token.
         prefix_preserving, stop_token_trained: what TRL's checks say of the chat template, None where it has none or
             cannot be asked. The second is about training on the assistant's tokens of whole conversations only.
-        warnings: a sentence each.
+        warnings: a sentence each. notes: what is only said.
     """
 
     name: str
@@ -45,6 +45,7 @@ class PairReport:
     ended: float = 0.0
     prefix_preserving: bool | None = None
     stop_token_trained: bool | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_sample(self) -> bool:
@@ -117,6 +118,8 @@ def check_preferences(
         return None
     report = examine_preferences(dataset, processing_class, max_length, name, truncation_mode, stop_ids)
     get_logger().info("%s", report.summary())
+    for note in report.notes:
+        get_logger().info("%s", note)
     for warning in report.warnings:
         get_logger().warning("%s", warning)
     return report
@@ -148,7 +151,7 @@ def examine_preferences(
     """
     if len(dataset) == 0:
         raise DataError(f"{name} holds no rows.")
-    dataset = dataset.with_format(None)
+    dataset = objects.restored(dataset.with_format(None))
     images = sorted({"image", "images"} & set(dataset.column_names))
     dataset = dataset.remove_columns(images)
     found = check_columns(dataset.column_names, name, dataset[0])
@@ -158,6 +161,9 @@ def examine_preferences(
     if images:
         warnings.append(f"{name} has images, so its lengths in tokens were not checked.")
     else:
+        checked = rendering.check(dataset, processing_class, name, places, "pairs")
+        warnings += checked.warnings
+        report.notes += checked.notes
         _check_lengths(report, dataset, places, processing_class, truncation_mode == "keep_start")
         _check_ends(report, tokenizer_of(processing_class), set(stop_ids))
         if found.style == "conversational":

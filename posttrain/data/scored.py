@@ -8,7 +8,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from posttrain.data import formats, preferences
+from posttrain.data import formats, objects, preferences
 from posttrain.data.procedural import reversed_share
 from posttrain.data.rows import columns_of, read_rows
 from posttrain.data.scales import check_scales
@@ -105,7 +105,7 @@ def as_scored(
     if len(dataset) == 0:
         raise DataError(f"{name} holds no rows.")
     needs_reward = needs_reward and scorer is None
-    dataset, columns = dataset.with_format(None), dataset.column_names
+    dataset, columns = objects.restored(dataset.with_format(None)), dataset.column_names
     _check_columns(columns, name, needs_reward)
     missing = [column for column in keep if column not in columns]
     if missing:
@@ -127,6 +127,7 @@ def unroll(
     made, styles, empty = [], {}, 0
     for row, place in zip(rows, places, strict=True):
         row = _converted(row, place)
+        row = {column: objects.flattened(value) for column, value in row.items()}
         _check_columns(list(row), name, needs_reward, place)
         others = {column: row[column] for column in ("tools", "chat_template_kwargs", *keep) if column in row}
         for completion, reward in _answers(row, place, needs_reward):
@@ -302,11 +303,10 @@ def _converted(row: Mapping, place: str) -> Mapping:
 
 
 def _dataset(rows: list[dict], source: str):
-    from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        return Dataset.from_list(rows)
+        return objects.exact(rows)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors
         places = [f"{source}, answer {number}" for number in range(1, len(rows) + 1)]

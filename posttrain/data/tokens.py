@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from posttrain.data import formats, values
+from posttrain.data import applied, formats, objects, values
 from posttrain.errors import ConfigError, DataError
 from posttrain.remote import check_model_name, model_failure
 
@@ -58,6 +58,15 @@ def tokenizer_of(processing_class):
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
+def as_rendered(dataset, processing_class):
+    """A data set as the chat template and the tokenizer are to see it, in training and in every check.
+
+    Nested values are as the rows had them, blocks of text are text (`objects.restored`), and texts with the template
+    already applied begin and end once (`applied.without_doubles`).
+    """
+    return applied.without_doubles(objects.restored(dataset), tokenizer_of(processing_class))
+
+
 def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> Iterator[dict]:
     """The columns prompt_ids, chosen_ids and rejected_ids of each row, as `trl.DPOTrainer` makes them.
 
@@ -80,8 +89,9 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> It
     elif tokenizer.eos_token is None:
         raise ConfigError("the tokenizer has no eos_token to end an answer with; set `tokenizer.eos_token`.")
     names = [name for name in _READ_BY_TRL if name in dataset.column_names]
+    dataset = as_rendered(dataset.select_columns(names).with_format(None), processing_class)
     # In this form nothing is hashed, cached or shown; the method reads no more of the trainer than its tokenizer.
-    stream = dataset.select_columns(names).with_format(None).to_iterable_dataset()
+    stream = dataset.to_iterable_dataset()
     arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
     done = 0
     try:
@@ -105,11 +115,10 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
     of it that does; else all. alpaca and sharegpt rows are converted first. Raises DataError for a row that cannot be
     rendered.
     """
-    from datasets import Dataset
-
     if found.kind in (formats.ALPACA, formats.ALPACA_PREFERENCE, formats.SHAREGPT, formats.SHAREGPT_PREFERENCE):
         row = formats.convert_row(row, found, place)
         found = formats.detect(row, row)
+    row = {name: objects.flattened(value) for name, value in row.items()}
     if found.kind in formats.PAIR_KINDS:
         values.faults(row, place)
     else:
@@ -126,7 +135,7 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
         sides = ("completion",)
         row = {**row, "chosen": row["completion"], "rejected": row["completion"]}
     names = [name for name in (*_READ_BY_TRL, *formats.TOKEN_COLUMNS) if row.get(name) is not None]
-    pair = Dataset.from_list([{name: row[name] for name in names}])
+    pair = objects.exact([{name: row[name] for name in names}], places=[place])
     tokens = next(tokenized_pairs(pair, processing_class, [place]))
     prompt = tokens["prompt_ids"]
     parts = []
@@ -144,12 +153,25 @@ def render(value, row: Mapping, processing_class, place: str, **options) -> list
     return _render(value, row, processing_class, place, **options)["input_ids"]
 
 
+def render_text(messages: list, row: Mapping, processing_class, **options) -> str:
+    """Messages through the chat template, as a text. Raises whatever the template raises."""
+    from transformers import ProcessorMixin
+    from trl.data_utils import prepare_multimodal_messages
+
+    if isinstance(processing_class, ProcessorMixin):
+        messages = prepare_multimodal_messages(messages)
+    options |= _template_options(row)
+    return processing_class.apply_chat_template(messages, tokenize=False, **options)
+
+
 def _language_modelling(row: Mapping, processing_class, place: str) -> TokenSequence:
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     if isinstance(row.get("text"), str):
-        eos = tokenizer_of(processing_class).eos_token or ""
-        text = row["text"] if row["text"].endswith(eos) else row["text"] + eos
+        tokenizer = tokenizer_of(processing_class)
+        eos = tokenizer.eos_token or ""
+        text = applied.clean_row({"text": row["text"]}, tokenizer)["text"]
+        text = text if text.endswith(eos) else text + eos
         ids = render(text, row, processing_class, place)
         return TokenSequence("text", ids, [True] * len(ids))
     messages = row["messages"] if "messages" in row else row["conversations"]
@@ -169,9 +191,13 @@ def _render(value, row: Mapping, processing_class, place: str, **options) -> dic
     try:
         if isinstance(value, str):
             return processing_class(text=value)
-        tools = row.get("tools")
-        options |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-        options |= row.get("chat_template_kwargs") or {}
+        options |= _template_options(row)
         return processing_class.apply_chat_template(value, tokenize=True, return_dict=True, **options)
     except Exception as error:
         raise DataError(f"{place}: the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
+
+
+def _template_options(row: Mapping) -> dict:
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}

@@ -1,9 +1,12 @@
 """An adapter folded into its base model, for `posttrain merge` and `posttrain push --merged`."""
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.files import TOKENIZER, found
 from posttrain.models import load_adapter, tokenizer_beside
 
@@ -13,56 +16,120 @@ _PROMPTS = (
     "To sort a list in Python,",
     "Once upon a time, in a small village",
 )
+# Share of tokens of which merged and unmerged model must agree on the likeliest next one. Where the unmerged model
+# gives the merged one's choice nearly its best logit, they agree: rounding may decide such ties either way.
+LEAST_AGREEMENT = 0.95
 
 
 class Agreement(NamedTuple):
-    """How a merged model, as saved, compares with base and adapter: on how many tokens, and how far."""
+    """How a merged model, as saved, compares with base and adapter.
+
+    Attributes:
+        tokens: on how many tokens.
+        largest_logit_difference: of any two logits.
+        top1_agreement: share of tokens with the same likeliest next token, or a tie but for rounding.
+    """
 
     tokens: int
     largest_logit_difference: float
     top1_agreement: float
 
 
-def merge_adapter(
-    run: str | Path, folder: str | Path, base: str | None = None, dtype: str = "auto", *, compare: bool = False
-) -> Agreement | None:
+def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, dtype: str = "auto") -> Agreement:
     """Write into `folder` the base model with the run's adapter merged into it.
 
-    The run's tokenizer goes with it, or else the base's. With `compare`, the merged model is loaded again and its
-    logits are compared with those of base and adapter.
+    The run's tokenizer goes with it, or else the base's. The merged model is written beside `folder`, loaded again and
+    compared with base and adapter, and only then gets its name: nothing is left where something goes wrong.
 
     Args:
         run: folder of the adapter.
-        folder: of the merged model, made if it is missing.
+        folder: of the merged model; missing or empty.
         base, dtype: as in `posttrain.models.load_adapter`, whose errors come through.
+
+    Raises:
+        ConfigError: an adapter that has no place in the weights, such as a learned prompt.
+        EnvironmentIssue: merged and unmerged model agree on fewer tokens than `LEAST_AGREEMENT`.
     """
+    folder = Path(folder).absolute()
     model = load_adapter(run, base, dtype, to_merge=True)
     tokenizer = tokenizer_beside(run, base)
-    before = [_logits(model, tokenizer, prompt) for prompt in _PROMPTS] if compare else []
+    before = [_logits(model, tokenizer, prompt) for prompt in _PROMPTS]
+    above = next(path for path in folder.parents if path.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=above) as temporary:
+        partial = Path(temporary) / folder.name
+        try:
+            merged = _merged(model)
+        except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"the adapter in {run} cannot be merged: {error}. Keep it beside its base; push it without --merged."
+            ) from error
+        merged.save_pretrained(partial)
+        files = found(Path(run), TOKENIZER)
+        for name, path in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / name)
+        if not files:
+            tokenizer.save_pretrained(partial)
+        del model, merged
+        agreement = _compared(before, partial, tokenizer, dtype)
+        if not agreement.top1_agreement >= LEAST_AGREEMENT:
+            raise EnvironmentIssue(
+                f"the merged model is another one than base and adapter: they agree on the likeliest next token of "
+                f"{agreement.top1_agreement:.1%} of {agreement.tokens} tokens ({LEAST_AGREEMENT:.0%} is the least; "
+                f"largest logit difference {agreement.largest_logit_difference:.3g}). Nothing was written. Try --dtype "
+                "float32, or keep the adapter beside its base."
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(partial, folder)
+    return agreement
+
+
+def _merged(model):
+    """The base with the adapter in its weights; embeddings that were tied are apart where the adapter parts them."""
+    import torch
+
+    base = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is not None and embedding.weight is head.weight
+    if tied:
+        # an adapter on one of the two would otherwise be merged into both
+        while not isinstance(head, torch.nn.Linear) or hasattr(head, "base_layer"):
+            inner = getattr(head, "base_layer", None) or getattr(head, "original_module", None)
+            if inner is None:
+                break
+            head = inner
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(folder)
-    files = found(Path(run), TOKENIZER)
-    for name, path in files.items():
-        target = Path(folder) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    if not files:
-        tokenizer.save_pretrained(folder)
-    if not compare:
-        return None
-    del merged, model
-    return _compared(before, folder, tokenizer, dtype)
+    if tied:
+        embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+        if torch.equal(embedding.weight, head.weight):
+            head.weight = embedding.weight
+        else:
+            for config in {id(config): config for config in (merged.config, merged.config.get_text_config())}.values():
+                config.tie_word_embeddings = False
+    return merged
 
 
-def _compared(before: list, folder: str | Path, tokenizer, dtype: str) -> Agreement:
+def _compared(before: list, folder: Path, tokenizer, dtype: str) -> Agreement:
     from transformers import AutoModelForCausalLM
 
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     after = [_logits(reloaded, tokenizer, prompt) for prompt in _PROMPTS]
     tokens = sum(len(logits) for logits in before)
     largest = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
-    same = sum((a.argmax(-1) == b.argmax(-1)).sum().item() for a, b in zip(after, before, strict=True))
+    same = sum(_agreed(a, b, reloaded.dtype) for a, b in zip(after, before, strict=True))
     return Agreement(tokens, largest, same / tokens)
+
+
+def _agreed(after, before, dtype) -> int:
+    """Of how many rows (L, V) the likeliest token is the same, or rounding to `dtype` could make it so."""
+    import torch
+
+    chosen = before.gather(1, after.argmax(-1, keepdim=True))[:, 0]
+    best, scale = before.max(-1).values, before.abs().amax(-1)
+    return (best - chosen <= 4 * torch.finfo(dtype).eps * scale).sum().item()
 
 
 def _logits(model, tokenizer, prompt: str):

@@ -54,15 +54,16 @@ def push_folder(
     Raises:
         DataError: there is nothing to push.
         ConfigError: `merged` for a run that cannot be merged.
-        EnvironmentIssue: what the hub or the connection answered, after the last try.
+        EnvironmentIssue: what the hub or the connection answered, after the last try; a merged model that is another
+            one than base and adapter.
     """
     folder, run = Path(folder), run_of(folder)
     if not merged:
         files = files_to_push(folder, run, destination)
         return _commit(files, destination, commit_message, revision, token, delays)
     with tempfile.TemporaryDirectory(prefix="posttrain-merged-") as temporary:
-        merge_adapter(folder, temporary)
-        files = files_to_push(Path(temporary), run, destination)
+        merge_adapter(folder, Path(temporary) / "merged")
+        files = files_to_push(Path(temporary) / "merged", run, destination)
         return _commit(files, destination, commit_message, revision, token, delays)
 
 

@@ -30,6 +30,10 @@ class MeanMetrics:
         entry = torch.stack([total, torch.as_tensor(count, dtype=total.dtype, device=total.device)])
         self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
+    def clear(self) -> None:
+        """Start anew, without the sums so far."""
+        self._sums = {}
+
     def reduce(self, accelerator) -> dict[str, tuple[float, float]]:
         """(sum, count) of each name over all ranks, in one collective; all ranks must call it."""
         local = {name: entry.tolist() for name, entry in self._sums.items()}

@@ -23,6 +23,8 @@ class Reward:
         counters: how many completions were scored, timed out, or met an exception, since construction. A sample whose
             exception was blamed on the answer is scored 0 and counted as both scored and exception.
         last_exception: the message of the last one, or None.
+        reads: texts that hold what the reward looks for in a completion. A special token that one of them names is kept
+            in the text of completions by this library's trainers.
     """
 
     __name__ = "reward"
@@ -30,12 +32,22 @@ class Reward:
     def __post_init__(self):
         self._counts = dict.fromkeys(COUNTERS, 0)
         self.last_exception: str | None = None
+        self._has_worked = False
 
     def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
         raise NotImplementedError
 
     def __reduce__(self):
         return _rebuild, (type(self), {field.name: getattr(self, field.name) for field in fields(self)})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def only_raised(self) -> bool:
+        """Whether there were exceptions, and never a score."""
+        return self._counts["exceptions"] > 0 and not self._has_worked
 
     @property
     def counters(self) -> dict[str, int]:
@@ -52,7 +64,9 @@ class Reward:
         return [None] * len(values)
 
     def _scored(self, scores: list[float | None]) -> list[float | None]:
-        self._count("scored", sum(score is not None for score in scores))
+        count = sum(score is not None for score in scores)
+        self._has_worked = self._has_worked or count > 0
+        self._count("scored", count)
         return scores
 
     def _count(self, counter: str, samples: int = 1) -> None:
@@ -126,6 +140,14 @@ def completion_text(completion) -> str:
     if isinstance(content, str):
         return content
     return "".join(block.get("text") or "" for block in content if isinstance(block, dict))
+
+
+def reasoning_of(completion) -> str:
+    """The reasoning that a chat template has parsed out of the last message's content; empty where there is none."""
+    if isinstance(completion, str) or not completion:
+        return ""
+    found = completion[-1].get("reasoning_content") or completion[-1].get("thinking") or ""
+    return found if isinstance(found, str) else ""
 
 
 def column_of(columns: dict, name: str, reward: Reward, setting: str) -> list:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.answers import final_answer
-from posttrain.rewards.base import Reward, check_choice, completion_text
+from posttrain.rewards.base import Reward, check_choice, completion_text, reasoning_of
+from posttrain.rewards.reads import ANSWER_TAGS
 
 # Text without any of the tags, so that each tag comes once. Every character is looked at once: no backtracking.
 _ANY = r"(?:(?!</?(?:think|answer)>)[\s\S])*+"
@@ -29,6 +30,7 @@ class Format(Reward):
         template: think_answer, `<think>...</think><answer>...</answer>`; think, `<think>...</think>` and a text;
             answer, a text that ends with `<answer>...</answer>`; hash, a text whose last line ends with `#### ...`;
             boxed, a `\boxed{...}` after any thinking. Each tag and #### comes exactly once, and none is empty.
+            Reasoning that a chat template has parsed out of a message stands between think tags before its content.
         pattern: a regular expression of your own instead, for the whole completion, where `.` is any character. It
             runs in this process without a timeout.
         prefix: put before every completion, for chat templates whose prompt ends with an opening `<think>`.
@@ -58,7 +60,21 @@ class Format(Reward):
             raise ConfigError(f"pattern={self.pattern!r} is no regular expression: {error}.") from None
 
     def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
-        return self._scored([float(self._fits(self.prefix + completion_text(one))) for one in completions])
+        return self._scored([float(self._fits(self._whole(one))) for one in completions])
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        if self.pattern is not None:
+            return (self.pattern,)
+        # the others refuse any of the tags in the wrong place
+        return () if self.template == "hash" else ANSWER_TAGS
+
+    def _whole(self, completion) -> str:
+        reasoning = reasoning_of(completion)
+        if not reasoning or "think" not in (self.pattern or self.template):
+            return self.prefix + completion_text(completion)
+        # an opening tag that the prompt ends with is parsed away too
+        return f"<think>\n{reasoning}\n</think>\n\n{completion_text(completion)}"
 
     def _fits(self, text: str) -> bool:
         if self._matches is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from posttrain.errors import require
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.base import PooledReward, column_of, completion_text
+from posttrain.rewards.reads import ANSWER_TAGS
 
 
 @dataclass(eq=False)
@@ -42,6 +43,10 @@ class GymScore(PooledReward):
             for answer, task in zip(answers, tasks, strict=True)
         ]
         return self._scored(self._score_in_pool(calls))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ANSWER_TAGS
 
     def gold_errors(self, values: list) -> list[str | None]:
         outcomes = self._pool.map("gold_error", [{"gold": value} for value in values])

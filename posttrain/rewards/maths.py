@@ -13,6 +13,7 @@ from posttrain.rewards.base import (
     column_of,
     completion_text,
 )
+from posttrain.rewards.reads import ANSWER_TAGS
 
 ENGINES = ("auto", "math_verify", "numbers")
 
@@ -62,6 +63,10 @@ class MathsAnswer(PooledReward):
             for answer, gold in zip(answers, golds, strict=True)
         ]
         return self._scored(self._score_in_pool(calls))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ANSWER_TAGS
 
     def start(self) -> None:
         if self.uses_math_verify:
@@ -114,6 +119,10 @@ class ExactMatch(Reward):
             wanted = None if gold is None else " ".join(str(gold).split())
             scores.append(float(" ".join(text.split()) == wanted) if wanted else None)
         return self._scored(scores)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return () if self.answer_in == "all" else ANSWER_TAGS
 
     def gold_errors(self, values: list) -> list[str | None]:
         return [_missing(value) for value in values]

@@ -9,6 +9,7 @@ from inspect import iscoroutinefunction, signature
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.rewards.base import Reward, shorten
+from posttrain.rewards.reads import texts_of
 
 # Calls in a row that may raise before the run stops: so many steps without this reward teach nothing.
 PATIENCE = 3
@@ -19,8 +20,8 @@ class UserReward(Reward):
     """A user's reward function, with TRL's interface, under its own name.
 
     A call that raises scores all its completions None, is counted and shown with the line it was raised at; after
-    PATIENCE such calls in a row, the first ones included, the run stops; at once where no other reward gave a score.
-    NaN is taken for None.
+    PATIENCE such calls in a row the run stops. This library's trainers stop at once where no call of the first
+    generation returned, or no other reward gave a score. NaN is taken for None.
 
     Args:
         function: `fn(prompts, completions, completion_ids=None, **columns) -> list[float | None]`, or such a coroutine
@@ -53,6 +54,10 @@ class UserReward(Reward):
             return self._failed(error, len(completions))
         return self._checked(scores, len(completions))
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(sorted(texts_of(self.function)))
+
     def _taken(self, given: dict) -> dict:
         return given if self._named is None else {name: given[name] for name in self._named if name in given}
 
@@ -69,7 +74,7 @@ class UserReward(Reward):
         return [None] * samples
 
     def _checked(self, scores, samples: int) -> list[float | None]:
-        self._failures = 0
+        self._failures, self._has_worked = 0, True
         try:
             scores = list(scores)
         except TypeError:

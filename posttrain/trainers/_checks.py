@@ -38,20 +38,17 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_args(args, config_class: type, method: str | None = None, output_dir: str | None = None):
-    """`args`, or the class's defaults. `method`: the trainer's class, where it is known.
+    """`args` as a `config_class`, or the class's defaults. `method`: the trainer's class, where it is known.
 
     `output_dir`: where the defaults are to write.
 
-    Raises TypeError for another class's settings, ConfigError where output_dir holds a run with other settings, or
+    Raises TypeError for another trainer's settings, ConfigError where output_dir holds a run with other settings, or
     what is not ours where this one would write.
     """
-    if args is None:
-        args = config_class(output_dir)
-    if not isinstance(args, config_class):
-        raise TypeError(
-            f"args is a {type(args).__name__}; it must be a posttrain.{config_class.__name__}, which takes the same "
-            "fields and a few more."
-        )
+    # the configs import this module
+    from posttrain.trainers._upstream_configs import as_own
+
+    args = config_class(output_dir) if args is None else as_own(args, config_class)
     # what the settings tell; `RunFolder` asks again once data and model are there
     _run_folder.check_args(args, method)
     return args
@@ -173,8 +170,11 @@ def check_reporters(report_to) -> None:
             raise EnvironmentIssue(f"report_to names {name}, which is not installed here. Install it, or leave it out.")
 
 
-def check_model_config(args, config) -> None:
-    """Refuse a model whose two passes would differ, or whose loss has a part that pairs cannot weigh."""
+def check_model_config(args, config, weighs_pairs: bool = False) -> None:
+    """Refuse a model whose two passes would differ, or whose loss has a part that pairs cannot weigh.
+
+    `weighs_pairs`: whether the pairs of a step count unequally.
+    """
     config = config.get_text_config()
     dropout = getattr(config, "attention_dropout", 0.0) or 0.0
     if dropout > 0:
@@ -186,10 +186,11 @@ def check_model_config(args, config) -> None:
     coefficient = args.router_aux_loss_coef
     if coefficient is None:
         coefficient = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
-    if coefficient:
+    if coefficient and weighs_pairs:
         raise ConfigError(
-            f"router_aux_loss_coef is {coefficient}; an auxiliary MoE loss cannot be weighed by pairs. "
-            "Set `router_aux_loss_coef: 0.0`."
+            f"router_aux_loss_coef is {coefficient} and Dr. DPO weighs the pairs of a step; the auxiliary loss of a "
+            "mixture of experts is one number of all tokens of a micro-batch, which has no part for each pair. Set "
+            "`router_aux_loss_coef: 0.0`, or `reduction: mean`."
         )
 
 
@@ -209,7 +210,10 @@ def check_flip_rates(args, train_dataset, eval_dataset) -> None:
     """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
     if args.pair_loss not in ("rdpo", "cdpo"):
         if "flip_rate" in (getattr(train_dataset, "column_names", None) or ()):
-            get_logger().warning("train_dataset's column flip_rate is not read by pair_loss %s", args.pair_loss)
+            get_logger().warning(
+                "train_dataset's column flip_rate is not read by pair_loss %s; `pair_loss: rdpo` or `cdpo` reads it",
+                args.pair_loss,
+            )
         return
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
@@ -243,6 +247,28 @@ def check_parallelism(accelerator) -> None:
             raise ConfigError(f"{name}_size is {size}; only data parallel training (DDP, ZeRO, FSDP) is supported.")
 
 
+def drops_out(model) -> bool:
+    """Whether a forward in training leaves out activations by chance."""
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """`model` in eval mode inside, each of its modules in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def may_be_identity(model) -> bool:
+    """Whether an adapter can be without effect; one of learned prompts or prefixes never is."""
+    return not (is_peft_model(model) and model.active_peft_config.is_prompt_learning)
+
+
 def zero_margin_tolerance(model, accelerator) -> tuple[float, str]:
     """What rounding may make of |log pi - log pi_ref| per token of equal weights, in nats, and the type computed in."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
@@ -263,6 +289,18 @@ def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
         raise ConfigError(
             f"policy and reference differ by {worst:.3g} nats per token before the first step (tolerance "
             f"{tolerance:g} in {dtype}). The reference is: {reference}. If it should be "
-            "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel; if this is "
-            "intended, set `check_reference: false`."
+            "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel"
+            f"{_initialised(model)}; if this is intended, set `check_reference: false`."
         )
+
+
+def _initialised(model) -> str:
+    """What an adapter's own initialisation has to do with it, for the message."""
+    if not is_peft_model(model):
+        return ""
+    config = model.active_peft_config
+    for name in ("init_lora_weights", "init_weights"):
+        value = getattr(config, name, True)
+        if value is not True:
+            return f"; the adapter begins with {name} {value!r}, which may be no identity"
+    return ""

@@ -19,7 +19,7 @@ def show_demonstrations(trainer, batch: dict) -> None:
     flags, masks = batch["demonstrations"].tolist(), batch["completion_mask"].bool()
     texts = gather_object(
         [
-            trainer._tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True) if flag else None
+            trainer._kept_tokens.text(ids[mask].tolist()) if flag else None
             for ids, mask, flag in zip(batch["completion_ids"], masks, flags, strict=True)
         ]
     )
@@ -38,8 +38,7 @@ def show_demonstrations(trainer, batch: dict) -> None:
 @contextlib.contextmanager
 def of_evaluation(trainer, prefix: str):
     """Keep an evaluation's rows apart from training's, and write them to `completions_<step>_<prefix>.parquet`."""
-    logs = trainer._logs
-    trainer._logs = {name: _emptied(rows) for name, rows in logs.items()}
+    logs, trainer._logs = trainer._logs, empty_logs(trainer)
     step = trainer.state.global_step
     folder = Path(trainer.args.output_dir) / "completions"
     file, aside = folder / f"completions_{step:05d}.parquet", folder / f"completions_{step:05d}.training"
@@ -57,14 +56,9 @@ def of_evaluation(trainer, prefix: str):
             aside.replace(file)
 
 
-@contextlib.contextmanager
-def no_table(trainer):
-    """Log without printing and writing the table once more."""
-    wanted, trainer.log_completions = trainer.log_completions, False
-    try:
-        yield
-    finally:
-        trainer.log_completions = wanted
+def empty_logs(trainer) -> dict:
+    """The table of completions as it is before its first row."""
+    return {name: _emptied(rows) for name, rows in trainer._logs.items()}
 
 
 def _emptied(rows):

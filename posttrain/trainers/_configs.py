@@ -7,10 +7,11 @@ import typing
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.field_types import FieldType
 from posttrain.log import get_logger
 from posttrain.trainers import _checkpoints
@@ -68,6 +69,18 @@ class CommonConfig:
         metadata={"help": "Replace what earlier runs left in output_dir; files that no run wrote stay."},
     )
 
+    # by setting: others that it stands in the place of, so that a file's give way to it on the command line
+    replaces: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # what a trainer says of the settings that it read from TRL's config
+    says: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        # names of the settings that were given, and are not a class's own defaults
+        self._written = {entry.name for entry, _ in zip(fields(cls), args, strict=False)} | set(kwargs)
+        self._resolved_upstream = False
+        return self
+
     def __post_init__(self):
         if self.neftune_noise_alpha is not None:
             raise ConfigError(
@@ -76,6 +89,16 @@ class CommonConfig:
             )
         self._check_ranges()
         check_reporters(self.report_to)
+        if self.fp16 and self.bf16:
+            raise ExcludedSetting(
+                "fp16 and bf16 are both true; keep one of them.", {"fp16": ("bf16",), "bf16": ("fp16",)}
+            )
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ExcludedSetting(
+                "load_best_model_at_end is true and eval_strategy is no, so no checkpoint would be the best one. Set "
+                "`eval_strategy: steps` or `epoch`, or leave load_best_model_at_end out.",
+                {"load_best_model_at_end": ("eval_strategy",)},
+            )
         chosen = []
         if not torch.accelerator.is_available():
             if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -88,7 +111,9 @@ class CommonConfig:
                     "fp16 is true on a machine without an accelerator. Leave it out, or set `bf16: true`."
                 )
             choices = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-            if under_deepspeed(self):
+            if self._resolved_upstream:
+                choices = {}
+            elif under_deepspeed(self):
                 # use_cpu would have accelerate look past DeepSpeed; without gloo it takes one process for the world
                 choices |= {"use_cpu": False, "ddp_backend": "gloo"}
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -100,10 +125,11 @@ class CommonConfig:
         self.use_cpu = bool(self.use_cpu)
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = True
-        with warnings.catch_warnings():
-            # transformers is renaming the field that TRL still reads
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-            super().__post_init__()
+        if not self._resolved_upstream:
+            with warnings.catch_warnings():
+                # transformers is renaming the field that TRL still reads
+                warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+                super().__post_init__()
         check_optimiser(self)
         if self.resume_weights_only and under_deepspeed(self):
             raise ConfigError(
@@ -128,6 +154,17 @@ class CommonConfig:
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def _has_no_effect(self, name: str, neutral, because: tuple[str, ...], message: str) -> None:
+        """Refuse a setting that others leave without effect; where it is a preset's own default, take `neutral`."""
+        if name in self._written:
+            raise ExcludedSetting(message, {name: because})
+        why = next((other for other in because if getattr(self, other) is not None), because[0])
+        get_logger().info(
+            "%s: %s, the default of %s, is left out: it has no effect on %s: %s",
+            name, getattr(self, name), type(self).__name__, why, getattr(self, why),
+        )  # fmt: skip
+        setattr(self, name, neutral)
 
     def _refuse_none(self) -> None:
         """Refuse None in the place of a number, before the checks that compute with it."""

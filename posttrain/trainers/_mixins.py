@@ -14,12 +14,14 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import schema
+from posttrain.data.tokens import as_rendered
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.trainers import _checks, _reference
+from posttrain.trainers import _checks, _evaluation, _reference, _start
+from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
 
@@ -72,16 +74,17 @@ class PreferenceMixin(RunMixin):
         *rest,
         **kwargs,
     ):
+        self._reference_is_given = ref_model is not None
         kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
-        _checks.check_model_config(args, config)
+        _checks.check_model_config(args, config, self._weighs_pairs_of(args))
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
-        self._begin_run(preflight(args, model))
+        _evaluation.check_best_metric(args, eval_dataset)
+        self._begin_run(preflight(args, model), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
-        self._reference_is_given = ref_model is not None
-        self._margin_checked = False
+        self._margin_checked, self._drops_out = False, False
         self.reference_key = None
         self._sharing, self._clock = None, None
         with _checks.upstream_refusals():
@@ -89,10 +92,15 @@ class PreferenceMixin(RunMixin):
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
             )
         _checks.check_parallelism(self.accelerator)
+        _start.use_adapter_dropout(self.model)
+        self._drops_out = _checks.drops_out(self.model)
         self._finish_construction()
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
         get_logger().info("reference: %s", _reference.describe(self))
+
+    def _live_reference(self, args) -> bool:
+        return not self._reference_is_given
 
     # stands on DPOTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
@@ -106,6 +114,7 @@ class PreferenceMixin(RunMixin):
         if {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(dataset.column_names or ()):
             dataset = self._short_enough(dataset, args)
         else:
+            dataset = as_rendered(dataset, processing_class)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return dataset
@@ -118,17 +127,21 @@ class PreferenceMixin(RunMixin):
             return dataset
         return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": args.max_length})
 
-    def score(self, model, batch) -> PairScores:
+    def score(self, model, batch, aux_loss: bool = False) -> PairScores:
         """Run `model` on a padded batch of pairs (chosen rows first) and sum the log-probabilities of each completion.
 
-        With `ld_alpha`, tokens beyond the shorter completion of a pair count `ld_alpha` (LD-DPO).
+        With `ld_alpha`, tokens beyond the shorter completion of a pair count `ld_alpha` (LD-DPO). `aux_loss`: ask a
+        mixture of experts for its load-balancing loss, in `outputs`.
         """
         mask = batch["completion_mask"]
         kwargs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        self._head.check(model)
         packed = self._packed(model, batch)
         if packed is not None:
             kwargs["packed"] = packed
+        if aux_loss:
+            kwargs["output_router_logits"] = True
         outputs = model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
         shift_mask = mask[:, 1:]
         # Prompt-learning adapters put virtual tokens in front
@@ -145,6 +158,9 @@ class PreferenceMixin(RunMixin):
     def _set_up_sharing(self) -> None:
         # TRL's constructor precomputes reference log-probs before it returns, so whoever comes first
         if self._sharing is None:
+            self._note_start()
+            self._drops_out = _checks.drops_out(self.model)
+            self._head = TrueHead(self)
             self._sharing = PrefixSharing(self)
 
     def _packed(self, model, batch):
@@ -164,7 +180,9 @@ class PreferenceMixin(RunMixin):
         if self.ref_model is None and is_peft_model(self.model):
             peft_model = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None)
-        with torch.no_grad(), self._plain_forward(), adapter, self.accelerator.autocast():
+        # upstream leaves the model in training mode, where the base's own dropout would fall on the reference
+        clean = _checks.evaluating(reference) if self._drops_out else contextlib.nullcontext()
+        with torch.no_grad(), clean, self._plain_forward(), adapter, self.accelerator.autocast():
             scores = self.score(reference, inputs)
         return scores.chosen_logps, scores.rejected_logps
 
@@ -213,6 +231,10 @@ class PreferenceMixin(RunMixin):
         """Whether the loss depends on which pairs share a micro-batch."""
         return False
 
+    def _weighs_pairs_of(self, args) -> bool:
+        """Whether the pairs of a step count unequally under these settings."""
+        return False
+
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""
         for batch in batches:
@@ -226,13 +248,17 @@ class PreferenceMixin(RunMixin):
                 **inputs,
                 "real_rows": real_rows(self.accelerator, _pairs(inputs)) if mode == "eval" else _pairs(inputs),
             }
-        scores = self.score(model, inputs)
+        scores = self.score(model, inputs, aux_loss=True) if self.aux_loss_enabled else self.score(model, inputs)
         ref_chosen_logps, ref_rejected_logps = self._reference_logps(model, inputs)
         chosen_logratios = scores.chosen_logps - ref_chosen_logps
         rejected_logratios = scores.rejected_logps - ref_rejected_logps
-        self._check_first_margins(chosen_logratios, rejected_logratios, inputs)
+        self._check_first_margins(model, scores, (ref_chosen_logps, ref_rejected_logps), inputs)
         losses = self.pair_losses(chosen_logratios, rejected_logratios, inputs)
         loss = self.reduce_pairs(losses, inputs, mode)
+        if self.aux_loss_enabled:
+            # of each micro-batch's tokens, as TRL has it: it depends on the split
+            loss = loss + self.router_aux_loss_coef * scores.outputs.aux_loss
+            self._means[mode].add_sum("aux_loss", scores.outputs.aux_loss.detach().float(), 1)
         if mode == "train" and self.is_in_train:
             self._finite_loss.watch(self, loss)
         with torch.no_grad():
@@ -250,14 +276,20 @@ class PreferenceMixin(RunMixin):
         # A rank whose last batch only fills up has no row that counts; its value is cut off by the Trainer's gather
         return losses[: max(inputs["real_rows"], 1)].mean()
 
-    def _check_first_margins(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> None:
+    def _check_first_margins(self, model, scores: PairScores, reference: tuple[Tensor, Tensor], inputs: dict) -> None:
         if self._margin_checked or not self.model.training:
             return
         self._margin_checked = True
         if self._reference_is_given or not self.args.check_reference or self.state.global_step > 0:
             return
+        if not _checks.may_be_identity(self.model):
+            return
+        if self._drops_out:
+            with torch.no_grad(), _checks.evaluating(model), self._plain_forward():
+                scores = self.score(model, inputs)
         tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)
-        per_token = torch.cat([chosen_logratios, rejected_logratios]).detach().abs() / tokens
+        logps = torch.cat([scores.chosen_logps, scores.rejected_logps])
+        per_token = (logps - torch.cat(reference)).detach().abs() / tokens
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
         _checks.check_zero_margin(worst, self.model, self.accelerator, _reference.describe(self))
 
@@ -297,6 +329,21 @@ class PreferenceMixin(RunMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._reduce_means(logs)
         super().log(logs, start_time)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        self._reduce_means({})
+
+    # stands on Trainer.evaluation_loop, which puts its own `gather_function` back
+    def evaluation_loop(self, *args, **kwargs):
+        self._means["eval"].clear()
+        self.gather_function = _evaluation.PairRows(self.accelerator)
+        return super().evaluation_loop(*args, **kwargs)
+
+    # stands on DPOTrainer.prediction_step
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if isinstance(self.gather_function, _evaluation.PairRows):
+            self.gather_function.begin(_pairs(inputs), self.accelerator.device)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
         """The loss of each pair, (B,) from log-ratios (B,) in nats."""

@@ -11,13 +11,14 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import answer_tokens, baselines, schema, scored
-from posttrain.data.tokens import processing_class_for
+from posttrain.data.tokens import as_rendered, processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
-from posttrain.trainers import _checks, _scored_rows, _token_reference
+from posttrain.trainers import _checks, _evaluation, _scored_rows, _token_reference
+from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
 
@@ -52,6 +53,7 @@ class OfflineMixin(RunMixin):
         _scored_rows.refuse(model, peft_config, kwargs)
         model, args, config = self._check_start(model, args, peft_config)
         _checks.check_model_config(args, config)
+        _evaluation.check_best_metric(args, eval_dataset)
         self._reward_func = reward_func
         # what a reward function was given beside prompt and answer, by prompt
         self.reward_columns: dict[str, dict] = {}
@@ -75,7 +77,7 @@ class OfflineMixin(RunMixin):
         if not self._late_values:
             train_dataset = _scored_rows.living(self.weigh(train_dataset, "train_dataset", args), args)
             named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
-        self._begin_run(preflight(args, model))
+        self._begin_run(preflight(args, model), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self.adapter_is_new = peft_config is not None and _token_reference.starts_as_identity(peft_config)
         self.reference_key, self.reference_engine = None, None
@@ -92,6 +94,7 @@ class OfflineMixin(RunMixin):
             )
         _checks.check_parallelism(self.accelerator)
         keep_4bit_weights_trainable(self.model)
+        self._head = TrueHead(self)
         self._sharing = PrefixSharing(self)
         self.data_collator = _scored_rows.WeighedRows(self.data_collator)
         named = _scored_rows.by_name(self.eval_dataset)
@@ -167,6 +170,12 @@ class OfflineMixin(RunMixin):
     def identity_settings(self) -> dict:
         return {"max_length": self.args.max_length}
 
+    # stands on SFTTrainer._prepare_dataset
+    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
+        if "input_ids" not in (dataset.column_names or ()):
+            dataset = as_rendered(dataset, processing_class)
+        return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -201,14 +210,20 @@ class OfflineMixin(RunMixin):
         outputs = self._forward(model, batch)
         return outputs.log_probs, outputs.label_mask
 
-    def _forward(self, model, batch):
-        """The fused head's outputs on a padded batch, answers to one prompt computed behind it where that can be."""
+    def _forward(self, model, batch, aux_loss: bool = False):
+        """The fused head's outputs on a padded batch, answers to one prompt computed behind it where that can be.
+
+        `aux_loss`: ask a mixture of experts for its load-balancing loss.
+        """
         rows = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        self._head.check(model)
         if self._sharing.active:
             self._sharing.check(model)
         if self._sharing.active:
             packed = batch["packed"] = self._sharing.pack_rows(**rows)
             rows |= {"packed": packed} if packed is not None else {}
+        if aux_loss:
+            rows["output_router_logits"] = True
         return model(**rows, use_cache=False, fused_lm_head=True)
 
     def _plain_forward(self):
@@ -223,7 +238,7 @@ class OfflineMixin(RunMixin):
         real_count = inputs.get("real_rows")
         if real_count is None:
             real_count = real_rows(self.accelerator, rows) if mode == "eval" else rows
-        outputs = self._forward(model, inputs)
+        outputs = self._forward(model, inputs, self.aux_loss_enabled)
         logps, mask = outputs.log_probs, outputs.label_mask
         self._check_first_ratios(logps, mask, inputs)
         losses = self.sequence_losses(logps, mask, inputs)
@@ -233,6 +248,11 @@ class OfflineMixin(RunMixin):
         else:
             # A rank whose last batch only fills up has no row that counts; the Trainer's gather cuts its value off
             loss = losses[: max(real_count, 1)].mean()
+        if self.aux_loss_enabled:
+            # the mean over the step's micro-batches, as TRL has it
+            steps = self.current_gradient_accumulation_steps if mode == "train" and "window_rows" in inputs else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            self._means[mode].add_sum("aux_loss", outputs.aux_loss.detach().float(), 1)
         if mode == "train" and self.is_in_train:
             self._finite_loss.watch(self, loss)
         with torch.no_grad():
@@ -249,7 +269,7 @@ class OfflineMixin(RunMixin):
             return
         self._start_checked = True
         reference = inputs.get("ref_per_token_logps")
-        if reference is None or not self.args.check_reference or self.has_trained or _drops_out(self.model):
+        if reference is None or not self.args.check_reference or self.has_trained or _checks.drops_out(self.model):
             return
         with torch.no_grad():
             tokens = mask.sum(dim=1).clamp(min=1)
@@ -275,6 +295,14 @@ class OfflineMixin(RunMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._reduce_means(logs)
         super().log(logs, start_time)
+
+    # stands on Trainer.evaluation_loop
+    def evaluation_loop(self, *args, **kwargs):
+        self._means["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        self._reduce_means({})
 
     # stands on SFTTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -303,7 +331,3 @@ def _counting_rows(accelerator, batches):
     """Count the rows of each batch that are data at the moment it is drawn: the dataloader's state is of that batch."""
     for batch in batches:
         yield {**batch, "real_rows": real_rows(accelerator, batch["input_ids"].size(0))}
-
-
-def _drops_out(model) -> bool:
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())

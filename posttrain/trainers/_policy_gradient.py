@@ -1,11 +1,13 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
 
 import importlib
+import inspect
 import math
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from trl import GRPOTrainer
 
 from posttrain.data.schema import refuse_splits
 from posttrain.data.tokens import processing_class_for, tokenizer_of
@@ -17,8 +19,18 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
 from posttrain.rewards.base import shorten
-from posttrain.trainers import _checks, _completions, _demonstrations, _rewards, _rollout_metrics
+from posttrain.trainers import (
+    _checks,
+    _completions,
+    _demonstrations,
+    _evaluation,
+    _reference,
+    _rewards,
+    _rollout_metrics,
+    _special_tokens,
+)
 from posttrain.trainers._generations import SaveBetweenGenerations
+from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing
 
@@ -30,7 +42,8 @@ class PolicyGradientMixin(RunMixin):
     micro-batches and the per-token log-probs.
     """
 
-    _train_sampler = None
+    no_value = None
+    _train_sampler, _kept_tokens = None, None
     # for the next generation
     saves_may_wait = True
 
@@ -51,15 +64,23 @@ class PolicyGradientMixin(RunMixin):
             require("vllm", "vllm", "use_vllm")
         self._advantage_function = _advantage_function(args)
         reward_funcs = _rewards.reward_functions(reward_funcs, args)
-        _check_prompts(train_dataset, eval_dataset)
+        _rewards.check_weights(args, reward_funcs)
+        given = _given(rest, kwargs)
+        _check_prompts(train_dataset, eval_dataset, given)
         _checks.check_generation(args, train_dataset)
+        _evaluation.check_best_metric(args, eval_dataset)
+        if args.kept_tokens:
+            _special_tokens.check_kept(
+                args.kept_tokens, tokenizer_of(processing_class_for(model, processing_class, args))
+            )
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
             tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
             train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
-        self._begin_run(preflight(args, model))
-        self._sharing, self._scored, self._rewards = None, None, None
+        self._begin_run(preflight(args, model), args)
+        self._sharing, self._scored, self._rewards, self._head = None, None, None, None
+        self._reference_is_given, self._reference_checked = False, False
         self._means = MeanMetrics()
         self._dead_generations, self._skipped = 0, False
         self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
@@ -71,8 +92,15 @@ class PolicyGradientMixin(RunMixin):
                 f"success_reward is {args.success_reward!r}; it must be one of {', '.join(self.reward_func_names)}."
             )
         self._finish_construction()
+        self._kept_tokens = _special_tokens.KeptTokens(
+            self._tokenizer, self.reward_funcs, self.eos_token_ids, self.args.kept_tokens
+        )
         self.add_callback(SaveBetweenGenerations(self))
+        self._head = TrueHead(self)
         self._sharing = PrefixSharing(self, left_padded=True)
+
+    def _live_reference(self, args) -> bool:
+        return args.beta != 0
 
     def identity_settings(self) -> dict:
         names = (
@@ -94,6 +122,15 @@ class PolicyGradientMixin(RunMixin):
         self._rewards = super()._calculate_rewards(*args, **kwargs)
         _rewards.check_scores(self, self._rewards)
         return self._rewards
+
+    # stands on GRPOTrainer._generate, which decodes completions without special tokens
+    def _generate(self, prompts):
+        generated = super()._generate(prompts)
+        _, ids, _, completions, *_ = generated
+        in_turns = not isinstance(completions[0], str)
+        if not (in_turns and (self.tools or _special_tokens.parses_messages(self._tokenizer))):
+            self._kept_tokens.write(completions, ids)
+        return generated
 
     # stands on GRPOTrainer._generate_and_score_completions
     def _generate_and_score_completions(self, inputs):
@@ -125,14 +162,23 @@ class PolicyGradientMixin(RunMixin):
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
         with _completions.of_evaluation(self, metric_key_prefix):
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if self.args.eval_greedy and not self.use_vllm and isinstance(dataset, Dataset):
-            name = f"{metric_key_prefix}_greedy_success"
-            metrics[name] = _rollout_metrics.greedy_success(self, dataset)
-            with _completions.no_table(self):
-                self.log({name: metrics[name]})
-        return metrics
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        dataset = getattr(dataloader, "dataset", None)
+        if description == "Evaluation" and self._answers_greedily and isinstance(dataset, Dataset):
+            self._metrics["eval"]["greedy_success"] = [_rollout_metrics.greedy_success(self, dataset)]
+
+    @property
+    def _answers_greedily(self) -> bool:
+        if self.args.eval_greedy is None:
+            return self.num_generations_eval > 1 and self.rollout_func is None and not self.use_vllm
+        return self.args.eval_greedy and not self.use_vllm
+
+    def score_rollouts(self, rows: list[dict]) -> Tensor:
+        """Answer and score `rows`, one rollout each, as TRL does; the rewards (N, F) of all ranks."""
+        super()._generate_and_score_completions(rows)
+        return self._rewards
 
     def group_advantage(self, rewards: Tensor) -> Tensor:
         """Advantages (P, G) of a group's rewards (P, G), of the kind that the settings ask for."""
@@ -157,7 +203,8 @@ class PolicyGradientMixin(RunMixin):
         sizes = self.accelerator.gather(batch["advantages"].abs())
         self._metrics["train"]["loss/abs_advantage"].append(sizes.mean().item())
         self._dead_generations = 0 if alive.any() else self._dead_generations + 1
-        if self.args.max_dead_steps and self._dead_generations >= self.args.max_dead_steps:
+        limit = self.args.max_dead_steps
+        if limit and self._learns_from_advantages_alone and self._dead_generations >= limit:
             scored = rewards[~torch.isnan(rewards)]
             raise DivergedError(
                 f"no rollout of the last {self._dead_generations} generations had a gradient: all rewards of a prompt "
@@ -167,15 +214,14 @@ class PolicyGradientMixin(RunMixin):
             )
 
     @property
+    def _learns_from_advantages_alone(self) -> bool:
+        """Whether the loss has no KL, entropy or auxiliary term, which have a gradient in rows of zero advantage."""
+        return self.beta == 0.0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
+
+    @property
     def _drops_dead_rows(self) -> bool:
         """Whether a row of zero advantage has no part in the loss."""
-        return (
-            self.args.drop_dead_rows
-            and self.beta == 0.0
-            and not self._entropy_bonus_enabled
-            and not self.aux_loss_enabled
-            and self.top_entropy_quantile == 1.0
-        )
+        return self.args.drop_dead_rows and self._learns_from_advantages_alone and self.top_entropy_quantile == 1.0
 
     @property
     def _leaves_out_rows(self) -> bool:
@@ -226,16 +272,34 @@ class PolicyGradientMixin(RunMixin):
 
     # stands on GRPOTrainer._get_per_token_logps_and_entropies, the one way to log-probs of every pass
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._head is not None:
+            self._head.check(model)
         if self._sharing is not None and self._sharing.active:
             self._sharing.check(model)
             model = _Sharing(self._sharing, model)
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._scored is not None:
+            self._check_first_kl(self._scored, result[0].detach())
             if self.args.weighs_tokens:
                 self._weigh_tokens(self._scored, result[0].detach())
             if "demonstrations" in self._scored:
                 self._weigh_demonstrations(self._scored, result[0].detach())
         return result
+
+    def _check_first_kl(self, inputs: dict, logps: Tensor) -> None:
+        """Before the first step the policy is its reference, or another model is taken for its start."""
+        if self._reference_checked or not self.model.training:
+            return
+        self._reference_checked = True
+        reference = inputs.get("ref_per_token_logps")
+        if reference is None or not self.args.check_reference or self.state.global_step > 0:
+            return
+        if _checks.drops_out(self.model) or not _checks.may_be_identity(self.model):
+            return
+        gaps = (logps - reference).abs() * inputs["completion_mask"]
+        per_token = gaps.sum(dim=1) / inputs["completion_mask"].sum(dim=1).clamp(min=1)
+        worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
+        _checks.check_zero_margin(worst, self.model, self.accelerator, _reference.describe(self))
 
     def _weigh_tokens(self, inputs: dict, logps: Tensor) -> None:
         """The parts that TRL's loss has no setting for, as weights on an unclipped loss of ratio 1."""
@@ -328,17 +392,26 @@ def _advantage_function(args):
     return None
 
 
-def _check_prompts(train_dataset, eval_dataset) -> None:
+def _given(rest: tuple, kwargs: dict) -> dict:
+    """What was given behind `processing_class`, by name."""
+    names = list(inspect.signature(GRPOTrainer.__init__).parameters)
+    return dict(zip(names[names.index("processing_class") + 1 :], rest, strict=False)) | kwargs
+
+
+def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
+    """Refuse rows without a prompt, but where an environment has them."""
     refuse_splits(train_dataset)
+    environment = given.get("environment_factory") is not None
+    in_turns = environment or bool(given.get("tools"))
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
     for name, dataset in named.items():
         columns = getattr(dataset, "column_names", None)
-        if columns and "prompt" not in columns:
+        if columns and "prompt" not in columns and not environment:
             raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
         if hasattr(dataset, "__len__") and not len(dataset):
             raise DataError(f"{name} has no rows.")
-        if not isinstance(dataset, Dataset):
+        if not isinstance(dataset, Dataset) or "prompt" not in columns:
             continue
         for row, prompt in enumerate(dataset["prompt"], 1):
             messages = isinstance(prompt, list) and all(isinstance(turn, dict) and turn.get("role") for turn in prompt)
@@ -346,4 +419,9 @@ def _check_prompts(train_dataset, eval_dataset) -> None:
                 raise DataError(
                     f"{name}, row {row}: the prompt is {shorten(prompt)}; it must be a text, or a list of messages "
                     "that each have a role. Mend the row or leave it out."
+                )
+            if in_turns and isinstance(prompt, str):
+                raise DataError(
+                    f"{name}, row {row}: the prompt is a text, and answers with tools or an environment are turns of a "
+                    "conversation. Give it as a list of messages, such as [{'role': 'user', 'content': ...}]."
                 )

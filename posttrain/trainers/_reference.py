@@ -23,7 +23,7 @@ def describe(trainer) -> str:
         return "the given ref_model"
     if is_peft_model(trainer.model):
         if "ref" in trainer.model.peft_config:
-            return "a frozen copy of the adapter as it was given (`ref`)"
+            return "a frozen copy of the adapter as it began (`ref`)"
         return "the base model, with the adapter off"
     if trainer.ref_model is not None:
         return f"the model as loaded from {trainer.model.config._name_or_path}"

@@ -35,11 +35,21 @@ def _reward(spec, args):
     return spec
 
 
+def check_weights(args, functions: list | None) -> None:
+    """Refuse another number of `reward_weights` than there are reward functions; an environment's own has weight 1."""
+    count = len(functions or ())
+    if args.reward_weights is not None and len(args.reward_weights) != count:
+        raise ConfigError(
+            f"reward_weights has {len(args.reward_weights)} weights for {count} reward functions; give one for each."
+        )
+
+
 def check_scores(trainer, rewards: Tensor) -> None:
     """Refuse scores (N, F) of all ranks that nothing can be learned from.
 
     Raises:
         DataError: an infinite score; in training, no score at all.
+        ConfigError: a function of which every call so far, on every rank, has raised.
     """
     step, names = trainer.state.global_step + 1, trainer.reward_func_names
     infinite = torch.isinf(rewards)
@@ -61,6 +71,25 @@ def check_scores(trainer, rewards: Tensor) -> None:
             f"nothing to learn from.{''.join(raised)} Look at what {', '.join(names)} make of the completions, and at "
             "the columns they are given."
         )
+    _check_working(trainer, rewards)
+
+
+def _check_working(trainer, rewards: Tensor) -> None:
+    silent = torch.isnan(rewards).all(dim=0)
+    # ranks agree on `silent`, so that all of them gather or none
+    if not silent.any():
+        return
+    raised = [bool(getattr(function, "only_raised", False)) for function in trainer.reward_funcs]
+    raised = trainer.accelerator.gather(torch.tensor([raised], dtype=torch.int32, device=rewards.device))
+    everywhere = raised.bool().all(dim=0) & silent
+    if not everywhere.any():
+        return
+    column = int(everywhere.nonzero()[0])
+    raise ConfigError(
+        f"reward function {trainer.reward_func_names[column]} raised for all {len(rewards)} completions that it was "
+        f"given in step {trainer.state.global_step + 1}, and has given no score before. Mend it, or return None for "
+        f"completions it cannot score. The exception: {trainer.reward_funcs[column].last_exception}"
+    )
 
 
 def check_success(args, scores: Tensor) -> None:

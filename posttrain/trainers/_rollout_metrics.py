@@ -1,7 +1,9 @@
 """What is measured of rollouts: success, pass@k, the quantile's two sides, greedy answers, and means over an update."""
 
+import contextlib
 import copy
 import math
+from collections import defaultdict
 
 import torch
 from datasets import Dataset
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from posttrain.mechanisms import group_rewards
 from posttrain.objectives import advantages
+from posttrain.trainers import _completions
 
 # What TRL logs of an update: means over tokens; over tokens, or rows where a ratio is a row's; over rows
 _OF_TOKENS = ("entropy", "kl")
@@ -101,24 +104,42 @@ def put_means(trainer) -> None:
 def greedy_success(trainer, dataset: Dataset) -> float:
     """The share of prompts whose most likely answer succeeds. All ranks call it."""
     size, ranks = trainer.args.per_device_eval_batch_size, trainer.accelerator.num_processes
-    sampling, mode = trainer.generation_config, trainer.model.training
-    trainer.generation_config = copy.deepcopy(sampling)
-    trainer.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None)
-    trainer.model.eval()
     successes = 0
-    try:
+    with _without_chance(trainer):
         for start in range(0, len(dataset), size * ranks):
             own = range(start + trainer.accelerator.process_index * size, len(dataset))[:size]
             # ranks hold as many rows each; what fills up comes last and is cut off
             rows = [dataset[i] for i in own] + [dataset[0]] * (size - len(own))
-            prompts = [row["prompt"] for row in rows]
-            _, ids, _, completions, *_ = trainer._generate(prompts)
-            trainer._calculate_rewards(rows, prompts, completions, ids)
-            rewards = group_rewards.weighted_rewards(trainer._rewards, trainer.reward_weights)
+            rewards = group_rewards.weighted_rewards(trainer.score_rollouts(rows), trainer.reward_weights)
             scored = judged(trainer, rewards)[: len(dataset) - start]
             successes += int((scored >= trainer.args.least_success).sum())
-    finally:
-        trainer.generation_config = sampling
-        trainer.model.train(mode)
-        trainer._metrics["eval"].clear()
     return successes / len(dataset)
+
+
+@contextlib.contextmanager
+def _without_chance(trainer):
+    """One most likely answer a prompt, of which the trainer's metrics, logs and rewards keep nothing."""
+    generation = trainer.generation_config
+    if generation is not None:
+        generation = copy.deepcopy(generation)
+        generation.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None)
+    changed = {
+        "generation_config": generation,
+        "num_generations_eval": 1,
+        # no log-probabilities of the reference are asked for
+        "beta": 0.0,
+        "_metrics": {mode: defaultdict(list) for mode in trainer._metrics},
+        "_logs": _completions.empty_logs(trainer),
+        "_pending_extra_logs": defaultdict(list),
+        "_pending_metrics": defaultdict(list),
+        "_rewards": None,
+    }
+    before = {name: getattr(trainer, name) for name in changed}
+    training = trainer.model.training
+    trainer.model.eval()
+    vars(trainer).update(changed)
+    try:
+        yield
+    finally:
+        vars(trainer).update(before)
+        trainer.model.train(training)

@@ -16,7 +16,7 @@ from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_c
 from posttrain.log import get_logger
 from posttrain.models import embedded_name, resolve_model
 from posttrain.reporting import RunReport
-from posttrain.trainers import _checkpoints, _checks, _run_folder, _schedule
+from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start
 from posttrain.trainers._checkpoint_files import check_adapter_fits
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
 from posttrain.trainers._identity import differing, identity, update_settings
@@ -29,20 +29,33 @@ class RunMixin:
     _config_class: type
     # whether a save may fall on another step than the settings say
     saves_may_wait = False
+    # of a metric that an evaluation has measured nowhere
+    no_value = math.nan
 
     def _check_start(self, model, args, peft_config):
         """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
+        self._start, self._peft_config = None, peft_config
         output_dir = self._default_folder(model) if args is None else None
         args = _checks.check_args(args, self._config_class, type(self).__name__, output_dir)
         _checks.check_output_dir(args.output_dir)
         if peft_config is not None:
             _checks.check_lora(peft_config)
+        _start.check_adapter(model, peft_config, args, self._live_reference(args))
         if isinstance(model, str):
             model = resolve_model(model)
-        _run_folder.check_start_stays(args, model)
         config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
+        _run_folder.check_start_stays(args, model)
         check_setting(args, config, peft_config)
         return model, args, config
+
+    def _live_reference(self, args) -> bool:
+        """Whether the reference of a run with an adapter is the model itself, with its adapter off or replaced."""
+        return False
+
+    def _note_start(self) -> None:
+        # TRL's constructor may forward the reference before it returns, so whoever comes first
+        if self._start is None:
+            self._start = _start.Start(self, self._peft_config, self._live_reference(self.args))
 
     @classmethod
     def _default_folder(cls, model) -> str:
@@ -66,8 +79,9 @@ class RunMixin:
             raise TypeError(f"{type(self).__name__} got {', '.join(twice)} twice, by position and by name.")
         return kwargs | given
 
-    def _begin_run(self, hub_destination) -> None:
+    def _begin_run(self, hub_destination, args) -> None:
         """Before the parent's constructor."""
+        _start.begin(self._peft_config, args)
         self.hub_destination = hub_destination
         self._schedule = _schedule.Current()
         self._known_identity = None
@@ -75,6 +89,7 @@ class RunMixin:
 
     def _finish_construction(self) -> None:
         """After the parent's constructor."""
+        self._note_start()
         keep_4bit_weights_trainable(self.model)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
@@ -104,9 +119,11 @@ class RunMixin:
             self._schedule.resumed = _schedule.Schedule.of(then)
             if not self.args.check_resume:
                 whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-                check_adapter_fits(self.model, checkpoint, shapes=whole)
+                # one that is converted on saving has twice the rank there
+                check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)
                 if not self.args.resume_weights_only:
                     _checkpoints.say_random_state(checkpoint, self.args.world_size)
+            self._start.resume(checkpoint, self.state.global_step > 0)
         self._live_gradients = None
         try:
             output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -201,6 +218,8 @@ class RunMixin:
                 before = _run_folder.begin_note(folder, self._identity())
             # not upstream's own push from here: it would come before our changes to what lies there
             super().save_model(output_dir, _internal_call=True)
+            if self.is_world_process_zero():
+                self._start.saved(folder)
             if notes:
                 _run_folder.note_model(folder, self._identity(), before)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -211,6 +230,18 @@ class RunMixin:
             clean_readme(folder, self.args.base_model_id)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # stands on Trainer._load_from_checkpoint
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._start.converts:
+            return self._start.load(resume_from_checkpoint)
+        return super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    # stands on Trainer._load_best_model
+    def _load_best_model(self):
+        if self._start.converts and not self.is_deepspeed_enabled:
+            return self._start.load(self.state.best_model_checkpoint)
+        return super()._load_best_model()
 
     # stands on Trainer.push_to_hub: saves first, on all ranks, and never fails the run
     def push_to_hub(
@@ -279,6 +310,19 @@ class RunMixin:
             self.finish_metrics(metrics, mode)
         for name, value in metrics.items():
             self._metrics[mode][name] = [value]
+
+    # stands on Trainer.evaluation_loop, which alone is told the name of the set, by evaluate and predict alike
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        _evaluation.forget(self)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self.finish_evaluation(dataloader, description)
+        output.metrics.update(_evaluation.take_metrics(self, metric_key_prefix))
+        return output
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        """Put what was measured beside TRL's metrics of an evaluation; all ranks call it."""
 
     def finish_metrics(self, metrics: dict[str, float], mode: str) -> None:
         """Derive metrics from the reduced ones, in place; `mode`: train or eval."""

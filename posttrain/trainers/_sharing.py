@@ -7,6 +7,7 @@ from datasets import Dataset
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.mechanisms import prefix_sharing
+from posttrain.trainers._checks import evaluating
 
 
 def check_setting(args, config, peft_config=None) -> None:
@@ -58,6 +59,8 @@ class PrefixSharing:
         adapter = trainer.model.active_peft_config if is_peft_model(trainer.model) else None
         for base in bases:
             reason = prefix_sharing.obstacle(base.config, base, peft_config=adapter)
+            if getattr(trainer, "aux_loss_enabled", False) and not left_padded:
+                reason = "the auxiliary loss of a mixture of experts counts prompt tokens"
             if reason:
                 self._give_up(reason)
                 return
@@ -102,14 +105,9 @@ class PrefixSharing:
         if not self.active or id(model) in self._checked:
             return
         self._checked.add(id(model))
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            config, device = self._innermost(model).config, self._accelerator.device
+        config, device = self._innermost(model).config, self._accelerator.device
+        with evaluating(model):
             *gaps, trouble = prefix_sharing.trial(model, config, device, self._left_padded)
-        finally:
-            for module, mode in modes:
-                module.training = mode
         # a rank of which the model tripped still has to meet the others here
         gathered = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device))
         (largest, mean, _), blind = gathered.amax(0).tolist(), gathered[:, 2].min().item()

@@ -17,18 +17,22 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
+from posttrain.mechanisms import initial_adapter
 from posttrain.mechanisms.reference_cache import TokenCache, sequence_digest
 from posttrain.paths import cache_dir
 from posttrain.trainers import _reference
-from posttrain.trainers._checks import zero_margin_tolerance
+from posttrain.trainers._checks import evaluating, zero_margin_tolerance
 
 COLUMN = "ref_logps"
 
 
 def starts_as_identity(peft_config) -> bool:
     """Whether a new adapter of these settings changes nothing before its first step, and leaves the base alone."""
-    return getattr(peft_config, "init_lora_weights", None) in (True, "gaussian") and not getattr(
-        peft_config, "use_dora", False
+    return (
+        initial_adapter.begins_as_base(peft_config)
+        and initial_adapter.initialisation(peft_config) in (True, "gaussian", "mica")
+        and not getattr(peft_config, "use_dora", False)
+        and getattr(peft_config, "bias", "none") == "none"
     )
 
 
@@ -112,14 +116,8 @@ def frozen(trainer):
     adapter = contextlib.nullcontext()
     if trainer.adapter_is_new:
         adapter = use_adapter(trainer.accelerator.unwrap_model(trainer.model), None)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), trainer._plain_forward(), adapter, trainer.accelerator.autocast():
-            yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad(), evaluating(model), trainer._plain_forward(), adapter, trainer.accelerator.autocast():
+        yield model
 
 
 def batches_of(trainer, rows: Dataset, what: str, batch_size: int):

@@ -13,7 +13,9 @@ from posttrain.data import baselines, scored
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.mechanisms import value_head
+from posttrain.rewards import get_rewards
 from posttrain.trainers import _checks, _token_reference
+from posttrain.trainers._special_tokens import KeptTokens
 
 
 def of_head(trainer, dataset, rewards: list[float], name: str) -> list[float]:
@@ -200,6 +202,7 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
     accelerator, args, tokenizer = trainer.accelerator, trainer.args, trainer._tokenizer
     own = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
     own.sort(key=lambda i: len(prompts[i]))
+    kept = KeptTokens(tokenizer, get_rewards([trainer._reward_func]), [tokenizer.eos_token_id])
     found: list[tuple[int, str]] = []
     with _token_reference.frozen(trainer) as model:
         inner = accelerator.unwrap_model(model)
@@ -216,7 +219,7 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            found += zip(batch, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True)
+            found += zip(batch, map(kept.text, output[:, width:].tolist()), strict=True)
     return [text for _, text in sorted(gather_object(found))]
 
 

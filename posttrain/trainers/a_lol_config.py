@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trl import SFTConfig
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import offline
 from posttrain.trainers._checks import check_choice
@@ -106,6 +107,8 @@ class ALoLConfig(CommonConfig, SFTConfig):
         },
     )
 
+    says: ClassVar = ("variant", "value")
+
     def __post_init__(self):
         check_choice("variant", self.variant, offline.VARIANTS)
         check_choice("value", self.value, VALUES)
@@ -116,17 +119,22 @@ class ALoLConfig(CommonConfig, SFTConfig):
             if isinstance(value, bool | str) or (value is None and name != "clip"):
                 raise ConfigError(f"{name} is {value!r}; it must be a number.")
         try:
-            offline.check_settings(self.variant, self.clip, self.kl_beta)
+            offline.check_settings("a_lol_kl", None, self.kl_beta)
             # a clip out of range also where it is not read: a sweep over variants must not hide it
             offline.check_settings("a_lol", self.clip, 0.0)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        try:
+            offline.check_settings(self.variant, self.clip, self.kl_beta)
+        except ValueError as error:
+            raise ExcludedSetting(str(error), {"kl_beta": ("variant",)}) from None
         if self.value == "column":
             self.value_column = self.value_column or "baseline"
         elif self.value_column is not None:
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"value_column is {self.value_column!r}, which has no effect on value: {self.value}. Set "
-                "`value: column`, or leave value_column out."
+                "`value: column`, or leave value_column out.",
+                {"value_column": ("value",)},
             )
         self._check_head()
         self._check_weighting()
@@ -160,22 +168,25 @@ class ALoLConfig(CommonConfig, SFTConfig):
                 "learns from prompts of the other folds. Raise value_prompts, to 100 and more."
             )
         if self.value_targets != "answers" and self.value != "head":
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"value_targets is {self.value_targets}, which has no effect on value: {self.value}. Set `value: "
-                "head`, or leave it out."
+                "head`, or leave it out.",
+                {"value_targets": ("value", "variant")},
             )
         if self.value == "head" and self.weighs_by != "advantages":
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"value is head, which variant {self.variant} has no use for: it does not weigh by advantages. Leave "
-                "value out, or choose a variant named a_lol."
+                "value out, or choose a variant named a_lol.",
+                {"value": ("variant",)},
             )
 
     def _check_weighting(self):
         if self.keep_negative_advantages:
             if self.weighs_by != "advantages":
-                raise ConfigError(
+                raise ExcludedSetting(
                     f"keep_negative_advantages is true, and variant {self.variant} does not weigh by advantages. Leave "
-                    "it out."
+                    "it out.",
+                    {"keep_negative_advantages": ("variant",)},
                 )
             get_logger().warning(
                 "keep_negative_advantages: answers below their value are pushed down, and nothing bounds how far; "
@@ -184,9 +195,10 @@ class ALoLConfig(CommonConfig, SFTConfig):
         if self.advantage_weighting == "weight":
             return
         if self.weighs_by is None:
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"advantage_weighting is {self.advantage_weighting}, and variant nll has no weights to draw by. Set "
-                "`advantage_weighting: weight`."
+                "`advantage_weighting: weight`.",
+                {"advantage_weighting": ("variant",)},
             )
         reason = None
         if self.kl_beta:
@@ -194,14 +206,22 @@ class ALoLConfig(CommonConfig, SFTConfig):
         elif self.keep_negative_advantages:
             reason = "keep_negative_advantages is true"
         if reason:
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"advantage_weighting is {self.advantage_weighting}, and {reason}: a negative weight cannot be drawn "
-                "by. Set `advantage_weighting: weight`."
+                "by. Set `advantage_weighting: weight`.",
+                {
+                    "advantage_weighting": ("kl_beta", "variant", "keep_negative_advantages"),
+                    "keep_negative_advantages": ("advantage_weighting",),
+                },
             )
         if self.train_sampling_strategy != "random":
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"train_sampling_strategy is {self.train_sampling_strategy} with advantage_weighting: "
-                f"{self.advantage_weighting}, which draws the rows itself. Leave one of them out."
+                f"{self.advantage_weighting}, which draws the rows itself. Leave one of them out.",
+                {
+                    "train_sampling_strategy": ("advantage_weighting",),
+                    "advantage_weighting": ("train_sampling_strategy",),
+                },
             )
 
     def _say_what_has_no_effect(self):

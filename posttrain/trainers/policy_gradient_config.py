@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from trl import GRPOConfig
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.mechanisms.group_rewards import LOSS_TYPES
 from posttrain.objectives.advantages import order_statistic
@@ -112,18 +113,38 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         default="auto",
         metadata={"help": "Compute a prompt once for all of its rollouts: auto, always or never."},
     )
+    check_reference: bool = field(
+        default=True,
+        metadata={
+            "help": "With beta above 0: stop where policy and reference, meant to be the same weights, differ before "
+            "the first step."
+        },
+    )
     skip_grad_norm: float | None = field(
         default=None,
         metadata={"help": "Skip the optimiser step where the gradient's norm before clipping exceeds this."},
     )
-    eval_greedy: bool = field(
-        default=True,
-        metadata={"help": "Evaluation also answers each prompt once without sampling (not with vLLM)."},
+    eval_greedy: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation also answers each prompt once without sampling. Not with vLLM; a rollout_func has to "
+            "read trainer.generation_config for it. Default: where several answers a prompt are drawn, so that it adds "
+            "little, and no rollout_func draws them."
+        },
+    )
+    kept_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Special tokens that stay in the text of completions, as rewards and logs see it. Default: those "
+            "that a reward looks for. An empty list: none, as TRL has it."
+        },
     )
     max_dead_steps: int = field(
         default=50,
         metadata={"help": "Stop, with the cause, after so many generations running without any gradient. 0: never."},
     )
+
+    says: ClassVar = ("advantage", "quantile", "gamma")
 
     def __post_init__(self):
         self._refuse_none()
@@ -155,6 +176,8 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             )
         if self.skip_grad_norm is not None:
             self._check_skipping()
+        self._check_rewards()
+        self._check_pairs_of_settings()
         super().__post_init__()
         self._check_sampling()
         if self.loss_type not in LOSS_TYPES:
@@ -167,9 +190,10 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         for name, value in settings.items():
             given = getattr(self, name)
             if given not in (defaults[name], value):
-                raise ConfigError(
+                raise ExcludedSetting(
                     f"{name} is {given!r}, and estimator {self.estimator!r} sets it to {value!r}. Leave one of "
-                    "them out, or change the part: `estimator: {preset: ..., ...}`."
+                    "them out, or change the part: `estimator: {preset: ..., ...}`.",
+                    {name: ("estimator",)},
                 )
             setattr(self, name, value)
         if self.advantage == "quantile" and self.quantile is None:
@@ -185,6 +209,21 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         """The least reward of a success."""
         return 1.0 if self.success_threshold is None else self.success_threshold
 
+    def _check_rewards(self) -> None:
+        weights = self.reward_weights
+        if weights is not None and not (isinstance(weights, list | tuple) and all(map(_is_number, weights))):
+            raise ConfigError(
+                f"reward_weights is {shorten(weights)}; it must be a list of finite numbers, one for each reward "
+                "function."
+            )
+        kept = self.kept_tokens
+        if kept is not None and not (isinstance(kept, list | tuple) and all(isinstance(one, str) for one in kept)):
+            raise ConfigError(f"kept_tokens is {shorten(kept)}; it must be a list of tokens, such as ['<think>'].")
+        if self.eval_greedy and self.use_vllm:
+            raise ConfigError(
+                "eval_greedy is true with use_vllm, whose sampling is set once for the run. Leave eval_greedy out."
+            )
+
     def _check_skipping(self) -> None:
         if not self.skip_grad_norm > 0:
             raise ConfigError(f"skip_grad_norm is {self.skip_grad_norm}; it must be above 0, or be left out.")
@@ -194,9 +233,28 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
                 "Leave it out; max_grad_norm still clips."
             )
         if not self.max_grad_norm > 0:
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"skip_grad_norm is {self.skip_grad_norm} and max_grad_norm is {self.max_grad_norm}, with which no "
-                "norm is computed. Set max_grad_norm above 0; a large one never clips."
+                "norm is computed. Set max_grad_norm above 0; a large one never clips.",
+                {"skip_grad_norm": ("max_grad_norm",)},
+            )
+
+    def _check_pairs_of_settings(self) -> None:
+        if self.log_completions_hub_repo is not None and not self.log_completions:
+            raise ExcludedSetting(
+                f"log_completions_hub_repo is {self.log_completions_hub_repo} and log_completions is false, so there "
+                "is no table to send. Set `log_completions: true`, or leave log_completions_hub_repo out.",
+                {"log_completions_hub_repo": ("log_completions",)},
+            )
+        # TRL's config sets both from either
+        if not self._resolved_upstream and None not in (self.generation_batch_size, self.steps_per_generation):
+            raise ExcludedSetting(
+                f"generation_batch_size is {self.generation_batch_size} and steps_per_generation is "
+                f"{self.steps_per_generation}; each follows from the other. Leave one of them out.",
+                {
+                    "generation_batch_size": ("steps_per_generation",),
+                    "steps_per_generation": ("generation_batch_size",),
+                },
             )
 
     @property
@@ -238,18 +296,23 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
                 )
             return
         if self.advantage != "quantile":
-            raise ConfigError(
+            self._has_no_effect(
+                "quantile",
+                None,
+                ("advantage", "estimator"),
                 f"quantile is {self.quantile}, which has no effect on advantage: {self.advantage}. Set "
-                "`advantage: quantile`, or leave quantile out."
+                "`advantage: quantile`, or leave quantile out.",
             )
+            return
         if isinstance(self.quantile, bool | str) or not 0 < self.quantile < 1:
             raise ConfigError(
                 f"quantile is {self.quantile!r}; it must lie in (0, 1), 0.4 is usual; null is the group mean."
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"multi_objective_aggregation is {self.multi_objective_aggregation} with a quantile of the summed "
-                "reward. Set `multi_objective_aggregation: sum_then_normalize`, or `quantile: null`."
+                "reward. Set `multi_objective_aggregation: sum_then_normalize`, or `quantile: null`.",
+                {"multi_objective_aggregation": ("quantile", "advantage", "estimator")},
             )
         place = order_statistic(self.quantile, self.num_generations)
         if place in (1, self.num_generations):
@@ -267,11 +330,18 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         if not self.learns_from_demonstrations:
             return
         if self.gamma is not None and self.soft_gate is not None:
-            raise ConfigError("gamma and soft_gate are both set; a prompt has one gate. Leave one of them out.")
+            if "gamma" in self._written:
+                raise ExcludedSetting(
+                    "gamma and soft_gate are both set; a prompt has one gate. Leave one of them out.",
+                    {"gamma": ("soft_gate",), "soft_gate": ("gamma",)},
+                )
+            # a preset's own
+            self.gamma = None
         if self.sft_normalization != "unified" and self.loss_type == "bnpo":
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"sft_normalization is {self.sft_normalization} with loss_type bnpo, whose weight of a token depends "
-                "on the micro-batch. Set `sft_normalization: unified`, or another loss_type."
+                "on the micro-batch. Set `sft_normalization: unified`, or another loss_type.",
+                {"sft_normalization": ("loss_type",), "loss_type": ("sft_normalization",)},
             )
         for name, value, neutral, why in (
             ("top_entropy_quantile", self.top_entropy_quantile, 1.0, "it would mask tokens of demonstrations"),
@@ -279,7 +349,10 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             ("importance_sampling_level", self.importance_sampling_level, "token", "demonstrations weigh tokens"),
         ):
             if value != neutral:
-                raise ConfigError(f"{name} is {value} with a gate for demonstrations; {why}. Leave {name} out.")
+                raise ExcludedSetting(
+                    f"{name} is {value} with a gate for demonstrations; {why}. Leave {name} out.",
+                    {name: ("gamma", "soft_gate")},
+                )
 
     def _check_soft_gate(self) -> None:
         rows = () if self.soft_gate is None else self.soft_gate
@@ -299,9 +372,10 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
                 "of them. Set `demonstration_loss: luffy` or `srft`, or use the third weight."
             )
         if not off_policy and self.demonstration_loss != "sft":
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"demonstration_loss is {self.demonstration_loss}, which has no effect without off-policy weights in "
-                "soft_gate: a demonstration of gamma is an SFT row. Set such weights, or leave demonstration_loss out."
+                "soft_gate: a demonstration of gamma is an SFT row. Set such weights, or leave demonstration_loss out.",
+                {"demonstration_loss": ("soft_gate", "gamma")},
             )
 
 

@@ -70,8 +70,11 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     @property
     def _weighs_pairs(self) -> bool:
+        return self._weighs_pairs_of(self.args)
+
+    def _weighs_pairs_of(self, args) -> bool:
         """Whether Dr. DPO is on: at beta_prime inf it is the plain mean."""
-        return self.args.reduction == "dr_dpo" and not math.isinf(self.args.beta_prime)
+        return args.reduction == "dr_dpo" and not math.isinf(args.beta_prime)
 
     @property
     def _rescales(self) -> bool:
@@ -119,8 +122,18 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     @torch.no_grad()
     def _score_window(self, batches: list[dict]) -> Tensor:
-        """The pair losses of this rank's micro-batches, (R,). Leaves the reference log-probs in the batches."""
+        """The pair losses of this rank's micro-batches, (R,). Leaves the reference log-probs in the batches.
+
+        Dropout is drawn as the training pass will draw it again: weights are of the losses that are trained on.
+        """
         self.model.train()
+        devices = [self.accelerator.device] if self.accelerator.device.type != "cpu" else []
+        if self._drops_out:
+            with torch.random.fork_rng(devices=devices):
+                return self._score_micro_batches(batches)
+        return self._score_micro_batches(batches)
+
+    def _score_micro_batches(self, batches: list[dict]) -> Tensor:
         losses = []
         for batch in batches:
             inputs = self._prepare_inputs(batch)

@@ -1,10 +1,11 @@
 """Settings of the robust preference trainer."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trl import DPOConfig
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import preference
 from posttrain.trainers._checks import check_choice
@@ -12,11 +13,16 @@ from posttrain.trainers._configs import CommonConfig, under_deepspeed
 
 PAIR_LOSSES = ("dpo", "cdpo", "rdpo", "hinge", "ipo")
 NEEDS_FLIP_RATE = ("cdpo", "rdpo")
+# TRL's names
+LOSS_TYPES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "rdpo"}
 
 
 @dataclass
 class RobustDPOConfig(CommonConfig, DPOConfig):
     """Settings of `RobustDPOTrainer`: those of `trl.DPOConfig` and the ones below.
+
+    At the defaults it is TRL's DPO. `loss_type: sigmoid | hinge | ipo | robust` chooses the pair loss by TRL's name for
+    it, robust with `label_smoothing` as flip_rate.
 
     Raises:
         ConfigError: (a ValueError) a value out of range, or a TRL setting that this trainer does not use.
@@ -25,14 +31,14 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
     pair_loss: str | None = field(
         default=None,
         metadata={
-            "help": "Loss of a pair: dpo, cdpo, rdpo, hinge or ipo. Default: rdpo, or dpo where reduction is dr_dpo."
+            "help": "Loss of a pair: dpo, cdpo, rdpo, hinge or ipo. Default: rdpo where flip_rate is above 0, else dpo."
         },
     )
     flip_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Assumed share of flipped labels for rdpo and cdpo, in [0, 0.5). Default 0.1; 0 is plain DPO. "
-            "A column flip_rate of the data sets it per row instead."
+            "help": "Assumed share of flipped labels, in [0, 0.5). Default: 0.1 with pair_loss rdpo or cdpo; 0 is "
+            "plain DPO. A column flip_rate of the data sets it per row instead."
         },
     )
     reduction: str = field(
@@ -80,14 +86,18 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         },
     )
 
+    replaces: ClassVar = {"loss_type": ("pair_loss",), "pair_loss": ("loss_type",)}
+    says: ClassVar = ("pair_loss", "flip_rate")
+
     def __post_init__(self):
         self._refuse_none()
         check_choice("reduction", self.reduction, ("mean", "dr_dpo"))
         check_choice("dr_dpo_scope", self.dr_dpo_scope, ("global", "micro_batch"))
         check_choice("dr_dpo_window", self.dr_dpo_window, ("two_pass", "rescale"))
         check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
+        self._read_loss_type()
         if self.pair_loss is None:
-            self.pair_loss = "dpo" if self.reduction == "dr_dpo" else "rdpo"
+            self.pair_loss = "rdpo" if self.flip_rate and self.reduction == "mean" else "dpo"
         check_choice("pair_loss", self.pair_loss, PAIR_LOSSES)
         if self.flip_rate is None:
             self.flip_rate = 0.1 if self.pair_loss in NEEDS_FLIP_RATE else 0.0
@@ -97,9 +107,10 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if self.flip_rate and self.pair_loss not in NEEDS_FLIP_RATE:
-            raise ConfigError(
+            raise ExcludedSetting(
                 f"flip_rate is {self.flip_rate:g}, which has no effect on pair_loss: {self.pair_loss}. Set "
-                "`pair_loss: rdpo` or `cdpo`, or `flip_rate: 0`."
+                "`pair_loss: rdpo` or `cdpo`, or `flip_rate: 0`.",
+                {"flip_rate": ("pair_loss", "loss_type", "reduction")},
             )
         if isinstance(self.beta, str) or not self.beta > 0:
             raise ConfigError(f"beta is {self.beta!r}; it must be a number above 0 (0.1 is usual).")
@@ -109,19 +120,47 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         self._check_dr_dpo()
         super().__post_init__()
 
+    def _read_loss_type(self):
+        """The pair loss by TRL's name for it, where one is given."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type or ())
+        weights = self.loss_weights
+        if len(names) != 1 or (weights is not None and list(weights) != [1.0]):
+            raise ConfigError(
+                f"loss_type is {names} with loss_weights {weights}; this trainer trains one pair loss at weight 1. "
+                "trl.DPOTrainer sums several."
+            )
+        if names[0] not in LOSS_TYPES:
+            raise ConfigError(
+                f"loss_type is {names[0]}, which this trainer does not have: it has {', '.join(LOSS_TYPES)}, and "
+                "trl.DPOTrainer the others."
+            )
+        pair_loss = LOSS_TYPES[names[0]]
+        # sigmoid beside a pair_loss is TRL's default, as a config that was copied field by field has it
+        if self.pair_loss is None and "loss_type" in self._written:
+            self.pair_loss = pair_loss
+        elif self.pair_loss is None and names != ["sigmoid"]:
+            self.pair_loss = pair_loss
+        elif names != ["sigmoid"] and self.pair_loss != pair_loss:
+            raise ConfigError(f"loss_type is {names[0]} and pair_loss is {self.pair_loss}; give one of them.")
+        if names == ["robust"]:
+            if self.flip_rate is None:
+                self.flip_rate = self.label_smoothing
+            if not self.flip_rate:
+                get_logger().warning(
+                    "loss_type robust with label_smoothing 0 is plain DPO: it assumes no flipped label"
+                )
+
     def _refuse_settings_without_effect(self):
-        loss_type = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if self.label_smoothing and (self.pair_loss != "rdpo" or self.label_smoothing != self.flip_rate):
+            what = f"flip_rate is {self.flip_rate:g}" if self.pair_loss in NEEDS_FLIP_RATE else "it reads none"
+            raise ExcludedSetting(
+                f"label_smoothing is {self.label_smoothing}, which has no effect on pair_loss: {self.pair_loss} "
+                f"({what}). Set `flip_rate` with `pair_loss: rdpo` or `cdpo`, and leave label_smoothing out.",
+                {"label_smoothing": ("pair_loss", "loss_type", "flip_rate")},
+            )
         for name, value, neutral, instead in (
-            ("loss_type", loss_type, ["sigmoid"], "choose with `pair_loss` (robust is `rdpo`)"),
-            ("loss_weights", self.loss_weights, None, "one pair loss is trained at a time"),
             ("f_divergence_type", self.f_divergence_type, "reverse_kl", "only reverse_kl is supported"),
             ("use_weighting", self.use_weighting, False, "WPO weights are not combined with these losses"),
-            (
-                "label_smoothing",
-                self.label_smoothing,
-                0.0,
-                "set `flip_rate` with `pair_loss: cdpo` or `rdpo`",
-            ),
             ("padding_free", self.padding_free, False, "TRL itself ignores it for now"),
         ):
             if value != neutral:
@@ -131,20 +170,17 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         if self.reduction != "dr_dpo":
             return
         if self.pair_loss == "rdpo":
-            raise ConfigError(
+            raise ExcludedSetting(
                 "pair_loss is rdpo and reduction is dr_dpo; rDPO's loss is unbounded below, so Dr. DPO would lock on "
-                "the lowest pair. Set `pair_loss: dpo` (or cdpo, hinge, ipo), or `reduction: mean`."
-            )
-        if self.dr_dpo_scope == "global" and self.dr_dpo_window == "two_pass" and not self.disable_dropout:
-            raise ConfigError(
-                "disable_dropout is False; the two passes of dr_dpo_window: two_pass would see other losses. "
-                "Set `disable_dropout: true`."
+                "the lowest pair. Set `pair_loss: dpo` (or cdpo, hinge, ipo), or `reduction: mean`.",
+                {"pair_loss": ("reduction",), "loss_type": ("reduction",), "reduction": ("pair_loss", "loss_type")},
             )
         if self.dr_dpo_scope == "global" and self.dr_dpo_window == "rescale":
             if self.fp16:
-                raise ConfigError(
+                raise ExcludedSetting(
                     "dr_dpo_window is rescale and fp16 is true; the gradient scaler of fp16 gets in its way. "
-                    "Set `dr_dpo_window: two_pass`, or bf16."
+                    "Set `dr_dpo_window: two_pass`, or bf16.",
+                    {"dr_dpo_window": ("fp16",)},
                 )
             if under_deepspeed(self):
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""What learning from scored answers gives: SFT on all, weighted behaviour cloning, R-LoL, A-LoL, A-LoL seq, and DPO.
+"""What learning from scored answers gives: SFT on all, weighted behaviour cloning, R-LoL, A-LoL, A-LoL seq, and rDPO.
 
     python scripts/evidence/a_lol.py --seeds 10                      # small model, generated task
     python scripts/evidence/a_lol.py --data ../shared/data --seeds 1 # and SmolLM2 on HH-RLHF answers
@@ -7,7 +7,7 @@ Every cell is one training run on two answers a prompt, on the data as it is or 
 ones both of whose answers have a low reward. `sft_kept` is SFT on the answers above the mean reward, those that A-LoL
 keeps: beside it, A-LoL is its weights alone. All arms make as many passes over the answers they train on, so those that
 leave answers out make fewer steps. The held-out rows are the same for all cells of a seed, and no setting was chosen on
-them: learning rates are those of plain SFT and of plain DPO on the data as it is, the small model's from runs with
+them: learning rates are those of plain SFT and of rDPO on the data as it is, the small model's from runs with
 another seed (`--pilot`), SmolLM2's the usual one of LoRA.
 """
 
@@ -42,7 +42,7 @@ class Small:
     words shuffled. Generations are scored by whether the whole list is right, drawn at temperature 1."""
 
     pairs, held_out, epochs, longest, sampled = 1024, 400, 4, 8, True
-    # answers an optimiser step and a micro-batch; DPO takes half as many pairs
+    # answers an optimiser step and a micro-batch; rDPO takes half as many pairs
     step, micro = 32, 32
     words = 4
     rate, dpo_rate, beta = 2e-4, 5e-4, 0.1
@@ -262,6 +262,9 @@ def _dpo(source, cell, pairs, base, tokenizer, lora, run, out, overrides):
         per_device_train_batch_size=source.micro // 2,
         gradient_accumulation_steps=source.step // source.micro,
         precompute_ref_log_probs=True,
+        # the cells that are named dpo
+        pair_loss="rdpo",
+        flip_rate=0.1,
         **settings,
     )
     rows = Dataset.from_list(pairs).select_columns(["prompt", "chosen", "rejected"])
@@ -329,7 +332,7 @@ def _distinct(texts: list[str], n: int) -> float:
 
 
 def pilot(stage: str, source, work: Path) -> None:
-    """Plain SFT and plain DPO on the data as it is, seed 900, over learning rates."""
+    """Plain SFT and rDPO on the data as it is, seed 900, over learning rates."""
     for rate in source.rates:
         for arm in ("sft", "dpo"):
             result = train_cell(
@@ -346,7 +349,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=["small", "smollm2"], nargs="+", help="default: small; both with --data")
     parser.add_argument("--arms", choices=ARMS, nargs="+", help="run cells of these alone; all are reported")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
-    parser.add_argument("--pilot", action="store_true", help="SFT and DPO over learning rates, with another seed")
+    parser.add_argument("--pilot", action="store_true", help="SFT and rDPO over learning rates, with another seed")
     args = parser.parse_args()
     stages = args.stage or (["small", "smollm2"] if args.data else ["small"])
     if "smollm2" in stages and args.data is None:

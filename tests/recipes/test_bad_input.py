@@ -32,7 +32,7 @@ def recipe(tiny_folder, tmp_path, monkeypatch, capsys):
         defaults = {
             "model_name_or_path": tiny_folder, "dataset_name": "pairs.jsonl", "output_dir": "run", "max_steps": 1,
             "per_device_train_batch_size": 2, "use_peft": "true", "lora_r": 2, "lora_target_modules": "all-linear",
-            "max_length": 128, "disable_tqdm": "true", "save_strategy": "no",
+            "max_length": 128, "disable_tqdm": "true", "save_strategy": "no", "pair_loss": "rdpo",
         }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in (defaults | given).items() if value is not None]
         monkeypatch.setattr(sys, "argv", ["robust_dpo.py", *flags, *settings])

@@ -33,6 +33,8 @@ def launch(accelerate, config, folder, *settings):
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PYTHONPATH": str(recipes_dir().parent),
     }
+    # set, it would keep accelerate from saying how many threads it takes
+    environment.pop("OMP_NUM_THREADS", None)
     # Ranks that wait for each other wait for ever.
     return subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -48,7 +50,8 @@ def train_two_steps(accelerate, config, folder, pairs, *settings):
     assert done.returncode == 0, done.stdout + done.stderr
     if accelerate == "cpu":
         # lines that upstream libraries print on every CPU, whatever the run
-        for noise in ("Setting accelerator to CPU", "gemm_4bit_forward", "FutureWarning"):
+        noises = ("Setting accelerator to CPU", "gemm_4bit_forward", "FutureWarning", "accelerate launch", "OMP_NUM")
+        for noise in noises:
             assert noise not in done.stdout + done.stderr
     run = folder / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

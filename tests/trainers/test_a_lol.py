@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from peft import PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
+from trl import DPOConfig, ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from posttrain import ALoLConfig, ALoLTrainer
 from posttrain.data import baselines
@@ -772,8 +772,8 @@ def test_what_this_trainer_cannot_take_is_refused(tiny_folder, tmp_path):
         ALoLTrainer(tiny_folder, formatting_func=str, **args)
     with pytest.raises(ConfigError, match="the adapter is PROMPT_TUNING, whose virtual tokens stand in front"):
         ALoLTrainer(tiny_folder, peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), **args)
-    with pytest.raises(TypeError, match="args is a SFTConfig; it must be a posttrain.ALoLConfig"):
-        ALoLTrainer(tiny_folder, args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=make_scored(4))
+    with pytest.raises(TypeError, match="args is a DPOConfig; it must be a posttrain.ALoLConfig"):
+        ALoLTrainer(tiny_folder, args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=make_scored(4))
     with pytest.raises(ConfigError, match="train_dataset is missing"):
         ALoLTrainer(tiny_folder, args=args["args"])
 

@@ -38,7 +38,7 @@ def test_an_evaluation_has_a_table_of_its_own(tiny_folder, tmp_path, monkeypatch
     printed = []
     monkeypatch.setattr(grpo_trainer, "is_rich_available", lambda: True)
     monkeypatch.setattr(grpo_trainer, "print_prompt_completions_sample", lambda *a, **k: printed.append(list(a[0])))
-    trainer = hpt(tiny_folder, tmp_path, data=prompts(SUCCESSES))
+    trainer = hpt(tiny_folder, tmp_path, data=prompts(SUCCESSES), eval_greedy=True)
     folder = tmp_path / "completions"
     before = (folder / "completions_00001.parquet").read_bytes()
     printed.clear()

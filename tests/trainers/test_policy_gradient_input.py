@@ -1,5 +1,7 @@
 """What a user can get wrong in settings, rewards, advantages, prompts and demonstrations, and how it is answered."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,7 +10,8 @@ from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, QAEConfig
 from posttrain.config import parse
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.log import get_logger
-from tests.rollouts import entries, prompts, success, train
+from posttrain.rewards.base import PooledReward
+from tests.rollouts import entries, prompts, settings, success, train
 from tests.training import distance
 
 HPT = dict(trainer_class=HPTTrainer, config_class=HPTConfig, num_generations=4, max_steps=1)
@@ -105,9 +108,68 @@ def test_what_is_wrong_with_a_reward_is_said(tiny_folder, tmp_path, monkeypatch,
     assert message in str(error.value)
 
 
-def test_a_reward_that_raises_beside_another_ends_the_run_at_its_third_call(tiny_folder, tmp_path):
-    with pytest.raises(ConfigError, match="reward function raises raised in 3 calls in a row.*RuntimeError: boom"):
-        train(tiny_folder, tmp_path, reward=[success, raises], max_steps=4)
+def test_a_reward_that_only_raises_ends_the_run_in_its_first_generation(tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match="raises raised for all 16 completions.*in step 1.*RuntimeError: boom"):
+        train(tiny_folder, tmp_path / "a", reward=[success, raises], max_steps=4)
+
+    async def waits(completions, **columns):
+        raise TimeoutError("no judge")
+
+    with pytest.raises(ConfigError, match="waits raised for all 16 completions.*in step 1.*TimeoutError: no judge"):
+        train(tiny_folder, tmp_path / "b", reward=[waits, success], max_steps=4)
+
+    def none_then_raises(completions, **columns):
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("once")
+        return [None] * len(completions)
+
+    calls = []
+    _, trainer = train(tiny_folder, tmp_path / "c", reward=[success, none_then_raises], max_steps=3)
+    assert trainer.state.global_step == 3, "it has not always raised"
+
+
+def test_a_verifier_that_fails_on_every_answer_ends_the_run_too(tiny_folder, tmp_path):
+    @dataclass(eq=False)
+    class Broken(PooledReward):
+        timeout: float = 5.0
+        workers: int = 1
+
+        __name__ = "broken"
+        verifier = "tests.rewards.misbehaving"
+
+        def __call__(self, completions, **columns):
+            return self._scored(self._score_in_pool([{"answer": "raise", "gold": "bad"}] * len(completions)))
+
+    with pytest.raises(ConfigError, match="broken raised for all 16 completions.*RuntimeError: cannot read raise"):
+        train(tiny_folder, tmp_path, reward=[success, Broken()], max_steps=4)
+
+
+def test_a_reward_that_raises_after_it_worked_is_given_three_calls(tiny_folder, tmp_path):
+    def breaks(completions, **columns):
+        calls.append(None)
+        if len(calls) > 1:
+            raise RuntimeError("boom")
+        return [0.0] * len(completions)
+
+    calls = []
+    with pytest.raises(ConfigError, match="reward function breaks raised in 3 calls in a row.*RuntimeError: boom"):
+        train(tiny_folder, tmp_path, reward=[success, breaks], max_steps=6)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("weights", [[NAN, 1.0], [1.0, INF], [1.0, "a"], 1.0, [True, 1.0]])
+def test_reward_weights_that_are_no_numbers_are_refused_in_the_settings(tmp_path, weights):
+    with pytest.raises(ConfigError, match="reward_weights is .*; it must be a list of finite numbers"):
+        PolicyGradientConfig(**settings(tmp_path, reward_weights=weights))
+
+
+def test_reward_weights_are_as_many_as_the_functions(tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match="reward_weights has 1 weights for 2 reward functions"):
+        train(tiny_folder, tmp_path, reward=[success, raises], reward_weights=[1.0])
+    _, trainer = train(tiny_folder, tmp_path, reward=[success, success], reward_weights=[1, -0.5], max_steps=1)
+    row = entries(trainer)[0]
+    assert row["reward"] == pytest.approx(0.5 * row["rewards/success/mean"])
 
 
 def test_rewards_may_be_named_and_need_not_take_every_column(tiny_folder, tmp_path):

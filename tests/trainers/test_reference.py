@@ -232,8 +232,8 @@ def test_a_bad_rate_in_the_flip_rate_column_is_found_before_training(tiny_folder
 
 
 def test_settings_of_another_trainer_are_refused(tiny_folder, tmp_path):
-    from trl import DPOConfig
+    from trl import KTOConfig
 
-    args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(TypeError, match="args is a DPOConfig; it must be a posttrain.RobustDPOConfig"):
+    args = KTOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match="args is a KTOConfig; it must be a posttrain.RobustDPOConfig"):
         RobustDPOTrainer(tiny_folder, args=args, train_dataset=make_pairs(4))

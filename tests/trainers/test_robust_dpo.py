@@ -233,7 +233,6 @@ REFUSED = [
         dict(reduction="dr_dpo", pair_loss="rdpo"),
         "pair_loss is rdpo and reduction is dr_dpo; rDPO's loss is unbounded",
     ),
-    (dict(reduction="dr_dpo", disable_dropout=False), "disable_dropout is False; the two passes"),
     (
         dict(reduction="dr_dpo", dr_dpo_window="rescale", fp16=True),
         "dr_dpo_window is rescale and fp16 is true",
@@ -250,18 +249,20 @@ REFUSED = [
     (dict(max_steps=0), "max_steps is 0; give a number above 0, or -1 to go by num_train_epochs."),
     (dict(num_train_epochs=0), "num_train_epochs is 0; it must be above 0."),
     (dict(ld_alpha=1.5), "ld_alpha is 1.5; it must lie in [0, 1]"),
-    (
-        dict(loss_type="robust"),
-        "loss_type is ['robust'], which this trainer does not use; choose with `pair_loss`",
-    ),
-    (dict(loss_type=["sigmoid", "sft"]), "loss_type is ['sigmoid', 'sft'], which this trainer does not use"),
-    (dict(loss_weights=[0.5]), "loss_weights is [0.5], which this trainer does not use"),
+    (dict(loss_type="sft"), "loss_type is sft, which this trainer does not have: it has sigmoid, hinge, ipo, robust"),
+    (dict(loss_type="robust", pair_loss="ipo"), "loss_type is robust and pair_loss is ipo; give one of them."),
+    (dict(loss_type=["sigmoid", "sft"]), "loss_type is ['sigmoid', 'sft'] with loss_weights None; this trainer trains"),
+    (dict(loss_weights=[0.5]), "loss_type is ['sigmoid'] with loss_weights [0.5]; this trainer trains one pair loss"),
     (
         dict(f_divergence_type="js_divergence"),
         "f_divergence_type is js_divergence, which this trainer does not use",
     ),
     (dict(use_weighting=True), "use_weighting is True, which this trainer does not use"),
-    (dict(label_smoothing=0.1), "label_smoothing is 0.1, which this trainer does not use; set `flip_rate`"),
+    (dict(label_smoothing=0.1), "label_smoothing is 0.1, which has no effect on pair_loss: dpo (it reads none)"),
+    (
+        dict(label_smoothing=0.1, flip_rate=0.2),
+        "label_smoothing is 0.1, which has no effect on pair_loss: rdpo (flip_rate is 0.2)",
+    ),
     (dict(padding_free=True), "padding_free is True, which this trainer does not use"),
 ]
 
@@ -293,9 +294,9 @@ def test_dr_dpo_of_one_pair_is_warned_about(tmp_path, logged):
     assert "of one pair Dr. DPO is DPO" in logged.text
 
 
-def test_defaults_follow_the_reduction(tmp_path):
+def test_defaults_are_trls_dpo(tmp_path):
     plain, dr = RobustDPOConfig(str(tmp_path)), RobustDPOConfig(str(tmp_path), reduction="dr_dpo")
-    assert (plain.pair_loss, plain.flip_rate) == ("rdpo", 0.1)
+    assert (plain.pair_loss, plain.flip_rate) == ("dpo", 0.0)
     assert (dr.pair_loss, dr.flip_rate, dr.beta_prime) == ("dpo", 0.0, 1.0)
 
 
@@ -319,4 +320,4 @@ def test_batches_may_be_grouped_by_length(tiny_folder, tmp_path):
 def test_a_flip_rate_column_that_nothing_reads_is_said(tiny_folder, tmp_path, logged):
     pairs = make_pairs(8).add_column("flip_rate", [0.1] * 8)
     train(tiny_folder, tmp_path, pairs=pairs, pair_loss="dpo", max_steps=1)
-    assert "train_dataset's column flip_rate is not read by pair_loss dpo" in logged.text
+    assert "train_dataset's column flip_rate is not read by pair_loss dpo; `pair_loss: rdpo` or" in logged.text

@@ -1,0 +1,154 @@
+"""Control tokens in what people wrote: texts with the chat template already applied, and tokens within a message."""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from posttrain.data.objects import quietly_mapped
+
+# Columns of texts, those that end with an answer last.
+_ANSWERS = ("chosen", "rejected", "completion", "text", "demonstration")
+_TEXTS = ("prompt", *_ANSWERS)
+
+
+def control_tokens(tokenizer) -> list[str]:
+    """The texts that the tokenizer reads as one token with a meaning of its own, wherever they stand; longest first."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+
+
+def added_beginning(tokenizer) -> str | None:
+    """The token that the tokenizer itself puts in front of a text; None where it puts none."""
+    if tokenizer.bos_token_id is None:
+        return None
+    return tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
+
+
+def without_doubles(dataset, tokenizer):
+    """Texts that begin and end once, where the template was applied to them before.
+
+    TRL appends the end of sequence to answers that do not end with it: blanks behind it are left out, so that it is
+    found there. The tokenizer puts its own beginning in front of a text: the one that is written there is left out.
+
+    Args:
+        dataset: a `datasets.Dataset` or a stream; conversational rows stay as they are.
+    """
+    end, beginning = tokenizer.eos_token, added_beginning(tokenizer)
+    clean = functools.partial(_without_doubles, end=end, beginning=beginning)
+    names = [name for name in _TEXTS if name in (dataset.column_names or ())]
+    if not hasattr(dataset, "__len__"):
+        return dataset.map(clean)
+    if not len(dataset) or dataset.format["type"] == "custom":
+        return dataset
+    names = [name for name in names if getattr(dataset.features[name], "dtype", None) in ("string", "large_string")]
+    columns = dataset.with_format(None).select_columns(names)
+    if not names or not any(clean(row) != row for row in columns):
+        return dataset
+    return quietly_mapped(dataset, clean)
+
+
+def clean_row(row: Mapping, tokenizer) -> dict:
+    """One row as `without_doubles` leaves it."""
+    return _without_doubles(row, tokenizer.eos_token, added_beginning(tokenizer))
+
+
+def _without_doubles(row: Mapping, end: str | None, beginning: str | None) -> dict:
+    row = dict(row)
+    for name in _ANSWERS:
+        text = row.get(name)
+        if end and isinstance(text, str) and text.rstrip().endswith(end):
+            row[name] = text.rstrip()
+    # what comes first: the prompt, or where there is none the answer
+    first = ("prompt",) if isinstance(row.get("prompt"), str) and row["prompt"] else _ANSWERS
+    for name in first:
+        text = row.get(name)
+        if beginning and isinstance(text, str) and text.lstrip().startswith(beginning):
+            row[name] = text.lstrip().removeprefix(beginning)
+    return row
+
+
+@dataclass
+class ControlTokens:
+    """What was counted of control tokens in the texts of rows.
+
+    Attributes:
+        rows: with one at all. first: where the first of them is.
+        tokens: how many rows have which token.
+        prompts: rows with one in a prompt of text.
+        unfinished: rows of texts whose answer has one before its end. first_unfinished: where the first of them is.
+    """
+
+    pattern: re.Pattern | None
+    rows: int = 0
+    first: str = ""
+    tokens: Counter = field(default_factory=Counter)
+    prompts: int = 0
+    unfinished: int = 0
+    first_unfinished: str = ""
+
+    @classmethod
+    def of(cls, tokenizer) -> "ControlTokens":
+        """A count of none yet of a tokenizer's control tokens."""
+        tokens = control_tokens(tokenizer)
+        return cls(re.compile("|".join(map(re.escape, tokens))) if tokens else None)
+
+    def look(self, parts: Mapping[str, Iterable[str]], place: str, is_text: bool) -> None:
+        """Count a row: the texts of its prompt (`prompt`) and of its answers (their names)."""
+        if self.pattern is None:
+            return
+        found = {name: [self.pattern.findall(text) for text in texts] for name, texts in parts.items()}
+        tokens = {token for per_text in found.values() for one in per_text for token in one}
+        if not tokens:
+            return
+        self.rows += 1
+        self.first = self.first or place
+        self.tokens.update(tokens)
+        if is_text:
+            self.prompts += any(found.get("prompt", []))
+            inner = any(
+                self.pattern.search(self._without_end(text))
+                for name, texts in parts.items()
+                if name not in ("prompt", "text")
+                for text in texts
+            )
+            self.unfinished += inner
+            self.first_unfinished = self.first_unfinished or (place if inner else "")
+
+    def _without_end(self, text: str) -> str:
+        """A text without the control tokens and blanks at its end."""
+        end = len(text.rstrip())
+        for match in reversed(list(self.pattern.finditer(text))):
+            if match.end() != end:
+                break
+            end = len(text[: match.start()].rstrip())
+        return text[:end]
+
+    def say(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
+        """Warnings and notes about what was counted in the `rows` of a data set."""
+        if not self.rows:
+            return [], []
+        often = ", ".join(f"{token!r}" for token, _ in self.tokens.most_common(4))
+        more = f" and {len(self.tokens) - 4} others" if len(self.tokens) > 4 else ""
+        if is_text and 2 * max(self.prompts, self.rows - self.unfinished) >= rows:
+            notes = [
+                f"{name}: {self.rows} of {rows} {unit} hold control tokens ({often}{more}; first: {self.first}), so the "
+                "chat template was applied to them already. They are taken as they are, and begin and end once."
+            ]
+            warnings = []
+            if self.unfinished:
+                warnings = [
+                    f"{name}: in {self.unfinished} of {rows} {unit} an answer has control tokens before its end "
+                    f"({often}{more}; first: {self.first_unfinished}), so it holds several turns, all of which are "
+                    "learned. Move the turns up to the last one into the prompt."
+                ]
+            return warnings, notes
+        split = ""
+        if hasattr(tokenizer, "split_special_tokens"):
+            split = " (`split_special_tokens` of the tokenizer would split the chat template's own tokens too)"
+        return [
+            f"{name}: {self.rows} of {rows} {unit} hold control tokens in their texts ({often}{more}; first: "
+            f"{self.first}). Each becomes the token itself, as if the turn ended or began there. Write it in another "
+            f"way, with a space in it, say, or leave those rows out{split}."
+        ], []

@@ -1,0 +1,391 @@
+"""One row against its rendering: its own texts searched in the tokens, and markers put through the chat template."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from posttrain.data.tokens import render_text, tokenizer_of
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
+_ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "text")
+
+
+class Fault(NamedTuple):
+    """What a rendering does to a row.
+
+    Attributes:
+        key: faults of one key are counted together.
+        what: what happens, in words. shown: the piece of the row. remedy: what to do.
+        is_wrong: the model would learn something else than the row says; else it only sees or learns less.
+    """
+
+    key: tuple
+    what: str
+    shown: str
+    remedy: str
+    is_wrong: bool = False
+
+
+class _Piece(NamedTuple):
+    """A text of a message: of which kind, where, and what stands for it in the marked rendering."""
+
+    kind: str
+    index: int
+    text: str
+    marker: str
+
+
+def prompt_of(row: Mapping):
+    """The prompt of a row, its own or the one that both sides begin with; None where it has none."""
+    return _split(row)[0]
+
+
+def answers_of(row: Mapping) -> dict:
+    """The answers of a row by their columns, without the prompt where they begin with it."""
+    return _split(row)[1]
+
+
+class Probe:
+    """The conversations of a row, and how they render. `settings`: of the template, beside the row's own."""
+
+    def __init__(self, row: Mapping, processing_class, settings: Mapping | None = None):
+        self.prompt, self.answers = _split(row)
+        self._begun = 0
+        self.processing_class = processing_class
+        self.row = {"tools": row.get("tools")}
+        self.row["chat_template_kwargs"] = {**(settings or {}), **(row.get("chat_template_kwargs") or {})}
+
+    def faults(self, learned: Mapping[str, str]) -> Iterator[Fault]:
+        """What the rendering does to the row; `learned`: the texts of its tokens, of `prompt` and each answer."""
+        conversations = self.answers or {"prompt": None}
+        for name, answer in conversations.items():
+            if isinstance(self.prompt, str) or isinstance(answer, str):
+                yield from self._text_faults(self.prompt or "", answer or "", name, learned)
+            else:
+                yield from self._faults(self.prompt or [], answer or [], name, learned)
+
+    def _text_faults(self, prompt: str, answer: str, name: str, learned: Mapping) -> Iterator[Fault]:
+        tokenizer = tokenizer_of(self.processing_class)
+        whole = learned.get("prompt", "") + (learned.get(name, "") if name != "prompt" else "")
+        unknown = tokenizer.unk_token
+        if unknown and whole.count(unknown) > (prompt + answer).count(unknown):
+            yield Fault(
+                ("unknown",),
+                f"the tokenizer has no token for some characters, and writes {unknown!r}",
+                repr(_short(whole)),
+                "Leave those rows out, or write the characters in another way.",
+            )
+        elif not self._is_in(whole, prompt + answer):
+            yield Fault(
+                ("text",),
+                "the tokens are not those of the whole text",
+                repr(_short(whole)),
+                "The tokenizer changes or leaves out characters; see the row with `posttrain data inspect`.",
+            )
+
+    def _faults(self, prompt: list, answer: list, name: str, learned: Mapping) -> Iterator[Fault]:
+        messages, start = [*prompt, *answer], len(prompt)
+        options = {} if answer else {"add_generation_prompt": True}
+        marked, pieces, names = _marked(messages, self.row.get("tools"))
+        try:
+            drawn = self._render(*marked, **options)
+        # a template may want content of some form; what it makes of the row itself is known
+        except Exception:
+            drawn = None
+        hay = {part: _bare(learned.get(part, "")) for part in ("prompt", name)}
+        if name != "prompt":
+            # a generation prompt can end with what the answer begins with, such as <think>
+            self._begun, hay[name] = len(hay["prompt"]), hay["prompt"] + hay[name]
+        at = {"prompt": 0, name: 0}
+        places, wholly_lost = [], set()
+        for piece in pieces:
+            part = name if piece.index >= start or not prompt else "prompt"
+            seen = None if drawn is None else drawn.count(piece.marker)
+            message = messages[piece.index]
+            if piece.kind == "content":
+                found = self._find(hay[part], piece.text, at[part], part != "prompt")
+                fault = self._content_fault(piece, message, part, seen, found, hay, name, start, len(messages))
+                if found is not None:
+                    at[part] = found
+                if seen == 1 and message.get("role") != "system":
+                    places.append((drawn.index(piece.marker), piece))
+            else:
+                fault = self._other_fault(piece, part, seen, hay[part])
+            if fault is not None:
+                wholly_lost.add(piece.index)
+                yield fault
+        yield from self._order_faults(places)
+        if names and drawn is not None and not any(marker in drawn for marker in names.values()):
+            yield Fault(
+                ("tools",), "the chat template drops the tools", ", ".join(names),
+                "The model is not told of them; use a template that renders tools, or leave the column out.",
+            )  # fmt: skip
+        for index, message in enumerate(messages):
+            if index not in wholly_lost:
+                part = name if index >= start or not prompt else "prompt"
+                yield from self._value_faults(messages, index, message, learned.get(part, ""), options)
+
+    def _content_fault(self, piece, message, part, seen, found, hay, name, start, total) -> Fault | None:
+        role, shown = message.get("role"), repr(_short(piece.text))
+        in_answer = piece.index >= start
+        if seen == 0:
+            asks = not in_answer and piece.index == start - 1
+            calls = bool(message.get("tool_calls"))
+            kind = "blocks of content" if isinstance(message.get("content"), list) else "the message"
+            remedy = (
+                "Rename the role to system, or use a template that knows it."
+                if role == "developer"
+                else "Use a template that renders it, or write the content as a text."
+                if isinstance(message.get("content"), list)
+                else "The content beside its tool calls is not seen; use a template that renders both."
+                if calls
+                else "It takes blocks of content, which the model's processor makes: give it as processing_class."
+                if self._takes_blocks(role)
+                else "Use a template that knows the role, or rename it."
+            )
+            wrong = (asks or (in_answer and role == "assistant")) and not calls
+            return Fault(
+                ("dropped", role, in_answer), f"the chat template drops {kind} of the role {role}", shown, remedy,
+                wrong or (in_answer and piece.index == total - 1 and not calls),
+            )  # fmt: skip
+        if seen is not None and seen > 1:
+            return Fault(
+                ("repeated", role, in_answer), f"the chat template renders a message of the role {role} {seen} times",
+                shown, "Use a template that renders it once.", in_answer,
+            )  # fmt: skip
+        if found is not None:
+            return None
+        rest = _THOUGHT.sub("", piece.text)
+        if rest != piece.text and (not rest.strip() or self._find(hay[part], rest, 0, in_answer) is not None):
+            return _lost_reasoning("between <think> and </think>", shown, in_answer)
+        if part == "prompt" and part != name and self._find(hay[name], piece.text, 0, True) is not None:
+            return Fault(
+                ("moved", role), f"a message of the prompt, of the role {role}, is learned as part of the answer",
+                shown, "The chat template renders the prompt in another way once an answer follows; use another.", True,
+            )  # fmt: skip
+        if not hay[part]:
+            return None
+        return Fault(
+            ("changed", role, in_answer), f"the chat template or the tokenizer changes a message of the role {role}",
+            shown, "See the row with `posttrain data inspect`, and use a template that renders it as it is.",
+        )  # fmt: skip
+
+    def _other_fault(self, piece, part, seen, hay: str) -> Fault | None:
+        if seen or (seen is None and _bare(piece.text) in hay):
+            return None
+        shown = repr(_short(piece.text))
+        if piece.kind in _REASONING:
+            return _lost_reasoning(f"in {piece.kind}", shown, part != "prompt")
+        if piece.kind == "name":
+            return Fault(
+                ("name",), "the chat template drops the name of who speaks", shown,
+                "Write it into the content where it matters.",
+            )  # fmt: skip
+        return Fault(
+            (piece.kind, part != "prompt"), f"the chat template drops {piece.kind}", shown,
+            "Use a template that renders tool calls, or write them into the content as the model is to say them.",
+        )  # fmt: skip
+
+    def _order_faults(self, places: list) -> Iterator[Fault]:
+        for (before, _), (after, piece) in zip(places, places[1:], strict=False):
+            if after < before:
+                yield Fault(
+                    ("order",), "the chat template renders messages in another order", repr(_short(piece.text)),
+                    "Use a template that keeps the order.",
+                )  # fmt: skip
+                return
+
+    def _value_faults(self, messages: list, index: int, message: Mapping, text: str, options) -> Iterator[Fault]:
+        """Content that is no text, and the arguments of tool calls: Python's print of them in the place of a text."""
+        content = message.get("content", "")
+        if isinstance(content, list) and content and _bare(str(content)) in _bare(text):
+            yield _printed("a list of blocks", content, "Write the content as a text, or use a template for blocks.")
+        elif isinstance(content, list) and not all(block.get("type", "text") == "text" for block in content):
+            others = [block for block in content if block.get("type", "text") != "text"]
+            fewer = [block for block in content if block.get("type", "text") == "text"]
+            if self._are_alike(messages, index, {**message, "content": fewer}, options):
+                kinds = ", ".join(sorted({str(block.get("type")) for block in others}))
+                yield Fault(
+                    ("blocks", kinds), f"the chat template drops blocks of the type {kinds}", _short(json.dumps(others)),
+                    "The answer is to something that the model cannot see; leave those rows out, or use a model for it.",
+                    True,
+                )  # fmt: skip
+        elif content is None and not self._are_alike(messages, index, {**message, "content": ""}, options):
+            if "None" in text:
+                yield _printed("null content", content, 'Write `"content": ""` there.')
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, Mapping) else {}
+            arguments, bare = function.get("arguments"), _bare(text)
+            if isinstance(arguments, Mapping) and arguments and _bare(str(arguments)) in bare:
+                if _bare(json.dumps(arguments, ensure_ascii=False)) not in bare:
+                    yield _printed("the arguments of a tool call", arguments, "Give them as a JSON text.")
+            if isinstance(arguments, str) and arguments and _bare(arguments) not in bare:
+                if any(_bare(json.dumps(arguments, ensure_ascii=ascii)) in bare for ascii in (True, False)):
+                    yield Fault(
+                        ("quoted",), "the chat template quotes the arguments of a tool call once more",
+                        _short(json.dumps(arguments)), "Give them as an object, not as a JSON text.", True,
+                    )  # fmt: skip
+
+    def _takes_blocks(self, role) -> bool:
+        """Whether the template drops a text, and renders it as a block."""
+        message = {"role": role, "content": [{"type": "text", "text": "qzblockzq"}]}
+        try:
+            return "qzblockzq" in self._render([message], None)
+        # it may want another role first, for one
+        except Exception:
+            return False
+
+    def _are_alike(self, messages: list, index: int, other: Mapping, options) -> bool:
+        changed = [*messages[:index], other, *messages[index + 1 :]]
+        try:
+            tools = self.row.get("tools")
+            return self._render(messages, tools, **options) == self._render(changed, tools, **options)
+        # a template that refuses the other form does look at it
+        except Exception:
+            return False
+
+    def _render(self, messages: list, tools, **options) -> str:
+        return render_text(messages, {**self.row, "tools": tools}, self.processing_class, **options)
+
+    def _find(self, hay: str, text: str, start: int, in_answer: bool = False) -> int | None:
+        """Where a text ends in what was learned, from `start` on or else anywhere; None where it is not.
+
+        `in_answer`: it has to end behind the prompt.
+        """
+        for wanted in (_bare(text), _bare(json.dumps(text, ensure_ascii=False)[1:-1]), self._round_trip(text)):
+            least = self._begun + 1 - len(wanted) if in_answer else 0
+            for begin in {max(start, least, 0): 0, max(least, 0): 0}:
+                at = hay.find(wanted, begin)
+                if at >= 0:
+                    return at + len(wanted)
+        return None
+
+    def _is_in(self, hay: str, text: str) -> bool:
+        return self._find(_bare(hay), text, 0) is not None
+
+    def _round_trip(self, text: str) -> str:
+        """What the tokenizer itself makes of a text: some know no capitals, or only one kind of blank."""
+        tokenizer = tokenizer_of(self.processing_class)
+        return _bare(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _split(row: Mapping) -> tuple:
+    answers = {name: row[name] for name in _ANSWERS if row.get(name) is not None}
+    if "prompt" in row or not {"chosen", "rejected"} <= set(answers):
+        return row.get("prompt"), answers
+    chosen, rejected = answers["chosen"], answers["rejected"]
+    length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    length = min(len(chosen), len(rejected)) if length is None else length
+    if isinstance(chosen, str) and length and chosen[length - 1 : length].isspace():
+        # as TRL, which leaves a blank to the answer
+        length -= 1
+    return chosen[:length], {"chosen": chosen[length:], "rejected": rejected[length:]}
+
+
+def _marked(messages: list, tools) -> tuple[tuple[list, object], list[_Piece], dict[str, str]]:
+    """The messages and tools with a marker in the place of each text, the pieces, and the markers of tools' names."""
+    pieces: list[_Piece] = []
+    names: dict[str, str] = {}
+    of_tools: dict[str, str] = {}
+
+    def marker(kind: str, index: int, text: str) -> str:
+        pieces.append(_Piece(kind, index, text, f"qz{len(pieces):04d}zq"))
+        return pieces[-1].marker
+
+    def name_of(name: str) -> str:
+        return names.setdefault(name, f"fz{len(names):04d}zf")
+
+    def name_of_tool(name: str) -> str:
+        return of_tools.setdefault(name, f"tz{len(of_tools):04d}zt")
+
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    marked_tools = [_named(tool, name_of_tool) for tool in tools] if tools else tools
+    marked = []
+    for index, message in enumerate(messages):
+        made = dict(message)
+        content = message.get("content")
+        if isinstance(content, str) and content.strip():
+            made["content"] = marker("content", index, content)
+        elif isinstance(content, list):
+            made["content"] = [
+                {**block, "text": marker("content", index, block["text"])}
+                if isinstance(block.get("text"), str) and block["text"].strip()
+                else block
+                for block in content
+            ]
+        for key in _REASONING:
+            if isinstance(message.get(key), str) and message[key].strip():
+                made[key] = marker(key, index, message[key])
+        if isinstance(message.get("name"), str) and message["name"]:
+            known = message["name"] in names
+            # a tool is named by the call before it
+            made["name"] = name_of(message["name"]) if message.get("role") == "tool" or known else message["name"]
+            if message.get("role") != "tool" and not known:
+                made["name"] = marker("name", index, message["name"])
+        if isinstance(message.get("tool_calls"), list):
+            made["tool_calls"] = [_marked_call(call, index, name_of, pieces, marker) for call in message["tool_calls"]]
+        if isinstance(message.get("function_call"), Mapping):
+            call = {**message["function_call"], "name": marker("function_call", index, "function_call")}
+            made["function_call"] = call
+        marked.append(made)
+    return (marked, marked_tools), pieces, of_tools
+
+
+def _named(tool, name_of):
+    if not isinstance(tool, Mapping):
+        return tool
+    if isinstance(tool.get("function"), Mapping) and isinstance(tool["function"].get("name"), str):
+        return {**tool, "function": {**tool["function"], "name": name_of(tool["function"]["name"])}}
+    return {**tool, "name": name_of(tool["name"])} if isinstance(tool.get("name"), str) else tool
+
+
+def _marked_call(call, index: int, name_of, pieces: list, marker):
+    if not isinstance(call, Mapping):
+        return call
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return call
+    name, arguments = name_of(function["name"]), function.get("arguments")
+    pieces.append(_Piece("tool calls", index, function["name"], name))
+
+    def mark(value):
+        if isinstance(value, str) and value.strip():
+            return marker("arguments of tool calls", index, value)
+        if isinstance(value, Mapping):
+            return {key: mark(part) for key, part in value.items()}
+        return [mark(item) for item in value] if isinstance(value, list) else value
+
+    if isinstance(arguments, Mapping):
+        arguments = mark(arguments)
+    elif isinstance(arguments, str):
+        try:
+            arguments = json.dumps(mark(json.loads(arguments)))
+        except ValueError:
+            arguments = marker("arguments of tool calls", index, arguments)
+    made = {**function, "name": name} | ({"arguments": arguments} if "arguments" in function else {})
+    return {**call, "function": made} if "function" in call else made
+
+
+def _lost_reasoning(where: str, shown: str, in_answer: bool) -> Fault:
+    if in_answer:
+        remedy = "The model learns the answer without it; use a template that renders it, or leave it out on purpose."
+        return Fault(("reasoning", True), f"the chat template drops the answer's reasoning {where}", shown, remedy)
+    remedy = "Many templates leave the reasoning of earlier turns out; this is said once, where there was some."
+    return Fault(("reasoning", False), f"the chat template drops the reasoning of the prompt {where}", shown, remedy)
+
+
+def _printed(what: str, value, remedy: str) -> Fault:
+    shown = _short(str(value))
+    return Fault(("printed", what), f"the chat template writes {what} as Python prints it", shown, remedy, True)
+
+
+def _bare(text: str) -> str:
+    """A text without blanks, which templates trim and add."""
+    return "".join(unicodedata.normalize("NFC", text).split())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

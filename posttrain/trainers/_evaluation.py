@@ -1,0 +1,76 @@
+"""An evaluation's results: each set under its own name, each pair's two rows in `compute_metrics`."""
+
+import math
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor
+
+from posttrain.errors import ConfigError
+from posttrain.mechanisms.window import real_rows
+
+
+def forget(trainer) -> None:
+    """Drop what an evaluation that was broken off, or a hand-made pass, has left."""
+    trainer._metrics["eval"].clear()
+
+
+def take_metrics(trainer, prefix: str) -> dict[str, float | None]:
+    """The means of an evaluation's metrics as `<prefix>_<name>`, which TRL's `log` would all name `eval_<name>`.
+
+    NaN entries are left out; `trainer.no_value` stands where nothing else is there.
+    """
+    kept, found = trainer._metrics["eval"], {}
+    for name, values in kept.items():
+        valid = [value for value in values if not math.isnan(value)]
+        found[f"{prefix}_{name}"] = sum(valid) / len(valid) if valid else trainer.no_value
+    kept.clear()
+    return found
+
+
+def check_best_metric(args, eval_dataset) -> None:
+    """Refuse a `metric_for_best_model` that belongs to none of several evaluation sets.
+
+    Raises:
+        ConfigError: each metric there will be begins with the name of its set.
+    """
+    if not isinstance(eval_dataset, dict) or args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    wanted = args.metric_for_best_model.removeprefix("eval_")
+    if any(wanted.startswith(f"{name}_") for name in eval_dataset):
+        return
+    names = list(eval_dataset)
+    raise ConfigError(
+        f"metric_for_best_model is {args.metric_for_best_model!r}, and eval_dataset has several sets, so that metrics "
+        f"are named by their set ({', '.join(map(str, names))}). Set it to one set's metric, such as "
+        f"`metric_for_best_model: eval_{names[0]}_{wanted}`."
+    )
+
+
+class PairRows:
+    """Gathers an evaluation batch of pairs over ranks; stands in for `Trainer.gather_function`.
+
+    Tensors have two rows a pair, all chosen before all rejected. Upstream cuts the last batch to as many rows as there
+    are pairs left, so that rejected rows would be missing from `compute_metrics`.
+    """
+
+    def __init__(self, accelerator) -> None:
+        self._accelerator, self._keep, self._losses_next = accelerator, None, False
+
+    def begin(self, pairs: int, device) -> None:
+        """Note the batch just computed, of `pairs` rows on this rank; all ranks call it."""
+        self._losses_next = True
+        real = torch.arange(pairs, device=device) < real_rows(self._accelerator, pairs)
+        keep = self._accelerator.gather(real.repeat(2).int()).bool()
+        self._keep = None if keep.all() else keep
+
+    def __call__(self, data):
+        if self._losses_next:
+            # the loop gathers the losses first, which are one a pair
+            self._losses_next = False
+            return self._accelerator.gather_for_metrics(data)
+        return recursively_apply(self._rows, data)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        gathered = self._accelerator.gather(tensor)
+        return gathered if self._keep is None else gathered[self._keep]

@@ -1,0 +1,330 @@
+"""Each way a LoRA adapter can begin, in each family of trainers: its reference, its saved form, its resumption."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraGAConfig, preprocess_loraga
+from peft.tuners.lora.config import CordaConfig, EvaConfig
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from transformers import AutoModelForCausalLM
+
+from posttrain import ALoLConfig, ALoLTrainer, QAEConfig, QAETrainer, RobustDPOConfig, RobustDPOTrainer
+from posttrain.errors import ConfigError
+from posttrain.hub.merging import merge_adapter
+from posttrain.mechanisms import initial_adapter
+from tests import rollouts, scored, training
+from tests.conftest import make_pairs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning"),
+    # LoRA-GA's own
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
+]
+FAMILIES = ("preference", "offline", "policy_gradient")
+IDS = torch.arange(10, 42).view(2, 16)
+
+
+def config(how=True, **settings):
+    return LoraConfig(**(dict(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]) | settings), **start(how))
+
+
+def start(how) -> dict:
+    extra = {"corda": dict(corda_config=CordaConfig(corda_method="kpm")), "lora_ga": dict(lora_ga_config=LoraGAConfig())}
+    extra["eva"] = dict(eva_config=EvaConfig())
+    return dict(init_lora_weights=how) | extra.get(how, {})
+
+
+def prepared(folder, adapter):
+    """The model, with the pass over data that some initialisations need, and the adapter's config if it is to come."""
+    how = adapter.init_lora_weights
+    if how not in ("corda", "lora_ga", "eva"):
+        return folder, adapter
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(259, (8, 24), generator=torch.Generator().manual_seed(1))
+    if how == "eva":
+        model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        initialize_lora_eva_weights(model, [batch] * 4, show_progress_bar=False)
+        return model, None
+    if how == "corda":
+        # PEFT's module takes this decorator from a package that it does not require
+        sys.modules.setdefault("attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
+        from peft.tuners.lora.corda import preprocess_corda
+
+        with torch.no_grad():
+            preprocess_corda(model, adapter, run_model=lambda: [model(input_ids=row[None]) for row in ids])
+    else:
+        preprocess_loraga(model, adapter, lambda: model(input_ids=ids, labels=ids).loss.backward())
+        model.zero_grad()
+    return model, adapter
+
+
+def build(family, model, adapter, output_dir, tokenizer, **overrides):
+    given = dict(peft_config=adapter, processing_class=tokenizer)
+    steps = dict(max_steps=2, save_strategy="steps", save_steps=1, optim="adamw_torch", learning_rate=2e-2) | overrides
+    if family == "preference":
+        args = RobustDPOConfig(**training.settings(output_dir, pair_loss="dpo", **steps))
+        return RobustDPOTrainer(model, args=args, train_dataset=make_pairs(16), **given)
+    if family == "offline":
+        args = ALoLConfig(**scored.settings(output_dir, **steps))
+        return ALoLTrainer(model, args=args, train_dataset=scored.make_scored(16), **given)
+    args = QAEConfig(**rollouts.settings(output_dir, beta=0.1, **steps))
+    rows = rollouts.prompts([1, 2, 3, 2, 1, 3, 2, 1], demonstrations=False)
+    return QAETrainer(model, rollouts.success, args, rows, rollout_func=rollouts.rollouts, **given)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def reloaded(base, folder):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+
+
+INITS = [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "mica", "corda", "lora_ga", "eva"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", INITS)
+def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, tiny_folder, tokenizer, tmp_path):
+    model, adapter = prepared(tiny_folder, config(how))
+    trainer = build(family, model, adapter, tmp_path / "run", tokenizer)
+    begun = logits(trainer.model)
+    trainer.model.train()
+    trainer.train()
+    trainer.save_model()
+    trained = logits(trainer.model)
+    moved = (trained - begun).abs().max()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        gap = (logits(reloaded(tiny_folder, folder)) - trained).abs().max()
+        assert gap < 1e-5 and moved > 100 * gap
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        assert saved["init_lora_weights"] is True or not initial_adapter.changes_base(LoraConfig(**start(how)))
+    if how is not False:
+        untrained = logits(AutoModelForCausalLM.from_pretrained(tiny_folder))
+        assert (begun - untrained).abs().max() < 1e-5, "the start is the base, whoever holds which part of it"
+    if family == "policy_gradient":
+        kl = next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+        assert kl < 1e-9, "the reference is the policy's start"
+    if family == "preference":
+        assert abs(training.losses(trainer)[0] - 0.6931472) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "lora_ga", False])
+def test_a_run_resumes_exactly_from_an_adapter_of_any_start(family, how, tiny_folder, tokenizer, tmp_path):
+    def run(resume=None):
+        model, adapter = prepared(tiny_folder, config(how))
+        trainer = build(family, model, adapter, tmp_path / "run", tokenizer, max_steps=3)
+        trainer.train(resume_from_checkpoint=resume)
+        return training.trainable(trainer.model), logits(trainer.model)
+
+    straight, at_the_end = run()
+    torch.manual_seed(99)
+    again, there = run(str(tmp_path / "run" / "checkpoint-1"))
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+    assert torch.equal(at_the_end, there)
+
+
+def test_a_base_that_came_out_otherwise_is_moved_to_the_checkpoint(tiny_folder, tokenizer, tmp_path, logged):
+    def run(seed, resume=None):
+        trainer = build("preference", tiny_folder, config("pissa_niter_0"), tmp_path / "run", tokenizer, seed=seed,
+                        max_steps=3, check_resume=False)  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return logits(trainer.model)
+
+    straight = run(3)
+    other = build("preference", tiny_folder, config("pissa_niter_0"), tmp_path / "run", tokenizer, seed=4,
+                  max_steps=3, check_resume=False)  # fmt: skip
+    first = initial_adapter.matrices(other.model)
+    other.args.data_seed = 3
+    other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert "the base is moved to fit that checkpoint" in logged.text
+    now = initial_adapter.halves(tmp_path / "run" / "checkpoint-3")[1]
+    assert any(not torch.equal(first[name], now[name]) for name in now)
+    torch.testing.assert_close(logits(other.model), straight, atol=1e-5, rtol=0)
+
+
+def test_the_best_checkpoint_of_a_converted_adapter_is_loaded_back(tiny_folder, tokenizer, tmp_path):
+    trainer = RobustDPOTrainer(
+        tiny_folder,
+        args=RobustDPOConfig(
+            **training.settings(
+                tmp_path / "run", pair_loss="dpo", save_strategy="steps", save_steps=1, eval_strategy="steps",
+                eval_steps=1, load_best_model_at_end=True, max_steps=3, learning_rate=0.5,
+            )  # fmt: skip
+        ),
+        train_dataset=make_pairs(8),
+        eval_dataset=make_pairs(8, seed=7),
+        peft_config=config("pissa"),
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    torch.testing.assert_close(logits(trainer.model), logits(reloaded(tiny_folder, best)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(use_rslora=True),
+        dict(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 5}),
+        dict(use_dora=True),
+        dict(target_modules="all-linear", modules_to_save=["norm"]),
+    ],
+)
+def test_a_converted_adapter_keeps_its_scale_and_other_weights(settings, tiny_folder, tokenizer, tmp_path):
+    trainer = build("preference", tiny_folder, config("pissa", **settings), tmp_path / "run", tokenizer)
+    begun = logits(trainer.model)
+    trainer.train()
+    trainer.save_model()
+    trained = logits(trainer.model)
+    gap = (logits(reloaded(tiny_folder, tmp_path / "run")) - trained).abs().max()
+    assert gap < 1e-5 and (trained - begun).abs().max() > 100 * gap
+
+
+def test_a_merged_converted_adapter_is_the_model_that_was_trained(tiny_folder, tokenizer, tmp_path):
+    trainer = build("offline", tiny_folder, config("olora"), tmp_path / "run", tokenizer)
+    trainer.train()
+    trainer.save_model()
+    assert merge_adapter(tmp_path / "run", tmp_path / "merged", dtype="float32").top1_agreement == 1.0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(trainer.model), atol=1e-5, rtol=0)
+
+
+def test_precomputed_and_live_references_of_an_adapter_that_changed_the_base_agree(tiny_folder, tokenizer, tmp_path):
+    losses = []
+    for precompute in (True, False):
+        trainer = build("preference", tiny_folder, config("pissa"), tmp_path / str(precompute), tokenizer,
+                        precompute_ref_log_probs=precompute, prefix_sharing="never")  # fmt: skip
+        trainer.train()
+        losses.append(training.losses(trainer))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        (dict(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}), "'loftq', which replaces"),
+        (dict(init_lora_weights="eva", eva_config=EvaConfig()), "'eva', which needs a pass over data"),
+        (dict(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm")), "run preprocess_corda on the loaded model"),
+        (dict(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()), "run preprocess_loraga on the loaded model"),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_start_that_could_not_be_saved_or_was_not_made_is_refused(family, adapter, said, tokenizer, tmp_path):
+    pytest.importorskip("scipy")
+    with pytest.raises(ConfigError, match="init_lora_weights is") as raised:
+        build(family, "no/such-model", LoraConfig(r=4, target_modules=["q_proj"], **adapter), tmp_path, tokenizer)
+    assert said in str(raised.value)
+
+
+def test_an_adapter_that_has_changed_its_base_before_is_refused(tiny_folder, tokenizer, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config("pissa"))
+    with pytest.raises(ConfigError, match="comes with an adapter of init_lora_weights 'pissa'"):
+        build("offline", model, None, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("family", ["preference", "policy_gradient"])
+def test_trained_biases_under_a_live_reference_are_refused(family, tiny_folder, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="the adapter's bias is 'all'"):
+        build(family, tiny_folder, config(bias="all"), tmp_path, tokenizer)
+
+
+def test_a_policy_that_is_not_its_reference_is_refused_in_policy_gradients_too(tiny_folder, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.lm_head.weight.data.mul_(3)
+    trainer = build("policy_gradient", model, None, tmp_path / "run", tokenizer, learning_rate=1e-4)
+    with pytest.raises(ConfigError, match="policy and reference differ by .* before the first step"):
+        trainer.train()
+    build("policy_gradient", model, None, tmp_path / "two", tokenizer, check_reference=False).train()
+    build("policy_gradient", model, None, tmp_path / "three", tokenizer, beta=0.0).train()
+
+
+def test_the_copy_of_a_given_adapter_has_its_embedding_too(tiny_folder, tokenizer, tmp_path):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_folder), config(target_modules=["q_proj", "embed_tokens"])
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    trainer = build("policy_gradient", model, None, tmp_path / "run", tokenizer, max_steps=1)
+    trainer.train()
+    assert next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry) < 1e-9
+
+
+@pytest.mark.parametrize("how", ["prompt", "prefix", "p"])
+def test_learned_prompts_are_not_held_to_the_zero_margin(how, tiny_folder, tokenizer, tmp_path):
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+    kind = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig, "p": PromptEncoderConfig}[how]
+    adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = build("preference", tiny_folder, adapter, tmp_path / "run", tokenizer, save_strategy="no")
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        policy = trainer.score(trainer.model, dict(batch)).chosen_logps
+        reference = trainer.compute_ref_log_probs(trainer.model, dict(batch))[0]
+        with trainer.model.disable_adapter():
+            base = trainer.score(trainer.model, dict(batch)).chosen_logps
+    assert torch.equal(reference, base) and not torch.allclose(policy, base)
+    before = training.trainable(trainer.model)
+    trainer.train()
+    after = training.trainable(trainer.model)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+ON_EMBEDDINGS = {
+    "lora": dict(target_modules=["q_proj", "embed_tokens"]),
+    "copy": dict(modules_to_save=["embed_tokens"]),
+    "head": dict(modules_to_save=["lm_head"]),
+    "tokens": dict(trainable_token_indices=[97, 101, 257]),
+}
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def base(request, tmp_path_factory, tokenizer):
+    from posttrain.models import tiny_model
+
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_model(tie_word_embeddings=request.param == "tied").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("which", ON_EMBEDDINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_adapters_on_embeddings_train_save_and_merge(family, which, base, tokenizer, tmp_path):
+    trainer = build(family, base, config(**ON_EMBEDDINGS[which]), tmp_path / "run", tokenizer, save_strategy="no")
+    before = training.trainable(trainer.model)
+    trainer.train()
+    moved = [name for name, p in training.trainable(trainer.model).items() if not torch.equal(p, before[name])]
+    assert any("embed" in name or "lm_head" in name for name in moved)
+    batch = torch.randint(97, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    inputs = dict(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
+    trainer.model.eval()
+    with torch.no_grad():
+        scored = trainer.model(**inputs, labels=batch, fused_lm_head=True).log_probs
+        own = torch.log_softmax(trainer.model(**inputs).logits[:, :-1] / getattr(trainer, "temperature", 1.0), -1)
+    torch.testing.assert_close(scored, own.gather(-1, batch[:, 1:, None])[..., 0], atol=1e-4, rtol=0)
+    trainer.save_model()
+    trained = logits(trainer.model)
+    torch.testing.assert_close(logits(reloaded(base, tmp_path / "run")), trained, atol=1e-5, rtol=0)
+    assert merge_adapter(tmp_path / "run", tmp_path / "merged", dtype="float32").top1_agreement == 1.0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), trained, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_on_the_head_is_refused(family, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="lora_target_modules names lm_head"):
+        build(family, "no/such-model", config(target_modules=["q_proj", "lm_head"]), tmp_path, tokenizer)
+
+
