@@ -48,7 +48,8 @@ _WRITTEN = (
     *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE,
     "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp*", "adapter_config.json", "config.json",
     "generation_config.json", "README.md", "training_args.bin", "scaler.pt", "entropy_ctrl_state.json", "latest",
-    "zero_to_fp32.py", _partial(MARKER), _partial(SAVING),
+    "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", _partial(ADAPTER[0]),
+    _partial(MARKER), _partial(SAVING),
 )  # fmt: skip
 
 

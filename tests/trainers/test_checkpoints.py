@@ -378,6 +378,19 @@ def test_weights_that_are_not_the_runs_own_are_refused_and_not_loaded_in_part(ti
             trainer.train(resume_from_checkpoint=folder)
 
 
+def test_a_foreign_checkpoint_of_an_adapter_that_moves_the_base_is_refused(tiny_folder, tmp_path):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", lora_dropout=0.0)
+    args = RobustDPOConfig(**settings(tmp_path, pair_loss="dpo", max_steps=2, check_resume=False) | SAVES)
+    trainer = RobustDPOTrainer(tiny_folder, args=args, train_dataset=make_pairs(8), peft_config=adapter)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    (folder / MARKER).unlink()
+    with pytest.raises(ConfigError, match="init_lora_weights moves the base weights, of which it holds no trace"):
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
 # checkpoints without optimizer, schedule or random state
 
 
