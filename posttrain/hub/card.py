@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import platform
 import re
 from pathlib import Path
@@ -85,7 +86,7 @@ def _card(trainer, model_name, dataset_name, tags, has_curves: bool) -> str:
         "## Versions\n\n" + format_table(("library", "version"), [("python", platform.python_version()), *libraries]),
         "## Citation\n\n" + "\n\n".join(f"```bibtex\n{entry}\n```" for entry in _citations(papers)),
     ]
-    metadata = _metadata(hub_base, license, adapter, dataset, trainer._tag_names, tags)
+    metadata = _metadata(hub_base, license, adapter, dataset, [*trainer._tag_names, *_tags_of(model)], tags)
     return join_front_matter(metadata, "\n\n".join(sections) + "\n")
 
 
@@ -134,6 +135,13 @@ def _metadata(hub_base, license, adapter, dataset, own_tags, tags) -> dict:
     if dataset:
         data["datasets"] = [dataset]
     return data
+
+
+def _tags_of(model) -> list[str]:
+    """What TRL's cards are tagged with besides: the model's own tags, and where it was trained."""
+    found = list(getattr(model, "model_tags", None) or [])
+    found += ["unsloth"] if hasattr(model.config, "unsloth_version") else []
+    return found + (["hf_jobs"] if "JOB_ID" in os.environ else [])
 
 
 def _base_sentence(base: str | None, adapter) -> str:
