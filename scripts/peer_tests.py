@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(theirs: dict, ours: dict) -> dict:
-    """Names of tests by what happened: `both` pass, `differ` (TRL's alone passes), `apart` (TRL's fails, or neither ran)."""
+    """Names of tests by what happened: `both` pass, `differ` (TRL's alone passes), `apart` (TRL's fails), `skipped`."""
     groups = {"both": [], "differ": [], "apart": [], "skipped": []}
     for test, result in theirs.items():
         mine = ours.get(test, {"outcome": "failed"})["outcome"]

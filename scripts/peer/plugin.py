@@ -10,7 +10,6 @@ import json
 import os
 
 import datasets
-import trl
 
 _load_dataset = datasets.load_dataset
 _data = json.loads(os.environ["PEER_DATA"])
