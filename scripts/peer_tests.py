@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--files", nargs="+", default=list(SWAPS), metavar="FILE", help="test files there")
     parser.add_argument("--match", metavar="EXPRESSION", help="as pytest's -k")
+    parser.add_argument("--rows", type=int, default=19, metavar="N", help="rows of a data set; fewer are faster")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go")
     parser.add_argument("--known", type=Path, metavar="FILE", help="results of TRL's own class from an earlier --json")
     args = parser.parse_args(arguments)
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     known = json.loads(args.known.read_text())["results"] if args.known else {}
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        environment, failed = _prepare(Path(folder))
+        environment, failed = _prepare(Path(folder), args.rows)
         for name in args.files:
             results[name] = {"theirs": known[name]["theirs"]} if name in known else {}
             for side, swap in (("theirs", {}), ("ours", SWAPS[name])):
@@ -109,7 +110,7 @@ def _problem(tests: Path, files: list[str]) -> str | None:
     return None
 
 
-def _prepare(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+def _prepare(folder: Path, number: int) -> tuple[dict[str, str], dict[str, str]]:
     """The environment of a run: a cache with the models, folders of data, nothing of the hub; and what is missing."""
     sys.path.insert(0, str(ROOT))
     import datasets
@@ -118,7 +119,7 @@ def _prepare(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    data = rows.write_data(folder / "data")
+    data = rows.write_data(folder / "data", number)
     failed = models.write_hub(folder / "hub", rows.texts())
     path = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")])
     return os.environ | {
