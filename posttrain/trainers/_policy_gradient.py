@@ -1,13 +1,11 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
 
 import importlib
-import inspect
 import math
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import GRPOTrainer
 
 from posttrain.data import columns
 from posttrain.data.limits import Limits
@@ -69,8 +67,7 @@ class PolicyGradientMixin(RunMixin):
         self._advantage_function = _advantage_function(args)
         reward_funcs = _rewards.reward_functions(reward_funcs, args)
         _rewards.check_weights(args, reward_funcs)
-        given = _given(rest, kwargs)
-        _check_prompts(train_dataset, eval_dataset, given)
+        _check_prompts(train_dataset, eval_dataset, kwargs)
         train_dataset = columns.prepare(train_dataset, "train_dataset")
         eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
         _checks.check_generation(args, train_dataset)
@@ -182,6 +179,13 @@ class PolicyGradientMixin(RunMixin):
 
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
+        size, group = self.args.per_device_eval_batch_size * self.args.world_size, self.num_generations_eval
+        if size % group:
+            raise ConfigError(
+                f"an evaluation batch holds {size} rollouts (per_device_eval_batch_size "
+                f"{self.args.per_device_eval_batch_size}, {self.args.world_size} processes), which is no multiple of "
+                f"the {group} drawn for a prompt. Change per_device_eval_batch_size or num_generations_eval."
+            )
         with _completions.of_evaluation(self, metric_key_prefix):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -412,12 +416,6 @@ def _advantage_function(args):
             rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
         )
     return None
-
-
-def _given(rest: tuple, kwargs: dict) -> dict:
-    """What was given behind `processing_class`, by name."""
-    names = list(inspect.signature(GRPOTrainer.__init__).parameters)
-    return dict(zip(names[names.index("processing_class") + 1 :], rest, strict=False)) | kwargs
 
 
 def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
