@@ -18,6 +18,8 @@ TESTED = {
     "bitsandbytes": ("0.50.2",),
 }
 
+_FUSED = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
 # (module, dotted attribute, parameters we pass or receive by name or position)
 PRIVATE_NAMES = (
     ("trl.trainer.dpo_trainer", "DPOTrainer._compute_loss", ("model", "inputs", "return_outputs")),
@@ -40,6 +42,7 @@ PRIVATE_NAMES = (
     # no private names, but of a module that is not documented
     ("trl.data_utils", "common_prefix_length", ("ids", "other_ids")),
     ("trl.data_utils", "prepare_multimodal_messages", ("messages",)),
+    ("trl.trainer.grpo_trainer", "GRPOTrainer._tokenize_prompts", ("prompts",)),
     ("trl.trainer.utils", "RepeatSampler", ("data_source", "shuffle", "seed")),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._compute_loss", ("model", "inputs")),
     (
@@ -56,6 +59,17 @@ PRIVATE_NAMES = (
     ("trl.trainer.sft_trainer", "SFTTrainer._save_checkpoint", ("model", "trial")),
     # the speed benchmark counts what reaches the LM head there
     ("trl.trainer.utils", "_ChunkedLogProbFunction", ()),
+    # what a model's own head answers in the place of the fused one
+    ("trl.trainer.utils", "add_fused_lm_head", ("model", "temperature", "outputs")),
+    ("trl.trainer.utils", "FusedCausalLMOutput", ("loss", "log_probs", "label_mask", "aux_loss", *_FUSED)),
+    ("peft.utils.other", "TrainableTokensWrapper", ()),
+    ("peft.tuners.lora", "LoraLayer.get_base_layer", ()),
+    ("peft.tuners.lora.layer", "Linear.get_delta_weight", ("adapter",)),
+    # where PEFT looks for what a pass over data left
+    ("peft.tuners.lora.layer", "LoraLayer.corda_init", ()),
+    ("peft.tuners.lora.layer", "LoraLayer.lora_ga_init", ()),
+    ("transformers", "Trainer._load_from_checkpoint", ("resume_from_checkpoint", "model")),
+    ("transformers", "Trainer._load_best_model", ()),
     ("transformers", "Trainer._push_from_checkpoint", ("checkpoint_folder",)),
     ("transformers", "Trainer._finish_current_push", ()),
     ("transformers.utils", "PushInProgress", ("jobs",)),
@@ -87,13 +101,15 @@ INSTANCE_ATTRIBUTES = {
         "_step",
         "_metrics",
         "_logs",
+        "_pending_extra_logs",
+        "_pending_metrics",
         "_tokenizer",
         "_total_train_tokens",
         "_entropy_bonus_enabled",
         "aux_loss_enabled",
     ),
     "trl.SFTTrainer": ("_metrics", "_total_train_tokens"),
-    "transformers.Trainer": ("model_wrapped", "_signature_columns"),
+    "transformers.Trainer": ("model_wrapped", "_signature_columns", "gather_function"),
     "bitsandbytes.nn.Linear4bit": ("support_avx512bf16_for_cpu",),
 }
 

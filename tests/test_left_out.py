@@ -28,8 +28,6 @@ CASES = [
     (RobustDPOConfig, dict(loss_type="hinge"), dict(pair_loss="rdpo"), dict(pair_loss="rdpo"), "loss_type"),
     (RobustDPOConfig, dict(pair_loss="rdpo"), dict(reduction="dr_dpo"), dict(pair_loss="dpo"), "pair_loss"),
     (RobustDPOConfig, dict(reduction="dr_dpo"), dict(pair_loss="rdpo"), dict(reduction="mean"), "reduction"),
-    (RobustDPOConfig, dict(disable_dropout="false"), dict(reduction="dr_dpo"), dict(disable_dropout=True),
-     "disable_dropout"),
     (RobustDPOConfig, dict(bf16="true", use_cpu="true"), dict(bf16="false"), dict(bf16=False), None),
     (RobustDPOConfig, dict(load_best_model_at_end="true", eval_strategy="steps"), dict(eval_strategy="no"),
      dict(load_best_model_at_end=False), "load_best_model_at_end"),

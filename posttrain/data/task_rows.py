@@ -17,18 +17,21 @@ def check(datasets, processing_class, args, name: str = "train_dataset") -> None
     rendered.
     """
     for key, dataset in datasets.items() if isinstance(datasets, Mapping) else [(name, datasets)]:
-        # environments bring prompts of their own
         if hasattr(dataset, "__len__") and len(dataset) and "prompt" in (getattr(dataset, "column_names", None) or ()):
             _check(dataset, processing_class, args, key)
 
 
 def _check(dataset, processing_class, args, name: str) -> None:
-    dataset = dataset.with_format(None)
+    there = [number for number, prompt in enumerate(dataset.with_format(None)["prompt"]) if prompt]
+    if not there:
+        return
+    # rows without a prompt get an environment's
+    dataset = dataset.with_format(None).select(there)
     if isinstance(dataset[0]["prompt"], list) and not processing_class.chat_template:
         # what reads the prompts says that there is none
         return
     names = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in dataset.column_names]
-    rows, places = dataset.select_columns(names), [f"{name}, row {number}" for number in range(1, len(dataset) + 1)]
+    rows, places = dataset.select_columns(names), [f"{name}, row {number + 1}" for number in there]
     answered: list[int] = []
     if args.learns_from_demonstrations and "demonstration" in dataset.column_names:
         answers = [

@@ -182,6 +182,17 @@ def _ids_of(messages: list, row: Mapping, processing_class, place: str, **option
     return render(messages, row, processing_class, place, **options)
 
 
+def tools_of(row: Mapping) -> list | None:
+    """The tools of a row, which a column may hold as JSON text; None where it has none."""
+    tools = row.get("tools")
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+
+
+def template_kwargs_of(row: Mapping) -> dict:
+    """The settings of the chat template in a row's column chat_template_kwargs, without those that are null."""
+    return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+
+
 def render_text(messages: list, row: Mapping, processing_class, **options) -> str:
     """Messages through the chat template, as a text. Raises whatever the template raises."""
     from transformers import ProcessorMixin

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,14 +102,17 @@ def _merged(model):
                 break
             head = inner
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    merged = model.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True` and the tied_target_modules")
+        merged = model.merge_and_unload(safe_merge=True)
     if tied:
         embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
-        if torch.equal(embedding.weight, head.weight):
+        still = torch.equal(embedding.weight, head.weight)
+        if still:
             head.weight = embedding.weight
-        else:
-            for config in {id(config): config for config in (merged.config, merged.config.get_text_config())}.values():
-                config.tie_word_embeddings = False
+        for config in {id(config): config for config in (merged.config, merged.config.get_text_config())}.values():
+            config.tie_word_embeddings = still
     return merged
 
 

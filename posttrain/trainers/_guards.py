@@ -56,11 +56,13 @@ class LiveGradients:
     """
 
     def __init__(self, model) -> None:
-        self._seen = {name: None for name, p in model.named_parameters() if p.requires_grad}
+        # single tokens get a gradient where the data holds them, which the first steps may not
+        watched = {
+            name: p for name, p in model.named_parameters() if p.requires_grad and "trainable_tokens_delta" not in name
+        }
+        self._seen = dict.fromkeys(watched)
         self._hooks = [
-            p.register_hook(lambda gradient, name=name: self._note(name, gradient))
-            for name, p in model.named_parameters()
-            if p.requires_grad
+            p.register_hook(lambda gradient, name=name: self._note(name, gradient)) for name, p in watched.items()
         ]
         self._steps = 0
         self._learning_rate = 0.0

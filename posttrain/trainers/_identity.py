@@ -58,7 +58,7 @@ def identity(trainer) -> dict:
 def update_settings(trainer) -> dict:
     """What else a run must share with the checkpoint it goes on from; one that starts anew may change it."""
     adapter = adapter_config(trainer.model)
-    shape = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora") if adapter else ()
+    shape = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights") if adapter else ()
     settings = {name: plain(getattr(trainer.args, name)) for name in _UPDATE}
     return settings | {name: plain(getattr(adapter, name, None)) for name in shape}
 

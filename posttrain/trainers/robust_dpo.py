@@ -61,7 +61,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         super().__init__(*args, **kwargs)
         method = "dr_dpo" if self.args.reduction == "dr_dpo" else self.args.pair_loss
         self._paper = self._papers.get(method, DPOTrainer._paper)
-        self._objective = None
+        self._objective, self._unscored = None, None
         self._few_pairs_logs = 0
 
     def identity_settings(self) -> dict:
@@ -103,9 +103,12 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         if self._rescales:
             self._unscaled_weights = []
         elif window.micro_batches > 1:
-            weights = self._global_weights(self._score_window(batches), torch.cat([_real_pairs(b) for b in batches]))
-            for batch, part in zip(batches, weights.split([_pairs(batch) for batch in batches]), strict=True):
-                batch["pair_weights"] = part
+            self._unscored = batches
+
+    def _weigh_window(self, batches: list[dict]) -> None:
+        weights = self._global_weights(self._score_window(batches), torch.cat([_real_pairs(b) for b in batches]))
+        for batch, part in zip(batches, weights.split([_pairs(batch) for batch in batches]), strict=True):
+            batch["pair_weights"] = part
 
     def _global_weights(self, losses: Tensor, real: Tensor) -> Tensor:
         """Dr. DPO's weights (R,) of this rank's rows among all rows of the step, 0 for rows that only fill up.
@@ -176,6 +179,10 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     # stands on DPOTrainer.training_step: gradients are reduced over ranks here, and not yet clipped
     def training_step(self, model, inputs, *args, **kwargs):
+        if self._unscored is not None:
+            # not as the window is drawn: upstream restores a resumed run's random state after that
+            batches, self._unscored = self._unscored, None
+            self._weigh_window(batches)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not self._rescales:
             return loss

@@ -187,17 +187,6 @@ def test_an_unknown_model_is_answered_without_a_traceback_of_the_hub(tmp_path):
         RobustDPOTrainer("no-such-org/no-such-model", args=RobustDPOConfig(str(tmp_path)), train_dataset=make_pairs(4))
 
 
-def test_a_mixture_of_experts_with_an_auxiliary_loss_is_refused(tmp_path, tokenizer):
-    model = tiny_model("mixtral", num_local_experts=2, router_aux_loss_coef=0.02)
-    with pytest.raises(ValueError, match="router_aux_loss_coef is 0.02; an auxiliary MoE loss"):
-        RobustDPOTrainer(
-            model,
-            args=RobustDPOConfig(str(tmp_path)),
-            train_dataset=make_pairs(4),
-            processing_class=tokenizer,
-        )
-
-
 @pytest.mark.parametrize(
     ("drop", "message"),
     [

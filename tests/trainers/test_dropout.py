@@ -1,0 +1,137 @@
+"""Dropout in preference training: where it falls, and where it does not."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer, ModelConfig
+
+from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain.config import ModelArguments, parse
+from posttrain.models import tiny_model
+from tests.conftest import make_pairs
+from tests.training import distance, lora, losses, settings, trainable
+
+
+def adapter(dropout, **fields):
+    return LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, **fields)
+
+
+def build(model, output_dir, peft_config, trainer_class=RobustDPOTrainer, config_class=RobustDPOConfig, **over):
+    if config_class is RobustDPOConfig:
+        over = dict(pair_loss="dpo") | over
+    processing = {"processing_class": over.pop("tokenizer", None)}
+    return trainer_class(
+        model, args=config_class(**settings(output_dir, **over)), train_dataset=make_pairs(16), peft_config=peft_config,
+        **processing,
+    )  # fmt: skip
+
+
+def run(trainer, **train):
+    before = trainable(trainer.model)
+    trainer.train(**train)
+    after = trainable(trainer.model)
+    return {name: after[name] - before[name] for name in before}
+
+
+def test_lora_dropout_is_used(tiny_folder, tmp_path):
+    plain = run(build(tiny_folder, tmp_path / "0", adapter(0.0)))
+    for rate in (0.05, 0.5):
+        trainer = build(tiny_folder, tmp_path / str(rate), adapter(rate))
+        rates = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout) and module.p}
+        assert rates == {rate}
+        assert distance(run(trainer), plain) > 1e-3
+        assert losses(trainer)[0] == pytest.approx(0.6931472, abs=1e-6), "a new adapter is the identity all the same"
+
+
+def test_without_lora_dropout_nothing_drops_out_and_the_run_is_the_parents(tiny_folder, tmp_path):
+    plain = dict(use_cpu=True, bf16=False, gradient_checkpointing=False)
+    for number, config in enumerate((adapter(0.0), LoraConfig(r=4, target_modules="all-linear"))):
+        theirs = run(build(tiny_folder, tmp_path / f"{number}t", config, DPOTrainer, DPOConfig, **plain))
+        ours = run(build(tiny_folder, tmp_path / f"{number}o", config, prefix_sharing="never"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_recipes_adapter_drops_nothing_out_unless_asked():
+    assert ModelConfig().lora_dropout > 0 == ModelArguments().lora_dropout
+    assert parse((ModelArguments,), ["--lora_dropout", "0.1"])[0].lora_dropout == 0.1
+
+
+@pytest.mark.parametrize("start", ["new", "given"])
+def test_reference_and_evaluation_are_clean_of_it(tiny_folder, tmp_path, tokenizer, start):
+    config = adapter(0.5)
+    model = tiny_folder
+    if start == "given":
+        model, config = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config), None
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    trainer = build(model, tmp_path, config, tokenizer=tokenizer)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    with torch.no_grad():
+        first, second = (trainer.compute_ref_log_probs(trainer.model, dict(batch))[0] for _ in range(2))
+        assert torch.equal(first, second)
+        trainer.model.eval()
+        policy = trainer.score(trainer.model, dict(batch)).chosen_logps
+    torch.testing.assert_close(policy, first, atol=1e-3, rtol=0)
+    # and the check of the zero margin, which is of the weights
+    run(trainer)
+
+
+def test_a_bases_own_dropout_is_off_by_default_and_clean_references_where_it_is_on(tmp_path, tokenizer):
+    def gpt2():
+        return tiny_model("gpt2", attn_pdrop=0.0, n_embd=64, n_layer=2, n_head=4, n_positions=512)
+
+    trainer = build(gpt2(), tmp_path / "off", LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
+                    tokenizer=tokenizer)  # fmt: skip
+    assert not any(module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout))
+    trainer = build(gpt2(), tmp_path / "on", LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
+                    tokenizer=tokenizer, disable_dropout=False)  # fmt: skip
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    with torch.no_grad():
+        first, second = (trainer.compute_ref_log_probs(trainer.model, dict(batch))[0] for _ in range(2))
+        noisy = trainer.score(trainer.model, dict(batch)).chosen_logps
+    assert torch.equal(first, second) and not torch.equal(first, noisy)
+    run(trainer)
+
+
+def test_dr_dpo_weighs_the_losses_that_are_trained_on(tiny_folder, tmp_path):
+    # dropout is drawn alike in the scoring and the training pass, so both ways to the weights agree
+    def changes(window, rate):
+        trainer = build(
+            tiny_folder, tmp_path / f"{window}{rate}", adapter(rate), reduction="dr_dpo", dr_dpo_window=window,
+            per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=3, beta_prime=0.5,
+        )  # fmt: skip
+        return run(trainer)
+
+    two_pass, rescale = changes("two_pass", 0.3), changes("rescale", 0.3)
+    assert distance(two_pass, rescale) < 1e-4
+    assert distance(changes("two_pass", 0.0), rescale) > 1e-2
+
+
+def test_a_run_with_dropout_resumes_exactly(tiny_folder, tmp_path):
+    def end(resume=None):
+        trainer = build(
+            tiny_folder, tmp_path / "run", adapter(0.3), save_strategy="steps", save_steps=1, max_steps=3,
+            reduction="dr_dpo", per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainable(trainer.model)
+
+    straight, again = end(), end(str(tmp_path / "run" / "checkpoint-1"))
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def test_the_card_tells_the_dropout_that_was_used(tiny_folder, tmp_path):
+    trainer = build(tiny_folder, tmp_path, adapter(0.25))
+    run(trainer)
+    trainer.save_model()
+    trainer.create_model_card()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+    assert "0.25" in (tmp_path / "README.md").read_text()
+    assert lora().lora_dropout == 0.0
