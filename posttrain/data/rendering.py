@@ -160,6 +160,10 @@ def _tokens(rows, processing_class, places: Sequence[str], settings: Mapping | N
             return
         sides = (side,)
         made = [row | {"chosen": row[side], "rejected": row[side]} for row in rows]
+        if settings:
+            made = [
+                row | {"chat_template_kwargs": {**settings, **(row.get("chat_template_kwargs") or {})}} for row in made
+            ]
         pairs = objects.exact(made).remove_columns(side)
     for tokens in tokenized_pairs(pairs, processing_class, places):
         read = {"prompt": tokenizer.decode(tokens["prompt_ids"])}
