@@ -44,12 +44,13 @@ def load_answers(data_args: ScoredArguments, training_args):
     needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
     keep, rewards = tuple(kept_columns(training_args)), {}
 
-    def load(name, split, limit):
+    def load(name, split, limit, convert=True):
         training = name == data_args.dataset_name and split == data_args.dataset_train_split
         sources = [name, *(data_args.more_datasets or [])] if training else [name]
         found = load_scored(
-            sources, split, limit, data_args.columns, data_args.same_scale, needs_reward=needs_reward, keep=keep
-        )
+            sources, split, limit, data_args.columns, data_args.same_scale,
+            needs_reward=needs_reward, keep=keep, convert=convert,
+        )  # fmt: skip
         if needs_reward:
             rewards[f"{', '.join(sources)} ({'training' if training else 'evaluation'})"] = found["reward"][:]
         return found
@@ -72,6 +73,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
             adapter settings that do not fit the model.
     """
     from posttrain.data import answer_tokens, baselines, schema, scored
+    from posttrain.data.limits import Limits
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.trainers import _checks, _scored_rows, _values, a_lol
 
@@ -96,6 +98,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     if answer_tokens.are_known(args):
         train_dataset, lost = answer_tokens.fit(train_dataset, processing_class, args, name, stop_ids)
         fits = len(train_dataset)
+        Limits(model_id, config).check_answers(train_dataset, processing_class, args, name)
     else:
         fits = f"at most {fits}: chat_template_path or eos_token change the tokens once the model is loaded"
     kept, facts, living = len(train_dataset), {}, None

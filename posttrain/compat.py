@@ -39,6 +39,7 @@ PRIVATE_NAMES = (
     ("trl.trainer.grpo_trainer", "GRPOTrainer._generate_and_score_completions", ("inputs",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._generate", ("prompts",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._get_train_sampler", ("dataset",)),
+    ("trl.trainer.grpo_trainer", "GRPOTrainer._tokenize_prompts", ("prompts",)),
     ("trl.trainer.utils", "RepeatSampler", ("data_source", "shuffle", "seed")),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._compute_loss", ("model", "inputs")),
     (
@@ -97,13 +98,15 @@ INSTANCE_ATTRIBUTES = {
         "_step",
         "_metrics",
         "_logs",
+        "_pending_extra_logs",
+        "_pending_metrics",
         "_tokenizer",
         "_total_train_tokens",
         "_entropy_bonus_enabled",
         "aux_loss_enabled",
     ),
     "trl.SFTTrainer": ("_metrics", "_total_train_tokens"),
-    "transformers.Trainer": ("model_wrapped", "_signature_columns"),
+    "transformers.Trainer": ("model_wrapped", "_signature_columns", "gather_function"),
     "bitsandbytes.nn.Linear4bit": ("support_avx512bf16_for_cpu",),
 }
 

@@ -53,7 +53,7 @@ REMOVED = {
     "push_to_hub_model_id": "write `hub_model_id: {value}`",
     "push_to_hub_organization": "write `hub_model_id: {value}/NAME`",
     "push_to_hub_token": "leave it out; log in with `hf auth login`, or set HF_TOKEN in the shell",
-    "overwrite_output_dir": "leave it out; `resume_from_checkpoint` continues an earlier run",
+    "overwrite_output_dir": "write `overwrite: {value}`; `resume_from_checkpoint` continues an earlier run",
     "logging_dir": "leave it out; TENSORBOARD_LOGGING_DIR in the shell sets TensorBoard's folder",
     "save_safetensors": "leave it out; weights are always saved as safetensors",
     "tokenizer": "leave it out; the tokenizer comes with `model_name_or_path`",
@@ -78,6 +78,13 @@ class DataArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    convert_rows: bool = field(
+        default=True,
+        metadata={
+            "help": "Convert rows of the shapes that well-known data sets have (UltraFeedback, HH-RLHF, ...), which is "
+            "said; false reads the columns as they are."
+        },
+    )
 
     def __post_init__(self):
         for name in ("max_train_rows", "max_eval_rows"):

@@ -32,14 +32,17 @@ def describe(
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    from posttrain.data import schema
+    from posttrain.data import columns, schema
+    from posttrain.data.limits import Limits
     from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
     from posttrain.trainers import _checks
 
     config = check(model_id, args, peft_config)
     _checks.check_model_config(args, config)
     processing_class = processing_class_for(model_id, None, args)
-    reports = schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset)
+    train_dataset = columns.prepare(train_dataset, "train_dataset")
+    eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
+    reports = schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset, Limits(model_id, config))
     _checks.check_flip_rates(args, train_dataset, eval_dataset)
 
     processes = processes or args.world_size

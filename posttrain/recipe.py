@@ -1,5 +1,6 @@
 """What every recipe does around its trainer: the model and adapter it names, its splits, and the end of a run."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +29,10 @@ def named_model(data_args: DataArguments, model_args: ModelArguments, training_a
 def load_splits(load: Callable, data_args: DataArguments, evaluate: bool):
     """The training rows, and those for evaluation (or None) if some are named or `evaluate` asks for them.
 
-    `load(name, split, limit)` reads one of them.
+    `load(name, split, limit)` reads one of them; it takes `convert=False` where rows are to be read as they are.
     """
+    if not data_args.convert_rows:
+        load = functools.partial(load, convert=False)
     train_dataset = load(data_args.dataset_name, data_args.dataset_train_split, data_args.max_train_rows)
     eval_name = data_args.eval_dataset_name
     if eval_name is None:

@@ -121,18 +121,18 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def plot_curves(rows: list[dict], path: Path) -> None:
-    """A picture with a panel per metric over the steps; `eval_...` shares the panel of its training
-    metric."""
+    """A picture with a panel per metric over the steps; `eval_...`, of one set or several, shares the panel of
+    its training metric."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, list]] = {}
+    trained = {name for row in rows for name in row if not name.startswith("eval_")}
     for row in rows:
         for name, value in row.items():
             if not _NOT_PLOTTED.fullmatch(name) and value is not None and math.isfinite(value):
-                label = "eval" if name.startswith("eval_") else "train"
-                panel = panels.setdefault(name.removeprefix("eval_"), {})
-                panel.setdefault(label, []).append((row["step"], value))
+                metric, label = _panel_of(name, trained)
+                panels.setdefault(metric, {}).setdefault(label, []).append((row["step"], value))
     order = sorted(panels, key=_rank)[:_MOST_PANELS]
     if not order:
         return
@@ -150,6 +150,17 @@ def plot_curves(rows: list[dict], path: Path) -> None:
             axes.legend(fontsize=8)
     figure.supxlabel("step", fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def _panel_of(name: str, trained: set[str]) -> tuple[str, str]:
+    """The panel and the label of a metric: those of several evaluation sets are `eval_<set>_<metric>`."""
+    if not name.startswith("eval_"):
+        return name, "train"
+    rest = name.removeprefix("eval_")
+    metric = max((known for known in trained if rest.endswith(f"_{known}")), key=len, default=None)
+    if rest in trained or metric is None:
+        return rest, "eval"
+    return metric, f"eval {rest.removesuffix(f'_{metric}')}"
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

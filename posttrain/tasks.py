@@ -65,7 +65,7 @@ def load_tasks(task_args: TaskArguments, training_args):
     if learns and columns is not None:
         columns = {"demonstration": "demonstration", **columns}
 
-    def load(name, split, limit):
+    def load(name, split, limit, convert=True):
         return load_demonstrations(
             name,
             split,
@@ -74,6 +74,7 @@ def load_tasks(task_args: TaskArguments, training_args):
             config=task_args.dataset_config,
             conversational=task_args.conversational,
             need_demonstrations=learns and training_args.empty_demonstrations == "error",
+            convert=convert,
         )
 
     return recipe.load_splits(load, task_args, training_args.eval_strategy != "no")
@@ -139,17 +140,24 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
+    from posttrain.data import columns
+    from posttrain.data.limits import Limits
+    from posttrain.data.schema import generation_stop_ids
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.trainers import _checks, _demonstrations
 
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_generation(args, train_dataset)
-    tokenizer = tokenizer_of(processing_class_for(model_id, None, args))
+    train_dataset = columns.prepare(train_dataset, "train_dataset")
+    tokenizer, limits = tokenizer_of(processing_class_for(model_id, None, args)), Limits(model_id, config)
     if args.learns_from_demonstrations:
-        train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
+        stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))
+        train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
 
+        limits.check(train_dataset, ((_demonstrations.IDS,),), tokenizer, "train_dataset", None)
+    limits.check_prompts(train_dataset, tokenizer, args, "train_dataset")
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
-    texts = [_rendered(row["prompt"], tokenizer, args) for row in sample]
+    texts = [_rendered(row, tokenizer, args) for row in sample]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     rollouts = args.generation_batch_size
     prompts = rollouts // args.num_generations
@@ -174,12 +182,16 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     return facts | {"gold": train_dataset[0].get("gold")}
 
 
-def _rendered(prompt, tokenizer, args) -> str:
+def _rendered(row, tokenizer, args) -> str:
+    from posttrain.data.tokens import template_kwargs_of, tools_of
+
+    prompt = row["prompt"]
     if isinstance(prompt, str):
         return prompt
+    kwargs = (args.chat_template_kwargs or {}) | template_kwargs_of(row)
     try:
         return tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=False, **(args.chat_template_kwargs or {})
+            prompt, tools=tools_of(row), add_generation_prompt=True, tokenize=False, **kwargs
         )
     except ValueError as error:
         raise ConfigError(

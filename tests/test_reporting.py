@@ -114,6 +114,24 @@ def test_panels_beyond_the_limit_leave_out_the_least_telling_metrics(tmp_path, m
     assert titles[:4] == ["loss", "rewards/margins", "rdpo/kappa", "logits/0"] and len(titles) == 12
 
 
+def test_several_evaluation_sets_share_the_panel_of_their_metric(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    titles, lines, plot = [], [], Axes.plot
+
+    def note(self, *points, label, **kwargs):
+        lines.append(label)
+        return plot(self, *points, label=label, **kwargs)
+
+    monkeypatch.setattr(Axes, "set_title", lambda self, label, **kwargs: titles.append(label))
+    monkeypatch.setattr(Axes, "plot", note)
+    names = ["loss", "rewards/margins", "eval_easy_loss", "eval_hard_loss", "eval_hard_rewards/margins", "eval_own"]
+    plot_curves([{"step": 1, **dict.fromkeys(names, 1.0)}], tmp_path / "curves.png")
+    assert titles == ["loss", "rewards/margins", "own"]
+    assert lines == ["train", "eval hard", "eval easy", "train", "eval hard", "eval"]
+
+
 def test_curves_of_nothing_are_not_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     row = {"step": 1, "epoch": 0.1, "train_runtime": 3.0, "loss": float("nan")}

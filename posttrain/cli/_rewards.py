@@ -29,11 +29,12 @@ def facts(args, columns: list[str], first: dict) -> dict:
         ConfigError: a value column without `--value column`. DataError: the column named is missing.
     """
     from posttrain.data import baselines
-    from posttrain.data.scored import PAIR_REWARDS, load_scored
+    from posttrain.data.scored import load_scored
+    from posttrain.data.sides import scores_of
 
     if args.value_column is not None and args.value != "column":
         raise ConfigError(f"--value-column is {args.value_column}, which only --value column reads. Add that.")
-    pairs = any(set(names) <= set(columns) for names in PAIR_REWARDS)
+    pairs = scores_of(columns) is not None
     labelled = "completion" in columns and type(first.get("label")) is bool
     if not (args.reward_column or "reward" in columns or pairs or labelled or args.source.startswith("generated:rev")):
         other = next((name for name in ("score", "rating", "rewards", "scores") if name in columns), None)
@@ -47,7 +48,8 @@ def facts(args, columns: list[str], first: dict) -> dict:
             f"{args.source} has no column {column!r}. Found: {', '.join(columns)}. Name it: --value-column."
         )
     try:
-        rows = load_scored(args.source, args.split, args.limit, renamed, keep=(column,) if column else ())
+        keep = (column,) if column else ()
+        rows = load_scored(args.source, args.split, args.limit, renamed, keep=keep, convert=not args.as_is)
         values = baselines.values_of(rows, args.value, column, args.source)
     except DataError as error:
         if args.reward_column is not None or column is not None:

@@ -1,4 +1,4 @@
-"""`posttrain data`: what a data set holds, which of its tokens are learned, and a copy with flipped labels."""
+"""`posttrain data`: what a data set holds, which of its tokens are learned, copies converted or with flipped labels."""
 
 import contextlib
 import gzip
@@ -19,24 +19,33 @@ SHOWN_CHARACTERS = 2000
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "data",
-        help="look at a data set's rows and tokens, measure it, flip some of its labels",
+        help="look at a data set's rows and tokens, measure it, convert it, flip some of its labels",
         description="Looks at a data set before anything is trained on it.",
     )
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
 
     inspect = actions.add_parser("inspect", help="format, and rows as training sees them: supervised tokens coloured")
     _add_source(inspect)
+    _add_as_is(inspect)
     inspect.add_argument("--model", metavar="MODEL", help="whose tokenizer: a hub id, a folder, embedded:tiny")
     inspect.add_argument("--rows", type=int, default=1, metavar="N", help="rows to show; default: 1")
 
     stats = actions.add_parser("stats", help="counts, lengths, and what max_length leaves of the rows")
     _add_source(stats)
+    _add_as_is(stats)
     stats.add_argument("--model", metavar="MODEL", help="count this model's tokens; default: characters")
     stats.add_argument(
         "--max-length", "--max_length", type=int, default=1024, metavar="N", help="in tokens; default: 1024"
     )
     stats.add_argument("--limit", type=int, metavar="N", help="read the first rows only")
     _rewards.add_options(stats)
+
+    convert = actions.add_parser("convert", help="write a copy in the form that training reads, messages and all")
+    _add_source(convert)
+    convert.add_argument("out", metavar="OUT", help="a .jsonl or .jsonl.gz file")
+    convert.add_argument("--to", choices=("pairs", "answers", "tasks"), help="where rows can be read in several ways")
+    convert.add_argument("--limit", type=int, metavar="N", help="read the first rows only")
+    convert.add_argument("--force", action="store_true", help="write over OUT")
 
     flip = actions.add_parser("flip", help="write a copy in which some rows have chosen and rejected swapped")
     _add_source(flip)
@@ -56,6 +65,12 @@ def _add_source(parser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_as_is(parser) -> None:
+    parser.add_argument(
+        "--as-is", "--as_is", action="store_true", help="do not convert the shapes of well-known data sets"
+    )
+
+
 def run(args) -> int:
     """Do one of the actions; exit code 3 where the data cannot be trained on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -64,7 +79,7 @@ def run(args) -> int:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    return {"inspect": _inspect, "stats": _stats, "flip": _flip}[args.action](args)
+    return {"inspect": _inspect, "stats": _stats, "convert": _convert, "flip": _flip}[args.action](args)
 
 
 def _inspect(args) -> int:
@@ -181,18 +196,44 @@ def _stats(args) -> int:
     return 0
 
 
-def _flip(args) -> int:
+def _out(args) -> Path:
+    """The file to write; ConfigError for one of another kind, or that is there already."""
     out = Path(args.out).expanduser()
     if not out.name.endswith(OUT_SUFFIXES):
         raise ConfigError(f"OUT is {args.out}; its name must end in {' or '.join(OUT_SUFFIXES)}.")
-    if not 0 <= args.rate < 1:
-        raise ConfigError(f"--rate is {args.rate}; it must lie in [0, 1): the share of the rows to swap.")
     if out.is_dir() or (out.exists() and not args.force):
         raise ConfigError(f"{out} exists already. Name another file" + ("." if out.is_dir() else ", or add --force."))
+    return out
+
+
+def _convert(args) -> int:
+    from posttrain.cli import _console
+
+    out = _out(args)
+    _console.quiet_libraries()
+    from posttrain.data import shapes
+    from posttrain.data.rows import cells, columns_of, read_rows, rows_of
+
+    rows, places = read_rows(args.source, args.split, args.limit)
+    found = shapes.of_any_kind(columns_of(rows), rows[0], args.to, args.source)
+    made, places = shapes.as_ours(rows, places, found, args.source)
+    _write_lines(out, rows_of(cells(made, places)))
+    if args.json:
+        facts = {"output": str(out), "rows": len(made), "read": len(rows), "from": found.name, "to": found.kind}
+        _print_json(facts | {"why": found.why})
+    else:
+        print(f"{out}: {len(made)} rows ({found.kind}) of {len(rows)} {found.name} rows ({found.why})")
+    return 0
+
+
+def _flip(args) -> int:
+    if not 0 <= args.rate < 1:
+        raise ConfigError(f"--rate is {args.rate}; it must lie in [0, 1): the share of the rows to swap.")
+    out = _out(args)
 
     import datasets
 
-    from posttrain.data.corruption import flip_preferences
+    from posttrain.data.corruption import flip_row, rows_to_flip
     from posttrain.data.rows import cells, columns_of, read_rows, rows_of
 
     datasets.disable_progress_bars()
@@ -204,9 +245,10 @@ def _flip(args) -> int:
                 f"{place}: {' and '.join(map(repr, missing))} missing; found {columns_of([row])}. Only preference "
                 "pairs can be flipped: every row needs chosen and rejected."
             )
-    flipped = flip_preferences(cells(rows, places), args.rate, args.seed)
-    swapped = round(args.rate * len(rows))
-    _write_lines(out, rows_of(flipped))
+    chosen = rows_to_flip(len(rows), args.rate, args.seed)
+    flipped = [flip_row(row, index in chosen) for index, row in enumerate(rows)]
+    swapped = len(chosen)
+    _write_lines(out, rows_of(cells(flipped, places)))
     if args.json:
         _print_json({"output": str(out), "rows": len(rows), "flipped": swapped, "rate": args.rate, "seed": args.seed})
     else:
@@ -258,25 +300,37 @@ class _Source:
         from posttrain.cli import _console
 
         _console.quiet_libraries()
+        from posttrain.data import shapes
+        from posttrain.data.columns import first_with_system, say_system
         from posttrain.data.formats import detect
         from posttrain.data.rows import columns_of, read_rows
 
         self.name, self.model = args.source, args.model
         self.rows, self.places = read_rows(args.source, args.split, limit)
+        self.shape = None if args.as_is else shapes.find(columns_of(self.rows), self.rows[0], name=args.source)
+        self.rows, self.places = shapes.as_ours(self.rows, self.places, self.shape, args.source)
         self.columns = columns_of(self.rows)
         self.format = detect(self.columns, self.rows[0])
+        with_system = first_with_system(self.rows)
+        # alpaca's and sharegpt's is read with their rows
+        if with_system is not None and not self.format.kind.startswith(("alpaca", "sharegpt")):
+            say_system(with_system, args.source)
 
     def heading(self) -> str:
         from posttrain.cli._tokens import visible
 
         columns = visible(", ".join(self.columns))
-        return (
+        converted = f"{self.shape.name} rows, converted to {self.shape.kind} ({self.shape.why})\n" if self.shape else ""
+        return converted + (
             f"{self.name}: {len(self.rows)} rows; columns {columns}\nformat: {self.format} ({visible(self.format.why)})"
         )
 
     def facts(self) -> dict:
         kind = {"kind": self.format.kind, "style": self.format.style, "why": self.format.why}
-        return {"source": self.name, "rows": len(self.rows), "columns": self.columns, "format": kind}
+        facts = {"source": self.name, "rows": len(self.rows), "columns": self.columns, "format": kind}
+        if self.shape:
+            facts["converted"] = {"from": self.shape.name, "to": self.shape.kind, "why": self.shape.why}
+        return facts
 
     def processing_class(self):
         from posttrain.data.tokens import load_processing_class

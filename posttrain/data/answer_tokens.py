@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 from posttrain.data import formats
+from posttrain.data.ends import check_ends
 from posttrain.data.lengths import measure, quantiles
-from posttrain.data.schema import PairReport, _check_ends
+from posttrain.data.schema import PairReport
 from posttrain.data.tokens import as_rendered, tokenizer_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
@@ -26,11 +27,12 @@ def fit(dataset, processing_class, args, name: str, stop_ids=()):
     Returns the rows left, tokenised but not cut, and a sentence about the others for errors, empty where there are
     none.
 
-    Raises DataError where nothing is left, no answer ends the turn, or a row cannot be rendered; ConfigError for a
+    Raises DataError where nothing is left, with `end_of_turn: require` where answers do not end the turn, and where a
+    row cannot be rendered; ConfigError for a
     tokenizer without chat template or eos token.
     """
     _check_template(dataset, processing_class)
-    _check_sample(dataset, processing_class, args.max_length, name, stop_ids)
+    _check_sample(dataset, processing_class, args, name, stop_ids)
     dataset = tokenise(dataset, processing_class, args, name)
     starts, lengths = [], []
     for labels in dataset["labels"]:
@@ -94,7 +96,7 @@ def _check_template(dataset, processing_class) -> None:
         )
 
 
-def _check_sample(dataset, processing_class, max_length: int | None, name: str, stop_ids) -> None:
+def _check_sample(dataset, processing_class, args, name: str, stop_ids) -> None:
     rows = len(dataset)
     sample = dataset if rows <= SAMPLE else dataset.select([i * rows // SAMPLE for i in range(SAMPLE)])
     places = [f"{name}, answer {i * rows // len(sample) + 1}" for i in range(len(sample))]
@@ -102,8 +104,8 @@ def _check_sample(dataset, processing_class, max_length: int | None, name: str, 
     columns = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in sample.column_names]
     pairs = sample.select_columns([*columns, "completion"]).rename_column("completion", "chosen")
     pairs = pairs.add_column("rejected", sample["completion"][:])
-    lengths = measure(pairs, processing_class, places, max_length, keep_start=True)
-    report = PairReport(name, formats.Format("scored", "", ""), rows, 0, 0, [], max_length, lengths)
-    _check_ends(report, tokenizer_of(processing_class), set(stop_ids))
+    lengths = measure(pairs, processing_class, places, args.max_length, args.truncation_mode == "keep_start")
+    report = PairReport(name, formats.Format("scored", "", ""), rows, 0, 0, [], args.max_length, lengths)
+    check_ends(report, tokenizer_of(processing_class), stop_ids, getattr(args, "end_of_turn", "warn"))
     for warning in report.warnings:
         get_logger().warning("%s", warning)

@@ -1,21 +1,24 @@
 """Reading tasks with a demonstration and a gold answer: generated, of reasoning-gym, a local file or a hub data set."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from inspect import signature
 from pathlib import Path
 from urllib.parse import unquote
 
-from posttrain.data import objects, preferences
+from posttrain.data import formats, objects, preferences, shapes
+from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
 from posttrain.data.gym import gym_tasks
 from posttrain.data.procedural import arithmetic_tasks, modular_sum_tasks
 from posttrain.data.rows import columns_of, read_rows
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.log import get_logger
 
 COLUMNS = ("prompt", "demonstration", "gold")
 # Beside COLUMNS, what generated data sets and users' own may have.
-OTHER_COLUMNS = ("difficulty", "gym_task")
+OTHER_COLUMNS = ("difficulty", "gym_task", "tools", "chat_template_kwargs")
 
 # Which columns hold the three, by what published sets call them; the first that fits is taken. Where there is no column
 # of its own for it, the gold answer comes from the demonstration.
@@ -24,6 +27,8 @@ _SHAPES = (
     {"prompt": "prompt", "demonstration": "demonstration"},
     {"prompt": "problem", "demonstration": "solution", "gold": "answer"},
     {"prompt": "problem", "demonstration": "solution"},
+    {"prompt": "question", "demonstration": "solution", "gold": "answer"},
+    {"prompt": "question", "demonstration": "solution"},
     {"prompt": "question", "demonstration": "answer"},
     {"prompt": "prompt", "gold": "gold"},
     {"prompt": "problem", "gold": "answer"},
@@ -43,8 +48,12 @@ def load_demonstrations(
     conversational: bool = True,
     keep_notes: bool = False,
     need_demonstrations: bool = True,
+    convert: bool = True,
 ):
     """Tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
+
+    A column `system` is put in front of prompts that are messages. `tools` (as JSON text) and `chat_template_kwargs`
+    are kept, and rendered with their row.
 
     Args:
         source: one of
@@ -56,12 +65,13 @@ def load_demonstrations(
             Of the first two, any split but `train` gives tasks that are disjoint from the training ones.
         limit: the first rows only.
         columns: which columns are prompt, demonstration and gold, where their names are not known. Known are
-            prompt + demonstration (+ gold), problem + solution (+ answer) as in MATH, and question + answer as in
-            GSM8K. Without a column for gold it is what follows `####` in the demonstration, or its last box.
+            prompt + demonstration (+ gold), problem or question + solution (+ answer) as in MATH, and question + answer
+            as in GSM8K. Without a column for gold it is what follows `####` in the demonstration, or its last box.
         config: of a hub data set that has several, such as `main` of openai/gsm8k.
         conversational: make texts into a user message and an assistant message. Rows of messages stay so.
         keep_notes: keep GSM8K's calculator notes, `<<48/2=24>>`, which are no part of the text.
         need_demonstrations: False lets demonstrations be empty, or their column be missing where there is one for gold.
+        convert: rows of the shapes in `posttrain.data.shapes`, which is said.
 
     Raises DataError for what cannot be read, missing columns, an empty prompt or demonstration, and a row without a
     gold answer, each with its place; ConfigError for wrong options; EnvironmentIssue where the hub cannot be reached
@@ -76,11 +86,21 @@ def load_demonstrations(
         made = _generate(kind, rest, split, conversational)
         return made if limit is None else made.select(range(min(limit, len(made))))
     rows, places = _read(source, split, limit, config)
-    shape = _shape(columns_of(rows), columns, source, need_demonstrations)
+    if convert and columns is None:
+        rows, places = shapes.read_all(rows, places, (shapes.TASKS,), source)
+    found = columns_of(rows)
+    shape = _shape(found, columns, source, need_demonstrations)
+    taken = {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS and ours != theirs}
+    if taken and columns is None:
+        get_logger().info("%s: %s", source, ", ".join(f"{theirs} is the {ours}" for ours, theirs in taken.items()))
+    say_left_out(found, shape.values(), source)
     made = [
         _row(row, place, shape, conversational, keep_notes, need_demonstrations)
         for row, place in zip(rows, places, strict=True)
     ]
+    with_system = first_with_system(rows)
+    if with_system is not None:
+        say_system({**with_system, "prompt": made[0]["prompt"]}, source)
     try:
         return objects.exact(made, places=places)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
@@ -146,6 +166,9 @@ def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, kee
     if not keep_notes:
         demonstration = _without_notes(demonstration)
     made = {name: row.get(column) for name, column in shape.items() if name in OTHER_COLUMNS}
+    if made.get("tools") is not None and not isinstance(made["tools"], str):
+        # as text, rows' tools keep their own arguments
+        made["tools"] = json.dumps(made["tools"])
     if "gold" in shape:
         gold = row.get(shape["gold"])
         if gold is None or isinstance(gold, list | dict) or not str(gold).strip():
@@ -156,6 +179,9 @@ def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, kee
     if conversational and isinstance(prompt, str) and isinstance(demonstration, str):
         prompt = [{"role": "user", "content": prompt}]
         demonstration = [{"role": "assistant", "content": demonstration}]
+    if formats.is_messages(prompt):
+        system = {name: row[name] for name in SYSTEM if name in row}
+        prompt = system_in_front(system | {"prompt": prompt}, place).get("prompt", prompt)
     if isinstance(prompt, str) != isinstance(demonstration, str):
         raise DataError(f"{place}: prompt and demonstration must both be texts or both lists of messages.")
     shown = {"demonstration": demonstration} if "demonstration" in shape else {}
@@ -181,7 +207,9 @@ def _is_message(message) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     # what calls a tool need not say anything
-    return isinstance(message.get("content"), str) or (message.get("content") is None and bool(message.get("tool_calls")))
+    return isinstance(message.get("content"), str) or (
+        message.get("content") is None and bool(message.get("tool_calls"))
+    )
 
 
 def _without_notes(demonstration):

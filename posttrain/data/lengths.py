@@ -25,12 +25,14 @@ class Lengths:
 
     Attributes:
         parts: for prompt, chosen and rejected the values of `quantiles`.
-        shortest_prompt: in tokens.
+        shortest_prompt: in tokens. longest: prompt with the longer answer, before cutting. largest_id: of all tokens.
         dropped: rows that lose every completion token to `max_length`; cut: others that lose a part.
         equal: rows kept whose sides are the same tokens; equal_when_cut: of those, the ones that `max_length` made so.
         keeps_99: the smallest max_length that drops no more than 1% of the rows.
         whole_99: the smallest one that leaves 99% of the rows whole.
         last_tokens: how many sides end with which token id, blanks at the end left out.
+        trained_last_tokens: the same of the tokens that are trained: of rows that are not dropped, after cutting.
+        cut_ends: how many of these lose which last token to `max_length`.
         shortened_prompts: rows, of the first 64, whose prompt loses its end because the template renders it in
             another way before an answer.
         lost_text: the end that the first of those loses.
@@ -39,6 +41,8 @@ class Lengths:
     rows: int = 0
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     shortest_prompt: int = 0
+    longest: int = 0
+    largest_id: int = -1
     dropped: int = 0
     cut: int = 0
     equal: int = 0
@@ -46,13 +50,16 @@ class Lengths:
     keeps_99: int = 0
     whole_99: int = 0
     last_tokens: dict[int | None, int] = field(default_factory=dict)
+    trained_last_tokens: dict[int | None, int] = field(default_factory=dict)
+    cut_ends: dict[int | None, int] = field(default_factory=dict)
     shortened_prompts: int = 0
     lost_text: str = ""
 
 
 def measure(dataset, processing_class, places: Sequence[str], max_length: int | None, keep_start: bool) -> Lengths:
     """Tokenise every row as TRL does and measure it. `places`: where each row is, for errors."""
-    found, last_tokens, blanks = Lengths(len(dataset)), Counter(), {}
+    found, blanks = Lengths(len(dataset)), {}
+    last_tokens, trained, cut_ends = Counter(), Counter(), Counter()
     tokenizer = tokenizer_of(processing_class)
     parts: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
     whole = []
@@ -60,20 +67,25 @@ def measure(dataset, processing_class, places: Sequence[str], max_length: int | 
         prompt, chosen, rejected = (tokens[name] for name in formats.TOKEN_COLUMNS)
         for part, ids in zip(parts.values(), (prompt, chosen, rejected), strict=True):
             part.append(len(ids))
+            found.largest_id = max(found.largest_id, max(ids, default=-1))
         whole.append(len(prompt) + max(len(chosen), len(rejected)))
-        for side in (chosen, rejected):
-            last_tokens[last_token(side, tokenizer, blanks)] += 1
+        ends = [last_token(side, tokenizer, blanks) for side in (chosen, rejected)]
+        last_tokens.update(ends)
         room = whole[-1] if max_length is None or not keep_start else max_length - len(prompt)
         if room <= 0:
             found.dropped += 1
             continue
         found.cut += max_length is not None and whole[-1] > max_length
+        for side, end in zip((chosen, rejected), ends, strict=True):
+            kept = last_token(side[:room], tokenizer, blanks)
+            trained[kept] += 1
+            cut_ends[end] += kept != end
         if chosen[:room] == rejected[:room]:
             found.equal += 1
             found.equal_when_cut += chosen != rejected
-    found.last_tokens = dict(last_tokens)
+    found.last_tokens, found.trained_last_tokens, found.cut_ends = dict(last_tokens), dict(trained), dict(cut_ends)
     found.parts = {name: quantiles(values) for name, values in parts.items()}
-    found.shortest_prompt = min(parts["prompt"])
+    found.shortest_prompt, found.longest = min(parts["prompt"]), max(whole)
     found.keeps_99 = found.parts["prompt"]["99%"] + 1
     found.whole_99 = quantiles(whole)["99%"]
     _compare_prompts(found, dataset, processing_class, places, parts["prompt"])

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from posttrain.data import formats, objects
+from posttrain.data import formats, objects, shapes
+from posttrain.data.columns import SYSTEM, place_system, say_left_out
 from posttrain.data.procedural import reverse_list_pairs
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.log import get_logger
@@ -20,7 +21,7 @@ _GENERATED = "generated:reverse_list"
 _OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml", ".xlsx")
 
 
-def load_preferences(source: str, split: str = "train", limit: int | None = None):
+def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True):
     """Preference pairs as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     `source` is one of - a local file: .json (a list of rows), .jsonl, .jsonl.gz or .parquet, whatever the
@@ -33,7 +34,9 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     sides begin with it, as TRL allows. `flip_rate` is optional, the other kept columns are TRL's. `limit`:
     the first rows only.
 
-    alpaca and sharegpt rows with both sides are converted to messages, which is said.
+    alpaca and sharegpt rows with both sides are converted to messages, and so are those of `posttrain.data.shapes`
+    (UltraFeedback, HH-RLHF and others) unless `convert` is False, which is said. A column `system` is put in front of
+    the messages.
 
     Raises DataError for a missing file, an unknown kind of file, broken JSON (with the line), missing columns
     and empty data; EnvironmentIssue where the hub cannot be reached.
@@ -43,9 +46,9 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     if source.startswith("generated:"):
         dataset = _generate(source, split)
     elif _is_file_name(source):
-        dataset = _read_file(Path(source).expanduser(), limit)
+        dataset = _read_file(Path(source).expanduser(), limit, convert)
     else:
-        dataset = _load_hub(source, split)
+        dataset = _converted(_load_hub(source, split), source, convert)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
         raise formats.without_sides(dataset.column_names, source, dataset[0] if len(dataset) else None)
     if len(dataset) == 0:
@@ -54,7 +57,11 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     if found.kind in formats.CONVERTED_PAIRS:
         get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
         dataset = formats.convert(dataset)
-    dataset = objects.restored(dataset.select_columns([name for name in COLUMNS if name in dataset.column_names]))
+    names = dataset.column_names
+    dataset = objects.restored(dataset.select_columns([name for name in (*COLUMNS, *SYSTEM) if name in names]))
+    say_left_out(names, COLUMNS, source)
+    dataset = place_system(dataset, source)
+    dataset = dataset.select_columns([name for name in COLUMNS if name in names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
@@ -88,7 +95,13 @@ def _integer(options: dict, name: str, default: int) -> int:
         raise ValueError(f"{name}={value!r} is no integer.") from None
 
 
-def _read_file(path: Path, limit: int | None):
+def _converted(dataset, source: str, convert: bool):
+    """A data set of a known shape as pairs; others as they are."""
+    known = convert and len(dataset) and shapes.find(dataset.column_names, dataset[0], (shapes.PAIRS,), source)
+    return shapes.convert(dataset, source) if known else dataset
+
+
+def _read_file(path: Path, limit: int | None, convert: bool):
     from datasets.exceptions import DatasetGenerationError
 
     if not path.exists():
@@ -96,16 +109,19 @@ def _read_file(path: Path, limit: int | None):
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, convert)
     rows, places = [], []
-    for place, row in _json_rows(path):
+    found = _json_rows(path)
+    for place, row in shapes.read(found, (shapes.PAIRS,), str(path)) if convert else found:
         rows.append(_checked(row, place, is_first=not rows))
         places.append(place)
         if len(rows) == limit:
             break
     if not rows:
         raise DataError(f"{path} holds no rows.")
-    columns = _columns_to_read({name for row in rows for name in row}, rows[0])
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = _columns_to_read(set(names), rows[0])
+    say_left_out(names, columns, str(path))
     if "prompt" in columns:
         for place, row in zip(places, rows, strict=True):
             if row.get("prompt") is None:
@@ -121,9 +137,9 @@ def _read_file(path: Path, limit: int | None):
 
 def _columns_to_read(names: set[str], row: dict) -> list[str]:
     """The columns that pairs have, and of rows that are yet to be converted those that this takes."""
-    wanted = COLUMNS
+    wanted = (*COLUMNS, *SYSTEM)
     if formats.detect(names, row).kind in formats.CONVERTED_PAIRS:
-        wanted = dict.fromkeys((*COLUMNS, *formats.CONVERTED_COLUMNS))
+        wanted = dict.fromkeys((*wanted, *formats.CONVERTED_COLUMNS))
     return [name for name in wanted if name in names]
 
 
@@ -172,17 +188,22 @@ def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
         yield from _kinds(item, part)
 
 
-def _read_parquet(path: Path):
+def _read_parquet(path: Path, convert: bool):
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
 
     try:
         names = pq.read_schema(path).names
+        if convert:
+            first = next((row for row in Dataset(pq.read_table(path).slice(0, 1))), {})
+            if shapes.find(names, first, (shapes.PAIRS,), str(path)):
+                return shapes.convert(Dataset(pq.read_table(path)), str(path))
         if not {"chosen", "rejected"} <= set(names):
             raise formats.without_sides(names, path, next(iter(Dataset(pq.read_table(path))), None))
-        known = [name for name in (*formats.KNOWN_COLUMNS, *COLUMNS) if name in names]
+        known = [name for name in (*formats.KNOWN_COLUMNS, *COLUMNS, *SYSTEM) if name in names]
         table = Dataset(pq.read_table(path, columns=list(dict.fromkeys(known))))
+        say_left_out(names, _columns_to_read(set(names), table[0] if len(table) else {}), str(path))
         return table.select_columns(_columns_to_read(set(names), table[0] if len(table) else {}))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from None

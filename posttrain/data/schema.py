@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from posttrain.data import formats, objects, rendering
+from posttrain.data.ends import check_ends
 from posttrain.data.formats import Format, convert, detect
-from posttrain.data.lengths import Lengths, end_of_turn_tokens, measure
+from posttrain.data.lengths import Lengths, measure
 from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
 from posttrain.data.values import read_values, scan_pairs
 from posttrain.errors import DataError
@@ -27,7 +28,7 @@ class PairReport:
         lengths: of the rows looked at as tokens: all of them, or a sample spread evenly over the data set. None if
             there are images.
         end_of_turn: the token that most answers end with; None if it is ordinary text.
-        ended: share of the sides looked at that end with an end-of-turn token.
+        ended: share of the sides looked at that end with an end-of-turn token as they are trained, cut to max_length.
         prefix_preserving, stop_token_trained: what TRL's checks say of the chat template, None where it has none or
             cannot be asked. The second is about training on the assistant's tokens of whole conversations only.
         warnings: a sentence each. notes: what is only said.
@@ -62,25 +63,28 @@ class PairReport:
             if self.max_length is not None:
                 parts.append(f"max_length {self.max_length} drops {self.lengths.dropped} and cuts {self.lengths.cut}")
             if self.end_of_turn is not None:
-                parts.append(f"answers end with {self.end_of_turn!r}")
+                kept = "" if self.ended == 1 else f", and {self.ended:.1%} keep it"
+                parts.append(f"answers end with {self.end_of_turn!r}{kept}")
         return "; ".join(parts)
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
         values = asdict(self)
         if self.lengths is not None:
-            del values["lengths"]["last_tokens"]
+            for name in ("last_tokens", "trained_last_tokens", "cut_ends"):
+                del values["lengths"][name]
         return values
 
 
-def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -> dict[str, PairReport]:
+def check_run(model, processing_class, args, train_dataset, eval_dataset=None, limits=None) -> dict[str, PairReport]:
     """Check every data set of a preference run, before its model loads.
 
     Args:
         model: a hub id or folder, or a model.
         processing_class: the tokenizer or processor; None to take the model's own.
-        args: training arguments with max_length, truncation_mode, model_init_kwargs and trust_remote_code.
+        args: training arguments with max_length, truncation_mode, end_of_turn, model_init_kwargs, trust_remote_code.
         eval_dataset: a data set, several by name, or None.
+        limits: what the model can take in, `posttrain.data.limits.Limits`; None to leave that out.
 
     Returns the reports by name; streams are not looked at. Raises as `check_preferences` does, and ConfigError for a
     model without a tokenizer.
@@ -94,11 +98,18 @@ def check_run(model, processing_class, args, train_dataset, eval_dataset=None) -
     stop_ids = generation_stop_ids(model, revision)
     if any(map(_is_sized, named.values())):
         processing_class = processing_class_for(model, processing_class, args)
+    # TRL's own config has no such field
+    end_of_turn = getattr(args, "end_of_turn", "warn")
     reports = {
-        name: check_preferences(dataset, processing_class, args.max_length, name, args.truncation_mode, stop_ids)
+        name: check_preferences(
+            dataset, processing_class, args.max_length, name, args.truncation_mode, stop_ids, end_of_turn
+        )
         for name, dataset in named.items()
     }
-    return {name: report for name, report in reports.items() if report is not None}
+    reports = {name: report for name, report in reports.items() if report is not None}
+    if limits is not None:
+        limits.check_reports(reports, named, processing_class, args.max_length)
+    return reports
 
 
 def check_preferences(
@@ -108,6 +119,7 @@ def check_preferences(
     name: str = "train_dataset",
     truncation_mode: str = "keep_start",
     stop_ids: Iterable[int] = (),
+    end_of_turn: str = "warn",
 ) -> PairReport | None:
     """As `examine_preferences`, and say in the log what was found: a line, and one for each warning.
 
@@ -116,7 +128,9 @@ def check_preferences(
     if not _is_sized(dataset):
         get_logger().info("%s: a stream; its rows are not checked before they come up", name)
         return None
-    report = examine_preferences(dataset, processing_class, max_length, name, truncation_mode, stop_ids)
+    report = examine_preferences(
+        dataset, processing_class, max_length, name, truncation_mode, stop_ids, end_of_turn=end_of_turn
+    )
     get_logger().info("%s", report.summary())
     for note in report.notes:
         get_logger().info("%s", note)
@@ -133,6 +147,7 @@ def examine_preferences(
     truncation_mode: str = "keep_start",
     stop_ids: Iterable[int] = (),
     places: Sequence[str] = (),
+    end_of_turn: str = "warn",
 ) -> PairReport:
     """Find what would make training on these pairs fail, or teach nothing.
 
@@ -143,10 +158,11 @@ def examine_preferences(
         name: of the data set, for messages.
         stop_ids: token ids that end generation. Default: the tokenizer's eos.
         places: where each row is, for messages. Default: its number, from 1.
+        end_of_turn: `warn` where answers do not end the turn, or `require` that half of them do.
 
     Raises:
         DataError: no rows; missing columns; a value of the wrong type, with its row; every pair with an empty side or
-            identical ones; every row dropped; answers that do not end the turn.
+            identical ones; every row dropped; with `require`, answers that do not end the turn.
         ConfigError: a tokenizer that lacks a chat template or an eos token, where the rows need it.
     """
     if len(dataset) == 0:
@@ -165,7 +181,7 @@ def examine_preferences(
         warnings += checked.warnings
         report.notes += checked.notes
         _check_lengths(report, dataset, places, processing_class, truncation_mode == "keep_start")
-        _check_ends(report, tokenizer_of(processing_class), set(stop_ids))
+        check_ends(report, tokenizer_of(processing_class), stop_ids, end_of_turn)
         if found.style == "conversational":
             facts = template_facts(processing_class)
             report.prefix_preserving, report.stop_token_trained = facts.values()
@@ -198,13 +214,17 @@ def generation_stop_ids(model, revision: str | None = None) -> set[int]:
 
     `model`: a hub id or folder, of which the weights are not read, or a model.
     """
-    from transformers import GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     if isinstance(model, str):
         try:
             config = GenerationConfig.from_pretrained(model, revision=revision)
         except (OSError, ValueError):
-            return set()
+            # a model without one generates by its own config
+            try:
+                config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
+            except (OSError, ValueError):
+                return set()
     else:
         config = getattr(model, "generation_config", None)
     ids = getattr(config, "eos_token_id", None)
@@ -278,38 +298,3 @@ def _check_lengths(report: PairReport, dataset, places: Sequence[str], processin
 
 def _all_dropped(dataset, places: Sequence[str], processing_class, limit: int) -> bool:
     return all(len(row["prompt_ids"]) >= limit for row in tokenized_pairs(dataset, processing_class, places))
-
-
-def _check_ends(report: PairReport, tokenizer, stop_ids: set[int]) -> None:
-    """Whether answers end with a token that ends the turn, and whether generation stops at it."""
-    name, last_tokens = report.name, report.lengths.last_tokens
-    enders = end_of_turn_tokens(tokenizer)
-    ends = {token: count for token, count in last_tokens.items() if token in enders}
-    report.ended = sum(ends.values()) / sum(last_tokens.values())
-    if not ends:
-        text = tokenizer.decode([token for token in last_tokens if token is not None][:1])
-        message = (
-            f"{name}: no answer ends with an end-of-turn token (the first one's last is {text!r}), so the model would "
-            "not learn to stop."
-        )
-        if report.format.kind != formats.TOKENISED:
-            raise DataError(
-                f"{message} The chat template must close the assistant's turn with a special token: use the template "
-                "of the model's instruct version, or set `tokenizer.chat_template`."
-            )
-        report.warnings.append(f"{message} Append the token to chosen_ids and rejected_ids.")
-        return
-    most = max(ends, key=ends.get)
-    report.end_of_turn = tokenizer.decode([most])
-    if report.ended < 1:
-        report.warnings.append(
-            f"{name}: {1 - report.ended:.1%} of the answers looked at do not end with an end-of-turn token such as "
-            f"{report.end_of_turn!r}; the model learns from them not to stop."
-        )
-    stops = stop_ids or {tokenizer.eos_token_id} - {None}
-    if most not in stops:
-        report.warnings.append(
-            f"{name}: answers end with {report.end_of_turn!r}, but generation stops at "
-            f"{' or '.join(repr(tokenizer.decode([token])) for token in sorted(stops)) or 'no token'}. Set "
-            f"`model.generation_config.eos_token_id = {sorted({most, *stops})}`, or it will run on after the answer."
-        )

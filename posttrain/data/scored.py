@@ -8,7 +8,8 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from posttrain.data import formats, objects, preferences
+from posttrain.data import formats, objects, preferences, shapes, sides
+from posttrain.data.columns import first_with_system, say_left_out, say_system, system_in_front
 from posttrain.data.procedural import reversed_share
 from posttrain.data.rows import columns_of, read_rows
 from posttrain.data.scales import check_scales
@@ -18,12 +19,6 @@ from posttrain.log import get_logger
 
 COLUMNS = ("prompt", "completion", "reward", "baseline", "tools", "chat_template_kwargs")
 _ANSWERS = {"prompt", "completion", "chosen", "rejected"}
-# Names under which pairs carry the scores of both answers
-PAIR_REWARDS = (
-    ("chosen_reward", "rejected_reward"),
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-)
 # Optimisers square gradients in fp32, which ends at 3.4e38
 LARGEST = 1e18
 _OTHER_NAMES = ("score", "rating", "value", "label", "rewards", "scores")
@@ -41,6 +36,7 @@ def load_scored(
     same_scale: bool = False,
     needs_reward: bool = True,
     keep: Iterable[str] = (),
+    convert: bool = True,
 ):
     """Scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
@@ -53,6 +49,7 @@ def load_scored(
         same_scale: several sources are on one scale of rewards, whatever it looks like.
         needs_reward: False where a reward function is to score the answers; all columns are kept for it.
         keep: further columns to keep.
+        convert: rows of the shapes in `posttrain.data.shapes`, which is said.
 
     Raises:
         DataError: what cannot be read; missing columns; a reward that is missing, no number, NaN or beyond 1e18, with
@@ -65,6 +62,8 @@ def load_scored(
     rows, rewards, kept = [], {}, []
     for one in sources:
         found, places = read_rows(one, split, limit)
+        if convert and not columns:
+            found, places = shapes.read_all(found, places, (shapes.ANSWERS, shapes.PAIRS, shapes.WHOLE), one)
         if one.startswith("generated:"):
             found = [_with_rewards(row) for row in found]
         names = columns_of(found)
@@ -78,6 +77,8 @@ def load_scored(
         rows += scored
         wanted = dict.fromkeys((*COLUMNS, *sorted(others)))
         kept += [name for name in wanted if name in scored[0] and name not in kept]
+        if needs_reward:
+            say_left_out(columns_of(renamed), _read_columns(columns_of(renamed), wanted), one)
     if not same_scale:
         check_scales(rewards)
     return _dataset([{name: row.get(name) for name in kept} for row in rows], ", ".join(sources))
@@ -117,6 +118,8 @@ def as_scored(
     if scorer is not None:
         rows = [{**row, "reward": value} for row, value in zip(rows, scorer(rows), strict=True)]
     wanted = dict.fromkeys(("prompt", "completion", "reward", "tools", "chat_template_kwargs", *keep))
+    if scorer is None:
+        say_left_out(columns, _read_columns(columns, wanted), name)
     return _dataset([{column: row[column] for column in wanted if column in row} for row in rows], name)
 
 
@@ -124,10 +127,13 @@ def unroll(
     rows: Iterable[Mapping], places: Sequence[str], name: str, keep: Sequence[str] = (), needs_reward: bool = True
 ) -> list[dict]:
     """Rows of prompt, completion and reward; a pair becomes two, chosen first. Raises DataError with a row's place."""
-    made, styles, empty = [], {}, 0
+    made, styles, empty, said = [], {}, 0, False
     for row, place in zip(rows, places, strict=True):
         row = _converted(row, place)
         row = {column: objects.flattened(value) for column, value in row.items()}
+        if not said and first_with_system([row]):
+            said = say_system(row, name) or True
+        row = {**row, **system_in_front(row, place)}
         _check_columns(list(row), name, needs_reward, place)
         others = {column: row[column] for column in ("tools", "chat_template_kwargs", *keep) if column in row}
         for completion, reward in _answers(row, place, needs_reward):
@@ -251,8 +257,17 @@ def _answers(row: Mapping, place: str, needs_reward: bool) -> list[tuple[str, fl
         return [("completion", _number(row, column, place) if needs_reward else None)]
     if not needs_reward:
         return [("chosen", None), ("rejected", None)]
-    names = next(names for names in PAIR_REWARDS if set(names) <= set(row))
+    names = sides.scores_of(row)
     return [(side, _number(row, column, place)) for side, column in zip(("chosen", "rejected"), names, strict=True)]
+
+
+def _read_columns(columns: Sequence[str], kept: Iterable[str]) -> set[str]:
+    """The columns of scored answers, or of pairs, that are read."""
+    read = {*kept, "label"} if "completion" in columns else {*kept, "chosen", "rejected"}
+    if not {"prompt", "completion"} <= set(columns):
+        # alpaca and sharegpt rows
+        read |= {*formats.CONVERTED_COLUMNS, "output"}
+    return read | set(sides.scores_of(columns) or ())
 
 
 def _number(row: Mapping, column: str, place: str) -> float:
@@ -275,7 +290,7 @@ def _check_columns(columns: Sequence[str], name: str, needs_reward: bool, place:
         raise DataError(f"{where} {verb} {lacking}. {found} {_NEEDED}{_renaming(columns)}")
     if not needs_reward or "reward" in columns or {"completion", "label"} <= set(columns):
         return
-    if "completion" not in columns and any(set(names) <= set(columns) for names in PAIR_REWARDS):
+    if "completion" not in columns and sides.scores_of(columns):
         return
     lacking = "reward" if "completion" in columns else "chosen_reward and rejected_reward"
     raise DataError(f"{where} {verb} {lacking}. {found} {_NEEDED}{_renaming(columns)}")

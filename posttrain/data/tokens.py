@@ -153,6 +153,17 @@ def render(value, row: Mapping, processing_class, place: str, **options) -> list
     return _render(value, row, processing_class, place, **options)["input_ids"]
 
 
+def tools_of(row: Mapping) -> list | None:
+    """The tools of a row, which a column may hold as JSON text; None where it has none."""
+    tools = row.get("tools")
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+
+
+def template_kwargs_of(row: Mapping) -> dict:
+    """The settings of the chat template in a row's column chat_template_kwargs, without those that are null."""
+    return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+
+
 def render_text(messages: list, row: Mapping, processing_class, **options) -> str:
     """Messages through the chat template, as a text. Raises whatever the template raises."""
     from transformers import ProcessorMixin
@@ -198,6 +209,4 @@ def _render(value, row: Mapping, processing_class, place: str, **options) -> dic
 
 
 def _template_options(row: Mapping) -> dict:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    return {"tools": tools_of(row), **(row.get("chat_template_kwargs") or {})}

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import platform
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from posttrain.reporting import format_table, library_versions
 
 ADAPTER_HERE, MODEL_HERE, BASE_HERE = "path/to/this/adapter", "path/to/this/model", "path/to/the/base/model"
 LOCAL_BASE = "a model that was on the training machine only"
-_NOT_EVALUATION = re.compile(r"eval_(runtime|num_tokens|.*_per_second)")
+_NOT_EVALUATION = re.compile(r"eval_(.*_)?(runtime|num_tokens|model_preparation_time|.*_per_second)")
 
 _TRL_CITATION = """@software{vonwerra2020trl,
   title   = {{TRL: Transformers Reinforcement Learning}},
@@ -85,7 +86,7 @@ def _card(trainer, model_name, dataset_name, tags, has_curves: bool) -> str:
         "## Versions\n\n" + format_table(("library", "version"), [("python", platform.python_version()), *libraries]),
         "## Citation\n\n" + "\n\n".join(f"```bibtex\n{entry}\n```" for entry in _citations(papers)),
     ]
-    metadata = _metadata(hub_base, license, adapter, dataset, trainer._tag_names, tags)
+    metadata = _metadata(hub_base, license, adapter, dataset, [*trainer._tag_names, *_tags_of(model)], tags)
     return join_front_matter(metadata, "\n\n".join(sections) + "\n")
 
 
@@ -136,6 +137,13 @@ def _metadata(hub_base, license, adapter, dataset, own_tags, tags) -> dict:
     return data
 
 
+def _tags_of(model) -> list[str]:
+    """What TRL's cards are tagged with besides: the model's own tags, and where it was trained."""
+    found = list(getattr(model, "model_tags", None) or [])
+    found += ["unsloth"] if hasattr(model.config, "unsloth_version") else []
+    return found + (["hf_jobs"] if "JOB_ID" in os.environ else [])
+
+
 def _base_sentence(base: str | None, adapter) -> str:
     verb = "It belongs onto" if adapter else "It started from"
     if base is None:
@@ -166,18 +174,28 @@ def _data(trainer, dataset: str | None) -> str:
     if given and given > len(trainer.train_dataset):
         size += f" of {given:,} (the others have no gradient, or lost their answer to max_length)"
     held_out = trainer.eval_dataset
-    if hasattr(held_out, "__len__") and not isinstance(held_out, dict):
-        size += f", {len(held_out):,} evaluation rows"
+    sets = held_out if isinstance(held_out, dict) else {"": held_out}
+    for name, rows in sets.items():
+        if hasattr(rows, "__len__"):
+            size += f", {len(rows):,} evaluation rows" + (f" ({name})" if name else "")
     return f"{source}: {size}."
 
 
 def _evaluation(log_history: list[dict]) -> str | None:
-    for row in reversed(log_history):
-        values = {name: value for name, value in row.items() if name.startswith("eval_")}
-        rows = [(name, _short(value)) for name, value in values.items() if not _NOT_EVALUATION.fullmatch(name)]
-        if rows:
-            return f"After step {row['step']}:\n\n" + format_table(("metric", "value"), rows)
-    return None
+    measured = [(row["step"], _measured(row)) for row in log_history if _measured(row)]
+    if not measured:
+        return None
+    step = measured[-1][0]
+    # several sets have a row each
+    values = {name: value for at, found in measured if at == step for name, value in found.items()}
+    rows = [(name, _short(value)) for name, value in values.items()]
+    return f"After step {step}:\n\n" + format_table(("metric", "value"), rows)
+
+
+def _measured(row: dict) -> dict:
+    return {
+        name: value for name, value in row.items() if name.startswith("eval_") and not _NOT_EVALUATION.fullmatch(name)
+    }
 
 
 def _settings(trainer, adapter) -> list[tuple[str, str]]:

@@ -37,18 +37,25 @@ _OPTIMIZER = (
 _SCHEDULER = ("scheduler.pt", "global_step*/*")
 _RANDOM = ("rng_state.pth", "rng_state_*.pth")
 _STATE = {"optimizer.pt": _OPTIMIZER, "scheduler.pt": _SCHEDULER, "rng_state.pth": _RANDOM}
+
+
+def _partial(name: str) -> str:
+    return f".{name}.partial"
+
+
 # What a save writes, in the form of each engine
 _WRITTEN = (
     *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE,
     "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp*", "adapter_config.json", "config.json",
     "generation_config.json", "README.md", "training_args.bin", "scaler.pt", "entropy_ctrl_state.json", "latest",
-    "zero_to_fp32.py", f".{MARKER}.partial", f".{SAVING}.partial",
+    "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", _partial(ADAPTER[0]),
+    _partial(MARKER), _partial(SAVING),
 )  # fmt: skip
 
 
 def mark(folder: Path, content: dict, name: str = MARKER) -> None:
     """Write the marker at once, so that it is never half there."""
-    partial = folder / f".{name}.partial"
+    partial = folder / _partial(name)
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, folder / name)
 
@@ -70,8 +77,11 @@ def is_complete(folder: Path) -> bool:
 
 def is_half_left(folder: Path, identity: dict | None = None) -> bool:
     """Whether a save of ours, or of the run with this identity, began there and was not finished."""
-    if is_complete(folder) or not (folder / SAVING).is_file():
+    if is_complete(folder):
         return False
+    if not (folder / SAVING).is_file():
+        # killed before the note was whole, when there was nothing else yet
+        return files_in(folder) == {_partial(SAVING)}
     try:
         return identity is None or content_of(folder / SAVING)["identity"] == json.loads(json.dumps(identity))
     except ConfigError:

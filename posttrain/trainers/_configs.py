@@ -11,11 +11,12 @@ from typing import ClassVar
 
 import torch
 
+from posttrain.data.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.field_types import FieldType
 from posttrain.log import get_logger
 from posttrain.trainers import _checkpoints
-from posttrain.trainers._checks import check_optimiser, check_reporters
+from posttrain.trainers._checks import check_choice, check_optimiser, check_reporters
 
 # Where infinity is a setting, and not a slip.
 _MAY_BE_INFINITE = ("beta_prime",)
@@ -45,6 +46,13 @@ class CommonConfig:
     check_gradients: bool = field(
         default=True,
         metadata={"help": "Stop where an adapter tensor gets no gradient in the first two steps."},
+    )
+    end_of_turn: str = field(
+        default="warn",
+        metadata={
+            "help": "Where answers, as they are trained, do not end with an end-of-turn token: warn, or require that "
+            "half of them do."
+        },
     )
     base_model_id: str | None = field(
         default=None,
@@ -87,6 +95,7 @@ class CommonConfig:
                 f"neftune_noise_alpha is {self.neftune_noise_alpha}; its noise would fall on reference and scoring "
                 "passes as well. Leave it out."
             )
+        check_choice("end_of_turn", self.end_of_turn, CHOICES)
         self._check_ranges()
         check_reporters(self.report_to)
         if self.fp16 and self.bf16:

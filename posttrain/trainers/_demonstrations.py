@@ -4,6 +4,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from posttrain.data.ends import Closing
+from posttrain.data.tokens import template_kwargs_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
@@ -13,15 +15,20 @@ from posttrain.trainers import _rewards
 from posttrain.trainers._rollout_metrics import judged
 
 COLUMN, IDS = "demonstration", "demonstration_ids"
+_READ = ("prompt", COLUMN, "tools", "chat_template_kwargs")
 
 
-def tokenise(dataset, tokenizer, args, name: str):
-    """Add `demonstration_ids`: what the model is to say after the prompt, its end included.
+def tokenise(dataset, tokenizer, args, name: str, stop_ids=()):
+    """Add `demonstration_ids`: what the model is to say after the prompt, up to the token at which generation stops.
+
+    `stop_ids`: at which the model's generation stops; without any, the chat template's own end of turn decides. Columns
+    `tools` and `chat_template_kwargs` are the row's own.
 
     Raises:
         DataError: no `datasets.Dataset`, or one without `demonstration` column; a demonstration that is neither a text
             nor one message of the assistant; an empty or over-long one where the config says error; a chat template
-            under which the prompt with its answer does not begin with the prompt.
+            under which the prompt with its answer does not begin with the prompt, or, with `end_of_turn: require`,
+            one that closes no turn.
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
@@ -35,15 +42,16 @@ def tokenise(dataset, tokenizer, args, name: str):
             f"{name} has no column {missing[0]!r}, which the gate for demonstrations needs. Found: "
             f"{', '.join(columns)}. Rename or add it, or set `gamma: null`."
         )
-    kwargs = args.chat_template_kwargs or {}
-
-    def tokens(row: dict, index: int) -> dict:
+    closing = Closing(tokenizer, stop_ids)
+    found = []
+    for number, row in enumerate(dataset.select_columns([c for c in _READ if c in columns]), 1):
+        kwargs = (args.chat_template_kwargs or {}) | template_kwargs_of(row)
         try:
-            return {IDS: _ids(row["prompt"], row[COLUMN], tokenizer, kwargs)}
+            found.append(_ids(row["prompt"], row[COLUMN], tokenizer, kwargs, tools_of(row), closing))
         except DataError as error:
-            raise DataError(f"{name}, row {index + 1}: {error}") from None
-
-    rows = dataset.map(tokens, with_indices=True, desc=f"Tokenizing demonstrations of {name}")
+            raise DataError(f"{name}, row {number}: {error}") from None
+    _check_closing(closing, args, name, len(found))
+    rows = dataset.remove_columns([IDS] if IDS in columns else []).add_column(IDS, found)
     lengths = [len(ids) for ids in rows[IDS]]
     empty = [number for number, length in enumerate(lengths, 1) if not length]
     if empty and args.empty_demonstrations == "error":
@@ -71,28 +79,50 @@ def tokenise(dataset, tokenizer, args, name: str):
     return rows
 
 
-def _ids(prompt, demonstration, tokenizer, template_kwargs: dict) -> list[int]:
+def _check_closing(closing: Closing, args, name: str, rows: int) -> None:
+    """Say, or with `end_of_turn: require` refuse, that the template ends no turn where generation stops."""
+    eos = closing.tokenizer.eos_token
+    if closing.unclosed:
+        fault = (
+            f"{name}: the chat template closes no turn, so {closing.unclosed} of {rows} demonstrations end with the "
+            f"tokenizer's {eos!r}"
+        )
+        if args.end_of_turn == "require" and closing.unclosed > rows / 2:
+            raise DataError(
+                f"{fault}, and end_of_turn is require. Use the template of the model's instruct version, or set "
+                "`end_of_turn: warn`."
+            )
+        get_logger().warning("%s", fault)
+    if closing.unstopped:
+        get_logger().warning(
+            "%s: generation does not stop at the chat template's end of turn, so %d of %d demonstrations get %r behind "
+            "it. Put it into `model.generation_config.eos_token_id`.", name, closing.unstopped, rows, eos,
+        )  # fmt: skip
+
+
+def _ids(prompt, demonstration, tokenizer, template_kwargs: dict, tools=None, closing: Closing | None = None):
     answer = _answer(demonstration)
     if not answer.strip():
         return []
-    end = tokenizer.eos_token_id
+    closing = closing or Closing(tokenizer)
     if isinstance(prompt, str):
         if not isinstance(demonstration, str):
             raise DataError("a prompt is text and its demonstration is not; give both as text, or both as messages.")
-        return [*tokenizer(demonstration, add_special_tokens=False)["input_ids"], end]
+        return closing.text(tokenizer(demonstration, add_special_tokens=False)["input_ids"])
     turns = [{"role": "assistant", "content": answer}] if isinstance(demonstration, str) else demonstration
-    kwargs = {"tokenize": True, "return_dict": True, **template_kwargs}
-    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
-    whole = tokenizer.apply_chat_template([*prompt, *turns], **kwargs)["input_ids"]
+    kwargs = {"tools": tools, "tokenize": True, "return_dict": True, **template_kwargs}
+    try:
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+        whole = tokenizer.apply_chat_template([*prompt, *turns], **kwargs)["input_ids"]
+    # a chat template is a program that came with the model: anything can come out of it
+    except Exception as error:
+        raise DataError(f"the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
     if whole[: len(before)] != before:
         raise DataError(
             "the chat template changes the prompt once an answer follows it, so the answer's tokens cannot be told "
             "apart. Give prompt and demonstration as text with the template applied."
         )
-    ids = whole[len(before) :]
-    # templates often write a line break after the end of the turn, which a rollout never reaches
-    last = max((i for i, token in enumerate(ids) if token == end), default=None)
-    return [*ids, end] if last is None else ids[: last + 1]
+    return closing.messages(whole[len(before) :], prompt, tools, template_kwargs)
 
 
 def _answer(demonstration) -> str:

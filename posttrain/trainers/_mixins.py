@@ -13,18 +13,22 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import schema
+from posttrain.data import columns, formats, preferences, schema
+from posttrain.data.limits import Limits
 from posttrain.data.tokens import as_rendered
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.trainers import _checks, _evaluation, _reference, _start
+from posttrain.trainers import _checks, _evaluation, _new_tokens, _reference, _start
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
 
+# Columns of a data set that training reads
+_READ = (*preferences.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
+_SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
 # Columns of a batch that are ours or the loss's, not the model's
 _NOT_FOR_THE_MODEL = {
     "completion_mask",
@@ -79,7 +83,10 @@ class PreferenceMixin(RunMixin):
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         _checks.check_model_config(args, config, self._weighs_pairs_of(args))
         _checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
-        schema.check_run(model, processing_class, args, train_dataset, eval_dataset)
+        train_dataset = columns.prepare(train_dataset, "train_dataset", _READ)
+        eval_dataset = columns.prepare(eval_dataset, "eval_dataset", _READ)
+        self._limits = Limits(model, config)
+        schema.check_run(model, processing_class, args, train_dataset, eval_dataset, self._limits)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
         _evaluation.check_best_metric(args, eval_dataset)
         self._begin_run(preflight(args, model), args)
@@ -95,6 +102,8 @@ class PreferenceMixin(RunMixin):
         _start.use_adapter_dropout(self.model)
         self._drops_out = _checks.drops_out(self.model)
         self._finish_construction()
+        if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
+            _new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
         get_logger().info("reference: %s", _reference.describe(self))
@@ -116,6 +125,10 @@ class PreferenceMixin(RunMixin):
         else:
             dataset = as_rendered(dataset, processing_class)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(dataset, Dataset):
+            # every row, where a sample was looked at before
+            name = {"train": "train_dataset", "eval": "eval_dataset"}.get(dataset_name, dataset_name)
+            self._limits.check(dataset, _SEQUENCES, processing_class, name, args.max_length)
         if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return dataset
         # upstream's sampler reads lengths from a column, or from `input_ids`, which pairs do not have

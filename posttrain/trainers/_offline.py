@@ -11,13 +11,14 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import answer_tokens, baselines, schema, scored
+from posttrain.data.limits import Limits
 from posttrain.data.tokens import as_rendered, processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
-from posttrain.trainers import _checks, _evaluation, _scored_rows, _token_reference
+from posttrain.trainers import _checks, _evaluation, _new_tokens, _scored_rows, _token_reference
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
 from posttrain.trainers._sharing import PrefixSharing, record_padding
@@ -72,6 +73,9 @@ class OfflineMixin(RunMixin):
         if answer_tokens.are_known(args):
             train_dataset, self._lost = answer_tokens.fit(train_dataset, tokenizer, args, "train_dataset", stop_ids)
             named = {n: answer_tokens.fit(dataset, tokenizer, args, n, stop_ids)[0] for n, dataset in named.items()}
+            limits = Limits(model, config)
+            for name, dataset in {"train_dataset": train_dataset, **named}.items():
+                limits.check_answers(dataset, tokenizer, args, name)
         self.check_left(train_dataset, args)
         self._late_values = self.values_need_the_model(args) or not answer_tokens.are_known(args)
         if not self._late_values:
@@ -98,6 +102,11 @@ class OfflineMixin(RunMixin):
         self._sharing = PrefixSharing(self)
         self.data_collator = _scored_rows.WeighedRows(self.data_collator)
         named = _scored_rows.by_name(self.eval_dataset)
+        _new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        if not answer_tokens.are_known(args):
+            limits = Limits(self.model, self.model.config)
+            for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
+                limits.check_answers(dataset, self.processing_class, args, name)
         if self._late_values:
             _scored_rows.check_rows_left(self.train_dataset, args)
             self.train_dataset = _scored_rows.living(self.weigh(self.train_dataset, "train_dataset", args), args)

@@ -1,15 +1,15 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
 
 import importlib
-import inspect
 import math
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import GRPOTrainer
 
-from posttrain.data.schema import refuse_splits
+from posttrain.data import columns
+from posttrain.data.limits import Limits
+from posttrain.data.schema import generation_stop_ids, refuse_splits
 from posttrain.data.tokens import processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
 from posttrain.hub import preflight
@@ -27,11 +27,13 @@ from posttrain.trainers import (
     _reference,
     _rewards,
     _rollout_metrics,
+    _row_templates,
     _special_tokens,
 )
 from posttrain.trainers._generations import SaveBetweenGenerations
 from posttrain.trainers._head import TrueHead
 from posttrain.trainers._run import RunMixin
+from posttrain.trainers._scored_rows import by_name
 from posttrain.trainers._sharing import PrefixSharing
 
 
@@ -65,22 +67,31 @@ class PolicyGradientMixin(RunMixin):
         self._advantage_function = _advantage_function(args)
         reward_funcs = _rewards.reward_functions(reward_funcs, args)
         _rewards.check_weights(args, reward_funcs)
-        given = _given(rest, kwargs)
-        _check_prompts(train_dataset, eval_dataset, given)
+        _check_prompts(train_dataset, eval_dataset, kwargs)
+        train_dataset = columns.prepare(train_dataset, "train_dataset")
+        eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
         _checks.check_generation(args, train_dataset)
         _evaluation.check_best_metric(args, eval_dataset)
+        limits, processor = Limits(model, config), None
+        if args.learns_from_demonstrations or args.kept_tokens or hasattr(train_dataset, "__len__"):
+            processor = processing_class_for(model, processing_class, args)
         if args.kept_tokens:
-            _special_tokens.check_kept(
-                args.kept_tokens, tokenizer_of(processing_class_for(model, processing_class, args))
-            )
+            _special_tokens.check_kept(args.kept_tokens, tokenizer_of(processor))
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
-            tokenizer = tokenizer_of(processing_class_for(model, processing_class, args))
-            train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset")
+            stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
+            train_dataset = _demonstrations.tokenise(
+                train_dataset, tokenizer_of(processor), args, "train_dataset", stop_ids
+            )
+            limits.check(train_dataset, ((_demonstrations.IDS,),), processor, "train_dataset", None)
+        if processor is not None:
+            for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+                limits.check_prompts(dataset, processor, args, name)
         self._begin_run(preflight(args, model), args)
         self._sharing, self._scored, self._rewards, self._head = None, None, None, None
         self._reference_is_given, self._reference_checked = False, False
+        self._rows = None
         self._means = MeanMetrics()
         self._dead_generations, self._skipped = 0, False
         self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
@@ -134,7 +145,8 @@ class PolicyGradientMixin(RunMixin):
 
     # stands on GRPOTrainer._generate_and_score_completions
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
+        with _row_templates.of_rows(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
         rewards = group_rewards.weighted_rewards(self._rewards, self.reward_weights)
@@ -156,11 +168,24 @@ class PolicyGradientMixin(RunMixin):
             self._watch_dead_generations(batch, rewards)
         return batch
 
+    # stands on GRPOTrainer._tokenize_prompts, which renders all prompts with the same tools and settings
+    def _tokenize_prompts(self, prompts):
+        if self._rows is None or len(self._rows) != len(prompts):
+            return super()._tokenize_prompts(prompts)
+        return _row_templates.tokenise(self, prompts, super()._tokenize_prompts)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's evaluation on sampled rollouts, and the success of one answer a prompt without sampling.
 
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
+        size, group = self.args.per_device_eval_batch_size * self.args.world_size, self.num_generations_eval
+        if size % group:
+            raise ConfigError(
+                f"an evaluation batch holds {size} rollouts (per_device_eval_batch_size "
+                f"{self.args.per_device_eval_batch_size}, {self.args.world_size} processes), which is no multiple of "
+                f"the {group} drawn for a prompt. Change per_device_eval_batch_size or num_generations_eval."
+            )
         with _completions.of_evaluation(self, metric_key_prefix):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -177,7 +202,8 @@ class PolicyGradientMixin(RunMixin):
 
     def score_rollouts(self, rows: list[dict]) -> Tensor:
         """Answer and score `rows`, one rollout each, as TRL does; the rewards (N, F) of all ranks."""
-        super()._generate_and_score_completions(rows)
+        with _row_templates.of_rows(self, rows):
+            super()._generate_and_score_completions(rows)
         return self._rewards
 
     def group_advantage(self, rewards: Tensor) -> Tensor:
@@ -390,12 +416,6 @@ def _advantage_function(args):
             rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
         )
     return None
-
-
-def _given(rest: tuple, kwargs: dict) -> dict:
-    """What was given behind `processing_class`, by name."""
-    names = list(inspect.signature(GRPOTrainer.__init__).parameters)
-    return dict(zip(names[names.index("processing_class") + 1 :], rest, strict=False)) | kwargs
 
 
 def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:

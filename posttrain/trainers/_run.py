@@ -17,7 +17,7 @@ from posttrain.log import get_logger
 from posttrain.models import embedded_name, resolve_model
 from posttrain.reporting import RunReport
 from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start
-from posttrain.trainers._checkpoint_files import check_adapter_fits
+from posttrain.trainers._checkpoint_files import check_adapter_fits, is_complete
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
 from posttrain.trainers._identity import differing, identity, update_settings
 from posttrain.trainers._sharing import check_setting
@@ -118,6 +118,11 @@ class RunMixin:
             then = state.get("schedule") or {"total": _checkpoints.planned_steps(checkpoint), "knots": []}
             self._schedule.resumed = _schedule.Schedule.of(then)
             if not self.args.check_resume:
+                if self._start.converts and not is_complete(checkpoint):
+                    raise ConfigError(
+                        f"the checkpoint {checkpoint} was not written by posttrain, and init_lora_weights moves the "
+                        "base weights, of which it holds no trace. Resume it with the library that wrote it."
+                    )
                 whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
                 # one that is converted on saving has twice the rank there
                 check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)

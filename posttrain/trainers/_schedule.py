@@ -7,6 +7,8 @@ with the last step. A curve that would have been the same so far under the new n
 
 import functools
 import itertools
+import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -109,9 +111,10 @@ def continued(args, then: Schedule, done: int, steps: int) -> Schedule:
         return Schedule(steps)
     last = max(done - 1, 0)
     schedule = then.up_to(last, steps)
-    rates = [before(schedule.place(step)) for step in _spread(done, steps)]
+    rates = [bent(before, schedule, step) for step in _spread(done, steps)]
+    reached = bent(before, then, last)
     peak = max(before(place) for place in _spread(0, then.total))
-    told = f"{args.learning_rate * before(then.place(last)):.3g}"
+    told = f"{args.learning_rate * reached:.3g}"
     if max(rates) <= _ENDED * peak and steps > then.end and args.check_resume:
         raise ConfigError(
             f"the run has {steps} steps (max_steps, or num_train_epochs), and the checkpoint of step {done} is of one "
@@ -119,7 +122,7 @@ def continued(args, then: Schedule, done: int, steps: int) -> Schedule:
             "follows would train next to nothing. Start a new run from its weights, in another output_dir. To go on "
             "from that rate all the same, set `check_resume: false`."
         )
-    if max(rates) > min(rates) or rates[0] != before(then.place(last)):
+    if max(rates) > min(rates) or rates[0] != reached:
         get_logger().warning(
             "the run has %d steps, and the checkpoint of step %d is of one that had %d: the rest of its %s schedule is "
             "spread over the steps to come. The learning rate goes on from %s and is %.3g at the last step; this is "
@@ -138,20 +141,23 @@ def continued(args, then: Schedule, done: int, steps: int) -> Schedule:
 def curve(args, total: int):
     """The factor on the learning rate by the place on a schedule of `total` steps; None where it is no curve."""
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimiser,
-        args.get_warmup_steps(total),
-        num_training_steps=total,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    with warnings.catch_warnings():
+        # upstream says it where the run's own scheduler is made
+        warnings.simplefilter("ignore")
+        scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimiser,
+            args.get_warmup_steps(total),
+            num_training_steps=total,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
     return scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
 
 
 def bend(scheduler, schedule: Schedule) -> None:
     """Have a scheduler over the schedule's curve follow its places."""
     if schedule.knots and isinstance(scheduler, LambdaLR):
-        scheduler.lr_lambdas = [functools.partial(_bent, factor, schedule) for factor in scheduler.lr_lambdas]
+        scheduler.lr_lambdas = [functools.partial(bent, factor, schedule) for factor in scheduler.lr_lambdas]
 
 
 def move_to(scheduler, step: int) -> None:
@@ -168,8 +174,12 @@ def move_to(scheduler, step: int) -> None:
     scheduler._last_lr = rates
 
 
-def _bent(factor, schedule: Schedule, step: int) -> float:
-    return factor(schedule.place(step))
+def bent(factor, schedule: Schedule, step: int) -> float:
+    """The factor on the learning rate at a step: of a place between two whole ones, what lies between their factors."""
+    place = schedule.place(step)
+    low = math.floor(place)
+    between = place - low
+    return factor(low) if not between else factor(low) * (1 - between) + factor(low + 1) * between
 
 
 def _spread(first: int, last: int) -> list[int]:

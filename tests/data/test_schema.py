@@ -265,12 +265,15 @@ def test_tokenised_pairs_are_measured_as_they_are(tokenizer):
         examine_preferences(data(rows[0] | {"chosen_ids": ["a"]}), tokenizer)
 
 
-def test_answers_that_do_not_end_the_turn_are_refused(tokenizer):
+def test_answers_that_do_not_end_the_turn_are_said_and_refused_where_an_end_is_required(tokenizer):
     endless = with_template(
         tokenizer, tokenizer.chat_template.replace("message['content'] + '<|im_end|>'", "message['content']")
     )
     with pytest.raises(DataError, match="no answer ends with an end-of-turn token .* would not learn to stop"):
-        examine_preferences(make_pairs(3), endless)
+        examine_preferences(make_pairs(3), endless, end_of_turn="require")
+    report = examine_preferences(make_pairs(3), endless)
+    assert (report.end_of_turn, report.ended) == (None, 0.0)
+    assert "would not learn to stop. Some models' chat templates close no turn" in report.warnings[0]
     report = examine_preferences(make_pairs(3), tokenizer)
     assert (report.end_of_turn, report.ended, report.warnings) == ("<|im_end|>", 1.0, [])
 
@@ -384,7 +387,7 @@ def test_a_run_is_checked_without_its_weights(tiny_folder, tmp_path, settings, l
     assert list(check_run(str(folder), None, settings, make_pairs(6), None)) == ["train_dataset"]
     (folder / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
     warned = check_run(str(folder), None, settings, make_pairs(6))["train_dataset"].warnings
-    assert "generation stops at '<|im_start|>' or '<|pad|>'" in warned[0]
+    assert "generation stops at '<|im_start|>' or '<|pad|>'" in warned[-1]
 
 
 def test_the_name_of_the_data_set_at_fault_is_in_the_error(tiny_folder, settings, tokenizer):

@@ -206,3 +206,9 @@ def test_evaluation_counts_every_row_once(launch, once, tiny_folder, tmp_path):
         for name in expected:
             if "/" in name or name == "eval_loss":
                 assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+def test_compute_metrics_sees_both_answers_of_every_pair_once(launch):
+    for kind in ("lora", "full"):
+        assert len(launch.results[f"{kind}_rows"]) == 22
+        assert sorted(launch.results[f"{kind}_rows"]) == sorted(launch.results[f"{kind}_answers"])

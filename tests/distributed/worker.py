@@ -134,7 +134,16 @@ def main(folder: str, out: Path) -> None:
             save_steps=2,
             **DR_DPO,
         )
+        seen = []
+        trainer.compute_metrics = lambda prediction, seen=seen: seen.append(prediction.label_ids) or {}
         results[f"{kind}_eval"] = trainer.evaluate()
+        held_out, blank = trainer.eval_dataset, (-100, trainer.processing_class.pad_token_id)
+        results[f"{kind}_rows"] = [[int(id) for id in row if id not in blank] for row in seen[0]]
+        results[f"{kind}_answers"] = [
+            [id for id in row["prompt_ids"] + row[side] if id not in blank]
+            for side in ("chosen_ids", "rejected_ids")
+            for row in held_out
+        ]
         trainer.save_model(str(target / "saved"))
         changes[f"logits|{kind}"] = logits(trainer)
         results[f"{kind}_checkpoint_bytes"] = folder_bytes(target / "run" / "checkpoint-2")

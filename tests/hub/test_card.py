@@ -81,6 +81,24 @@ def test_card_tells_method_settings_evaluation_versions_and_citations(trained):
     assert text.count("```bibtex") == 2 and "vonwerra2020trl" in text
 
 
+def test_card_tells_all_of_several_evaluation_sets(trained, monkeypatch):
+    history = [{"step": 1, "eval_old_loss": 9.0}]
+    for name, loss in (("easy", 0.25), ("hard", 0.75)):
+        history.append(
+            {"step": 2, f"eval_{name}_loss": loss, f"eval_{name}_runtime": 1.0, f"eval_{name}_num_tokens": 5}
+        )
+    monkeypatch.setattr(trained.state, "log_history", history)
+    monkeypatch.setattr(trained, "eval_dataset", {"easy": range(4), "hard": range(3)})
+    text = card_of(trained)[0].text
+    evaluation = text.partition("## Evaluation")[2].partition("##")[0]
+    found = dict(re.findall(r"^\| (\S.*?) +\| +(\S.*?) \|$", evaluation, re.MULTILINE))
+    assert {name: value for name, value in found.items() if name.startswith("eval")} == {
+        "eval_easy_loss": "0.25",
+        "eval_hard_loss": "0.75",
+    }
+    assert "After step 2" in evaluation and "4 evaluation rows (easy), 3 evaluation rows (hard)" in text
+
+
 def test_card_names_hub_base_data_and_tags(trained, monkeypatch):
     monkeypatch.setattr(trained.model.peft_config["default"], "base_model_name_or_path", "org/base-1.5B")
     monkeypatch.setattr(trained.args, "hub_model_id", "me/robust")

@@ -218,6 +218,20 @@ def test_another_runs_folder_is_neither_written_into_nor_resumed_from(recipe, tm
     assert [path.name for path in _checkpoints.complete("run")] == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_overwrite_replaces_another_runs_folder_from_the_command_line_too(recipe, tmp_path):
+    saving = dict(save_strategy="steps", save_steps=1)
+    assert recipe(**saving, max_steps=2)[0] == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    code, said = recipe(**saving, flip_rate="0.3")
+    assert code == 2 and "(flip_rate: 0.1 there, 0.3 here). Choose another output_dir, or set `overwrite: true`" in said
+    assert recipe(**saving, flip_rate="0.3", dry_run="true")[0] == 2, "a dry run says so as well"
+    code, said = recipe(**saving, flip_rate="0.3", overwrite="true", resume_from_checkpoint="auto")
+    assert code == 0 and "overwrite is true, this one starts anew" in said
+    assert [path.name for path in _checkpoints.complete("run")] == ["checkpoint-1"]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert recipe(**saving, flip_rate="0.3", max_steps=1)[0] == 0
+
+
 def test_a_full_disk_ends_with_code_4_and_the_last_complete_checkpoint(recipe, monkeypatch):
     original = RobustDPOTrainer._save_rng_state
 

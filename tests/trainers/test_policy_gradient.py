@@ -358,6 +358,39 @@ def test_generations_without_gradient_stop_the_run_with_the_cause(tiny_folder, t
         train(tiny_folder, tmp_path, data=prompts([0] * 8), max_dead_steps=2, max_steps=5)
 
 
+@pytest.mark.parametrize(
+    "term",
+    [
+        dict(beta=0.04),
+        dict(entropy_coef=0.01),
+        dict(use_adaptive_entropy=True),
+        dict(preset="hpt", num_generations=4),
+        dict(preset="hpt", num_generations=4, soft_gate=[[0, 0, 0.5]] + [[1, 0, 0]] * 4, gamma=None),
+    ],
+    ids=["kl", "entropy", "adaptive", "demonstrations", "soft_gate"],
+)
+def test_a_run_with_another_gradient_goes_on(tiny_folder, tmp_path, term):
+    run = dict(data=prompts([0] * 8), max_dead_steps=2, max_steps=5)
+    _, trainer = train(tiny_folder, tmp_path, **run, **term)
+    assert trainer.state.global_step == 5
+
+
+def test_an_auxiliary_loss_keeps_a_run_going(tokenizer, tmp_path):
+    tiny_model("mixtral", output_router_logits=True).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    run = dict(data=prompts([0] * 8), max_dead_steps=2, max_steps=4, peft=False)
+    change, trainer = train(str(tmp_path / "moe"), tmp_path / "a", **run, router_aux_loss_coef=0.1)
+    assert trainer.state.global_step == 4 and any(value.any() for value in change.values())
+    with pytest.raises(DivergedError, match="no rollout of the last 2 generations had a gradient"):
+        train(str(tmp_path / "moe"), tmp_path / "b", **run, router_aux_loss_coef=0.0)
+
+
+def test_demonstrations_of_no_weight_are_no_gradient(tiny_folder, tmp_path):
+    run = dict(preset="hpt", num_generations=4, data=prompts([0] * 8), max_dead_steps=2, max_steps=5)
+    with pytest.raises(DivergedError, match="no rollout of the last 2 generations had a gradient"):
+        train(tiny_folder, tmp_path, **run, sft_coef=0.0)
+
+
 def test_unscorable_rewards_are_counted_and_weigh_nothing(tiny_folder, tmp_path):
     def some(completion_ids, **columns):
         return [None if ids[-2] % 2 else float(ids[0] == 65) for ids in completion_ids]
@@ -460,6 +493,37 @@ def test_evaluation_answers_each_prompt_once_without_sampling(tiny_folder, tmp_p
     assert trainer.generation_config.do_sample == before is True
     trainer.args.eval_greedy = False
     assert "eval_greedy_success" not in trainer.evaluate(data)
+
+
+def test_the_greedy_pass_is_on_by_itself_where_it_adds_little(tiny_folder, tmp_path):
+    data = prompts([0, 1], demonstrations=False)
+    calls = []
+
+    def counts(completion_ids, log_metric, **columns):
+        calls.append(len(completion_ids))
+        log_metric("mine", float(len(completion_ids)))
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    run = dict(made_up=False, reward=counts, per_device_eval_batch_size=2, max_steps=1)
+    _, trainer = train(tiny_folder, tmp_path / "a", **run, num_generations_eval=1)
+    calls.clear()
+    assert "eval_greedy_success" not in trainer.evaluate(data) and calls == [2], "it would double the cost"
+    trainer.args.eval_greedy = True
+    assert "eval_greedy_success" in trainer.evaluate(data)
+    with pytest.raises(ConfigError, match="an evaluation batch holds 2 rollouts .* no multiple of the 4 drawn"):
+        train(tiny_folder, tmp_path / "c", **run)[1].evaluate(data)
+    _, trainer = train(tiny_folder, tmp_path / "b", **run | dict(per_device_eval_batch_size=4), beta=0.1)
+    calls.clear()
+    metrics = trainer.evaluate({"a": data})
+    assert calls == [4, 4, 4] and metrics["eval_a_mine"] == 4
+    alone = {name: value for name, value in metrics.items() if "completions" in name or "rollouts" in name}
+    trainer.args.eval_greedy = False
+    torch.manual_seed(0)
+    without = trainer.evaluate({"a": data})
+    assert alone.keys() <= without.keys() and set(metrics) - set(without) == {"eval_a_greedy_success"}
+    assert trainer.beta == 0.1
+    with pytest.raises(ConfigError, match="eval_greedy is true with use_vllm"):
+        PolicyGradientConfig(str(tmp_path), eval_greedy=True, use_vllm=True)
 
 
 def test_skipping_is_refused_under_deepspeed(tmp_path, monkeypatch):
