@@ -181,7 +181,9 @@ def _is_message(message) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     # what calls a tool need not say anything
-    return isinstance(message.get("content"), str) or (message.get("content") is None and bool(message.get("tool_calls")))
+    return isinstance(message.get("content"), str) or (
+        message.get("content") is None and bool(message.get("tool_calls"))
+    )
 
 
 def _without_notes(demonstration):
