@@ -246,9 +246,7 @@ def _may_be_padded(feature) -> bool:
     if isinstance(item, Json) or isinstance(feature, Json):
         return False
     return not (
-        isinstance(item, Mapping)
-        and set(item) in _PLAIN
-        and all(isinstance(part, Value) for part in item.values())
+        isinstance(item, Mapping) and set(item) in _PLAIN and all(isinstance(part, Value) for part in item.values())
     )
 
 

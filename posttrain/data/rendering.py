@@ -35,7 +35,12 @@ class Findings:
 
 
 def check(
-    dataset, processing_class, name: str, places: Sequence[str] = (), unit: str = "rows", settings: Mapping | None = None
+    dataset,
+    processing_class,
+    name: str,
+    places: Sequence[str] = (),
+    unit: str = "rows",
+    settings: Mapping | None = None,
 ) -> Findings:
     """Compare the texts of rows with what is left of them as tokens.
 
@@ -110,9 +115,11 @@ class _Survey:
                 self.first_repeated = self.first_repeated or place
             return
         for answer in answers.values():
-            for role in {turn.get("role") for turn in answer} & {"user", "system", "developer", "tool"} if isinstance(
-                answer, list
-            ) else ():
+            for role in (
+                {turn.get("role") for turn in answer} & {"user", "system", "developer", "tool"}
+                if isinstance(answer, list)
+                else ()
+            ):
                 self.others[role] += 1
                 self.first_other.setdefault(role, place)
 
