@@ -74,7 +74,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     """
     from posttrain.data import answer_tokens, baselines, schema, scored
     from posttrain.data.limits import Limits
-    from posttrain.data.tokens import processing_class_for, tokenizer_of
+    from posttrain.data.tokens import processing_class_for
     from posttrain.trainers import _checks, _scored_rows, _values, a_lol
 
     config = dry_run.check(model_id, args, peft_config)
@@ -94,6 +94,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     train_dataset = scored.as_scored(train_dataset, name, tuple(columns), weighed).rename_columns(columns)
     if weighed:
         a_lol.check_rows(train_dataset, name, args)
+    shown = _as_learned(train_dataset.select([0]), processing_class, args, name)
     lost, fits = "", len(train_dataset)
     if answer_tokens.are_known(args):
         train_dataset, lost = answer_tokens.fit(train_dataset, processing_class, args, name, stop_ids)
@@ -140,15 +141,18 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
         "steps": f"at most {steps}" if living is not None and args.max_steps <= 0 else steps,
         **dry_run.sizes(config, args, peft_config),
         **facts,
-        "prompt": _text(first["prompt"], tokenizer_of(processing_class)),
-        "completion": _text(first["completion"]),
+        **shown,
         "reward": f"by {data_args.reward_func}" if data_args.reward_func else first.get("reward"),
     }
 
 
-def _text(value, tokenizer=None) -> str:
-    if isinstance(value, str):
-        return value
-    if tokenizer is not None:
-        return tokenizer.apply_chat_template(value, add_generation_prompt=True, tokenize=False)
-    return "".join(turn["content"] or "" for turn in value)
+def _as_learned(row, processing_class, args, name: str) -> dict[str, str]:
+    """The prompt and the answer of a data set of one row, as their tokens have them."""
+    from posttrain.data import answer_tokens
+    from posttrain.data.tokens import tokenizer_of
+
+    answer_tokens.check_template(row, processing_class)
+    tokens, tokenizer = answer_tokens.tokenise(row, processing_class, args, name)[0], tokenizer_of(processing_class)
+    start = next((i for i, label in enumerate(tokens["labels"]) if label != -100), len(tokens["labels"]))
+    ids = tokens["input_ids"]
+    return {"prompt": tokenizer.decode(ids[:start]), "completion": tokenizer.decode(ids[start:])}

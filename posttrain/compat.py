@@ -39,6 +39,9 @@ PRIVATE_NAMES = (
     ("trl.trainer.grpo_trainer", "GRPOTrainer._generate_and_score_completions", ("inputs",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._generate", ("prompts",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._get_train_sampler", ("dataset",)),
+    # no private names, but of a module that is not documented
+    ("trl.data_utils", "common_prefix_length", ("ids", "other_ids")),
+    ("trl.data_utils", "prepare_multimodal_messages", ("messages",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._tokenize_prompts", ("prompts",)),
     ("trl.trainer.utils", "RepeatSampler", ("data_source", "shuffle", "seed")),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._compute_loss", ("model", "inputs")),

@@ -140,16 +140,17 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    from posttrain.data import columns
+    from posttrain.data import columns, task_rows
     from posttrain.data.limits import Limits
     from posttrain.data.schema import generation_stop_ids
-    from posttrain.data.tokens import processing_class_for, tokenizer_of
+    from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
     from posttrain.trainers import _checks, _demonstrations
 
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_generation(args, train_dataset)
-    train_dataset = columns.prepare(train_dataset, "train_dataset")
     tokenizer, limits = tokenizer_of(processing_class_for(model_id, None, args)), Limits(model_id, config)
+    train_dataset = as_rendered(columns.prepare(train_dataset, "train_dataset"), tokenizer)
+    task_rows.check(train_dataset, tokenizer, args)
     if args.learns_from_demonstrations:
         stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))
         train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)

@@ -123,8 +123,9 @@ def _inspect(args) -> int:
                 _tokens.show(pieces, SHOWN_TOKENS, colour)
                 print()
     facts = template_facts(processing_class)
+    said = source.findings(processing_class, args.rows)
     if args.json:
-        _print_json(source.facts() | {"examples": examples, "template": facts})
+        _print_json(source.facts() | {"examples": examples, "template": facts, "warnings": said})
         return 0
     print("Supervised tokens are " + ("green." if colour else "in brackets."))
     words = {True: "yes", False: "no", None: "cannot be told"}
@@ -133,6 +134,8 @@ def _inspect(args) -> int:
     if facts["stop_token_trained"] is not None:
         trained = words[facts["stop_token_trained"]]
         print(f"Its marks of what the assistant says take in the end of the turn: {trained}.")
+    for line in said:
+        print(line)
     return 0
 
 
@@ -339,6 +342,25 @@ class _Source:
         self.model = resolve_model(self.model)
         return load_processing_class(self.model)
 
+    def findings(self, processing_class, rows: int | None = None) -> list[str]:
+        """What the rows' rendering shows, a sentence each; DataError where the model would learn something else."""
+        from posttrain.data import formats, rendering
+        from posttrain.data.rows import as_dataset
+
+        if self.format.kind in (formats.UNKNOWN, formats.TOKENISED):
+            return []
+        places, shown = self.places[:rows], self.rows[:rows]
+        if self.format.kind in (
+            formats.ALPACA,
+            formats.ALPACA_PREFERENCE,
+            formats.SHAREGPT,
+            formats.SHAREGPT_PREFERENCE,
+        ):
+            found = zip(shown, places, strict=True)
+            shown = [formats.convert_row(row, self.format, place) for row, place in found]
+        found = rendering.check(as_dataset(shown, self.name), processing_class, self.name, places)
+        return found.notes + found.warnings
+
     def pair_facts(self, max_length: int) -> dict:
         """Counts, lengths and warnings of preference pairs; DataError where they cannot be trained on."""
         from posttrain.data import schema, values
@@ -367,6 +389,7 @@ class _Source:
             notes.append(
                 f"{report.ended:.1%} of the answers end with an end-of-turn token, mostly {report.end_of_turn!r}"
             )
+        notes += report.notes
         facts |= {"unit": "tokens", "lengths": lengths.parts, "notes": notes, "warnings": report.warnings}
         return facts | {"report": report.to_dict()}
 
@@ -391,6 +414,7 @@ class _Source:
         parts = {part: quantiles(values) for part, values in found.items()}
         longest = max(values["99%"] for values in parts.values())
         facts["notes"].append(f"max_length {longest} keeps 99% of the rows whole")
+        facts["warnings"] += self.findings(processing_class)
         return facts | {"unit": "tokens", "lengths": parts}
 
     def _sizes(self, columns: list[str]) -> dict:

@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-from posttrain.data import formats
+from posttrain.data import formats, rendering
 from posttrain.data.ends import check_ends
 from posttrain.data.lengths import measure, quantiles
 from posttrain.data.schema import PairReport
-from posttrain.data.tokens import as_rendered, tokenizer_of
+from posttrain.data.tokens import as_learned, as_rendered, tokenizer_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
@@ -31,8 +31,10 @@ def fit(dataset, processing_class, args, name: str, stop_ids=()):
     row cannot be rendered; ConfigError for a
     tokenizer without chat template or eos token.
     """
-    _check_template(dataset, processing_class)
+    check_template(dataset, processing_class)
     _check_sample(dataset, processing_class, args, name, stop_ids)
+    places = [f"{name}, answer {number}" for number in range(1, len(dataset) + 1)]
+    rendering.report(dataset, processing_class, name, places, "answers")
     dataset = tokenise(dataset, processing_class, args, name)
     starts, lengths = [], []
     for labels in dataset["labels"]:
@@ -81,13 +83,17 @@ def tokenise(dataset, processing_class, args, name: str):
     )
     try:
         dataset = as_rendered(dataset, processing_class)
-        return SFTTrainer._prepare_dataset(trainer, dataset, processing_class, plain, False, None, name)
+        dataset = SFTTrainer._prepare_dataset(trainer, dataset, processing_class, plain, False, None, name)
+        return as_learned(dataset, processing_class, name)
+    except DataError:
+        raise
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:
         raise DataError(f"{name}: a row cannot be turned into tokens: {type(error).__name__}: {error}") from error
 
 
-def _check_template(dataset, processing_class) -> None:
+def check_template(dataset, processing_class) -> None:
+    """Refuse messages where the tokenizer has no chat template."""
     if formats.is_messages(dataset[0]["completion"]) and not processing_class.chat_template:
         raise ConfigError(
             "the rows are conversational, and the tokenizer has no chat template to render them with. Use an instruct "

@@ -37,12 +37,12 @@ def without_doubles(dataset, tokenizer):
     """
     end, beginning = tokenizer.eos_token, added_beginning(tokenizer)
     clean = functools.partial(_without_doubles, end=end, beginning=beginning)
-    names = [name for name in _TEXTS if name in (dataset.column_names or ())]
+    features = dataset.features or {}
+    names = [name for name in _TEXTS if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
     if not hasattr(dataset, "__len__"):
-        return dataset.map(clean)
+        return dataset.map(clean) if names or not features else dataset
     if not len(dataset) or dataset.format["type"] == "custom":
         return dataset
-    names = [name for name in names if getattr(dataset.features[name], "dtype", None) in ("string", "large_string")]
     columns = dataset.with_format(None).select_columns(names)
     if not names or not any(clean(row) != row for row in columns):
         return dataset
@@ -76,7 +76,7 @@ class ControlTokens:
     Attributes:
         rows: with one at all. first: where the first of them is.
         tokens: how many rows have which token.
-        prompts: rows with one in a prompt of text.
+        framed: rows of texts whose first text begins with one, or an answer ends with one.
         unfinished: rows of texts whose answer has one before its end. first_unfinished: where the first of them is.
     """
 
@@ -84,7 +84,7 @@ class ControlTokens:
     rows: int = 0
     first: str = ""
     tokens: Counter = field(default_factory=Counter)
-    prompts: int = 0
+    framed: int = 0
     unfinished: int = 0
     first_unfinished: str = ""
 
@@ -106,7 +106,11 @@ class ControlTokens:
         self.first = self.first or place
         self.tokens.update(tokens)
         if is_text:
-            self.prompts += any(found.get("prompt", []))
+            begins = [text for texts in parts.values() for text in texts][:1]
+            ends = [text for name, texts in parts.items() if name != "prompt" for text in texts]
+            self.framed += any(self.pattern.match(text.lstrip()) for text in begins) or any(
+                self._without_end(text) != text.rstrip() for text in ends
+            )
             inner = any(
                 self.pattern.search(self._without_end(text))
                 for name, texts in parts.items()
@@ -131,10 +135,10 @@ class ControlTokens:
             return [], []
         often = ", ".join(f"{token!r}" for token, _ in self.tokens.most_common(4))
         more = f" and {len(self.tokens) - 4} others" if len(self.tokens) > 4 else ""
-        if is_text and 2 * max(self.prompts, self.rows - self.unfinished) >= rows:
+        if is_text and 2 * self.framed >= rows:
             notes = [
-                f"{name}: {self.rows} of {rows} {unit} hold control tokens ({often}{more}; first: {self.first}), so the "
-                "chat template was applied to them already. They are taken as they are, and begin and end once."
+                f"{name}: {self.rows} of {rows} {unit} hold control tokens ({often}{more}; first: {self.first}), so "
+                "the chat template was applied to them already. They are taken as they are, and begin and end once."
             ]
             warnings = []
             if self.unfinished:

@@ -88,6 +88,11 @@ def unpadded(dataset) -> Iterator[dict]:
         yield row | {name: _unpadded(row[name], features[name]) for name in nested}
 
 
+def as_json(value: list | None) -> list[str] | None:
+    """Messages as the JSON texts that a column of `List(Json())` takes: `datasets` would write fewer digits itself."""
+    return value and [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value]
+
+
 def flattened(value):
     """Messages whose content is a list of nothing but blocks of text, with their texts joined; others as they are."""
     if not isinstance(value, list) or not any(_is_text_blocks(message) for message in value):

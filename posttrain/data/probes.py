@@ -6,9 +6,9 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from posttrain.data.markers import REASONING, marked
 from posttrain.data.tokens import render_text, tokenizer_of
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
 _ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "text")
 
@@ -27,15 +27,6 @@ class Fault(NamedTuple):
     shown: str
     remedy: str
     is_wrong: bool = False
-
-
-class _Piece(NamedTuple):
-    """A text of a message: of which kind, where, and what stands for it in the marked rendering."""
-
-    kind: str
-    index: int
-    text: str
-    marker: str
 
 
 def prompt_of(row: Mapping):
@@ -89,9 +80,9 @@ class Probe:
     def _faults(self, prompt: list, answer: list, name: str, learned: Mapping) -> Iterator[Fault]:
         messages, start = [*prompt, *answer], len(prompt)
         options = {} if answer else {"add_generation_prompt": True}
-        marked, pieces, names = _marked(messages, self.row.get("tools"))
+        stands, pieces, names = marked(messages, self.row.get("tools"))
         try:
-            drawn = self._render(*marked, **options)
+            drawn = self._render(*stands, **options)
         # a template may want content of some form; what it makes of the row itself is known
         except Exception:
             drawn = None
@@ -100,8 +91,10 @@ class Probe:
             # a generation prompt can end with what the answer begins with, such as <think>
             self._begun, hay[name] = len(hay["prompt"]), hay["prompt"] + hay[name]
         at = {"prompt": 0, name: 0}
-        places, wholly_lost = [], set()
+        places, wholly_lost, calls_lost = [], set(), set()
         for piece in pieces:
+            if piece.kind == "arguments of tool calls" and piece.index in calls_lost:
+                continue
             part = name if piece.index >= start or not prompt else "prompt"
             seen = None if drawn is None else drawn.count(piece.marker)
             message = messages[piece.index]
@@ -113,7 +106,9 @@ class Probe:
                 if seen == 1 and message.get("role") != "system":
                     places.append((drawn.index(piece.marker), piece))
             else:
-                fault = self._other_fault(piece, part, seen, hay[part])
+                fault = self._other_fault(piece, message, part, seen, hay[part])
+                if fault is not None and piece.kind == "tool calls":
+                    calls_lost.add(piece.index)
             if fault is not None:
                 wholly_lost.add(piece.index)
                 yield fault
@@ -173,11 +168,11 @@ class Probe:
             shown, "See the row with `posttrain data inspect`, and use a template that renders it as it is.",
         )  # fmt: skip
 
-    def _other_fault(self, piece, part, seen, hay: str) -> Fault | None:
+    def _other_fault(self, piece, message, part, seen, hay: str) -> Fault | None:
         if seen or (seen is None and _bare(piece.text) in hay):
             return None
         shown = repr(_short(piece.text))
-        if piece.kind in _REASONING:
+        if piece.kind in REASONING:
             return _lost_reasoning(f"in {piece.kind}", shown, part != "prompt")
         if piece.kind == "name":
             return Fault(
@@ -187,6 +182,8 @@ class Probe:
         return Fault(
             (piece.kind, part != "prompt"), f"the chat template drops {piece.kind}", shown,
             "Use a template that renders tool calls, or write them into the content as the model is to say them.",
+            # an answer of nothing else is learned as an empty one
+            piece.kind == "tool calls" and part != "prompt" and not message.get("content"),
         )  # fmt: skip
 
     def _order_faults(self, places: list) -> Iterator[Fault]:
@@ -200,7 +197,7 @@ class Probe:
 
     def _value_faults(self, messages: list, index: int, message: Mapping, text: str, options) -> Iterator[Fault]:
         """Content that is no text, and the arguments of tool calls: Python's print of them in the place of a text."""
-        content = message.get("content", "")
+        content = message.get("content")
         if isinstance(content, list) and content and _bare(str(content)) in _bare(text):
             yield _printed("a list of blocks", content, "Write the content as a text, or use a template for blocks.")
         elif isinstance(content, list) and not all(block.get("type", "text") == "text" for block in content):
@@ -209,13 +206,11 @@ class Probe:
             if self._are_alike(messages, index, {**message, "content": fewer}, options):
                 kinds = ", ".join(sorted({str(block.get("type")) for block in others}))
                 yield Fault(
-                    ("blocks", kinds), f"the chat template drops blocks of the type {kinds}", _short(json.dumps(others)),
-                    "The answer is to something that the model cannot see; leave those rows out, or use a model for it.",
+                    ("blocks", kinds), f"the chat template drops blocks of the type {kinds}",
+                    _short(json.dumps(others, default=str)),
+                    "The model cannot see what the answer is to. Leave those rows out, or take another model.",
                     True,
                 )  # fmt: skip
-        elif content is None and not self._are_alike(messages, index, {**message, "content": ""}, options):
-            if "None" in text:
-                yield _printed("null content", content, 'Write `"content": ""` there.')
         for call in message.get("tool_calls") or ():
             function = call.get("function", call) if isinstance(call, Mapping) else {}
             arguments, bare = function.get("arguments"), _bare(text)
@@ -283,90 +278,6 @@ def _split(row: Mapping) -> tuple:
         # as TRL, which leaves a blank to the answer
         length -= 1
     return chosen[:length], {"chosen": chosen[length:], "rejected": rejected[length:]}
-
-
-def _marked(messages: list, tools) -> tuple[tuple[list, object], list[_Piece], dict[str, str]]:
-    """The messages and tools with a marker in the place of each text, the pieces, and the markers of tools' names."""
-    pieces: list[_Piece] = []
-    names: dict[str, str] = {}
-    of_tools: dict[str, str] = {}
-
-    def marker(kind: str, index: int, text: str) -> str:
-        pieces.append(_Piece(kind, index, text, f"qz{len(pieces):04d}zq"))
-        return pieces[-1].marker
-
-    def name_of(name: str) -> str:
-        return names.setdefault(name, f"fz{len(names):04d}zf")
-
-    def name_of_tool(name: str) -> str:
-        return of_tools.setdefault(name, f"tz{len(of_tools):04d}zt")
-
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    marked_tools = [_named(tool, name_of_tool) for tool in tools] if tools else tools
-    marked = []
-    for index, message in enumerate(messages):
-        made = dict(message)
-        content = message.get("content")
-        if isinstance(content, str) and content.strip():
-            made["content"] = marker("content", index, content)
-        elif isinstance(content, list):
-            made["content"] = [
-                {**block, "text": marker("content", index, block["text"])}
-                if isinstance(block.get("text"), str) and block["text"].strip()
-                else block
-                for block in content
-            ]
-        for key in _REASONING:
-            if isinstance(message.get(key), str) and message[key].strip():
-                made[key] = marker(key, index, message[key])
-        if isinstance(message.get("name"), str) and message["name"]:
-            known = message["name"] in names
-            # a tool is named by the call before it
-            made["name"] = name_of(message["name"]) if message.get("role") == "tool" or known else message["name"]
-            if message.get("role") != "tool" and not known:
-                made["name"] = marker("name", index, message["name"])
-        if isinstance(message.get("tool_calls"), list):
-            made["tool_calls"] = [_marked_call(call, index, name_of, pieces, marker) for call in message["tool_calls"]]
-        if isinstance(message.get("function_call"), Mapping):
-            call = {**message["function_call"], "name": marker("function_call", index, "function_call")}
-            made["function_call"] = call
-        marked.append(made)
-    return (marked, marked_tools), pieces, of_tools
-
-
-def _named(tool, name_of):
-    if not isinstance(tool, Mapping):
-        return tool
-    if isinstance(tool.get("function"), Mapping) and isinstance(tool["function"].get("name"), str):
-        return {**tool, "function": {**tool["function"], "name": name_of(tool["function"]["name"])}}
-    return {**tool, "name": name_of(tool["name"])} if isinstance(tool.get("name"), str) else tool
-
-
-def _marked_call(call, index: int, name_of, pieces: list, marker):
-    if not isinstance(call, Mapping):
-        return call
-    function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        return call
-    name, arguments = name_of(function["name"]), function.get("arguments")
-    pieces.append(_Piece("tool calls", index, function["name"], name))
-
-    def mark(value):
-        if isinstance(value, str) and value.strip():
-            return marker("arguments of tool calls", index, value)
-        if isinstance(value, Mapping):
-            return {key: mark(part) for key, part in value.items()}
-        return [mark(item) for item in value] if isinstance(value, list) else value
-
-    if isinstance(arguments, Mapping):
-        arguments = mark(arguments)
-    elif isinstance(arguments, str):
-        try:
-            arguments = json.dumps(mark(json.loads(arguments)))
-        except ValueError:
-            arguments = marker("arguments of tool calls", index, arguments)
-    made = {**function, "name": name} | ({"arguments": arguments} if "arguments" in function else {})
-    return {**call, "function": made} if "function" in call else made
 
 
 def _lost_reasoning(where: str, shown: str, in_answer: bool) -> Fault:

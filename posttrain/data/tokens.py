@@ -1,12 +1,13 @@
 """The tokens that training will see, and which of them it learns."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from posttrain.data import applied, formats, objects, values
+from posttrain.data import applied, continued, formats, objects, values
 from posttrain.errors import ConfigError, DataError
 from posttrain.remote import check_model_name, model_failure
 
@@ -62,9 +63,23 @@ def as_rendered(dataset, processing_class):
     """A data set as the chat template and the tokenizer are to see it, in training and in every check.
 
     Nested values are as the rows had them, blocks of text are text (`objects.restored`), and texts with the template
-    already applied begin and end once (`applied.without_doubles`).
+    already applied begin and end once (`applied.without_doubles`). Words of the assistant at the end of a prompt are
+    joined to the answer (`continued.joined`); `as_learned` parts their tokens.
     """
-    return applied.without_doubles(objects.restored(dataset), tokenizer_of(processing_class))
+    if not hasattr(dataset, "column_names"):
+        # what is no data set is refused where it is used
+        return dataset
+    dataset = applied.without_doubles(objects.restored(dataset), tokenizer_of(processing_class))
+    return continued.joined(dataset)
+
+
+def as_learned(dataset, processing_class, place: str):
+    """A data set that TRL tokenised of what `as_rendered` made: prompts end where the row's do.
+
+    `place`: what the data set is called in errors.
+    """
+    part = continued.part_labels if "labels" in (dataset.column_names or ()) else continued.part_pair
+    return continued.parted(dataset, functools.partial(part, render=_renderer(processing_class, place)))
 
 
 def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> Iterator[dict]:
@@ -99,8 +114,14 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> It
             SimpleNamespace(_tokenizer=tokenizer), stream, processing_class, arguments, "check"
         )
         for row in prepared:
+            if continued.COLUMN in row:
+                row = continued.part_pair(
+                    row, _renderer(processing_class, places[done] if places else f"row {done + 1}")
+                )
             yield {name: row[name] for name in formats.TOKEN_COLUMNS}
             done += 1
+    except DataError:
+        raise
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:
         place = places[done] if places else f"row {done + 1}"
@@ -151,6 +172,14 @@ def render(value, row: Mapping, processing_class, place: str, **options) -> list
     `options` go to the template. Raises DataError for what the template or the tokenizer refuses.
     """
     return _render(value, row, processing_class, place, **options)["input_ids"]
+
+
+def _renderer(processing_class, place: str):
+    return functools.partial(_ids_of, processing_class=processing_class, place=place)
+
+
+def _ids_of(messages: list, row: Mapping, processing_class, place: str, **options) -> list[int]:
+    return render(messages, row, processing_class, place, **options)
 
 
 def tools_of(row: Mapping) -> list | None:
@@ -209,4 +238,6 @@ def _render(value, row: Mapping, processing_class, place: str, **options) -> dic
 
 
 def _template_options(row: Mapping) -> dict:
-    return {"tools": tools_of(row), **(row.get("chat_template_kwargs") or {})}
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}

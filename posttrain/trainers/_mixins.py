@@ -15,7 +15,7 @@ from trl.trainer.utils import use_adapter
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import columns, formats, preferences, schema
 from posttrain.data.limits import Limits
-from posttrain.data.tokens import as_rendered
+from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
@@ -125,6 +125,9 @@ class PreferenceMixin(RunMixin):
         else:
             dataset = as_rendered(dataset, processing_class)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            given, dataset = dataset, as_learned(dataset, processing_class, dataset_name)
+            if dataset is not given:
+                dataset = self._short_enough(dataset, args)
         if isinstance(dataset, Dataset):
             # every row, where a sample was looked at before
             name = {"train": "train_dataset", "eval": "eval_dataset"}.get(dataset_name, dataset_name)

@@ -12,7 +12,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import answer_tokens, baselines, schema, scored
 from posttrain.data.limits import Limits
-from posttrain.data.tokens import as_rendered, processing_class_for
+from posttrain.data.tokens import as_learned, as_rendered, processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
@@ -183,7 +183,9 @@ class OfflineMixin(RunMixin):
     def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
         if "input_ids" not in (dataset.column_names or ()):
             dataset = as_rendered(dataset, processing_class)
-        return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+        return as_learned(
+            super()._prepare_dataset(dataset, processing_class, *args, **kwargs), processing_class, "a row"
+        )
 
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):

@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from posttrain.data import columns
+from posttrain.data import columns, task_rows
 from posttrain.data.limits import Limits
 from posttrain.data.schema import generation_stop_ids, refuse_splits
-from posttrain.data.tokens import processing_class_for, tokenizer_of
+from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
 from posttrain.hub import preflight
 from posttrain.log import get_logger
@@ -72,22 +72,20 @@ class PolicyGradientMixin(RunMixin):
         eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
         _checks.check_generation(args, train_dataset)
         _evaluation.check_best_metric(args, eval_dataset)
-        limits, processor = Limits(model, config), None
-        if args.learns_from_demonstrations or args.kept_tokens or hasattr(train_dataset, "__len__"):
-            processor = processing_class_for(model, processing_class, args)
+        limits, processor = Limits(model, config), processing_class_for(model, processing_class, args)
+        tokenizer = tokenizer_of(processor)
         if args.kept_tokens:
-            _special_tokens.check_kept(args.kept_tokens, tokenizer_of(processor))
+            _special_tokens.check_kept(args.kept_tokens, tokenizer)
+        train_dataset, eval_dataset = as_rendered(train_dataset, tokenizer), _all_rendered(eval_dataset, tokenizer)
+        task_rows.check(train_dataset, tokenizer, args)
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
             stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
-            train_dataset = _demonstrations.tokenise(
-                train_dataset, tokenizer_of(processor), args, "train_dataset", stop_ids
-            )
+            train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
             limits.check(train_dataset, ((_demonstrations.IDS,),), processor, "train_dataset", None)
-        if processor is not None:
-            for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
-                limits.check_prompts(dataset, processor, args, name)
+        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+            limits.check_prompts(dataset, processor, args, name)
         self._begin_run(preflight(args, model), args)
         self._sharing, self._scored, self._rewards, self._head = None, None, None, None
         self._reference_is_given, self._reference_checked = False, False
@@ -179,6 +177,8 @@ class PolicyGradientMixin(RunMixin):
 
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = _all_rendered(eval_dataset, tokenizer_of(self.processing_class))
         size, group = self.args.per_device_eval_batch_size * self.args.world_size, self.num_generations_eval
         if size % group:
             raise ConfigError(
@@ -416,6 +416,13 @@ def _advantage_function(args):
             rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
         )
     return None
+
+
+def _all_rendered(datasets, tokenizer):
+    """One data set, several by name, or None, as the chat template is to see them."""
+    if isinstance(datasets, dict):
+        return {name: as_rendered(dataset, tokenizer) for name, dataset in datasets.items()}
+    return None if datasets is None else as_rendered(datasets, tokenizer)
 
 
 def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:

@@ -1,0 +1,371 @@
+"""Every text of a row is in its rendering once, an answer's among what is learned; else it is said, or refused."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import trl
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+
+from posttrain.data import objects, rendering, survey
+from posttrain.data.schema import examine_preferences
+from posttrain.data.tokens import tokenized_pairs
+from posttrain.errors import DataError
+from posttrain.models import byte_tokenizer
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+CALL = [{"id": "call_1234", "type": "function", "function": {"name": "weather", "arguments": {"town": "Lyon"}}}]
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Now.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def user(content="Name a river.", **keys):
+    return {"role": "user", "content": content, **keys}
+
+
+def says(content="The Loire.", **keys):
+    return {"role": "assistant", "content": content, **keys}
+
+
+def pair(*prompt, chosen=None, rejected=None, **columns):
+    sides = {"chosen": chosen or [says()], "rejected": rejected or [says("Paris.")]}
+    return {"prompt": list(prompt) or [user()], **sides, **columns}
+
+
+def templated(text):
+    tokenizer = byte_tokenizer("<|pad|>")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def trl_template(name):
+    return templated((TEMPLATES / f"{name}.jinja").read_text())
+
+
+def said(rows, tokenizer, **options) -> list[str]:
+    return rendering.check(objects.exact(rows), tokenizer, "data", **options).warnings
+
+
+# renders roles and contents of any kind as they come
+PLAIN = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+
+def plain(body="m.content"):
+    return templated(PLAIN.replace("BODY", body))
+
+
+ORDINARY = {
+    "one turn": [pair(user(f"Name river {i}.")) for i in range(3)],
+    "short texts": [pair(user("a"), chosen=[says("a")], rejected=[says("e")])],
+    "several turns": [pair(user("Hi"), says("Hello! "), user(" Name a river.\n"), chosen=[says("```\n1\n\n2\n```\n")])],
+    "other letters": [pair(user("Was heißt 🙂 &lt;b&gt; \u2028x?"), chosen=[says("👨‍👩‍👧 é e\u0301")])],
+    "a long text": [pair(user("word " * 3000))],
+    "no answer": [pair(chosen=[says("")]), pair()],
+    "implicit": [{"chosen": [user(), says()], "rejected": [user(), says("Paris.")]}],
+    "whole conversations": [{"messages": [user(), says(), user("More"), says("The Rhine.")]}],
+    "completions": [{"prompt": [user()], "completion": [says()]}],
+    "prompts": [{"prompt": [user()]}],
+    "texts": [{"prompt": "Name a river:", "chosen": " The Loire", "rejected": " Paris"}],
+    "continuations": [{"prompt": "a", "chosen": "ab", "rejected": "ac"}],
+    "text": [{"text": "The Loire."}],
+}
+# these take lists of blocks, which a model's processor makes, and no texts
+_OF_IMAGES = ("idefics3", "smolvlm", "llava_next")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_ordinary_rows_raise_no_alarm_under_the_templates_of_trl(name):
+    tokenizer = trl_template(name)
+    if name.startswith(_OF_IMAGES):
+        with pytest.raises(DataError, match="takes blocks of content|cannot be turned into tokens"):
+            said(ORDINARY["one turn"], tokenizer)
+        return
+    for kind in ("one turn", "several turns", "completions", "prompts"):
+        assert said(ORDINARY[kind], tokenizer) == [], kind
+
+
+@pytest.mark.parametrize("kind", ORDINARY)
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3", "gptoss", None])
+def test_ordinary_rows_raise_no_alarm(kind, name, tokenizer):
+    assert said(ORDINARY[kind], trl_template(name) if name else tokenizer) == []
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "llama3_1", "nemotron_3_nano", "gptoss"])
+def test_templates_that_know_tools_raise_no_alarm(name):
+    rows = [pair(user("Weather?"), chosen=[says(words, tool_calls=CALL)], tools=[TOOL]) for words in ("", None)]
+    result = {"role": "tool", "name": "weather", "tool_call_id": "call_1234", "content": '{"sky": "mild"}'}
+    rows += [pair(user("Weather?"), says("", tool_calls=CALL), result, tools=[TOOL])]
+    assert said(rows, trl_template(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("qwen3", pair({"role": "developer", "content": "Be short."}, user()), "the role developer.*to system"),
+        ("qwen3", pair({"role": "critic", "content": "Be short."}, user()), "drops the message of the role critic"),
+        ("qwen3", pair(user("Hi"), says("<think>\nhm\n</think>\n\nHello"), user()), "drops the reasoning of the prom"),
+        ("qwen3", pair(user("Hi"), says("Hello", reasoning_content="hm"), user()), "reasoning of the prompt in reaso"),
+        ("llama3_1", pair(chosen=[says(reasoning_content="France has it")]), "drops the answer's reasoning in reason"),
+        ("llama3_1", pair(chosen=[says(thinking="France has it")]), "drops the answer's reasoning in thinking"),
+        ("deepseek_r1_distill", pair(chosen=[says("<think>hm</think>The Loire.")]), "drops the answer's reasoning be"),
+        ("gemma3", pair(tools=[TOOL]), r"drops the tools.*weather"),
+        ("gemma3", pair(chosen=[says(tool_calls=CALL)]), "drops tool calls"),
+        ("qwen3", pair(user(name="Ada")), "drops the name of who speaks.*'Ada'"),
+        ("qwen3", pair(chosen=[says(), {"role": "tool", "content": "x"}, says("So.")]), "in 1 answers a tool takes a"),
+    ],
+)  # fmt: skip
+def test_what_a_template_loses_is_said_with_the_row(name, row, message):
+    rows = [pair(user(f"Name river {i}.")) for i in range(40)]
+    rows.insert(17, row)
+    (warning,) = said(rows, trl_template(name))
+    assert warning.startswith("data: ")
+    assert "row 18" in warning
+    assert re.search(message, warning)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "row", "message"),
+    [
+        # the question, or the answer, is not there
+        (plain("m.content if m.role != 'user' else ''"), pair(), "drops the message of the role user"),
+        (plain("m.content if m.role == 'user' else ''"), pair(), "drops the message of the role assistant"),
+        (trl_template("phi3"), pair(user(), chosen=[{"role": "model", "content": "The Loire."}]), "of the role model"),
+        (trl_template("gemma3"), pair(chosen=[says("", tool_calls=CALL)]), "drops tool calls"),
+        # said twice
+        (plain("m.content ~ ' ' ~ m.content"), pair(), "renders a message of the role assistant 2 times"),
+        # Python's print
+        (plain(), pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "a list of blocks as Python pri"),
+        (plain(), pair(chosen=[says([{"type": "input_text", "text": "a"}])]), "a list of blocks as Python prints it"),
+        (plain("m.content ~ m.tool_calls"), pair(chosen=[says("a", tool_calls=CALL)]), "the arguments of a tool call"),
+        # blocks that a template for texts leaves out
+        (trl_template("qwen3"), pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "blocks of content"),
+        (plain("m.content if m.content is string else m.content[0].text"),
+         pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "drops blocks of the type image"),
+        # arguments that are a text already, as a text of a text
+        (plain("m.content ~ (m.tool_calls | tojson if m.tool_calls else '')"), pair(chosen=[says("a", tool_calls=[
+            {"type": "function", "function": {"name": "weather", "arguments": '{"town": "Lyon"}'}}])]), "quotes the "),
+    ],
+)  # fmt: skip
+def test_what_would_be_learned_wrong_is_refused(tokenizer, row, message):
+    rows = [pair(user(f"Name river {i}."), chosen=[says()]) for i in range(3)] + [row]
+    with pytest.raises(DataError, match=message):
+        said(rows, tokenizer)
+    with pytest.raises(DataError, match=message):
+        examine_preferences(objects.exact(rows), tokenizer)
+
+
+def test_a_row_that_a_template_refuses_is_named():
+    strict = plain("m.content if m.role != 'tool' else raise_exception('no tools here')")
+    rows = [pair(user(f"Name river {i}.")) for i in range(2000)]
+    rows[1333] = pair({"role": "tool", "content": "x"}, user())
+    with pytest.raises(
+        DataError, match="data, row 1334: the row cannot be turned into tokens: TemplateError: no tools h"
+    ):
+        said(rows, strict)
+
+
+def test_messages_in_another_order_are_said():
+    backwards = templated(PLAIN.replace("BODY", "m.content").replace("in messages", "in messages[:-3] + messages[-3:]"))
+    assert said([pair(user("One"), says("Two"), user("Three"))], backwards) == []
+    swapped = "{%- set messages = messages[1:2] + messages[:1] + messages[2:] -%}" + PLAIN.replace("BODY", "m.content")
+    (warning,) = said([pair(user("One"), says("Two"), user("Three"))], templated(swapped))
+    assert "renders messages in another order" in warning
+
+
+MESSAGES = [user("Name river 1."), says()]
+TRANSCRIPT = "\n\nHuman: Name river {}.\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [pair(user(), chosen=[user(), says()], rejected=[user(), says("Paris.")])],
+        [pair(user("Hi"), says("Hello"), user(), chosen=[user(), says()], rejected=[user(), says("Paris.")])],
+        [{"prompt": TRANSCRIPT.format(i), "chosen": TRANSCRIPT.format(i) + " Yes.", "rejected": TRANSCRIPT.format(i)
+          + " No."} for i in range(4)],
+        [{"prompt": " a question? ", "completion": "a question? An answer."} for _ in range(2)],
+        [{"prompt": f"{i}+1=", "chosen": f"{i}+1=2", "rejected": f"{i}+1=3"} for i in range(9)],
+        [{"prompt": [user()], "completion": [user(), says()]}],
+    ],
+)  # fmt: skip
+def test_a_prompt_that_stands_in_the_answers_too_is_refused(rows, tokenizer):
+    with pytest.raises(DataError, match="answers begin with the prompt.*twice(.|\n)*remove_columns"):
+        said(rows, tokenizer)
+
+
+def test_a_few_answers_that_repeat_their_question_are_said(tokenizer):
+    rows = [{"prompt": f"What is {i} + {i}?", "chosen": f" {2 * i}", "rejected": " 1"} for i in range(20)]
+    rows[4] |= {"chosen": "What is 4 + 4? It is 8.", "rejected": "What is 4 + 4? It is 9."}
+    (warning,) = said(rows, tokenizer)
+    assert "in 1 of 20 rows the answers begin with the prompt and repeat it (first: data, row 5)" in warning
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer"])
+@pytest.mark.parametrize("column", ["chosen", "rejected", "completion", "implicit"])
+def test_anothers_turn_within_an_answer_is_refused(role, column, tokenizer):
+    turns = [says(), {"role": role, "content": "And in Spain?"}, says("The Ebro.")]
+    row = (
+        {"prompt": [user()], "completion": turns}
+        if column == "completion"
+        else pair(**{"chosen": turns, column: turns})
+    )
+    if column == "implicit":
+        row = {"chosen": [user(), *turns], "rejected": [user(), says("Paris.")]}
+    with pytest.raises(
+        DataError, match=rf"in \d answers the {role} takes a turn \(first: data, row 1\).*into the prompt"
+    ):
+        said([row], tokenizer)
+
+
+def test_control_tokens_in_texts_are_counted_with_the_first_row(tokenizer):
+    rows = [pair(user(f"Name river {i}.")) for i in range(6)]
+    rows[2] = pair(chosen=[says("A turn ends with <|im_end|>, as you know.")])
+    rows[4] = pair(user("What are <|im_end|> and <|im_start|>?"))
+    (warning,) = said(rows, tokenizer)
+    assert (
+        "2 of 6 rows hold control tokens in their texts ('<|im_end|>', '<|im_start|>'; first: data, row 3)" in warning
+    )
+    assert "split_special_tokens" in warning
+    (warning,) = said([{"prompt": "a", "chosen": "b<|pad|>c", "rejected": "d"}] + ORDINARY["texts"] * 3, tokenizer)
+    assert "1 of 4 rows hold control tokens in their texts ('<|pad|>'; first: data, row 1)" in warning
+    (warning,) = said([{"messages": [user(), says("a<|im_end|>")]}], tokenizer)
+    assert "1 of 1 rows hold control tokens" in warning
+
+
+def test_a_text_about_control_tokens_is_none_with_the_template_applied(tokenizer):
+    (warning,) = said([{"prompt": "Explain <|im_end|>.", "chosen": " It ends.", "rejected": " No."}], tokenizer)
+    assert "1 of 1 rows hold control tokens in their texts" in warning
+
+
+APPLIED = "<|im_start|>user\nName river {}.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def texts(prompt=APPLIED, chosen="The Loire.<|im_end|>", rejected="Paris.<|im_end|>"):
+    return [{"prompt": prompt.format(i), "chosen": chosen, "rejected": rejected} for i in range(3)]
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|> \n\n"])
+def test_answers_with_the_template_applied_end_once(end, tokenizer):
+    data = objects.exact(texts(chosen=f"The Loire.{end}", rejected=f"Paris.{end}"))
+    for row in tokenized_pairs(data, tokenizer):
+        assert tokenizer.decode(row["chosen_ids"]) == "The Loire.<|im_end|>"
+        assert tokenizer.decode(row["rejected_ids"]) == "Paris.<|im_end|>"
+    found = rendering.check(data, tokenizer, "data")
+    assert found.warnings == []
+    assert "the chat template was applied to them already" in found.notes[0]
+
+
+@pytest.mark.parametrize("column", ["prompt", "sides", "no prompt"])
+def test_texts_with_a_beginning_of_their_own_begin_once(column):
+    tokenizer = byte_tokenizer("<|pad|>")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    row = {"prompt": "<s>1+1= ", "chosen": "2", "rejected": "3"}
+    if column != "prompt":
+        row = {"chosen": "<s>1+1= 2", "rejected": "<s>1+1= 3"} | ({"prompt": ""} if column == "sides" else {})
+    (tokens,) = tokenized_pairs(objects.exact([row]), tokenizer)
+    whole = tokenizer.decode(tokens["prompt_ids"] + tokens["chosen_ids"])
+    assert whole == "<s>1+1= 2<|im_end|>"
+
+
+def test_a_beginning_stays_where_the_tokenizer_adds_none(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.add_special_tokens({"bos_token": "<s>"})
+    (tokens,) = tokenized_pairs(objects.exact([{"prompt": "<s>a ", "chosen": "b", "rejected": "c"}]), plain)
+    assert plain.decode(tokens["prompt_ids"]) == "<s>a "
+
+
+def test_several_turns_in_an_answer_with_the_template_applied_are_said(tokenizer):
+    more = f"The Loire.<|im_end|>\n{APPLIED.format(2)}The Rhine.<|im_end|>"
+    (warning,) = said(texts(chosen=more), tokenizer)
+    assert "in 3 of 3 rows an answer has control tokens before its end" in warning
+
+
+BEGUN = [user("2 + 2?"), says("It is")]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3", "qwen2_5", "phi3", None])
+def test_an_answer_goes_on_with_the_words_that_its_prompt_ends_with(name, tokenizer):
+    tokenizer = trl_template(name) if name else tokenizer
+    rows = objects.exact([pair(*BEGUN, chosen=[says(" 4.")], rejected=[says(" 5.")]), pair()])
+    begun, plain = tokenized_pairs(rows, tokenizer)
+    assert tokenizer.decode(begun["prompt_ids"]).endswith("It is")
+    assert tokenizer.decode(begun["chosen_ids"]).count(" 4.") == 1
+    assert tokenizer.decode(begun["chosen_ids"]).startswith(" 4.")
+    assert tokenizer.decode(begun["rejected_ids"]).startswith(" 5.")
+    assert tokenizer.decode(plain["prompt_ids"]) == tokenizer.decode(next(tokenized_pairs(rows.select([1]), tokenizer))[
+        "prompt_ids"
+    ])  # fmt: skip
+    if name in (None, "qwen3", "qwen2_5"):
+        report = examine_preferences(rows, tokenizer)
+        assert report.ended == 1
+        assert report.warnings == []
+
+
+def test_words_that_both_sides_of_a_pair_begin_with_are_continued(tokenizer):
+    rows = [{"chosen": [*BEGUN, says(" 4.")], "rejected": [*BEGUN, says(" 5.")]}]
+    rows += [{"chosen": [user(), says()], "rejected": [user(), says("Paris.")]}]
+    begun, plain = tokenized_pairs(objects.exact(rows), tokenizer)
+    assert tokenizer.decode(begun["prompt_ids"]).endswith("<|im_start|>assistant\nIt is")
+    assert tokenizer.decode(begun["chosen_ids"]) == " 4.<|im_end|>"
+    assert tokenizer.decode(plain["chosen_ids"]) == "The Loire.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (pair(says("It is"), chosen=[says(" 4.")]), "nothing but words of the assistant"),
+        (pair(user(), says("It is"), chosen=[says("b")]), "cannot continue"),
+    ],
+)
+def test_words_that_cannot_be_continued_are_refused(row, message):
+    with pytest.raises(DataError, match=message):
+        list(tokenized_pairs(objects.exact([row]), plain("m.content if m.role == 'user' else m.content | upper")))
+
+
+def test_rollouts_do_not_go_on_with_the_assistants_words(tokenizer):
+    for columns in ({}, {"demonstration": [says(" 4.")]}):
+        with pytest.raises(
+            DataError, match="row 2: the prompt ends with words of the assistant.*continue_final_message"
+        ):
+            said([{"prompt": [user()], **columns}, {"prompt": BEGUN, **columns}], tokenizer)
+
+
+def test_rows_that_look_unlike_the_others_are_rendered():
+    rows = [pair(user(f"Name river {i}.")) for i in range(5000)]
+    odd = {777: pair(user("x"), name="b") | {"prompt": [user("x", name="Ada")]}, 4001: pair(tools=[TOOL])}
+    odd[2345] = pair(user("a"), says("b"), user("c"))
+    for number, row in odd.items():
+        rows[number] = {key: row.get(key) for key in ("prompt", "chosen", "rejected", "tools")}
+    found = rendering.check(objects.exact(rows), trl_template("gemma3"), "data")
+    assert survey.SPREAD + len(odd) <= found.rendered <= survey.SPREAD + len(odd) + 2
+    assert sorted("tools" if "the tools" in warning else "name" for warning in found.warnings) == ["name", "tools"]
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_said():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "one": 2, "two": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    assert said([{"prompt": "one", "chosen": " two", "rejected": " one"}], tokenizer) == []
+    (warning,) = said([{"prompt": "one", "chosen": " zwei", "rejected": " one"}], tokenizer)
+    assert "no token for some characters, and writes '<unk>'" in warning
+
+
+def test_the_rows_given_stay_as_they_are(tokenizer):
+    rows = [pair(*BEGUN), pair(user([{"type": "text", "text": "a"}]))]
+    data = Dataset.from_list(rows, on_mixed_types="use_json")
+    before = copy.deepcopy(list(data))
+    rendering.check(data, tokenizer, "data")
+    assert list(data) == before
