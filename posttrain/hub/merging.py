@@ -12,10 +12,11 @@ from posttrain.hub.files import TOKENIZER, found
 from posttrain.models import load_adapter, tokenizer_beside
 
 _PROMPTS = (
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "To sort a list in Python,",
-    "Once upon a time, in a small village",
+    "The capital of France is Paris, which lies on the river",
+    "Water boils at a temperature of one hundred degrees Celsius at sea level, and in the mountains at",
+    "To sort a list in Python, call sorted(items), or items.sort() where the list itself may change:",
+    "Once upon a time, in a small village at the edge of a great forest, there lived an old clockmaker who",
+    "If 3 apples cost 6 coins, then 7 apples cost 14 coins, because each apple costs",
 )
 # Share of tokens of which merged and unmerged model must agree on the likeliest next one. Where the unmerged model
 # gives the merged one's choice nearly its best logit, they agree: rounding may decide such ties either way.

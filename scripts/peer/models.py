@@ -180,12 +180,13 @@ def tokenizer_of(model: Model, texts: list[str]):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=1000,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # twice, as a pair has to be seen twice to be merged
+    tokenizer.train_from_iterator([*texts, *2 * [template or ""]], trainer)
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     if model.bos:
         first = (model.bos, tokenizer.token_to_id(model.bos))

@@ -1,5 +1,6 @@
 """Small data sets in the shapes of TRL's test data, under the hub's names, as folders that `load_dataset` reads."""
 
+import json
 from pathlib import Path
 
 _LEFT = (
@@ -22,8 +23,8 @@ def texts() -> list[str]:
     """Everything that the rows say, for a tokenizer to learn from."""
     answers = zen()["standard_prompt_completion"]
     talk = [turn["content"] for row in zen()["conversational_prompt_completion"] for turn in _turns(row)]
-    roles = ["system user assistant tool"] * 20
-    return [row["prompt"] + row["completion"] for row in answers] + talk + roles
+    calls = [json.dumps(row) for row in toolcall()["preference"]]
+    return [row["prompt"] + row["completion"] for row in answers] + talk + calls
 
 
 def zen() -> dict[str, list[dict]]:

@@ -121,8 +121,11 @@ def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, 
         assert abs(training.losses(trainer)[0] - 0.6931472) < 1e-6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "lora_ga", False])
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [*((family, "pissa") for family in FAMILIES), *(("preference", how) for how in ("pissa_niter_4", "olora", False)),
+     ("offline", "lora_ga"), ("policy_gradient", False)],
+)  # fmt: skip
 def test_a_run_resumes_exactly_from_an_adapter_of_any_start(family, how, tiny_folder, tokenizer, tmp_path):
     def run(resume=None):
         model, adapter = prepared(tiny_folder, config(how))
