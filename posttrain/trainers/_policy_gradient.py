@@ -232,11 +232,12 @@ class PolicyGradientMixin(RunMixin):
         limit = self.args.max_dead_steps
         if limit and self._learns_from_advantages_alone and self._dead_generations >= limit:
             scored = rewards[~torch.isnan(rewards)]
+            last = f"last between {scored.min().item():g} and {scored.max().item():g}" if len(scored) else "no score"
             raise DivergedError(
                 f"no rollout of the last {self._dead_generations} generations had a gradient: all rewards of a prompt "
-                f"were equal (last between {scored.min().item():g} and {scored.max().item():g}). Easier prompts, a "
-                "reward with more levels, more rollouts or a higher temperature help; completions/clipped_ratio near "
-                "1 says that max_completion_length is too short. `max_dead_steps: 0` goes on all the same."
+                f"were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts or a higher "
+                "temperature help; completions/clipped_ratio near 1 says that max_completion_length is too short. "
+                "`max_dead_steps: 0` goes on all the same."
             )
 
     @property

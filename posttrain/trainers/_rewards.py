@@ -45,10 +45,10 @@ def check_weights(args, functions: list | None) -> None:
 
 
 def check_scores(trainer, rewards: Tensor) -> None:
-    """Refuse scores (N, F) of all ranks that nothing can be learned from.
+    """Refuse scores (N, F) of all ranks that come from a fault. A generation without any score teaches nothing.
 
     Raises:
-        DataError: an infinite score; in training, no score at all.
+        DataError: an infinite score; in training, no score at all where a function has raised.
         ConfigError: a function of which every call so far, on every rank, has raised.
     """
     step, names = trainer.state.global_step + 1, trainer.reward_func_names
@@ -66,11 +66,13 @@ def check_scores(trainer, rewards: Tensor) -> None:
             for name, function in zip(names, trainer.reward_funcs, strict=True)
             if getattr(function, "last_exception", None)
         ]
-        raise DataError(
-            f"every reward function returned None for all {len(rewards)} completions of step {step}, so there is "
-            f"nothing to learn from.{''.join(raised)} Look at what {', '.join(names)} make of the completions, and at "
-            "the columns they are given."
-        )
+        # without an exception None is an answer; TRL warns of each such generation
+        if raised:
+            raise DataError(
+                f"every reward function returned None for all {len(rewards)} completions of step {step}, so there is "
+                f"nothing to learn from.{''.join(raised)} Look at what {', '.join(names)} make of the completions, and "
+                "at the columns they are given."
+            )
     _check_working(trainer, rewards)
 
 

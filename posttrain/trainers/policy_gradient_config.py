@@ -140,7 +140,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         },
     )
     max_dead_steps: int = field(
-        default=50,
+        default=100,
         metadata={"help": "Stop, with the cause, after so many generations running without any gradient. 0: never."},
     )
 

@@ -348,9 +348,29 @@ def test_fallbacks_for_demonstrations_are_taken_where_asked_for(tiny_folder, tmp
     assert log["hpt/demo_tokens"] == 12 + sum(len(row["demonstration"]) + 1 for row in rows[2:])
 
 
-def test_rewards_that_are_all_none_stop_the_run(tiny_folder, tmp_path):
-    with pytest.raises(DataError, match="every reward function returned None for all 16 completions of step 1"):
-        train(tiny_folder, tmp_path, reward=lambda completion_ids, **_: [None] * len(completion_ids))
+def test_generations_without_any_score_teach_nothing_and_are_no_fault(tiny_folder, tmp_path):
+    def none(completion_ids, **columns):
+        return [None] * len(completion_ids)
+
+    for advantage in (dict(), dict(advantage="leave_one_out"), dict(preset="qae")):
+        change, trainer = train(tiny_folder, tmp_path / str(len(str(advantage))), reward=none, max_steps=3, **advantage)
+        assert trainer.state.global_step == 3 and not any(value.any() for value in change.values())
+        assert entries(trainer)[0]["rows/kept_share"] == 0
+    with pytest.raises(DivergedError, match=r"all rewards of a prompt were equal, or None \(no score\)"):
+        train(tiny_folder, tmp_path / "b", reward=none, max_steps=5, max_dead_steps=2)
+
+
+def test_generations_without_any_score_end_the_run_where_a_function_has_raised(tiny_folder, tmp_path):
+    calls = []
+
+    def seldom(completion_ids, **columns):
+        calls.append(None)
+        if len(calls) == 1:
+            return [float(i) for i in range(len(completion_ids))]
+        raise KeyError("gold")
+
+    with pytest.raises(DataError, match=r"returned None for all 16 completions of step 2.*KeyError"):
+        train(tiny_folder, tmp_path, reward=seldom, max_steps=3)
 
 
 def test_generations_without_gradient_stop_the_run_with_the_cause(tiny_folder, tmp_path):
