@@ -109,7 +109,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         if self.flip_rate and self.pair_loss not in NEEDS_FLIP_RATE:
             raise ExcludedSetting(
                 f"flip_rate is {self.flip_rate:g}, which has no effect on pair_loss: {self.pair_loss}. Set "
-                "`pair_loss: rdpo` or `cdpo`, or `flip_rate: 0`.",
+                f"`pair_loss: {'rdpo` or `' * (self.reduction == 'mean')}cdpo`, or `flip_rate: 0`.",
                 {"flip_rate": ("pair_loss", "loss_type", "reduction")},
             )
         if isinstance(self.beta, str) or not self.beta > 0:
