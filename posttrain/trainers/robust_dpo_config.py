@@ -159,8 +159,8 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
                 {"label_smoothing": ("pair_loss", "loss_type", "flip_rate")},
             )
         for name, value, neutral, instead in (
-            ("f_divergence_type", self.f_divergence_type, "reverse_kl", "only reverse_kl is supported"),
-            ("use_weighting", self.use_weighting, False, "WPO weights are not combined with these losses"),
+            ("f_divergence_type", self.f_divergence_type, "reverse_kl", "trl.DPOTrainer has it"),
+            ("use_weighting", self.use_weighting, False, "trl.DPOTrainer has WPO weights"),
             ("padding_free", self.padding_free, False, "TRL itself ignores it for now"),
         ):
             if value != neutral:
