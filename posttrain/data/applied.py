@@ -33,12 +33,15 @@ def without_doubles(dataset, tokenizer):
     found there. The tokenizer puts its own beginning in front of a text: the one that is written there is left out.
 
     Args:
-        dataset: a `datasets.Dataset` or a stream; conversational rows stay as they are.
+        dataset: a `datasets.Dataset` or a stream; conversational rows stay as they are, and where nothing is to be
+            done it is the data set itself.
     """
     end, beginning = tokenizer.eos_token, added_beginning(tokenizer)
     clean = functools.partial(_without_doubles, end=end, beginning=beginning)
     features = dataset.features or {}
-    names = [name for name in _TEXTS if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
+    # without a beginning of the tokenizer's own, only the ends of answers are looked at
+    read = _TEXTS if beginning else _ANSWERS if end else ()
+    names = [name for name in read if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
     if not hasattr(dataset, "__len__"):
         return dataset.map(clean) if names or not features else dataset
     if not len(dataset) or dataset.format["type"] == "custom":

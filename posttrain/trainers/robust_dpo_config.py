@@ -109,7 +109,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         if self.flip_rate and self.pair_loss not in NEEDS_FLIP_RATE:
             raise ExcludedSetting(
                 f"flip_rate is {self.flip_rate:g}, which has no effect on pair_loss: {self.pair_loss}. Set "
-                "`pair_loss: rdpo` or `cdpo`, or `flip_rate: 0`.",
+                f"`pair_loss: {'rdpo` or `' * (self.reduction == 'mean')}cdpo`, or `flip_rate: 0`.",
                 {"flip_rate": ("pair_loss", "loss_type", "reduction")},
             )
         if isinstance(self.beta, str) or not self.beta > 0:
@@ -159,8 +159,8 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
                 {"label_smoothing": ("pair_loss", "loss_type", "flip_rate")},
             )
         for name, value, neutral, instead in (
-            ("f_divergence_type", self.f_divergence_type, "reverse_kl", "only reverse_kl is supported"),
-            ("use_weighting", self.use_weighting, False, "WPO weights are not combined with these losses"),
+            ("f_divergence_type", self.f_divergence_type, "reverse_kl", "trl.DPOTrainer has it"),
+            ("use_weighting", self.use_weighting, False, "trl.DPOTrainer has WPO weights"),
             ("padding_free", self.padding_free, False, "TRL itself ignores it for now"),
         ):
             if value != neutral:

@@ -231,3 +231,13 @@ def test_no_settings_at_all_are_the_neutral_ones(tiny_folder, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     trainer = RobustDPOTrainer(tiny_folder, train_dataset=make_pairs(4))
     assert (trainer.args.pair_loss, trainer.args.reduction) == ("dpo", "mean")
+
+
+def test_a_stream_of_prompts_that_needs_nothing_is_the_trainers_own(tiny_folder, tmp_path):
+    rows = prompts([0] * 4, demonstrations=False)
+    streams = {"a": rows.to_iterable_dataset(), "b": rows.to_iterable_dataset()}
+    args = dict(args=upstream(GRPOConfig, tmp_path, per_device_train_batch_size=8), reward_funcs=parity)
+    trainer = PolicyGradientTrainer(tiny_folder, train_dataset=rows, eval_dataset=streams["a"], **args)
+    assert trainer.eval_dataset is streams["a"]
+    trainer = PolicyGradientTrainer(tiny_folder, train_dataset=rows, eval_dataset=streams, **args)
+    assert all(trainer.eval_dataset[name] is stream for name, stream in streams.items())
