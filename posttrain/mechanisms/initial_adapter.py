@@ -102,6 +102,15 @@ def convert(folder: str | Path, initial: dict[str, Tensor]) -> None:
     _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def remove_reference(folder: str | Path) -> None:
+    """Delete the reference's adapter that PEFT saved beside the trained one; other files there stay."""
+    reference = Path(folder) / REFERENCE
+    for name in (CONFIG, WEIGHTS, "README.md"):
+        (reference / name).unlink(missing_ok=True)
+    if reference.is_dir() and not any(reference.iterdir()):
+        reference.rmdir()
+
+
 def _replace(path: Path, write) -> None:
     partial = path.with_name(f".{path.name}.partial")
     write(partial)

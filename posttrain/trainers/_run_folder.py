@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -17,6 +18,7 @@ from posttrain.trainers._identity import differing
 # In the run folder: whose model lies there, and of which files it consists.
 NOTE = "posttrain_run.json"
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+_KEPT_README = "README.before.md"
 # what `log_completions` writes, a file a step
 _COMPLETIONS = "completions/completions_*.parquet"
 
@@ -146,9 +148,18 @@ class RunFolder(TrainerCallback):
 def begin_note(folder: Path, identity: dict) -> set[str]:
     """Note in a run folder whose model is going to be saved there; returns the files that are there before."""
     folder.mkdir(parents=True, exist_ok=True)
+    _keep_readme(folder)
     before = _top_files(folder)
     note_model(folder, identity, before)
     return before
+
+
+def _keep_readme(folder: Path) -> None:
+    """Copy a README that no run wrote to another name: the model's card is going to take its own."""
+    readme, kept = folder / "README.md", folder / _KEPT_README
+    if readme.is_file() and not (folder / NOTE).is_file() and not kept.exists():
+        shutil.copy2(readme, kept)
+        get_logger().warning("%s was there before this run, whose card takes its name; it is kept as %s", readme, kept)
 
 
 def note_model(folder: Path, identity: dict, before: set[str]) -> None:

@@ -1,6 +1,5 @@
 """Where a run's policy starts: adapters that can be trained and saved, the reference's copy of them, resuming."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -122,7 +121,7 @@ class Start:
         """After the adapter was written into `folder`, on the main process."""
         if self.converts and (Path(folder) / initial_adapter.WEIGHTS).is_file():
             initial_adapter.convert(folder, self._matrices)
-            shutil.rmtree(Path(folder) / initial_adapter.REFERENCE, ignore_errors=True)
+            initial_adapter.remove_reference(folder)
 
     def load(self, folder: str | Path) -> None:
         """Put the adapter of a checkpoint that `saved` wrote into the model."""

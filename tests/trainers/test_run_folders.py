@@ -118,3 +118,16 @@ def test_a_checkpoint_that_is_not_there_is_named_with_the_settings(tmp_path):
     with pytest.raises(ConfigError, match="resume_from_checkpoint is true, but .* holds no complete checkpoint: none"):
         RobustDPOConfig(str(tmp_path / "out"), resume_from_checkpoint="true")
     assert RobustDPOConfig(str(tmp_path / "out"), resume_from_checkpoint="auto")
+
+
+def test_a_readme_that_was_there_is_kept_under_another_name(tiny_folder, tmp_path, logged):
+    (tmp_path / "README.md").write_text("my notes\n")
+    trainer = build(tiny_folder, tmp_path)
+    for _ in range(2):
+        trainer.save_model()
+        trainer.create_model_card()
+    assert (tmp_path / "README.before.md").read_text() == "my notes\n"
+    assert "my notes" not in (tmp_path / "README.md").read_text()
+    assert logged.text.count("is kept as") == 1
+    _run_folder.replace(tmp_path)
+    assert (tmp_path / "README.before.md").read_text() == "my notes\n"
