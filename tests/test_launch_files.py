@@ -10,6 +10,12 @@ FOLDER = configs_dir() / "accelerate"
 ON_CPUS = sorted(path.name for path in FOLDER.glob("cpu*.yaml"))
 
 
+@pytest.fixture(autouse=True)
+def heard(caplog):
+    """A quiet command may have silenced accelerate in this process."""
+    caplog.set_level("WARNING", logger=launch.logger.name)
+
+
 def read(name, *flags):
     """The arguments of a launch, after accelerate has filled them up; its notices go to the log."""
     given = launch.launch_command_parser().parse_args(["--config_file", str(FOLDER / name), *flags, "recipe.py"])

@@ -93,6 +93,11 @@ def _open_transcript(text: str) -> list[dict]:
     return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
 
 
+def _behind(prompt: str, answer: str) -> str:
+    """An answer without the prompt, which some copies put in front of it once more."""
+    return answer.strip().removeprefix(prompt.strip()).strip()
+
+
 def _is_transcript(value, is_open: bool = False) -> bool:
     if not isinstance(value, str) or not value.lstrip().startswith("Human:") or "\n\nAssistant:" not in value:
         return False
@@ -243,7 +248,9 @@ SHAPES = (
     Shape(
         "HH-RLHF with prompts", PAIRS, ("prompt", "chosen", "rejected"),
         lambda row: _is_transcript(row["prompt"], is_open=True) and _are_texts("chosen", "rejected")(row),
-        lambda row: _pair(_open_transcript(row["prompt"]), row["chosen"].strip(), row["rejected"].strip()),
+        lambda row: _pair(
+            _open_transcript(row["prompt"]), *(_behind(row["prompt"], row[side]) for side in ("chosen", "rejected"))
+        ),
         "a transcript of Human and Assistant, and two answers",
     ),
     *(

@@ -1,6 +1,7 @@
 """Every text of a row is in its rendering once, an answer's among what is learned; else it is said, or refused."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from posttrain.data import objects, rendering, survey
+from posttrain.data.preferences import load_preferences
 from posttrain.data.schema import examine_preferences
 from posttrain.data.tokens import tokenized_pairs
 from posttrain.errors import DataError
@@ -369,3 +371,15 @@ def test_the_rows_given_stay_as_they_are(tokenizer):
     before = copy.deepcopy(list(data))
     rendering.check(data, tokenizer, "data")
     assert list(data) == before
+
+
+def test_transcripts_whose_prompt_stands_again_in_the_answers_are_split_behind_it(tmp_path):
+    rows = [
+        {"prompt": TRANSCRIPT.format(i), "chosen": TRANSCRIPT.format(i) + " Yes.", "rejected": before + " No."}
+        for i, before in enumerate((TRANSCRIPT.format(0), "", TRANSCRIPT.format(2)))
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, row in enumerate(load_preferences(str(path))):
+        assert row["prompt"] == [user(f"Name river {number}.")]
+        assert (row["chosen"], row["rejected"]) == ([says("Yes.")], [says("No.")])

@@ -197,7 +197,7 @@ def test_fsdp_without_an_accelerator_ends_with_code_2(recipe, monkeypatch):
 
 
 def test_dr_dpo_of_one_pair_is_warned_about(recipe):
-    one = dict(reduction="dr_dpo", dr_dpo_scope="micro_batch", per_device_train_batch_size=1)
+    one = dict(pair_loss="dpo", reduction="dr_dpo", dr_dpo_scope="micro_batch", per_device_train_batch_size=1)
     code, said = recipe(**one, dry_run="true")
     assert code == 0
     assert "dr_dpo_scope is micro_batch with per_device_train_batch_size 1: of one pair Dr. DPO is DPO." in said
