@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go")
     parser.add_argument("--known", type=Path, metavar="FILE", help="results of TRL's own class from an earlier --json")
     args = parser.parse_args(arguments)
-    problem = _problem(args.tests, args.files)
+    problem = _problem(args)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -53,8 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
             for side, swap in (("theirs", {}), ("ours", SWAPS[name])):
                 if side in results[name]:
                     continue
-                print(f"{name}, {'our' if swap else 'TRL’s own'} class ...", file=sys.stderr, flush=True)
+                print(f"{name}, {'our' if swap else 'their'} class ...", file=sys.stderr, flush=True)
                 results[name][side] = _run(Path(folder), args.tests.resolve(), name, args.match, environment, swap)
+            if args.match and name in known:
+                ran = results[name]["ours"]
+                results[name]["theirs"] = {test: found for test, found in known[name]["theirs"].items() if test in ran}
     seconds = round(time.monotonic() - started)
     print(report(results, failed))
     print(f"\n{seconds // 60} minutes {seconds % 60} seconds.")
@@ -99,14 +102,18 @@ def report(results: dict, failed: dict[str, str]) -> str:
     return "\n".join([*lines, *details])
 
 
-def _problem(tests: Path, files: list[str]) -> str | None:
-    if not tests.is_dir():
-        return f"--tests is {tests}, which is no folder; give the folder `tests` of a checkout of TRL."
-    for name in files:
+def _problem(args) -> str | None:
+    if not args.tests.is_dir():
+        return f"--tests is {args.tests}, which is no folder; give the folder `tests` of a checkout of TRL."
+    for name in args.files:
         if name not in SWAPS:
             return f"--files names {name}; those with a trainer of ours are {', '.join(SWAPS)}."
-        if not (tests / name).is_file():
-            return f"{tests} has no {name}; give the folder `tests` of a checkout of TRL."
+        if not (args.tests / name).is_file():
+            return f"{args.tests} has no {name}; give the folder `tests` of a checkout of TRL."
+    if args.known and not args.known.is_file():
+        return f"--known is {args.known}, which is no file; give what an earlier --json wrote."
+    if args.json and not args.json.absolute().parent.is_dir():
+        return f"--json is {args.json}, whose folder is not there; make it first."
     return None
 
 

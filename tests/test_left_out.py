@@ -48,6 +48,7 @@ CASES = [
      "steps_per_generation"),
     (PolicyGradientConfig, dict(skip_grad_norm=5), dict(max_grad_norm="0"), dict(skip_grad_norm=None),
      "skip_grad_norm"),
+    (PolicyGradientConfig, dict(eval_greedy="true"), dict(use_vllm="true"), dict(eval_greedy=None), "eval_greedy"),
     (HPTConfig, dict(gamma=0.0), dict(soft_gate="[[0,0,1],[1,0,0],[1,0,0],[1,0,0],[1,0,0]]"), dict(gamma=None),
      "gamma"),
     (HPTConfig, dict(sft_normalization="prompt"), dict(loss_type="bnpo"), dict(sft_normalization="unified"),

@@ -51,6 +51,12 @@ def test_a_missing_folder_is_answered_plainly(tmp_path, capsys):
     assert "has no test_dpo_trainer.py; give the folder" in capsys.readouterr().err
     assert peer_tests.main(["--tests", str(tmp_path), "--files", "test_kto_trainer.py"]) == 2
     assert "those with a trainer of ours are test_dpo_trainer.py, test_grpo_trainer.py." in capsys.readouterr().err
+    (tmp_path / "test_dpo_trainer.py").touch()
+    given = ["--tests", str(tmp_path), "--files", "test_dpo_trainer.py"]
+    assert peer_tests.main([*given, "--known", str(tmp_path / "old.json")]) == 2
+    assert "old.json, which is no file; give what an earlier --json wrote." in capsys.readouterr().err
+    assert peer_tests.main([*given, "--json", str(tmp_path / "gone" / "new.json")]) == 2
+    assert "new.json, whose folder is not there; make it first." in capsys.readouterr().err
 
 
 def test_a_test_counts_where_it_passes_with_trls_own_class():

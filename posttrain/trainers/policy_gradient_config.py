@@ -220,8 +220,9 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         if kept is not None and not (isinstance(kept, list | tuple) and all(isinstance(one, str) for one in kept)):
             raise ConfigError(f"kept_tokens is {shorten(kept)}; it must be a list of tokens, such as ['<think>'].")
         if self.eval_greedy and self.use_vllm:
-            raise ConfigError(
-                "eval_greedy is true with use_vllm, whose sampling is set once for the run. Leave eval_greedy out."
+            raise ExcludedSetting(
+                "eval_greedy is true with use_vllm, whose sampling is set once for the run. Leave eval_greedy out.",
+                {"eval_greedy": ("use_vllm",)},
             )
 
     def _check_skipping(self) -> None:
