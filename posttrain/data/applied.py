@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from posttrain.data import closers
 from posttrain.data.objects import quietly_mapped
 
 # Columns of texts, those that end with an answer last.
@@ -26,49 +27,78 @@ def added_beginning(tokenizer) -> str | None:
     return tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
 
 
+def without_beginning(text: str, beginning: str | None) -> str:
+    """A text without the token that the tokenizer puts in front of it anyway; None: it puts none."""
+    if beginning and text.lstrip().startswith(beginning):
+        return text.lstrip().removeprefix(beginning)
+    return text
+
+
 def without_doubles(dataset, tokenizer):
     """Texts that begin and end once, where the template was applied to them before.
 
     TRL appends the end of sequence to answers that do not end with it: blanks behind it are left out, so that it is
-    found there. The tokenizer puts its own beginning in front of a text: the one that is written there is left out.
+    found there, and answers that end with an end of turn are named in a column, for `closers.parted` to take off what
+    TRL appends. An end that stands there several times is left once. The tokenizer puts its own beginning in front of
+    a text: the one that is written there is left out.
 
     Args:
         dataset: a `datasets.Dataset` or a stream; conversational rows stay as they are, and where nothing is to be
             done it is the data set itself.
     """
-    end, beginning = tokenizer.eos_token, added_beginning(tokenizer)
-    clean = functools.partial(_without_doubles, end=end, beginning=beginning)
+    beginning, ends = added_beginning(tokenizer), _ends(tokenizer)
+    clean = functools.partial(_without_doubles, ends=ends, beginning=beginning)
+    mark = functools.partial(_marked, ends=ends, beginning=beginning)
     features = dataset.features or {}
     # without a beginning of the tokenizer's own, only the ends of answers are looked at
-    read = _TEXTS if beginning else _ANSWERS if end else ()
+    read = _TEXTS if beginning else _ANSWERS if ends else ()
     names = [name for name in read if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
     if not hasattr(dataset, "__len__"):
-        return dataset.map(clean) if names or not features else dataset
-    if not len(dataset) or dataset.format["type"] == "custom":
+        return dataset.map(mark) if names or not features else dataset
+    if not names or not len(dataset) or dataset.format["type"] == "custom":
         return dataset
     columns = dataset.with_format(None).select_columns(names)
-    if not names or not any(clean(row) != row for row in columns):
+    if any(closers.ended(clean(row), ends[1:]) for row in columns):
+        return quietly_mapped(dataset, mark)
+    if not any(clean(row) != row for row in columns):
         return dataset
     return quietly_mapped(dataset, clean)
 
 
 def clean_row(row: Mapping, tokenizer) -> dict:
-    """One row as `without_doubles` leaves it."""
-    return _without_doubles(row, tokenizer.eos_token, added_beginning(tokenizer))
+    """One row as `without_doubles` leaves it, with the names of the texts that end with an end of turn."""
+    return _marked(row, _ends(tokenizer), added_beginning(tokenizer))
 
 
-def _without_doubles(row: Mapping, end: str | None, beginning: str | None) -> dict:
+def _ends(tokenizer) -> tuple[str, ...]:
+    """The end of sequence, and behind it the ends of turns; none where there is no end of sequence to append."""
+    if not tokenizer.eos_token:
+        return ()
+    return (tokenizer.eos_token, *closers.closers(tokenizer, control_tokens(tokenizer)))
+
+
+def _marked(row: Mapping, ends: tuple[str, ...], beginning: str | None) -> dict:
+    row = _without_doubles(row, ends, beginning)
+    return row | {closers.COLUMN: closers.ended(row, ends[1:])}
+
+
+def _without_doubles(row: Mapping, ends: tuple[str, ...], beginning: str | None) -> dict:
     row = dict(row)
     for name in _ANSWERS:
         text = row.get(name)
-        if end and isinstance(text, str) and text.rstrip().endswith(end):
-            row[name] = text.rstrip()
+        stripped = text.rstrip() if isinstance(text, str) else ""
+        end = next((end for end in ends if stripped.endswith(end)), None)
+        if end is not None:
+            before = stripped.removesuffix(end)
+            while before.rstrip().endswith(end):
+                before = before.rstrip().removesuffix(end)
+            row[name] = before + end
     # what comes first: the prompt, or where there is none the answer
     first = ("prompt",) if isinstance(row.get("prompt"), str) and row["prompt"] else _ANSWERS
     for name in first:
         text = row.get(name)
-        if beginning and isinstance(text, str) and text.lstrip().startswith(beginning):
-            row[name] = text.lstrip().removeprefix(beginning)
+        if isinstance(text, str):
+            row[name] = without_beginning(text, beginning)
     return row
 
 

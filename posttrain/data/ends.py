@@ -98,11 +98,15 @@ class Closing:
         self._tails: dict[str, list[int]] = {}
 
     def text(self, ids: Sequence[int]) -> list[int]:
-        """The tokens of a plain text, up to its stop token, which is appended where there is none."""
+        """The tokens of a plain text, up to the first of the stop tokens at its end, which is appended to others."""
         ids, eos = list(ids), self.tokenizer.eos_token_id
-        stops = self.stop_ids | {eos}
-        last = next((i for i in reversed(range(len(ids))) if self.tokenizer.decode([ids[i]]).strip()), None)
-        return ids[: last + 1] if last is not None and ids[last] in stops else [*ids, eos]
+        stops, end = self.stop_ids | {eos}, None
+        for i in reversed(range(len(ids))):
+            if ids[i] in stops:
+                end = i + 1
+            elif self.tokenizer.decode([ids[i]]).strip():
+                break
+        return [*ids, eos] if end is None else ids[:end]
 
     def messages(self, ids: Sequence[int], prompt: list, tools, kwargs: Mapping) -> list[int]:
         """The tokens that a template renders of an answer behind `prompt`, up to the one at which generation stops.

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from posttrain.data import continued, formats
+from posttrain.data import applied, continued, formats
 from posttrain.data.tokens import render, tokenized_pairs, tokenizer_of
 
 # Rows whose prompt is rendered once more, alone.
@@ -113,11 +113,14 @@ def _compare_prompts(found: Lengths, dataset, processing_class, places, kept: li
         return
     tokenizer = tokenizer_of(processing_class)
     options = {} if isinstance(dataset[0]["prompt"], str) else {"add_generation_prompt": True}
+    beginning = None if options else applied.added_beginning(tokenizer)
     rows = dataset.select(range(min(len(dataset), _PROMPT_ROWS)))
     for row, length, place in zip(rows, kept, places, strict=False):
         if continued.words_of(row["prompt"]):
             continue
-        alone = render(row["prompt"], row, processing_class, place, **options)
+        # as it is tokenised: without a beginning that the tokenizer adds
+        prompt = row["prompt"] if options else applied.without_beginning(row["prompt"], beginning)
+        alone = render(prompt, row, processing_class, place, **options)
         if length < len(alone):
             found.lost_text = found.lost_text or tokenizer.decode(alone[length:])
             found.shortened_prompts += 1

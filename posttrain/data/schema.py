@@ -274,9 +274,15 @@ def _check_lengths(report: PairReport, dataset, places: Sequence[str], processin
             f"{lengths.parts['prompt']['max']} tokens), so no row would be left to train on; {advice}."
         )
     if lengths.equal and lengths.dropped + lengths.equal == lengths.rows:
+        if not lengths.equal_when_cut:
+            raise DataError(
+                f"{name}: in all {looked_at}, the two sides are the same tokens, though not the same texts: they "
+                "differ only in what the chat template or the tokenizer leaves out (most trim the blanks around a "
+                "message). Leave those rows out, or use a template that keeps the difference."
+            )
         raise DataError(
-            f"{name}: in all {looked_at}, the two sides are the same tokens"
-            + (f" as far as max_length {limit} lets them through. {advice}." if limit is not None else ".")
+            f"{name}: in all {looked_at}, the two sides are the same tokens as far as max_length {limit} lets them "
+            f"through. {advice}."
         )
     if lengths.dropped:
         report.warnings.append(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from posttrain.data import applied, continued, formats, objects, values
+from posttrain.data import applied, closers, continued, formats, objects, values
 from posttrain.errors import ConfigError, DataError
 from posttrain.remote import check_model_name, model_failure
 
@@ -74,12 +74,13 @@ def as_rendered(dataset, processing_class):
 
 
 def as_learned(dataset, processing_class, place: str):
-    """A data set that TRL tokenised of what `as_rendered` made: prompts end where the row's do.
+    """A data set that TRL tokenised of what `as_rendered` made: prompts end where the row's do, and turns end once.
 
     `place`: what the data set is called in errors.
     """
     part = continued.part_labels if "labels" in (dataset.column_names or ()) else continued.part_pair
-    return continued.parted(dataset, functools.partial(part, render=_renderer(processing_class, place)))
+    dataset = continued.parted(dataset, functools.partial(part, render=_renderer(processing_class, place)))
+    return closers.parted(dataset, tokenizer_of(processing_class).eos_token_id)
 
 
 def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> Iterator[dict]:
@@ -118,6 +119,8 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> It
                 row = continued.part_pair(
                     row, _renderer(processing_class, places[done] if places else f"row {done + 1}")
                 )
+            if closers.COLUMN in row:
+                row = closers.without_appended(row, tokenizer.eos_token_id)
             yield {name: row[name] for name in formats.TOKEN_COLUMNS}
             done += 1
     except DataError:
@@ -210,8 +213,9 @@ def _language_modelling(row: Mapping, processing_class, place: str) -> TokenSequ
     if isinstance(row.get("text"), str):
         tokenizer = tokenizer_of(processing_class)
         eos = tokenizer.eos_token or ""
-        text = applied.clean_row({"text": row["text"]}, tokenizer)["text"]
-        text = text if text.endswith(eos) else text + eos
+        cleaned = applied.clean_row({"text": row["text"]}, tokenizer)
+        text = cleaned["text"]
+        text = text if text.endswith(eos) or cleaned[closers.COLUMN] else text + eos
         ids = render(text, row, processing_class, place)
         return TokenSequence("text", ids, [True] * len(ids))
     messages = row["messages"] if "messages" in row else row["conversations"]
