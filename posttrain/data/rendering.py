@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from posttrain.data import continued, formats, objects
 from posttrain.data.applied import ControlTokens
+from posttrain.data.looks import rows_to_render
 from posttrain.data.probes import Probe
 from posttrain.data.survey import Survey
 from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of
@@ -82,7 +83,7 @@ def check(
     survey.refuse()
     warnings, found.notes = survey.tokens.say(name, len(dataset), unit, survey.is_text, tokenizer)
     found.warnings = survey.warnings() + warnings
-    chosen = survey.to_render()
+    chosen = rows_to_render(survey.looks, len(dataset))
     found.rendered = len(chosen)
     rows = dataset.select(chosen)
     where = [places[number] if places else f"{name}, row {number + 1}" for number in chosen]

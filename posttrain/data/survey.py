@@ -4,15 +4,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from posttrain.data.applied import ControlTokens
+from posttrain.data.looks import look_of
+from posttrain.data.markers import REASONING
 from posttrain.data.probes import answers_of, prompt_of
+from posttrain.data.repeats import BEGINS, TRANSCRIPT, repeats
+from posttrain.data.tokens import tools_of
 from posttrain.errors import DataError
 
-# Rows that are rendered: so many, spread over the data set, and of those that look unlike the others up to so many.
-SPREAD, UNLIKE = 32, 256
-# Rows look unlike the others where no more than this share of them, or so few, look like that.
-_FEW_SHARE, _FEW = 0.01, 8
 # Characters that prompts must have together before answers that begin with them are no chance.
 _CHANCE = 16
+# Keys of a message whose texts a template can render
+_WRITTEN = ("content", *REASONING, "name", "tool_calls", "function_call")
 
 
 class Survey:
@@ -25,16 +27,22 @@ class Survey:
         self.repeated, self.repeated_characters = 0, 0
         # of those, with prompts too long for chance
         self.plainly_repeated, self.first_repeated = 0, ""
+        # rows whose answers hold the prompt in another way: all as a transcript, all, or the side that alone does
+        self.held: Counter = Counter()
+        self.first_held: dict[str, str] = {}
         self.others: Counter = Counter()
         self.first_other: dict[str, str] = {}
 
     def look(self, number: int, row: Mapping, place: str) -> None:
         """Take in a row."""
-        self.looks.setdefault(_look(row), []).append(number)
+        self.looks.setdefault(look_of(row), []).append(number)
         prompt, answers = prompt_of(row), answers_of(row)
         parts = {"prompt": prompt, **answers}
         self.is_text = any(isinstance(value, str) for value in parts.values())
-        self.tokens.look({part: list(_texts(value)) for part, value in parts.items()}, place, self.is_text)
+        texts = {part: list(_texts(value)) for part, value in parts.items()}
+        if not self.is_text and row.get("tools"):
+            texts["tools"] = list(_strings(tools_of(row)))
+        self.tokens.look(texts, place, self.is_text)
         if not prompt or not answers:
             return
         if all(_begins_with(answer, prompt) for answer in answers.values()):
@@ -45,6 +53,7 @@ class Survey:
                 self.plainly_repeated += 1
                 self.first_repeated = self.first_repeated or place
             return
+        self._look_for_prompt(prompt, answers, place)
         for answer in answers.values():
             for role in (
                 {turn.get("role") for turn in answer} & {"user", "system", "developer", "tool"}
@@ -53,6 +62,18 @@ class Survey:
             ):
                 self.others[role] += 1
                 self.first_other.setdefault(role, place)
+
+    def _look_for_prompt(self, prompt, answers: Mapping, place: str) -> None:
+        found = {name: repeats(prompt, answer) for name, answer in answers.items()}
+        if not any(found.values()):
+            return
+        kind = "quoted"
+        if all(how in (BEGINS, TRANSCRIPT) for how in found.values()):
+            kind = "transcript"
+        elif sum(map(bool, found.values())) < len(found):
+            kind = next(name for name, how in found.items() if how)
+        self.held[kind] += 1
+        self.first_held.setdefault(kind, place)
 
     def refuse(self) -> None:
         """Raise DataError for a prompt that stands in the answers too, and for others' turns within an answer."""
@@ -63,6 +84,13 @@ class Survey:
                 f"stands in its own column as well{first}: it would be there twice, and learned "
                 "as part of the answers. Cut it off the answers, or of pairs leave the column out:\n"
                 '  dataset = dataset.remove_columns("prompt")'
+            )
+        if 2 * (self.held["transcript"] + self.plainly_repeated) >= self.rows and self.held["transcript"]:
+            raise DataError(
+                f"{self.name}: in {self.held['transcript']} of {self.rows} {self.unit} the answers begin with a "
+                f"transcript of the prompt, which stands in its own column as well (first: "
+                f"{self.first_held['transcript']}): it would be there twice, and learned as part of the answers. Cut "
+                "off all that stands before the answer's own words."
             )
         for role in ("user", "system", "developer"):
             if self.others[role]:
@@ -80,6 +108,17 @@ class Survey:
                 f"{self.name}: in {self.plainly_repeated} of {self.rows} {self.unit} the answers begin with the prompt "
                 f"and repeat it (first: {self.first_repeated}). Where it is no part of the answer, cut it off."
             )
+        held = sum(self.held.values())
+        if held and 2 * held >= self.rows:
+            sides = [name for name in self.held if name not in ("transcript", "quoted")]
+            one = ""
+            if len(sides) == 1 and 2 * self.held[sides[0]] >= self.rows:
+                one = f" In {self.held[sides[0]]} of them only {sides[0]!r} does, which tells the sides apart."
+            said.append(
+                f"{self.name}: in {held} of {self.rows} {self.unit} the prompt stands once more at the beginning of an "
+                f"answer (first: {next(iter(self.first_held.values()))}), and is learned as part of it.{one} Where it "
+                "is no part of the answer, cut it off."
+            )
         if self.others["tool"]:
             said.append(
                 f"{self.name}: in {self.others['tool']} answers a tool takes a turn (first: "
@@ -96,58 +135,29 @@ class Survey:
             return True
         return 2 * self.plainly_repeated >= self.rows and self.repeated_characters >= _CHANCE
 
-    def to_render(self) -> list[int]:
-        """The rows to render, in order."""
-        spread = {i * self.rows // SPREAD for i in range(SPREAD)} if self.rows > SPREAD else set(range(self.rows))
-        few = max(_FEW, int(_FEW_SHARE * self.rows))
-        looks = sorted(self.looks.values(), key=len)
-        unlike = [number for numbers in looks if len(numbers) <= few for number in numbers][:UNLIKE]
-        # of rows that look alike, the first
-        return sorted({*spread, *unlike, *(numbers[0] for numbers in looks[:UNLIKE])})
-
-
-def _look(row: Mapping) -> tuple:
-    """What a row looks like, beside its texts."""
-    found = []
-    for name, value in row.items():
-        if name == "tools":
-            found.append((name, bool(value)))
-        elif name == "chat_template_kwargs":
-            found.append((name, tuple(sorted(value or ()))))
-        elif isinstance(value, list):
-            found.append((name, tuple(_look_of_turn(turn) for turn in value)))
-        else:
-            found.append((name, "empty" if not value else "text"))
-    return tuple(found)
-
-
-def _look_of_turn(turn) -> tuple:
-    if not isinstance(turn, Mapping):
-        return (type(turn).__name__,)
-    content = turn.get("content")
-    kind = "empty" if not content else type(content).__name__
-    if isinstance(content, list):
-        kind = tuple(sorted({str(block.get("type")) for block in content if isinstance(block, Mapping)}))
-    thinks = isinstance(content, str) and "</think>" in content
-    keys = tuple(sorted(key for key, value in turn.items() if value not in (None, "", []) and key != "content"))
-    return turn.get("role"), kind, thinks, keys
-
 
 def _texts(value) -> Iterator[str]:
-    """The texts that someone wrote in a prompt or an answer."""
+    """The texts that someone wrote in a prompt or an answer: contents, reasoning, names and calls of tools."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for turn in value:
-            content = turn.get("content") if isinstance(turn, Mapping) else None
-            if isinstance(content, str):
-                yield content
-            elif isinstance(content, list):
-                yield from (
-                    block["text"]
-                    for block in content
-                    if isinstance(block, Mapping) and isinstance(block.get("text"), str)
-                )
+            for name in _WRITTEN if isinstance(turn, Mapping) else ():
+                if turn.get(name):
+                    yield from _strings(turn[name])
+
+
+def _strings(value) -> Iterator[str]:
+    """All texts in nested lists and mappings, their keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield key
+            yield from _strings(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
 
 
 def _begins_with(answer, prompt) -> bool:

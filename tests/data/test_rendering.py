@@ -10,7 +10,7 @@ import trl
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from posttrain.data import objects, rendering, survey
+from posttrain.data import looks, objects, rendering
 from posttrain.data.preferences import load_preferences
 from posttrain.data.schema import examine_preferences
 from posttrain.data.tokens import tokenized_pairs
@@ -349,7 +349,7 @@ def test_rows_that_look_unlike_the_others_are_rendered():
     for number, row in odd.items():
         rows[number] = {key: row.get(key) for key in ("prompt", "chosen", "rejected", "tools")}
     found = rendering.check(objects.exact(rows), trl_template("gemma3"), "data")
-    assert survey.SPREAD + len(odd) <= found.rendered <= survey.SPREAD + len(odd) + 2
+    assert looks.SPREAD + len(odd) <= found.rendered <= looks.SPREAD + len(odd) + 2
     assert sorted("tools" if "the tools" in warning else "name" for warning in found.warnings) == ["name", "tools"]
 
 
