@@ -72,7 +72,9 @@ class Probe:
             )
 
     def _tokenizer_faults(self, text: str) -> Iterator[Fault]:
-        remedy = "Leave those rows out, write the characters in another way, or take a model whose tokenizer knows them."
+        remedy = (
+            "Leave those rows out, write the characters in another way, or take a model whose tokenizer knows them."
+        )
         for change in round_trips.changes(text, tokenizer_of(self.processing_class)):
             if change.kind == "lines":
                 remedy = "The model cannot learn them; take a model whose tokenizer keeps them."

@@ -362,7 +362,9 @@ class TestFlip:
                 swapped = after["flipped"] != before.get("flipped", False)
                 sides = [before["chosen"], before["rejected"]]
                 assert [after["chosen"], after["rejected"]] == (sides[::-1] if swapped else sides)
-                changed = ("chosen", "rejected", "flipped")
+                # the score of the other answer is not known
+                changed = ("chosen", "rejected", "flipped", *(("chosen_score",) if swapped else ()))
+                assert not swapped or after.get("chosen_score") is None
                 assert {k: v for k, v in after.items() if k not in changed} == {
                     k: v for k, v in before.items() if k not in changed
                 }

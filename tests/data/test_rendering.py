@@ -444,7 +444,9 @@ def test_characters_that_the_tokenizer_changes_are_said_once_with_their_names(no
         assert named in warnings[0]
 
 
-@pytest.mark.parametrize("words", ["Was heißt 🙂?", "e\u0301 x² ½ 漢字", "a  b\tc \r\nd", "I do not , know .", "<|im_end|>"])
+@pytest.mark.parametrize(
+    "words", ["Was heißt 🙂?", "e\u0301 x² ½ 漢字", "a  b\tc \r\nd", "I do not , know .", "<|im_end|>"]
+)
 def test_a_tokenizer_that_keeps_all_characters_changes_none(words, tokenizer):
     for rows in everywhere(words):
         assert not any("tokenizer" in w and "changes" in w for w in said(rows, tokenizer))
