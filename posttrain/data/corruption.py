@@ -45,8 +45,8 @@ def lone_scores(rows: Iterable[Mapping]) -> str:
     if not names:
         return ""
     return (
-        f"{', '.join(names)}: a score of one side, without the other's, is null in swapped rows: the score of the answer "
-        "that stands there is not known."
+        f"{', '.join(names)}: a score of one side, without the other's, is null in swapped rows: the score of the "
+        "answer that stands there is not known."
     )
 
 

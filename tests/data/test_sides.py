@@ -39,7 +39,7 @@ def test_two_columns_whose_names_differ_in_the_side_are_swapped(one, other):
 @pytest.mark.parametrize(
     "name", ["chosen_score", "score_chosen", "rejected_rating", "chosen_avg_rating", "chosenReward"]
 )
-def test_a_score_of_one_side_alone_becomes_null_and_is_named(name, caplog):
+def test_a_score_of_one_side_alone_becomes_null_and_is_named(name):
     assert flipped(**{name: 9.0}) == {name: None}
     assert flipped(meta={name: 9.0}) == {"meta": {name: None}}
     assert name in lone_scores([{"chosen": "c", "rejected": "r", name: 9.0}])
