@@ -395,13 +395,11 @@ class _Source:
             found = zip(shown, places, strict=True)
             shown = [formats.convert_row(row, self.format, place) for row, place in found]
         found = rendering.check(as_dataset(shown, self.name), processing_class, self.name, places)
-        if (self.format.kind, self.format.style) == (
-            formats.PROMPT_ONLY,
-            "standard",
-        ) and processing_class.chat_template:
+        is_text = (self.format.kind, self.format.style) == (formats.PROMPT_ONLY, "standard")
+        if is_text and processing_class.chat_template:
             found.notes.append(
-                "The prompts are shown as the texts that they are. The recipes with rewards make a user's turn of each, "
-                "unless conversational is false."
+                "The prompts are shown as the texts that they are. The recipes with rewards make a user's turn of "
+                "each, unless conversational is false."
             )
         return found.notes + found.warnings
 
