@@ -236,7 +236,7 @@ def _flip(args) -> int:
 
     import datasets
 
-    from posttrain.data.corruption import flip_row, rows_to_flip
+    from posttrain.data.corruption import flip_row, lone_scores, rows_to_flip
     from posttrain.data.rows import cells, columns_of, read_rows, rows_of
 
     datasets.disable_progress_bars()
@@ -251,11 +251,15 @@ def _flip(args) -> int:
     chosen = rows_to_flip(len(rows), args.rate, args.seed)
     flipped = [flip_row(row, index in chosen) for index, row in enumerate(rows)]
     swapped = len(chosen)
+    lost = lone_scores(row for index, row in enumerate(rows) if index in chosen)
     _write_lines(out, rows_of(cells(flipped, places)))
     if args.json:
-        _print_json({"output": str(out), "rows": len(rows), "flipped": swapped, "rate": args.rate, "seed": args.seed})
+        facts = {"output": str(out), "rows": len(rows), "flipped": swapped, "rate": args.rate, "seed": args.seed}
+        _print_json(facts | ({"warnings": [lost]} if lost else {}))
     else:
         print(f"{out}: {len(rows)} rows, {swapped} of them with chosen and rejected swapped (seed {args.seed})")
+        if lost:
+            print(lost)
     return 0
 
 
@@ -303,7 +307,7 @@ class _Source:
         from posttrain.cli import _console
 
         _console.quiet_libraries()
-        from posttrain.data import shapes
+        from posttrain.data import formats, shapes
         from posttrain.data.columns import first_with_system, say_system
         from posttrain.data.formats import detect
         from posttrain.data.rows import columns_of, read_rows
@@ -314,10 +318,38 @@ class _Source:
         self.rows, self.places = shapes.as_ours(self.rows, self.places, self.shape, args.source)
         self.columns = columns_of(self.rows)
         self.format = detect(self.columns, self.rows[0])
+        self._given = None
+        if self.shape is None and not args.as_is and self.format.kind in (formats.UNKNOWN, formats.PROMPT_ONLY):
+            self._given = self.rows
+            self._read_tasks(True)
         with_system = first_with_system(self.rows)
         # alpaca's and sharegpt's is read with their rows
         if with_system is not None and not self.format.kind.startswith(("alpaca", "sharegpt")):
             say_system(with_system, args.source)
+
+    def _read_tasks(self, conversational: bool) -> None:
+        """Rows of tasks as the recipes with rewards make them; others, and those they would refuse, stay."""
+        from posttrain.data import formats, shapes
+        from posttrain.data.demonstrations import as_tasks
+        from posttrain.data.known_shapes import anything
+        from posttrain.data.rows import columns_of
+        from posttrain.log import get_logger
+
+        try:
+            found = as_tasks(self._given, self.places, self.name, conversational)
+        except DataError as error:
+            get_logger().warning("the rows are shown as they are, since they cannot be read as tasks: %s", error)
+            found = None
+        if found is None:
+            self._given = None
+            return
+        self.rows, names = found
+        reads = ", ".join(f"{theirs} is the {ours}" for ours, theirs in names.items())
+        turn = "a user's turn (conversational: true)" if conversational else "a text (conversational: false)"
+        reads += f"; a prompt that is a text is seen as {turn}"
+        self.shape = shapes.Shape("task", shapes.TASKS, tuple(names.values()), anything, None, reads)
+        self.columns = columns_of(self.rows)
+        self.format = formats.detect(self.columns, self.rows[0])
 
     def heading(self) -> str:
         from posttrain.cli._tokens import visible
@@ -340,7 +372,11 @@ class _Source:
         from posttrain.models import resolve_model
 
         self.model = resolve_model(self.model)
-        return load_processing_class(self.model)
+        processing_class = load_processing_class(self.model)
+        if self._given is not None and not processing_class.chat_template:
+            # a base model's recipe sets conversational: false
+            self._read_tasks(False)
+        return processing_class
 
     def findings(self, processing_class, rows: int | None = None) -> list[str]:
         """What the rows' rendering shows, a sentence each; DataError where the model would learn something else."""
@@ -359,6 +395,12 @@ class _Source:
             found = zip(shown, places, strict=True)
             shown = [formats.convert_row(row, self.format, place) for row, place in found]
         found = rendering.check(as_dataset(shown, self.name), processing_class, self.name, places)
+        is_text = (self.format.kind, self.format.style) == (formats.PROMPT_ONLY, "standard")
+        if is_text and processing_class.chat_template:
+            found.notes.append(
+                "The prompts are shown as the texts that they are. The recipes with rewards make a user's turn of "
+                "each, unless conversational is false."
+            )
         return found.notes + found.warnings
 
     def pair_facts(self, max_length: int) -> dict:

@@ -1,15 +1,17 @@
 """Label noise put in on purpose, to measure how a method bears it."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from posttrain.data.sides import swapped
+from posttrain.data.sides import swapped, swapped_with_gaps
+from posttrain.log import get_logger
 
 
 def flip_preferences(dataset, rate: float, seed: int = 0):
     """Swap chosen and rejected in exactly `round(rate * len(dataset))` rows, and say which.
 
-    What belongs to one of the sides, such as its score, goes with it: see `posttrain.data.sides.swapped`. The bool
+    What belongs to one of the sides, such as its score, goes with it, and a score of one side alone becomes null there,
+    with a warning: see `posttrain.data.sides.swapped`. The bool
     column `flipped` tells whether a row was swapped; where the data set has one already, whether it was swapped an odd
     number of times. Rows keep their order, other columns their values. A pure function of its arguments; for one seed,
     the rows flipped at a lower rate are flipped at a higher one too.
@@ -22,6 +24,10 @@ def flip_preferences(dataset, rate: float, seed: int = 0):
         raise ValueError(f"flip_preferences needs the columns 'chosen' and 'rejected'; found {dataset.column_names}.")
     chosen = rows_to_flip(len(dataset), rate, seed)
 
+    lost = lone_scores(dataset.select(sorted(chosen)).with_format(None))
+    if lost:
+        get_logger().warning("%s", lost)
+
     def flip(row: dict, index: int) -> dict:
         return flip_row(row, index in chosen)
 
@@ -31,6 +37,17 @@ def flip_preferences(dataset, rate: float, seed: int = 0):
 def rows_to_flip(count: int, rate: float, seed: int) -> set[int]:
     """Exactly `round(rate * count)` of the numbers below `count`."""
     return set(random.Random(seed).sample(range(count), count)[: round(rate * count)])
+
+
+def lone_scores(rows: Iterable[Mapping]) -> str:
+    """A sentence about the scores of one side alone that swapping these rows makes null; empty where there are none."""
+    names = sorted({name for row in rows for name in swapped_with_gaps(row).emptied})
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)}: a score of one side, without the other's, is null in swapped rows: the score of the "
+        "answer that stands there is not known."
+    )
 
 
 def flip_row(row: Mapping, swap: bool) -> dict:

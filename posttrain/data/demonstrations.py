@@ -108,6 +108,19 @@ def load_demonstrations(
         raise DataError(f"{source}: the rows do not have the same types throughout: {error}") from None
 
 
+def as_tasks(rows: list[dict], places: list[str], name: str, conversational: bool = True):
+    """Rows of tasks as `load_demonstrations` makes them, and the columns' names there: ours to theirs.
+
+    None where the columns are those of no task. Raises DataError for a row that has no prompt or no gold answer.
+    """
+    try:
+        shape = _shape(columns_of(rows), None, name, False)
+    except DataError:
+        return None
+    made = [_row(row, place, shape, conversational, False, False) for row, place in zip(rows, places, strict=True)]
+    return made, {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS}
+
+
 def _read(source: str, split: str, limit: int | None, config: str | None) -> tuple[list[dict], list[str]]:
     if config is None or Path(source).expanduser().exists():
         return read_rows(source, split, limit)

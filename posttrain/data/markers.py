@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from posttrain.data.tokens import tools_of
+
 # Keys of messages that hold the reasoning before an answer.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -33,7 +35,7 @@ def marked(messages: list, tools) -> tuple[tuple[list, object], list[Piece], dic
     def name_of_tool(name: str) -> str:
         return of_tools.setdefault(name, f"tz{len(of_tools):04d}zt")
 
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = tools_of({"tools": tools})
     marked_tools = [_named(tool, name_of_tool) for tool in tools] if tools else tools
     made_messages = []
     for index, message in enumerate(messages):

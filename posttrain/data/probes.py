@@ -2,11 +2,12 @@
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from posttrain.data import round_trips
 from posttrain.data.markers import REASONING, marked
+from posttrain.data.round_trips import bare as _bare
 from posttrain.data.tokens import render_text, tokenizer_of
 
 _THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
@@ -59,23 +60,25 @@ class Probe:
                 yield from self._faults(self.prompt or [], answer or [], name, learned)
 
     def _text_faults(self, prompt: str, answer: str, name: str, learned: Mapping) -> Iterator[Fault]:
-        tokenizer = tokenizer_of(self.processing_class)
         whole = learned.get("prompt", "") + (learned.get(name, "") if name != "prompt" else "")
-        unknown = tokenizer.unk_token
-        if unknown and whole.count(unknown) > (prompt + answer).count(unknown):
-            yield Fault(
-                ("unknown",),
-                f"the tokenizer has no token for some characters, and writes {unknown!r}",
-                repr(_short(whole)),
-                "Leave those rows out, or write the characters in another way.",
-            )
-        elif not self._is_in(whole, prompt + answer):
+        faults = list(self._tokenizer_faults(prompt + answer))
+        yield from faults
+        if not faults and not self._is_in(whole, prompt + answer):
             yield Fault(
                 ("text",),
                 "the tokens are not those of the whole text",
                 repr(_short(whole)),
                 "The tokenizer changes or leaves out characters; see the row with `posttrain data inspect`.",
             )
+
+    def _tokenizer_faults(self, text: str) -> Iterator[Fault]:
+        remedy = (
+            "Leave those rows out, write the characters in another way, or take a model whose tokenizer knows them."
+        )
+        for change in round_trips.changes(text, tokenizer_of(self.processing_class)):
+            if change.kind == "lines":
+                remedy = "The model cannot learn them; take a model whose tokenizer keeps them."
+            yield Fault((change.kind,), change.what, repr(_short(text)), remedy)
 
     def _faults(self, prompt: list, answer: list, name: str, learned: Mapping) -> Iterator[Fault]:
         messages, start = [*prompt, *answer], len(prompt)
@@ -112,6 +115,11 @@ class Probe:
             if fault is not None:
                 wholly_lost.add(piece.index)
                 yield fault
+                continue
+            changed = list(self._tokenizer_faults(piece.text))
+            yield from changed
+            if not changed and piece.kind in ("content", *REASONING) and "\n" in piece.text.strip():
+                yield from self._line_faults(piece, messages, options)
         yield from self._order_faults(places)
         if names and drawn is not None and not any(marker in drawn for marker in names.values()):
             yield Fault(
@@ -122,6 +130,21 @@ class Probe:
             if index not in wholly_lost:
                 part = name if index >= start or not prompt else "prompt"
                 yield from self._value_faults(messages, index, message, learned.get(part, ""), options)
+
+    def _line_faults(self, piece, messages: list, options) -> Iterator[Fault]:
+        try:
+            rendered = self._render(messages, self.row.get("tools"), **options)
+        # rendering it as tokens has told what is wrong
+        except Exception:
+            return
+        if round_trips.loses_lines(piece.text, rendered):
+            role = messages[piece.index].get("role")
+            yield Fault(
+                ("lines", role),
+                f"the chat template loses line breaks or indentation within a message of the role {role}",
+                repr(_short(piece.text)),
+                "Code and lists are seen as one line; use a template that renders the message as it is.",
+            )
 
     def _content_fault(self, piece, message, part, seen, found, hay, name, start, total) -> Fault | None:
         role, shown = message.get("role"), repr(_short(piece.text))
@@ -291,11 +314,6 @@ def _lost_reasoning(where: str, shown: str, in_answer: bool) -> Fault:
 def _printed(what: str, value, remedy: str) -> Fault:
     shown = _short(str(value))
     return Fault(("printed", what), f"the chat template writes {what} as Python prints it", shown, remedy, True)
-
-
-def _bare(text: str) -> str:
-    """A text without blanks, which templates trim and add."""
-    return "".join(unicodedata.normalize("NFC", text).split())
 
 
 def _short(text: str) -> str:

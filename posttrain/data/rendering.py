@@ -9,7 +9,7 @@ from posttrain.data.applied import ControlTokens
 from posttrain.data.looks import rows_to_render
 from posttrain.data.probes import Probe
 from posttrain.data.survey import Survey
-from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of
+from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 
@@ -67,6 +67,9 @@ def check(
     # beside messages there can be what they were made of
     names = dict.fromkeys((*(() if kind in _WHOLE else ("prompt",)), *kind, "tools", "chat_template_kwargs"))
     names = [column for column in names if column in columns | {"messages"} & set(kind)]
+    if "tools" in names:
+        for number, value in enumerate(dataset.with_format(None)["tools"]):
+            tools_of({"tools": value}, places[number] if places else f"{name}, row {number + 1}")
     dataset = as_rendered(dataset.select_columns(names).with_format(None), processing_class)
     tokenizer = tokenizer_of(processing_class)
     is_task = kind in (("demonstration",), ("prompt",))

@@ -13,8 +13,8 @@ from posttrain.log import get_logger
 # In the order in which they are looked for
 KINDS = (PAIRS, ANSWERS, TASKS)
 __all__ = [
-    "ANSWERS", "KINDS", "PAIRS", "TASKS", "WHOLE", "as_ours", "convert", "convert_row", "find", "of_any_kind", "read",
-    "read_all",
+    "ANSWERS", "KINDS", "PAIRS", "Shape", "TASKS", "WHOLE", "as_ours", "convert", "convert_row", "find", "of_any_kind",
+    "read", "read_all",
 ]  # fmt: skip
 
 

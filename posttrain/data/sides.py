@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 # Names under which pairs carry the scores of both answers
 PAIR_REWARDS = (
@@ -14,37 +15,57 @@ PAIR_REWARDS = (
     ("rating_chosen", "rating_rejected"),
     ("chosen_avg_rating", "rejected_avg_rating"),
 )
+# The words that names of both sides differ in
+_PAIRS = (("chosen", "rejected"), ("winner", "loser"), ("preferred", "dispreferred"), ("better", "worse"), ("w", "l"))
+_OF_SCORES = r"scores?|ratings?|rewards?|logprobs?|logps|probs?|p|probabilit(y|ies)|logits?|ranks?|grades?|points"
 # Columns that hold a list of two, for chosen and for rejected
-_OF_BOTH = re.compile(r"(.*_)?(scores?|ratings?|rewards?|logprobs?|logps)")
+_OF_BOTH = re.compile(rf"({_OF_SCORES})")
 # Columns of answers in an order of their own, which a list of ratings beside them follows
 _ANSWERS = ("generations", "completions", "responses", "answers", "candidates")
-_DIFFERENCE = re.compile(r"(.*[_-])?(margins?|difference|diff|delta|gap)([_-].*)?")
-_NAMES = {"chosen": "rejected", "rejected": "chosen"}
+_DIFFERENCE = ("margin", "margins", "difference", "diff", "delta", "gap")
+_SCORES = re.compile(rf"({_OF_SCORES}|quality|preferences?|implicit|pairs?|mean|avg|average|overall|judge|llm|gpt4?)")
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+")
+
+
+class Swapped(NamedTuple):
+    """A pair with its answers swapped, and the columns that were emptied: those of one side's score alone."""
+
+    row: dict
+    emptied: list[str]
 
 
 def swapped(row: Mapping) -> dict:
     """A pair with its two answers swapped, and all that belongs to one of them.
 
-    - Two columns whose names differ in the word chosen or rejected only are swapped: chosen_reward, score_chosen,
-      chosen-rating, also inside an object.
-    - A list of two numbers in a column of scores, ratings or rewards is for chosen and rejected, and turns round; not
-      where a column of answers (generations, ...) stands beside it, whose order it follows.
+    - Two columns whose names differ in the side only are swapped, whatever else they say: chosen_reward and
+      rejected_reward, chosen_prob, chosen-rating, score_w and score_l, also inside objects and lists of objects.
+    - A score of one side without the other's (chosen_score alone) becomes null, since the other's is not known.
+    - A list of two numbers, or of two lists of them, in a column named scores, ratings or rewards is for chosen and
+      rejected, and turns round; not where a column of answers (generations, ...) stands beside it, whose order it
+      follows.
     - A column `order` of the words chosen and rejected changes each for the other.
-    - A number in a column that is a margin, difference, diff, delta or gap between the sides changes its sign.
+    - A number in a column that is a margin, difference, diff, delta or gap between scores (score_diff, reward_margin,
+      or that word alone) changes its sign.
 
     Other columns keep their values, and the row its order of columns.
     """
-    new = _swapped_names(row)
+    return swapped_with_gaps(row).row
+
+
+def swapped_with_gaps(row: Mapping) -> Swapped:
+    """As `swapped`, with the names of the columns that became null."""
+    emptied: list[str] = []
+    new = _swapped_names(row, emptied)
     own_order = any(isinstance(row.get(name), list) for name in _ANSWERS)
     for name, value in row.items():
-        if name == "order" and isinstance(value, list) and value and set(value) <= set(_NAMES):
-            new[name] = [_NAMES[word] for word in value]
-        elif _is_pair_of_numbers(value) and _OF_BOTH.fullmatch(name.lower()) and not own_order:
+        if name == "order" and isinstance(value, list) and value and set(value) <= {"chosen", "rejected"}:
+            new[name] = ["rejected" if word == "chosen" else "chosen" for word in value]
+        elif _is_of_both(value) and _OF_BOTH.fullmatch(name.lower()) and not own_order:
             new[name] = list(reversed(value))
-        elif _is_number(value) and _DIFFERENCE.fullmatch(name.lower()) and _counterpart(name) not in row:
+        elif _is_number(value) and _is_difference(name) and not set(_counterparts(name)) & set(row):
             # without a minus sign before zero
             new[name] = -value or value * 0
-    return new
+    return Swapped(new, emptied)
 
 
 def scores_of(columns: Sequence[str]) -> tuple[str, str] | None:
@@ -52,29 +73,66 @@ def scores_of(columns: Sequence[str]) -> tuple[str, str] | None:
     return next((names for names in PAIR_REWARDS if set(names) <= set(columns)), None)
 
 
-def _swapped_names(row: Mapping) -> dict:
+def _swapped_names(row: Mapping, emptied: list[str], path: str = "") -> dict:
     new = dict(row)
-    for name in row:
-        other = _counterpart(name)
-        if other in row:
+    for name, value in row.items():
+        other = next((other for other in _counterparts(name) if other in row), None)
+        if other is not None:
             new[name] = row[other]
-        elif isinstance(row[name], Mapping):
-            new[name] = _swapped_names(row[name])
+        elif value is not None and _is_score_of_one(name) and (_is_number(value) or isinstance(value, list)):
+            new[name] = None
+            emptied.append(path + name)
+        elif isinstance(value, Mapping):
+            new[name] = _swapped_names(value, emptied, f"{path}{name}.")
+        elif isinstance(value, list) and not path and name in ("prompt", "messages", "tools"):
+            continue
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            new[name] = [
+                _swapped_names(item, emptied, f"{path}{name}.") if isinstance(item, Mapping) else item for item in value
+            ]
     return new
 
 
-def _counterpart(name: str) -> str | None:
-    """The name with rejected for chosen, or chosen for rejected; None where it has neither."""
-    for word, other in _NAMES.items():
-        for form in (str.lower, str.capitalize, str.upper):
-            if form(word) in name:
-                return name.replace(form(word), form(other))
-    return None
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _WORDS.findall(name)]
+
+
+def _counterparts(name: str) -> list[str]:
+    """The names with the other side's word in the place of one's, in its own capitals; the most telling first."""
+    found = []
+    for one, two in _PAIRS:
+        for word, other in ((one, two), (two, one)):
+            for match in _WORDS.finditer(name):
+                given = match.group()
+                # a letter alone is a name of its own, such as a width
+                if given.lower() == word and (len(word) > 1 or given != name):
+                    form = str.upper if given.isupper() else str.capitalize if given[0].isupper() else str.lower
+                    found.append(name[: match.start()] + form(other) + name[match.end() :])
+    return found or [name.replace(*names) for names in (_PAIRS[0], _PAIRS[0][::-1]) if names[0] in name]
+
+
+def _is_score_of_one(name: str) -> bool:
+    words = set(_words(name))
+    return bool(words & {"chosen", "rejected"}) and not {"chosen", "rejected"} <= words and any(
+        re.fullmatch(_OF_SCORES, word) for word in words
+    ) and not words & set(_DIFFERENCE)  # fmt: skip
+
+
+def _is_difference(name: str) -> bool:
+    """Whether a name says a margin between the sides: of scores, or of nothing else."""
+    words = _words(name)
+    rest = [word for word in words if word not in _DIFFERENCE]
+    sides = ("chosen", "rejected", "minus", "of", "between", "and", "vs")
+    return len(rest) < len(words) and all(word in sides or _SCORES.fullmatch(word) for word in rest)
 
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_pair_of_numbers(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+def _is_of_both(value) -> bool:
+    """Whether a list holds a number, or a list of numbers, for each of two sides."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    lists = all(isinstance(item, list) and item and all(map(_is_number, item)) for item in value)
+    return lists or all(map(_is_number, value))

@@ -69,7 +69,8 @@ def as_rendered(dataset, processing_class):
     if not hasattr(dataset, "column_names"):
         # what is no data set is refused where it is used
         return dataset
-    dataset = applied.without_doubles(objects.restored(dataset), tokenizer_of(processing_class))
+    dataset = _with_read_tools(objects.restored(dataset))
+    dataset = applied.without_doubles(dataset, tokenizer_of(processing_class))
     return continued.joined(dataset)
 
 
@@ -143,6 +144,8 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
         row = formats.convert_row(row, found, place)
         found = formats.detect(row, row)
     row = {name: objects.flattened(value) for name, value in row.items()}
+    if "tools" in row:
+        row["tools"] = tools_of(row, place)
     if found.kind in formats.PAIR_KINDS:
         values.faults(row, place)
     else:
@@ -152,6 +155,7 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
     if found.kind == formats.LANGUAGE_MODELLING:
         return [_language_modelling(row, processing_class, place)]
     if found.kind == formats.PROMPT_ONLY:
+        row = applied.clean_row(row, tokenizer_of(processing_class))
         ids = render(row["prompt"], row, processing_class, place, add_generation_prompt=True)
         return [TokenSequence("prompt", ids, [False] * len(ids))]
     sides = ("chosen", "rejected")
@@ -185,10 +189,70 @@ def _ids_of(messages: list, row: Mapping, processing_class, place: str, **option
     return render(messages, row, processing_class, place, **options)
 
 
-def tools_of(row: Mapping) -> list | None:
-    """The tools of a row, which a column may hold as JSON text; None where it has none."""
-    tools = row.get("tools")
-    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+def tools_of(row: Mapping, place: str = "the row") -> list | None:
+    """The tools of a row, which a column may hold as JSON text, or as a list of JSON texts; None where it has none.
+
+    A blank text, null and an empty list are none. Raises DataError with `place` for a text that is no JSON, and for
+    tools that are no objects.
+    """
+    tools = _read_json(row.get("tools"), place)
+    if not tools:
+        return None
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    read = [_read_json(tool, place) for tool in tools] if isinstance(tools, list) else [tools]
+    others = [tool for tool in read if not isinstance(tool, Mapping)]
+    if others:
+        raise DataError(
+            f"{place}: the column tools holds {str(others[0])[:60]!r}, which is no tool; each is an object such as "
+            '{"type": "function", "function": {"name": ..., "parameters": ...}}. Mend it, or leave it empty.'
+        )
+    return read
+
+
+def _read_json(value, place: str):
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise DataError(
+            f"{place}: the column tools holds {value[:60]!r}, which is no JSON ({error}). Mend it, or leave it empty "
+            "for none."
+        ) from None
+
+
+def _with_read_tools(dataset):
+    """A data set whose column `tools` TRL can read: blank texts are null, and lists of texts are one text."""
+    features = dataset.features or {}
+    for name in ("tools", "chat_template_kwargs"):
+        if getattr(features.get(name), "dtype", None) == "null":
+            dataset = dataset.remove_columns(name)
+    if "tools" not in (dataset.column_names or ()):
+        return dataset
+    if not hasattr(dataset, "__len__"):
+        return dataset.map(_read_tools)
+    if dataset.format["type"] == "custom":
+        return dataset
+    given = dataset.with_format(None)["tools"][:]
+    made = [_read_tools({"tools": value}, f"row {number}")["tools"] for number, value in enumerate(given, 1)]
+    if made == given:
+        return dataset
+    form = dataset.format
+    dataset = dataset.with_format(None).remove_columns("tools")
+    if any(value is not None for value in made):
+        dataset = dataset.add_column("tools", made)
+    return dataset.with_format(form["type"], **form["format_kwargs"])
+
+
+def _read_tools(row: Mapping, place: str = "a row") -> dict:
+    value = row["tools"]
+    texts = isinstance(value, list) and value and all(isinstance(tool, str) for tool in value)
+    if not isinstance(value, str) and not texts:
+        return {"tools": value}
+    tools = tools_of(row, place)
+    if isinstance(value, str) and tools and tools == json.loads(value):
+        return {"tools": value}
+    return {"tools": json.dumps(tools) if tools else None}
 
 
 def template_kwargs_of(row: Mapping) -> dict:
@@ -237,11 +301,11 @@ def _render(value, row: Mapping, processing_class, place: str, **options) -> dic
             return processing_class(text=value)
         options |= _template_options(row)
         return processing_class.apply_chat_template(value, tokenize=True, return_dict=True, **options)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{place}: the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
 
 
 def _template_options(row: Mapping) -> dict:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    return {"tools": tools_of(row), **(row.get("chat_template_kwargs") or {})}

@@ -10,6 +10,10 @@ _SIDES = ("chosen", "rejected")
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 # What is counted, in words, and what to do about it.
 _FAULTS = {
+    "function_call": (
+        "an answer that is a call in the key function_call, which chat templates do not read, beside empty content",
+        'Write it as tool_calls: [{"type": "function", "function": {"name": ..., "arguments": ...}}]',
+    ),
     "empty": ("an empty side", "Fill it in, or leave those rows out"),
     "identical": ("identical sides", "There is no preference to learn in them; leave those rows out"),
     "no_prompt": ("no prompt", "Add a column prompt, or let both sides begin with it"),
@@ -85,15 +89,18 @@ def faults(row: Mapping, place: str, styles: dict | None = None) -> list[str]:
                 f"{place}: the column {column} is of another kind than chosen, which would mislead TRL. It is not "
                 f'needed here:\n  dataset = dataset.remove_columns("{column}")'
             )
-    if "chat_template_kwargs" in row and not isinstance(row["chat_template_kwargs"], Mapping):
+    if not isinstance(row.get("chat_template_kwargs") or {}, Mapping):
         raise DataError(
-            f"{place}: chat_template_kwargs is {_described(row['chat_template_kwargs'])}; where the column exists, "
-            "every row needs an object."
+            f"{place}: chat_template_kwargs is {_described(row['chat_template_kwargs'])}; it must be an object, or "
+            "null for none."
         )
     chosen, rejected = row["chosen"], row["rejected"]
     found = []
-    if any(_is_empty(side) for side in (chosen, rejected)):
+    empty = [side for side in (chosen, rejected) if _is_empty(side)]
+    if any(isinstance(side, str) or not side[-1].get("function_call") for side in empty):
         found.append("empty")
+    elif empty:
+        found.append("function_call")
     if chosen == rejected:
         found.append("identical")
     messages = [value for value in (row.get("prompt"), chosen, rejected) if formats.is_messages(value)]
@@ -173,7 +180,10 @@ def _message_problem(message) -> str | None:
         return None
     if isinstance(content, list) and all(isinstance(block, Mapping) for block in content):
         return None
-    return None if isinstance(content, str) else f"has a content that is {_described(content)}"
+    if isinstance(content, str):
+        return None
+    call = ", and its call in the key function_call, which is to be tool_calls" if message.get("function_call") else ""
+    return f"has a content that is {_described(content)}{call}"
 
 
 def _is_empty(side) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,32 @@ class PreferenceMixin(RunMixin):
 
     def _live_reference(self, args) -> bool:
         return not self._reference_is_given
+
+    # stands on DPOTrainer.evaluate
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `trl.DPOTrainer.evaluate`; a data set given here is checked as the constructor's are.
+
+        Raises DataError and ConfigError as the constructor does.
+        """
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._checked(dataset, str(name)) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._checked(eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _checked(self, dataset, name: str):
+        known = set(getattr(dataset, "column_names", None) or ())
+        if not known or known.issuperset(formats.TOKEN_COLUMNS):
+            return dataset
+        args, dataset = self.args, columns.prepare(dataset, name, _READ)
+        report = schema.check_preferences(
+            dataset, self.processing_class, args.max_length, name, args.truncation_mode,
+            schema.generation_stop_ids(self.model), getattr(args, "end_of_turn", "warn"),
+        )  # fmt: skip
+        if report is not None:
+            self._limits.check_reports({name: report}, {name: dataset}, self.processing_class, args.max_length)
+        _checks.check_flip_rates(args, None, {name: dataset})
+        return dataset
 
     # stands on DPOTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):

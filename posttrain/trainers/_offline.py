@@ -330,6 +330,10 @@ class OfflineMixin(RunMixin):
             return dataset
         args = self.args
         dataset = self._scored(dataset, name, args)
+        if answer_tokens.are_known(args):
+            stop_ids = schema.generation_stop_ids(self.model)
+            dataset, _ = answer_tokens.fit(dataset, self.processing_class, args, name, stop_ids)
+            Limits(self.model, self.model.config).check_answers(dataset, self.processing_class, args, name)
         if not self._late_values:
             dataset = self.weigh(dataset, name, args)
         dataset = self._prepare_dataset(dataset, self.processing_class, args, False, None, name)

@@ -86,6 +86,7 @@ class PolicyGradientMixin(RunMixin):
             limits.check(train_dataset, ((_demonstrations.IDS,),), processor, "train_dataset", None)
         for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
             limits.check_prompts(dataset, processor, args, name)
+        self._limits = limits
         self._begin_run(preflight(args, model), args)
         self._sharing, self._scored, self._rewards, self._head = None, None, None, None
         self._reference_is_given, self._reference_checked = False, False
@@ -178,7 +179,7 @@ class PolicyGradientMixin(RunMixin):
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = _all_rendered(eval_dataset, tokenizer_of(self.processing_class))
+            eval_dataset = self._checked(eval_dataset)
         size, group = self.args.per_device_eval_batch_size * self.args.world_size, self.num_generations_eval
         if size % group:
             raise ConfigError(
@@ -188,6 +189,18 @@ class PolicyGradientMixin(RunMixin):
             )
         with _completions.of_evaluation(self, metric_key_prefix):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _checked(self, dataset):
+        """A data set for evaluation as the constructor's are: checked, and as the chat template is to see it."""
+        # of several by name, each comes here on its own
+        if isinstance(dataset, dict) or not hasattr(dataset, "column_names"):
+            return dataset
+        dataset = columns.prepare(dataset, "eval_dataset")
+        tokenizer = tokenizer_of(self.processing_class)
+        dataset = as_rendered(dataset, tokenizer)
+        task_rows.check(dataset, tokenizer, self.args, "eval_dataset")
+        self._limits.check_prompts(dataset, self.processing_class, self.args, "eval_dataset")
+        return dataset
 
     def finish_evaluation(self, dataloader, description: str) -> None:
         dataset = getattr(dataloader, "dataset", None)

@@ -362,7 +362,9 @@ class TestFlip:
                 swapped = after["flipped"] != before.get("flipped", False)
                 sides = [before["chosen"], before["rejected"]]
                 assert [after["chosen"], after["rejected"]] == (sides[::-1] if swapped else sides)
-                changed = ("chosen", "rejected", "flipped")
+                # the score of the other answer is not known
+                changed = ("chosen", "rejected", "flipped", *(("chosen_score",) if swapped else ()))
+                assert not swapped or after.get("chosen_score") is None
                 assert {k: v for k, v in after.items() if k not in changed} == {
                     k: v for k, v in before.items() if k not in changed
                 }
@@ -442,3 +444,61 @@ class TestFlip:
         assert rows == flip_preferences(Dataset.from_list(ROWS), 0.3, 0).to_list()
         rows, _ = self.flip(data, "generated:reverse_list?n=10", tmp_path / "b.jsonl")
         assert sum(row["flipped"] for row in rows) == 3
+
+
+class TestTasks:
+    TASKS = (
+        {"prompt": "2 + 2?", "gold": "4"},
+        {"question": "2 + 2?", "answer": "2 and 2 make 4.\n#### 4"},
+        {"problem": "2 + 2?", "solution": "It is \\boxed{4}."},
+        {"problem": "2 + 2?", "solution": "It is 4.", "answer": "4", "level": 1},
+    )
+
+    @pytest.mark.parametrize("row", TASKS)
+    def test_a_task_is_shown_as_the_recipes_render_it(self, row, tmp_path, data, tiny_folder):
+        from posttrain.data.demonstrations import load_demonstrations
+        from posttrain.data.tokens import load_processing_class, render
+
+        path = write(tmp_path / "a.jsonl", [row])
+        code, out, err = data("inspect", path, "--model", tiny_folder, "--json")
+        assert (code, err) == (0, "")
+        told = json.loads(out)
+        assert told["converted"]["to"] == "tasks"
+        assert "a user's turn (conversational: true)" in told["converted"]["why"]
+        task = load_demonstrations(path, need_demonstrations=False)[0]
+        tokenizer = load_processing_class(tiny_folder)
+        ids = render(task["prompt"], {}, tokenizer, "row", add_generation_prompt=True)
+        assert "".join(piece["text"] for piece in told["examples"][0]["pieces"]) == tokenizer.decode(ids)
+        code, out, _ = data("inspect", path)
+        assert code == 0 and "unknown" not in out and "user: 2 + 2?" in out
+        code, out, _ = data("stats", path, "--model", tiny_folder)
+        assert code == 0 and "converted to tasks" in out
+
+    def test_as_it_is_a_prompt_is_its_text_and_that_is_said(self, tmp_path, data, tiny_folder):
+        path = write(tmp_path / "a.jsonl", [{"prompt": "2 + 2?"}])
+        code, out, _ = data("inspect", path, "--model", tiny_folder)
+        assert code == 0 and "\n2 + 2?\n" in out
+        assert "make a user's turn of each, unless conversational is false" in out
+        path = write(tmp_path / "b.jsonl", [self.TASKS[0]])
+        code, out, _ = data("inspect", path, "--model", tiny_folder, "--as-is")
+        assert code == 0 and "\n2 + 2?\n" in out
+
+    def test_a_question_without_a_marked_answer_is_shown_as_it_is_with_the_reason(self, tmp_path, data):
+        path = write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "Because."}])
+        code, out, err = data("inspect", path)
+        assert code == 0 and "format: unknown" in out
+        assert "cannot be read as tasks" in err and "gold answer" in err
+
+    def test_a_prompt_with_the_template_applied_begins_once(self, tmp_path, data, tiny_folder):
+        from tokenizers.processors import TemplateProcessing
+
+        from posttrain.models import byte_tokenizer
+
+        tokenizer = byte_tokenizer("<|pad|>")
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        begin = ("<s>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+        tokenizer.save_pretrained(tmp_path / "model")
+        path = write(tmp_path / "a.jsonl", [{"prompt": "<s>user: 2 + 2?"}])
+        code, out, _ = data("inspect", path, "--model", str(tmp_path / "model"))
+        assert code == 0 and out.count("<s>") == 1

@@ -383,3 +383,121 @@ def test_transcripts_whose_prompt_stands_again_in_the_answers_are_split_behind_i
     for number, row in enumerate(load_preferences(str(path))):
         assert row["prompt"] == [user(f"Name river {number}.")]
         assert (row["chosen"], row["rejected"]) == ([says("Yes.")], [says("No.")])
+
+
+def letters(unknown=None, normalizer=None, known="", blanks=True):
+    """A tokenizer of single characters: ASCII's and the `known`, others as `unknown` or not at all."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["</s>", *([unknown] if unknown else []), *map(chr, range(32, 127)), "\n", "\t", *known]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token=unknown))
+    made.normalizer = normalizer
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated") if blanks else pre_tokenizers.WhitespaceSplit()
+    made.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", pad_token="</s>", **({"unk_token": unknown} if unknown else {})
+    )
+    tokenizer.chat_template = PLAIN.replace("BODY", "m.content")
+    return tokenizer
+
+
+def everywhere(words):
+    """Rows that hold the words in a turn, an answer, a whole conversation, a prompt and texts."""
+    return [
+        [pair(user(words))],
+        [pair(chosen=[says(words)])],
+        [{"messages": [user(), says(words)]}],
+        [{"prompt": [user(words)]}],
+        [{"prompt": "Name it:", "chosen": f" {words}", "rejected": " no"}],
+        [{"text": words}],
+    ]
+
+
+@pytest.mark.parametrize("words", ["Füße 漢字", "naïve", "5 €", "🙂 ok"])
+def test_unknown_characters_are_said_of_messages_as_of_texts(words):
+    for rows in everywhere(words):
+        (warning,) = said(rows, letters("<unk>"))
+        assert "no token for some characters, and writes '<unk>'" in warning
+    for rows in everywhere("plain words <unk>"):
+        assert not any("no token" in warning for warning in said(rows, letters("<unk>")))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "words", "named"),
+    [
+        (None, "Füße 漢字 ok", "'ü', 'ß', '漢', '字' are lost"),
+        (None, "5 €", "'€' is lost"),
+        ("NFKC", "x² + ½", "'²', '½' are lost and '2', '1', '⁄' written"),
+        ("NFKC", "ﬂy", "'ﬂ' is lost and 'f', 'l' written"),
+        ("Lowercase", "the LYS", "'L', 'Y', 'S'"),
+        ("StripAccents", "cafe\u0301", "'é' is lost and 'e' written"),
+    ],
+)
+def test_characters_that_the_tokenizer_changes_are_said_once_with_their_names(normalizer, words, named):
+    from tokenizers import normalizers
+
+    made = getattr(normalizers, normalizer)() if normalizer else None
+    for rows in everywhere(words)[5 if normalizer == "Lowercase" else 0 :]:
+        warnings = said(rows * 3, letters(normalizer=made, known="⁄"))
+        assert [("the tokenizer changes characters" in warning) for warning in warnings] == [True]
+        assert named in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "words", ["Was heißt 🙂?", "e\u0301 x² ½ 漢字", "a  b\tc \r\nd", "I do not , know .", "<|im_end|>"]
+)
+def test_a_tokenizer_that_keeps_all_characters_changes_none(words, tokenizer):
+    for rows in everywhere(words):
+        assert not any("tokenizer" in w and "changes" in w for w in said(rows, tokenizer))
+
+
+def test_a_blank_put_in_front_and_accents_composed_are_no_change():
+    from tokenizers import decoders, normalizers
+
+    made = letters(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")]), known="é")
+    assert said([pair(chosen=[says("cafe\u0301 au lait")])], made) == []
+    made.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    assert said([pair(chosen=[says("do not , I 'm")])], made) == []
+
+
+CODE = "def f():\n    return 1"
+
+
+@pytest.mark.parametrize("words", [CODE, "- one\n- two", "One.\n\nTwo.", "if x:\n\ty = 1"])
+@pytest.mark.parametrize(
+    "body", [r"m.content.replace('\n', ' ')", "m.content.split() | join(' ')", r"m.content.split('\n') | join"]
+)
+def test_line_breaks_that_a_template_loses_are_said(words, body):
+    for rows in everywhere(words)[:4]:
+        (warning,) = said(rows, plain(body))
+        assert "the chat template loses line breaks or indentation within a message" in warning
+
+
+def test_indentation_and_blank_lines_that_a_template_loses_are_said():
+    (warning,) = said([pair(chosen=[says(CODE)])], plain(r"m.content.replace('    ', ' ')"))
+    assert "loses line breaks or indentation" in warning
+    (warning,) = said([pair(user("One.\n\nTwo."))], plain(r"m.content.replace('\n\n', '\n')"))
+    assert "role user" in warning
+
+
+@pytest.mark.parametrize("words", [CODE, "- one\n- two", "One.\n\nTwo."])
+def test_line_breaks_that_a_tokenizer_loses_are_said(words):
+    for rows in everywhere(words):
+        (warning,) = said(rows, letters(blanks=False))
+        assert "the tokenizer loses line breaks or indentation" in warning
+
+
+@pytest.mark.parametrize("body", ["m.content | trim", "m.content.strip() ~ '\n'", r"m.content.rstrip('\n')"])
+def test_a_template_that_trims_the_ends_raises_no_alarm(body):
+    for rows in everywhere(f"\n\n  {CODE}\n\n")[:4]:
+        assert said(rows, plain(body)) == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_code_and_lists_raise_no_alarm_under_the_templates_of_trl(name):
+    if name.startswith(_OF_IMAGES):
+        return
+    words = f"See:\r\n\n```\n{CODE}\n\n\n\tx  y \n```\n- é\n  - 漢字\n"
+    for rows in everywhere(words)[:4]:
+        assert said(rows, trl_template(name)) == []
