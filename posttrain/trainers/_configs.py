@@ -168,11 +168,6 @@ class CommonConfig:
         """Refuse a setting that others leave without effect; where it is a preset's own default, take `neutral`."""
         if name in self._written:
             raise ExcludedSetting(message, {name: because})
-        why = next((other for other in because if getattr(self, other) is not None), because[0])
-        get_logger().info(
-            "%s: %s, the default of %s, is left out: it has no effect on %s: %s",
-            name, getattr(self, name), type(self).__name__, why, getattr(self, why),
-        )  # fmt: skip
         setattr(self, name, neutral)
 
     def _refuse_none(self) -> None:
