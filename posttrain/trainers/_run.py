@@ -19,7 +19,7 @@ from posttrain.reporting import RunReport
 from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start
 from posttrain.trainers._checkpoint_files import check_adapter_fits, is_complete
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
-from posttrain.trainers._identity import differing, identity, update_settings
+from posttrain.trainers._identity import base_digests, differing, identity, update_settings
 from posttrain.trainers._sharing import check_setting
 
 
@@ -91,6 +91,7 @@ class RunMixin:
         """After the parent's constructor."""
         self._note_start()
         keep_4bit_weights_trainable(self.model)
+        self._base_digests = base_digests(self, self._start.converts)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
         self.add_callback(_run_folder.RunFolder(self))
@@ -117,17 +118,16 @@ class RunMixin:
             self._total_train_tokens = state["num_tokens"]
             then = state.get("schedule") or {"total": _checkpoints.planned_steps(checkpoint), "knots": []}
             self._schedule.resumed = _schedule.Schedule.of(then)
-            if not self.args.check_resume:
-                if self._start.converts and not is_complete(checkpoint):
-                    raise ConfigError(
-                        f"the checkpoint {checkpoint} was not written by posttrain, and init_lora_weights moves the "
-                        "base weights, of which it holds no trace. Resume it with the library that wrote it."
-                    )
-                whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-                # one that is converted on saving has twice the rank there
-                check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)
-                if not self.args.resume_weights_only:
-                    _checkpoints.say_random_state(checkpoint, self.args.world_size)
+            if not self.args.check_resume and self._start.converts and not is_complete(checkpoint):
+                raise ConfigError(
+                    f"the checkpoint {checkpoint} was not written by posttrain, and init_lora_weights moves the "
+                    "base weights, of which it holds no trace. Resume it with the library that wrote it."
+                )
+            whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            # one that is converted on saving has twice the rank there
+            check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)
+            if not self.args.check_resume and not self.args.resume_weights_only:
+                _checkpoints.say_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
         self._live_gradients = None
         try:
