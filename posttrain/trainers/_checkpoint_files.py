@@ -194,14 +194,17 @@ def check_adapter_fits(model, folder: Path, shapes: bool = True) -> None:
     peft = is_peft_model(model)
     own = model.active_adapters[0] if peft else None
     # upstream loads every sub-folder that has an adapter's file, under the folder's name
-    stray = sorted({
-        path.parent.name for name in ADAPTER for path in folder.glob(f"*/{name}")
-        if not peft or path.parent.name not in model.peft_config
-    })  # fmt: skip
+    inside = [path for name in ADAPTER for path in folder.glob(f"*/{name}")] if peft else []
+    known = own_files(folder) if is_complete(folder) else ()
+    stray = sorted(
+        path.parent.name
+        for path in inside
+        if (path.relative_to(folder).as_posix() not in known if known else path.parent.name not in model.peft_config)
+    )
     if stray:
         raise ConfigError(
-            f"the checkpoint {folder} holds an adapter in {stray[0]}/ that this run has not, and it would be loaded "
-            f"with the checkpoint. Move {stray[0]}/ out of the checkpoint."
+            f"the checkpoint {folder} holds an adapter in {stray[0]}/ that is none of this run's, and it would be "
+            f"loaded with the checkpoint. Move {stray[0]}/ out of the checkpoint."
         )
     adapter = folder / ADAPTER[0]
     if not peft:

@@ -129,6 +129,13 @@ class RunMixin:
             if not self.args.check_resume and not self.args.resume_weights_only:
                 _checkpoints.say_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
+        if checkpoint is not None and self.args.ignore_data_skip:
+            get_logger().warning(
+                "ignore_data_skip: going on from %s with the rows that the run began with; it is not the run that was "
+                "never interrupted",
+                checkpoint,
+            )
+        self._claim_folder()
         self._live_gradients = None
         try:
             output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -161,6 +168,10 @@ class RunMixin:
                 over,
             )
         return found
+
+    def _claim_folder(self) -> None:
+        if self.is_world_process_zero():
+            _run_folder.claim(Path(self.args.output_dir), self)
 
     def _identity(self) -> dict:
         if self._known_identity is None:
@@ -217,16 +228,19 @@ class RunMixin:
         No local path is left in the card that PEFT writes. In the run folder, a note says whose model it is.
         """
         folder = Path(output_dir or self.args.output_dir)
-        notes = self.is_world_process_zero() and folder.resolve() == Path(self.args.output_dir).resolve()
+        own = folder.resolve() == Path(self.args.output_dir).resolve()
+        notes = own and self.is_world_process_zero()
+        if not own:
+            _run_folder.check_not_anothers(folder, self)
         try:
             if notes:
-                before = _run_folder.begin_note(folder, self._identity())
+                before = _run_folder.begin_note(folder, self)
             # not upstream's own push from here: it would come before our changes to what lies there
             super().save_model(output_dir, _internal_call=True)
             if self.is_world_process_zero():
                 self._start.saved(folder)
             if notes:
-                _run_folder.note_model(folder, self._identity(), before)
+                _run_folder.note_model(folder, self, before)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _checkpoints.is_write_error(error):
                 raise
@@ -320,6 +334,7 @@ class RunMixin:
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        self._claim_folder()
         _evaluation.forget(self)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self.finish_evaluation(dataloader, description)

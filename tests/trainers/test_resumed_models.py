@@ -87,7 +87,7 @@ def test_a_marker_that_does_not_tell_the_modules_is_held_against_the_tensors(bas
 @pytest.mark.parametrize(
     "peft",
     [
-        lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
         lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         lambda: qv(init_lora_weights="pissa"),
         lambda: qv(modules_to_save=["lm_head"]),
