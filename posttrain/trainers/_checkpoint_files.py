@@ -191,16 +191,34 @@ def check_adapter_fits(model, folder: Path, shapes: bool = True) -> None:
     from accelerate.utils import is_peft_model
     from peft import get_peft_model_state_dict
 
+    peft = is_peft_model(model)
+    own = model.active_adapters[0] if peft else None
+    # upstream loads every sub-folder that has an adapter's file, under the folder's name
+    inside = [path for name in ADAPTER for path in folder.glob(f"*/{name}")] if peft else []
+    known = own_files(folder) if is_complete(folder) else ()
+    stray = sorted(
+        path.parent.name
+        for path in inside
+        if (path.relative_to(folder).as_posix() not in known if known else path.parent.name not in model.peft_config)
+    )
+    if stray:
+        raise ConfigError(
+            f"the checkpoint {folder} holds an adapter in {stray[0]}/ that is none of this run's, and it would be "
+            f"loaded with the checkpoint. Move {stray[0]}/ out of the checkpoint."
+        )
     adapter = folder / ADAPTER[0]
-    if not is_peft_model(model):
+    if not peft:
         if adapter.is_file():
             raise ConfigError(f"the checkpoint {folder} holds an adapter, and this run trains the whole model.")
         return
+    if own != "default" and (folder / own / ADAPTER[0]).is_file():
+        adapter = folder / own / ADAPTER[0]
     if not adapter.is_file():
-        if (folder / ADAPTER[1]).is_file():
+        # an engine that spreads the weights keeps them in files of its own
+        if (adapter.parent / ADAPTER[1]).is_file() or is_complete(folder) and has(folder, "pytorch_model_fsdp*"):
             return
         raise ConfigError(f"the checkpoint {folder} holds no adapter, and this run trains one.")
-    ours = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+    ours = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model, adapter_name=own).items()}
     with safe_open(adapter, "pt") as tensors:
         theirs = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     differing = sorted(ours.keys() ^ theirs.keys())

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 import xxhash
 
 from posttrain.hub.base import adapter_config, base_name, loaded_from
@@ -13,8 +14,29 @@ _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
 _UPDATE = (
     "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
-    "train_sampling_strategy",
+    "train_sampling_strategy", "optim_target_modules", "label_smoothing_factor", "average_tokens_across_devices",
+    "neftune_noise_alpha", "dataloader_drop_last", "disable_dropout", "router_aux_loss_coef",
+    # of DPO
+    "loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "use_weighting",
+    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "dr_dpo_window",
+    # of GRPO
+    "mask_truncated_completions", "importance_sampling_level", "delta", "min_p", "repetition_penalty",
+    "top_entropy_quantile", "shuffle_dataset",
 )  # fmt: skip
+
+# Of an adapter's config, what says where it came from or how it began, and what the modules that it took tell better
+_NOT_THE_ADAPTER = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "tokenizer_name_or_path",
+    "tokenizer_kwargs", "runtime_config",
+}  # fmt: skip
+# Of a model's config, what changes its logits and no tensor's shape
+_ARCHITECTURE = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rope_parameters", "rms_norm_eps",
+)  # fmt: skip
+# How many values of each frozen tensor are looked at
+_SAMPLE = 4096
 
 
 def fingerprint(dataset) -> str | None:
@@ -51,26 +73,87 @@ def identity(trainer) -> dict:
         "world_size": trainer.accelerator.num_processes,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        **trainer._base_digests,
         **trainer.identity_settings(),
     }
 
 
+def base_digests(trainer, adapter_took_from_base: bool) -> dict[str, str]:
+    """Digests of the model that a trainer was built with: of its shape, and of a sample of the weights it freezes.
+
+    They stay as they are where the model's folder is moved, where weights are loaded in another precision, and over
+    resumption. The sample is left out where a process holds a part of the weights alone, or none are frozen.
+
+    Args:
+        trainer: as constructed, before an engine has wrapped its model.
+        adapter_took_from_base: whether making the adapter changed the base under it, which is then left out.
+    """
+    model = trainer.model
+    adapters, prefix = getattr(model, "peft_config", None) or {}, getattr(model.base_model, "prefix", None)
+    split = trainer.is_fsdp_enabled or any(hasattr(value, "ds_shape") for value in model.parameters())
+    text = model.config.get_text_config()
+    shape = xxhash.xxh3_128(repr([plain(getattr(text, name, None)) for name in _ARCHITECTURE]).encode())
+    sample, taken = xxhash.xxh3_128(), 0
+    for name, value in sorted(model.named_parameters()):
+        parts = name.split(".")
+        if adapters.keys() & set(parts) or prefix and any(part.startswith(prefix) for part in parts):
+            continue
+        bare = ".".join(part for part in parts if part not in ("base_layer", "original_module", "base_model", "model"))
+        shape.update(f"{bare}|{tuple(getattr(value, 'ds_shape', value.shape))}|".encode())
+        moved = value.requires_grad or adapter_took_from_base and "base_layer" in parts
+        # a quantised weight depends on the kernel that rounded it
+        if split or moved or value.is_meta or not value.is_floating_point():
+            continue
+        some = value.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16).contiguous()
+        sample.update(f"{bare}|".encode())
+        sample.update(some.view(torch.uint8).numpy())
+        taken += 1
+    return {"base": shape.hexdigest()} | ({"base_weights": sample.hexdigest()} if taken else {})
+
+
 def update_settings(trainer) -> dict:
-    """What else a run must share with the checkpoint it goes on from; one that starts anew may change it."""
-    adapter = adapter_config(trainer.model)
-    shape = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights") if adapter else ()
-    settings = {name: plain(getattr(trainer.args, name)) for name in _UPDATE}
-    return settings | {name: plain(getattr(adapter, name, None)) for name in shape}
+    """What else a run must share with the checkpoint it goes on from, or with the folder that it writes into."""
+    adapter = adapter_settings(trainer.model) if adapter_config(trainer.model) else {}
+    return adapter | update_of(vars(trainer.args))
+
+
+def update_of(args: dict) -> dict:
+    """The settings of a config on which an update depends, as far as it has them."""
+    return {name: plain(args[name]) for name in _UPDATE if name in args}
+
+
+def adapter_settings(model) -> dict:
+    """What decides the adapter of a PeftModel, of any kind, as plain JSON: its config, and the modules that it took."""
+    settings = {name: value for name, value in adapter_config(model).to_dict().items() if name not in _NOT_THE_ADAPTER}
+    tuner = model.base_model
+    for name, kind in (("target_modules", "targeted_module_names"), ("target_parameters", "targeted_parameter_names")):
+        taken = sorted(set(getattr(tuner, kind, ())))
+        if taken:
+            # a digest of where they lie, beside names that a reader can tell apart
+            digest = xxhash.xxh3_64("|".join(taken).encode()).hexdigest()[:6]
+            kinds = ", ".join(sorted({path.split(".")[-1] for path in taken}))
+            settings[name] = f"{kinds} ({len(taken)} of them, {digest})"
+    return {name: plain(value) for name, value in settings.items()}
 
 
 def differing(now: dict, then: dict) -> str:
-    """What of two identities differs, in words; empty if nothing does."""
-    names = [name for name in sorted(now.keys() | then) if now.get(name) != then.get(name)]
-    # digests of data say nothing to a reader
-    words = {"data": "data: other rows there than here"}
+    """What of two identities differs, in words; empty if nothing does. What one of them does not say is not told."""
+    names = [name for name in sorted(now.keys() & then) if plain(now[name]) != plain(then[name])]
+    # digests say nothing to a reader
+    words = {
+        "data": "data: other rows there than here",
+        "base": "base: a model of another shape there than here",
+        "base_weights": "base_weights: other weights under the adapter there than here",
+    }
     return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)
 
 
 def plain(value):
-    """As JSON will hold it, an enumeration by its value."""
-    return json.loads(json.dumps(getattr(value, "value", value), default=str))
+    """As JSON will hold it: an enumeration by its value, a set sorted."""
+    return json.loads(json.dumps(getattr(value, "value", value), default=_as_json))
+
+
+def _as_json(value):
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    return str(getattr(value, "value", value))

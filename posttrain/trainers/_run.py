@@ -19,7 +19,7 @@ from posttrain.reporting import RunReport
 from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start
 from posttrain.trainers._checkpoint_files import check_adapter_fits, is_complete
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
-from posttrain.trainers._identity import differing, identity, update_settings
+from posttrain.trainers._identity import base_digests, differing, identity, update_settings
 from posttrain.trainers._sharing import check_setting
 
 
@@ -91,6 +91,7 @@ class RunMixin:
         """After the parent's constructor."""
         self._note_start()
         keep_4bit_weights_trainable(self.model)
+        self._base_digests = base_digests(self, self._start.converts)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
         self.add_callback(_run_folder.RunFolder(self))
@@ -117,18 +118,24 @@ class RunMixin:
             self._total_train_tokens = state["num_tokens"]
             then = state.get("schedule") or {"total": _checkpoints.planned_steps(checkpoint), "knots": []}
             self._schedule.resumed = _schedule.Schedule.of(then)
-            if not self.args.check_resume:
-                if self._start.converts and not is_complete(checkpoint):
-                    raise ConfigError(
-                        f"the checkpoint {checkpoint} was not written by posttrain, and init_lora_weights moves the "
-                        "base weights, of which it holds no trace. Resume it with the library that wrote it."
-                    )
-                whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-                # one that is converted on saving has twice the rank there
-                check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)
-                if not self.args.resume_weights_only:
-                    _checkpoints.say_random_state(checkpoint, self.args.world_size)
+            if not self.args.check_resume and self._start.converts and not is_complete(checkpoint):
+                raise ConfigError(
+                    f"the checkpoint {checkpoint} was not written by posttrain, and init_lora_weights moves the "
+                    "base weights, of which it holds no trace. Resume it with the library that wrote it."
+                )
+            whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            # one that is converted on saving has twice the rank there
+            check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)
+            if not self.args.check_resume and not self.args.resume_weights_only:
+                _checkpoints.say_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
+        if checkpoint is not None and self.args.ignore_data_skip:
+            get_logger().warning(
+                "ignore_data_skip: going on from %s with the rows that the run began with; it is not the run that was "
+                "never interrupted",
+                checkpoint,
+            )
+        self._claim_folder()
         self._live_gradients = None
         try:
             output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -161,6 +168,10 @@ class RunMixin:
                 over,
             )
         return found
+
+    def _claim_folder(self) -> None:
+        if self.is_world_process_zero():
+            _run_folder.claim(Path(self.args.output_dir), self)
 
     def _identity(self) -> dict:
         if self._known_identity is None:
@@ -217,16 +228,19 @@ class RunMixin:
         No local path is left in the card that PEFT writes. In the run folder, a note says whose model it is.
         """
         folder = Path(output_dir or self.args.output_dir)
-        notes = self.is_world_process_zero() and folder.resolve() == Path(self.args.output_dir).resolve()
+        own = folder.resolve() == Path(self.args.output_dir).resolve()
+        notes = own and self.is_world_process_zero()
+        if not own:
+            _run_folder.check_not_anothers(folder, self)
         try:
             if notes:
-                before = _run_folder.begin_note(folder, self._identity())
+                before = _run_folder.begin_note(folder, self)
             # not upstream's own push from here: it would come before our changes to what lies there
             super().save_model(output_dir, _internal_call=True)
             if self.is_world_process_zero():
                 self._start.saved(folder)
             if notes:
-                _run_folder.note_model(folder, self._identity(), before)
+                _run_folder.note_model(folder, self, before)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _checkpoints.is_write_error(error):
                 raise
@@ -320,6 +334,7 @@ class RunMixin:
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        self._claim_folder()
         _evaluation.forget(self)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self.finish_evaluation(dataloader, description)

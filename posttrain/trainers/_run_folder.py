@@ -1,5 +1,6 @@
 """A run folder belongs to one run: refused to another, noted where a model is saved, replaced where that is asked."""
 
+import fnmatch
 import math
 import re
 import shutil
@@ -7,18 +8,28 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.base import loaded_from
 from posttrain.log import get_logger
 from posttrain.trainers import _checkpoint_files as files
 from posttrain.trainers import _checkpoints
 from posttrain.trainers._checkpoint_files import MARKER, mark
-from posttrain.trainers._identity import differing
+from posttrain.trainers._identity import differing, update_of, update_settings
 
 # In the run folder: whose model lies there, and of which files it consists.
 NOTE = "posttrain_run.json"
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
-_KEPT_README = "README.before.md"
+# Other libraries' and other programs' forms of weights
+_FOREIGN_WEIGHTS = (
+    "consolidated*.pth", "consolidated*.safetensors", "*.gguf", "tf_model.h5", "flax_model.msgpack", "*model*.bin",
+    "ggml*.bin",
+)  # fmt: skip
+# What a run writes at the top of its folder beside the weights
+_WRITTEN = (
+    "README.md", "metrics.csv", "metrics.jsonl", "curves.png", "resolved_config.yaml", "training_args.bin",
+    "config.json", "generation_config.json", "adapter_config.json", files.TRAINER_STATE,
+    *(name for name in files.TOKENIZER if "/" not in name),
+)  # fmt: skip
 # what `log_completions` writes, a file a step
 _COMPLETIONS = "completions/completions_*.parquet"
 
@@ -33,7 +44,7 @@ def check_args(args, method: str | None) -> None:
     Raises:
         ConfigError: as `check_folder` and `check_way` do.
     """
-    known = vars(args) | ({"method": method} if method else {})
+    known = vars(args) | update_of(vars(args)) | ({"method": method} if method else {})
     check_folder(args.output_dir, known if args.check_resume and not args.overwrite else {})
     if args.check_resume and args.max_steps > 0 and not hasattr(args, "steps_per_generation"):
         # a checkpoint of another library is not resumed from, so the run begins at one of ours or at step 0
@@ -46,8 +57,8 @@ def check_folder(output_dir: str | Path, now: dict) -> None:
 
     Args:
         output_dir: the folder; missing or empty is as good as any.
-        now: what is known of the run that wants to write there, by name: names of its identity, and others. Empty
-            where it may take the place of another run.
+        now: what is known of the run that wants to write there, by name: of its identity, of the settings its updates
+            depend on, and others. Empty where it may take the place of another run.
 
     Raises:
         ConfigError: it is another run's, or holds a model of which no run says that it is its own.
@@ -56,13 +67,13 @@ def check_folder(output_dir: str | Path, now: dict) -> None:
     weights = _weights(folder)
     if weights is not None and not (folder / NOTE).is_file():
         raise ConfigError(
-            f"output_dir is {output_dir}, which holds a model ({weights}) that no run has noted as its own, and that "
-            "this one would write over. Choose another output_dir."
+            f"output_dir is {output_dir}, which holds a model ({weights}) that no run has noted as its own, and whose "
+            "place this one would take. Choose another output_dir."
         )
     newest = next(reversed(_checkpoints.complete(folder)), None)
     if not now or weights is None and newest is None:
         return
-    then = files.content_of(folder / NOTE if weights is not None else newest / MARKER)["identity"]
+    then = _checkpoints.settings_of(files.content_of(folder / NOTE if weights is not None else newest / MARKER))
     shared = now.keys() & then
     told = differing({name: now[name] for name in shared}, {name: then[name] for name in shared})
     if told:
@@ -124,48 +135,108 @@ class RunFolder(TrainerCallback):
         args, folder = trainer.args, Path(trainer.args.output_dir)
         # the identity takes a pass over the data, which a new folder does not need
         if args.check_resume and not args.overwrite and ((folder / NOTE).is_file() or _checkpoints.complete(folder)):
-            check_folder(folder, trainer._identity())
+            check_folder(folder, trainer._identity() | update_settings(trainer))
 
     def on_train_begin(self, args, state, control, **kwargs):
         check_way(args, state.global_step, state.max_steps, state.save_steps, self._trainer.saves_may_wait)
-        if state.global_step or not state.is_world_process_zero:
+        if not state.is_world_process_zero:
             return
-        left = _checkpoints.complete(args.output_dir)
+        if not state.global_step:
+            self._begin_anew(args)
+        note_run(Path(args.output_dir), self._trainer)
+
+    def _begin_anew(self, args) -> None:
+        folder, left = Path(args.output_dir), _checkpoints.complete(args.output_dir)
         if args.overwrite:
             replace(args.output_dir)
         elif left:
             ready = _checkpoints.find(args.output_dir, "auto", weights_only=args.resume_weights_only)
             would = f"`resume_from_checkpoint: auto` would have gone on from {ready.name}, " if ready else ""
             get_logger().warning(
-                "%s holds checkpoints of an earlier run, up to step %s; this run starts anew beside them. "
-                "%s`overwrite: true` would have replaced them.",
+                "%s holds checkpoints of an earlier run, up to step %s; this run starts anew beside them. It replaces "
+                "those of steps that it saves too%s. %s`overwrite: true` would have replaced them all.",
                 args.output_dir,
                 _checkpoints.step_of(left[-1]),
+                ", and the model" if _weights(folder) else "",
                 would,
             )
+        elif _weights(folder):
+            get_logger().warning("%s holds the model of an earlier run; this run is going to replace it", folder)
 
 
-def begin_note(folder: Path, identity: dict) -> set[str]:
+def claim(folder: Path, trainer) -> None:
+    """Before anything is written into a run folder, by the main process: keep what others left, note whose it is.
+
+    Raises:
+        EnvironmentIssue: the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_others(folder)
+        note_run(folder, trainer)
+    except OSError as error:
+        raise EnvironmentIssue(f"{folder} cannot be written to: {error.strerror or error}") from error
+
+
+def note_run(folder: Path, trainer) -> None:
+    """Note whose run a folder belongs to; the note of a model that lies there stays until another is saved."""
+    if _weights(folder) is None:
+        _note(folder, trainer, _noted(folder))
+
+
+def check_not_anothers(folder: Path, trainer) -> None:
+    """Refuse to save a model into the run folder of another run, whose note and card would then describe it.
+
+    Raises:
+        ConfigError: it has a note of a run with other settings.
+    """
+    if not (folder / NOTE).is_file():
+        return
+    then = _checkpoints.settings_of(files.content_of(folder / NOTE))
+    told = differing(trainer._identity() | update_settings(trainer), then)
+    if told:
+        raise ConfigError(
+            f"the model cannot be saved to {folder}, which is the folder of another run ({told}). Save it elsewhere."
+        )
+
+
+def begin_note(folder: Path, trainer) -> set[str]:
     """Note in a run folder whose model is going to be saved there; returns the files that are there before."""
     folder.mkdir(parents=True, exist_ok=True)
-    _keep_readme(folder)
+    keep_others(folder)
     before = _top_files(folder)
-    note_model(folder, identity, before)
+    note_model(folder, trainer, before)
     return before
 
 
-def _keep_readme(folder: Path) -> None:
-    """Copy a README that no run wrote to another name: the model's card is going to take its own."""
-    readme, kept = folder / "README.md", folder / _KEPT_README
-    if readme.is_file() and not (folder / NOTE).is_file() and not kept.exists():
-        shutil.copy2(readme, kept)
-        get_logger().warning("%s was there before this run, whose card takes its name; it is kept as %s", readme, kept)
+def keep_others(folder: Path) -> None:
+    """Copy files that no run wrote to other names where this run is going to write over them."""
+    if (folder / NOTE).is_file() or not folder.is_dir():
+        return
+    if any(files.is_complete(path) or files.is_half_left(path) for path in _checkpoints.folders(folder)):
+        return
+    kept = []
+    for path in (folder / name for name in _WRITTEN):
+        other = path.with_name(f"{path.stem}.before{path.suffix}")
+        if path.is_file() and not other.exists():
+            shutil.copy2(path, other)
+            kept.append(f"{path.name} is kept as {other.name}")
+    if kept:
+        get_logger().warning(
+            "%s holds files that no run has noted as its own, and whose names this one takes: %s",
+            folder,
+            ", ".join(kept),
+        )
 
 
-def note_model(folder: Path, identity: dict, before: set[str]) -> None:
+def note_model(folder: Path, trainer, before: set[str]) -> None:
     """Note in a run folder whose model lies there: all files that were not there `before`, or were noted already."""
     there = _top_files(folder)
-    mark(folder, {"identity": identity, "files": sorted(there & (_noted(folder) | (there - before)))}, NOTE)
+    _note(folder, trainer, there & (_noted(folder) | (there - before)))
+
+
+def _note(folder: Path, trainer, own: set[str]) -> None:
+    mark(folder, {"identity": trainer._identity(), "update": update_settings(trainer), "files": sorted(own)}, NOTE)
 
 
 def replace(output_dir: str | Path) -> None:
@@ -208,4 +279,8 @@ def _weights(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     known = next((name for name in files.ADAPTER + files.MODEL if (folder / name).is_file()), None)
-    return known or next((path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)), None)
+    if known is not None:
+        return known
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    foreign = (name for name in names if any(fnmatch.fnmatchcase(name, form) for form in _FOREIGN_WEIGHTS))
+    return next((name for name in names if _SHARD.fullmatch(name)), None) or next(foreign, None)
