@@ -303,6 +303,45 @@ ON_EMBEDDINGS = {
 }
 
 
+@pytest.mark.parametrize("how", ["gaussian", "pissa", "olora"])
+def test_a_start_on_linear_layers_and_an_embedding_is_saved_whole(how, base, tokenizer, tmp_path):
+    adapter = config(how, target_modules=["q_proj", "embed_tokens"])
+    trainer = build("preference", base, adapter, tmp_path / "run", tokenizer)
+    begun = logits(trainer.model)
+    trainer.train()
+    trainer.save_model()
+    trained = logits(trainer.model)
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        gap = (logits(reloaded(base, folder)) - trained).abs().max()
+        assert gap < 1e-5 and (trained - begun).abs().max() > 100 * gap
+    merge_adapter(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), trained, atol=1e-5, rtol=0)
+    again = build("preference", base, adapter, tmp_path / "run", tokenizer)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert torch.equal(logits(again.model), trained)
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_proj"], "all-linear"])
+def test_olora_on_transposed_weights_is_refused_and_pissa_is_not(targets, tokenizer, tmp_path):
+    from posttrain.models import tiny_model
+
+    tiny_model("gpt2").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = config("pissa", target_modules=targets, fan_in_fan_out=True)
+    assert build("preference", str(tmp_path / "base"), adapter, tmp_path / "pissa", tokenizer)._start.converts
+    adapter = config("olora", target_modules=targets, fan_in_fan_out=True)
+    with pytest.raises(ConfigError, match="is 'olora', and c_\\w+ is a Conv1D"):
+        build("preference", str(tmp_path / "base"), adapter, tmp_path / "olora", tokenizer)
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "orthogonal", "mica"])
+def test_starts_from_weights_with_target_parameters_are_refused_before_the_model_loads(how, tokenizer, tmp_path):
+    adapter = config(how, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(ConfigError, match=f"init_lora_weights is '{how}' with target_parameters"):
+        build("offline", "no/such-model", adapter, tmp_path, tokenizer)
+
+
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def base(request, tmp_path_factory, tokenizer):
     from posttrain.models import tiny_model
