@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +33,14 @@ def check_adapter(model, peft_config, args, live_reference: bool) -> None:
     Raises:
         ConfigError: in each of these cases.
     """
+    if isinstance(model, PeftModel):
+        _check_name(model)
+    for config in [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]:
+        if getattr(config, "peft_type", None) == PeftType.MULTITASK_PROMPT_TUNING:
+            raise ConfigError(
+                "the adapter is of multitask prompt tuning, which must be told each row's task (task_ids), and this "
+                "library's trainers have none to tell. Use PromptTuningConfig, or LoRA."
+            )
     if peft_config is None:
         given = model.peft_config if isinstance(model, PeftModel) else {}
         for config in given.values():
@@ -81,6 +89,25 @@ def check_adapter(model, peft_config, args, live_reference: bool) -> None:
             f"the adapter's bias is {bias!r}: the base's own biases would train, and the reference, which is the base "
             "with its adapter off, would move with them. Set bias to 'none'."
         )
+
+
+def _check_name(model) -> None:
+    """Refuse a PeftModel whose own adapter is not `default`: the one that is trained, saved and copied by that name."""
+    active = list(model.active_adapters)
+    if active == ["default"]:
+        return
+    names = ", ".join(map(repr, active)) or "none"
+    if "default" in model.peft_config:
+        remedy = 'Call model.set_adapter("default") first, if that is the one to train.'
+    else:
+        remedy = (
+            "Leave adapter_name out where the adapter is made (get_peft_model) or loaded (PeftModel.from_pretrained): "
+            "it is then called 'default'."
+        )
+    raise ConfigError(
+        f"the model's active adapter is {names}; it must be 'default' alone, the one that TRL's reference and the "
+        f"saved folder's files are made from. {remedy}"
+    )
 
 
 def _check_layers(model, peft_config) -> None:

@@ -7,16 +7,17 @@ import types
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.eva import initialize_lora_eva_weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain import ALoLConfig, ALoLTrainer, QAEConfig, QAETrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
 from posttrain.hub.merging import merge_adapter
 from posttrain.mechanisms import initial_adapter
+from posttrain.trainers import _checks
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 
@@ -342,6 +343,64 @@ def test_starts_from_weights_with_target_parameters_are_refused_before_the_model
         build("offline", "no/such-model", adapter, tmp_path, tokenizer)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("names", [["mine"], ["mine", "ref"], ["other", "default"], ["ref"]])
+def test_a_model_whose_own_adapter_has_another_name_is_refused(family, names, tiny_folder, tokenizer, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config(), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config())
+    with pytest.raises(ConfigError, match=f"active adapter is '{names[0]}'; it must be 'default'") as raised:
+        build(family, model, None, tmp_path, tokenizer)
+    remedy = 'Call model.set_adapter("default") first' if "default" in names else "Leave adapter_name out"
+    assert remedy in str(raised.value)
+    if "default" in names:
+        model.set_adapter("default")
+        assert build(family, model, None, tmp_path, tokenizer).model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("given", ["config", "model"])
+def test_multitask_prompts_are_refused(given, tiny_folder, tokenizer, tmp_path):
+    from peft import MultitaskPromptTuningConfig
+
+    adapter = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2)
+    model = tiny_folder
+    if given == "model":
+        model, adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), adapter), None
+    with pytest.raises(ConfigError, match="multitask prompt tuning, which must be told each row's task"):
+        build("preference", model, adapter, tmp_path, tokenizer)
+
+
+def test_the_rank_of_other_adapters_is_theirs(tiny_folder, tokenizer, tmp_path):
+    from peft import IA3Config, LoHaConfig, OFTConfig
+
+    for number, adapter in enumerate(
+        (
+            OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]),
+            LoHaConfig(r=2, target_modules=["q_proj"]),
+            IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        )
+    ):
+        trainer = build("preference", tiny_folder, adapter, tmp_path / str(number), tokenizer)
+        assert trainer.model.peft_config["default"].peft_type == adapter.peft_type
+    with pytest.raises(ConfigError, match="the LoRA rank .* is 0"):
+        build("preference", tiny_folder, config(r=0), tmp_path / "lora", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "embed_tokens"], ["q_proj", "model.embed_tokens"], r".*(q_proj|embed_tokens)"]
+)
+def test_an_adapter_that_would_be_carried_over_to_a_tied_head_is_refused(targets, base, tokenizer, tmp_path):
+    tied = AutoConfig.from_pretrained(base).tie_word_embeddings
+    adapter = config(target_modules=targets, ensure_weight_tying=True)
+    if tied:
+        with pytest.raises(ConfigError, match="ensure_weight_tying is set with embed_tokens in target_modules"):
+            build("preference", base, adapter, tmp_path, tokenizer)
+    _checks.check_tying(config(target_modules=targets), AutoConfig.from_pretrained(base))
+    for others in ("all-linear", ["q_proj"], r".*q_proj"):
+        adapter = config(target_modules=others, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+        _checks.check_tying(adapter, AutoConfig.from_pretrained(base))
+
+
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def base(request, tmp_path_factory, tokenizer):
     from posttrain.models import tiny_model
@@ -379,3 +438,23 @@ def test_adapters_on_embeddings_train_save_and_merge(family, which, base, tokeni
 def test_an_adapter_on_the_head_is_refused(family, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="lora_target_modules names lm_head"):
         build(family, "no/such-model", config(target_modules=["q_proj", "lm_head"]), tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("family", ["preference", "offline"])
+@pytest.mark.parametrize("kind", ["list", "dictionary", "alone", "head"])
+def test_tokens_to_train_that_no_row_holds_are_named(family, kind, base, tokenizer, tmp_path, logged):
+    there, absent = tokenizer.encode("e")[-1], tokenizer.encode("\x01")[-1]
+    adapter = {
+        "list": config(trainable_token_indices=[there, absent]),
+        "dictionary": config(trainable_token_indices={"embed_tokens": [there, absent]}),
+        "alone": TrainableTokensConfig(token_indices=[there, absent]),
+        "head": config(trainable_token_indices={"lm_head": [absent], "embed_tokens": [there]}),
+    }[kind]
+    build(family, base, adapter, tmp_path, tokenizer)
+    name = repr(tokenizer.convert_ids_to_tokens([absent])[0])
+    warned = (
+        f"1 of the 2 tokens that the adapter is to train are in no row, so their embeddings stay as they are: {name}"
+    )
+    tied = AutoConfig.from_pretrained(base).tie_word_embeddings
+    assert (warned in logged.text) is (not tied and kind != "head")
+    assert ("in no row" in logged.text) is (not tied and kind != "head")
