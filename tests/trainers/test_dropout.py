@@ -148,7 +148,6 @@ FUNCTIONAL = {
         dict(d_model=64, ffn_dim=128, num_layers=2, attention_heads=4, attention_dropout=0.0), {"dropout": 0.1}
     ),
     "bloom": (dict(n_layer=2, n_head=4, hidden_dropout=0.1), {"hidden_dropout": 0.1}),
-    "falcon": (dict(hidden_dropout=0.2), {"hidden_dropout": 0.2}),
     "starcoder2": (dict(residual_dropout=0.2), {"residual_dropout": 0.2}),
 }  # fmt: skip
 

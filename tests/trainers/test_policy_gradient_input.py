@@ -321,7 +321,7 @@ def named_twice():
         return [points] * len(completions)
 
     return {
-        "lambdas": ([lambda completions, **_: [1.0] * len(completions), lambda completions, **_: [3.0] * len(completions)],
+        "lambdas": ([lambda completions, x=x, **_: [x] * len(completions) for x in (1.0, 3.0)],
                     ["<lambda>", "<lambda>_2"], [1.0, 3.0]),
         "partials": ([partial(graded, points=1.0), partial(graded, points=-5.0)], ["graded", "graded_2"], [1.0, -5.0]),
         "one function twice": ([graded, graded, graded], ["graded", "graded_2", "graded_3"], [1.0, 1.0, 1.0]),
