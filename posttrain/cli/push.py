@@ -1,5 +1,6 @@
 """`posttrain push`: a saved run onto the hub, with its card and without local paths."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def run(args) -> int:
     from posttrain.hub import open_repository, push_folder
     from posttrain.hub.base import check_repo_id, hub_base, noted_base
     from posttrain.hub.files import saved_weights
+    from posttrain.hub.push import merged_weights
 
     if args.merged:
         _console.quiet_libraries()
@@ -46,8 +48,12 @@ def run(args) -> int:
     given = args.base_model_id or noted
     base = hub_base(given, name, "--base-model-id")
     try:
-        destination = open_repository(args.repo, base, base_is_given=given is not None, private=args.private or None)
-        pushed = push_folder(args.folder, destination, commit_message=args.message, merged=args.merged)
+        # a merge that fails must leave no empty repository behind
+        with merged_weights(args.folder) if args.merged else contextlib.nullcontext() as weights:
+            destination = open_repository(
+                args.repo, base, base_is_given=given is not None, private=args.private or None
+            )
+            pushed = push_folder(args.folder, destination, commit_message=args.message, weights=weights)
     except EnvironmentIssue as error:
         raise EnvironmentIssue(f"{error}\n{args.folder} is as it was. The same command pushes it again.") from error
     facts = {

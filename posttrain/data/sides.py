@@ -18,8 +18,6 @@ PAIR_REWARDS = (
 # The words that names of both sides differ in
 _PAIRS = (("chosen", "rejected"), ("winner", "loser"), ("preferred", "dispreferred"), ("better", "worse"), ("w", "l"))
 _OF_SCORES = r"scores?|ratings?|rewards?|logprobs?|logps|probs?|p|probabilit(y|ies)|logits?|ranks?|grades?|points"
-# Columns that hold a list of two, for chosen and for rejected
-_OF_BOTH = re.compile(rf"({_OF_SCORES})")
 # Columns of answers in an order of their own, which a list of ratings beside them follows
 _ANSWERS = ("generations", "completions", "responses", "answers", "candidates")
 _DIFFERENCE = ("margin", "margins", "difference", "diff", "delta", "gap")
@@ -40,8 +38,8 @@ def swapped(row: Mapping) -> dict:
     - Two columns whose names differ in the side only are swapped, whatever else they say: chosen_reward and
       rejected_reward, chosen_prob, chosen-rating, score_w and score_l, also inside objects and lists of objects.
     - A score of one side without the other's (chosen_score alone) becomes null, since the other's is not known.
-    - A list of two numbers, or of two lists of them, in a column named scores, ratings or rewards is for chosen and
-      rejected, and turns round; not where a column of answers (generations, ...) stands beside it, whose order it
+    - A list of two numbers, or of two lists of them, in a column named scores, ratings or rewards (judge_ratings; not
+      sentence_scores) is for chosen and rejected, and turns round; not where a column of answers (generations, ...) stands beside it, whose order it
       follows.
     - A column `order` of the words chosen and rejected changes each for the other.
     - A number in a column that is a margin, difference, diff, delta or gap between scores (score_diff, reward_margin,
@@ -60,7 +58,7 @@ def swapped_with_gaps(row: Mapping) -> Swapped:
     for name, value in row.items():
         if name == "order" and isinstance(value, list) and value and set(value) <= {"chosen", "rejected"}:
             new[name] = ["rejected" if word == "chosen" else "chosen" for word in value]
-        elif _is_of_both(value) and _OF_BOTH.fullmatch(name.lower()) and not own_order:
+        elif _is_of_both(value) and _is_score_of_both(name) and not own_order:
             new[name] = list(reversed(value))
         elif _is_number(value) and _is_difference(name) and not set(_counterparts(name)) & set(row):
             # without a minus sign before zero
@@ -109,6 +107,11 @@ def _counterparts(name: str) -> list[str]:
                     form = str.upper if given.isupper() else str.capitalize if given[0].isupper() else str.lower
                     found.append(name[: match.start()] + form(other) + name[match.end() :])
     return found or [name.replace(*names) for names in (_PAIRS[0], _PAIRS[0][::-1]) if names[0] in name]
+
+
+def _is_score_of_both(name: str) -> bool:
+    words = _words(name)
+    return bool(words) and bool(re.fullmatch(_OF_SCORES, words[-1])) and all(map(_SCORES.fullmatch, words))
 
 
 def _is_score_of_one(name: str) -> bool:

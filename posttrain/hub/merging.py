@@ -54,6 +54,11 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
     """
     folder = Path(folder).absolute()
     model = load_adapter(run, base, dtype, to_merge=True)
+    if model.active_peft_config.is_prompt_learning:
+        raise ConfigError(
+            f"the adapter in {run} is of learned prompts ({model.active_peft_config.peft_type.value}), which change no "
+            "weight: there is nothing to merge. Keep it beside its base; push it without --merged."
+        )
     tokenizer = tokenizer_beside(run, base)
     before = [_logits(model, tokenizer, prompt) for prompt in _PROMPTS]
     above = next(path for path in folder.parents if path.exists())

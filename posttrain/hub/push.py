@@ -1,5 +1,6 @@
 """Pushing a saved run: one commit of the files it is meant to share, tried again where that may help."""
 
+import contextlib
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from posttrain.hub.base import run_of
 from posttrain.hub.files import files_to_push
 from posttrain.hub.merging import merge_adapter
-from posttrain.hub.repository import RETRY_DELAYS, Destination, destination_of, with_retries
+from posttrain.hub.repository import RETRY_DELAYS, Destination, check_kind, destination_of, with_retries
 from posttrain.log import get_logger
 
 
@@ -33,6 +34,7 @@ def push_folder(
     *,
     commit_message: str = "Upload by posttrain",
     merged: bool = False,
+    weights: Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     delays: Sequence[float] = RETRY_DELAYS,
@@ -47,24 +49,33 @@ def push_folder(
         destination: from `open_repository`.
         commit_message: its first line.
         merged: push the base model with the adapter merged into it, as `merge_adapter` does.
+        weights: the folder of the model from `merged_weights`, where the adapter was merged before.
         revision: a branch that exists; the main one by default.
         token: the one to use instead of HF_TOKEN or the stored login.
         delays: seconds before each further try.
 
     Raises:
         DataError: there is nothing to push.
-        ConfigError: `merged` for a run that cannot be merged.
+        ConfigError: `merged` for a run that cannot be merged; an adapter for a repository with a whole model, or the
+            reverse.
         EnvironmentIssue: what the hub or the connection answered, after the last try; a merged model that is another
             one than base and adapter.
     """
     folder, run = Path(folder), run_of(folder)
-    if not merged:
-        files = files_to_push(folder, run, destination)
+    with merged_weights(folder) if merged and weights is None else contextlib.nullcontext(weights or folder) as source:
+        files = files_to_push(source, run, destination)
         return _commit(files, destination, commit_message, revision, token, delays)
+
+
+@contextlib.contextmanager
+def merged_weights(folder: str | Path):
+    """A folder, there while the context lasts, of a run's base model with its adapter merged into it.
+
+    Raises as `merge_adapter` does.
+    """
     with tempfile.TemporaryDirectory(prefix="posttrain-merged-") as temporary:
         merge_adapter(folder, Path(temporary) / "merged")
-        files = files_to_push(Path(temporary) / "merged", run, destination)
-        return _commit(files, destination, commit_message, revision, token, delays)
+        yield Path(temporary) / "merged"
 
 
 def push_run(
@@ -147,6 +158,7 @@ def _commit(files, destination: Destination, message, revision, token, delays) -
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token)
+    check_kind(destination.repo_id, "adapter_config.json" in files, revision, token, delays=delays)
 
     def commit():
         # New ones each time: if only the answer to the last try was lost, these find their files there already

@@ -1,6 +1,7 @@
 """Where a run is pushed to: its name, the token, the permission and the base model, known before the first step."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,10 @@ RETRY_DELAYS = (2.0, 10.0, 60.0)
 _LONGEST_WAIT = 300.0
 _WITH_OPTIMIZER = ("checkpoint", "all_checkpoints")
 _OUR_FAULT = (ValueError, TypeError, LookupError, AttributeError, ImportError, FileNotFoundError, PermissionError)
+
+# Names at the top of a repository that are weights of one kind or the other, whoever wrote them
+_ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)").fullmatch
+_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?").fullmatch
 
 Result = TypeVar("Result")
 
@@ -34,7 +39,9 @@ class Destination:
     license: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def preflight(args, model, *, delays: Sequence[float] = RETRY_DELAYS) -> Destination | None:
+def preflight(
+    args, model, *, is_adapter: bool | None = None, delays: Sequence[float] = RETRY_DELAYS
+) -> Destination | None:
     """Find out before the first step whether the run can be pushed; None where `push_to_hub` is false.
 
     The repository is made if it is missing. The main process asks the hub, and all ranks return or raise the same.
@@ -42,10 +49,12 @@ def preflight(args, model, *, delays: Sequence[float] = RETRY_DELAYS) -> Destina
     Args:
         args: the training arguments; `base_model_id`, if they have it, names the base model on the hub.
         model: the model, or its name or path, as given to the trainer.
+        is_adapter: whether an adapter will be pushed, or a whole model; None where that is not known.
         delays: seconds before each further try where the hub cannot be reached.
 
     Raises:
-        ConfigError: a name that cannot be, a base model without a hub id, or a strategy that uploads optimizer states.
+        ConfigError: a name that cannot be, a base model without a hub id, a strategy that uploads optimizer states, or
+            a repository with weights of the other kind.
         EnvironmentIssue: no token, a token that may not write there, or no connection.
     """
     if not args.push_to_hub:
@@ -57,14 +66,21 @@ def preflight(args, model, *, delays: Sequence[float] = RETRY_DELAYS) -> Destina
             "each save) or end; checkpoints stay in output_dir."
         )
     request = _request(args, model)
+
+    def opened() -> Destination:
+        destination = open_repository(**request, delays=delays)
+        if is_adapter is not None:
+            check_kind(destination.repo_id, is_adapter, args.hub_revision, args.hub_token, delays=delays)
+        return destination
+
     if args.world_size == 1:
-        return open_repository(**request, delays=delays)
+        return opened()
     from accelerate.utils import broadcast_object_list
 
     outcome: list = [None]
     if args.process_index == 0:
         try:
-            outcome[0] = open_repository(**request, delays=delays)
+            outcome[0] = opened()
         except PosttrainError as error:
             outcome[0] = error
     broadcast_object_list(outcome)
@@ -190,6 +206,40 @@ def open_repository(
     if card is None:
         get_logger().warning("the base model %s is not on the hub, or not for this token", base_model_id)
     return Destination(repo_id, base_model_id, license_fields(card or {}))
+
+
+def check_kind(
+    repo_id: str,
+    is_adapter: bool,
+    revision: str | None = None,
+    token: str | None = None,
+    *,
+    delays: Sequence[float] = RETRY_DELAYS,
+) -> None:
+    """Refuse to put an adapter beside a whole model in a repository, or the reverse: loaders would take both.
+
+    Raises:
+        ConfigError: the repository holds the other kind.
+        EnvironmentIssue: the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    def names() -> list[str]:
+        try:
+            found = HfApi(token=token).model_info(repo_id, revision=revision, expand=["siblings"])
+        except RevisionNotFoundError:
+            return []
+        return [file.rfilename for file in found.siblings or []]
+
+    others = [name for name in with_retries(names, repo_id, delays) if (_MODEL if is_adapter else _ADAPTER)(name)]
+    if others:
+        kinds = ("an adapter", "a whole model") if is_adapter else ("a whole model", "an adapter")
+        raise ConfigError(
+            f"{repo_id} holds {kinds[1]} ({', '.join(sorted(others)[:3])}), and {kinds[0]} is to be pushed. "
+            "transformers would load the two together, and the card would tell of one. Push to another repository, or "
+            "delete those files there first."
+        )
 
 
 def with_retries(call: Callable[[], Result], repo_id: str, delays: Sequence[float] = RETRY_DELAYS) -> Result:

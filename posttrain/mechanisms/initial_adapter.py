@@ -17,7 +17,9 @@ from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REFERENCE = "ref"
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+# on disk, of linear layers and of embeddings: PEFT begins an adapter of an embedding with A = 0 and leaves its base
+_A = (".lora_A.weight", ".lora_embedding_A")
+_B = (".lora_B.weight", ".lora_embedding_B")
 
 
 def initialisation(config) -> str | bool | None:
@@ -80,7 +82,7 @@ def drop_nothing_in_reference(model) -> None:
 def matrices(model) -> dict[str, Tensor]:
     """The LoRA matrices A and B of a PeftModel's adapter, by their names on disk, on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
-    return {name: value.detach().cpu().clone() for name, value in state.items() if name.endswith((_A, _B))}
+    return {name: value.detach().cpu().clone() for name, value in state.items() if name.endswith(_A + _B)}
 
 
 def convert(folder: str | Path, initial: dict[str, Tensor]) -> None:
@@ -121,7 +123,7 @@ def halves(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What `convert` put together: the adapter's own state, and the matrices it was trained from."""
     own, initial = load_file(Path(folder) / WEIGHTS), {}
     for name, value in own.items():
-        if name.endswith((_A, _B)):
+        if name.endswith(_A + _B):
             own[name], first = (part.contiguous() for part in value.chunk(2, dim=int(name.endswith(_B))))
             initial[name] = first if name.endswith(_A) else -first
     return own, initial

@@ -3,15 +3,22 @@
 import contextlib
 import difflib
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import LoraConfig
 from transformers import AttentionInterface, AutoConfig, Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_kernels_available,
+    is_liger_kernel_available,
+)
 
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
 from posttrain.log import get_logger
@@ -24,6 +31,8 @@ from posttrain.trainers import _run_folder
 ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 _FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+# What architectures call their input embedding
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
 # Optimisers that ask for more of a model than its parameters.
 _NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
@@ -69,19 +78,59 @@ def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
 
 def check_lora(peft_config) -> None:
     """Refuse adapter settings that upstream would only trip over once the model is loaded."""
-    rank, dropout = getattr(peft_config, "r", None), getattr(peft_config, "lora_dropout", None)
-    if rank is not None and not (isinstance(rank, int) and rank >= 1):
-        raise ConfigError(f"the LoRA rank (lora_r) is {rank}; it must be a whole number of 1 or more.")
-    if dropout is not None and not 0 <= dropout < 1:
-        raise ConfigError(f"lora_dropout is {dropout}; it must lie in [0, 1).")
-    alpha = getattr(peft_config, "lora_alpha", 1)
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ConfigError(f"lora_alpha is {alpha}; it must be a number above 0 (at 0 the adapter would never train).")
+    # of other kinds `r` may be something else: OFT takes 0 beside its block size
+    if isinstance(peft_config, LoraConfig):
+        rank, dropout, alpha = peft_config.r, peft_config.lora_dropout, peft_config.lora_alpha
+        if not (isinstance(rank, int) and rank >= 1):
+            raise ConfigError(f"the LoRA rank (lora_r) is {rank}; it must be a whole number of 1 or more.")
+        if dropout is not None and not 0 <= dropout < 1:
+            raise ConfigError(f"lora_dropout is {dropout}; it must lie in [0, 1).")
+        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise ConfigError(
+                f"lora_alpha is {alpha}; it must be a number above 0 (at 0 the adapter would never train)."
+            )
     targets = getattr(peft_config, "target_modules", None) or ()
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         raise ConfigError(
             "lora_target_modules names lm_head, whose weight is read directly, so an adapter on it would never train. "
             "Leave it out."
+        )
+
+
+def check_tying(peft_config, config) -> None:
+    """Refuse an adapter that PEFT would carry from a tied embedding over to the head.
+
+    `config`: the model's.
+    """
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if not getattr(peft_config, "ensure_weight_tying", False) or not config.get_text_config().tie_word_embeddings:
+        return
+    for name in _EMBEDDINGS:
+        if isinstance(targets, str):
+            named = any(re.fullmatch(targets, path) for path in (name, f"model.{name}", f"transformer.{name}"))
+        else:
+            named = any(target.rpartition(".")[2] == name for target in targets)
+        if named:
+            raise ConfigError(
+                f"ensure_weight_tying is set with {name} in target_modules: PEFT would adapt the head that is tied to "
+                "it as well, whose weight is read directly, so that adapter would never train. Leave "
+                f"ensure_weight_tying out, or name {name} in modules_to_save instead."
+            )
+
+
+def check_here(args) -> None:
+    """Refuse settings that this machine cannot carry out.
+
+    Raises EnvironmentIssue where a package is missing, ConfigError where there is no accelerator.
+    """
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise EnvironmentIssue(
+            "use_liger_kernel is true, which needs the package liger-kernel, 0.3.0 or newer: pip install liger-kernel."
+        )
+    if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
+        raise ConfigError(
+            "activation_offloading is true, and there is no accelerator to take activations off. Leave it out on the "
+            "CPU."
         )
 
 
@@ -249,7 +298,36 @@ def check_parallelism(accelerator) -> None:
 
 def drops_out(model) -> bool:
     """Whether a forward in training leaves out activations by chance."""
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    return modules or bool(functional_dropout(model))
+
+
+def functional_dropout(model) -> set[float]:
+    """The rates above 0 of dropout that a model's own modules hold as numbers: no module does it that has a switch."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    return {
+        value
+        for module in base.modules()
+        if type(module).__module__.split(".")[0] != "peft"
+        for name, value in vars(module).items()
+        if "drop" in name and isinstance(value, float) and value > 0
+    }
+
+
+def check_functional_dropout(model) -> None:
+    """Refuse a model that goes on dropping out where `disable_dropout` has switched off its modules."""
+    rates = functional_dropout(model)
+    if not rates:
+        return
+    settings = model.config.get_text_config().to_dict().items()
+    fields = {name: value for name, value in settings if "drop" in name and value in rates}
+    shown = ", ".join(f"{name} {value}" for name, value in fields.items()) or f"dropout {sorted(rates)}"
+    remedy = ", ".join(f"{name}: 0.0" for name in fields or ("dropout",))
+    raise ConfigError(
+        f"the model's config has {shown}, and the model drops out by a function that disable_dropout does not reach: "
+        f"policy and reference would differ by chance. Set `model_init_kwargs: {{{remedy}}}`, or the config's fields "
+        "before the model is built; or keep it with `disable_dropout: false`."
+    )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import columns, formats, preferences, schema
 from posttrain.data.limits import Limits
 from posttrain.data.tokens import as_learned, as_rendered
-from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
@@ -90,7 +89,7 @@ class PreferenceMixin(RunMixin):
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset, self._limits)
         _checks.check_flip_rates(args, train_dataset, eval_dataset)
         _evaluation.check_best_metric(args, eval_dataset)
-        self._begin_run(preflight(args, model), args)
+        self._begin_run(self._preflight(model, args), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._margin_checked, self._drops_out = False, False
         self.reference_key = None
@@ -105,6 +104,7 @@ class PreferenceMixin(RunMixin):
         self._finish_construction()
         if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
             _new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+            _new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
         get_logger().info("reference: %s", _reference.describe(self))
@@ -202,6 +202,8 @@ class PreferenceMixin(RunMixin):
         # TRL's constructor precomputes reference log-probs before it returns, so whoever comes first
         if self._sharing is None:
             self._note_start()
+            if self.args.disable_dropout:
+                _checks.check_functional_dropout(self.model)
             self._drops_out = _checks.drops_out(self.model)
             self._head = TrueHead(self)
             self._sharing = PrefixSharing(self)

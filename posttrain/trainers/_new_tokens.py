@@ -27,6 +27,26 @@ def at_their_start(weight: Tensor, ids: list[int]) -> list[int]:
     return [index for index, is_start in zip(ids, start.tolist(), strict=True) if is_start]
 
 
+def say_absent(model, dataset, columns: tuple[str, ...], processing_class) -> None:
+    """Warn of tokens that the adapter is to train and no row holds. Under a tied head they train as wrong answers."""
+    if not is_peft_model(model) or not hasattr(dataset, "__len__"):
+        return
+    if model.get_base_model().config.get_text_config().tie_word_embeddings:
+        return
+    config = model.active_peft_config
+    wanted = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    if isinstance(wanted, dict):
+        wanted = [index for name, indices in wanted.items() if "head" not in name for index in indices]
+    absent = sorted(set(wanted) - _ids(dataset, columns)) if wanted else []
+    if absent:
+        names = ", ".join(map(repr, tokenizer_of(processing_class).convert_ids_to_tokens(absent[:5])))
+        get_logger().warning(
+            "train_dataset: %d of the %d tokens that the adapter is to train are in no row, so their embeddings stay "
+            "as they are: %s%s. Mend the token indices, or leave these out.",
+            len(absent), len(set(wanted)), names, " and others" * (len(absent) > 5),
+        )  # fmt: skip
+
+
 def say_frozen(model, dataset, columns: tuple[str, ...], processing_class) -> None:
     """Warn of special tokens in the rows whose embedding is where new ones start, and stays there under an adapter."""
     if not is_peft_model(model) or not hasattr(dataset, "__len__"):

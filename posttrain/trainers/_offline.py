@@ -14,7 +14,6 @@ from posttrain.data import answer_tokens, baselines, schema, scored
 from posttrain.data.limits import Limits
 from posttrain.data.tokens import as_learned, as_rendered, processing_class_for
 from posttrain.errors import ConfigError
-from posttrain.hub import preflight
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
@@ -81,7 +80,7 @@ class OfflineMixin(RunMixin):
         if not self._late_values:
             train_dataset = _scored_rows.living(self.weigh(train_dataset, "train_dataset", args), args)
             named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
-        self._begin_run(preflight(args, model), args)
+        self._begin_run(self._preflight(model, args), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self.adapter_is_new = peft_config is not None and _token_reference.starts_as_identity(peft_config)
         self.reference_key, self.reference_engine = None, None
@@ -103,6 +102,7 @@ class OfflineMixin(RunMixin):
         self.data_collator = _scored_rows.WeighedRows(self.data_collator)
         named = _scored_rows.by_name(self.eval_dataset)
         _new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        _new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         if not answer_tokens.are_known(args):
             limits = Limits(self.model, self.model.config)
             for name, dataset in {"train_dataset": self.train_dataset, **named}.items():

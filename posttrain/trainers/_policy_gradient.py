@@ -12,7 +12,6 @@ from posttrain.data.limits import Limits
 from posttrain.data.schema import generation_stop_ids, refuse_splits
 from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
-from posttrain.hub import preflight
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
 from posttrain.mechanisms.metrics import MeanMetrics
@@ -87,7 +86,7 @@ class PolicyGradientMixin(RunMixin):
         for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
             limits.check_prompts(dataset, processor, args, name)
         self._limits = limits
-        self._begin_run(preflight(args, model), args)
+        self._begin_run(self._preflight(model, args), args)
         self._sharing, self._scored, self._rewards, self._head = None, None, None, None
         self._reference_is_given, self._reference_checked = False, False
         self._rows = None

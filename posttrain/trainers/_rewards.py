@@ -1,10 +1,14 @@
 """Rewards of a trainer: what TRL is given as `reward_funcs`, and what is refused of the scores."""
 
+import copy
+import itertools
+
 import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.rewards import get_rewards
+from posttrain.rewards.base import Reward
 from posttrain.rewards.registry import BUILT_IN
 from posttrain.trainers import _checks
 
@@ -17,7 +21,27 @@ def reward_functions(specs, args) -> list | None:
     """
     if specs is None:
         return None
-    return [_reward(spec, args) for spec in (specs if isinstance(specs, list | tuple) else [specs])]
+    return numbered([_reward(spec, args) for spec in (specs if isinstance(specs, list | tuple) else [specs])])
+
+
+def numbered(functions: list) -> list:
+    """`functions` with a name each: of rewards that share one, the first keeps it, the others are NAME_2, NAME_3, ...
+
+    TRL keeps metrics and completions by name, so two of one name would be logged as their mixture. Reward models and
+    their ids stay as they are.
+    """
+    taken, named = {getattr(function, "__name__", None) for function in functions}, []
+    seen = set()
+    for function in functions:
+        name = getattr(function, "__name__", None)
+        if isinstance(function, Reward) and name in seen:
+            if any(function is other for other in named):
+                function = copy.copy(function)
+            function.__name__ = next(f"{name}_{n}" for n in itertools.count(2) if f"{name}_{n}" not in taken)
+            taken.add(function.__name__)
+        seen.add(function.__name__ if isinstance(function, Reward) else name)
+        named.append(function)
+    return named
 
 
 def _reward(spec, args):

@@ -12,7 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
+from posttrain.hub import clean_readme, preflight, push_checkpoint, push_run, write_model_card
 from posttrain.log import get_logger
 from posttrain.models import embedded_name, resolve_model
 from posttrain.reporting import RunReport
@@ -40,10 +40,12 @@ class RunMixin:
         _checks.check_output_dir(args.output_dir)
         if peft_config is not None:
             _checks.check_lora(peft_config)
+        _checks.check_here(args)
         _start.check_adapter(model, peft_config, args, self._live_reference(args))
         if isinstance(model, str):
             model = resolve_model(model)
         config = model.config if isinstance(model, torch.nn.Module) else _checks.load_config(model, args)
+        _checks.check_tying(peft_config, config)
         _run_folder.check_start_stays(args, model)
         check_setting(args, config, peft_config)
         return model, args, config
@@ -78,6 +80,10 @@ class RunMixin:
         if twice:
             raise TypeError(f"{type(self).__name__} got {', '.join(twice)} twice, by position and by name.")
         return kwargs | given
+
+    def _preflight(self, model, args):
+        """Where the run will be pushed to; None where it will not."""
+        return preflight(args, model, is_adapter=self._peft_config is not None or is_peft_model(model))
 
     def _begin_run(self, hub_destination, args) -> None:
         """Before the parent's constructor."""

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
@@ -32,6 +33,14 @@ def check_adapter(model, peft_config, args, live_reference: bool) -> None:
     Raises:
         ConfigError: in each of these cases.
     """
+    if isinstance(model, PeftModel):
+        _check_name(model)
+    for config in [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]:
+        if getattr(config, "peft_type", None) == PeftType.MULTITASK_PROMPT_TUNING:
+            raise ConfigError(
+                "the adapter is of multitask prompt tuning, which must be told each row's task (task_ids), and this "
+                "library's trainers have none to tell. Use PromptTuningConfig, or LoRA."
+            )
     if peft_config is None:
         given = model.peft_config if isinstance(model, PeftModel) else {}
         for config in given.values():
@@ -57,6 +66,11 @@ def check_adapter(model, peft_config, args, live_reference: bool) -> None:
             f"init_lora_weights is {how!r}, which needs a pass over data before training, and there was none: PEFT "
             f"would start without it. To use it, {_HOW[how]}; or leave init_lora_weights out."
         )
+    if isinstance(how, str) and how != "gaussian" and getattr(peft_config, "target_parameters", None):
+        raise ConfigError(
+            f"init_lora_weights is {how!r} with target_parameters; PEFT makes that start for whole modules only, from "
+            "their weight. Leave init_lora_weights or target_parameters out."
+        )
     if initial_adapter.changes_base(peft_config):
         if peft_config.use_rslora and (peft_config.rank_pattern or peft_config.alpha_pattern):
             raise ConfigError(
@@ -75,6 +89,38 @@ def check_adapter(model, peft_config, args, live_reference: bool) -> None:
             f"the adapter's bias is {bias!r}: the base's own biases would train, and the reference, which is the base "
             "with its adapter off, would move with them. Set bias to 'none'."
         )
+
+
+def _check_name(model) -> None:
+    """Refuse a PeftModel whose own adapter is not `default`: the one that is trained, saved and copied by that name."""
+    active = list(model.active_adapters)
+    if active == ["default"]:
+        return
+    names = ", ".join(map(repr, active)) or "none"
+    if "default" in model.peft_config:
+        remedy = 'Call model.set_adapter("default") first, if that is the one to train.'
+    else:
+        remedy = (
+            "Leave adapter_name out where the adapter is made (get_peft_model) or loaded (PeftModel.from_pretrained): "
+            "it is then called 'default'."
+        )
+    raise ConfigError(
+        f"the model's active adapter is {names}; it must be 'default' alone, the one that TRL's reference and the "
+        f"saved folder's files are made from. {remedy}"
+    )
+
+
+def _check_layers(model, peft_config) -> None:
+    """Refuse OLoRA on layers whose weight is transposed, which PEFT takes apart as if it were not."""
+    if initial_adapter.initialisation(peft_config) != "olora":
+        return
+    own = model.active_adapters[0]
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and own in layer.lora_A and isinstance(layer.get_base_layer(), Conv1D):
+            raise ConfigError(
+                f"init_lora_weights is 'olora', and {name.rpartition('.')[2]} is a Conv1D, whose weight is transposed: "
+                "PEFT would make matrices that do not fit it. Set init_lora_weights to 'pissa', or leave it out."
+            )
 
 
 def begin(peft_config, args) -> None:
@@ -108,6 +154,7 @@ class Start:
         initial_adapter.drop_nothing_in_reference(self._model)
         if peft_config is None or not initial_adapter.changes_base(peft_config):
             return
+        _check_layers(self._model, peft_config)
         base = self._model.get_base_model()
         if getattr(base, "is_quantized", False) or getattr(base, "quantization_method", None) is not None:
             raise ConfigError(

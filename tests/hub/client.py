@@ -28,8 +28,8 @@ def push(folder, repo="me/run", base="org/base", base_is_given=True, private=Non
     return {"files": pushed.files, "commit": pushed.commit.commit_url, **dataclasses.asdict(destination)}
 
 
-def preflight(model="org/base", **settings):
-    found = hub.preflight(arguments(**settings), model, delays=DELAYS)
+def preflight(model="org/base", is_adapter=None, **settings):
+    found = hub.preflight(arguments(**settings), model, is_adapter=is_adapter, delays=DELAYS)
     return found and dataclasses.asdict(found)
 
 

@@ -187,7 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, repo_id, body):
         if repo_id in self.hub.repositories:
-            return 200, {"id": repo_id, "private": self.hub.repositories[repo_id].private}
+            repository = self.hub.repositories[repo_id]
+            siblings = [{"rfilename": name} for name in sorted(repository.files)]
+            return 200, {"id": repo_id, "private": repository.private, "siblings": siblings}
         if repo_id in self.hub.models:
             return 200, {"id": repo_id, "private": False, "cardData": self.hub.models[repo_id]}
         return 404, {"error": "Repository not found"}, "RepoNotFound"

@@ -1,6 +1,7 @@
 """`posttrain push` as a command."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -102,3 +103,13 @@ def test_merging_what_is_no_adapter_is_refused(capsys, saved_run):
     arguments = ["push", str(saved_run.base), "me/run", "--merged", "--base-model-id", "org/base"]
     assert posttrain.cli.main(arguments) == 2
     assert f"--merged is set, but {saved_run.base} holds a whole model. Leave --merged out." in capsys.readouterr().err
+
+
+def test_a_merge_that_fails_makes_no_repository(client_environment, hub, saved_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved_run.folder, run)
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    done = command(client_environment, run, "me/whole", "--merged", "--base-model-id", "org/base")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert str(tmp_path / "gone") in done.stderr and not hub.repositories

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from posttrain.cli import _console, main
@@ -121,8 +121,9 @@ def test_an_empty_folder_is_filled(tied, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_learned_prompts_are_not_merged(tied, tmp_path):
-    folder = adapter(tied, tmp_path / "adapter", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ConfigError, match="cannot be merged"):
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_learned_prompts_have_nothing_to_merge(kind, tied, tmp_path):
+    folder = adapter(tied, tmp_path / "adapter", kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ConfigError, match="of learned prompts .* change no weight: there is nothing to merge"):
         merge_adapter(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

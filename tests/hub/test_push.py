@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.hub import clean_readme
 from tests.hub.conftest import make_run
-from tests.hub.fake_hub import TOKEN
+from tests.hub.fake_hub import TOKEN, Repository
 
 FILES = {
     "README.md",
@@ -61,6 +61,7 @@ def test_weights_go_as_a_large_file_and_texts_in_the_commit(client, hub, saved_r
         "/api/whoami-v2",
         "/api/repos/create",
         "/api/models/org/base",
+        "/api/models/me/run",
         "/api/validate-yaml",
         "/api/models/me/run/preupload/main",
         "/me/run.git/info/lfs/objects/batch",
@@ -319,3 +320,51 @@ def arrive(hub, folder) -> None:
     for name, content in hub.repositories["me/run"].files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-00001-of-00002.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_an_adapter_is_not_put_beside_a_whole_model(client, hub, saved_run, name):
+    hub.repositories["me/run"] = Repository(files={name: b"theirs", "config.json": b"{}"})
+    answer = push(client, saved_run)
+    assert answer.kind == "ConfigError"
+    assert f"me/run holds a whole model ({name}), and an adapter is to be pushed." in answer.error
+    assert not hub.repositories["me/run"].commits
+    answer = client("preflight", is_adapter=True)
+    assert answer.kind == "ConfigError" and f"me/run holds a whole model ({name})" in answer.error
+    assert client("preflight", is_adapter=False).error is None
+
+
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+def test_a_whole_model_is_not_put_beside_an_adapter(client, hub, saved_run, name):
+    hub.repositories["me/run"] = Repository(files={name: b"theirs", "README.md": b"mine"})
+    answer = push(client, saved_run, folder=saved_run.base)
+    assert answer.kind == "ConfigError"
+    assert f"me/run holds an adapter ({name}), and a whole model is to be pushed." in answer.error
+    assert not hub.repositories["me/run"].commits
+    answer = client("preflight", is_adapter=False)
+    assert answer.kind == "ConfigError" and f"me/run holds an adapter ({name})" in answer.error
+    assert client("preflight", is_adapter=True).error is None
+
+
+@pytest.mark.parametrize("name", ["model_card.md", "eval/model.safetensors", "adapter_notes.txt", "config.json"])
+def test_other_files_of_a_repository_are_no_weights(client, hub, saved_run, name):
+    hub.repositories["me/run"] = Repository(files={name: b"theirs"})
+    assert push(client, saved_run).error is None and name in hub.repositories["me/run"].files
+
+
+def test_a_run_whose_repository_got_a_model_meanwhile_warns_and_pushes_nothing(client, hub, saved_run):
+    hub.repositories["me/run"] = Repository(files={"model.safetensors": b"theirs"})
+    answer = client("push_run", folder=str(saved_run.folder))
+    assert answer.error is None and answer.value is None
+    assert "the run was not pushed to me/run: me/run holds a whole model (model.safetensors)" in answer.log[-1]
+    assert not hub.repositories["me/run"].commits

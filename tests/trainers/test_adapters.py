@@ -7,16 +7,17 @@ import types
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.eva import initialize_lora_eva_weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain import ALoLConfig, ALoLTrainer, QAEConfig, QAETrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
 from posttrain.hub.merging import merge_adapter
 from posttrain.mechanisms import initial_adapter
+from posttrain.trainers import _checks
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 
@@ -303,6 +304,103 @@ ON_EMBEDDINGS = {
 }
 
 
+@pytest.mark.parametrize("how", ["gaussian", "pissa", "olora"])
+def test_a_start_on_linear_layers_and_an_embedding_is_saved_whole(how, base, tokenizer, tmp_path):
+    adapter = config(how, target_modules=["q_proj", "embed_tokens"])
+    trainer = build("preference", base, adapter, tmp_path / "run", tokenizer)
+    begun = logits(trainer.model)
+    trainer.train()
+    trainer.save_model()
+    trained = logits(trainer.model)
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        gap = (logits(reloaded(base, folder)) - trained).abs().max()
+        assert gap < 1e-5 and (trained - begun).abs().max() > 100 * gap
+    merge_adapter(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), trained, atol=1e-5, rtol=0)
+    again = build("preference", base, adapter, tmp_path / "run", tokenizer)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert torch.equal(logits(again.model), trained)
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_proj"], "all-linear"])
+def test_olora_on_transposed_weights_is_refused_and_pissa_is_not(targets, tokenizer, tmp_path):
+    from posttrain.models import tiny_model
+
+    tiny_model("gpt2").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = config("pissa", target_modules=targets, fan_in_fan_out=True)
+    assert build("preference", str(tmp_path / "base"), adapter, tmp_path / "pissa", tokenizer)._start.converts
+    adapter = config("olora", target_modules=targets, fan_in_fan_out=True)
+    with pytest.raises(ConfigError, match="is 'olora', and c_\\w+ is a Conv1D"):
+        build("preference", str(tmp_path / "base"), adapter, tmp_path / "olora", tokenizer)
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "orthogonal", "mica"])
+def test_starts_from_weights_with_target_parameters_are_refused_before_the_model_loads(how, tokenizer, tmp_path):
+    adapter = config(how, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(ConfigError, match=f"init_lora_weights is '{how}' with target_parameters"):
+        build("offline", "no/such-model", adapter, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("names", [["mine"], ["mine", "ref"], ["other", "default"], ["ref"]])
+def test_a_model_whose_own_adapter_has_another_name_is_refused(family, names, tiny_folder, tokenizer, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config(), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config())
+    with pytest.raises(ConfigError, match=f"active adapter is '{names[0]}'; it must be 'default'") as raised:
+        build(family, model, None, tmp_path, tokenizer)
+    remedy = 'Call model.set_adapter("default") first' if "default" in names else "Leave adapter_name out"
+    assert remedy in str(raised.value)
+    if "default" in names:
+        model.set_adapter("default")
+        assert build(family, model, None, tmp_path, tokenizer).model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("given", ["config", "model"])
+def test_multitask_prompts_are_refused(given, tiny_folder, tokenizer, tmp_path):
+    from peft import MultitaskPromptTuningConfig
+
+    adapter = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2)
+    model = tiny_folder
+    if given == "model":
+        model, adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), adapter), None
+    with pytest.raises(ConfigError, match="multitask prompt tuning, which must be told each row's task"):
+        build("preference", model, adapter, tmp_path, tokenizer)
+
+
+def test_the_rank_of_other_adapters_is_theirs(tiny_folder, tokenizer, tmp_path):
+    from peft import IA3Config, LoHaConfig, OFTConfig
+
+    for number, adapter in enumerate(
+        (
+            OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]),
+            LoHaConfig(r=2, target_modules=["q_proj"]),
+            IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        )
+    ):
+        trainer = build("preference", tiny_folder, adapter, tmp_path / str(number), tokenizer)
+        assert trainer.model.peft_config["default"].peft_type == adapter.peft_type
+    with pytest.raises(ConfigError, match="the LoRA rank .* is 0"):
+        build("preference", tiny_folder, config(r=0), tmp_path / "lora", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "embed_tokens"], ["q_proj", "model.embed_tokens"], r".*(q_proj|embed_tokens)"]
+)
+def test_an_adapter_that_would_be_carried_over_to_a_tied_head_is_refused(targets, base, tokenizer, tmp_path):
+    tied = AutoConfig.from_pretrained(base).tie_word_embeddings
+    adapter = config(target_modules=targets, ensure_weight_tying=True)
+    if tied:
+        with pytest.raises(ConfigError, match="ensure_weight_tying is set with embed_tokens in target_modules"):
+            build("preference", base, adapter, tmp_path, tokenizer)
+    _checks.check_tying(config(target_modules=targets), AutoConfig.from_pretrained(base))
+    for others in ("all-linear", ["q_proj"], r".*q_proj"):
+        adapter = config(target_modules=others, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+        _checks.check_tying(adapter, AutoConfig.from_pretrained(base))
+
+
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def base(request, tmp_path_factory, tokenizer):
     from posttrain.models import tiny_model
@@ -340,3 +438,28 @@ def test_adapters_on_embeddings_train_save_and_merge(family, which, base, tokeni
 def test_an_adapter_on_the_head_is_refused(family, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="lora_target_modules names lm_head"):
         build(family, "no/such-model", config(target_modules=["q_proj", "lm_head"]), tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("family", ["preference", "offline"])
+@pytest.mark.parametrize("kind", ["list", "dictionary", "alone", "head"])
+def test_tokens_to_train_that_no_row_holds_are_named(family, kind, base, tokenizer, tmp_path, logged):
+    there, absent = tokenizer.encode("e")[-1], tokenizer.encode("\x01")[-1]
+    adapter = {
+        "list": config(trainable_token_indices=[there, absent]),
+        "dictionary": config(trainable_token_indices={"embed_tokens": [there, absent]}),
+        "alone": TrainableTokensConfig(token_indices=[there, absent]),
+        "head": config(trainable_token_indices={"lm_head": [absent], "embed_tokens": [there]}),
+    }[kind]
+    tied = AutoConfig.from_pretrained(base).tie_word_embeddings
+    if tied and kind == "alone":
+        with pytest.raises(ConfigError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+            build(family, base, adapter, tmp_path, tokenizer)
+        return
+    build(family, base, adapter, tmp_path, tokenizer)
+    name = repr(tokenizer.convert_ids_to_tokens([absent])[0])
+    warned = (
+        f"1 of the 2 tokens that the adapter is to train are in no row, so their embeddings stay as they are: {name}"
+    )
+    tied = AutoConfig.from_pretrained(base).tie_word_embeddings
+    assert (warned in logged.text) is (not tied and kind != "head")
+    assert ("in no row" in logged.text) is (not tied and kind != "head")

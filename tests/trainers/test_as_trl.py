@@ -125,11 +125,9 @@ def test_what_a_loss_of_ones_own_would_change_is_refused_by_its_place_too(tmp_pa
 def pushes(monkeypatch):
     """A hub that takes everything: what was pushed, in order."""
     done = []
-    for module in ("_mixins", "_policy_gradient", "_offline"):
-        monkeypatch.setattr(
-            f"posttrain.trainers.{module}.preflight",
-            lambda args, model: Destination("me/run", "org/base") if args.push_to_hub else None,
-        )
+    monkeypatch.setattr(
+        _run, "preflight", lambda args, model, **_: Destination("me/run", "org/base") if args.push_to_hub else None
+    )
     monkeypatch.setattr(_run, "push_run", lambda trainer, message, **kwargs: done.append((message, kwargs)))
     monkeypatch.setattr(_run, "push_checkpoint", lambda trainer, folder: done.append(("checkpoint", folder)))
     return done

@@ -107,3 +107,23 @@ def test_an_unreachable_model_and_an_unreachable_data_set_end_alike(tmp_path):
 def test_a_model_folder_that_is_missing_is_a_setting_to_mend(tmp_path):
     with pytest.raises(ConfigError, match="model './no-such-model' is a folder that does not exist"):
         RobustDPOTrainer("./no-such-model", args=RobustDPOConfig(str(tmp_path)), train_dataset=make_pairs(4))
+
+
+@pytest.mark.parametrize("family", ["preference", "policy_gradient"])
+def test_what_this_machine_cannot_carry_out_is_refused_before_the_model_loads(
+    weightless, family, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_checks, "is_liger_kernel_available", lambda: False)
+    kind, config = {
+        "preference": (RobustDPOTrainer, RobustDPOConfig),
+        "policy_gradient": (PolicyGradientTrainer, PolicyGradientConfig),
+    }[family]
+    plain = dict(use_cpu=True, bf16=False)
+    given = {"train_dataset": make_pairs(4)}
+    if family == "policy_gradient":
+        given = {"reward_funcs": "exact_match", **given}
+    with pytest.raises(EnvironmentIssue, match="use_liger_kernel is true, which needs the package liger-kernel"):
+        kind(weightless, args=config(str(tmp_path / "1"), use_liger_kernel=True, **plain), **given)
+    if family == "preference":
+        with pytest.raises(ConfigError, match="activation_offloading is true, and there is no accelerator"):
+            kind(weightless, args=config(str(tmp_path / "2"), activation_offloading=True, **plain), **given)

@@ -1,16 +1,20 @@
 """Dropout in preference training: where it falls, and where it does not."""
 
 import json
+import re
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.config import ModelArguments, parse
+from posttrain.errors import ConfigError
 from posttrain.models import tiny_model
+from posttrain.trainers import _checks
 from tests.conftest import make_pairs
 from tests.training import distance, lora, losses, settings, trainable
 
@@ -135,3 +139,56 @@ def test_the_card_tells_the_dropout_that_was_used(tiny_folder, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
     assert "0.25" in (tmp_path / "README.md").read_text()
     assert lora().lora_dropout == 0.0
+
+
+FUNCTIONAL = {
+    "opt": (dict(ffn_dim=128), {"dropout": 0.1}),
+    "biogpt": ({}, {"hidden_dropout_prob": 0.1}),
+    "xglm": (
+        dict(d_model=64, ffn_dim=128, num_layers=2, attention_heads=4, attention_dropout=0.0), {"dropout": 0.1}
+    ),
+    "bloom": (dict(n_layer=2, n_head=4, hidden_dropout=0.1), {"hidden_dropout": 0.1}),
+    "starcoder2": (dict(residual_dropout=0.2), {"residual_dropout": 0.2}),
+}  # fmt: skip
+
+
+def small(kind, tmp_path, tokenizer, **fields):
+    folder = tmp_path / f"base-{len(fields)}"
+    tiny_model(kind, **fields).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONAL)
+def test_dropout_by_a_function_is_named_by_its_field_at_construction(kind, tmp_path, tokenizer):
+    fields, rates = FUNCTIONAL[kind]
+    base, target = small(kind, tmp_path, tokenizer, **fields), LoraConfig(r=4, target_modules="all-linear")
+    with pytest.raises(ConfigError, match="a function that disable_dropout does not reach") as raised:
+        build(base, tmp_path / "1", target)
+    fix = yaml.safe_load(re.search(r"model_init_kwargs: (\{.*?\})", str(raised.value))[1])
+    assert fix.keys() >= rates.keys() and set(fix.values()) == {0.0}
+    trainer = build(base, tmp_path / "2", target, model_init_kwargs=fix)
+    assert not trainer._drops_out
+    run(trainer)
+    assert losses(trainer)[0] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_dropout_by_a_function_may_be_kept(tmp_path, tokenizer):
+    base = small("opt", tmp_path, tokenizer, ffn_dim=128)
+    trainer = build(base, tmp_path / "1", LoraConfig(r=4, target_modules=["q_proj"]), disable_dropout=False)
+    assert trainer._drops_out
+    run(trainer)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "gptj", "llama", "phi"])
+def test_dropout_in_modules_raises_no_alarm(kind, tmp_path, tokenizer):
+    fields = {
+        "gptj": dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=16, resid_pdrop=0.1),
+        "gpt_neox": dict(hidden_dropout=0.1),
+        "phi": dict(resid_pdrop=0.1),
+    }.get(kind, {})
+    model = tiny_model(kind, **fields)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    _checks.check_functional_dropout(model)

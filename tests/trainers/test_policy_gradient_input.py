@@ -1,6 +1,7 @@
 """What a user can get wrong in settings, rewards, advantages, prompts and demonstrations, and how it is answered."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, QAEConfig
 from posttrain.config import parse
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.log import get_logger
+from posttrain.rewards import UserReward, get_rewards
 from posttrain.rewards.base import PooledReward
+from posttrain.trainers import _rewards
 from tests.rollouts import entries, prompts, settings, success, train
 from tests.training import distance
 
@@ -311,3 +314,39 @@ def test_fallbacks_for_demonstrations_are_counted(tiny_folder, tmp_path, said):
     train(tiny_folder, tmp_path, **HPT, **WHOLE, **choices, data=Dataset.from_list(rows))
     assert "2 of 8 demonstrations of train_dataset are empty; these prompts keep their rollouts" in said()
     assert "1 of 8 demonstrations of train_dataset are cut to 12 tokens, without their end" in said()
+
+
+def named_twice():
+    def graded(completions, points=1.0, **columns):
+        return [points] * len(completions)
+
+    return {
+        "lambdas": ([lambda completions, x=x, **_: [x] * len(completions) for x in (1.0, 3.0)],
+                    ["<lambda>", "<lambda>_2"], [1.0, 3.0]),
+        "partials": ([partial(graded, points=1.0), partial(graded, points=-5.0)], ["graded", "graded_2"], [1.0, -5.0]),
+        "one function twice": ([graded, graded, graded], ["graded", "graded_2", "graded_3"], [1.0, 1.0, 1.0]),
+        "one reward twice": ([*[UserReward(graded)] * 2], ["graded", "graded_2"], [1.0, 1.0]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("which", named_twice())
+def test_rewards_of_one_name_are_numbered_and_logged_apart(tiny_folder, tmp_path, which):
+    functions, names, means = named_twice()[which]
+    success_reward = dict(success_reward=names[-1], success_threshold=0.5)
+    _, trainer = train(tiny_folder, tmp_path, preset="qae", reward=functions, max_steps=1, **success_reward)
+    assert trainer.reward_func_names == names
+    logs = next(entry for entry in trainer.state.log_history if f"rewards/{names[0]}/mean" in entry)
+    assert [logs[f"rewards/{name}/mean"] for name in names] == means
+
+
+def test_a_number_that_is_a_name_already_is_left_out():
+    def graded(completions, **_):
+        return [0.0]
+
+    def graded_2(completions, **_):
+        return [0.0]
+
+    functions = _rewards.numbered(get_rewards([graded, graded_2, graded, "length?max_length=8&cache=4", graded]))
+    assert [one.__name__ for one in functions] == ["graded", "graded_2", "graded_3", "length", "graded_4"]
+    apart = get_rewards([graded, graded_2])
+    assert _rewards.numbered(apart) == apart and [one.__name__ for one in apart] == ["graded", "graded_2"]
