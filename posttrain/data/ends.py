@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.data import formats
+from posttrain.data.applied import control_tokens
+from posttrain.data.closers import closers
 from posttrain.data.lengths import end_of_turn_tokens
 from posttrain.errors import DataError
 
@@ -96,15 +98,17 @@ class Closing:
         # answers whose template closes no turn, and whose template closes it where generation does not stop
         self.unclosed, self.unstopped = 0, 0
         self._tails: dict[str, list[int]] = {}
+        self._closers = closers(tokenizer, control_tokens(tokenizer))
 
     def text(self, ids: Sequence[int]) -> list[int]:
-        """The tokens of a plain text, up to the first of the stop tokens at its end, which is appended to others."""
+        """The tokens of a plain text, up to the first of the stop tokens at its end; to others eos is appended."""
         ids, eos = list(ids), self.tokenizer.eos_token_id
         stops, end = self.stop_ids | {eos}, None
         for i in reversed(range(len(ids))):
             if ids[i] in stops:
                 end = i + 1
             elif self.tokenizer.decode([ids[i]]).strip():
+                self.unstopped += end is None and self.tokenizer.decode([ids[i]]) in self._closers
                 break
         return [*ids, eos] if end is None else ids[:end]
 

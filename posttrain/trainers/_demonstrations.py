@@ -95,7 +95,7 @@ def _check_closing(closing: Closing, args, name: str, rows: int) -> None:
         get_logger().warning("%s", fault)
     if closing.unstopped:
         get_logger().warning(
-            "%s: generation does not stop at the chat template's end of turn, so %d of %d demonstrations get %r behind "
+            "%s: generation does not stop at the demonstrations' end of turn, so %d of %d demonstrations get %r behind "
             "it. Put it into `model.generation_config.eos_token_id`.", name, closing.unstopped, rows, eos,
         )  # fmt: skip
 

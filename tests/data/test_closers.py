@@ -117,6 +117,16 @@ def test_a_demonstration_ends_where_generation_stops_first():
     assert tokenizer.decode(closed) == "A<end_of_turn>"
 
 
+@pytest.mark.parametrize(
+    ("text", "unstopped"),
+    [("A<end_of_turn>\n", 1), ("A<|im_end|>", 1), ("A", 0), ("A<end_of_turn> b", 0), ("A<eos>", 0)],
+)
+def test_a_demonstration_whose_end_generation_passes_is_counted(text, unstopped):
+    closing = Closing(with_end())
+    assert with_end().decode(closing.text(with_end()(text)["input_ids"])).endswith("<eos>")
+    assert closing.unstopped == unstopped
+
+
 @pytest.mark.parametrize("beginning", ["<s>", " <s>", ""])
 def test_a_beginning_that_is_written_too_is_no_end_left_out(beginning):
     tokenizer = byte_tokenizer("<|pad|>")

@@ -186,7 +186,7 @@ def test_generation_that_does_not_stop_at_a_demonstrations_end_is_said(tokenizer
     changed = of_family(tokenizer, *GEMMA)
     stops = changed.convert_tokens_to_ids(["<eos>"])
     _demonstrations.tokenise(demonstrations(), changed, settings(), "train_dataset", stops)
-    assert "generation does not stop at the chat template's end of turn, so 2 of 2" in logged.text
+    assert "generation does not stop at the demonstrations' end of turn, so 2 of 2" in logged.text
 
 
 def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer):
