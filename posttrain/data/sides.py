@@ -39,8 +39,8 @@ def swapped(row: Mapping) -> dict:
       rejected_reward, chosen_prob, chosen-rating, score_w and score_l, also inside objects and lists of objects.
     - A score of one side without the other's (chosen_score alone) becomes null, since the other's is not known.
     - A list of two numbers, or of two lists of them, in a column named scores, ratings or rewards (judge_ratings; not
-      sentence_scores) is for chosen and rejected, and turns round; not where a column of answers (generations, ...) stands beside it, whose order it
-      follows.
+      sentence_scores) is for chosen and rejected, and turns round; not where a column of answers (generations, ...)
+      stands beside it, whose order it follows.
     - A column `order` of the words chosen and rejected changes each for the other.
     - A number in a column that is a margin, difference, diff, delta or gap between scores (score_diff, reward_margin,
       or that word alone) changes its sign.
