@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
 from trl.trainer.utils import get_config_model_id
 
@@ -83,7 +84,7 @@ class RunMixin:
 
     def _preflight(self, model, args):
         """Where the run will be pushed to; None where it will not."""
-        return preflight(args, model, is_adapter=self._peft_config is not None or is_peft_model(model))
+        return preflight(args, model, is_adapter=self._peft_config is not None or isinstance(model, PeftModel))
 
     def _begin_run(self, hub_destination, args) -> None:
         """Before the parent's constructor."""
