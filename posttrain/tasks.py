@@ -149,7 +149,7 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_generation(args, train_dataset)
     tokenizer, limits = tokenizer_of(processing_class_for(model_id, None, args)), Limits(model_id, config)
-    train_dataset = as_rendered(columns.prepare(train_dataset, "train_dataset"), tokenizer)
+    train_dataset = as_rendered(columns.prepare(train_dataset, "train_dataset"), tokenizer, False)
     task_rows.check(train_dataset, tokenizer, args)
     if args.learns_from_demonstrations:
         stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))

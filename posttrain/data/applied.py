@@ -34,7 +34,7 @@ def without_beginning(text: str, beginning: str | None) -> str:
     return text
 
 
-def without_doubles(dataset, tokenizer):
+def without_doubles(dataset, tokenizer, marks: bool = True):
     """Texts that begin and end once, where the template was applied to them before.
 
     TRL appends the end of sequence to answers that do not end with it: blanks behind it are left out, so that it is
@@ -45,10 +45,11 @@ def without_doubles(dataset, tokenizer):
     Args:
         dataset: a `datasets.Dataset` or a stream; conversational rows stay as they are, and where nothing is to be
             done it is the data set itself.
+        marks: name such answers; False where TRL does not tokenise them, and the rows go to rewards as they are.
     """
     beginning, ends = added_beginning(tokenizer), _ends(tokenizer)
     clean = functools.partial(_without_doubles, ends=ends, beginning=beginning)
-    mark = functools.partial(_marked, ends=ends, beginning=beginning)
+    mark = functools.partial(_marked, ends=ends, beginning=beginning) if marks else clean
     features = dataset.features or {}
     # without a beginning of the tokenizer's own, only the ends of answers are looked at
     read = _TEXTS if beginning else _ANSWERS if ends else ()
@@ -58,7 +59,7 @@ def without_doubles(dataset, tokenizer):
     if not names or not len(dataset) or dataset.format["type"] == "custom":
         return dataset
     columns = dataset.with_format(None).select_columns(names)
-    if any(closers.ended(clean(row), ends[1:]) for row in columns):
+    if marks and any(closers.ended(clean(row), ends[1:]) for row in columns):
         return quietly_mapped(dataset, mark)
     if not any(clean(row) != row for row in columns):
         return dataset

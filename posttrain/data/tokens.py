@@ -59,18 +59,20 @@ def tokenizer_of(processing_class):
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-def as_rendered(dataset, processing_class):
+def as_rendered(dataset, processing_class, learned: bool = True):
     """A data set as the chat template and the tokenizer are to see it, in training and in every check.
 
     Nested values are as the rows had them, blocks of text are text (`objects.restored`), and texts with the template
     already applied begin and end once (`applied.without_doubles`). Words of the assistant at the end of a prompt are
     joined to the answer (`continued.joined`); `as_learned` parts their tokens.
+
+    `learned`: the rows' own answers are; False for prompts to roll out from, which get no column of ours.
     """
     if not hasattr(dataset, "column_names"):
         # what is no data set is refused where it is used
         return dataset
     dataset = _with_read_tools(objects.restored(dataset))
-    dataset = applied.without_doubles(dataset, tokenizer_of(processing_class))
+    dataset = applied.without_doubles(dataset, tokenizer_of(processing_class), learned)
     return continued.joined(dataset)
 
 

@@ -75,7 +75,10 @@ class PolicyGradientMixin(RunMixin):
         tokenizer = tokenizer_of(processor)
         if args.kept_tokens:
             _special_tokens.check_kept(args.kept_tokens, tokenizer)
-        train_dataset, eval_dataset = as_rendered(train_dataset, tokenizer), _all_rendered(eval_dataset, tokenizer)
+        train_dataset, eval_dataset = (
+            as_rendered(train_dataset, tokenizer, False),
+            _all_rendered(eval_dataset, tokenizer),
+        )
         task_rows.check(train_dataset, tokenizer, args)
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
@@ -196,7 +199,7 @@ class PolicyGradientMixin(RunMixin):
             return dataset
         dataset = columns.prepare(dataset, "eval_dataset")
         tokenizer = tokenizer_of(self.processing_class)
-        dataset = as_rendered(dataset, tokenizer)
+        dataset = as_rendered(dataset, tokenizer, False)
         task_rows.check(dataset, tokenizer, self.args, "eval_dataset")
         self._limits.check_prompts(dataset, self.processing_class, self.args, "eval_dataset")
         return dataset
@@ -434,8 +437,8 @@ def _advantage_function(args):
 def _all_rendered(datasets, tokenizer):
     """One data set, several by name, or None, as the chat template is to see them."""
     if isinstance(datasets, dict):
-        return {name: as_rendered(dataset, tokenizer) for name, dataset in datasets.items()}
-    return None if datasets is None else as_rendered(datasets, tokenizer)
+        return {name: as_rendered(dataset, tokenizer, False) for name, dataset in datasets.items()}
+    return None if datasets is None else as_rendered(datasets, tokenizer, False)
 
 
 def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
