@@ -12,6 +12,7 @@ import types
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
@@ -100,6 +101,9 @@ class Head:
         try:
             found = compare(model, vocab_size, device, self.temperature)
             self.fields = found.fields
+            if not found.differs:
+                with _stirred(self._head_parameters(model)) as stirred:
+                    found = compare(model, vocab_size, device, self.temperature) if stirred else found
             if found.differs:
                 reason = f"the fused one is {found.gap:.3g} nats a token off on made-up tokens"
             if reason is None:
@@ -113,6 +117,39 @@ class Head:
                     return reason
         self.mode = "fused"
         return None
+
+    @staticmethod
+    def _head_parameters(model) -> list[Tensor]:
+        """What may stand between backbone and logits, the output embedding's weight apart."""
+        model = model.get_base_model() if is_peft_model(model) else model
+        known = {id(parameter) for parameter in model.base_model.parameters()}
+        known.add(id(getattr(model.get_output_embeddings(), "weight", None)))
+        return [parameter for parameter in model.parameters() if id(parameter) not in known]
+
+
+@contextlib.contextmanager
+def _stirred(parameters: list[Tensor]):
+    """Parameters moved at random inside: a part of a head that starts as zero or as one shows only then.
+
+    Yields whether any could be moved; quantised ones and those that are spread over ranks cannot.
+    """
+    plain = [
+        parameter
+        for parameter in parameters
+        if type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point() and parameter.numel()
+        and not hasattr(parameter, "ds_id")
+    ]  # fmt: skip
+    before = [parameter.detach().clone() for parameter in plain]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in plain:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        yield bool(plain)
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(plain, before, strict=True):
+                parameter.copy_(values)
 
 
 def _wrap(model, head: Head) -> None:

@@ -296,40 +296,6 @@ def check_parallelism(accelerator) -> None:
             raise ConfigError(f"{name}_size is {size}; only data parallel training (DDP, ZeRO, FSDP) is supported.")
 
 
-def drops_out(model) -> bool:
-    """Whether a forward in training leaves out activations by chance."""
-    modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    return modules or bool(functional_dropout(model))
-
-
-def functional_dropout(model) -> set[float]:
-    """The rates above 0 of dropout that a model's own modules hold as numbers: no module does it that has a switch."""
-    base = model.get_base_model() if is_peft_model(model) else model
-    return {
-        value
-        for module in base.modules()
-        if type(module).__module__.split(".")[0] != "peft"
-        for name, value in vars(module).items()
-        if "drop" in name and isinstance(value, float) and value > 0
-    }
-
-
-def check_functional_dropout(model) -> None:
-    """Refuse a model that goes on dropping out where `disable_dropout` has switched off its modules."""
-    rates = functional_dropout(model)
-    if not rates:
-        return
-    settings = model.config.get_text_config().to_dict().items()
-    fields = {name: value for name, value in settings if "drop" in name and value in rates}
-    shown = ", ".join(f"{name} {value}" for name, value in fields.items()) or f"dropout {sorted(rates)}"
-    remedy = ", ".join(f"{name}: 0.0" for name in fields or ("dropout",))
-    raise ConfigError(
-        f"the model's config has {shown}, and the model drops out by a function that disable_dropout does not reach: "
-        f"policy and reference would differ by chance. Set `model_init_kwargs: {{{remedy}}}`, or the config's fields "
-        "before the model is built; or keep it with `disable_dropout: false`."
-    )
-
-
 @contextlib.contextmanager
 def evaluating(model):
     """`model` in eval mode inside, each of its modules in its own mode again afterwards."""

@@ -18,6 +18,7 @@ from posttrain.data import columns, formats, preferences, schema
 from posttrain.data.limits import Limits
 from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.log import get_logger
+from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
@@ -100,7 +101,7 @@ class PreferenceMixin(RunMixin):
             )
         _checks.check_parallelism(self.accelerator)
         _start.use_adapter_dropout(self.model)
-        self._drops_out = _checks.drops_out(self.model)
+        self._drops_out = drops_out(self.model)
         self._finish_construction()
         if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
             _new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
@@ -203,8 +204,9 @@ class PreferenceMixin(RunMixin):
         if self._sharing is None:
             self._note_start()
             if self.args.disable_dropout:
-                _checks.check_functional_dropout(self.model)
-            self._drops_out = _checks.drops_out(self.model)
+                placed = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+                check_functional_dropout(self.model, can_run=placed)
+            self._drops_out = drops_out(self.model)
             self._head = TrueHead(self)
             self._sharing = PrefixSharing(self)
 

@@ -14,6 +14,7 @@ from posttrain.data import answer_tokens, baselines, schema, scored
 from posttrain.data.limits import Limits
 from posttrain.data.tokens import as_learned, as_rendered, processing_class_for
 from posttrain.errors import ConfigError
+from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
@@ -280,7 +281,7 @@ class OfflineMixin(RunMixin):
             return
         self._start_checked = True
         reference = inputs.get("ref_per_token_logps")
-        if reference is None or not self.args.check_reference or self.has_trained or _checks.drops_out(self.model):
+        if reference is None or not self.args.check_reference or self.has_trained or drops_out(self.model):
             return
         with torch.no_grad():
             tokens = mask.sum(dim=1).clamp(min=1)

@@ -14,6 +14,7 @@ from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_o
 from posttrain.errors import ConfigError, DataError, DivergedError, require
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
+from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
@@ -336,7 +337,7 @@ class PolicyGradientMixin(RunMixin):
         reference = inputs.get("ref_per_token_logps")
         if reference is None or not self.args.check_reference or self.state.global_step > 0:
             return
-        if _checks.drops_out(self.model) or not _checks.may_be_identity(self.model):
+        if drops_out(self.model) or not _checks.may_be_identity(self.model):
             return
         gaps = (logps - reference).abs() * inputs["completion_mask"]
         per_token = gaps.sum(dim=1) / inputs["completion_mask"].sum(dim=1).clamp(min=1)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import add_fused_lm_head
 
 from posttrain.mechanisms import own_head, prefix_sharing
@@ -187,3 +188,65 @@ def test_rounding_is_no_difference_in_half_precision(dtype):
         assert own_head.Head(model).choose(model, 99, "cpu") is None, architecture
     model = loud("modernbert-decoder").to(dtype)
     assert own_head.Head(model).choose(model, 99, "cpu")
+
+
+def with_part(part):
+    """A tiny Llama with `part` between its backbone and its output embedding, in the state that it starts in."""
+    model = tiny_model("llama", vocab_size=99, bos_token_id=1, eos_token_id=2, pad_token_id=0).eval()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, 99, bias=False).requires_grad_(True)
+    model.part = part
+    model.config.tie_word_embeddings = False
+    model.__class__ = type("WithPart", (type(model),), {"forward": with_part_forward})
+    add_fused_lm_head(model, outputs=FIELDS)
+    return model
+
+
+def with_part_forward(self, input_ids=None, attention_mask=None, **kwargs):
+    states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return CausalLMOutput(logits=self.lm_head(self.part(states)))
+
+
+class Residual(torch.nn.Linear):
+    def forward(self, states):
+        return states + super().forward(states)
+
+
+class Scale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, states):
+        return states * self.weight
+
+
+def zero_residual():
+    part = Residual(64, 64)
+    torch.nn.init.zeros_(part.weight)
+    torch.nn.init.zeros_(part.bias)
+    return part
+
+
+@pytest.mark.parametrize("make", [zero_residual, Scale])
+def test_a_part_of_the_head_that_starts_as_identity_is_seen(make):
+    model = with_part(make())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not own_head.compare(model, 99, "cpu").differs
+    head = own_head.Head(model)
+    assert head.choose(model, 99, "cpu") and head.mode != "fused"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        for parameter in model.part.parameters():
+            parameter.add_(0.3)
+    found = model(**inputs(), use_cache=False, fused_lm_head=True)
+    for name, values in expected(model, inputs()).items():
+        torch.testing.assert_close(getattr(found, name).float(), values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_bias_of_the_output_embedding_that_starts_as_zero_is_in_the_fused_head():
+    model = loud("phi")
+    with torch.no_grad():
+        model.lm_head.bias.zero_()
+    head = own_head.Head(model)
+    assert head.choose(model, 99, "cpu") is None and head.mode == "fused"
+    assert not model.lm_head.bias.any()
