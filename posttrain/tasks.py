@@ -109,7 +109,7 @@ def run(trainer_class, config_class) -> None:
         train_dataset, eval_dataset = load_tasks(task_args, training_args)
         check_tasks(training_args, rewards, train_dataset, eval_dataset)
         if training_args.dry_run:
-            facts = describe(model, training_args, task_args, train_dataset, peft_config)
+            facts = describe(model, training_args, task_args, train_dataset, peft_config, eval_dataset)
             return dry_run.show(facts)
         for reward in rewards:
             # the workers of a rank that none of the checks needed
@@ -130,7 +130,7 @@ def run(trainer_class, config_class) -> None:
             reward.close()
 
 
-def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_config=None) -> dict:
+def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_config=None, eval_dataset=None) -> dict:
     """Rollouts, steps, parameters, tokens and checkpoint size of a run, and its first task as the model sees it.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, and the model is built without memory
@@ -149,14 +149,19 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     config = dry_run.check(model_id, args, peft_config)
     _checks.check_generation(args, train_dataset)
     tokenizer, limits = tokenizer_of(processing_class_for(model_id, None, args)), Limits(model_id, config)
-    train_dataset = as_rendered(columns.prepare(train_dataset, "train_dataset"), tokenizer, False)
-    task_rows.check(train_dataset, tokenizer, args)
+    train_dataset = as_rendered(columns.prepare(train_dataset, "train_dataset"), tokenizer, False, "train_dataset")
+    if eval_dataset is not None:
+        eval_dataset = as_rendered(columns.prepare(eval_dataset, "eval_dataset"), tokenizer, False, "eval_dataset")
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        task_rows.check(dataset, tokenizer, args, name)
     if args.learns_from_demonstrations:
         stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))
         train_dataset = _demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
 
         limits.check(train_dataset, ((_demonstrations.IDS,),), tokenizer, "train_dataset", None)
     limits.check_prompts(train_dataset, tokenizer, args, "train_dataset")
+    if eval_dataset is not None:
+        limits.check_prompts(eval_dataset, tokenizer, args, "eval_dataset")
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
     texts = [_rendered(row, tokenizer, args) for row in sample]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

@@ -172,7 +172,8 @@ class ControlTokens:
         if is_text and 2 * self.framed >= rows:
             notes = [
                 f"{name}: {self.rows} of {rows} {unit} hold control tokens ({often}{more}; first: {self.first}), so "
-                "the chat template was applied to them already. They are taken as they are, and begin and end once."
+                "the chat template was applied to them already. They are taken as they are; a beginning or end that "
+                "would stand there twice is left once."
             ]
             warnings = []
             if self.unfinished:

@@ -59,19 +59,20 @@ def tokenizer_of(processing_class):
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-def as_rendered(dataset, processing_class, learned: bool = True):
+def as_rendered(dataset, processing_class, learned: bool = True, name: str = ""):
     """A data set as the chat template and the tokenizer are to see it, in training and in every check.
 
     Nested values are as the rows had them, blocks of text are text (`objects.restored`), and texts with the template
     already applied begin and end once (`applied.without_doubles`). Words of the assistant at the end of a prompt are
     joined to the answer (`continued.joined`); `as_learned` parts their tokens.
 
-    `learned`: the rows' own answers are; False for prompts to roll out from, which get no column of ours.
+    `learned`: the rows' own answers are; False for prompts to roll out from, which get no column of ours. `name`: what
+    the data set is called in errors.
     """
     if not hasattr(dataset, "column_names"):
         # what is no data set is refused where it is used
         return dataset
-    dataset = _with_read_tools(objects.restored(dataset))
+    dataset = _with_read_tools(objects.restored(dataset), name)
     dataset = applied.without_doubles(dataset, tokenizer_of(processing_class), learned)
     return continued.joined(dataset)
 
@@ -223,20 +224,20 @@ def _read_json(value, place: str):
         ) from None
 
 
-def _with_read_tools(dataset):
+def _with_read_tools(dataset, name: str):
     """A data set whose column `tools` TRL can read: blank texts are null, and lists of texts are one text."""
     features = dataset.features or {}
-    for name in ("tools", "chat_template_kwargs"):
-        if getattr(features.get(name), "dtype", None) == "null":
-            dataset = dataset.remove_columns(name)
+    for column in ("tools", "chat_template_kwargs"):
+        if getattr(features.get(column), "dtype", None) == "null":
+            dataset = dataset.remove_columns(column)
     if "tools" not in (dataset.column_names or ()):
         return dataset
     if not hasattr(dataset, "__len__"):
         return dataset.map(_read_tools)
     if dataset.format["type"] == "custom":
         return dataset
-    given = dataset.with_format(None)["tools"][:]
-    made = [_read_tools({"tools": value}, f"row {number}")["tools"] for number, value in enumerate(given, 1)]
+    given, prefix = dataset.with_format(None)["tools"][:], f"{name}, " if name else ""
+    made = [_read_tools({"tools": value}, f"{prefix}row {number}")["tools"] for number, value in enumerate(given, 1)]
     if made == given:
         return dataset
     form = dataset.format

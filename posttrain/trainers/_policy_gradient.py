@@ -77,10 +77,11 @@ class PolicyGradientMixin(RunMixin):
         if args.kept_tokens:
             _special_tokens.check_kept(args.kept_tokens, tokenizer)
         train_dataset, eval_dataset = (
-            as_rendered(train_dataset, tokenizer, False),
+            as_rendered(train_dataset, tokenizer, False, "train_dataset"),
             _all_rendered(eval_dataset, tokenizer),
         )
-        task_rows.check(train_dataset, tokenizer, args)
+        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+            task_rows.check(dataset, tokenizer, args, name)
         if args.learns_from_demonstrations:
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
@@ -200,7 +201,7 @@ class PolicyGradientMixin(RunMixin):
             return dataset
         dataset = columns.prepare(dataset, "eval_dataset")
         tokenizer = tokenizer_of(self.processing_class)
-        dataset = as_rendered(dataset, tokenizer, False)
+        dataset = as_rendered(dataset, tokenizer, False, "eval_dataset")
         task_rows.check(dataset, tokenizer, self.args, "eval_dataset")
         self._limits.check_prompts(dataset, self.processing_class, self.args, "eval_dataset")
         return dataset
@@ -438,8 +439,8 @@ def _advantage_function(args):
 def _all_rendered(datasets, tokenizer):
     """One data set, several by name, or None, as the chat template is to see them."""
     if isinstance(datasets, dict):
-        return {name: as_rendered(dataset, tokenizer, False) for name, dataset in datasets.items()}
-    return None if datasets is None else as_rendered(datasets, tokenizer, False)
+        return {name: as_rendered(dataset, tokenizer, False, name) for name, dataset in datasets.items()}
+    return None if datasets is None else as_rendered(datasets, tokenizer, False, "eval_dataset")
 
 
 def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:

@@ -192,7 +192,7 @@ def test_dropout_in_modules_raises_no_alarm(kind, tmp_path, tokenizer):
 
 
 def falcon(**fields):
-    """One whose layer reads its attention's rate from its config, and whose attention holds one that it does not use."""
+    """One whose layer reads its attention's rate from its config."""
     base = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=259, eos_token_id=258)
     return FalconForCausalLM(FalconConfig(**base, **fields))
 

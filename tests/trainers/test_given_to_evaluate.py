@@ -5,6 +5,7 @@ from datasets import Dataset
 
 from posttrain.errors import DataError
 from posttrain.log import get_logger
+from posttrain.tasks import TaskArguments, describe
 from tests import rollouts, scored
 from tests.conftest import make_pairs
 from tests.trainers.test_evaluations import build
@@ -81,3 +82,18 @@ def test_tasks_are_checked(tiny_folder, tmp_path):
             trainer.evaluate(Dataset.from_list([given] * 4))
         with pytest.raises(DataError, match="ends with words of the assistant|the column tools holds"):
             trainer.evaluate({"a": Dataset.from_list([given] * 4)})
+
+
+@pytest.mark.parametrize("given", [{"prompt": asks() + says("It is")}, {"prompt": asks(), "tools": "{"}])
+@pytest.mark.parametrize("named", [False, True])
+def test_tasks_for_evaluation_are_checked_at_construction_and_in_the_dry_run(tiny_folder, tmp_path, given, named):
+    kind, config = rollouts.PRESETS["qae"]
+    args = config(**rollouts.settings(tmp_path, per_device_eval_batch_size=4))
+    bad, good = Dataset.from_list([given] * 4), rollouts.prompts([1, 0, 4, 2])
+    with pytest.raises(DataError, match="ends with words of the assistant|the column tools holds"):
+        kind(tiny_folder, rollouts.success, args, good, {"a": bad} if named else bad)
+    if not named:
+        task_args = TaskArguments(dataset_name="a")
+        with pytest.raises(DataError, match="eval_dataset.*(ends with words of the assistant|the column tools holds)"):
+            describe(tiny_folder, args, task_args, good, eval_dataset=bad)
+        assert describe(tiny_folder, args, task_args, good, eval_dataset=good)["training tasks"] == 4
