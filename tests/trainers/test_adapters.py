@@ -119,7 +119,7 @@ def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, 
         kl = next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
         assert kl < 1e-9, "the reference is the policy's start"
     if family == "preference":
-        assert abs(training.losses(trainer)[0] - 0.6931472) < 1e-6
+        assert abs(training.losses(trainer)[0] - 0.6931472) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(tiny_folder, tmp_pat
         processing_class=tokenizer,
     )
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
     assert "ref" in trainer.model.peft_config
 
 
