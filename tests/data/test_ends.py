@@ -164,7 +164,7 @@ def test_a_demonstration_of_plain_text_gets_one_end(tokenizer, text, ids):
     assert tokenizer.decode(_demonstrations._ids("2+2=", text, tokenizer, {}, None, closing)) == ids
 
 
-def demonstrations(**columns):
+def demonstrated(**columns):
     row = {"prompt": PROMPT, "demonstration": answer("It is 4"), **columns}
     return Dataset.from_list([row] * 2)
 
@@ -175,24 +175,24 @@ def settings(**changes):
 
 
 def test_demonstrations_under_a_template_that_closes_no_turn_are_said_or_refused(glm, logged):
-    rows = _demonstrations.tokenise(demonstrations(), glm, settings(), "train_dataset")
+    rows = _demonstrations.tokenise(demonstrated(), glm, settings(), "train_dataset")
     assert glm.decode(rows[0]["demonstration_ids"]).endswith("It is 4<|im_end|>")
     assert "closes no turn, so 2 of 2 demonstrations end with the tokenizer's '<|im_end|>'" in logged.text
     with pytest.raises(DataError, match="closes no turn, .* end_of_turn is require"):
-        _demonstrations.tokenise(demonstrations(), glm, settings(end_of_turn="require"), "train_dataset")
+        _demonstrations.tokenise(demonstrated(), glm, settings(end_of_turn="require"), "train_dataset")
 
 
 def test_generation_that_does_not_stop_at_a_demonstrations_end_is_said(tokenizer, logged):
     changed = of_family(tokenizer, *GEMMA)
     stops = changed.convert_tokens_to_ids(["<eos>"])
-    _demonstrations.tokenise(demonstrations(), changed, settings(), "train_dataset", stops)
+    _demonstrations.tokenise(demonstrated(), changed, settings(), "train_dataset", stops)
     assert "generation does not stop at the demonstrations' end of turn, so 2 of 2" in logged.text
 
 
 def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer):
     silent = of_family(tokenizer, "{%- for m in messages if m.role == 'user' -%}{{ m.content }}{%- endfor -%}")
     with pytest.raises(DataError, match="row 1: the chat template renders nothing of an answer that is a text"):
-        _demonstrations.tokenise(demonstrations(), silent, settings(), "train_dataset")
+        _demonstrations.tokenise(demonstrated(), silent, settings(), "train_dataset")
 
 
 def test_a_models_own_config_says_where_it_stops_if_it_has_no_generation_config(tiny_folder, tmp_path):
