@@ -236,7 +236,7 @@ def _flip(args) -> int:
 
     import datasets
 
-    from posttrain.data.corruption import flip_row, lone_scores, rows_to_flip
+    from posttrain.data.corruption import flip_row, lone_columns, rows_to_flip
     from posttrain.data.rows import cells, columns_of, read_rows, rows_of
 
     datasets.disable_progress_bars()
@@ -251,15 +251,15 @@ def _flip(args) -> int:
     chosen = rows_to_flip(len(rows), args.rate, args.seed)
     flipped = [flip_row(row, index in chosen) for index, row in enumerate(rows)]
     swapped = len(chosen)
-    lost = lone_scores(row for index, row in enumerate(rows) if index in chosen)
+    lost = lone_columns(row for index, row in enumerate(rows) if index in chosen)
     _write_lines(out, rows_of(cells(flipped, places)))
     if args.json:
         facts = {"output": str(out), "rows": len(rows), "flipped": swapped, "rate": args.rate, "seed": args.seed}
-        _print_json(facts | ({"warnings": [lost]} if lost else {}))
+        _print_json(facts | ({"warnings": lost} if lost else {}))
     else:
         print(f"{out}: {len(rows)} rows, {swapped} of them with chosen and rejected swapped (seed {args.seed})")
-        if lost:
-            print(lost)
+        for said in lost:
+            print(said)
     return 0
 
 

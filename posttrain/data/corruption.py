@@ -11,9 +11,10 @@ def flip_preferences(dataset, rate: float, seed: int = 0):
     """Swap chosen and rejected in exactly `round(rate * len(dataset))` rows, and say which.
 
     What belongs to one of the sides, such as its score, goes with it, and a score of one side alone becomes null there,
-    with a warning: see `posttrain.data.sides.swapped`. The bool
-    column `flipped` tells whether a row was swapped; where the data set has one already, whether it was swapped an odd
-    number of times. Rows keep their order, other columns their values. A pure function of its arguments; for one seed,
+    with a warning, as of other columns named after one side alone, which stay: see `posttrain.data.sides.swapped`.
+
+    The bool column `flipped` tells whether a row was swapped; where the data set has one already, whether it was
+    swapped an odd number of times. Rows keep their order, other columns their values. A pure function of its arguments; for one seed,
     the rows flipped at a lower rate are flipped at a higher one too.
 
     `dataset`: a `datasets.Dataset`. `rate`: a share in [0, 1), else ValueError.
@@ -24,9 +25,8 @@ def flip_preferences(dataset, rate: float, seed: int = 0):
         raise ValueError(f"flip_preferences needs the columns 'chosen' and 'rejected'; found {dataset.column_names}.")
     chosen = rows_to_flip(len(dataset), rate, seed)
 
-    lost = lone_scores(dataset.select(sorted(chosen)).with_format(None))
-    if lost:
-        get_logger().warning("%s", lost)
+    for said in lone_columns(dataset.select(sorted(chosen)).with_format(None)):
+        get_logger().warning("%s", said)
 
     def flip(row: dict, index: int) -> dict:
         return flip_row(row, index in chosen)
@@ -39,15 +39,24 @@ def rows_to_flip(count: int, rate: float, seed: int) -> set[int]:
     return set(random.Random(seed).sample(range(count), count)[: round(rate * count)])
 
 
-def lone_scores(rows: Iterable[Mapping]) -> str:
-    """A sentence about the scores of one side alone that swapping these rows makes null; empty where there are none."""
-    names = sorted({name for row in rows for name in swapped_with_gaps(row).emptied})
-    if not names:
-        return ""
-    return (
-        f"{', '.join(names)}: a score of one side, without the other's, is null in swapped rows: the score of the "
-        "answer that stands there is not known."
-    )
+def lone_columns(rows: Iterable[Mapping]) -> list[str]:
+    """What swapping these rows does to columns named after one side alone, a sentence each."""
+    emptied, left, said = set(), set(), []
+    for row in rows:
+        found = swapped_with_gaps(row)
+        emptied.update(found.emptied)
+        left.update(found.left)
+    if emptied:
+        said.append(
+            f"{', '.join(sorted(emptied))}: a score of one side, without the other's, is null in swapped rows: the "
+            "score of the answer that stands there is not known."
+        )
+    if left:
+        said.append(
+            f"{', '.join(sorted(left))}: named after one side, without a column of the other's, and kept as it is in "
+            "swapped rows, where it tells of the answer that is on the other side."
+        )
+    return said
 
 
 def flip_row(row: Mapping, swap: bool) -> dict:

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from posttrain.data import formats, objects, preferences, shapes
 from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
+from posttrain.data.golds import gold_text
 from posttrain.data.gym import gym_tasks
 from posttrain.data.procedural import arithmetic_tasks, modular_sum_tasks
 from posttrain.data.rows import columns_of, read_rows
@@ -35,8 +36,9 @@ _SHAPES = (
 )
 _GENERATED = {"arithmetic": arithmetic_tasks, "modular_sum": modular_sum_tasks}
 _RANGES = ("operands", "digits", "terms")
-# The calculator notes of GSM8K: <<48/2=24>>
-_NOTES = re.compile(r"<<[^<>]*>>")
+# The calculator notes of GSM8K, a calculation and its number: <<48/2=24>>
+_NOTES = re.compile(r"<<(?=[^<>=]*\d)[^<>=A-Za-z]+=[^<>=A-Za-z\n]*\d[^<>=A-Za-z\n]*>>")
+_MARKED = re.compile(r"^####[^\n]*\d", re.MULTILINE)
 
 
 def load_demonstrations(
@@ -69,7 +71,8 @@ def load_demonstrations(
             as in GSM8K. Without a column for gold it is what follows `####` in the demonstration, or its last box.
         config: of a hub data set that has several, such as `main` of openai/gsm8k.
         conversational: make texts into a user message and an assistant message. Rows of messages stay so.
-        keep_notes: keep GSM8K's calculator notes, `<<48/2=24>>`, which are no part of the text.
+        keep_notes: keep GSM8K's calculator notes, `<<48/2=24>>`, which are removed from the answers in files of its
+            shape (question, answer that ends in `#### N`), and said to be. Other texts keep all they have.
         need_demonstrations: False lets demonstrations be empty, or their column be missing where there is one for gold.
         convert: rows of the shapes in `posttrain.data.shapes`, which is said.
 
@@ -94,9 +97,9 @@ def load_demonstrations(
     if taken and columns is None:
         get_logger().info("%s: %s", source, ", ".join(f"{theirs} is the {ours}" for ours, theirs in taken.items()))
     say_left_out(found, shape.values(), source)
+    rows = rows if keep_notes else _without_notes(rows, shape, source)
     made = [
-        _row(row, place, shape, conversational, keep_notes, need_demonstrations)
-        for row, place in zip(rows, places, strict=True)
+        _row(row, place, shape, conversational, need_demonstrations) for row, place in zip(rows, places, strict=True)
     ]
     with_system = first_with_system(rows)
     if with_system is not None:
@@ -117,7 +120,8 @@ def as_tasks(rows: list[dict], places: list[str], name: str, conversational: boo
         shape = _shape(columns_of(rows), None, name, False)
     except DataError:
         return None
-    made = [_row(row, place, shape, conversational, False, False) for row, place in zip(rows, places, strict=True)]
+    rows = _without_notes(rows, shape, name)
+    made = [_row(row, place, shape, conversational, False) for row, place in zip(rows, places, strict=True)]
     return made, {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS}
 
 
@@ -169,24 +173,22 @@ def _shape(found: list[str], columns: Mapping[str, str] | None, source: str, nee
     )
 
 
-def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, keep_notes: bool, need: bool) -> dict:
+def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, need: bool) -> dict:
     prompt = _side(row, place, shape["prompt"], "prompt")
     demonstration = row.get(shape.get("demonstration"))
     if need or (demonstration and not _is_blank(demonstration)):
         demonstration = _side(row, place, shape["demonstration"], "demonstration")
     else:
         demonstration = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
-    if not keep_notes:
-        demonstration = _without_notes(demonstration)
+    if not isinstance(demonstration, str):
+        # what calls a tool need not say anything
+        demonstration = [{**message, "content": message["content"] or ""} for message in demonstration]
     made = {name: row.get(column) for name, column in shape.items() if name in OTHER_COLUMNS}
     if made.get("tools") is not None and not isinstance(made["tools"], str):
         # as text, rows' tools keep their own arguments
         made["tools"] = json.dumps(made["tools"])
     if "gold" in shape:
-        gold = row.get(shape["gold"])
-        if gold is None or isinstance(gold, list | dict) or not str(gold).strip():
-            raise DataError(f"{place}: {shape['gold']!r}, the gold answer, is {preferences._kind(gold)}, not a text.")
-        gold = str(gold).strip()
+        gold = gold_text(row.get(shape["gold"]), shape["gold"], place)
     else:
         gold = _marked_gold(demonstration, place, shape["demonstration"])
     if conversational and isinstance(prompt, str) and isinstance(demonstration, str):
@@ -225,10 +227,24 @@ def _is_message(message) -> bool:
     )
 
 
-def _without_notes(demonstration):
-    if isinstance(demonstration, str):
-        return _NOTES.sub("", demonstration)
-    return [{**message, "content": _NOTES.sub("", message["content"] or "")} for message in demonstration]
+def _without_notes(rows: list[dict], shape: dict[str, str], source: str) -> list[dict]:
+    """Rows of GSM8K's shape without calculator notes in their answers, which is said; others as they are."""
+    if (shape["prompt"], shape.get("demonstration"), "gold" in shape) != ("question", "answer", False):
+        return rows
+    made, removed = [], 0
+    for row in rows:
+        answer = row.get("answer")
+        if isinstance(answer, str) and _MARKED.search(answer):
+            answer, count = _NOTES.subn("", answer)
+            removed += count
+            row = {**row, "answer": answer} if count else row
+        made.append(row)
+    if removed:
+        get_logger().info(
+            "%s: %d calculator notes (<<48/2=24>>) are removed from the answers; keep_notes=True in Python keeps them",
+            source, removed,
+        )  # fmt: skip
+    return made
 
 
 def _marked_gold(demonstration, place: str, column: str) -> str:

@@ -1,8 +1,9 @@
 """The kinds of rows that data sets come in: TRL's types, alpaca and sharegpt, told apart and converted."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from posttrain.data.messages import SYSTEM, is_messages, with_system
 from posttrain.errors import DataError
 
 PREFERENCE = "preference"
@@ -29,7 +30,9 @@ KNOWN_COLUMNS = (
 # Kinds that `convert` makes preference pairs of.
 CONVERTED_PAIRS = (ALPACA_PREFERENCE, SHAREGPT_PREFERENCE)
 # The columns that it reads for them, beside the sides.
-CONVERTED_COLUMNS = ("instruction", "input", "system", "history", "conversations", "messages", "prompt")
+CONVERTED_COLUMNS = ("instruction", "input", *SYSTEM, "history", "conversations", "messages", "prompt")
+# What errors say of a row whose place is not known
+NO_PLACE = "the row"
 
 _OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "input", "context"),
@@ -128,52 +131,52 @@ def without_sides(columns: Iterable[str], name: str, row: Mapping | None = None,
     )
 
 
-def convert(dataset):
+def convert(dataset, places: Sequence[str] = ()):
     """An alpaca or sharegpt data set (a `datasets.Dataset`) in TRL's conversational type; others as they are.
 
-    alpaca: instruction, and input below it, become the user's message, after `system` and `history` where the row
-    has them. sharegpt: `human` becomes user, `gpt` assistant, `observation` tool. With columns chosen and rejected
-    the result is preference pairs, else prompt-completion rows (alpaca) or messages (sharegpt). Columns that take
-    no part are kept. Raises DataError for a speaker it does not know, with the row.
+    alpaca: instruction, and input below it, become the user's message, after a system message and `history` where the
+    row has them. sharegpt: `human` becomes user, `gpt` assistant, `observation` tool; messages with role and content
+    stay. A column `system` or `system_prompt` stands in front, once. With columns chosen and rejected the result is
+    preference pairs, else prompt-completion rows (alpaca) or messages (sharegpt). Columns that take no part are kept.
+
+    `places`: where each row is, for errors; default: its number, from 1. Raises DataError for a speaker it does not
+    know, for a second system message that is another one, and for sides that do not answer the instruction.
     """
     if len(dataset) == 0:
         return dataset
     found = detect(dataset.column_names, dataset[0])
     if found.kind not in (ALPACA, ALPACA_PREFERENCE, SHAREGPT, SHAREGPT_PREFERENCE):
         return dataset
-    read = {"instruction", "input", "output", "system", "history", "conversations", "messages"}
+    read = {"instruction", "input", "output", *SYSTEM, "history", "conversations", "messages"}
 
     def convert_one(row: dict, index: int) -> dict:
-        return convert_row(row, found, f"row {index + 1}")
+        return convert_row(row, found, places[index] if places else f"row {index + 1}")
 
     used = [name for name in dataset.column_names if name in read]
     return dataset.map(convert_one, with_indices=True, remove_columns=used, desc=f"Converting {found.kind}")
 
 
-def convert_row(row: Mapping, found: Format, place: str = "the row") -> dict:
+def convert_row(row: Mapping, found: Format, place: str = NO_PLACE) -> dict:
     """The columns that `convert` makes of one row of the kind `found`, which says where it is in errors."""
     if found.kind in (ALPACA, ALPACA_PREFERENCE):
-        prompt = _message("system", row["system"]) if row.get("system") else []
+        prompt = []
         for question, answer in row.get("history") or ():
             prompt += _message("user", question) + _message("assistant", answer)
         prompt += _message("user", "\n".join(filter(None, (row["instruction"], row.get("input")))))
+        prompt = with_system(row, prompt, "prompt", place)
         if found.kind == ALPACA:
             return {"prompt": prompt, "completion": _message("assistant", row["output"])}
-        return {"prompt": prompt} | {side: _answer(row[side], place) for side in ("chosen", "rejected")}
+        return _behind_prompt(row, prompt, place)
     if found.kind in (SHAREGPT, SHAREGPT_PREFERENCE):
         turns = row["conversations"] if "conversations" in row else row.get("messages", row.get("prompt"))
-        messages = _message("system", row["system"]) if row.get("system") else []
-        messages += _turns(turns or [], place)
+        messages = _message("user", turns) if isinstance(turns, str) else _turns(turns or [], "conversations", place)
         if found.kind == SHAREGPT:
-            return {"messages": messages}
-        sides = {side: _answer(row[side], place) for side in ("chosen", "rejected")}
-        return {"prompt": messages, **sides} if turns else sides
+            return {"messages": with_system(row, messages, "the conversation", place)}
+        sides = {side: _answer(row[side], side, place) for side in ("chosen", "rejected")}
+        if turns:
+            return {"prompt": with_system(row, messages, "the conversation", place), **sides}
+        return {side: with_system(row, messages, side, place) for side, messages in sides.items()}
     return dict(row)
-
-
-def is_messages(value) -> bool:
-    """Whether a value is a conversation as TRL takes it: a list of objects with a role."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
 def _preference(names: set, row: Mapping) -> Format:
@@ -184,7 +187,8 @@ def _preference(names: set, row: Mapping) -> Format:
     if "prompt" in names:
         return _trl(PREFERENCE, names, row, "prompt", "chosen", "rejected", judge="chosen")
     if "instruction" in names:
-        return Format(ALPACA_PREFERENCE, "standard", _columns(names, "instruction", "input", "chosen", "rejected"))
+        style = "conversational" if is_messages(row.get("chosen")) else "standard"
+        return Format(ALPACA_PREFERENCE, style, _columns(names, "instruction", "input", "chosen", "rejected"))
     return _trl(IMPLICIT_PROMPT, names, row, "chosen", "rejected", judge="chosen")
 
 
@@ -211,16 +215,60 @@ def _message(role: str, content) -> list[dict]:
     return [{"role": role, "content": content}]
 
 
-def _answer(value, place: str) -> list[dict]:
+def _behind_prompt(row: Mapping, prompt: list[dict], place: str) -> dict:
+    """The prompt of an alpaca row and its two answers; whole conversations that begin with the prompt are cut there."""
+    sides = {side: _answer(row[side], side, place) for side in ("chosen", "rejected")}
+    systems = ("system", "developer")
+    if sides["chosen"][0]["role"] in systems and prompt[0]["role"] not in systems:
+        prompt = [sides["chosen"][0], *prompt]
+    for side, messages in sides.items():
+        starts = (0, 1) if prompt[0]["role"] in systems else (0,)
+        whole = next((prompt[start:] for start in starts if _begins_with(messages, prompt[start:])), None)
+        if whole:
+            sides[side] = messages[len(whole) :]
+        elif messages[0]["role"] in ("user", "system", "developer"):
+            raise DataError(
+                f"{place}: {side} is a conversation that begins with other words than instruction and input, so it is "
+                "not known which of them is the prompt. Leave out the column instruction, or cut the conversation off "
+                "before its answer."
+            )
+    return {"prompt": prompt, **sides}
+
+
+def _begins_with(messages: list[dict], prompt: list[dict]) -> bool:
+    """Whether a conversation begins with the messages of a prompt, up to blanks around them, and goes on."""
+
+    def said(turns: list[dict]) -> list:
+        contents = [turn.get("content") for turn in turns]
+        texts = [content.strip() if isinstance(content, str) else content for content in contents]
+        return list(zip([turn["role"] for turn in turns], texts, strict=True))
+
+    return len(messages) > len(prompt) and said(messages[: len(prompt)]) == said(prompt)
+
+
+def _answer(value, side: str, place: str) -> list[dict]:
     if isinstance(value, str):
         return _message("assistant", value)
-    return _turns(value if isinstance(value, list) else [value], place)
+    if not value:
+        raise DataError(
+            f"{place}: {side} is {'null' if value is None else 'empty'}; it must be a text or messages. Mend the row, "
+            "or leave it out."
+        )
+    return _turns(value if isinstance(value, list) else [value], side, place)
 
 
-def _turns(turns: list, place: str) -> list[dict]:
+def _turns(turns: list, column: str, place: str) -> list[dict]:
     messages = []
     for turn in turns:
-        speaker = turn.get("from") if isinstance(turn, Mapping) else None
+        if not isinstance(turn, Mapping):
+            raise DataError(
+                f"{place}: {column} holds {str(turn)[:60]!r} of type {type(turn).__name__}, which is no turn. A turn "
+                "has from and value, or role and content. Mend the row, or leave it out."
+            )
+        if turn.get("from") is None and isinstance(turn.get("role"), str):
+            messages.append({name: value for name, value in turn.items() if name not in ("from", "value")})
+            continue
+        speaker = turn.get("from")
         if speaker not in _ROLES:
             raise DataError(
                 f"{place}: the turn's speaker is {speaker!r}; sharegpt rows are read with {', '.join(_ROLES)}. "

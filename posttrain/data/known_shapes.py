@@ -1,10 +1,14 @@
 """The table of published shapes: the columns that tell each one, and the rows of ours that one of its rows becomes."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from posttrain.data.formats import is_messages
+from posttrain.data.golds import gold_text, is_missing
+from posttrain.data.messages import is_messages
+from posttrain.data.values import without_answer
+from posttrain.errors import DataError
 
 # What a shape's rows become: prompt, chosen, rejected; prompt, completion, reward; prompt, gold
 PAIRS, ANSWERS, TASKS = "pairs", "answers", "tasks"
@@ -25,7 +29,7 @@ class Shape:
         name: a data set that has it. kind: what its rows become. columns: those it must have; without: must not.
         fits: whether a first row with these columns is of it.
         convert: the rows of ours that a row becomes, of the columns that differ; `LeftOut` for one that says nothing.
-        reads: how, in words.
+        reads: how, in words. unscored: how many of a row's answers are left out since they have no score.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Shape:
     convert: Callable[[Mapping], list[dict]]
     reads: str
     without: tuple[str, ...] = ()
+    unscored: Callable[[Mapping], int] = lambda row: 0
 
     @property
     def why(self) -> str:
@@ -59,6 +64,9 @@ def _split(chosen: list, rejected: list) -> list[dict]:
     """A pair of two whole conversations: what they share up to a turn of the user is the prompt."""
     if not is_messages(chosen) or not is_messages(rejected):
         raise TypeError("a side is no conversation")
+    unanswered = without_answer(chosen, rejected)
+    if unanswered is not None:
+        raise LeftOut(f"{unanswered} {'have' if unanswered == 'both' else 'has'} no answer, but the prompt alone")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -130,11 +138,32 @@ def _are_texts(*columns: str) -> Callable[[Mapping], bool]:
     return lambda row: all(isinstance(row[column], str) for column in columns)
 
 
-def _scored_completions(row: Mapping) -> list[tuple[float, str]]:
-    scored = [(float(one["overall_score"]), one["response"]) for one in row["completions"]]
-    if len(scored) < 2:
-        raise LeftOut("fewer than two answers")
-    return scored
+def _number(value, name: str) -> float:
+    """A score; a text of digits counts. Raises DataError for null, NaN and what is no number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        shown = "null" if value is None else repr(value)
+        raise DataError(f"{name} is {shown}; it must be a number. Fill it in, or leave the row out.")
+    return number
+
+
+def _has_score(one: Mapping) -> bool:
+    """Whether an answer of UltraFeedback's has a score: of some, the judge gave none, or N/A."""
+    return not is_missing(one["overall_score"]) and one["overall_score"] != "N/A"
+
+
+def _unscored_completions(row: Mapping) -> int:
+    return sum(not _has_score(one) for one in row["completions"])
+
+
+def _scored_completions(row: Mapping, least: int = 2) -> list[tuple[float, str]]:
+    answers = [one for one in row["completions"] if _has_score(one)]
+    if len(answers) < least:
+        raise LeftOut("fewer than two answers" if len(answers) == len(row["completions"]) else "too few have a score")
+    return [(_number(one["overall_score"], "overall_score"), one["response"]) for one in answers]
 
 
 def _best_and_worst(prompt, answers: Sequence[tuple[float, str]], is_rank: bool = False) -> list[dict]:
@@ -154,7 +183,9 @@ def _by_index(row: Mapping, names: Sequence[str], better, scores: Sequence[str] 
     order = (int(better), 1 - int(better))
     rewards = {}
     if scores:
-        rewards = dict(zip(("chosen_reward", "rejected_reward"), (float(row[scores[i]]) for i in order), strict=True))
+        rewards = dict(
+            zip(("chosen_reward", "rejected_reward"), (_number(row[scores[i]], scores[i]) for i in order), strict=True)
+        )
     return _pair(row[_prompt_column(row)], row[names[order[0]]], row[names[order[1]]], **rewards)
 
 
@@ -163,7 +194,7 @@ def _prompt_column(row: Mapping) -> str:
 
 
 def _by_score(row: Mapping, prompt: str, names: Sequence[str], scores: Sequence[str]) -> list[dict]:
-    first, second = (float(row[score]) for score in scores)
+    first, second = (_number(row[score], score) for score in scores)
     if first == second:
         raise LeftOut("both answers have the same score")
     best, worst = (0, 1) if first > second else (1, 0)
@@ -209,7 +240,11 @@ def _arena(row: Mapping) -> list[dict]:
 
 def _answer_row(prompt, response: str, reward) -> dict:
     prompt = prompt if isinstance(prompt, list) else [_said("user", prompt)]
-    return {"prompt": prompt, "completion": [_said("assistant", response)], "reward": float(reward)}
+    return {"prompt": prompt, "completion": [_said("assistant", response)], "reward": reward}
+
+
+def _ground_truth(reward_model: Mapping) -> str:
+    return gold_text(reward_model["ground_truth"], "reward_model.ground_truth")
 
 
 def anything(row: Mapping) -> bool:
@@ -232,12 +267,12 @@ SHAPES = (
     Shape(
         "UltraFeedback", PAIRS, ("instruction", "completions"), lambda row: _has(row["completions"], "overall_score"),
         lambda row: _best_and_worst(row["instruction"], _scored_completions(row)),
-        "the answers of the highest and the lowest overall_score",
+        "the answers of the highest and the lowest overall_score", unscored=_unscored_completions,
     ),
     Shape(
         "UltraFeedback", ANSWERS, ("instruction", "completions"), lambda row: _has(row["completions"], "overall_score"),
-        lambda row: [_answer_row(row["instruction"], text, score) for score, text in _scored_completions(row)],
-        "every answer with its overall_score",
+        lambda row: [_answer_row(row["instruction"], text, score) for score, text in _scored_completions(row, 1)],
+        "every answer with its overall_score", unscored=_unscored_completions,
     ),
     Shape(
         "HH-RLHF", PAIRS, ("chosen", "rejected"),
@@ -284,7 +319,9 @@ SHAPES = (
     ),
     Shape(
         "HelpSteer", ANSWERS, ("prompt", "response", "helpfulness"), _are_texts("prompt", "response"),
-        lambda row: [_answer_row(_of_helpsteer(row["prompt"]), row["response"], row["helpfulness"])],
+        lambda row: [
+            _answer_row(_of_helpsteer(row["prompt"]), row["response"], _number(row["helpfulness"], "helpfulness"))
+        ],
         "helpfulness is the reward", without=("completion", "reward"),
     ),
     Shape(
@@ -296,7 +333,7 @@ SHAPES = (
         lambda row: isinstance(row["prompt"], str) and _has(row["answers"], "answer", "rank"),
         lambda row: _best_and_worst(
             _open_transcript(row["prompt"]) if _is_transcript(row["prompt"]) else row["prompt"],
-            [(float(one["rank"]), one["answer"]) for one in row["answers"]], is_rank=True,
+            [(_number(one["rank"], "rank"), one["answer"]) for one in row["answers"]], is_rank=True,
         ),
         "the answers of the first and the last rank",
     ),
@@ -325,13 +362,13 @@ SHAPES = (
     Shape(
         "verl tasks", TASKS, ("prompt", "reward_model"),
         lambda row: is_messages(row["prompt"]) and _has(row["reward_model"], "ground_truth"),
-        lambda row: [{"prompt": row["prompt"], "gold": str(row["reward_model"]["ground_truth"])}],
+        lambda row: [{"prompt": row["prompt"], "gold": _ground_truth(row["reward_model"])}],
         "reward_model.ground_truth is the gold answer", without=("gold",),
     ),
     Shape(
         "RLVR tasks", TASKS, ("messages", "ground_truth"),
         lambda row: is_messages(row["messages"]) and row["messages"][-1]["role"] == "user",
-        lambda row: [{"prompt": row["messages"], "gold": str(row["ground_truth"])}],
+        lambda row: [{"prompt": row["messages"], "gold": gold_text(row["ground_truth"], "ground_truth")}],
         "messages are the prompt, ground_truth is the gold answer", without=("prompt", "gold"),
     ),
 )  # fmt: skip

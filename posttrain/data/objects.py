@@ -65,7 +65,7 @@ def restored(dataset, columns: Iterable[str] = COLUMNS):
     """
     if not hasattr(dataset, "column_names"):
         return dataset
-    features, names = dataset.features or {}, set(dataset.column_names or ())
+    features, names = dataset.features or {}, set(names_of(dataset))
     if _IMAGES & names or any(_holds_images(feature) for feature in features.values()):
         return dataset
     if not hasattr(dataset, "__len__"):
@@ -78,6 +78,18 @@ def restored(dataset, columns: Iterable[str] = COLUMNS):
     looked_at = [name for name in columns if name in names and _is_nested(features[name])]
     changed = [name for name in looked_at if _may_be_padded(features[name]) or _has_blocks(dataset, name)]
     return _mended(dataset, {name: features[name] for name in changed}) if changed else dataset
+
+
+def names_of(dataset) -> list[str]:
+    """The names of a data set's columns; of a stream that does not know them, those of its first row.
+
+    Empty for what is no data set.
+    """
+    if not hasattr(dataset, "column_names"):
+        return []
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset), {}))
 
 
 def unpadded(dataset) -> Iterator[dict]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from posttrain.data import formats, objects, shapes
-from posttrain.data.columns import SYSTEM, place_system, say_left_out
+from posttrain.data.columns import READ, SYSTEM, place_system, say_left_out
+from posttrain.data.parquet import read_parquet
 from posttrain.data.procedural import reverse_list_pairs
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.log import get_logger
@@ -43,10 +44,11 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} must be at least 1, or left out for all rows.")
+    places: list[str] = []
     if source.startswith("generated:"):
         dataset = _generate(source, split)
     elif _is_file_name(source):
-        dataset = _read_file(Path(source).expanduser(), limit, convert)
+        dataset, places = _read_file(Path(source).expanduser(), limit, convert)
     else:
         dataset = _converted(_load_hub(source, split), source, convert)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
@@ -56,7 +58,7 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     found = formats.detect(dataset.column_names, dataset[0])
     if found.kind in formats.CONVERTED_PAIRS:
         get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
-        dataset = formats.convert(dataset)
+        dataset = formats.convert(dataset, places or [f"{source}, row {row}" for row in range(1, len(dataset) + 1)])
     names = dataset.column_names
     dataset = objects.restored(dataset.select_columns([name for name in (*COLUMNS, *SYSTEM) if name in names]))
     say_left_out(names, COLUMNS, source)
@@ -102,6 +104,7 @@ def _converted(dataset, source: str, convert: bool):
 
 
 def _read_file(path: Path, limit: int | None, convert: bool):
+    """The rows of a file, and where each one is; no places where that is its number."""
     from datasets.exceptions import DatasetGenerationError
 
     if not path.exists():
@@ -109,7 +112,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
-        return _read_parquet(path, convert)
+        return _read_parquet(path, convert), []
     rows, places = [], []
     found = _json_rows(path)
     for place, row in shapes.read(found, (shapes.PAIRS,), str(path)) if convert else found:
@@ -129,7 +132,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
                 raise DataError(f"{place}: 'prompt' {problem}; fill it in, or leave the row out.")
     rows = [{name: row.get(name) for name in columns} for row in rows]
     try:
-        return objects.exact(rows, columns, places)
+        return objects.exact(rows, columns, places), places
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors.
         raise mixed_types(rows, places, path, error) from None
@@ -189,24 +192,15 @@ def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_parquet(path: Path, convert: bool):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-
-    try:
-        names = pq.read_schema(path).names
-        if convert:
-            first = next((row for row in Dataset(pq.read_table(path).slice(0, 1))), {})
-            if shapes.find(names, first, (shapes.PAIRS,), str(path)):
-                return shapes.convert(Dataset(pq.read_table(path)), str(path))
-        if not {"chosen", "rejected"} <= set(names):
-            raise formats.without_sides(names, path, next(iter(Dataset(pq.read_table(path))), None))
-        known = [name for name in (*formats.KNOWN_COLUMNS, *COLUMNS, *SYSTEM) if name in names]
-        table = Dataset(pq.read_table(path, columns=list(dict.fromkeys(known))))
-        say_left_out(names, _columns_to_read(set(names), table[0] if len(table) else {}), str(path))
-        return table.select_columns(_columns_to_read(set(names), table[0] if len(table) else {}))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}") from None
+    table = read_parquet(path, READ)
+    names, first = table.column_names, table[0] if len(table) else {}
+    if convert and shapes.find(names, first, (shapes.PAIRS,), str(path)):
+        return shapes.convert(table, str(path))
+    if not {"chosen", "rejected"} <= set(names):
+        raise formats.without_sides(names, path, first or None)
+    columns = _columns_to_read(set(names), first)
+    say_left_out(names, columns, str(path))
+    return table.select_columns(columns)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:

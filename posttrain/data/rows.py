@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from posttrain.data import formats, objects, preferences
+from posttrain.data.columns import READ
+from posttrain.data.parquet import read_parquet
 from posttrain.errors import DataError
 
 
@@ -94,13 +96,5 @@ def rows_of(dataset) -> Iterable[dict]:
 
 
 def _parquet_rows(path: Path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-
-    try:
-        rows = Dataset(pq.read_table(path))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}") from None
-    for number, row in enumerate(objects.unpadded(rows), 1):
+    for number, row in enumerate(objects.unpadded(read_parquet(path, READ)), 1):
         yield f"{path}, row {number}", row

@@ -313,8 +313,19 @@ def _converted(row: Mapping, place: str) -> Mapping:
         return row
     found = formats.detect(row, row)
     if found.kind in (formats.ALPACA, formats.ALPACA_PREFERENCE, formats.SHAREGPT_PREFERENCE):
-        return {**row, **formats.convert_row(row, found, place)}
+        row = {**row, **formats.convert_row(row, found, place)}
+        if "prompt" not in row:
+            return _split(row, place)
     return row
+
+
+def _split(row: Mapping, place: str) -> Mapping:
+    """A pair of whole conversations, parted where its sides do."""
+    shape = shapes.find(row, row, (shapes.WHOLE,), place)
+    try:
+        return row if shape is None else shapes.convert_row(row, shape, place)[0]
+    except shapes.LeftOut as reason:
+        raise DataError(f"{place}: {reason}. Mend the row, or leave it out.") from None
 
 
 def _dataset(rows: list[dict], source: str):

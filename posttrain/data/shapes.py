@@ -13,8 +13,8 @@ from posttrain.log import get_logger
 # In the order in which they are looked for
 KINDS = (PAIRS, ANSWERS, TASKS)
 __all__ = [
-    "ANSWERS", "KINDS", "PAIRS", "Shape", "TASKS", "WHOLE", "as_ours", "convert", "convert_row", "find", "of_any_kind",
-    "read", "read_all",
+    "ANSWERS", "KINDS", "LeftOut", "PAIRS", "Shape", "TASKS", "WHOLE", "as_ours", "convert", "convert_row", "find",
+    "of_any_kind", "read", "read_all",
 ]  # fmt: skip
 
 
@@ -97,14 +97,17 @@ def read(found: Iterable[tuple[str, object]], kinds: Sequence[str], name: str) -
 
 
 def _read_as(shape: Shape, found: Iterable[tuple[str, object]], name: str) -> Iterator[tuple[str, dict]]:
-    left_out, made = Counter(), 0
+    left_out, made, unscored = Counter(), 0, 0
     for place, row in found:
         try:
             for new in convert_row(row, shape, place):
                 made += 1
                 yield place, new
+            unscored += shape.unscored(row)
         except LeftOut as reason:
             left_out[str(reason)] += 1
+    if unscored:
+        get_logger().warning("%s: %d answers are left out: they have no score", name, unscored)
     for reason, count in left_out.items():
         get_logger().warning("%s: %d rows are left out: %s", name, count, reason)
     if left_out and not made:
@@ -128,9 +131,13 @@ def convert_row(row, shape: Shape, place: str = "the row") -> list[dict]:
         )
     try:
         made = shape.convert(row)
+    except DataError as error:
+        # what is wrong with the row is said already, but not where it is
+        raise DataError(f"{place}: {str(error).removeprefix(f'{formats.NO_PLACE}: ')}") from None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise DataError(
-            f"{place}: the row is not like the other {shape.name} rows ({shape.why}): {type(error).__name__}: {error}."
+            f"{place}: the row is not like the other {shape.name} rows ({shape.why}): {type(error).__name__}: "
+            f"{str(error).rstrip('.')}."
         ) from None
     others = {column: value for column, value in row.items() if column not in (*shape.columns, "messages")}
     return [{**others, **new} for new in made]

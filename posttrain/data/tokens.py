@@ -82,7 +82,7 @@ def as_learned(dataset, processing_class, place: str):
 
     `place`: what the data set is called in errors.
     """
-    part = continued.part_labels if "labels" in (dataset.column_names or ()) else continued.part_pair
+    part = continued.part_labels if "labels" in objects.names_of(dataset) else continued.part_pair
     dataset = continued.parted(dataset, functools.partial(part, render=_renderer(processing_class, place)))
     return closers.parted(dataset, tokenizer_of(processing_class).eos_token_id)
 
@@ -230,7 +230,7 @@ def _with_read_tools(dataset, name: str):
     for column in ("tools", "chat_template_kwargs"):
         if getattr(features.get(column), "dtype", None) == "null":
             dataset = dataset.remove_columns(column)
-    if "tools" not in (dataset.column_names or ()):
+    if "tools" not in objects.names_of(dataset):
         return dataset
     if not hasattr(dataset, "__len__"):
         return dataset.map(_read_tools)

@@ -8,6 +8,8 @@ from posttrain.errors import DataError
 
 _SIDES = ("chosen", "rejected")
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Whose turn an answer comes behind
+_ASKING = ("system", "developer", "user", "tool")
 # What is counted, in words, and what to do about it.
 _FAULTS = {
     "function_call": (
@@ -16,6 +18,10 @@ _FAULTS = {
     ),
     "empty": ("an empty side", "Fill it in, or leave those rows out"),
     "identical": ("identical sides", "There is no preference to learn in them; leave those rows out"),
+    "prefix": (
+        "a side that is the beginning of the other, and no column for the prompt",
+        "All of that side but its end is taken for the prompt; add a column prompt",
+    ),
     "no_prompt": ("no prompt", "Add a column prompt, or let both sides begin with it"),
     "answerer": ("an answer whose last message is not the assistant's", "It is trained on all the same; mend its role"),
     "role": (
@@ -24,7 +30,7 @@ _FAULTS = {
     ),
 }
 # Said, but not refused where every row has them: a chat template can have roles of its own.
-_ONLY_SAID = ("answerer", "role")
+_ONLY_SAID = ("prefix", "answerer", "role")
 COLUMNS = ("prompt", *_SIDES, "messages", "completion", "chat_template_kwargs", *formats.TOKEN_COLUMNS)
 
 
@@ -118,7 +124,26 @@ def faults(row: Mapping, place: str, styles: dict | None = None) -> list[str]:
                 "prompt with the messages that both answer."
             )
         found.append("no_prompt")
+    elif formats.is_messages(chosen):
+        _check_answered(chosen, rejected, place)
+    elif chosen != rejected and (chosen.startswith(rejected) or rejected.startswith(chosen)):
+        found.append("prefix")
     return found
+
+
+def without_answer(chosen: list, rejected: list) -> str | None:
+    """Which of two conversations that begin with their prompt says nothing behind it; None where both do."""
+    shorter = min(len(chosen), len(rejected))
+    if chosen[:shorter] == rejected[:shorter] and (shorter == 1 or chosen[shorter - 1]["role"] in _ASKING):
+        return "both" if len(chosen) == len(rejected) else "chosen" if len(chosen) < len(rejected) else "rejected"
+    return None
+
+
+def _check_answered(chosen: list, rejected: list, place: str) -> None:
+    side = without_answer(chosen, rejected)
+    if side is not None:
+        has = "chosen and rejected have" if side == "both" else f"{side} has"
+        raise DataError(f"{place}: {has} no answer, but the prompt alone. Add the answer, or leave the row out.")
 
 
 def _check_same_kind(column: str, style: str, styles: dict, place: str) -> None:

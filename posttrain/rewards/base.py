@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields
 
+from posttrain.data.golds import is_missing
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.rewards.pool import WorkerPool
@@ -191,6 +192,45 @@ def check_golds(dataset, column: str, reward: Reward, name: str = "train_dataset
             f"{reward.__name__}: {errors[repr(value)]}{more} Mend these rows or leave them out."
         )
     return len(unique)
+
+
+def check_missing_golds(rewards, dataset, name: str) -> None:
+    """Look for rows of tasks whose gold answer is missing, by the rewards of this library that read one.
+
+    A row with null may be meant for the other rewards, which is said; NaN, which pandas writes, stands for no answer.
+
+    Args:
+        rewards: all reward functions of a trainer. dataset: a `datasets.Dataset`; others are not looked at.
+
+    Raises DataError for NaN, and for a row that no reward can score, with its number.
+    """
+    columns = getattr(dataset, "column_names", None) or ()
+    if not hasattr(dataset, "__len__"):
+        return
+    read = [(reward, reward.gold) for reward in rewards or () if isinstance(reward, Reward) and hasattr(reward, "gold")]
+    golds = {column: dataset.with_format(None)[column][:] for _, column in read if column in columns}
+    for column, values in golds.items():
+        for row, value in enumerate(values, 1):
+            if value is not None and not isinstance(value, str) and is_missing(value):
+                raise DataError(
+                    f"{name}, row {row}: the gold answer in column {column!r} is NaN, a missing value. Fill it in, "
+                    "write null for none, or leave the row out."
+                )
+    lacking = {column: [is_missing(value) for value in values] for column, values in golds.items()}
+    only_ours = len(read) == len(rewards or ()) and all(column in lacking for _, column in read)
+    rows = zip(*lacking.values(), strict=True) if only_ours else ()
+    unscored = next((row for row, missing in enumerate(rows, 1) if all(missing)), None)
+    if unscored is not None:
+        raise DataError(
+            f"{name}, row {unscored}: the gold answer in column {' and '.join(map(repr, lacking))} is missing, so no "
+            "reward can score an answer. Fill it in, or leave the row out."
+        )
+    for column, missing in lacking.items():
+        if any(missing):
+            get_logger().warning(
+                "%s: %d of %d rows have no gold answer in column %r (first: row %d); only other rewards score them.",
+                name, sum(missing), len(missing), column, missing.index(True) + 1,
+            )  # fmt: skip
 
 
 def shorten(value, length: int = 80) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from posttrain.data.golds import is_missing
 from posttrain.errors import ConfigError, require
 from posttrain.log import get_logger
 from posttrain.rewards.answers import PLACES, answer_number, final_answer, gold_answer
@@ -116,7 +117,7 @@ class ExactMatch(Reward):
             if self.answer_in != "all":
                 answer = final_answer(text, self.answer_in)
                 text = "" if answer is None else answer.text
-            wanted = None if gold is None else " ".join(str(gold).split())
+            wanted = None if is_missing(gold) else " ".join(str(gold).split())
             scores.append(float(" ".join(text.split()) == wanted) if wanted else None)
         return self._scored(scores)
 
@@ -136,8 +137,8 @@ def _same_number(answer, gold) -> float | None:
 
 
 def _missing(value) -> str | None:
-    if value is None or not str(value).strip():
-        return "it is empty."
+    if is_missing(value):
+        return "it is empty." if value is None or isinstance(value, str) else "it is NaN, a missing value."
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         return f"it is a {type(value).__name__}, not a text or a number."
     return None

@@ -6,6 +6,7 @@ import math
 import re
 import tempfile
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -270,7 +271,16 @@ def check_flip_rates(args, train_dataset, eval_dataset) -> None:
         if "flip_rate" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
             continue
         for row, rate in enumerate(dataset["flip_rate"], 1):
-            if not isinstance(rate, int | float) or not 0 <= rate < 0.5:
+            if isinstance(rate, bool) or not isinstance(rate, int | float):
+                what = "null" if rate is None else f"{rate!r}, of type {type(rate).__name__}"
+                cast = ""
+                if isinstance(rate, str | Decimal):
+                    cast = '\n  dataset = dataset.cast_column("flip_rate", Value("float64"))  # of datasets'
+                raise DataError(
+                    f"{name} has a flip_rate of {what} in row {row}; every row's flip_rate must be a number in "
+                    f"[0, 0.5).{cast}"
+                )
+            if not 0 <= rate < 0.5:
                 raise DataError(
                     f"{name} has a flip_rate of {rate} in row {row}; every row's flip_rate must lie in [0, 0.5)."
                 )

@@ -14,7 +14,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import columns, formats, preferences, schema
+from posttrain.data import columns, formats, objects, preferences, schema
 from posttrain.data.limits import Limits
 from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.log import get_logger
@@ -126,7 +126,7 @@ class PreferenceMixin(RunMixin):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _checked(self, dataset, name: str):
-        known = set(getattr(dataset, "column_names", None) or ())
+        known = set(objects.names_of(dataset))
         if not known or known.issuperset(formats.TOKEN_COLUMNS):
             return dataset
         args, dataset = self.args, columns.prepare(dataset, name, _READ)
@@ -148,7 +148,7 @@ class PreferenceMixin(RunMixin):
 
     # stands on DPOTrainer._prepare_dataset, which would look for text again
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(dataset.column_names or ()):
+        if {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(objects.names_of(dataset)):
             dataset = self._short_enough(dataset, args)
         else:
             dataset = as_rendered(dataset, processing_class)

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import answer_tokens, baselines, schema, scored
+from posttrain.data import answer_tokens, baselines, objects, schema, scored
 from posttrain.data.limits import Limits
 from posttrain.data.tokens import as_learned, as_rendered, processing_class_for
 from posttrain.errors import ConfigError
@@ -182,7 +182,7 @@ class OfflineMixin(RunMixin):
 
     # stands on SFTTrainer._prepare_dataset
     def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
-        if "input_ids" not in (dataset.column_names or ()):
+        if "input_ids" not in objects.names_of(dataset):
             dataset = as_rendered(dataset, processing_class)
         return as_learned(
             super()._prepare_dataset(dataset, processing_class, *args, **kwargs), processing_class, "a row"

@@ -18,7 +18,7 @@ from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
-from posttrain.rewards.base import shorten
+from posttrain.rewards.base import check_missing_golds, shorten
 from posttrain.trainers import (
     _checks,
     _completions,
@@ -68,6 +68,8 @@ class PolicyGradientMixin(RunMixin):
         reward_funcs = _rewards.reward_functions(reward_funcs, args)
         _rewards.check_weights(args, reward_funcs)
         _check_prompts(train_dataset, eval_dataset, kwargs)
+        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+            check_missing_golds(reward_funcs, dataset, name)
         train_dataset = columns.prepare(train_dataset, "train_dataset")
         eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
         _checks.check_generation(args, train_dataset)
@@ -199,6 +201,7 @@ class PolicyGradientMixin(RunMixin):
         # of several by name, each comes here on its own
         if isinstance(dataset, dict) or not hasattr(dataset, "column_names"):
             return dataset
+        check_missing_golds(self.reward_funcs, dataset, "eval_dataset")
         dataset = columns.prepare(dataset, "eval_dataset")
         tokenizer = tokenizer_of(self.processing_class)
         dataset = as_rendered(dataset, tokenizer, False, "eval_dataset")

@@ -57,13 +57,13 @@ def test_known_columns_are_mapped(tmp_path, row, gold):
 def test_other_columns_are_mapped_by_name_and_messages_stay(tmp_path):
     row = {
         "ask": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1?"}],
-        "said": [{"role": "assistant", "content": "<<1+1=2>>2"}],
+        "said": [{"role": "assistant", "content": "1<<3>>2 is no note"}],
         "right": "2",
     }
     columns = {"prompt": "ask", "demonstration": "said", "gold": "right"}
     (made,) = load_demonstrations(write(tmp_path / "rows.jsonl", [row]), columns=columns)
     assert made["prompt"] == row["ask"] and made["gold"] == "2"
-    assert made["demonstration"] == [{"role": "assistant", "content": "2"}]
+    assert made["demonstration"] == row["said"]
 
 
 @pytest.mark.parametrize(
