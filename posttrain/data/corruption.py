@@ -14,8 +14,8 @@ def flip_preferences(dataset, rate: float, seed: int = 0):
     with a warning, as of other columns named after one side alone, which stay: see `posttrain.data.sides.swapped`.
 
     The bool column `flipped` tells whether a row was swapped; where the data set has one already, whether it was
-    swapped an odd number of times. Rows keep their order, other columns their values. A pure function of its arguments; for one seed,
-    the rows flipped at a lower rate are flipped at a higher one too.
+    swapped an odd number of times. Rows keep their order, other columns their values. A pure function of its
+    arguments; for one seed, the rows flipped at a lower rate are flipped at a higher one too.
 
     `dataset`: a `datasets.Dataset`. `rate`: a share in [0, 1), else ValueError.
     """

@@ -138,6 +138,34 @@ def test_columns_that_are_left_out_under_a_known_name_are_said(tmp_path, logged)
 
 
 @pytest.mark.parametrize(
+    "column", ["context", "passage", "choices", "options", "persona", "document", "article", "background", "premise"]
+)
+def test_what_a_question_is_about_is_said_to_be_left_out(tmp_path, column, logged):
+    logged.set_level("INFO", logger="posttrain")
+    said = f"left out: column {column}, though it has a name that known formats use"
+    beside = {column: "x", "source": "s", "category": "c"}
+    pair, task = {"chosen": "c", "rejected": "r"}, {"question": "q", "answer": "so #### 4"}
+    for number, (load, row) in enumerate(
+        [
+            (load_preferences, {"instruction": "q"} | pair),
+            (load_preferences, {"question": "q"} | pair),
+            (load_preferences, {"prompt": "q"} | pair),
+            (load_demonstrations, task),
+            (load_scored, {"instruction": "q", "output": "a", "reward": 1.0}),
+        ]
+    ):
+        logged.clear()
+        if load is load_scored:
+            row = {"prompt": row.pop("instruction"), "completion": row.pop("output")} | row
+        load(write(tmp_path / f"{number}.jsonl", row | beside))
+        assert said in logged.text, row
+    logged.clear()
+    at_hand = Dataset.from_list([{"prompt": "q"} | pair | beside])
+    columns.prepare(at_hand, "train_dataset", ("prompt", "chosen", "rejected"))
+    assert f"train_dataset: {said}" in logged.text
+
+
+@pytest.mark.parametrize(
     ("name", "other"),
     [
         ("score_chosen", "score_rejected"),

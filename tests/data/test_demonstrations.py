@@ -216,3 +216,55 @@ def test_gsm8k_is_mapped_whole():
         assert all(float(gold) == int(gold) for gold in rows["gold"])
         assert not any("<<" in row[0]["content"] for row in rows["demonstration"])
         check_golds(rows, "gold", MathsAnswer(engine="numbers"))
+
+
+CODE = [
+    "cin >> x; cout << x; cin >> y; // 1<<3>>2",
+    "List<<T>> and cat <<EOF >>out.txt",
+    "a<<b=3>>c",
+    "x <<= 2; y >>= 1",
+    "if (1<<2==n>>1)",
+]
+
+
+@pytest.mark.parametrize("text", [*CODE, "1+1=<<1+1=2>>2"])
+@pytest.mark.parametrize("mark", ["#### 4", r"\boxed{4}"])
+def test_texts_of_other_files_than_gsm8ks_keep_all_they_have(tmp_path, text, mark, logged):
+    logged.set_level("INFO", logger="posttrain")
+    whole = f"{text}\n{mark}"
+    for number, row in enumerate(
+        [
+            {"problem": "q", "solution": whole},
+            {"question": "q", "solution": whole, "answer": "4"},
+            {"prompt": "q", "demonstration": whole},
+            {"prompt": [{"role": "user", "content": "q"}], "demonstration": [{"role": "assistant", "content": whole}]},
+        ]
+    ):
+        (made,) = load_demonstrations(write(tmp_path / f"{number}.jsonl", [row]))
+        assert made["demonstration"] == [{"role": "assistant", "content": whole}]
+    assert "calculator notes" not in logged.text
+
+
+@pytest.mark.parametrize("text", CODE)
+def test_code_in_files_of_gsm8ks_shape_is_kept(tmp_path, text):
+    row = {"question": "q", "answer": f"{text} <<2*2=4>>4\n#### 4"}
+    (made,) = load_demonstrations(write(tmp_path / "a.jsonl", [row]), conversational=False)
+    assert made["demonstration"] == f"{text} 4\n#### 4"
+    boxed = {"question": "q", "answer": f"{text} <<2*2=4>>4 \\boxed{{4}}"}
+    (made,) = load_demonstrations(write(tmp_path / "b.jsonl", [boxed]), conversational=False)
+    assert made["demonstration"] == boxed["answer"]
+
+
+@pytest.mark.parametrize(
+    "note", ["48/2=24", "5*.20=1.00", "1,000-1=999", "(3+4)*2=14", "10*50%=5", "$5*2=$10", "7-9=-2"]
+)
+def test_calculator_notes_are_removed_from_gsm8ks_files_and_said_once(tmp_path, note, logged):
+    logged.set_level("INFO", logger="posttrain")
+    rows = [{"question": "q", "answer": f"so <<{note}>>7, <<1+1=2>>2\n#### 7"}] * 3
+    source = write(tmp_path / "a.jsonl", rows)
+    assert load_demonstrations(source, conversational=False)["demonstration"][:] == ["so 7, 2\n#### 7"] * 3
+    assert logged.text.count("6 calculator notes (<<48/2=24>>) are removed from the answers") == 1
+    logged.clear()
+    kept = load_demonstrations(source, conversational=False, keep_notes=True)
+    assert kept["demonstration"][:] == [row["answer"] for row in rows]
+    assert "are removed" not in logged.text

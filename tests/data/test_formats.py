@@ -1,7 +1,12 @@
+import json
+import re
+
 import pytest
 from datasets import Dataset
 
-from posttrain.data.formats import convert, detect
+from posttrain.cli import main
+from posttrain.data.formats import convert, convert_row, detect
+from posttrain.data.preferences import load_preferences
 from posttrain.errors import DataError
 
 USER = [{"role": "user", "content": "q"}]
@@ -95,3 +100,67 @@ def test_an_unknown_speaker_is_named_with_its_row():
 def test_what_is_in_trls_form_already_is_left_alone():
     rows = Dataset.from_list([{"prompt": USER, "completion": ANSWER}])
     assert convert(rows) is rows
+
+
+TALK = USER + ANSWER
+WORSE = [{"role": "assistant", "content": "b"}]
+SYSTEM = [{"role": "system", "content": "s"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "q", "chosen": TALK, "rejected": USER + WORSE}, USER),
+        ({"instruction": " q\n", "input": "", "chosen": ANSWER, "rejected": WORSE}, [{**USER[0], "content": " q\n"}]),
+        ({"instruction": "q", "chosen": ANSWER[0], "rejected": "b"}, USER),
+        ({"instruction": "q", "chosen": SYSTEM + TALK, "rejected": SYSTEM + USER + WORSE}, SYSTEM + USER),
+        ({"instruction": "q", "system": "s", "chosen": TALK, "rejected": USER + WORSE}, SYSTEM + USER),
+        ({"instruction": "q", "system": "s", "chosen": SYSTEM + TALK, "rejected": USER + WORSE}, SYSTEM + USER),
+        (
+            {
+                "instruction": "q",
+                "input": "x",
+                "chosen": [{"role": "user", "content": "q\nx"}] + ANSWER,
+                "rejected": WORSE,
+            },
+            [{"role": "user", "content": "q\nx"}],
+        ),
+    ],
+)
+def test_an_instruction_is_the_prompt_of_sides_that_are_messages(row, prompt):
+    found = detect(row, row)
+    assert found.kind == "alpaca preference"
+    assert convert_row(row, found) == {"prompt": prompt, "chosen": ANSWER, "rejected": WORSE}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"instruction": "other", "chosen": TALK, "rejected": TALK}, "chosen is a conversation that begins with other"),
+        ({"instruction": "q", "chosen": TALK, "rejected": USER}, "rejected is a conversation that begins with other"),
+        ({"instruction": "q", "chosen": "a", "rejected": None}, "rejected is null; it must be a text or messages"),
+        ({"instruction": "q", "chosen": [], "rejected": "b"}, "chosen is empty; it must be a text or messages"),
+        ({"instruction": "q", "chosen": ["a"], "rejected": "b"}, "chosen holds 'a' of type str, which is no turn"),
+        ({"instruction": "q", "chosen": 3, "rejected": "b"}, "chosen holds '3' of type int, which is no turn"),
+    ],
+)
+def test_sides_that_do_not_answer_the_instruction_are_refused_with_the_reason(tmp_path, capsys, row, problem):
+    good = {"instruction": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match=f"^line 4: {problem}"):
+        convert_row(row, detect(good, good), "line 4")
+    if isinstance(row["chosen"], list) and row["chosen"]:
+        source = tmp_path / "a.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for _ in range(2)))
+        with pytest.raises(DataError, match=rf"a\.jsonl, line 1: {problem}"):
+            load_preferences(str(source))
+        assert main(["data", "convert", str(source), str(tmp_path / "b.jsonl")]) == 3
+        said = capsys.readouterr().err
+        assert re.search(rf"a\.jsonl, line 1: {problem}", said)
+        assert "the row:" not in said and ".." not in said.replace("...", "")
+
+
+def test_turns_of_sharegpt_and_messages_may_stand_beside_each_other():
+    row = {"conversations": USER, "chosen": {"from": "gpt", "value": "a"}, "rejected": WORSE[0]}
+    assert convert_row(row, detect(row, row)) == {"prompt": USER, "chosen": ANSWER, "rejected": WORSE}
+    row = {"prompt": "q", "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
+    assert convert_row(row, detect(row, row)) == {"prompt": USER, "chosen": ANSWER, "rejected": WORSE}

@@ -405,11 +405,59 @@ def test_rows_without_a_better_answer_are_left_out_and_counted(tmp_path, logged,
         (PAIRS["HH-RLHF"][0], {"chosen": "no transcript"}, "a transcript begins with 'Human:'"),
         (BINARIZED, {"chosen": "a text", "rejected": "another"}, "a side is no conversation"),
         (PAIRS["Orca DPO pairs"][0], {"question": 3}, "a text is missing; found 3"),
+        (PAIRS["SHP, A preferred"][0], {"score_A": None, "score_B": 1}, "score_A is null; it must be a number"),
+        (PAIRS["WebGPT comparisons"][0], {"score_0": None}, "'score_0' is missing"),
+        (PAIRS["WebGPT comparisons"][0], {"score_1": "N/A"}, "score_1 is 'N/A'; it must be a number"),
     ],
 )
 def test_a_row_unlike_the_others_is_named(tmp_path, row, change, problem):
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{problem}"):
         load_preferences(write(tmp_path / "a.jsonl", [row, row | change]))
+
+
+def scored(*scores):
+    completions = [{"response": text, "overall_score": score} for text, score in zip("abcd", scores, strict=False)]
+    return {"instruction": "q", "completions": completions}
+
+
+@pytest.mark.parametrize("none", [None, float("nan"), "N/A"])
+def test_answers_without_a_score_are_left_out_and_counted(tmp_path, logged, none):
+    source = write(tmp_path / "a.jsonl", [scored(3, 2, none), scored(none, 4, 5, none), scored(none, 1)])
+    pairs = load_preferences(source)
+    assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in pairs] == [("a", "b"), ("c", "b")]
+    assert "3 answers are left out: they have no score" in logged.text
+    assert "1 rows are left out: too few have a score" in logged.text
+    answers = load_scored(source)
+    assert answers["reward"][:] == [3.0, 2.0, 4.0, 5.0, 1.0]
+    assert [row[0]["content"] for row in answers["completion"]] == ["a", "b", "b", "c", "b"]
+    with pytest.raises(DataError, match="none of its 1 rows can be used: too few have a score"):
+        load_scored(write(tmp_path / "b.jsonl", [scored(none, none)]))
+
+
+@pytest.mark.parametrize("name", ["SHP, A preferred", "WebGPT comparisons"])
+def test_the_reason_for_a_row_that_is_refused_is_no_error_of_pythons(tmp_path, name):
+    row = PAIRS[name][0]
+    row |= {column: None for column in row if column.lower().startswith("score")}
+    with pytest.raises(DataError) as raised:
+        load_preferences(write(tmp_path / "a.jsonl", [PAIRS[name][0], row]))
+    assert "Error" not in str(raised.value) and not str(raised.value).endswith("..")
+
+
+@pytest.mark.parametrize(
+    ("sides", "who"),
+    [
+        ((TALK + [assistant("b")], TALK), "rejected has"),
+        ((TALK[:1], TALK[:1] + [assistant("b")]), "chosen has"),
+        ((TALK[:1], TALK[:1]), "both have"),
+    ],
+)
+def test_scored_conversations_without_an_answer_are_left_out_with_the_reason(tmp_path, logged, sides, who):
+    scores = {"chosen_reward": 1.0, "rejected_reward": 0.0}
+    good = {"chosen": TALK + [assistant("a")], "rejected": TALK + [assistant("b")]} | scores
+    bad = dict(zip(("chosen", "rejected"), sides, strict=True)) | scores
+    rows = load_scored(write(tmp_path / "a.jsonl", [good, bad]))
+    assert rows["prompt"][:] == [TALK, TALK]
+    assert f"1 rows are left out: {who} no answer, but the prompt alone" in logged.text
 
 
 def test_rows_can_be_read_as_they_are(tmp_path):

@@ -1,12 +1,16 @@
 """Settings that are refused before any weight is read."""
 
+from decimal import Decimal
+
 import pytest
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 
 from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.trainers import _checks
+from tests import rollouts
 from tests.conftest import make_pairs
+from tests.training import settings
 
 
 @pytest.fixture
@@ -127,3 +131,96 @@ def test_what_this_machine_cannot_carry_out_is_refused_before_the_model_loads(
     if family == "preference":
         with pytest.raises(ConfigError, match="activation_offloading is true, and there is no accelerator"):
             kind(weightless, args=config(str(tmp_path / "2"), activation_offloading=True, **plain), **given)
+
+
+def turn(role, text):
+    return {"role": role, "content": text}
+
+
+ASKED, SAID, OTHER = turn("user", "q"), turn("assistant", "a"), turn("assistant", "b")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "problem"),
+    [
+        ([ASKED, SAID], [ASKED], "rejected has no answer, but the prompt alone"),
+        ([ASKED], [ASKED, SAID], "chosen has no answer"),
+        ([ASKED, SAID, ASKED, OTHER], [ASKED, SAID, ASKED], "rejected has no answer"),
+        ([turn("system", "s"), ASKED, SAID], [turn("system", "s"), ASKED], "rejected has no answer"),
+        ([turn("system", "s"), ASKED, SAID], [turn("system", "s")], "rejected has no answer"),
+        ([ASKED], [ASKED], "chosen and rejected have no answer"),
+    ],
+)
+def test_a_side_that_is_the_prompt_alone_is_refused_with_its_row(weightless, tmp_path, chosen, rejected, problem):
+    good = {"chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}
+    rows = Dataset.from_list([good, good, {"chosen": chosen, "rejected": rejected}])
+    with pytest.raises(DataError, match=f"train_dataset, row 3: {problem}"):
+        RobustDPOTrainer(weightless, args=RobustDPOConfig(str(tmp_path / "out")), train_dataset=rows)
+
+
+def test_conversations_of_which_one_goes_on_longer_are_pairs():
+    from posttrain.data.values import faults
+
+    assert faults({"chosen": [ASKED, SAID, ASKED, OTHER], "rejected": [ASKED, SAID]}, "row 1") == []
+    assert faults({"chosen": [ASKED, SAID, ASKED, OTHER], "rejected": [ASKED, SAID, ASKED, SAID]}, "row 1") == []
+    assert faults({"chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}, "row 1") == ["identical"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "said"),
+    [("2 + 2 = 4", "2 + 2 =", True), ("ab", "abc", True), ("2 + 2 = 4", "2 + 2 = 5", False)],
+)
+def test_a_text_that_the_other_begins_with_is_said_where_there_is_no_prompt(chosen, rejected, said):
+    from posttrain.data.values import scan_pairs
+
+    pair = {"chosen": chosen, "rejected": rejected}
+    counts, warnings = scan_pairs([("row 1", pair)], "d")
+    assert counts["prefix"] == said
+    expected = ["d: 1 of 1 pairs have a side that is the beginning of the other, and no column for the prompt"] * said
+    assert [warning.split(" (first")[0] for warning in warnings] == expected
+    assert scan_pairs([("row 1", {"prompt": "q", **pair})], "d")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("rate", "what"),
+    [
+        ("0.1", "'0.1', of type str in row 2; every row's flip_rate must be a number in"),
+        (Decimal("0.1"), r"Decimal\('0.1'\), of type Decimal in row 2; every row's flip_rate must be a number"),
+        (None, "null in row 2; every row's flip_rate must be a number"),
+        (0.7, "0.7 in row 2; every row's flip_rate must lie in"),
+        (float("nan"), "nan in row 2; every row's flip_rate must lie in"),
+    ],
+)
+def test_a_flip_rate_is_called_what_it_is(weightless, tmp_path, rate, what):
+    first = rate if isinstance(rate, str | Decimal) else 0.1
+    rows = make_pairs(2, flip_rate=[type(first)("0.2"), rate])
+    if not isinstance(rate, float | None):
+        # of the first row already
+        what = what.replace("0.1", "0.2").replace("row 2", "row 1")
+    args = RobustDPOConfig(str(tmp_path / "out"), pair_loss="rdpo", flip_rate=0.1)
+    with pytest.raises(DataError, match=f"train_dataset has a flip_rate of {what}") as raised:
+        RobustDPOTrainer(weightless, args=args, train_dataset=rows)
+    if isinstance(rate, str | Decimal):
+        assert 'dataset.cast_column("flip_rate", Value("float64"))' in str(raised.value)
+        mended = rows.cast_column("flip_rate", Value("float64"))
+        assert mended["flip_rate"][0] == 0.2
+        _checks.check_flip_rates(args, mended, None)
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_streams_without_column_names_train_on_their_system_messages(tiny_folder, tmp_path, column):
+    row = {column: "Be short.", "prompt": [ASKED], "chosen": [SAID], "rejected": [OTHER], "gold": "1"}
+
+    def rows():
+        yield from [row] * 4
+
+    stream, known = IterableDataset.from_generator(rows), Dataset.from_list([row] * 4)
+    made = [
+        RobustDPOTrainer(tiny_folder, args=RobustDPOConfig(**settings(tmp_path / name)), train_dataset=data)
+        for name, data in (("a", stream), ("b", known))
+    ]
+    ids = [next(iter(trainer.train_dataset))["prompt_ids"] for trainer in made]
+    assert ids[0] == ids[1] and "Be short." in made[0].processing_class.decode(ids[0])
+    args = PolicyGradientConfig(**rollouts.settings(tmp_path / "c"))
+    trainer = PolicyGradientTrainer(tiny_folder, rollouts.success, args, IterableDataset.from_generator(rows))
+    assert next(iter(trainer.train_dataset))["prompt"] == [turn("system", "Be short."), ASKED]
