@@ -50,7 +50,8 @@ def place_system(dataset, name: str):
     read = [column for column in (*SYSTEM, *parts) if column in columns]
     rows = list(objects.unpadded(dataset.with_format(None).select_columns(read)))
     first = first_with_system(rows)
-    if first is None or not say_system(first, name):
+    # rows that are yet to be converted get theirs then
+    if first is None or formats.detect(columns, first).kind in formats.CONVERTED_PAIRS or not say_system(first, name):
         return dataset
     placed = [{**row, **system_in_front(row, f"{name}, row {number}")} for number, row in enumerate(rows, 1)]
     made, form = objects.exact(placed, parts), dataset.format

@@ -108,3 +108,10 @@ def test_what_is_no_data_set_and_an_empty_stream_have_no_columns():
     assert objects.names_of(None) == objects.names_of([{"a": 1}]) == []
     assert objects.names_of(IterableDataset.from_generator(lambda: iter(()))) == []
     assert objects.names_of(Dataset.from_dict({"a": [1]})) == ["a"]
+
+
+def test_rows_that_are_yet_to_be_converted_are_not_said_to_lose_their_system_message(logged):
+    row = {"system": "Be short.", "chosen": [ASKED, SAID], "rejected": [ASKED, WORSE]}
+    rows = Dataset.from_list([row])
+    assert columns.prepare(rows, "train_dataset", ("chosen", "rejected")) is rows
+    assert "left out: a text has no place" not in logged.text
