@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from posttrain.data import round_trips
+from posttrain.data.additions import TAG, added, misreads
+from posttrain.data.applied import control_tokens
 from posttrain.data.markers import REASONING, marked
 from posttrain.data.round_trips import bare as _bare
 from posttrain.data.tokens import render_text, tokenizer_of
@@ -21,6 +23,7 @@ class Fault(NamedTuple):
         key: faults of one key are counted together.
         what: what happens, in words. shown: the piece of the row. remedy: what to do.
         is_wrong: the model would learn something else than the row says; else it only sees or learns less.
+        is_note: it is the template's design, and nothing is lost.
     """
 
     key: tuple
@@ -28,6 +31,7 @@ class Fault(NamedTuple):
     shown: str
     remedy: str
     is_wrong: bool = False
+    is_note: bool = False
 
 
 def prompt_of(row: Mapping):
@@ -58,6 +62,71 @@ class Probe:
                 yield from self._text_faults(self.prompt or "", answer or "", name, learned)
             else:
                 yield from self._faults(self.prompt or [], answer or [], name, learned)
+        yield from self._added_faults(learned)
+
+    def _added_faults(self, learned: Mapping) -> Iterator[Fault]:
+        """What the template writes into the learned answers, and what it makes of tags that enclose no thought."""
+        answers = {name: answer for name, answer in self.answers.items() if name not in ("messages", "text")}
+        if not isinstance(self.prompt, list) or not all(isinstance(answer, list) for answer in answers.values()):
+            return
+        control = control_tokens(tokenizer_of(self.processing_class))
+        sides: dict[str, list[str]] = {}
+        for name, answer in answers.items():
+            texts = added(learned.get(name, ""), answer, control)
+            for text in dict.fromkeys(texts):
+                sides.setdefault(text, []).append(name)
+            yield from self._misread_faults(answer, learned.get(name, ""), texts)
+        for text, names in sides.items():
+            shown, alone = repr(_short(text)), "" if len(names) == len(answers) else names[0]
+            which = f"the {alone} answer alone" if alone else "answers"
+            behind = ", which tells the sides apart" if alone else ", and it is learned with them"
+            remedy = self._settings_without(text, answers) or (
+                "It is learned as the answer's own words are."
+                if alone or not TAG.search(text)
+                else "It is the template's design; the model learns to write it."
+            )
+            yield Fault(
+                ("added", text, alone), f"the chat template adds {shown} to {which}{behind}",
+                repr(_short(learned.get(names[0], ""))), remedy, is_note=not alone,
+            )  # fmt: skip
+
+    def _misread_faults(self, answer: list, learned: str, texts: list[str]) -> Iterator[Fault]:
+        for message in answer:
+            content = message.get("content")
+            how = misreads(content) if isinstance(content, str) and message.get("role") == "assistant" else None
+            is_whole = isinstance(content, str) and _bare(content) in _bare(learned)
+            if how == "mentions" and (not is_whole or any("<think>" in text for text in texts if "</think" not in text)):
+                yield Fault(
+                    ("mentions",), "the chat template takes an answer that speaks of </think> for a thought",
+                    repr(_short(content)),
+                    "It moves or drops the words before it. Write the tag in another way, with a space in it, say, or "
+                    "leave those rows out.",
+                    True,
+                )  # fmt: skip
+            elif how == "unclosed" and any("</think>" in text for text in texts):
+                yield Fault(
+                    ("unclosed",), "the chat template puts a thought of its own in front of an answer that opens one "
+                    "and never closes it", repr(_short(learned)),
+                    "Such answers were cut off, as a rule: close the thought, or leave those rows out.",
+                )  # fmt: skip
+
+    def _settings_without(self, text: str, answers: Mapping) -> str | None:
+        """What to set so that the template puts a text into the prompt, or leaves it out; None where nothing does."""
+        for setting in ("enable_thinking", "thinking"):
+            kwargs = {**self.row["chat_template_kwargs"], setting: False}
+            row = {**self.row, "chat_template_kwargs": kwargs}
+            try:
+                prompt = render_text(self.prompt, row, self.processing_class, add_generation_prompt=True)
+                wholes = [render_text([*self.prompt, *one], row, self.processing_class) for one in answers.values()]
+            # it may know the setting in another form
+            except Exception:
+                continue
+            if all(whole.startswith(prompt) and text not in whole[len(prompt) :] for whole in wholes):
+                return (
+                    f"`{setting}: false` in the rows' chat_template_kwargs puts it into the prompt, or leaves it out, if "
+                    "it is not to be."
+                )
+        return None
 
     def _text_faults(self, prompt: str, answer: str, name: str, learned: Mapping) -> Iterator[Fault]:
         whole = learned.get("prompt", "") + (learned.get(name, "") if name != "prompt" else "")
