@@ -8,6 +8,7 @@ from typing import NamedTuple
 from posttrain.data.markers import REASONING
 
 TAG = re.compile(r"</?(?:think|thinking|reasoning)>")
+_TAGS = re.compile(rf"(?:{TAG.pattern}|\s)*")
 # Tokens that mark turns, in models whose tokenizer calls them ordinary ones too.
 _TOKEN = re.compile(r"<[|｜][^<>\n]{1,60}>|<[^<>\n]{1,60}[|｜]>|</?s>|<(?:start|end)_of_(?:turn|image)>|<[be]os>|\[/?[A-Z_]+\]")
 # What stands between the tokens of a turn's beginning: who speaks, and where to.
@@ -49,7 +50,7 @@ def added(learned: str, answer: list[Mapping], control: Iterable[str] = ()) -> l
         spans.append((places[begin], places[begin + len(wanted) - 1] + 1, own.is_reasoning))
         end = begin
     spans.reverse()
-    calls = any(turn.get("tool_calls") or turn.get("function_call") for turn in answer)
+    calls = any(turn.get("tool_calls") or turn.get("function_call") or turn.get("role") == "tool" for turn in answer)
     found = []
     for number in range(len(spans) + 1):
         start = spans[number - 1][1] if number else 0
@@ -58,7 +59,8 @@ def added(learned: str, answer: list[Mapping], control: Iterable[str] = ()) -> l
             between = _CLOSING.sub("", between)
         if number < len(spans) and spans[number][2]:
             between = _OPENING.sub("", between)
-        found += [part for part in _parts(between, known, not number) if not calls or not TAG.sub("", part).strip()]
+        parts = _parts(between, known, not number)
+        found += [tags for part in parts if (tags := _TAGS.match(part)[0].strip())] if calls else parts
     return found
 
 

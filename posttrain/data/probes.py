@@ -12,6 +12,7 @@ from posttrain.data.markers import REASONING, marked
 from posttrain.data.round_trips import bare as _bare
 from posttrain.data.tokens import render_text, tokenizer_of
 
+_BLANKS = re.compile(r"\s")
 _THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
 _ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "text")
 
@@ -73,9 +74,10 @@ class Probe:
         sides: dict[str, list[str]] = {}
         for name, answer in answers.items():
             texts = added(learned.get(name, ""), answer, control)
-            for text in dict.fromkeys(texts):
+            misread = list(self._misread_faults(answer, learned.get(name, ""), texts))
+            yield from misread
+            for text in dict.fromkeys(() if misread else texts):
                 sides.setdefault(text, []).append(name)
-            yield from self._misread_faults(answer, learned.get(name, ""), texts)
         for text, names in sides.items():
             shown, alone = repr(_short(text)), "" if len(names) == len(answers) else names[0]
             which = f"the {alone} answer alone" if alone else "answers"
@@ -145,7 +147,7 @@ class Probe:
             "Leave those rows out, write the characters in another way, or take a model whose tokenizer knows them."
         )
         for change in round_trips.changes(text, tokenizer_of(self.processing_class)):
-            if change.kind == "lines":
+            if change.kind in ("lines", "blanks"):
                 remedy = "The model cannot learn them; take a model whose tokenizer keeps them."
             yield Fault((change.kind,), change.what, repr(_short(text)), remedy)
 
@@ -187,7 +189,7 @@ class Probe:
                 continue
             changed = list(self._tokenizer_faults(piece.text))
             yield from changed
-            if not changed and piece.kind in ("content", *REASONING) and "\n" in piece.text.strip():
+            if not changed and piece.kind in ("content", *REASONING) and _BLANKS.search(piece.text.strip()):
                 yield from self._line_faults(piece, messages, options)
         yield from self._order_faults(places)
         if names and drawn is not None and not any(marker in drawn for marker in names.values()):
@@ -214,6 +216,13 @@ class Probe:
                 repr(_short(piece.text)),
                 "Code and lists are seen as one line; use a template that renders the message as it is.",
             )
+        elif round_trips.loses_blanks(piece.text, rendered):
+            role = messages[piece.index].get("role")
+            yield Fault(
+                ("blanks", role), f"the chat template loses tabs or blanks within a line of the role {role}",
+                repr(_short(piece.text)),
+                "Tables and code are seen in another form; use a template that renders the message as it is.",
+            )  # fmt: skip
 
     def _content_fault(self, piece, message, part, seen, found, hay, name, start, total) -> Fault | None:
         role, shown = message.get("role"), repr(_short(piece.text))

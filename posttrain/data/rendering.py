@@ -137,7 +137,9 @@ class _Faults:
 
     def warnings(self) -> list[str]:
         """A sentence about each of the others, without the notes."""
-        return [self._sentence(fault, place) for fault, place in self.first.values() if not fault.is_note]
+        found = [(fault, place) for fault, place in self.first.values() if not fault.is_note]
+        # a tokenizer that loses line breaks loses blanks, as a rule
+        return [self._sentence(*one) for one in found if one[0].key != ("blanks",) or ("lines",) not in self.first]
 
     def notes(self) -> list[str]:
         """A sentence about each that is a template's design."""

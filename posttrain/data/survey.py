@@ -13,6 +13,10 @@ from posttrain.errors import DataError
 
 # Characters that prompts must have together before answers that begin with them are no chance.
 _CHANCE = 16
+# Keys of a message by which other trainers leave it out of the loss, and what says there that it is learned.
+_LEARNED = dict.fromkeys(("weight", "train", "training", "trainable", "loss"), (1, "1", "1.0", "true", "True"))
+_LEFT_OUT = dict.fromkeys(("mask", "masked"), (0, "0", "0.0", "false", "False"))
+_SWITCHES = _LEARNED | _LEFT_OUT
 # Keys of a message whose texts a template can render
 _WRITTEN = ("content", *REASONING, "name", "tool_calls", "function_call")
 
@@ -32,6 +36,8 @@ class Survey:
         self.first_held: dict[str, str] = {}
         self.others: Counter = Counter()
         self.first_other: dict[str, str] = {}
+        # rows with a turn that is not to be learned, or not as the others, and what the first of them says
+        self.unlearned, self.first_unlearned = 0, ""
 
     def look(self, number: int, row: Mapping, place: str) -> None:
         """Take in a row."""
@@ -43,6 +49,7 @@ class Survey:
         if not self.is_text and row.get("tools"):
             texts["tools"] = list(_strings(tools_of(row)))
         self.tokens.look(texts, place, self.is_text)
+        self._look_for_switches(answers, place)
         if not prompt or not answers:
             return
         if all(_begins_with(answer, prompt) for answer in answers.values()):
@@ -62,6 +69,19 @@ class Survey:
             ):
                 self.others[role] += 1
                 self.first_other.setdefault(role, place)
+
+    def _look_for_switches(self, answers: Mapping, place: str) -> None:
+        for name, answer in answers.items():
+            # of whole conversations no answer is told apart here
+            turns = answer if isinstance(answer, list) and name != "messages" else []
+            for number, turn in enumerate(turns, 1):
+                key = _switch_of(turn)
+                if key is not None:
+                    self.unlearned += 1
+                    self.first_unlearned = self.first_unlearned or (
+                        f"{place}, whose {name} has {key}: {turn[key]!r} in message {number} of {len(turns)}"
+                    )
+                    return
 
     def _look_for_prompt(self, prompt, answers: Mapping, place: str) -> None:
         found = {name: repeats(prompt, answer) for name, answer in answers.items()}
@@ -91,6 +111,13 @@ class Survey:
                 f"transcript of the prompt, which stands in its own column as well (first: "
                 f"{self.first_held['transcript']}): it would be there twice, and learned as part of the answers. Cut "
                 "off all that stands before the answer's own words."
+            )
+        if self.unlearned:
+            raise DataError(
+                f"{self.name}: in {self.unlearned} of {self.rows} {self.unit} a turn of an answer is marked as not to "
+                f"be learned, or with a weight of its own (first: {self.first_unlearned}). All tokens of an answer are "
+                "learned alike here. Move the turns up to the last one into the prompt, where nothing is learned; leave "
+                "out rows whose last turn is marked, and the key where it means something else."
             )
         for role in ("user", "system", "developer"):
             if self.others[role]:
@@ -134,6 +161,15 @@ class Survey:
         if self.repeated == self.rows and self.repeated_characters >= _CHANCE:
             return True
         return 2 * self.plainly_repeated >= self.rows and self.repeated_characters >= _CHANCE
+
+
+def _switch_of(turn) -> str | None:
+    """The key by which a message says that it is not learned, or with a weight of its own; None where it says none."""
+    for key, neutral in _SWITCHES.items():
+        value = turn.get(key) if isinstance(turn, Mapping) else None
+        if isinstance(value, bool | int | float | str) and value != "" and value not in neutral:
+            return key
+    return None
 
 
 def _texts(value) -> Iterator[str]:

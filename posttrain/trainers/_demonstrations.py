@@ -101,8 +101,8 @@ def _check_closing(closing: Closing, args, name: str, rows: int) -> None:
 
 
 def _ids(prompt, demonstration, tokenizer, template_kwargs: dict, tools=None, closing: Closing | None = None):
-    answer = _answer(demonstration)
-    if not answer.strip():
+    answer, calls = _answer(demonstration), _calls(demonstration)
+    if not answer.strip() and not calls:
         return []
     closing = closing or Closing(tokenizer)
     if isinstance(prompt, str):
@@ -122,7 +122,13 @@ def _ids(prompt, demonstration, tokenizer, template_kwargs: dict, tools=None, cl
             "the chat template changes the prompt once an answer follows it, so the answer's tokens cannot be told "
             "apart. Give prompt and demonstration as text with the template applied."
         )
-    return closing.messages(whole[len(before) :], prompt, tools, template_kwargs)
+    return closing.messages(whole[len(before) :], prompt, tools, template_kwargs, turns[0] if calls else None)
+
+
+def _calls(demonstration) -> list | None:
+    """The tool calls of a demonstration; None where it makes none."""
+    turn = demonstration[-1] if isinstance(demonstration, list) and demonstration else None
+    return (turn.get("tool_calls") or None) if isinstance(turn, dict) else None
 
 
 def _answer(demonstration) -> str:
