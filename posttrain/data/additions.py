@@ -1,16 +1,20 @@
-"""What a chat template writes into the learned part of an answer, beside the answer's own texts and the marks of turns."""
+"""What a chat template writes into the learned part of an answer, beside the answer's own and the marks of turns."""
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from posttrain.data.faults import Fault, short
 from posttrain.data.markers import REASONING
+from posttrain.data.round_trips import bare
 
 TAG = re.compile(r"</?(?:think|thinking|reasoning)>")
 _TAGS = re.compile(rf"(?:{TAG.pattern}|\s)*")
 # Tokens that mark turns, in models whose tokenizer calls them ordinary ones too.
-_TOKEN = re.compile(r"<[|｜][^<>\n]{1,60}>|<[^<>\n]{1,60}[|｜]>|</?s>|<(?:start|end)_of_(?:turn|image)>|<[be]os>|\[/?[A-Z_]+\]")
+_TOKEN = re.compile(
+    r"<[|｜][^<>\n]{1,60}>|<[^<>\n]{1,60}[|｜]>|</?s>|<(?:start|end)_of_(?:turn|image)>|<[be]os>|\[/?[A-Z_]+\]"
+)
 # What stands between the tokens of a turn's beginning: who speaks, and where to.
 _HEADER = re.compile(r"\s*(?:\w{1,20}:?)?(?:\s*to=[\w.]+)?\s*(?:\n|$)")
 _OPENING = re.compile(r"<(?:think|thinking|reasoning)>\s*$")
@@ -64,6 +68,38 @@ def added(learned: str, answer: list[Mapping], control: Iterable[str] = ()) -> l
     return found
 
 
+def faults(
+    prompt: list, answers: Mapping[str, list], learned: Mapping[str, str], control: Iterable[str], rendered: Callable
+) -> Iterator[Fault]:
+    """What a template writes into the answers of a row, and what it makes of tags that enclose no thought.
+
+    Args:
+        prompt: the messages before the answers. answers: the messages of each, by its column. learned: the tokens of
+            each as text.
+        control: the tokenizer's control tokens.
+        rendered: the text of messages with a setting of the template off: `rendered(messages, setting, **options)`.
+    """
+    sides: dict[str, list[str]] = {}
+    for name, answer in answers.items():
+        texts = added(learned.get(name, ""), answer, control)
+        misread = list(_misread_faults(answer, learned.get(name, ""), texts))
+        yield from misread
+        for text in dict.fromkeys(() if misread else texts):
+            sides.setdefault(text, []).append(name)
+    for text, names in sides.items():
+        alone = "" if len(names) == len(answers) else names[0]
+        which = "answers, and it is learned with them"
+        if alone:
+            which = f"the {alone} answer alone, which tells the sides apart"
+        remedy = _remedy(text, prompt, answers, rendered) or (
+            "It is learned as the answer's own words are."
+            if alone or not TAG.search(text)
+            else "It is the template's design; the model learns to write it."
+        )
+        what = f"the chat template adds {short(text)!r} to {which}"
+        yield Fault(("added", text, alone), what, repr(short(learned.get(names[0], ""))), remedy, is_note=not alone)
+
+
 def misreads(content: str) -> str | None:
     """How a text with tags of reasoning is none that begins with a thought: `mentions` or `unclosed`; else None."""
     if "</think>" not in content:
@@ -77,6 +113,46 @@ def misreads(content: str) -> str | None:
     # what opened in the generation prompt is closed behind a sentence, or on a line of its own
     is_within = before.strip() and behind.strip() and before.rstrip()[-1] not in _SENTENCE_ENDS
     return "mentions" if is_within or before.endswith("`") else None
+
+
+def _misread_faults(answer: list, learned: str, texts: list[str]) -> Iterator[Fault]:
+    for message in answer:
+        content = message.get("content")
+        if not isinstance(content, str) or message.get("role") != "assistant":
+            continue
+        how, is_whole = misreads(content), bare(content) in bare(learned)
+        if how == "mentions" and (not is_whole or any("<think>" in text and "</think" not in text for text in texts)):
+            yield Fault(
+                ("mentions",), "the chat template takes an answer that speaks of </think> for a thought",
+                repr(short(content)),
+                "It moves or drops the words before it. Write the tag in another way, with a space in it, say, or leave "
+                "those rows out.",
+                True,
+            )  # fmt: skip
+        elif how == "unclosed" and any("</think>" in text for text in texts):
+            yield Fault(
+                ("unclosed",),
+                "the chat template puts a thought of its own in front of an answer that opens one and never closes it",
+                repr(short(learned)),
+                "Such answers were cut off, as a rule: close the thought, or leave those rows out.",
+            )
+
+
+def _remedy(text: str, prompt: list, answers: Mapping[str, list], rendered: Callable) -> str | None:
+    """What to set so that the template puts a text into the prompt, or leaves it out; None where nothing does."""
+    for setting in ("enable_thinking", "thinking"):
+        try:
+            begun = rendered(prompt, setting, add_generation_prompt=True)
+            wholes = [rendered([*prompt, *answer], setting) for answer in answers.values()]
+        # it may know the setting in another form
+        except Exception:
+            continue
+        if all(whole.startswith(begun) and text not in whole[len(begun) :] for whole in wholes):
+            return (
+                f"`{setting}: false` in the rows' chat_template_kwargs puts it into the prompt, or leaves it out, if it "
+                "is not to be."
+            )
+    return None
 
 
 def _own(answer: list[Mapping]) -> list[_Own]:

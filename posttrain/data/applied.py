@@ -237,5 +237,7 @@ class ControlTokens:
 
 
 def _known(tokenizer) -> set[str]:
-    """Of the well-known tokens those that the tokenizer has in its vocabulary, special or not."""
-    return {token for token in tokenizer.get_vocab() if _WELL_KNOWN_ENDS.fullmatch(token)}
+    """Of the well-known tokens those that the tokenizer has in its vocabulary or its chat template, special or not."""
+    template = _WELL_KNOWN_ENDS.pattern.removesuffix(r"\s*$")
+    written = re.findall(template, str(getattr(tokenizer, "chat_template", None) or ""))
+    return {*written, *(token for token in tokenizer.get_vocab() if _WELL_KNOWN_ENDS.fullmatch(token))}

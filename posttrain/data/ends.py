@@ -151,9 +151,11 @@ class Closing:
             made = ({"role": "assistant", "content": t} if calling is None else _with_call(calling, t) for t in "AB")
             one, other = (self._rendered([*prompt, message], tools, kwargs) for message in made)
             if one == other:
+                what = "an answer that is a text" if calling is None else "tool calls"
+                remedy = "of a text model" if calling is None else "that renders tool calls"
                 raise DataError(
-                    "the chat template renders nothing of an answer that is a text. Use the template of a text model, "
-                    "or give prompt and demonstration as text with the template applied."
+                    f"the chat template renders nothing of {what}. Use a template {remedy}, or give prompt and "
+                    "demonstration as text with the template applied."
                 )
             tail = self._tails[key] = _common_end(one, other)
         return tail

@@ -3,11 +3,10 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
-from posttrain.data import round_trips
-from posttrain.data.additions import TAG, added, misreads
+from posttrain.data import additions, round_trips
 from posttrain.data.applied import control_tokens
+from posttrain.data.faults import Fault, short
 from posttrain.data.markers import REASONING, marked
 from posttrain.data.round_trips import bare as _bare
 from posttrain.data.tokens import render_text, tokenizer_of
@@ -15,24 +14,6 @@ from posttrain.data.tokens import render_text, tokenizer_of
 _BLANKS = re.compile(r"\s")
 _THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
 _ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "text")
-
-
-class Fault(NamedTuple):
-    """What a rendering does to a row.
-
-    Attributes:
-        key: faults of one key are counted together.
-        what: what happens, in words. shown: the piece of the row. remedy: what to do.
-        is_wrong: the model would learn something else than the row says; else it only sees or learns less.
-        is_note: it is the template's design, and nothing is lost.
-    """
-
-    key: tuple
-    what: str
-    shown: str
-    remedy: str
-    is_wrong: bool = False
-    is_note: bool = False
 
 
 def prompt_of(row: Mapping):
@@ -66,69 +47,16 @@ class Probe:
         yield from self._added_faults(learned)
 
     def _added_faults(self, learned: Mapping) -> Iterator[Fault]:
-        """What the template writes into the learned answers, and what it makes of tags that enclose no thought."""
+        """What the template writes into the learned answers; of whole conversations no answer is told apart."""
         answers = {name: answer for name, answer in self.answers.items() if name not in ("messages", "text")}
-        if not isinstance(self.prompt, list) or not all(isinstance(answer, list) for answer in answers.values()):
-            return
-        control = control_tokens(tokenizer_of(self.processing_class))
-        sides: dict[str, list[str]] = {}
-        for name, answer in answers.items():
-            texts = added(learned.get(name, ""), answer, control)
-            misread = list(self._misread_faults(answer, learned.get(name, ""), texts))
-            yield from misread
-            for text in dict.fromkeys(() if misread else texts):
-                sides.setdefault(text, []).append(name)
-        for text, names in sides.items():
-            shown, alone = repr(_short(text)), "" if len(names) == len(answers) else names[0]
-            which = f"the {alone} answer alone" if alone else "answers"
-            behind = ", which tells the sides apart" if alone else ", and it is learned with them"
-            remedy = self._settings_without(text, answers) or (
-                "It is learned as the answer's own words are."
-                if alone or not TAG.search(text)
-                else "It is the template's design; the model learns to write it."
-            )
-            yield Fault(
-                ("added", text, alone), f"the chat template adds {shown} to {which}{behind}",
-                repr(_short(learned.get(names[0], ""))), remedy, is_note=not alone,
-            )  # fmt: skip
+        if isinstance(self.prompt, list) and all(isinstance(answer, list) for answer in answers.values()):
+            control = control_tokens(tokenizer_of(self.processing_class))
+            yield from additions.faults(self.prompt, answers, learned, control, self._rendered_with)
 
-    def _misread_faults(self, answer: list, learned: str, texts: list[str]) -> Iterator[Fault]:
-        for message in answer:
-            content = message.get("content")
-            how = misreads(content) if isinstance(content, str) and message.get("role") == "assistant" else None
-            is_whole = isinstance(content, str) and _bare(content) in _bare(learned)
-            if how == "mentions" and (not is_whole or any("<think>" in text for text in texts if "</think" not in text)):
-                yield Fault(
-                    ("mentions",), "the chat template takes an answer that speaks of </think> for a thought",
-                    repr(_short(content)),
-                    "It moves or drops the words before it. Write the tag in another way, with a space in it, say, or "
-                    "leave those rows out.",
-                    True,
-                )  # fmt: skip
-            elif how == "unclosed" and any("</think>" in text for text in texts):
-                yield Fault(
-                    ("unclosed",), "the chat template puts a thought of its own in front of an answer that opens one "
-                    "and never closes it", repr(_short(learned)),
-                    "Such answers were cut off, as a rule: close the thought, or leave those rows out.",
-                )  # fmt: skip
-
-    def _settings_without(self, text: str, answers: Mapping) -> str | None:
-        """What to set so that the template puts a text into the prompt, or leaves it out; None where nothing does."""
-        for setting in ("enable_thinking", "thinking"):
-            kwargs = {**self.row["chat_template_kwargs"], setting: False}
-            row = {**self.row, "chat_template_kwargs": kwargs}
-            try:
-                prompt = render_text(self.prompt, row, self.processing_class, add_generation_prompt=True)
-                wholes = [render_text([*self.prompt, *one], row, self.processing_class) for one in answers.values()]
-            # it may know the setting in another form
-            except Exception:
-                continue
-            if all(whole.startswith(prompt) and text not in whole[len(prompt) :] for whole in wholes):
-                return (
-                    f"`{setting}: false` in the rows' chat_template_kwargs puts it into the prompt, or leaves it out, if "
-                    "it is not to be."
-                )
-        return None
+    def _rendered_with(self, messages: list, setting: str, **options) -> str:
+        """Messages rendered with a setting of the template off."""
+        kwargs = {**self.row["chat_template_kwargs"], setting: False}
+        return render_text(messages, {**self.row, "chat_template_kwargs": kwargs}, self.processing_class, **options)
 
     def _text_faults(self, prompt: str, answer: str, name: str, learned: Mapping) -> Iterator[Fault]:
         whole = learned.get("prompt", "") + (learned.get(name, "") if name != "prompt" else "")
@@ -138,7 +66,7 @@ class Probe:
             yield Fault(
                 ("text",),
                 "the tokens are not those of the whole text",
-                repr(_short(whole)),
+                repr(short(whole)),
                 "The tokenizer changes or leaves out characters; see the row with `posttrain data inspect`.",
             )
 
@@ -149,7 +77,7 @@ class Probe:
         for change in round_trips.changes(text, tokenizer_of(self.processing_class)):
             if change.kind in ("lines", "blanks"):
                 remedy = "The model cannot learn them; take a model whose tokenizer keeps them."
-            yield Fault((change.kind,), change.what, repr(_short(text)), remedy)
+            yield Fault((change.kind,), change.what, repr(short(text)), remedy)
 
     def _faults(self, prompt: list, answer: list, name: str, learned: Mapping) -> Iterator[Fault]:
         messages, start = [*prompt, *answer], len(prompt)
@@ -213,19 +141,19 @@ class Probe:
             yield Fault(
                 ("lines", role),
                 f"the chat template loses line breaks or indentation within a message of the role {role}",
-                repr(_short(piece.text)),
+                repr(short(piece.text)),
                 "Code and lists are seen as one line; use a template that renders the message as it is.",
             )
         elif round_trips.loses_blanks(piece.text, rendered):
             role = messages[piece.index].get("role")
             yield Fault(
                 ("blanks", role), f"the chat template loses tabs or blanks within a line of the role {role}",
-                repr(_short(piece.text)),
+                repr(short(piece.text)),
                 "Tables and code are seen in another form; use a template that renders the message as it is.",
             )  # fmt: skip
 
     def _content_fault(self, piece, message, part, seen, found, hay, name, start, total) -> Fault | None:
-        role, shown = message.get("role"), repr(_short(piece.text))
+        role, shown = message.get("role"), repr(short(piece.text))
         in_answer = piece.index >= start
         if seen == 0:
             asks = not in_answer and piece.index == start - 1
@@ -272,7 +200,7 @@ class Probe:
     def _other_fault(self, piece, message, part, seen, hay: str) -> Fault | None:
         if seen or (seen is None and _bare(piece.text) in hay):
             return None
-        shown = repr(_short(piece.text))
+        shown = repr(short(piece.text))
         if piece.kind in REASONING:
             return _lost_reasoning(f"in {piece.kind}", shown, part != "prompt")
         if piece.kind == "name":
@@ -291,7 +219,7 @@ class Probe:
         for (before, _), (after, piece) in zip(places, places[1:], strict=False):
             if after < before:
                 yield Fault(
-                    ("order",), "the chat template renders messages in another order", repr(_short(piece.text)),
+                    ("order",), "the chat template renders messages in another order", repr(short(piece.text)),
                     "Use a template that keeps the order.",
                 )  # fmt: skip
                 return
@@ -308,7 +236,7 @@ class Probe:
                 kinds = ", ".join(sorted({str(block.get("type")) for block in others}))
                 yield Fault(
                     ("blocks", kinds), f"the chat template drops blocks of the type {kinds}",
-                    _short(json.dumps(others, default=str)),
+                    short(json.dumps(others, default=str)),
                     "The model cannot see what the answer is to. Leave those rows out, or take another model.",
                     True,
                 )  # fmt: skip
@@ -322,7 +250,7 @@ class Probe:
                 if any(_bare(json.dumps(arguments, ensure_ascii=ascii)) in bare for ascii in (True, False)):
                     yield Fault(
                         ("quoted",), "the chat template quotes the arguments of a tool call once more",
-                        _short(json.dumps(arguments)), "Give them as an object, not as a JSON text.", True,
+                        short(json.dumps(arguments)), "Give them as an object, not as a JSON text.", True,
                     )  # fmt: skip
 
     def _takes_blocks(self, role) -> bool:
@@ -390,9 +318,5 @@ def _lost_reasoning(where: str, shown: str, in_answer: bool) -> Fault:
 
 
 def _printed(what: str, value, remedy: str) -> Fault:
-    shown = _short(str(value))
+    shown = short(str(value))
     return Fault(("printed", what), f"the chat template writes {what} as Python prints it", shown, remedy, True)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

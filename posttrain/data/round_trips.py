@@ -17,9 +17,9 @@ class Change(NamedTuple):
 
 
 def changes(text: str, tokenizer) -> list[Change]:
-    """What a tokenizer changes of a text: unknown tokens, characters, line breaks, indentation, tabs and runs of blanks.
+    """What a tokenizer changes of a text: unknown tokens, characters, line breaks, indentation, tabs, runs of blanks.
 
-    Blanks at both ends and one more of them are left out of the comparison, and so is how an accent is written.
+    Blanks at both ends, and more of them than there were, are no change, and neither is how an accent is written.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     unknown = tokenizer.unk_token

@@ -116,8 +116,8 @@ class Survey:
             raise DataError(
                 f"{self.name}: in {self.unlearned} of {self.rows} {self.unit} a turn of an answer is marked as not to "
                 f"be learned, or with a weight of its own (first: {self.first_unlearned}). All tokens of an answer are "
-                "learned alike here. Move the turns up to the last one into the prompt, where nothing is learned; leave "
-                "out rows whose last turn is marked, and the key where it means something else."
+                "learned alike here. Move the turns up to the last one into the prompt, where nothing is learned; "
+                "leave out rows whose last turn is marked, and the key where it means something else."
             )
         for role in ("user", "system", "developer"):
             if self.others[role]:

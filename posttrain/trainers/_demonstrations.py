@@ -5,6 +5,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from posttrain.data.ends import Closing
+from posttrain.data.refusals import refusal
 from posttrain.data.tokens import template_kwargs_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
@@ -116,7 +117,8 @@ def _ids(prompt, demonstration, tokenizer, template_kwargs: dict, tools=None, cl
         whole = tokenizer.apply_chat_template([*prompt, *turns], **kwargs)["input_ids"]
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:
-        raise DataError(f"the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
+        said = refusal(error, [[*prompt, *turns]], lambda messages: tokenizer.apply_chat_template(messages, **kwargs))
+        raise DataError(said) from error
     if whole[: len(before)] != before:
         raise DataError(
             "the chat template changes the prompt once an answer follows it, so the answer's tokens cannot be told "
