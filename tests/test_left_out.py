@@ -27,6 +27,8 @@ CASES = [
     (RobustDPOConfig, dict(pair_loss="rdpo"), dict(loss_type="sigmoid"), dict(pair_loss="dpo"), "pair_loss"),
     (RobustDPOConfig, dict(loss_type="hinge"), dict(pair_loss="rdpo"), dict(pair_loss="rdpo"), "loss_type"),
     (RobustDPOConfig, dict(pair_loss="rdpo"), dict(reduction="dr_dpo"), dict(pair_loss="dpo"), "pair_loss"),
+    (RobustDPOConfig, dict(flip_rate=0.1), dict(label_smoothing="0.2", loss_type="robust"),
+     dict(pair_loss="rdpo", flip_rate=0.2), "flip_rate"),
     (RobustDPOConfig, dict(reduction="dr_dpo"), dict(pair_loss="rdpo"), dict(reduction="mean"), "reduction"),
     (RobustDPOConfig, dict(bf16="true", use_cpu="true"), dict(bf16="false"), dict(bf16=False), None),
     (RobustDPOConfig, dict(load_best_model_at_end="true", eval_strategy="steps"), dict(eval_strategy="no"),

@@ -1,5 +1,6 @@
 """An adapter folded into its base model, for `posttrain merge` and `posttrain push --merged`."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,6 +10,8 @@ from typing import NamedTuple
 
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.files import TOKENIZER, found
+from posttrain.log import get_logger
+from posttrain.mechanisms.base_digests import base_digests
 from posttrain.models import load_adapter, tokenizer_beside
 
 _PROMPTS = (
@@ -18,6 +21,8 @@ _PROMPTS = (
     "Once upon a time, in a small village at the edge of a great forest, there lived an old clockmaker who",
     "If 3 apples cost 6 coins, then 7 apples cost 14 coins, because each apple costs",
 )
+# Where a run notes what it was.
+_NOTES = ("posttrain_run.json", "posttrain_complete.json")
 # Share of tokens of which merged and unmerged model must agree on the likeliest next one. Where the unmerged model
 # gives the merged one's choice nearly its best logit, they agree: rounding may decide such ties either way.
 LEAST_AGREEMENT = 0.95
@@ -41,7 +46,8 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
     """Write into `folder` the base model with the run's adapter merged into it.
 
     The run's tokenizer goes with it, or else the base's. The merged model is written beside `folder`, loaded again and
-    compared with base and adapter, and only then gets its name: nothing is left where something goes wrong.
+    compared with base and adapter, and only then gets its name: nothing is left where something goes wrong. A base
+    that is not the one that the run noted is said in the log.
 
     Args:
         run: folder of the adapter.
@@ -59,6 +65,12 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
             f"the adapter in {run} is of learned prompts ({model.active_peft_config.peft_type.value}), which change no "
             "weight: there is nothing to merge. Keep it beside its base; push it without --merged."
         )
+    if _is_trained_on(model, Path(run)) is False:
+        get_logger().warning(
+            "the base %s does not have the weights, or not in this precision, that the adapter in %s was trained on; "
+            "what is merged is then another model than the one that was trained. --base MODEL names the base.",
+            model.get_base_model().config._name_or_path, run,
+        )  # fmt: skip
     tokenizer = tokenizer_beside(run, base)
     before = [_logits(model, tokenizer, prompt) for prompt in _PROMPTS]
     above = next(path for path in folder.parents if path.exists())
@@ -66,11 +78,12 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
         partial = Path(temporary) / folder.name
         try:
             merged = _merged(model)
+            merged.save_pretrained(partial)
         except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(
-                f"the adapter in {run} cannot be merged: {error}. Keep it beside its base; push it without --merged."
+                f"the adapter in {run} cannot be merged: {str(error).rstrip('.')}. Keep it beside its base; push it "
+                "without --merged."
             ) from error
-        merged.save_pretrained(partial)
         files = found(Path(run), TOKENIZER)
         for name, path in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +104,24 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
             folder.rmdir()
         os.rename(partial, folder)
     return agreement
+
+
+def _is_trained_on(model, run: Path) -> bool | None:
+    """Whether a base has the weights that a run trained its adapter on; None where the run's folder does not tell."""
+    then = next(filter(None, (_base_weights(run / name) for name in _NOTES)), None)
+    # biases that the run trained are no longer told from frozen ones
+    if then is None or getattr(model.active_peft_config, "bias", "none") != "none":
+        return None
+    ways = ({}, {"adapter_took_from_base": True}, {"was_quantised": True})
+    return then in (base_digests(model, **way).get("base_weights") for way in ways)
+
+
+def _base_weights(note: Path) -> str | None:
+    try:
+        return json.loads(note.read_text())["identity"]["base_weights"]
+    # a folder of another program, or of a run whose weights were spread over processes
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _merged(model):

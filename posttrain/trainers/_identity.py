@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import torch
 import xxhash
 
 from posttrain.hub.base import adapter_config, base_name, loaded_from
+from posttrain.mechanisms.base_digests import plain
 
 # Columns of rows that were tokenised before the run
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
@@ -31,12 +31,6 @@ _NOT_THE_ADAPTER = {
     "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "tokenizer_name_or_path",
     "tokenizer_kwargs", "runtime_config",
 }  # fmt: skip
-# Of a model's config, what changes its logits and no tensor's shape
-_ARCHITECTURE = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rope_parameters", "rms_norm_eps",
-)  # fmt: skip
-# How many values of each frozen tensor are looked at
-_SAMPLE = 4096
 
 
 def fingerprint(dataset) -> str | None:
@@ -78,39 +72,6 @@ def identity(trainer) -> dict:
     }
 
 
-def base_digests(trainer, adapter_took_from_base: bool) -> dict[str, str]:
-    """Digests of the model that a trainer was built with: of its shape, and of a sample of the weights it freezes.
-
-    They stay as they are where the model's folder is moved, where weights are loaded in another precision, and over
-    resumption. The sample is left out where a process holds a part of the weights alone, or none are frozen.
-
-    Args:
-        trainer: as constructed, before an engine has wrapped its model.
-        adapter_took_from_base: whether making the adapter changed the base under it, which is then left out.
-    """
-    model = trainer.model
-    adapters, prefix = getattr(model, "peft_config", None) or {}, getattr(model.base_model, "prefix", None)
-    split = trainer.is_fsdp_enabled or any(hasattr(value, "ds_shape") for value in model.parameters())
-    text = model.config.get_text_config()
-    shape = xxhash.xxh3_128(repr([plain(getattr(text, name, None)) for name in _ARCHITECTURE]).encode())
-    sample, taken = xxhash.xxh3_128(), 0
-    for name, value in sorted(model.named_parameters()):
-        parts = name.split(".")
-        if adapters.keys() & set(parts) or prefix and any(part.startswith(prefix) for part in parts):
-            continue
-        bare = ".".join(part for part in parts if part not in ("base_layer", "original_module", "base_model", "model"))
-        shape.update(f"{bare}|{tuple(getattr(value, 'ds_shape', value.shape))}|".encode())
-        moved = value.requires_grad or adapter_took_from_base and "base_layer" in parts
-        # a quantised weight depends on the kernel that rounded it
-        if split or moved or value.is_meta or not value.is_floating_point():
-            continue
-        some = value.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16).contiguous()
-        sample.update(f"{bare}|".encode())
-        sample.update(some.view(torch.uint8).numpy())
-        taken += 1
-    return {"base": shape.hexdigest()} | ({"base_weights": sample.hexdigest()} if taken else {})
-
-
 def update_settings(trainer) -> dict:
     """What else a run must share with the checkpoint it goes on from, or with the folder that it writes into."""
     adapter = adapter_settings(trainer.model) if adapter_config(trainer.model) else {}
@@ -146,14 +107,3 @@ def differing(now: dict, then: dict) -> str:
         "base_weights": "base_weights: other weights under the adapter there than here",
     }
     return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)
-
-
-def plain(value):
-    """As JSON will hold it: an enumeration by its value, a set sorted."""
-    return json.loads(json.dumps(getattr(value, "value", value), default=_as_json))
-
-
-def _as_json(value):
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=str)
-    return str(getattr(value, "value", value))

@@ -303,9 +303,7 @@ class PreferenceMixin(RunMixin):
         losses = self.pair_losses(chosen_logratios, rejected_logratios, inputs)
         loss = self.reduce_pairs(losses, inputs, mode)
         if self.aux_loss_enabled:
-            # of each micro-batch's tokens, as TRL has it: it depends on the split
-            loss = loss + self.router_aux_loss_coef * scores.outputs.aux_loss
-            self._means[mode].add_sum("aux_loss", scores.outputs.aux_loss.detach().float(), 1)
+            loss = self._with_aux_loss(loss, scores.outputs.aux_loss, mode)
         if mode == "train" and self.is_in_train:
             self._finite_loss.watch(self, loss)
         with torch.no_grad():

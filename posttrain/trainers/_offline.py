@@ -263,8 +263,7 @@ class OfflineMixin(RunMixin):
         if self.aux_loss_enabled:
             # the mean over the step's micro-batches, as TRL has it
             steps = self.current_gradient_accumulation_steps if mode == "train" and "window_rows" in inputs else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-            self._means[mode].add_sum("aux_loss", outputs.aux_loss.detach().float(), 1)
+            loss = self._with_aux_loss(loss, outputs.aux_loss, mode, steps)
         if mode == "train" and self.is_in_train:
             self._finite_loss.watch(self, loss)
         with torch.no_grad():

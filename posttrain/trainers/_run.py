@@ -15,12 +15,13 @@ from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import clean_readme, preflight, push_checkpoint, push_run, write_model_card
 from posttrain.log import get_logger
+from posttrain.mechanisms.base_digests import base_digests
 from posttrain.models import embedded_name, resolve_model
 from posttrain.reporting import RunReport
 from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start
 from posttrain.trainers._checkpoint_files import check_adapter_fits, is_complete
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
-from posttrain.trainers._identity import base_digests, differing, identity, update_settings
+from posttrain.trainers._identity import differing, identity, update_settings
 from posttrain.trainers._sharing import check_setting
 
 
@@ -30,6 +31,7 @@ class RunMixin:
     _config_class: type
     # whether a save may fall on another step than the settings say
     saves_may_wait = False
+    _said_no_aux_loss = False
     # of a metric that an evaluation has measured nowhere
     no_value = math.nan
 
@@ -94,11 +96,25 @@ class RunMixin:
         self._known_identity = None
         self._finite_loss, self._live_gradients = FiniteLoss(), None
 
+    def _with_aux_loss(self, loss, aux_loss, mode: str, steps: int = 1):
+        """A loss with a mixture of experts' load-balancing loss; of each micro-batch's tokens, as TRL has it."""
+        if aux_loss is None:
+            if not self._said_no_aux_loss:
+                get_logger().warning(
+                    "%s returns no auxiliary loss of its experts, so router_aux_loss_coef %g has no effect",
+                    type(self.accelerator.unwrap_model(self.model)).__name__, self.router_aux_loss_coef,
+                )  # fmt: skip
+                self._said_no_aux_loss = True
+            return loss
+        self._means[mode].add_sum("aux_loss", aux_loss.detach().float(), 1)
+        return loss + self.router_aux_loss_coef * aux_loss / steps
+
     def _finish_construction(self) -> None:
         """After the parent's constructor."""
+        _start.check_trains(self.model)
         self._note_start()
         keep_4bit_weights_trainable(self.model)
-        self._base_digests = base_digests(self, self._start.converts)
+        self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
         self.add_callback(_run_folder.RunFolder(self))

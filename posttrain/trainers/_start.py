@@ -18,6 +18,7 @@ _HOW = {
     "corda": "run preprocess_corda on the loaded model, and pass that model with peft_config",
     "lora_ga": "run preprocess_loraga on the loaded model, and pass that model with peft_config",
 }
+_OWN_FORWARD = (PeftType.ADAPTION_PROMPT, PeftType.CPT)
 # What those leave on the layers of a model.
 _LEFT = {"corda": "eigens", "lora_ga": "_peft_loraga_grad"}
 
@@ -36,12 +37,22 @@ def check_adapter(model, peft_config, args, live_reference: bool) -> None:
     if isinstance(model, PeftModel):
         _check_name(model)
     for config in [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]:
-        if getattr(config, "peft_type", None) == PeftType.MULTITASK_PROMPT_TUNING:
+        kind = getattr(config, "peft_type", None)
+        if kind in _OWN_FORWARD:
+            raise ConfigError(
+                f"the adapter is of the type {kind.value}, which makes logits by a forward of its own, and the "
+                "trainers here read log-probabilities of the scored tokens. Use LoRA, prompt tuning or prefix tuning."
+            )
+        if kind == PeftType.MULTITASK_PROMPT_TUNING:
             raise ConfigError(
                 "the adapter is of multitask prompt tuning, which must be told each row's task (task_ids), and this "
                 "library's trainers have none to tell. Use PromptTuningConfig, or LoRA."
             )
+    if getattr(peft_config, "inference_mode", False):
+        raise ConfigError("the adapter's config has inference_mode true, so nothing would train. Set it to false.")
     if peft_config is None:
+        if isinstance(model, torch.nn.Module):
+            check_trains(model)
         given = model.peft_config if isinstance(model, PeftModel) else {}
         for config in given.values():
             if initial_adapter.changes_base(config):
@@ -89,6 +100,18 @@ def check_adapter(model, peft_config, args, live_reference: bool) -> None:
             f"the adapter's bias is {bias!r}: the base's own biases would train, and the reference, which is the base "
             "with its adapter off, would move with them. Set bias to 'none'."
         )
+
+
+def check_trains(model) -> None:
+    """Refuse a model of which no parameter requires a gradient."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    remedy = (
+        "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+        if is_peft_model(model)
+        else "Pass a peft_config for an adapter, or call model.requires_grad_(True)."
+    )
+    raise ConfigError(f"no parameter of the model requires a gradient, so nothing would train. {remedy}")
 
 
 def _check_name(model) -> None:

@@ -156,7 +156,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
             raise ExcludedSetting(
                 f"label_smoothing is {self.label_smoothing}, which has no effect on pair_loss: {self.pair_loss} "
                 f"({what}). Set `flip_rate` with `pair_loss: rdpo` or `cdpo`, and leave label_smoothing out.",
-                {"label_smoothing": ("pair_loss", "loss_type", "flip_rate")},
+                {"label_smoothing": ("pair_loss", "loss_type", "flip_rate"), "flip_rate": ("label_smoothing",)},
             )
         for name, value, neutral, instead in (
             ("f_divergence_type", self.f_divergence_type, "reverse_kl", "trl.DPOTrainer has it"),

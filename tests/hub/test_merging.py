@@ -5,11 +5,14 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.cli import _console, main
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import merging, push
 from posttrain.hub.merging import merge_adapter
 from posttrain.models import load_adapter, tiny_model
+from tests import training
+from tests.conftest import make_pairs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
@@ -127,3 +130,37 @@ def test_learned_prompts_have_nothing_to_merge(kind, tied, tmp_path):
     with pytest.raises(ConfigError, match="of learned prompts .* change no weight: there is nothing to merge"):
         merge_adapter(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_the_run_did_not_train_on_is_said(tied, tmp_path, tokenizer, logged):
+    other = tmp_path / "other"
+    tiny_model(seed=5, tie_word_embeddings=True).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    for name, base, settings in (
+        ("plain", tied, {}), ("pissa", tied, {"init_lora_weights": "pissa"}), ("bf16", tied, {"bf16": True}),
+    ):  # fmt: skip
+        run, args = tmp_path / name, {"bf16": settings.pop("bf16", False)}
+        trainer = RobustDPOTrainer(
+            base, args=RobustDPOConfig(**training.settings(run, max_steps=1, **args)), train_dataset=make_pairs(8),
+            peft_config=lora(**settings),
+        )  # fmt: skip
+        trainer.train()
+        trainer.save_model()
+        logged.clear()
+        merge_adapter(run, tmp_path / f"{name}-right")
+        assert "trained on" not in logged.text
+        merge_adapter(run, tmp_path / f"{name}-wrong", base=str(other))
+        assert f"the base {other} does not have the weights" in logged.text
+    # the folder of another program tells nothing
+    (tmp_path / "plain" / "posttrain_run.json").unlink()
+    logged.clear()
+    merge_adapter(tmp_path / "plain", tmp_path / "unknown", base=str(other))
+    assert "trained on" not in logged.text
+
+
+def test_what_cannot_be_saved_merged_is_refused_and_leaves_nothing(tied, tmp_path, capsys):
+    folder = adapter(tied, tmp_path / "adapter", lora(layer_replication=[[0, 2], [1, 2]]))
+    assert main(["merge", str(folder), str(tmp_path / "merged")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be merged: The weights trying to be saved contained shared tensors" in said and ".. " not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
