@@ -21,6 +21,7 @@ _OPENING = re.compile(r"<(?:think|thinking|reasoning)>\s*$")
 _CLOSING = re.compile(r"^\s*</(?:think|thinking|reasoning)>")
 _THOUGHT = re.compile(r"\s*(<think>)?((?:(?!</?think>).)*)</think>", re.DOTALL)
 _SENTENCE_ENDS = ".!?:;…。！？\"')"
+_QUOTED = re.compile(r"``|\"\"|''|“”|‘’|«»|„“|\(\)|\[\]|\*\*")
 
 
 class _Own(NamedTuple):
@@ -110,9 +111,11 @@ def misreads(content: str) -> str | None:
     if thought[1]:
         return None
     before, behind = thought[2].rpartition("\n")[2], content[thought.end() :].partition("\n")[0]
-    # what opened in the generation prompt is closed behind a sentence, or on a line of its own
-    is_within = before.strip() and behind.strip() and before.rstrip()[-1] not in _SENTENCE_ENDS
-    return "mentions" if is_within or before.endswith("`") else None
+    if _QUOTED.fullmatch(f"{before[-1:]}{behind[:1]}"):
+        return "mentions"
+    # what opened in the generation prompt is closed behind a sentence, on a line of its own, or without a blank
+    is_within = before.strip() and behind.strip() and (before[-1].isspace() or behind[0].isspace())
+    return "mentions" if is_within and before.rstrip()[-1] not in _SENTENCE_ENDS else None
 
 
 def _misread_faults(answer: list, learned: str, texts: list[str]) -> Iterator[Fault]:
@@ -123,10 +126,11 @@ def _misread_faults(answer: list, learned: str, texts: list[str]) -> Iterator[Fa
         how, is_whole = misreads(content), bare(content) in bare(learned)
         if how == "mentions" and (not is_whole or any("<think>" in text and "</think" not in text for text in texts)):
             yield Fault(
-                ("mentions",), "the chat template takes an answer that speaks of </think> for a thought",
+                ("mentions",),
+                "the chat template takes an answer that speaks of </think>, or has it more than once, for one thought",
                 repr(short(content)),
-                "It moves or drops the words before it. Write the tag in another way, with a space in it, say, or leave "
-                "those rows out.",
+                "It moves or drops the words before it. Write the tag in another way, with a space in it, say, or "
+                "leave those rows out.",
                 True,
             )  # fmt: skip
         elif how == "unclosed" and any("</think>" in text for text in texts):
@@ -149,8 +153,8 @@ def _remedy(text: str, prompt: list, answers: Mapping[str, list], rendered: Call
             continue
         if all(whole.startswith(begun) and text not in whole[len(begun) :] for whole in wholes):
             return (
-                f"`{setting}: false` in the rows' chat_template_kwargs puts it into the prompt, or leaves it out, if it "
-                "is not to be."
+                f"`{setting}: false` in the rows' chat_template_kwargs puts it into the prompt, or leaves it out, if "
+                "it is not to be."
             )
     return None
 

@@ -93,7 +93,7 @@ class Probe:
             # a generation prompt can end with what the answer begins with, such as <think>
             self._begun, hay[name] = len(hay["prompt"]), hay["prompt"] + hay[name]
         at = {"prompt": 0, name: 0}
-        places, wholly_lost, calls_lost = [], set(), set()
+        places, wholly_lost, calls_lost, rendered = [], set(), set(), None
         for piece in pieces:
             if piece.kind == "arguments of tool calls" and piece.index in calls_lost:
                 continue
@@ -118,7 +118,9 @@ class Probe:
             changed = list(self._tokenizer_faults(piece.text))
             yield from changed
             if not changed and piece.kind in ("content", *REASONING) and _BLANKS.search(piece.text.strip()):
-                yield from self._line_faults(piece, messages, options)
+                if rendered is None:
+                    rendered = self._as_given(messages, options)
+                yield from self._line_faults(piece, messages, rendered)
         yield from self._order_faults(places)
         if names and drawn is not None and not any(marker in drawn for marker in names.values()):
             yield Fault(
@@ -130,12 +132,14 @@ class Probe:
                 part = name if index >= start or not prompt else "prompt"
                 yield from self._value_faults(messages, index, message, learned.get(part, ""), options)
 
-    def _line_faults(self, piece, messages: list, options) -> Iterator[Fault]:
+    def _as_given(self, messages: list, options) -> str:
         try:
-            rendered = self._render(messages, self.row.get("tools"), **options)
+            return self._render(messages, self.row.get("tools"), **options)
         # rendering it as tokens has told what is wrong
         except Exception:
-            return
+            return ""
+
+    def _line_faults(self, piece, messages: list, rendered: str) -> Iterator[Fault]:
         if round_trips.loses_lines(piece.text, rendered):
             role = messages[piece.index].get("role")
             yield Fault(

@@ -1,5 +1,6 @@
 """A text against what a tokenizer or a chat template makes of it: characters, line breaks, indentation and blanks."""
 
+import functools
 import re
 import unicodedata
 from collections import Counter
@@ -55,7 +56,8 @@ def loses_blanks(text: str, rendered: str) -> bool:
 
 def _loses(text: str, rendered: str, counts, keeps) -> bool:
     """Whether each place where a text stands in a rendering has a gap that `counts`, and is not kept there."""
-    wanted, hay = bare(text), bare(rendered)
+    wanted = bare(text)
+    hay, there = _read(rendered)
     tags = {end for match in _TAG.finditer(wanted) for end in match.span()}
     gaps = [
         (place, gap)
@@ -64,7 +66,6 @@ def _loses(text: str, rendered: str, counts, keeps) -> bool:
     ]
     if not wanted or not gaps or wanted not in hay:
         return False
-    there = dict(_gaps(rendered))
     at = hay.find(wanted)
     while at >= 0:
         if all(keeps(gap, there.get(at + place, "")) for place, gap in gaps):
@@ -76,6 +77,12 @@ def _loses(text: str, rendered: str, counts, keeps) -> bool:
 def bare(text: str) -> str:
     """A text without blanks, which templates trim and add."""
     return "".join(unicodedata.normalize("NFC", text).split())
+
+
+@functools.lru_cache(maxsize=2)
+def _read(rendered: str) -> tuple[str, dict[int, str]]:
+    """A rendering without blanks, and its blanks; kept, as one is read for each of its messages."""
+    return bare(rendered), dict(_gaps(rendered))
 
 
 def _gaps(text: str) -> list[tuple[int, str]]:

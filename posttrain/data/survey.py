@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from posttrain.data.applied import ControlTokens
 from posttrain.data.looks import look_of
 from posttrain.data.markers import REASONING
+from posttrain.data.marks import switch_of
 from posttrain.data.probes import answers_of, prompt_of
 from posttrain.data.repeats import BEGINS, TRANSCRIPT, repeats
 from posttrain.data.tokens import tools_of
@@ -13,10 +14,6 @@ from posttrain.errors import DataError
 
 # Characters that prompts must have together before answers that begin with them are no chance.
 _CHANCE = 16
-# Keys of a message by which other trainers leave it out of the loss, and what says there that it is learned.
-_LEARNED = dict.fromkeys(("weight", "train", "training", "trainable", "loss"), (1, "1", "1.0", "true", "True"))
-_LEFT_OUT = dict.fromkeys(("mask", "masked"), (0, "0", "0.0", "false", "False"))
-_SWITCHES = _LEARNED | _LEFT_OUT
 # Keys of a message whose texts a template can render
 _WRITTEN = ("content", *REASONING, "name", "tool_calls", "function_call")
 
@@ -75,7 +72,7 @@ class Survey:
             # of whole conversations no answer is told apart here
             turns = answer if isinstance(answer, list) and name != "messages" else []
             for number, turn in enumerate(turns, 1):
-                key = _switch_of(turn)
+                key = switch_of(turn)
                 if key is not None:
                     self.unlearned += 1
                     self.first_unlearned = self.first_unlearned or (
@@ -161,15 +158,6 @@ class Survey:
         if self.repeated == self.rows and self.repeated_characters >= _CHANCE:
             return True
         return 2 * self.plainly_repeated >= self.rows and self.repeated_characters >= _CHANCE
-
-
-def _switch_of(turn) -> str | None:
-    """The key by which a message says that it is not learned, or with a weight of its own; None where it says none."""
-    for key, neutral in _SWITCHES.items():
-        value = turn.get(key) if isinstance(turn, Mapping) else None
-        if isinstance(value, bool | int | float | str) and value != "" and value not in neutral:
-            return key
-    return None
 
 
 def _texts(value) -> Iterator[str]:

@@ -61,7 +61,12 @@ def test_what_is_neither_the_answers_own_nor_a_mark_of_turns_is_found(learned, a
         ("The <think> tag opens it.", None),
         ("They close it with </think> and go on.", "mentions"),
         ("Write <think> and </think> around it.", "mentions"),
+        ("I see</think>The Loire.", None),
+        ('She said "yes"</think>The Loire.', None),
         ("Use `</think>`.", "mentions"),
+        ('Close it with "</think>". Then go on.', "mentions"),
+        ("End the thought (</think>) first.", "mentions"),
+        ("<think>a</think> x <think>b</think> y", "mentions"),
         (f"{THOUGHT} It ends with </think> here.", "mentions"),
         ("<think>\nhm never ends", "unclosed"),
     ],
@@ -80,7 +85,7 @@ def test_an_answer_that_speaks_of_the_tag_is_not_learned_as_a_thought(name, word
     # among many that think
     rows = [pair(chosen=[says(THOUGHT)], rejected=[says(THOUGHT.replace("Loire", f"{i}"))]) for i in range(100)]
     rows[57] = rows[57] | {side: [says(words)]}
-    with pytest.raises(DataError, match="takes an answer that speaks of </think> for a thought.*row 58"):
+    with pytest.raises(DataError, match="takes an answer that speaks of </think>, or has it more .*row 58"):
         found(rows, trl_template(name))
 
 
