@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from posttrain.data import formats, rendering
 from posttrain.data.ends import check_ends
-from posttrain.data.lengths import measure, quantiles
+from posttrain.data.lengths import measure, quantiles, said_of_prompts
 from posttrain.data.schema import PairReport
 from posttrain.data.tokens import as_learned, as_rendered, tokenizer_of
 from posttrain.errors import ConfigError, DataError
@@ -113,5 +113,6 @@ def _check_sample(dataset, processing_class, args, name: str, stop_ids) -> None:
     lengths = measure(pairs, processing_class, places, args.max_length, args.truncation_mode == "keep_start")
     report = PairReport(name, formats.Format("scored", "", ""), rows, 0, 0, [], args.max_length, lengths)
     check_ends(report, tokenizer_of(processing_class), stop_ids, getattr(args, "end_of_turn", "warn"))
-    for warning in report.warnings:
+    prompts = said_of_prompts(lengths, name)
+    for warning in [*report.warnings, *([prompts] if prompts else ())]:
         get_logger().warning("%s", warning)

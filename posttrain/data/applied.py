@@ -12,6 +12,14 @@ from posttrain.data.objects import quietly_mapped
 # Columns of texts, those that end with an answer last.
 _ANSWERS = ("chosen", "rejected", "completion", "text", "demonstration")
 _TEXTS = ("prompt", *_ANSWERS)
+# Tokens by which well-known models mark turns. To a tokenizer that does not know them they are letters.
+_WELL_KNOWN = re.compile(
+    r"<\|im_(?:start|end)\|>|<(?:start|end)_of_turn>|<\|(?:eot_id|eom_id|begin_of_text|end_of_text|start_header_id"
+    r"|end_header_id|endoftext|user|assistant|system|end|return)\|>|<\|(?:START|END)_OF_TURN_TOKEN\|>"
+    r"|<｜(?:User|Assistant|begin▁of▁sentence|end▁of▁sentence)｜>|\[/?INST\]|<</?SYS>>"
+)
+# as `<s>` is HTML's too, only where a text ends
+_WELL_KNOWN_ENDS = re.compile(rf"(?:{_WELL_KNOWN.pattern}|</s>|<eos>)\s*$")
 
 
 def control_tokens(tokenizer) -> list[str]:
@@ -112,24 +120,34 @@ class ControlTokens:
         tokens: how many rows have which token.
         framed: rows of texts whose first text begins with one, or an answer ends with one.
         unfinished: rows of texts whose answer has one before its end. first_unfinished: where the first of them is.
+        foreign: rows with other models' tokens: anywhere in texts, at the end of messages. first_foreign: where the
+            first of them is. foreign_tokens: how many rows have which.
     """
 
     pattern: re.Pattern | None
+    own: frozenset[str] = frozenset()
     rows: int = 0
     first: str = ""
     tokens: Counter = field(default_factory=Counter)
     framed: int = 0
     unfinished: int = 0
     first_unfinished: str = ""
+    foreign: int = 0
+    first_foreign: str = ""
+    foreign_tokens: Counter = field(default_factory=Counter)
 
     @classmethod
     def of(cls, tokenizer) -> "ControlTokens":
         """A count of none yet of a tokenizer's control tokens."""
         tokens = control_tokens(tokenizer)
-        return cls(re.compile("|".join(map(re.escape, tokens))) if tokens else None)
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        return cls(pattern, frozenset({*tokens, *added, *_known(tokenizer)}))
 
     def look(self, parts: Mapping[str, Iterable[str]], place: str, is_text: bool) -> None:
         """Count a row: the texts of its prompt (`prompt`) and of its answers (their names)."""
+        parts = {name: list(texts) for name, texts in parts.items()}
+        self._look_for_foreign(parts, place, is_text)
         if self.pattern is None:
             return
         found = {name: [self.pattern.findall(text) for text in texts] for name, texts in parts.items()}
@@ -154,6 +172,19 @@ class ControlTokens:
             self.unfinished += inner
             self.first_unfinished = self.first_unfinished or (place if inner else "")
 
+    def _look_for_foreign(self, parts: Mapping[str, list[str]], place: str, is_text: bool) -> None:
+        found = {
+            match[0].strip()
+            for name, texts in parts.items()
+            for text in (texts if name != "tools" else ())
+            for pattern in ((_WELL_KNOWN, _WELL_KNOWN_ENDS) if is_text else (_WELL_KNOWN_ENDS,))
+            for match in pattern.finditer(text)
+        } - self.own
+        if found:
+            self.foreign += 1
+            self.first_foreign = self.first_foreign or place
+            self.foreign_tokens.update(found)
+
     def _without_end(self, text: str) -> str:
         """A text without the control tokens and blanks at its end."""
         end = len(text.rstrip())
@@ -165,6 +196,18 @@ class ControlTokens:
 
     def say(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
         """Warnings and notes about what was counted in the `rows` of a data set."""
+        warnings, notes = self._say_own(name, rows, unit, is_text, tokenizer)
+        if self.foreign:
+            often = ", ".join(f"{token!r}" for token, _ in self.foreign_tokens.most_common(4))
+            more = f" and {len(self.foreign_tokens) - 4} others" if len(self.foreign_tokens) > 4 else ""
+            warnings.append(
+                f"{name}: {self.foreign} of {rows} {unit} hold tokens of another model's chat template ({often}{more}; "
+                f"first: {self.first_foreign}), which this tokenizer reads as letters: they are learned as words, and "
+                "end no turn. Give the rows as messages, or as texts with this model's template applied."
+            )
+        return warnings, notes
+
+    def _say_own(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
         if not self.rows:
             return [], []
         often = ", ".join(f"{token!r}" for token, _ in self.tokens.most_common(4))
@@ -191,3 +234,10 @@ class ControlTokens:
             f"{self.first}). Each becomes the token itself, as if the turn ended or began there. Write it in another "
             f"way, with a space in it, say, or leave those rows out{split}."
         ], []
+
+
+def _known(tokenizer) -> set[str]:
+    """Of the well-known tokens those that the tokenizer has in its vocabulary or its chat template, special or not."""
+    template = _WELL_KNOWN_ENDS.pattern.removesuffix(r"\s*$")
+    written = re.findall(template, str(getattr(tokenizer, "chat_template", None) or ""))
+    return {*written, *(token for token in tokenizer.get_vocab() if _WELL_KNOWN_ENDS.fullmatch(token))}

@@ -1,5 +1,6 @@
 """How answers end: whether the tokens that are trained end the turn, and where a template ends an answer."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.data import formats
@@ -112,16 +113,19 @@ class Closing:
                 break
         return [*ids, eos] if end is None else ids[:end]
 
-    def messages(self, ids: Sequence[int], prompt: list, tools, kwargs: Mapping) -> list[int]:
+    def messages(
+        self, ids: Sequence[int], prompt: list, tools, kwargs: Mapping, calling: Mapping | None = None
+    ) -> list[int]:
         """The tokens that a template renders of an answer behind `prompt`, up to the one at which generation stops.
 
         That is the first stop token behind the answer's text. Where none are known it is the template's own end of
         turn: the last of the first unbroken run of special tokens there. What a template writes behind it (a line
         break, another special token) no rollout reaches. Where there is none, the tokenizer's eos is appended.
+        `calling`: the answer where it calls tools, which templates end in another way.
 
         Raises DataError where the template renders nothing of an answer.
         """
-        tail = self._tail(ids, prompt, tools, kwargs)
+        tail = self._tail(ids, prompt, tools, kwargs, calling)
         ids, eos = list(ids), self.tokenizer.eos_token_id
         start = len(ids) - len(tail)
         enders = end_of_turn_tokens(self.tokenizer) | self.stop_ids
@@ -139,16 +143,19 @@ class Closing:
             return [*ids[: start + own + 1], eos]
         return ids[: start + stop + 1]
 
-    def _tail(self, ids: Sequence[int], prompt: list, tools, kwargs: Mapping) -> list[int]:
+    def _tail(self, ids: Sequence[int], prompt: list, tools, kwargs: Mapping, calling: Mapping | None) -> list[int]:
         """What the template writes behind an answer: the common end of two made-up ones."""
-        key = repr((sorted(kwargs.items(), key=repr), tools))
+        key = repr((sorted(kwargs.items(), key=repr), tools, calling is None))
         tail = self._tails.get(key)
         if tail is None or list(ids[max(len(ids) - len(tail), 0) :]) != tail:
-            one, other = (self._rendered([*prompt, {"role": "assistant", "content": t}], tools, kwargs) for t in "AB")
+            made = ({"role": "assistant", "content": t} if calling is None else _with_call(calling, t) for t in "AB")
+            one, other = (self._rendered([*prompt, message], tools, kwargs) for message in made)
             if one == other:
+                what = "an answer that is a text" if calling is None else "tool calls"
+                remedy = "of a text model" if calling is None else "that renders tool calls"
                 raise DataError(
-                    "the chat template renders nothing of an answer that is a text. Use the template of a text model, "
-                    "or give prompt and demonstration as text with the template applied."
+                    f"the chat template renders nothing of {what}. Use a template {remedy}, or give prompt and "
+                    "demonstration as text with the template applied."
                 )
             tail = self._tails[key] = _common_end(one, other)
         return tail
@@ -156,6 +163,15 @@ class Closing:
     def _rendered(self, messages: list, tools, kwargs: Mapping) -> list[int]:
         kwargs = {"tools": tools, "tokenize": True, "return_dict": True, **kwargs}
         return self.tokenizer.apply_chat_template(messages, **kwargs)["input_ids"]
+
+
+def _with_call(message: Mapping, name: str) -> dict:
+    """A message whose last tool call is one of a made-up function, in the form of the call that was there."""
+    *others, last = message["tool_calls"]
+    function = last.get("function", last)
+    arguments = {name: name} if isinstance(function.get("arguments"), Mapping) else json.dumps({name: name})
+    made = {**function, "name": name, "arguments": arguments}
+    return {**message, "tool_calls": [*others, {**last, "function": made} if "function" in last else made]}
 
 
 def _common_end(one: Sequence[int], other: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from posttrain.data.marks import switch_of
 from posttrain.data.messages import SYSTEM, is_messages, with_system
 from posttrain.errors import DataError
 
@@ -274,5 +275,7 @@ def _turns(turns: list, column: str, place: str) -> list[dict]:
                 f"{place}: the turn's speaker is {speaker!r}; sharegpt rows are read with {', '.join(_ROLES)}. "
                 "Rename the speaker, or write the row as messages with role and content."
             )
-        messages += _message(_ROLES[speaker], turn.get("value"))
+        mark, made = switch_of(turn), _message(_ROLES[speaker], turn.get("value"))
+        # a turn marked as not learned keeps its mark, for the check of the rows
+        messages += [{**message, mark: turn[mark]} for message in made] if mark else made
     return messages

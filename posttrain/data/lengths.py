@@ -56,6 +56,17 @@ class Lengths:
     lost_text: str = ""
 
 
+def said_of_prompts(found: Lengths, name: str) -> str:
+    """A sentence about prompts that lose their end before an answer; empty where none does. `name`: of the data set."""
+    if not found.shortened_prompts:
+        return ""
+    return (
+        f"{name}: the chat template, or the tokenizer, renders prompts in another way before an answer than alone; "
+        f"their end {found.lost_text!r} is left out in training, though generation will see it. Use a template that "
+        "renders both the same, or end prompts on a token's boundary."
+    )
+
+
 def measure(dataset, processing_class, places: Sequence[str], max_length: int | None, keep_start: bool) -> Lengths:
     """Tokenise every row as TRL does and measure it. `places`: where each row is, for errors."""
     found, blanks = Lengths(len(dataset)), {}

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
+from posttrain.data.additions import misreads
+
 # Rows that are rendered: so many, spread over the data set, and of those that look unlike the others up to so many.
 SPREAD, UNLIKE = 32, 256
 # Rows for features of looks that none of these has, at most.
@@ -110,7 +112,7 @@ def _parts(turn: tuple) -> Iterator[tuple]:
     for one in kind if isinstance(kind, tuple) else (kind,):
         yield "content", role, one
     if thinks:
-        yield "thinks", role
+        yield "thinks", role, thinks
     for key in keys:
         yield "key", role, key
 
@@ -122,6 +124,6 @@ def _look_of_turn(turn) -> tuple:
     kind = "empty" if not content else type(content).__name__
     if isinstance(content, list):
         kind = tuple(sorted({str(block.get("type")) for block in content if isinstance(block, Mapping)}))
-    thinks = isinstance(content, str) and "</think>" in content
+    thinks = isinstance(content, str) and (misreads(content) or "</think>" in content)
     keys = tuple(sorted(key for key, value in turn.items() if value not in (None, "", []) and key != "content"))
     return turn.get("role"), kind, thinks, keys

@@ -18,6 +18,7 @@ COLUMNS = (
 )
 _IMAGES = {"image", "images"}
 _LISTS, _OBJECTS = "lists", "objects"
+_CALLS, _NO_CALLS = ("tool_calls", "function_call"), (None, [], {})
 # The keys of messages that Arrow keeps as they are.
 _PLAIN = ({"role", "content"}, {"from", "value"})
 
@@ -106,15 +107,25 @@ def as_json(value: list | None) -> list[str] | None:
 
 
 def flattened(value):
-    """Messages whose content is a list of nothing but blocks of text, with their texts joined; others as they are."""
-    if not isinstance(value, list) or not any(_is_text_blocks(message) for message in value):
+    """Messages as templates expect them: lists of nothing but blocks of text joined, and without calls that are none.
+
+    Null, `[]` and `{}` for `tool_calls` or `function_call` are no call, though many templates look for the key alone.
+    Where nothing is to be done the value itself is returned.
+    """
+    if not isinstance(value, list) or not any(_is_text_blocks(turn) or _calls_nothing(turn) for turn in value):
         return value
-    return [
-        {**message, "content": "".join(block["text"] for block in message["content"])}
-        if _is_text_blocks(message)
-        else message
-        for message in value
-    ]
+    return [_flat(turn) if isinstance(turn, Mapping) else turn for turn in value]
+
+
+def _flat(message: Mapping) -> dict:
+    made = {key: part for key, part in message.items() if key not in _CALLS or part not in _NO_CALLS}
+    if _is_text_blocks(message):
+        made["content"] = "".join(block["text"] for block in message["content"])
+    return made
+
+
+def _calls_nothing(message) -> bool:
+    return isinstance(message, Mapping) and any(key in message and message[key] in _NO_CALLS for key in _CALLS)
 
 
 def quietly_mapped(dataset, function, **kwargs):

@@ -3,31 +3,17 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
-from posttrain.data import round_trips
+from posttrain.data import additions, round_trips
+from posttrain.data.applied import control_tokens
+from posttrain.data.faults import Fault, short
 from posttrain.data.markers import REASONING, marked
 from posttrain.data.round_trips import bare as _bare
 from posttrain.data.tokens import render_text, tokenizer_of
 
+_BLANKS = re.compile(r"\s")
 _THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
 _ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "text")
-
-
-class Fault(NamedTuple):
-    """What a rendering does to a row.
-
-    Attributes:
-        key: faults of one key are counted together.
-        what: what happens, in words. shown: the piece of the row. remedy: what to do.
-        is_wrong: the model would learn something else than the row says; else it only sees or learns less.
-    """
-
-    key: tuple
-    what: str
-    shown: str
-    remedy: str
-    is_wrong: bool = False
 
 
 def prompt_of(row: Mapping):
@@ -58,6 +44,19 @@ class Probe:
                 yield from self._text_faults(self.prompt or "", answer or "", name, learned)
             else:
                 yield from self._faults(self.prompt or [], answer or [], name, learned)
+        yield from self._added_faults(learned)
+
+    def _added_faults(self, learned: Mapping) -> Iterator[Fault]:
+        """What the template writes into the learned answers; of whole conversations no answer is told apart."""
+        answers = {name: answer for name, answer in self.answers.items() if name not in ("messages", "text")}
+        if isinstance(self.prompt, list) and all(isinstance(answer, list) for answer in answers.values()):
+            control = control_tokens(tokenizer_of(self.processing_class))
+            yield from additions.faults(self.prompt, answers, learned, control, self._rendered_with)
+
+    def _rendered_with(self, messages: list, setting: str, **options) -> str:
+        """Messages rendered with a setting of the template off."""
+        kwargs = {**self.row["chat_template_kwargs"], setting: False}
+        return render_text(messages, {**self.row, "chat_template_kwargs": kwargs}, self.processing_class, **options)
 
     def _text_faults(self, prompt: str, answer: str, name: str, learned: Mapping) -> Iterator[Fault]:
         whole = learned.get("prompt", "") + (learned.get(name, "") if name != "prompt" else "")
@@ -67,7 +66,7 @@ class Probe:
             yield Fault(
                 ("text",),
                 "the tokens are not those of the whole text",
-                repr(_short(whole)),
+                repr(short(whole)),
                 "The tokenizer changes or leaves out characters; see the row with `posttrain data inspect`.",
             )
 
@@ -76,9 +75,9 @@ class Probe:
             "Leave those rows out, write the characters in another way, or take a model whose tokenizer knows them."
         )
         for change in round_trips.changes(text, tokenizer_of(self.processing_class)):
-            if change.kind == "lines":
+            if change.kind in ("lines", "blanks"):
                 remedy = "The model cannot learn them; take a model whose tokenizer keeps them."
-            yield Fault((change.kind,), change.what, repr(_short(text)), remedy)
+            yield Fault((change.kind,), change.what, repr(short(text)), remedy)
 
     def _faults(self, prompt: list, answer: list, name: str, learned: Mapping) -> Iterator[Fault]:
         messages, start = [*prompt, *answer], len(prompt)
@@ -94,7 +93,7 @@ class Probe:
             # a generation prompt can end with what the answer begins with, such as <think>
             self._begun, hay[name] = len(hay["prompt"]), hay["prompt"] + hay[name]
         at = {"prompt": 0, name: 0}
-        places, wholly_lost, calls_lost = [], set(), set()
+        places, wholly_lost, calls_lost, rendered = [], set(), set(), None
         for piece in pieces:
             if piece.kind == "arguments of tool calls" and piece.index in calls_lost:
                 continue
@@ -118,8 +117,10 @@ class Probe:
                 continue
             changed = list(self._tokenizer_faults(piece.text))
             yield from changed
-            if not changed and piece.kind in ("content", *REASONING) and "\n" in piece.text.strip():
-                yield from self._line_faults(piece, messages, options)
+            if not changed and piece.kind in ("content", *REASONING) and _BLANKS.search(piece.text.strip()):
+                if rendered is None:
+                    rendered = self._as_given(messages, options)
+                yield from self._line_faults(piece, messages, rendered)
         yield from self._order_faults(places)
         if names and drawn is not None and not any(marker in drawn for marker in names.values()):
             yield Fault(
@@ -131,23 +132,32 @@ class Probe:
                 part = name if index >= start or not prompt else "prompt"
                 yield from self._value_faults(messages, index, message, learned.get(part, ""), options)
 
-    def _line_faults(self, piece, messages: list, options) -> Iterator[Fault]:
+    def _as_given(self, messages: list, options) -> str:
         try:
-            rendered = self._render(messages, self.row.get("tools"), **options)
+            return self._render(messages, self.row.get("tools"), **options)
         # rendering it as tokens has told what is wrong
         except Exception:
-            return
+            return ""
+
+    def _line_faults(self, piece, messages: list, rendered: str) -> Iterator[Fault]:
         if round_trips.loses_lines(piece.text, rendered):
             role = messages[piece.index].get("role")
             yield Fault(
                 ("lines", role),
                 f"the chat template loses line breaks or indentation within a message of the role {role}",
-                repr(_short(piece.text)),
+                repr(short(piece.text)),
                 "Code and lists are seen as one line; use a template that renders the message as it is.",
             )
+        elif round_trips.loses_blanks(piece.text, rendered):
+            role = messages[piece.index].get("role")
+            yield Fault(
+                ("blanks", role), f"the chat template loses tabs or blanks within a line of the role {role}",
+                repr(short(piece.text)),
+                "Tables and code are seen in another form; use a template that renders the message as it is.",
+            )  # fmt: skip
 
     def _content_fault(self, piece, message, part, seen, found, hay, name, start, total) -> Fault | None:
-        role, shown = message.get("role"), repr(_short(piece.text))
+        role, shown = message.get("role"), repr(short(piece.text))
         in_answer = piece.index >= start
         if seen == 0:
             asks = not in_answer and piece.index == start - 1
@@ -194,7 +204,7 @@ class Probe:
     def _other_fault(self, piece, message, part, seen, hay: str) -> Fault | None:
         if seen or (seen is None and _bare(piece.text) in hay):
             return None
-        shown = repr(_short(piece.text))
+        shown = repr(short(piece.text))
         if piece.kind in REASONING:
             return _lost_reasoning(f"in {piece.kind}", shown, part != "prompt")
         if piece.kind == "name":
@@ -213,7 +223,7 @@ class Probe:
         for (before, _), (after, piece) in zip(places, places[1:], strict=False):
             if after < before:
                 yield Fault(
-                    ("order",), "the chat template renders messages in another order", repr(_short(piece.text)),
+                    ("order",), "the chat template renders messages in another order", repr(short(piece.text)),
                     "Use a template that keeps the order.",
                 )  # fmt: skip
                 return
@@ -230,7 +240,7 @@ class Probe:
                 kinds = ", ".join(sorted({str(block.get("type")) for block in others}))
                 yield Fault(
                     ("blocks", kinds), f"the chat template drops blocks of the type {kinds}",
-                    _short(json.dumps(others, default=str)),
+                    short(json.dumps(others, default=str)),
                     "The model cannot see what the answer is to. Leave those rows out, or take another model.",
                     True,
                 )  # fmt: skip
@@ -244,7 +254,7 @@ class Probe:
                 if any(_bare(json.dumps(arguments, ensure_ascii=ascii)) in bare for ascii in (True, False)):
                     yield Fault(
                         ("quoted",), "the chat template quotes the arguments of a tool call once more",
-                        _short(json.dumps(arguments)), "Give them as an object, not as a JSON text.", True,
+                        short(json.dumps(arguments)), "Give them as an object, not as a JSON text.", True,
                     )  # fmt: skip
 
     def _takes_blocks(self, role) -> bool:
@@ -312,9 +322,5 @@ def _lost_reasoning(where: str, shown: str, in_answer: bool) -> Fault:
 
 
 def _printed(what: str, value, remedy: str) -> Fault:
-    shown = _short(str(value))
+    shown = short(str(value))
     return Fault(("printed", what), f"the chat template writes {what} as Python prints it", shown, remedy, True)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -95,6 +95,7 @@ def check(
         faults.note(Probe(row, processing_class, settings).faults(tokens), place)
     faults.refuse()
     found.warnings += faults.warnings()
+    found.notes += faults.notes()
     return found
 
 
@@ -135,8 +136,14 @@ class _Faults:
                 raise DataError(self._sentence(fault, place))
 
     def warnings(self) -> list[str]:
-        """A sentence about each of the others."""
-        return [self._sentence(fault, place) for fault, place in self.first.values()]
+        """A sentence about each of the others, without the notes."""
+        found = [(fault, place) for fault, place in self.first.values() if not fault.is_note]
+        # a tokenizer that loses line breaks loses blanks, as a rule
+        return [self._sentence(*one) for one in found if one[0].key != ("blanks",) or ("lines",) not in self.first]
+
+    def notes(self) -> list[str]:
+        """A sentence about each that is a template's design."""
+        return [self._sentence(fault, place) for fault, place in self.first.values() if fault.is_note]
 
     def _sentence(self, fault, place: str) -> str:
         count = self.counts[fault.key]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from posttrain.data import formats, objects, rendering
 from posttrain.data.ends import check_ends
 from posttrain.data.formats import Format, convert, detect
-from posttrain.data.lengths import Lengths, measure
+from posttrain.data.lengths import Lengths, measure, said_of_prompts
 from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
 from posttrain.data.values import read_values, scan_pairs
 from posttrain.errors import DataError
@@ -294,12 +294,9 @@ def _check_lengths(report: PairReport, dataset, places: Sequence[str], processin
             f"{name}: max_length {limit} cuts {lengths.equal_when_cut} of {looked_at} to sides that are the same; they "
             "teach nothing."
         )
-    if lengths.shortened_prompts:
-        report.warnings.append(
-            f"{name}: the chat template, or the tokenizer, renders prompts in another way before an answer than alone; "
-            f"their end {lengths.lost_text!r} is left out in training, though generation will see it. Use a template "
-            "that renders both the same, or end prompts on a token's boundary."
-        )
+    prompts = said_of_prompts(lengths, name)
+    if prompts:
+        report.warnings.append(prompts)
 
 
 def _all_dropped(dataset, places: Sequence[str], processing_class, limit: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from posttrain.data.applied import ControlTokens
 from posttrain.data.looks import look_of
 from posttrain.data.markers import REASONING
+from posttrain.data.marks import switch_of
 from posttrain.data.probes import answers_of, prompt_of
 from posttrain.data.repeats import BEGINS, TRANSCRIPT, repeats
 from posttrain.data.tokens import tools_of
@@ -32,6 +33,8 @@ class Survey:
         self.first_held: dict[str, str] = {}
         self.others: Counter = Counter()
         self.first_other: dict[str, str] = {}
+        # rows with a turn that is not to be learned, or not as the others, and what the first of them says
+        self.unlearned, self.first_unlearned = 0, ""
 
     def look(self, number: int, row: Mapping, place: str) -> None:
         """Take in a row."""
@@ -43,6 +46,7 @@ class Survey:
         if not self.is_text and row.get("tools"):
             texts["tools"] = list(_strings(tools_of(row)))
         self.tokens.look(texts, place, self.is_text)
+        self._look_for_switches(answers, place)
         if not prompt or not answers:
             return
         if all(_begins_with(answer, prompt) for answer in answers.values()):
@@ -62,6 +66,19 @@ class Survey:
             ):
                 self.others[role] += 1
                 self.first_other.setdefault(role, place)
+
+    def _look_for_switches(self, answers: Mapping, place: str) -> None:
+        for name, answer in answers.items():
+            # of whole conversations no answer is told apart here
+            turns = answer if isinstance(answer, list) and name != "messages" else []
+            for number, turn in enumerate(turns, 1):
+                key = switch_of(turn)
+                if key is not None:
+                    self.unlearned += 1
+                    self.first_unlearned = self.first_unlearned or (
+                        f"{place}, whose {name} has {key}: {turn[key]!r} in message {number} of {len(turns)}"
+                    )
+                    return
 
     def _look_for_prompt(self, prompt, answers: Mapping, place: str) -> None:
         found = {name: repeats(prompt, answer) for name, answer in answers.items()}
@@ -91,6 +108,13 @@ class Survey:
                 f"transcript of the prompt, which stands in its own column as well (first: "
                 f"{self.first_held['transcript']}): it would be there twice, and learned as part of the answers. Cut "
                 "off all that stands before the answer's own words."
+            )
+        if self.unlearned:
+            raise DataError(
+                f"{self.name}: in {self.unlearned} of {self.rows} {self.unit} a turn of an answer is marked as not to "
+                f"be learned, or with a weight of its own (first: {self.first_unlearned}). All tokens of an answer are "
+                "learned alike here. Move the turns up to the last one into the prompt, where nothing is learned; "
+                "leave out rows whose last turn is marked, and the key where it means something else."
             )
         for role in ("user", "system", "developer"):
             if self.others[role]:

@@ -53,5 +53,8 @@ def _answer(prompt, given):
     if isinstance(given, str) and given.strip():
         return [{"role": "assistant", "content": given}] if isinstance(prompt, list) else given
     turn = given[0] if isinstance(given, list) and len(given) == 1 else None
-    is_answer = isinstance(turn, Mapping) and turn.get("role") == "assistant" and isinstance(turn.get("content"), str)
-    return given if is_answer and turn["content"].strip() and isinstance(prompt, list) else None
+    if not isinstance(turn, Mapping) or turn.get("role") != "assistant" or not isinstance(prompt, list):
+        return None
+    content = turn.get("content") or ""
+    # what calls a tool need not say anything
+    return given if isinstance(content, str) and (content.strip() or turn.get("tool_calls")) else None

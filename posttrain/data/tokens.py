@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from posttrain.data import applied, closers, continued, formats, objects, values
+from posttrain.data.refusals import refusal
 from posttrain.errors import ConfigError, DataError
 from posttrain.remote import check_model_name, model_failure
 
@@ -132,7 +133,16 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> It
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:
         place = places[done] if places else f"row {done + 1}"
-        raise DataError(f"{place}: the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
+        row = dataset[done] if done < len(dataset) else {}
+        wholes = [_whole(row, side) for side in ("chosen", "rejected")]
+        said = refusal(error, wholes, lambda messages: render_text(messages, row, processing_class))
+        raise DataError(f"{place}: {said}") from error
+
+
+def _whole(row: Mapping, side: str) -> list | None:
+    """The messages of a row with one of its sides; None for texts."""
+    prompt, answer = row.get("prompt") or [], row.get(side)
+    return [*prompt, *answer] if isinstance(prompt, list) and isinstance(answer, list) else None
 
 
 def sequences(row: Mapping, found: formats.Format, processing_class, place: str = "the row") -> list[TokenSequence]:
@@ -307,7 +317,9 @@ def _render(value, row: Mapping, processing_class, place: str, **options) -> dic
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{place}: the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
+        conversations = [] if isinstance(value, str) else [value]
+        said = refusal(error, conversations, lambda messages: render_text(messages, row, processing_class))
+        raise DataError(f"{place}: {said}") from error
 
 
 def _template_options(row: Mapping) -> dict:

@@ -5,6 +5,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from posttrain.data.ends import Closing
+from posttrain.data.refusals import refusal
 from posttrain.data.tokens import template_kwargs_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
@@ -101,8 +102,8 @@ def _check_closing(closing: Closing, args, name: str, rows: int) -> None:
 
 
 def _ids(prompt, demonstration, tokenizer, template_kwargs: dict, tools=None, closing: Closing | None = None):
-    answer = _answer(demonstration)
-    if not answer.strip():
+    answer, calls = _answer(demonstration), _calls(demonstration)
+    if not answer.strip() and not calls:
         return []
     closing = closing or Closing(tokenizer)
     if isinstance(prompt, str):
@@ -116,13 +117,20 @@ def _ids(prompt, demonstration, tokenizer, template_kwargs: dict, tools=None, cl
         whole = tokenizer.apply_chat_template([*prompt, *turns], **kwargs)["input_ids"]
     # a chat template is a program that came with the model: anything can come out of it
     except Exception as error:
-        raise DataError(f"the row cannot be turned into tokens: {type(error).__name__}: {error}") from error
+        said = refusal(error, [[*prompt, *turns]], lambda messages: tokenizer.apply_chat_template(messages, **kwargs))
+        raise DataError(said) from error
     if whole[: len(before)] != before:
         raise DataError(
             "the chat template changes the prompt once an answer follows it, so the answer's tokens cannot be told "
             "apart. Give prompt and demonstration as text with the template applied."
         )
-    return closing.messages(whole[len(before) :], prompt, tools, template_kwargs)
+    return closing.messages(whole[len(before) :], prompt, tools, template_kwargs, turns[0] if calls else None)
+
+
+def _calls(demonstration) -> list | None:
+    """The tool calls of a demonstration; None where it makes none."""
+    turn = demonstration[-1] if isinstance(demonstration, list) and demonstration else None
+    return (turn.get("tool_calls") or None) if isinstance(turn, dict) else None
 
 
 def _answer(demonstration) -> str:

@@ -9,7 +9,7 @@ import pytest
 import trl
 from datasets import Dataset
 
-from posttrain.data import answer_tokens
+from posttrain.data import answer_tokens, task_rows
 from posttrain.data.ends import Closing
 from posttrain.data.schema import examine_preferences, generation_stop_ids
 from posttrain.errors import DataError
@@ -209,3 +209,73 @@ def test_a_models_own_config_says_where_it_stops_if_it_has_no_generation_config(
     assert generation_stop_ids(str(folder)) == {5, 6}
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     assert generation_stop_ids(str(folder)) == set()
+
+
+def calling(arguments=None, content=""):
+    function = {"name": "add", "arguments": {"left": 2} if arguments is None else arguments}
+    call = {"id": "call_1234", "type": "function", "function": function}
+    return [{"role": "assistant", "content": content, "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize("content", ["", None, " "])
+@pytest.mark.parametrize(
+    ("family", "stops", "text"),
+    [
+        (("qwen3", (), None, None), ("<|im_end|>",),
+         '<tool_call>\n{"name": "add", "arguments": {"left": 2}}\n</tool_call><|im_end|>'),
+        (("llama3_1", *LLAMA[1:]), ("<|eom_id|>", "<|eot_id|>"),
+         '{"name": "add", "parameters": {"left": 2}}<|eot_id|>'),
+        (("gptoss", ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"), None, None),
+         ("<|return|>", "<|call|>"), '<|channel|>commentary json<|message|>{"left": 2}<|call|>'),
+    ],
+)  # fmt: skip
+def test_a_demonstration_that_only_calls_a_tool_is_learned_to_the_end_of_the_call(
+    tokenizer, content, family, stops, text, logged
+):
+    template, special, eos, bos = family
+    changed = of_family(tokenizer, template, sorted({*special, *([bos] if bos else [])}), eos, bos)
+    rows = Dataset.from_list([{"prompt": PROMPT, "demonstration": calling(content=content)}] * 2)
+    stop_ids = changed.convert_tokens_to_ids(list(stops))
+    for choice in ("error", "rollouts"):
+        given = settings(empty_demonstrations=choice, max_completion_length=200)
+        found = _demonstrations.tokenise(rows, changed, given, "train_dataset", stop_ids)
+        assert changed.decode(found[0]["demonstration_ids"]).endswith(text)
+    assert "empty" not in logged.text
+
+
+@pytest.mark.parametrize("demonstration", [answer(""), [{"role": "assistant", "content": None, "tool_calls": []}], " "])
+def test_a_demonstration_that_says_and_calls_nothing_is_empty(tokenizer, demonstration):
+    assert _demonstrations._ids(PROMPT, demonstration, tokenizer, {}) == []
+
+
+def test_calls_of_a_demonstration_are_held_against_their_rendering(tokenizer, logged):
+    logged.set_level("INFO", "posttrain")
+    args = SimpleNamespace(learns_from_demonstrations=True, chat_template_kwargs=None)
+    rows = Dataset.from_list([{"prompt": PROMPT, "demonstration": calling()}] * 2)
+    task_rows.check(rows, of_family(tokenizer, "qwen3"), args)
+    assert "the chat template adds '<think>\\n\\n</think>' to answers" in logged.text
+    with pytest.raises(DataError, match="train_dataset, row 1.*arguments of tool calls as an object"):
+        task_rows.check(
+            Dataset.from_list([{"prompt": PROMPT, "demonstration": calling('{"left": 2}')}]),
+            of_family(tokenizer, "glm4moe"), args,
+        )  # fmt: skip
+    with pytest.raises(DataError, match="drops tool calls"):
+        task_rows.check(rows, of_family(tokenizer, "gemma3"), args)
+    with pytest.raises(DataError, match="row 1: the chat template renders nothing of tool calls"):
+        _demonstrations.tokenise(rows, of_family(tokenizer, "gemma3"), settings(), "train_dataset")
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"), [("deepseek_r1_distill", "<think>"), ("nemotron_3_nano", r"\n"), ("qwen2_5", None)]
+)
+def test_scored_answers_whose_prompt_loses_its_end_are_said(tokenizer, logged, template, lost):
+    changed = of_family(tokenizer, template)
+    rows = [{"prompt": PROMPT, "completion": answer(f"It is {i}"), "reward": float(i)} for i in range(3)]
+    args = SimpleNamespace(
+        max_length=None, truncation_mode="keep_start", end_of_turn="warn", dataset_num_proc=None,
+        dataset_text_field="text",
+    )  # fmt: skip
+    answer_tokens.fit(Dataset.from_list(rows), changed, args, "train_dataset")
+    said = [m for m in logged.messages if "renders prompts in another way before an answer than alone" in m]
+    assert len(said) == (lost is not None)
+    assert lost is None or f"their end '{lost}" in said[0]

@@ -91,6 +91,14 @@ def test_sharegpt_becomes_messages_or_preference_pairs():
     assert implicit["chosen"] == USER + ANSWER and "prompt" not in implicit
 
 
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("train", False), ("mask", True)])
+def test_a_turn_of_sharegpt_keeps_a_mark_of_not_being_learned(key, value):
+    made = converted({"conversations": [*TURNS, {**TURNS[1], key: value}]})
+    assert [message.get(key) for message in made["messages"]] == [None, None, value]
+    kept = converted({"conversations": [TURNS[0], {**TURNS[1], "weight": 1, "id": 7}]})
+    assert kept == {"messages": USER + ANSWER}
+
+
 def test_an_unknown_speaker_is_named_with_its_row():
     rows = [{"conversations": TURNS}, {"conversations": [{"from": "narrator", "value": "x"}]}]
     with pytest.raises(DataError, match="row 2: the turn's speaker is 'narrator'; .* human, gpt"):

@@ -6,13 +6,15 @@ import pytest
 from datasets import Dataset, Features, Json, List
 from trl.trainer.utils import remove_none_values
 
-from posttrain.data import objects
+from posttrain.data import formats, objects
 from posttrain.data.demonstrations import load_demonstrations
 from posttrain.data.preferences import load_preferences
 from posttrain.data.rows import read_rows
+from posttrain.data.schema import examine_preferences
 from posttrain.data.scored import as_scored, load_scored
-from posttrain.data.tokens import tokenized_pairs
+from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError
+from tests.data.test_rendering import trl_template
 
 USER = [{"role": "user", "content": "Weather in Lyon?"}]
 NO = [{"role": "assistant", "content": "No idea."}]
@@ -189,3 +191,35 @@ def test_unicode_line_separators_are_part_of_a_text(tmp_path, text, end):
     found, places = read_rows(str(path))
     assert found == rows
     assert places[2].endswith("line 3")
+
+
+NO_CALLS = [{"tool_calls": []}, {"tool_calls": None}, {"function_call": None}, {"tool_calls": [], "function_call": {}}]
+
+
+@pytest.mark.parametrize("keys", NO_CALLS)
+@pytest.mark.parametrize("name", ["llama3_1", "gptoss", "deepseekv3", "qwen3"])
+def test_an_empty_list_of_calls_is_none(tmp_path, keys, name):
+    tokenizer = trl_template(name)
+    answers = [{"role": "assistant", "content": text} for text in ("The Loire.", "Paris.")]
+    plain = [{"prompt": USER, "chosen": [answers[0]], "rejected": [answers[1]]}] * 2
+    rows = [row | {side: [row[side][0] | keys] for side in ("chosen", "rejected")} for row in plain]
+    wanted = list(tokenized_pairs(Dataset.from_list(plain), tokenizer))
+    for dataset in (Dataset.from_list(rows), objects.exact(rows), load_preferences(lines(tmp_path / "a.jsonl", rows))):
+        assert list(tokenized_pairs(dataset, tokenizer)) == wanted
+        assert (
+            examine_preferences(dataset, tokenizer).warnings
+            == examine_preferences(Dataset.from_list(plain), tokenizer).warnings
+        )
+    found = formats.detect(rows[0], rows[0])
+    for with_keys, without in zip(
+        sequences(rows[0], found, tokenizer), sequences(plain[0], found, tokenizer), strict=True
+    ):
+        assert with_keys == without
+
+
+def test_calls_stay_and_rows_without_them_are_the_same_object():
+    calling = call("now")
+    assert objects.flattened(calling) is calling
+    assert objects.flattened([{"role": "user", "content": "a", "tool_calls": []}]) == [{"role": "user", "content": "a"}]
+    mixed = [*calling, {"role": "assistant", "content": "", "tool_calls": None}]
+    assert objects.flattened(mixed) == [*calling, {"role": "assistant", "content": ""}]

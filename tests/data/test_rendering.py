@@ -501,3 +501,63 @@ def test_code_and_lists_raise_no_alarm_under_the_templates_of_trl(name):
     words = f"See:\r\n\n```\n{CODE}\n\n\n\tx  y \n```\n- é\n  - 漢字\n"
     for rows in everywhere(words)[:4]:
         assert said(rows, trl_template(name)) == []
+
+
+TABLES = ["x  y\tz", "a\tb", "f(x,  y)", "|a   | b|"]
+
+
+@pytest.mark.parametrize("words", TABLES)
+@pytest.mark.parametrize("body", ["m.content.split() | join(' ')", r"m.content.replace('\t', ' ').replace('  ', ' ')"])
+def test_tabs_and_runs_of_blanks_that_a_template_loses_are_said(words, body):
+    for rows in everywhere(words)[:4]:
+        (warning,) = said(rows, plain(body))
+        assert "the chat template loses tabs or blanks within a line" in warning
+
+
+@pytest.mark.parametrize("words", TABLES)
+def test_tabs_and_runs_of_blanks_that_a_tokenizer_loses_are_said(words):
+    from tokenizers import Regex, normalizers
+
+    for rows in everywhere(words):
+        (warning,) = said(rows * 3, letters(normalizer=normalizers.Replace(Regex("[ \\t]+"), " ")))
+        assert "the tokenizer loses tabs or blanks within a line, in 3 of 3 rows" in warning
+
+
+def test_a_tokenizer_that_joins_words_is_said():
+    from tokenizers import normalizers
+
+    (warning,) = said([pair(chosen=[says("Not now, no.")])], letters(normalizer=normalizers.Replace(" ", "")))
+    assert "the tokenizer loses tabs or blanks" in warning
+
+
+@pytest.mark.parametrize("words", ["One two, three - four.", "  at both ends \t", "a b\n", "do not , know .", "5 % of"])
+@pytest.mark.parametrize("body", ["m.content | trim", "m.content.split() | join(' ')", "m.content"])
+def test_single_blanks_and_trimmed_ends_raise_no_alarm(words, body):
+    for rows in everywhere(words)[:4]:
+        assert said(rows, plain(body)) == []
+
+
+ARGUMENTS = [('{"town": "Lyon"}', "an object, not as a JSON text"), ({"town": "Lyon"}, "a JSON text, not as an object")]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "form"),
+    [(n, *ARGUMENTS[0]) for n in ("glm4moe", "qwen3_5_think", "nemotron_3_nano")] + [("deepseekv3", *ARGUMENTS[1])],
+)
+def test_arguments_in_a_form_that_the_template_refuses_are_named_with_the_other(name, given, form):
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": given}}]
+    for row in (
+        pair(chosen=[says("", tool_calls=calls)]),
+        pair(user(), says("", tool_calls=calls), {"role": "tool", "name": "weather", "content": "mild"}, user("So?")),
+        {"prompt": [user()], "completion": [says("", tool_calls=calls)]},
+        {"messages": [user(), says("", tool_calls=calls)]},
+    ):
+        with pytest.raises(DataError, match=rf"data, row 1: .* cannot be turned .* arguments of tool calls as {form}"):
+            said([row], trl_template(name))
+
+
+def test_a_refusal_for_another_reason_gets_no_remedy_of_arguments():
+    strict = plain("m.content if m.role != 'tool' else raise_exception('no tools here')")
+    row = pair(user(), says("", tool_calls=CALL), {"role": "tool", "name": "weather", "content": "x"}, user())
+    with pytest.raises(DataError, match="no tools here$"):
+        said([row], strict)

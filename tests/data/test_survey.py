@@ -157,3 +157,80 @@ def test_a_prompt_that_an_answer_may_repeat_is_said(rows, side, tokenizer):
 )
 def test_answers_of_their_own_raise_no_alarm(rows, tokenizer):
     assert said(rows, tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", 0), ("weight", 0.0), ("weight", 0.5), ("train", False), ("training", False), ("loss", False),
+     ("loss", 0), ("trainable", "false"), ("mask", True), ("masked", 1)],
+)  # fmt: skip
+def test_a_turn_of_an_answer_that_is_not_to_be_learned_is_refused(key, value):
+    turns = [says("Hm.", **{key: value}), says("The Loire.")]
+    tokenizer = trl_template("llama3_1")
+    rows = [pair(user(f"Name river {i}.")) for i in range(100)]
+    for row in (pair(chosen=turns), pair(rejected=turns)):
+        with pytest.raises(DataError, match=rf"in 1 of 101 rows a turn of an answer is mark.*row 101, whose .* {key}"):
+            said([*rows, row], tokenizer)
+    for row in ({"prompt": [user()], "completion": turns}, {"prompt": [user()], "demonstration": turns[:1]}):
+        with pytest.raises(DataError, match=f"{key}: {value!r} in message 1 of .* into the prompt"):
+            said([row], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", 1), ("weight", 1.0), ("weight", None), ("train", True), ("loss", True), ("mask", False), ("masked", 0)],
+)
+def test_a_turn_that_is_learned_as_the_others_raises_no_alarm(key, value):
+    answer = [says("The Loire.", **{key: value})]
+    assert said([pair(chosen=answer), {**pair(), "chosen": answer}], trl_template("llama3_1")) == []
+
+
+def test_marks_of_turns_in_the_prompt_have_no_effect():
+    prompt = [user(), says("Hm.", weight=0), user("Name one.")]
+    assert said([pair(*prompt)], trl_template("llama3_1")) == []
+    # both sides begin with them
+    row = {"chosen": [*prompt, says("The Loire.", weight=1)], "rejected": [*prompt, says("Paris.", weight=1)]}
+    assert said([row], trl_template("llama3_1")) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "often"),
+    [
+        ({"prompt": "<start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n", "chosen": "a<end_of_turn>\n",
+          "rejected": "b<end_of_turn>\n"}, ("'<start_of_turn>'", "'<end_of_turn>'")),
+        ({"prompt": "q", "chosen": " a</s>", "rejected": " b</s>"}, ("'</s>'",)),
+        ({"prompt": "<|start_header_id|>user<|end_header_id|>\n\nq", "chosen": "a<|eot_id|>", "rejected": "b"},
+         ("'<|eot_id|>'", "'<|start_header_id|>'")),
+        (pair(chosen=[says("The Loire.<|eot_id|>")]), ("'<|eot_id|>'",)),
+        ({"prompt": [user()], "completion": [says("The Loire.<end_of_turn>\n")]}, ("'<end_of_turn>'",)),
+    ],
+)  # fmt: skip
+def test_tokens_of_another_models_template_are_counted(row, often, tokenizer):
+    (warning,) = said([row] * 3, tokenizer)
+    assert "3 of 3 rows hold tokens of another model's chat template" in warning
+    assert "first: data, row 1" in warning
+    assert all(token in warning for token in often)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": " <s>old</s> price", "rejected": " b"},
+        {"prompt": "q", "chosen": " <b>a</b>", "rejected": " a | b |> c <| d"},
+        pair(user("What does <|eot_id|> do?"), chosen=[says("The token <|eot_id|> ends a turn.")]),
+    ],
+)
+def test_letters_that_look_like_tokens_raise_no_alarm(row, tokenizer):
+    assert said([row], tokenizer) == []
+
+
+def test_tokens_that_the_template_writes_as_letters_are_its_own(tokenizer):
+    import copy
+
+    zephyr = copy.deepcopy(tokenizer)
+    zephyr.chat_template = (
+        "{%- for m in messages -%}<|{{ m.role }}|>\n{{ m.content }}<|user|><|assistant|>{%- endfor -%}"
+    )
+    row = {"prompt": "<|user|>\nq\n<|assistant|>\n", "chosen": "a", "rejected": "b"}
+    assert said([row], zephyr) == []
+    assert len(said([row], tokenizer)) == 1
