@@ -8,16 +8,16 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
-    "ALoLConfig": "posttrain.trainers.a_lol",
-    "ALoLTrainer": "posttrain.trainers.a_lol",
-    "HPTConfig": "posttrain.trainers.policy_gradient",
-    "HPTTrainer": "posttrain.trainers.policy_gradient",
-    "PolicyGradientConfig": "posttrain.trainers.policy_gradient",
-    "PolicyGradientTrainer": "posttrain.trainers.policy_gradient",
-    "QAEConfig": "posttrain.trainers.policy_gradient",
-    "QAETrainer": "posttrain.trainers.policy_gradient",
-    "RobustDPOConfig": "posttrain.trainers.robust_dpo",
-    "RobustDPOTrainer": "posttrain.trainers.robust_dpo",
+    "ALoLConfig": "posttrain.trainers.offline.a_lol",
+    "ALoLTrainer": "posttrain.trainers.offline.a_lol",
+    "HPTConfig": "posttrain.trainers.policy_gradient.trainers",
+    "HPTTrainer": "posttrain.trainers.policy_gradient.trainers",
+    "PolicyGradientConfig": "posttrain.trainers.policy_gradient.trainers",
+    "PolicyGradientTrainer": "posttrain.trainers.policy_gradient.trainers",
+    "QAEConfig": "posttrain.trainers.policy_gradient.trainers",
+    "QAETrainer": "posttrain.trainers.policy_gradient.trainers",
+    "RobustDPOConfig": "posttrain.trainers.preference.robust_dpo",
+    "RobustDPOTrainer": "posttrain.trainers.preference.robust_dpo",
 }
 __all__ = ["__version__", *_MODULES]
 

@@ -11,10 +11,11 @@ for a run that diverged; `accelerate launch` itself turns each of them into 1.
 import sys
 
 import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
-from posttrain import ALoLConfig, ALoLTrainer, dry_run, recipe
-from posttrain.answers import ScoredArguments, describe, load_answers
+from posttrain import ALoLConfig, ALoLTrainer, recipe
 from posttrain.config import ModelArguments, get_quantization_config, parse, run_main
-from posttrain.reporting import RunReport
+from posttrain.recipe import dry_run
+from posttrain.recipe.scored_answers import ScoredArguments, describe, load_answers
+from posttrain.run.report import RunReport
 
 
 def main():

@@ -12,7 +12,7 @@ import sys
 import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
 from posttrain import QAEConfig, QAETrainer
 from posttrain.config import run_main
-from posttrain.tasks import run
+from posttrain.recipe.tasks import run
 
 
 def main():

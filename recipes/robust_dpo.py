@@ -11,10 +11,11 @@ package or connection; `accelerate launch` itself turns each of them into 1.
 import sys
 
 import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
-from posttrain import RobustDPOConfig, RobustDPOTrainer, dry_run, recipe
+from posttrain import RobustDPOConfig, RobustDPOTrainer, recipe
 from posttrain.config import DataArguments, ModelArguments, get_quantization_config, parse, run_main
-from posttrain.data.preferences import load_preferences
-from posttrain.reporting import RunReport
+from posttrain.data.pairs.loading import load_preferences
+from posttrain.recipe import dry_run
+from posttrain.run.report import RunReport
 
 
 def main():

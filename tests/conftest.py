@@ -80,7 +80,7 @@ def own_cache(tmp_path, monkeypatch):
 def no_curves(request, monkeypatch):
     """Drawing them takes longer than a tiny run does. Tests that want them ask for `curves`."""
     # not imported for this alone, which takes seconds
-    reporting = sys.modules.get("posttrain.reporting")
+    reporting = sys.modules.get("posttrain.run.report")
     if reporting and "curves" not in request.fixturenames:
         monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
 

@@ -17,7 +17,7 @@ from posttrain.config import (
 )
 from posttrain.errors import ConfigError, DataError, DivergedError, EnvironmentIssue
 from posttrain.paths import configs_dir
-from posttrain.trainers.robust_dpo import RobustDPOConfig
+from posttrain.trainers.preference.robust_dpo import RobustDPOConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = (DataArguments, ModelArguments, RobustDPOConfig)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from posttrain.data.procedural import reverse_list_pairs
+from posttrain.data.generated import reverse_list_pairs
 from posttrain.evaluation import score_pairs
 from posttrain.models import byte_tokenizer, tiny_model
 

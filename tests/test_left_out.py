@@ -126,9 +126,9 @@ def test_what_the_command_line_says_is_never_left_out(tmp_path):
     ],
 )
 def test_a_shipped_file_gives_way_to_one_word_of_the_command_line(tmp_path, monkeypatch, kind, method, given, holds):
-    from posttrain.answers import ScoredArguments
     from posttrain.config import DataArguments, ModelArguments
-    from posttrain.tasks import TaskArguments
+    from posttrain.recipe.scored_answers import ScoredArguments
+    from posttrain.recipe.tasks import TaskArguments
 
     rows = {"robust_dpo": DataArguments, "a_lol": ScoredArguments}.get(method, TaskArguments)
     argv = ["--config", str(configs_dir() / method / "cpu.yaml"), "--output_dir", str(tmp_path), *words(given)]

@@ -69,7 +69,7 @@ def test_a_missing_verb_is_a_usage_error(capsys):
 
 
 def test_public_names_are_found_and_listed():
-    from posttrain.trainers.robust_dpo import RobustDPOTrainer
+    from posttrain.trainers.preference.robust_dpo import RobustDPOTrainer
 
     assert posttrain.RobustDPOTrainer is RobustDPOTrainer
     assert {"RobustDPOTrainer", "RobustDPOConfig"} <= set(dir(posttrain)) & set(posttrain.__all__)
@@ -91,7 +91,7 @@ def test_the_wheel_holds_recipes_and_configs_and_no_tests(wheel):
     for shipped in ("recipes", "configs"):
         files = [path.relative_to(ROOT) for path in (ROOT / shipped).rglob("*") if path.suffix in (".py", ".yaml")]
         assert files and {f"posttrain/_{path.as_posix()}" for path in files} <= names
-    assert "posttrain/trainers/robust_dpo.py" in names
+    assert "posttrain/trainers/preference/robust_dpo.py" in names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"posttrain", f"posttrain-{posttrain.__version__}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

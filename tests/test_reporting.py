@@ -10,8 +10,8 @@ import torch
 import yaml
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from posttrain import reporting
-from posttrain.reporting import RunReport, format_table, git_commit, plot_curves, wilson_interval
+from posttrain.run import report
+from posttrain.run.report import RunReport, format_table, git_commit, plot_curves, wilson_interval
 
 
 @pytest.fixture
@@ -152,12 +152,12 @@ def test_a_run_survives_a_plot_that_fails_and_says_so_in_a_line(args, monkeypatc
     def note(text, *values):
         lines.append(text % values)
 
-    monkeypatch.setattr(reporting, "get_logger", lambda: SimpleNamespace(info=note, warning=note))
+    monkeypatch.setattr(report, "get_logger", lambda: SimpleNamespace(info=note, warning=note))
 
     def fail(rows, path):
         raise error
 
-    monkeypatch.setattr(reporting, "plot_curves", fail)
+    monkeypatch.setattr(report, "plot_curves", fail)
     run(RunReport(), args, 0, 1)
     assert len(lines) == 1 and message in lines[0]
 

@@ -35,7 +35,7 @@ def run(args) -> int:
 
     from posttrain.cli import _console
     from posttrain.hub import open_repository, push_folder
-    from posttrain.hub.base import check_repo_id, hub_base, noted_base
+    from posttrain.hub.base_model import check_repo_id, hub_base, noted_base
     from posttrain.hub.files import saved_weights
     from posttrain.hub.push import merged_weights
 
@@ -76,7 +76,7 @@ def _check_folder(folder: Path) -> None:
         raise ConfigError(f"RUN is {folder}, which is no folder; give the folder of a saved run.")
     if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         return
-    from posttrain.trainers._checkpoints import complete
+    from posttrain.run.checkpoints import complete
 
     newest = next(reversed(complete(folder)), None)
     instead = f"push its newest complete checkpoint, {newest}." if newest else "give the folder of a saved run."

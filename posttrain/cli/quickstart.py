@@ -137,7 +137,7 @@ class _Job:
         from transformers import AutoTokenizer
 
         from posttrain.data.corruption import flip_preferences
-        from posttrain.data.procedural import reverse_list_pairs
+        from posttrain.data.generated import reverse_list_pairs
         from posttrain.models import resolve_model
 
         self.scale, self.seed, self.output = scale, seed, output
@@ -168,7 +168,7 @@ class _Job:
 
         from posttrain import RobustDPOConfig, RobustDPOTrainer
         from posttrain.cli import _console
-        from posttrain.reporting import RunReport
+        from posttrain.run.report import RunReport
 
         method, scale = METHODS[name], self.scale
         label = f"{method.title}, {method.labels} labels"
@@ -229,14 +229,14 @@ class _Job:
         return {"beta": 0.1, "num_train_epochs": 1, "precompute_ref_log_probs": True, "precompute_ref_batch_size": 16}
 
     def versions(self) -> dict:
-        from posttrain.reporting import library_versions
+        from posttrain.run.report import library_versions
 
         return library_versions() | {"python": platform.python_version()}
 
     def hardware(self) -> dict:
         import torch
 
-        from posttrain.reporting import device_name
+        from posttrain.run.report import device_name
 
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         return {"device": device_name(device), "cores": os.cpu_count(), "platform": platform.platform()}
@@ -251,7 +251,7 @@ class _Job:
     def _score(self, model, label: str) -> dict:
         from posttrain.cli import _console
         from posttrain.evaluation import score_pairs
-        from posttrain.reporting import wilson_interval
+        from posttrain.run.report import wilson_interval
 
         with _console.progress_bar(2 * len(self.held_out), f"{label}: scoring", "answer") as bar:
             scores = score_pairs(model, self.tokenizer, self.held_out, batch_size=16, progress=bar.update)
@@ -278,7 +278,7 @@ def _output_folder(name: str) -> Path:
 
 
 def _table(results: list[dict]) -> str:
-    from posttrain.reporting import format_table
+    from posttrain.run.report import format_table
 
     rows = []
     for result in results:

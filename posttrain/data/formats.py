@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from posttrain.data.marks import switch_of
 from posttrain.data.messages import SYSTEM, is_messages, with_system
+from posttrain.data.rendering.marks import switch_of
 from posttrain.errors import DataError
 
 PREFERENCE = "preference"

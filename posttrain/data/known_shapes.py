@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from posttrain.data.golds import gold_text, is_missing
 from posttrain.data.messages import is_messages
-from posttrain.data.values import without_answer
+from posttrain.data.pairs.faults import without_answer
+from posttrain.data.tasks.golds import gold_text, is_missing
 from posttrain.errors import DataError
 
 # What a shape's rows become: prompt, chosen, rejected; prompt, completion, reward; prompt, gold

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from posttrain.data import applied, continued, formats
+from posttrain.data import formats
+from posttrain.data.rendering import applied, continued
 from posttrain.data.tokens import render, tokenized_pairs, tokenizer_of
 
 # Rows whose prompt is rendered once more, alone.

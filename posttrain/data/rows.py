@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from posttrain.data import formats, objects, preferences
+from posttrain.data import formats, objects
 from posttrain.data.columns import READ
+from posttrain.data.pairs import loading
 from posttrain.data.parquet import read_parquet
 from posttrain.errors import DataError
 
@@ -20,20 +21,20 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> tu
     and empty data; EnvironmentIssue where the hub cannot be reached.
     """
     path = Path(source).expanduser()
-    if not source.startswith("generated:") and preferences._is_file_name(source):
+    if not source.startswith("generated:") and loading._is_file_name(source):
         if not path.exists():
             raise DataError(f"{path} does not exist (working folder: {Path.cwd()}).")
-        if not path.name.endswith(preferences.SUFFIXES):
-            raise DataError(f"{path} is of an unknown kind; readable are {', '.join(preferences.SUFFIXES)}.")
-        found = _parquet_rows(path) if path.suffix == ".parquet" else preferences._json_rows(path)
+        if not path.name.endswith(loading.SUFFIXES):
+            raise DataError(f"{path} is of an unknown kind; readable are {', '.join(loading.SUFFIXES)}.")
+        found = _parquet_rows(path) if path.suffix == ".parquet" else loading._json_rows(path)
     else:
-        load = preferences._generate if source.startswith("generated:") else preferences._load_hub
+        load = loading._generate if source.startswith("generated:") else loading._load_hub
         found = objects.unpadded(load(source, split))
         found = ((f"{source}, row {number}", row) for number, row in enumerate(found, 1))
     rows, places = [], []
     for place, row in found:
         if not isinstance(row, dict):
-            raise DataError(f"{place}: a row must be an object, not {preferences._kind(row)}.")
+            raise DataError(f"{place}: a row must be an object, not {loading._kind(row)}.")
         rows.append(row)
         places.append(place)
         if len(rows) == limit:
@@ -64,7 +65,7 @@ def as_dataset(rows: list[dict], source: str):
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors
         places = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
-        raise preferences.mixed_types(rows, places, source, error) from None
+        raise loading.mixed_types(rows, places, source, error) from None
 
 
 def cells(rows: list[dict], places: list[str]):

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from posttrain.data import applied, closers, continued, formats, objects, values
-from posttrain.data.refusals import refusal
+from posttrain.data import formats, objects
+from posttrain.data.pairs import faults
+from posttrain.data.rendering import applied, closers, continued
+from posttrain.data.rendering.refusals import refusal
 from posttrain.errors import ConfigError, DataError
 from posttrain.remote import check_model_name, model_failure
 
@@ -160,11 +162,11 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
     if "tools" in row:
         row["tools"] = tools_of(row, place)
     if found.kind in formats.PAIR_KINDS:
-        values.faults(row, place)
+        faults.faults(row, place)
     else:
         for column in ("prompt", "completion", "messages", "conversations", "text"):
             if column in row:
-                values.style_of(row[column], column, place)
+                faults.style_of(row[column], column, place)
     if found.kind == formats.LANGUAGE_MODELLING:
         return [_language_modelling(row, processing_class, place)]
     if found.kind == formats.PROMPT_ONLY:

@@ -1,6 +1,6 @@
 """The model card of a run, and its way to the hub."""
 
-from posttrain.hub.base import is_hub_id
+from posttrain.hub.base_model import is_hub_id
 from posttrain.hub.card import loading_lines, write_model_card
 from posttrain.hub.files import clean_readme
 from posttrain.hub.merging import merge_adapter

@@ -7,16 +7,9 @@ import platform
 import re
 from pathlib import Path
 
-from posttrain.hub.base import (
-    adapter_config,
-    base_license,
-    base_name,
-    is_hub_id,
-    join_front_matter,
-    loaded_from,
-)
+from posttrain.hub.base_model import adapter_config, base_license, base_name, is_hub_id, join_front_matter, loaded_from
 from posttrain.models import SMOLLM2, TINY
-from posttrain.reporting import format_table, library_versions
+from posttrain.run.report import format_table, library_versions
 
 ADAPTER_HERE, MODEL_HERE, BASE_HERE = "path/to/this/adapter", "path/to/this/model", "path/to/the/base/model"
 LOCAL_BASE = "a model that was on the training machine only"

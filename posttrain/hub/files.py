@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from posttrain.errors import DataError
-from posttrain.hub.base import is_hub_id, join_front_matter, split_front_matter
+from posttrain.hub.base_model import is_hub_id, join_front_matter, split_front_matter
 from posttrain.hub.card import (
     ADAPTER_HERE,
     BASE_HERE,

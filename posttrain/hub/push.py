@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.hub.base import run_of
+from posttrain.hub.base_model import run_of
 from posttrain.hub.files import files_to_push
 from posttrain.hub.merging import merge_adapter
 from posttrain.hub.repository import RETRY_DELAYS, Destination, check_kind, destination_of, with_retries

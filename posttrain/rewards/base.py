@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields
 
-from posttrain.data.golds import is_missing
+from posttrain.data.tasks.golds import is_missing
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.rewards.pool import WorkerPool

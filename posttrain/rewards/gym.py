@@ -17,7 +17,7 @@ class GymScore(PooledReward):
     failure, set the trainer's threshold at 0.99.
 
     Args:
-        gold: column with the tasks, as `posttrain.data.gym.gym_tasks` writes them.
+        gold: column with the tasks, as `posttrain.data.tasks.gym.gym_tasks` writes them.
         timeout: seconds a sample; one that takes longer is scored None and counted. workers: processes on each rank.
 
     The answer is what `<answer>`, a box or #### marks, or else the whole text after any thinking. Raises

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from posttrain.data.golds import is_missing
+from posttrain.data.tasks.golds import is_missing
 from posttrain.errors import ConfigError, require
 from posttrain.log import get_logger
 from posttrain.rewards.answers import PLACES, answer_number, final_answer, gold_answer

@@ -39,7 +39,7 @@ def load_answers(data: Path | None, count: int, quick: bool, tokenizer):
     """(prompts, completions, rewards) of `count` kept rows; generated ones where there is no data."""
     from datasets import Dataset
 
-    from posttrain.data.scored import load_scored
+    from posttrain.data.scored.loading import load_scored
 
     if data is None:
         rows = load_scored(f"generated:reverse_list?n={2 * count}")
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("POSTTRAIN_LOG", "warning")
     if args.memory:
         return _print_memory(args.memory, args)
-    from posttrain.reporting import format_table
+    from posttrain.run.report import format_table
 
     # first: nothing else is in memory yet
     memory = {arm: memory_of(arm, args) for arm in ARMS}

@@ -157,4 +157,4 @@ def at_step_end(call):
 
 def no_curves():
     """The picture that our trainer draws after its last step is no part of any step, and takes seconds."""
-    return mock.patch("posttrain.reporting.plot_curves")
+    return mock.patch("posttrain.run.report.plot_curves")

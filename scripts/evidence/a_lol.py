@@ -55,7 +55,7 @@ class Small:
 
     def load(self, seed: int):
         """(model, training pairs, pairs with low rewards, held-out pairs, LoRA)."""
-        from posttrain.data.procedural import reverse_list_pairs
+        from posttrain.data.generated import reverse_list_pairs
 
         lists = reverse_list_pairs(self.pairs, seed=3000 + seed, words=self.words)
         held_out = reverse_list_pairs(self.held_out, seed=4000 + seed, words=self.words, exclude=lists)

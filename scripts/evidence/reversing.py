@@ -21,7 +21,7 @@ def pretrain(folder: Path, seed: int, words: int) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from posttrain.data.procedural import WORDS
+    from posttrain.data.generated import WORDS
     from posttrain.models import tiny_model
 
     specials = ["<eos>", "<pad>", ">"]

@@ -86,7 +86,7 @@ class Tasks:
         """(folder of the warm model, training tasks, {split: held-out tasks})."""
         from datasets import concatenate_datasets
 
-        from posttrain.data.procedural import modular_sum_tasks
+        from posttrain.data.generated import modular_sum_tasks
 
         size, half = self.size, self.size.tasks // 2
         drawn = modular_sum_tasks(20000, seed=1000 + seed, terms=(TERMS, TERMS))
@@ -287,7 +287,7 @@ def _warm_up(folder: Path, seed: int, steps: int, easy, hard) -> None:
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    from posttrain.data.procedural import MODULAR_SUM_CHARACTERS
+    from posttrain.data.generated import MODULAR_SUM_CHARACTERS
     from posttrain.models import tiny_model
 
     vocabulary = {token: i for i, token in enumerate(["<eos>", "<pad>", *MODULAR_SUM_CHARACTERS])}

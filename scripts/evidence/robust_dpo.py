@@ -58,7 +58,7 @@ class Small:
         self.bases: dict[int, str] = {}
 
     def load(self, seed: int):
-        from posttrain.data.procedural import reverse_list_pairs
+        from posttrain.data.generated import reverse_list_pairs
 
         train = reverse_list_pairs(self.train_pairs, seed=1000 + seed, words=self.words)
         held_out = reverse_list_pairs(self.held_out, seed=2000 + seed, words=self.words, exclude=train)
@@ -184,7 +184,7 @@ def summarise(stage: str, done: list[dict]) -> list[dict]:
 
 
 def show(rows: list[dict]) -> None:
-    from posttrain.reporting import format_table
+    from posttrain.run.report import format_table
 
     def line(row):
         gap = row.get("minus_dpo")

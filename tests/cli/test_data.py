@@ -11,9 +11,10 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from posttrain.cli import _console, _tokens, main
+from posttrain.cli import _console, main
+from posttrain.cli.data import token_view
 from posttrain.data.corruption import flip_preferences
-from posttrain.data.preferences import load_preferences
+from posttrain.data.pairs.loading import load_preferences
 from tests.conftest import cpu_seconds_of_children
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,7 +211,7 @@ def test_a_space_that_depends_on_what_comes_before_is_kept():
         def decode(self, ids, **kwargs):
             return "".join(self.words[i] for i in ids).replace("\u2581", " ").removeprefix(" ")
 
-    assert _tokens.pieces([1, 2, 3], [0, 1, 1], Sentencepiece()) == [
+    assert token_view.pieces([1, 2, 3], [0, 1, 1], Sentencepiece()) == [
         ("Hello", False),
         (" wide", True),
         (" world", True),
@@ -456,7 +457,7 @@ class TestTasks:
 
     @pytest.mark.parametrize("row", TASKS)
     def test_a_task_is_shown_as_the_recipes_render_it(self, row, tmp_path, data, tiny_folder):
-        from posttrain.data.demonstrations import load_demonstrations
+        from posttrain.data.tasks.loading import load_demonstrations
         from posttrain.data.tokens import load_processing_class, render
 
         path = write(tmp_path / "a.jsonl", [row])

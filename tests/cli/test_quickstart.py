@@ -162,7 +162,7 @@ def test_an_unwritable_output_folder_is_an_issue_of_the_environment(tmp_path, ca
 
 
 def test_held_out_lists_never_appear_in_training():
-    from posttrain.data.procedural import reverse_list_pairs
+    from posttrain.data.generated import reverse_list_pairs
 
     for scale in (quickstart.FULL, quickstart.FAST):
         train = reverse_list_pairs(scale.steps * scale.batch_size, 0)

@@ -12,8 +12,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from posttrain.cli import _console, main
-from posttrain.dry_run import describe
 from posttrain.errors import ConfigError, DataError
+from posttrain.recipe.dry_run import describe
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from posttrain.data import looks, objects, rendering
-from posttrain.data.additions import added, misreads
+from posttrain.data import objects
+from posttrain.data.rendering import looks, row_checks
+from posttrain.data.rendering.additions import added, misreads
 from posttrain.errors import DataError
 from tests.data.test_rendering import CALL, TEMPLATES, TOOL, pair, plain, says, trl_template, user
 
@@ -14,7 +15,7 @@ TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
 def found(rows, tokenizer):
-    return rendering.check(objects.exact(rows), tokenizer, "data")
+    return row_checks.check(objects.exact(rows), tokenizer, "data")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from posttrain import ALoLConfig, ALoLTrainer, RobustDPOConfig, RobustDPOTrainer
-from posttrain.data import applied, closers, formats, objects
-from posttrain.data.ends import Closing
-from posttrain.data.schema import examine_preferences
+from posttrain.data import formats, objects
+from posttrain.data.pairs.schema import examine_preferences
+from posttrain.data.rendering import applied, closers
+from posttrain.data.rendering.ends import Closing
 from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError
 from posttrain.models import byte_tokenizer

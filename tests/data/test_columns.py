@@ -5,12 +5,13 @@ import json
 import pytest
 from datasets import Dataset
 
-from posttrain.data import columns, sides
+from posttrain.data import columns
 from posttrain.data.columns import place_system, say_left_out, system_in_front
 from posttrain.data.corruption import flip_preferences
-from posttrain.data.demonstrations import load_demonstrations
-from posttrain.data.preferences import load_preferences
-from posttrain.data.scored import as_scored, load_scored
+from posttrain.data.pairs import sides
+from posttrain.data.pairs.loading import load_preferences
+from posttrain.data.scored.loading import as_scored, load_scored
+from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.errors import DataError
 
 USER = [{"role": "user", "content": "q"}]

@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 
 from posttrain.data.corruption import flip_preferences
-from posttrain.data.procedural import reverse_list_pairs
+from posttrain.data.generated import reverse_list_pairs
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.data.demonstrations import load_demonstrations
-from posttrain.data.gym import decode_task, encode_task, gym_tasks
+from posttrain.data.tasks.gym import decode_task, encode_task, gym_tasks
+from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.rewards import GymScore, MathsAnswer, check_golds
 

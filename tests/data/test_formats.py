@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from posttrain.cli import main
 from posttrain.data.formats import convert, convert_row, detect
-from posttrain.data.preferences import load_preferences
+from posttrain.data.pairs.loading import load_preferences
 from posttrain.errors import DataError
 
 USER = [{"role": "user", "content": "q"}]

@@ -7,11 +7,11 @@ from datasets import Dataset, Features, Json, List
 from trl.trainer.utils import remove_none_values
 
 from posttrain.data import formats, objects
-from posttrain.data.demonstrations import load_demonstrations
-from posttrain.data.preferences import load_preferences
+from posttrain.data.pairs.loading import load_preferences
+from posttrain.data.pairs.schema import examine_preferences
 from posttrain.data.rows import read_rows
-from posttrain.data.schema import examine_preferences
-from posttrain.data.scored import as_scored, load_scored
+from posttrain.data.scored.loading import as_scored, load_scored
+from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError
 from tests.data.test_rendering import trl_template

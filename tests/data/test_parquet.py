@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from posttrain.cli import main
-from posttrain.data.demonstrations import load_demonstrations
-from posttrain.data.preferences import load_preferences
+from posttrain.data.pairs.loading import load_preferences
 from posttrain.data.rows import read_rows
-from posttrain.data.scored import load_scored
+from posttrain.data.scored.loading import load_scored
+from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.errors import DataError
 
 MAP = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))

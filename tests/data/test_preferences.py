@@ -5,8 +5,8 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from posttrain.data.preferences import load_preferences
-from posttrain.data.procedural import reverse_list_pairs
+from posttrain.data.generated import reverse_list_pairs
+from posttrain.data.pairs.loading import load_preferences
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 
 ROWS = [

@@ -3,7 +3,7 @@ from itertools import permutations
 
 import pytest
 
-from posttrain.data.procedural import (
+from posttrain.data.generated import (
     MODULAR_SUM_CHARACTERS,
     WORDS,
     arithmetic_tasks,

@@ -10,9 +10,10 @@ import trl
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from posttrain.data import looks, objects, rendering
-from posttrain.data.preferences import load_preferences
-from posttrain.data.schema import examine_preferences
+from posttrain.data import objects
+from posttrain.data.pairs.loading import load_preferences
+from posttrain.data.pairs.schema import examine_preferences
+from posttrain.data.rendering import looks, row_checks
 from posttrain.data.tokens import tokenized_pairs
 from posttrain.errors import DataError
 from posttrain.models import byte_tokenizer
@@ -50,7 +51,7 @@ def trl_template(name):
 
 
 def said(rows, tokenizer, **options) -> list[str]:
-    return rendering.check(objects.exact(rows), tokenizer, "data", **options).warnings
+    return row_checks.check(objects.exact(rows), tokenizer, "data", **options).warnings
 
 
 # renders roles and contents of any kind as they come
@@ -260,7 +261,7 @@ def test_answers_with_the_template_applied_end_once(end, tokenizer):
     for row in tokenized_pairs(data, tokenizer):
         assert tokenizer.decode(row["chosen_ids"]) == "The Loire.<|im_end|>"
         assert tokenizer.decode(row["rejected_ids"]) == "Paris.<|im_end|>"
-    found = rendering.check(data, tokenizer, "data")
+    found = row_checks.check(data, tokenizer, "data")
     assert found.warnings == []
     assert "the chat template was applied to them already" in found.notes[0]
 
@@ -348,7 +349,7 @@ def test_rows_that_look_unlike_the_others_are_rendered():
     odd[2345] = pair(user("a"), says("b"), user("c"))
     for number, row in odd.items():
         rows[number] = {key: row.get(key) for key in ("prompt", "chosen", "rejected", "tools")}
-    found = rendering.check(objects.exact(rows), trl_template("gemma3"), "data")
+    found = row_checks.check(objects.exact(rows), trl_template("gemma3"), "data")
     assert looks.SPREAD + len(odd) <= found.rendered <= looks.SPREAD + len(odd) + 2
     assert sorted("tools" if "the tools" in warning else "name" for warning in found.warnings) == ["name", "tools"]
 
@@ -369,7 +370,7 @@ def test_the_rows_given_stay_as_they_are(tokenizer):
     rows = [pair(*BEGUN), pair(user([{"type": "text", "text": "a"}]))]
     data = Dataset.from_list(rows, on_mixed_types="use_json")
     before = copy.deepcopy(list(data))
-    rendering.check(data, tokenizer, "data")
+    row_checks.check(data, tokenizer, "data")
     assert list(data) == before
 
 

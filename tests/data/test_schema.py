@@ -9,8 +9,8 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from posttrain.data import schema
-from posttrain.data.schema import check_preferences, check_run, examine_preferences, template_facts
+from posttrain.data.pairs import schema
+from posttrain.data.pairs.schema import check_preferences, check_run, examine_preferences, template_facts
 from posttrain.errors import ConfigError, DataError
 from tests.conftest import make_pairs
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, DatasetDict
 
-from posttrain.data import answer_tokens, baselines
-from posttrain.data.scales import check_scales
-from posttrain.data.scored import as_scored, check_range, load_scored, reward_key, score
+from posttrain.data.scored import answer_tokens, baselines
+from posttrain.data.scored.loading import as_scored, check_range, load_scored, reward_key, score
+from posttrain.data.scored.scales import check_scales
 from posttrain.errors import ConfigError, DataError
-from posttrain.mechanisms.reference_cache import ReferenceCache
+from posttrain.mechanisms.sequence_cache import ReferenceCache
 
 ONE = {"prompt": "1 + 1 =", "completion": " 2", "reward": 0.9}
 TWO = {"prompt": "1 + 2 =", "completion": " 4", "reward": 0.1}

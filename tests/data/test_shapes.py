@@ -7,9 +7,9 @@ from datasets import Dataset
 
 from posttrain.cli import main
 from posttrain.data import shapes
-from posttrain.data.demonstrations import load_demonstrations
-from posttrain.data.preferences import load_preferences
-from posttrain.data.scored import load_scored
+from posttrain.data.pairs.loading import load_preferences
+from posttrain.data.scored.loading import load_scored
+from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.data.tokens import tokenized_pairs
 from posttrain.errors import DataError
 

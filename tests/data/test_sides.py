@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from posttrain.data.corruption import flip_preferences, lone_columns
-from posttrain.data.sides import swapped
+from posttrain.data.pairs.sides import swapped
 
 
 def flipped(**columns):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from posttrain.data import looks, objects, rendering
+from posttrain.data import objects
+from posttrain.data.rendering import looks, row_checks
 from posttrain.errors import DataError
 from tests.data.test_rendering import TOOL, pair, said, says, trl_template, user
 
@@ -58,7 +59,7 @@ def test_a_known_role_in_a_new_place_is_seen_among_many_looks():
 
 
 def test_many_looks_raise_no_alarm_and_few_more_rows():
-    found = rendering.check(objects.exact(many_looks(1024)), trl_template("qwen3"), "data")
+    found = row_checks.check(objects.exact(many_looks(1024)), trl_template("qwen3"), "data")
     assert found.warnings == []
     assert found.rendered <= looks.SPREAD + 2 * looks.UNLIKE
 

@@ -7,8 +7,8 @@ from datasets import Dataset, IterableDataset
 
 from posttrain.cli import main
 from posttrain.data import columns, formats, objects
-from posttrain.data.preferences import load_preferences
-from posttrain.data.scored import load_scored
+from posttrain.data.pairs.loading import load_preferences
+from posttrain.data.scored.loading import load_scored
 from posttrain.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be short."}

@@ -5,9 +5,10 @@ import json
 import pytest
 from datasets import Dataset
 
-from posttrain.data import formats, rendering
+from posttrain.data import formats
+from posttrain.data.pairs.faults import scan_pairs
+from posttrain.data.rendering import row_checks
 from posttrain.data.tokens import sequences, tokenized_pairs, tools_of
-from posttrain.data.values import scan_pairs
 from posttrain.errors import DataError
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -42,7 +43,7 @@ def test_an_empty_column_of_tools_is_none(value, reader):
     data = Dataset.from_list(rows)
     bare, _ = tokenized_pairs(data, reader)
     assert bare == next(tokenized_pairs(Dataset.from_list([ROW]), reader))
-    assert rendering.check(data, reader, "data").warnings == []
+    assert row_checks.check(data, reader, "data").warnings == []
     shown = sequences(rows[0], formats.detect(rows[0], rows[0]), reader)
     assert shown == sequences(ROW, formats.detect(ROW, ROW), reader)
     prompt = {"prompt": ROW["prompt"], "tools": value}
@@ -56,7 +57,7 @@ def test_tools_as_json_texts_are_rendered_as_objects(value, reader):
     data = Dataset.from_list([ROW | {"tools": value}])
     (row,) = tokenized_pairs(data, reader)
     assert json.dumps([TOOL]) in reader.decode(row["prompt_ids"])
-    assert rendering.check(data, reader, "data").warnings == []
+    assert row_checks.check(data, reader, "data").warnings == []
 
 
 @pytest.mark.parametrize("value", BROKEN)
@@ -66,9 +67,9 @@ def test_broken_tools_are_refused_with_column_and_row(value, reader):
         kept = {"prompt": ROW["prompt"], "completion": ROW["chosen"], "messages": ROW["prompt"] + ROW["chosen"]}
         kept = {name: kept[name]} | ({"prompt": ROW["prompt"]} if name == "completion" else {})
         with pytest.raises(DataError, match="data, row 2: the column tools holds"):
-            rendering.check(Dataset.from_list([kept | {"tools": row["tools"]} for row in rows]), reader, "data")
+            row_checks.check(Dataset.from_list([kept | {"tools": row["tools"]} for row in rows]), reader, "data")
     with pytest.raises(DataError, match="data, row 2: the column tools holds"):
-        rendering.check(Dataset.from_list(rows), reader, "data")
+        row_checks.check(Dataset.from_list(rows), reader, "data")
     with pytest.raises(DataError, match="a.jsonl, line 7: the column tools holds"):
         sequences(rows[1], formats.detect(ROW, ROW), reader, "a.jsonl, line 7")
 

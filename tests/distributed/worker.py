@@ -11,8 +11,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
-from posttrain import RobustDPOConfig, RobustDPOTrainer, reporting
+from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.models import resolve_model
+from posttrain.run import report
 from tests import rollouts, scored
 from tests.conftest import make_pairs
 from tests.distributed.cases import DR_DPO, EQUAL, LOCAL, RESCALE, ROLLOUT_SPLIT, ROLLOUTS, SCORED
@@ -83,7 +84,7 @@ def folder_bytes(folder: Path) -> int:
 
 def main(folder: str, out: Path) -> None:
     # one rank would draw for longer than both of them train
-    reporting.plot_curves = lambda *args: None
+    report.plot_curves = lambda *args: None
     # what is imported by now need not be gone over at the end of each run
     gc.freeze()
     results, changes = {"history": {}}, {}

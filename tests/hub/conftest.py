@@ -80,7 +80,7 @@ def make_run(home: Path, tokenizer) -> SimpleNamespace:
     from posttrain import RobustDPOConfig, RobustDPOTrainer
     from posttrain.hub import clean_readme, write_model_card
     from posttrain.models import tiny_model
-    from posttrain.reporting import plot_curves, write_csv, write_resolved_config
+    from posttrain.run.report import plot_curves, write_csv, write_resolved_config
 
     base, run = home / "base", home / "run"
     tiny_model().save_pretrained(base)

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
-from posttrain.data.procedural import reverse_list_pairs
+from posttrain.data.generated import reverse_list_pairs
 from posttrain.hub import Destination, is_hub_id, loading_lines, write_model_card
 from posttrain.models import SMOLLM2_FOLDER, TINY_FOLDER, byte_tokenizer, tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
-from posttrain.hub.base import base_license, hub_base, noted_base
+from posttrain.hub.base_model import base_license, hub_base, noted_base
 from posttrain.models import SMOLLM2_FOLDER, TINY_FOLDER, tiny_model
 from tests.hub.client import arguments
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posttrain.trainers import _checkpoints
+from posttrain.run import checkpoints
 from tests.interruption.child import STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -68,18 +68,18 @@ def test_a_run_killed_several_times_ends_as_the_one_left_alone(tiny_folder, tmp_
         # in the middle of a step, after a step picked at random
         lambda: (broken / "metrics.jsonl").exists() and len(logged(broken)) >= early,
         # while a checkpoint is written
-        lambda: half_saved.exists() and not (half_saved / _checkpoints.MARKER).exists(),
+        lambda: half_saved.exists() and not (half_saved / checkpoints.MARKER).exists(),
         lambda: len(logged(broken)) >= late,
         lambda: (broken / "checkpoint-10").exists(),
     ]
     for moment in moments:
         kills += kill_when(start(tiny_folder, broken, method), moment)
         if kills == 2:
-            assert half_saved.exists() and half_saved not in _checkpoints.complete(broken)
+            assert half_saved.exists() and half_saved not in checkpoints.complete(broken)
     assert kills == len(moments)
     finish(start(tiny_folder, broken, method), broken)
 
     assert steps_of(logged(broken)) == expected, "every logged number of every step, bit for bit"
     first, second = (load_file(out / "adapter_model.safetensors") for out in (whole, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len(_checkpoints.complete(broken)) == 2, "save_total_limit counts complete checkpoints"
+    assert len(checkpoints.complete(broken)) == 2, "save_total_limit counts complete checkpoints"

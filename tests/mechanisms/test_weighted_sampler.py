@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from posttrain.mechanisms.reference_cache import TokenCache
+from posttrain.mechanisms.sequence_cache import TokenCache
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 
 

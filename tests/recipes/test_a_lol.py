@@ -17,11 +17,11 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from posttrain import ALoLConfig
-from posttrain.answers import ScoredArguments
 from posttrain.cli import main
 from posttrain.config import ModelArguments, parse
 from posttrain.models import resolve_model
 from posttrain.paths import configs_dir, recipes_dir
+from posttrain.recipe.scored_answers import ScoredArguments
 
 BIN = Path(sys.executable).parent
 ROWS = [

@@ -13,7 +13,7 @@ import pytest
 
 from posttrain import RobustDPOTrainer
 from posttrain.paths import recipes_dir
-from posttrain.trainers import _checkpoints, _checks, _guards
+from posttrain.run import checkpoints, checks, watches
 
 TEXTS = [{"prompt": f"Is {i} even?", "chosen": " yes", "rejected": f" no, {i}"} for i in range(4)]
 
@@ -182,8 +182,8 @@ def test_an_adapter_on_one_named_module_trains(recipe):
 
 @pytest.mark.parametrize("mode", ["true", "false"])
 def test_flash_attention_that_is_not_installed_ends_with_code_4(recipe, monkeypatch, mode):
-    monkeypatch.setitem(_checks._FLASH_ATTENTION, "flash_attention_2", lambda: False)
-    monkeypatch.setattr(_checks, "is_kernels_available", lambda: False)
+    monkeypatch.setitem(checks._FLASH_ATTENTION, "flash_attention_2", lambda: False)
+    monkeypatch.setattr(checks, "is_kernels_available", lambda: False)
     code, said = recipe(attn_implementation="flash_attention_2", dry_run=mode)
     assert code == 4
     assert "attn_implementation is flash_attention_2, whose package is not installed here. Install flash-attn" in said
@@ -215,7 +215,7 @@ def test_another_runs_folder_is_neither_written_into_nor_resumed_from(recipe, tm
         code, said = recipe(**saving, **place, dataset_name="other.jsonl")
         assert code == 2 and written in said and "data: " in said
     assert recipe(**saving, max_steps=2, resume_from_checkpoint="true")[0] == 0
-    assert [path.name for path in _checkpoints.complete("run")] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in checkpoints.complete("run")] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_overwrite_replaces_another_runs_folder_from_the_command_line_too(recipe, tmp_path):
@@ -227,7 +227,7 @@ def test_overwrite_replaces_another_runs_folder_from_the_command_line_too(recipe
     assert recipe(**saving, flip_rate="0.3", dry_run="true")[0] == 2, "a dry run says so as well"
     code, said = recipe(**saving, flip_rate="0.3", overwrite="true", resume_from_checkpoint="auto")
     assert code == 0 and "overwrite is true, this one starts anew" in said
-    assert [path.name for path in _checkpoints.complete("run")] == ["checkpoint-1"]
+    assert [path.name for path in checkpoints.complete("run")] == ["checkpoint-1"]
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     assert recipe(**saving, flip_rate="0.3", max_steps=1)[0] == 0
 
@@ -244,7 +244,7 @@ def test_a_full_disk_ends_with_code_4_and_the_last_complete_checkpoint(recipe, m
     code, said = recipe(save_strategy="steps", save_steps=1, max_steps=2)
     assert code == 4
     assert "No space left on device. The last complete one is run/checkpoint-1; go on from it with `resume_from" in said
-    assert [path.name for path in _checkpoints.complete("run")] == ["checkpoint-1"]
+    assert [path.name for path in checkpoints.complete("run")] == ["checkpoint-1"]
 
 
 def test_a_loss_that_is_no_number_ends_with_code_5_and_the_last_finite_weights(recipe, tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_loss_that_is_no_number_ends_with_code_5_and_the_last_finite_weights(r
 
 
 def test_adapters_without_gradient_end_with_code_5(recipe, monkeypatch):
-    monkeypatch.setattr(_guards.LiveGradients, "_note", lambda self, name, gradient: None)
+    monkeypatch.setattr(watches.LiveGradients, "_note", lambda self, name, gradient: None)
     code, said = recipe(max_steps=3)
     assert code == 5 and "adapter tensors got no gradient in the first two steps: " in said
 

@@ -20,7 +20,7 @@ from posttrain.cli import _console, main
 from posttrain.config import ModelArguments, parse
 from posttrain.models import resolve_model
 from posttrain.paths import configs_dir, recipes_dir
-from posttrain.tasks import TaskArguments
+from posttrain.recipe.tasks import TaskArguments
 
 BIN = Path(sys.executable).parent
 METHODS = {"qae": QAEConfig, "hpt": HPTConfig}

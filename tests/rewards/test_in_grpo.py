@@ -1,6 +1,6 @@
 import pytest
 
-from posttrain.data.procedural import arithmetic_tasks
+from posttrain.data.generated import arithmetic_tasks
 from posttrain.rewards import check_golds, get_rewards
 
 

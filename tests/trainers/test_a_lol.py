@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from posttrain import ALoLConfig, ALoLTrainer
-from posttrain.data import baselines
+from posttrain.data.scored import baselines
 from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.mechanisms import value_head
 from posttrain.objectives import offline
 from posttrain.rewards import UserReward
-from posttrain.trainers import _guards, _token_reference, a_lol
+from posttrain.run import watches
+from posttrain.trainers.offline import a_lol, reference_logps
 from tests.scored import build, entries, make_scored, settings, train
 from tests.training import distance, lora
 
@@ -753,7 +754,7 @@ def test_the_watch_over_gradients_counts_steps_that_were_taken():
         state=SimpleNamespace(global_step=0),
         accelerator=SimpleNamespace(device="cpu", reduce=lambda values, reduction: values),
     )
-    watch = _guards.LiveGradients(torch.nn.Linear(1, 1))
+    watch = watches.LiveGradients(torch.nn.Linear(1, 1))
     for _ in range(4):
         watch.before_step(trainer)
         assert not watch.after_step(trainer), "a data set without a batch"
@@ -780,10 +781,10 @@ def test_what_this_trainer_cannot_take_is_refused(tiny_folder, tmp_path):
 
 def test_which_adapters_start_as_the_identity():
     plain = lora()
-    assert _token_reference.starts_as_identity(plain)
+    assert reference_logps.starts_as_identity(plain)
     plain.init_lora_weights = "pissa"
-    assert not _token_reference.starts_as_identity(plain)
-    assert not _token_reference.starts_as_identity(PromptTuningConfig(num_virtual_tokens=2))
+    assert not reference_logps.starts_as_identity(plain)
+    assert not reference_logps.starts_as_identity(PromptTuningConfig(num_virtual_tokens=2))
 
 
 @pytest.mark.parametrize("variant", ["wbc", "r_gold", "a_lol", "a_lol_seq"])

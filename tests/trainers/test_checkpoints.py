@@ -12,8 +12,8 @@ from trl import DPOConfig, DPOTrainer
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.trainers import _checkpoint_files, _checkpoints, _run_folder
-from posttrain.trainers._checkpoint_files import MARKER, SAVING
+from posttrain.run import checkpoint_files, checkpoints, run_folder
+from posttrain.run.checkpoint_files import MARKER, SAVING
 from tests.conftest import make_pairs
 from tests.training import lora, losses, settings
 
@@ -61,7 +61,7 @@ def state_of(folder):
 
 def half_left(folder, identity, *names):
     folder.mkdir(parents=True)
-    _checkpoint_files.mark(folder, {"identity": identity}, SAVING)
+    checkpoint_files.mark(folder, {"identity": identity}, SAVING)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("half")
@@ -72,7 +72,7 @@ def finished(folder, *names):
     folder.mkdir(parents=True)
     for name in names:
         (folder / name).write_text(name)
-    _checkpoint_files.mark(folder, {"identity": {}, "files": _checkpoint_files.sizes(folder, set())})
+    checkpoint_files.mark(folder, {"identity": {}, "files": checkpoint_files.sizes(folder, set())})
     return folder
 
 
@@ -84,7 +84,7 @@ def test_a_first_save_leaves_trls_checkpoints_as_they_are(tiny_folder, trl_run, 
     before = state_of(tmp_path / "run" / "checkpoint-2") | state_of(tmp_path / "run" / "checkpoint-4")
     build(tiny_folder, tmp_path / "run", max_steps=3, save_steps=3, save_total_limit=1).train()
     assert state_of(tmp_path / "run" / "checkpoint-2") | state_of(tmp_path / "run" / "checkpoint-4") == before
-    assert [path.name for path in _checkpoints.complete(tmp_path / "run")] == ["checkpoint-3"]
+    assert [path.name for path in checkpoints.complete(tmp_path / "run")] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("best", [True, False])
@@ -97,7 +97,7 @@ def test_the_best_alone_is_left_of_our_checkpoints_and_everything_of_others(tiny
         load_best_model_at_end=best, metric_for_best_model="loss", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
-    assert len(_checkpoints.complete(out)) == 1 and (out / "checkpoint-50").read_text() == "a note of mine"
+    assert len(checkpoints.complete(out)) == 1 and (out / "checkpoint-50").read_text() == "a note of mine"
     assert (out / "checkpoint-40" / "optimizer.pt").stat().st_size > 0
     assert trainer.args.save_total_limit == 1
 
@@ -120,7 +120,7 @@ def test_rotation_touches_nothing_but_our_own(tmp_path):
     (tmp_path / "checkpoint-9" / "my-eval.json").write_text("mine")
     last = finished(tmp_path / "checkpoint-10", "optimizer.pt")
     os.utime(last / MARKER, ns=(2**62, 2**62))
-    _checkpoints.rotate(tmp_path, keep=1, best=None, identity=mine)
+    checkpoints.rotate(tmp_path, keep=1, best=None, identity=mine)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == [
         "checkpoint-007/optimizer.pt", f"checkpoint-007/{MARKER}",
         "checkpoint-1/notes.txt", "checkpoint-1/plots/a.png",
@@ -140,8 +140,8 @@ def test_a_marker_cannot_have_files_elsewhere_deleted(tmp_path):
     folder = finished(tmp_path / "run" / "checkpoint-1", "optimizer.pt")
     (folder / "linked").symlink_to(tmp_path / "data")
     listed = {"../../precious": 1, "linked/rows.bin": 1, str(tmp_path / "precious"): 1, "optimizer.pt": 12}
-    _checkpoint_files.mark(folder, {"identity": {}, "files": listed})
-    _checkpoints.clear(folder)
+    checkpoint_files.mark(folder, {"identity": {}, "files": listed})
+    checkpoints.clear(folder)
     assert (tmp_path / "precious").exists() and (tmp_path / "data" / "rows.bin").exists()
     assert not (folder / "optimizer.pt").exists() and not (folder / MARKER).exists()
 
@@ -152,12 +152,12 @@ def test_a_removal_that_is_killed_leaves_no_checkpoint_that_says_it_is_complete(
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_checkpoint_files, "_unlink", killed)
+    monkeypatch.setattr(checkpoint_files, "_unlink", killed)
     with pytest.raises(KeyboardInterrupt):
-        _checkpoint_files.remove(folder)
+        checkpoint_files.remove(folder)
     monkeypatch.undo()
-    assert _checkpoints.complete(tmp_path) == [] and _checkpoint_files.is_half_left(folder, {})
-    _checkpoints.rotate(tmp_path, keep=1, best=None, identity={})
+    assert checkpoints.complete(tmp_path) == [] and checkpoint_files.is_half_left(folder, {})
+    checkpoints.rotate(tmp_path, keep=1, best=None, identity={})
     assert not folder.exists()
 
 
@@ -165,15 +165,15 @@ def test_a_save_that_is_killed_at_its_first_byte_is_no_hindrance(tmp_path):
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()
     (folder / f".{SAVING}.partial").write_text('{"ide')
-    assert not _checkpoint_files.is_occupied(folder) and _checkpoint_files.begin(folder, {"method": "A"}) == set()
+    assert not checkpoint_files.is_occupied(folder) and checkpoint_files.begin(folder, {"method": "A"}) == set()
     (folder / SAVING).rename(folder / f".{SAVING}.partial")
-    _checkpoints.rotate(tmp_path, keep=None, best=None, identity={"method": "A"})
+    checkpoints.rotate(tmp_path, keep=None, best=None, identity={"method": "A"})
     assert not folder.exists()
     # with a file of someone's beside it, it is that one's folder
     folder.mkdir()
     for name in (f".{SAVING}.partial", "optimizer.pt"):
         (folder / name).write_text("x")
-    assert _checkpoint_files.is_occupied(folder)
+    assert checkpoint_files.is_occupied(folder)
 
 
 def test_a_save_that_is_killed_at_any_call_hinders_no_later_one(tiny_folder, tmp_path, monkeypatch):
@@ -216,10 +216,10 @@ def test_a_save_that_is_killed_at_any_call_hinders_no_later_one(tiny_folder, tmp
                 save(killed_at)
                 killed = False
             except Killed:
-                assert not _checkpoint_files.is_occupied(folder)
-                assert not _checkpoint_files.is_complete(folder) or _checkpoints.read(folder, None)
+                assert not checkpoint_files.is_occupied(folder)
+                assert not checkpoint_files.is_complete(folder) or checkpoints.read(folder, None)
                 save(0)
-            assert _checkpoints.find(tmp_path, "auto") == folder and _checkpoints.read(folder, None)
+            assert checkpoints.find(tmp_path, "auto") == folder and checkpoints.read(folder, None)
             assert not (folder / SAVING).exists()
         assert killed_at > 9
 
@@ -240,9 +240,9 @@ def test_a_save_that_fails_takes_back_its_own_files_only(tiny_folder, tmp_path, 
 def test_a_save_over_our_own_checkpoint_keeps_no_file_of_the_earlier_one(tiny_folder, our_run, tmp_path):
     out = shutil.copytree(our_run[0], tmp_path / "run")
     folder = out / "checkpoint-2"
-    stale = {"identity": {}, "files": _checkpoint_files.sizes(folder, set()) | {"rng_state_1.pth": 1}}
+    stale = {"identity": {}, "files": checkpoint_files.sizes(folder, set()) | {"rng_state_1.pth": 1}}
     (folder / "rng_state_1.pth").write_text("x")
-    _checkpoint_files.mark(folder, stale)
+    checkpoint_files.mark(folder, stale)
     (folder / "notes.txt").write_text("mine")
     build(tiny_folder, out, max_steps=2, check_resume=False).train()
     assert not (folder / "rng_state_1.pth").exists() and (folder / "notes.txt").exists()
@@ -294,7 +294,7 @@ def test_what_lies_where_no_save_falls_is_no_hindrance(tiny_folder, trl_run, tmp
     trainer = build(tiny_folder, tmp_path, **overrides)
     trainer.train()
     assert trainer.state.global_step == trainer.args.max_steps
-    assert not _checkpoint_files.is_complete(tmp_path / "checkpoint-4")
+    assert not checkpoint_files.is_complete(tmp_path / "checkpoint-4")
 
 
 def test_a_folder_that_others_fill_while_the_run_goes_on_is_not_written_over(tiny_folder, tmp_path):
@@ -332,11 +332,11 @@ def test_a_checkpoint_of_trl_is_resumed_from_when_told_to(tiny_folder, trl_run, 
 def test_no_checkpoint_of_another_library_is_taken_by_itself(tiny_folder, trl_run, tmp_path, logged):
     out = shutil.copytree(trl_run[0], tmp_path / "run")
     for wanted in (None, "auto"):
-        assert _checkpoints.find(out, wanted, check=False) is None
+        assert checkpoints.find(out, wanted, check=False) is None
     with pytest.raises(
         ConfigError, match="no complete checkpoint: checkpoint-2 was not written by posttrain, .*checkp"
     ):
-        _checkpoints.find(out, True, check=False)
+        checkpoints.find(out, True, check=False)
     trainer = build(tiny_folder, out, save_strategy="no", max_steps=1)
     trainer.train(resume_from_checkpoint="auto")
     assert "is auto: starting anew. Passed over: checkpoint-2 was not written by posttrain" in logged.text
@@ -356,7 +356,7 @@ def test_a_foreign_checkpoint_that_is_not_whole_is_named_with_what_it_lacks(trl_
     for name in gone:
         (folder / name).unlink()
     with pytest.raises(ConfigError, match=message):
-        _checkpoints.find(tmp_path, str(folder), check=False)
+        checkpoints.find(tmp_path, str(folder), check=False)
 
 
 def test_weights_that_are_not_the_runs_own_are_refused_and_not_loaded_in_part(tiny_folder, trl_run, tmp_path):
@@ -414,7 +414,7 @@ def test_a_checkpoint_of_weights_alone_is_not_resumed_from_without_a_word(tiny_f
 def test_auto_says_which_checkpoints_it_passed_over(tiny_folder, our_run, tmp_path, logged):
     out = shutil.copytree(our_run[0], tmp_path / "run")
     (out / "checkpoint-4" / "optimizer.pt").unlink()
-    assert _checkpoints.find(out, "auto") == _checkpoints.find(out, True) == out / "checkpoint-2"
+    assert checkpoints.find(out, "auto") == checkpoints.find(out, True) == out / "checkpoint-2"
     trainer = build(tiny_folder, out)
     trainer.train(resume_from_checkpoint="auto")
     assert f"going on from {out / 'checkpoint-2'}. Passed over: checkpoint-4 has no optimizer.pt" in logged.text
@@ -426,9 +426,9 @@ def test_each_part_of_the_state_is_missed(our_run, tmp_path, gone):
     out = shutil.copytree(our_run[0], tmp_path / "run")
     (out / "checkpoint-4" / gone).unlink()
     with pytest.raises(ConfigError, match=f"checkpoint-4 has no {gone} "):
-        _checkpoints.find(out, str(out / "checkpoint-4"), check=False)
-    assert _checkpoints.find(out, "auto") == out / "checkpoint-2"
-    assert _checkpoints.find(out, "auto", weights_only=True) == out / "checkpoint-4"
+        checkpoints.find(out, str(out / "checkpoint-4"), check=False)
+    assert checkpoints.find(out, "auto") == out / "checkpoint-2"
+    assert checkpoints.find(out, "auto", weights_only=True) == out / "checkpoint-4"
 
 
 @pytest.mark.parametrize(
@@ -446,15 +446,15 @@ def test_the_state_is_looked_for_in_the_form_of_each_engine(tmp_path, there, los
     for name in there:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert _checkpoint_files.missing_state(tmp_path) == lost
+    assert checkpoint_files.missing_state(tmp_path) == lost
 
 
 def test_a_rank_whose_random_state_was_deleted_is_missed(tmp_path):
     folder = finished(tmp_path / "checkpoint-1", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth")
-    assert _checkpoints.find(tmp_path, "auto") == folder
+    assert checkpoints.find(tmp_path, "auto") == folder
     (folder / "rng_state_1.pth").unlink()
-    assert _checkpoint_files.missing_state(folder) == ["rng_state_1.pth"]
-    assert _checkpoints.find(tmp_path, "auto") is None
+    assert checkpoint_files.missing_state(folder) == ["rng_state_1.pth"]
+    assert checkpoints.find(tmp_path, "auto") is None
 
 
 @pytest.mark.parametrize("source", ["weights alone", "whole"])
@@ -491,7 +491,7 @@ def test_overwrite_replaces_what_the_earlier_run_wrote_and_nothing_else(
     (out / "config.json").write_text("{}")
     earlier.save_model()
     earlier.save_model(str(out))
-    noted = json.loads((out / _run_folder.NOTE).read_text())["files"]
+    noted = json.loads((out / run_folder.NOTE).read_text())["files"]
     assert {"adapter_model.safetensors", "training_args.bin"} <= set(noted) and "config.json" not in noted
     (out / "notes.txt").write_text("mine")
     (out / "checkpoint-2" / "notes.txt").write_text("mine")
@@ -504,7 +504,7 @@ def test_overwrite_replaces_what_the_earlier_run_wrote_and_nothing_else(
     assert (out / "adapter_model.safetensors").exists(), "until training begins"
     trainer.train()
     assert not (out / "adapter_model.safetensors").exists() and not (out / "checkpoint-77").exists()
-    assert all((out / name).exists() for name in kept) and _checkpoints.complete(out) == []
+    assert all((out / name).exists() for name in kept) and checkpoints.complete(out) == []
     trainer.save_model()
     assert build(tiny_folder, out, beta=0.2)
     assert (out / "metrics.jsonl").read_text().count('"loss"') == 1
@@ -520,7 +520,7 @@ def test_overwrite_and_auto_go_on_with_the_same_run_and_replace_another(tiny_fol
     other = build(tiny_folder, out, overwrite=True, learning_rate=5e-4, max_steps=2, save_steps=1)
     other.train(resume_from_checkpoint="auto")
     assert "learning_rate: 0.001 there, 0.0005 here): overwrite is true, this one starts anew" in logged.text
-    assert [path.name for path in _checkpoints.complete(out)] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in checkpoints.complete(out)] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_overwrite_never_takes_a_model_that_is_not_ours(tiny_folder, tmp_path):

@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, Value
 
 from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
-from posttrain.trainers import _checks
+from posttrain.run import checks
 from tests import rollouts
 from tests.conftest import make_pairs
 from tests.training import settings
@@ -45,7 +45,7 @@ def test_loading_settings_are_refused_before_the_model_loads(weightless, tmp_pat
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "kernels-community/flash-attn2", None])
 def test_attention_that_transformers_knows_passes(name):
-    _checks.check_loading({"attn_implementation": name, "dtype": "float32"})
+    checks.check_loading({"attn_implementation": name, "dtype": "float32"})
 
 
 @pytest.mark.parametrize("name", ["beta", "beta_prime", "learning_rate"])
@@ -87,7 +87,7 @@ def test_reporters_are_refused_with_the_nearest_name(tmp_path):
 
 
 def test_a_reporter_that_is_not_installed_is_an_issue_of_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(_checks, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(checks, "get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(EnvironmentIssue, match="report_to names wandb, which is not installed here"):
         RobustDPOConfig(str(tmp_path), report_to="wandb")
     assert RobustDPOConfig(str(tmp_path), report_to="tensorboard").report_to == ["tensorboard"]
@@ -95,12 +95,12 @@ def test_a_reporter_that_is_not_installed_is_an_issue_of_the_environment(tmp_pat
 
 def test_a_missing_package_is_an_issue_of_the_environment():
     with pytest.raises(EnvironmentIssue, match="these settings need a package that is missing: no flash_attn"):
-        with _checks.upstream_refusals():
+        with checks.upstream_refusals():
             raise ImportError("no flash_attn")
 
 
 def test_an_unreachable_model_and_an_unreachable_data_set_end_alike(tmp_path):
-    from posttrain.data.preferences import load_preferences
+    from posttrain.data.pairs.loading import load_preferences
 
     with pytest.raises(EnvironmentIssue, match="model 'org/gone' is no folder here .* the hub cannot be reached"):
         RobustDPOTrainer("org/gone", args=RobustDPOConfig(str(tmp_path)), train_dataset=make_pairs(4))
@@ -117,7 +117,7 @@ def test_a_model_folder_that_is_missing_is_a_setting_to_mend(tmp_path):
 def test_what_this_machine_cannot_carry_out_is_refused_before_the_model_loads(
     weightless, family, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(_checks, "is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr(checks, "is_liger_kernel_available", lambda: False)
     kind, config = {
         "preference": (RobustDPOTrainer, RobustDPOConfig),
         "policy_gradient": (PolicyGradientTrainer, PolicyGradientConfig),
@@ -159,7 +159,7 @@ def test_a_side_that_is_the_prompt_alone_is_refused_with_its_row(weightless, tmp
 
 
 def test_conversations_of_which_one_goes_on_longer_are_pairs():
-    from posttrain.data.values import faults
+    from posttrain.data.pairs.faults import faults
 
     assert faults({"chosen": [ASKED, SAID, ASKED, OTHER], "rejected": [ASKED, SAID]}, "row 1") == []
     assert faults({"chosen": [ASKED, SAID, ASKED, OTHER], "rejected": [ASKED, SAID, ASKED, SAID]}, "row 1") == []
@@ -171,7 +171,7 @@ def test_conversations_of_which_one_goes_on_longer_are_pairs():
     [("2 + 2 = 4", "2 + 2 =", True), ("ab", "abc", True), ("2 + 2 = 4", "2 + 2 = 5", False)],
 )
 def test_a_text_that_the_other_begins_with_is_said_where_there_is_no_prompt(chosen, rejected, said):
-    from posttrain.data.values import scan_pairs
+    from posttrain.data.pairs.faults import scan_pairs
 
     pair = {"chosen": chosen, "rejected": rejected}
     counts, warnings = scan_pairs([("row 1", pair)], "d")
@@ -204,7 +204,7 @@ def test_a_flip_rate_is_called_what_it_is(weightless, tmp_path, rate, what):
         assert 'dataset.cast_column("flip_rate", Value("float64"))' in str(raised.value)
         mended = rows.cast_column("flip_rate", Value("float64"))
         assert mended["flip_rate"][0] == 0.2
-        _checks.check_flip_rates(args, mended, None)
+        checks.check_flip_rates(args, mended, None)
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])

@@ -20,7 +20,7 @@ from posttrain import (
     RobustDPOTrainer,
 )
 from posttrain.errors import ConfigError
-from posttrain.trainers._upstream_configs import as_own
+from posttrain.run.upstream_configs import as_own
 from tests.conftest import make_pairs
 from tests.rollouts import prompts
 from tests.scored import make_scored

@@ -5,7 +5,7 @@ from posttrain import PolicyGradientConfig
 from posttrain.errors import ConfigError
 from posttrain.objectives.estimators import PRESETS
 from posttrain.objectives.policy_gradient import aggregate, per_token_loss
-from posttrain.trainers._estimators import resolve
+from posttrain.trainers.policy_gradient.estimator_settings import resolve
 from tests.rollouts import train
 
 ROLLOUTS = ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "qae", "hpt_rollouts"]

@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from posttrain.errors import DataError
 from posttrain.log import get_logger
-from posttrain.tasks import TaskArguments, describe
+from posttrain.recipe.tasks import TaskArguments, describe
 from tests import rollouts, scored
 from tests.conftest import make_pairs
 from tests.trainers.test_evaluations import build

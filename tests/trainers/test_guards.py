@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DivergedError, EnvironmentIssue
-from posttrain.trainers import _checkpoint_files, _checkpoints
+from posttrain.run import checkpoint_files, checkpoints
 from tests.conftest import make_pairs
 from tests.training import lora, losses, settings, trainable
 
@@ -109,26 +109,26 @@ def test_only_complete_checkpoints_are_resumed_from(tiny_folder, tmp_path):
         build(tiny_folder, tmp_path).train(resume_from_checkpoint=True)
     build(tiny_folder, tmp_path, save_strategy="steps", save_steps=1).train()
     newest = tmp_path / "checkpoint-2"
-    (newest / _checkpoints.MARKER).unlink()
-    assert _checkpoints.find(tmp_path, True) == tmp_path / "checkpoint-1"
-    assert _checkpoints.find(tmp_path, "auto") == tmp_path / "checkpoint-1"
-    assert _checkpoints.find(tmp_path, None) is None
+    (newest / checkpoints.MARKER).unlink()
+    assert checkpoints.find(tmp_path, True) == tmp_path / "checkpoint-1"
+    assert checkpoints.find(tmp_path, "auto") == tmp_path / "checkpoint-1"
+    assert checkpoints.find(tmp_path, None) is None
     with pytest.raises(ConfigError, match="checkpoint-2, which posttrain did not write, .* The newest complete one in"):
-        _checkpoints.find(tmp_path, str(newest))
+        checkpoints.find(tmp_path, str(newest))
     with pytest.raises(ConfigError, match="which does not exist"):
-        _checkpoints.find(tmp_path, str(tmp_path / "nowhere"))
-    (tmp_path / "checkpoint-1" / _checkpoints.MARKER).unlink()
+        checkpoints.find(tmp_path, str(tmp_path / "nowhere"))
+    (tmp_path / "checkpoint-1" / checkpoints.MARKER).unlink()
     with pytest.raises(ConfigError, match="no complete checkpoint: checkpoint-1 was not written by posttrain, or not"):
-        _checkpoints.find(tmp_path, True)
-    assert _checkpoints.find(tmp_path, "auto") is None
+        checkpoints.find(tmp_path, True)
+    assert checkpoints.find(tmp_path, "auto") is None
 
 
 def test_rotation_keeps_the_newest_and_the_best_and_clears_what_is_incomplete(tmp_path):
     for step in (1, 2, 3, 4, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        _checkpoints.mark(folder, {"identity": {}}, _checkpoints.MARKER if step != 4 else _checkpoint_files.SAVING)
-    _checkpoints.rotate(tmp_path, keep=1, best=str(tmp_path / "checkpoint-2"), identity={})
+        checkpoints.mark(folder, {"identity": {}}, checkpoints.MARKER if step != 4 else checkpoint_files.SAVING)
+    checkpoints.rotate(tmp_path, keep=1, best=str(tmp_path / "checkpoint-2"), identity={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_named_with_its_file(tiny_folder, tmp_path):
     run = dict(max_steps=2, save_strategy="steps", save_steps=2)
     build(tiny_folder, tmp_path, **run).train()
     folder = tmp_path / "checkpoint-2"
-    for name, cut in (("README.md", None), ("adapter_model.safetensors", 10), (_checkpoints.MARKER, 5)):
+    for name, cut in (("README.md", None), ("adapter_model.safetensors", 10), (checkpoints.MARKER, 5)):
         kept = (folder / name).read_bytes()
         (folder / name).unlink() if cut is None else (folder / name).write_bytes(kept[:cut])
         message = {
@@ -184,14 +184,14 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(tiny_folder, tmp_path, 
         EnvironmentIssue, match="No space left on device. The last complete one is .*checkpoint-2; go on"
     ):
         trainer.train()
-    assert [path.name for path in _checkpoints.complete(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["checkpoint-2"]
     assert not (tmp_path / "checkpoint-4").exists(), "its space is given back"
 
 
 def test_a_marker_tells_the_run_it_belongs_to(tiny_folder, tmp_path):
     trainer = build(tiny_folder, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
-    content = json.loads((tmp_path / "checkpoint-2" / _checkpoints.MARKER).read_text())
+    content = json.loads((tmp_path / "checkpoint-2" / checkpoints.MARKER).read_text())
     assert content["identity"]["method"] == "RobustDPOTrainer"
     assert content["state"]["num_tokens"] == trainer.state.log_history[1]["num_tokens"]
 

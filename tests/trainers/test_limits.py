@@ -7,20 +7,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from posttrain import (
-    ALoLConfig,
-    ALoLTrainer,
-    PolicyGradientConfig,
-    RobustDPOConfig,
-    RobustDPOTrainer,
-    answers,
-    dry_run,
-    tasks,
-)
+from posttrain import ALoLConfig, ALoLTrainer, PolicyGradientConfig, RobustDPOConfig, RobustDPOTrainer
 from posttrain.data.limits import Limits
 from posttrain.errors import ConfigError
 from posttrain.models import tiny_model
-from posttrain.trainers._new_tokens import at_their_start
+from posttrain.recipe import dry_run, scored_answers, tasks
+from posttrain.run.new_tokens import at_their_start
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 
@@ -74,7 +66,7 @@ def test_a_token_that_the_embedding_lacks_is_refused_in_scored_answers_and_tasks
         scored.build(longer, tmp_path / "a", data)
     args = ALoLConfig(**scored.settings(tmp_path / "a"))
     with pytest.raises(ConfigError, match=NOTE):
-        answers.describe(longer, args, answers.ScoredArguments(dataset_name="a"), data)
+        scored_answers.describe(longer, args, scored_answers.ScoredArguments(dataset_name="a"), data)
     data = rollouts.prompts([1] * 8).map(
         lambda row, i: {"prompt": row["prompt"] + "<note>" * (i == 3)}, with_indices=True
     )
@@ -129,7 +121,7 @@ def test_rows_made_with_another_tokenizer_are_refused(tiny_folder, tmp_path):
 
 
 def test_every_row_is_looked_at_and_not_a_sample_alone(longer, tmp_path, monkeypatch):
-    from posttrain.data import schema
+    from posttrain.data.pairs import schema
 
     monkeypatch.setattr(schema, "SAMPLE", 4)
     with pytest.raises(ConfigError, match="'<note>' has the id 259"):

@@ -13,7 +13,7 @@ from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.log import get_logger
 from posttrain.rewards import UserReward, get_rewards
 from posttrain.rewards.base import PooledReward
-from posttrain.trainers import _rewards
+from posttrain.trainers.policy_gradient import reward_setup
 from tests.rollouts import entries, prompts, settings, success, train
 from tests.training import distance
 
@@ -346,7 +346,7 @@ def test_a_number_that_is_a_name_already_is_left_out():
     def graded_2(completions, **_):
         return [0.0]
 
-    functions = _rewards.numbered(get_rewards([graded, graded_2, graded, "length?max_length=8&cache=4", graded]))
+    functions = reward_setup.numbered(get_rewards([graded, graded_2, graded, "length?max_length=8&cache=4", graded]))
     assert [one.__name__ for one in functions] == ["graded", "graded_2", "graded_3", "length", "graded_4"]
     apart = get_rewards([graded, graded_2])
-    assert _rewards.numbered(apart) == apart and [one.__name__ for one in apart] == ["graded", "graded_2"]
+    assert reward_setup.numbered(apart) == apart and [one.__name__ for one in apart] == ["graded", "graded_2"]

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import EnvironmentIssue
-from posttrain.mechanisms.reference_cache import ReferenceCache, sequence_digest
+from posttrain.mechanisms.sequence_cache import ReferenceCache, sequence_digest
 from posttrain.models import tiny_model
 from tests.conftest import make_pairs
 from tests.training import distance, lora, settings, train

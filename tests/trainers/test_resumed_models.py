@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
 from posttrain.models import byte_tokenizer, tiny_model
-from posttrain.trainers._checkpoint_files import MARKER
-from posttrain.trainers._identity import differing, plain
+from posttrain.run.checkpoint_files import MARKER
+from posttrain.run.identity import differing, plain
 from tests.conftest import make_pairs
 from tests.training import settings
 

@@ -6,10 +6,10 @@ import pytest
 from datasets import Dataset
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
-from posttrain.data.demonstrations import load_demonstrations
-from posttrain.data.schema import examine_preferences
+from posttrain.data.pairs.schema import examine_preferences
+from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.models import tiny_model
-from posttrain.trainers import _row_templates
+from posttrain.trainers.policy_gradient import row_templates
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 from tests.data import test_ends
@@ -102,7 +102,7 @@ def watch(trainer, seen):
 
 
 def test_rows_without_settings_are_rendered_by_upstream_alone(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(_row_templates, "tokenise", lambda *args: pytest.fail("called"))
+    monkeypatch.setattr(row_templates, "tokenise", lambda *args: pytest.fail("called"))
     data = Dataset.from_list([{**row, "tools": None, "chat_template_kwargs": {"mood": None}} for row in tasks()])
     trainer = rollouts.train(
         folder,
@@ -120,7 +120,7 @@ def test_the_dry_run_renders_a_tasks_tools_and_settings(folder, tmp_path):
     import json
 
     from posttrain import HPTConfig
-    from posttrain import tasks as recipe
+    from posttrain.recipe import tasks as recipe
 
     data = (
         tasks()

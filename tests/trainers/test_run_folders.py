@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
-from posttrain.trainers import _checkpoints, _run_folder
+from posttrain.run import checkpoints, run_folder
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 
@@ -79,7 +79,7 @@ def test_the_same_run_may_start_anew_and_go_on(tiny_folder, finished, logged):
     longer = build(tiny_folder, finished, max_steps=2)
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 2
-    assert json.loads((finished / _run_folder.NOTE).read_text())["identity"]["adapter"] == "LORA r 4"
+    assert json.loads((finished / run_folder.NOTE).read_text())["identity"]["adapter"] == "LORA r 4"
 
 
 def test_a_model_of_unknown_origin_is_not_written_over(tiny_folder, tmp_path):
@@ -113,16 +113,16 @@ def test_rotation_keeps_what_was_written_last_beside_an_earlier_runs_later_steps
     for age, step in enumerate((60, 20)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        _checkpoints.mark(folder, {})
-        os.utime(folder / _checkpoints.MARKER, ns=(age, age))
-    _checkpoints.rotate(tmp_path, keep=1, best=None)
+        checkpoints.mark(folder, {})
+        os.utime(folder / checkpoints.MARKER, ns=(age, age))
+    checkpoints.rotate(tmp_path, keep=1, best=None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20"]
 
 
 def test_a_run_folder_is_no_checkpoint_but_names_its_own(finished):
-    newest = _checkpoints.complete(finished)[-1]
+    newest = checkpoints.complete(finished)[-1]
     with pytest.raises(ConfigError, match=f"which is a run folder; give a checkpoint: {newest}."):
-        _checkpoints.find(finished, str(finished))
+        checkpoints.find(finished, str(finished))
 
 
 def test_a_checkpoint_that_is_not_there_is_named_with_the_settings(tmp_path):
@@ -144,7 +144,7 @@ def test_a_readme_that_was_there_is_kept_under_another_name(tiny_folder, tmp_pat
     assert (tmp_path / "README.before.md").read_text() == "my notes\n"
     assert "my notes" not in (tmp_path / "README.md").read_text()
     assert logged.text.count("is kept as") == 1
-    _run_folder.replace(tmp_path)
+    run_folder.replace(tmp_path)
     assert (tmp_path / "README.before.md").read_text() == "my notes\n"
 
 
@@ -174,7 +174,7 @@ def test_an_evaluation_before_training_leaves_nothing_that_seems_foreign(tiny_fo
 def test_a_run_that_saved_nothing_yet_may_change_its_settings(tiny_folder, tmp_path):
     build(tiny_folder, tmp_path).train()
     build(tiny_folder, tmp_path, learning_rate=0.01).train()
-    assert json.loads((tmp_path / _run_folder.NOTE).read_text())["update"]["learning_rate"] == 0.01
+    assert json.loads((tmp_path / run_folder.NOTE).read_text())["update"]["learning_rate"] == 0.01
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_a_run_that_saved_nothing_yet_may_change_its_settings(tiny_folder, tmp_p
 def test_weights_in_other_forms_are_a_model_of_unknown_origin(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=f"holds a model \\({name}\\)"):
-        _run_folder.check_folder(tmp_path, {})
+        run_folder.check_folder(tmp_path, {})
 
 
 @pytest.mark.parametrize("name", ["training_args.bin", "tokens.bin", "optimizer.pt", "plot.h5"])
 def test_other_binary_files_are_no_model(tmp_path, name):
     (tmp_path / name).touch()
-    _run_folder.check_folder(tmp_path, {})
+    run_folder.check_folder(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
-from posttrain.trainers._schedule import Schedule, bend, bent, continued, curve, move_to
+from posttrain.run.schedule import Schedule, bend, bent, continued, curve, move_to
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 

@@ -1,0 +1,355 @@
+"""Settings from a YAML file and the command line: TRL's parser, with errors that say what to write.
+
+    data_args, model_args, training_args = parse((DataArguments, ModelArguments, RobustDPOConfig))
+
+`--config FILE` names the YAML file, whose keys are the fields of the dataclasses; the command line wins over
+it: also where a setting of the file cannot stand beside one of the command line, which is said. A mapping
+`env:` in the file sets environment variables; those that a library reads while it is imported have to be set
+in the shell instead.
+"""
+
+import atexit
+import copy
+import difflib
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from trl import ModelConfig, TrlParser
+from trl import get_peft_config as _get_peft_config
+from trl import get_quantization_config as get_quantization_config
+
+from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
+from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError
+from posttrain.log import get_logger
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's own names for models, LoRA and quantisation; the adapter drops nothing out unless it is asked to."""
+
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+
+
+COMMAND_LINE = "command line"
+
+# What to write for settings that transformers or TRL no longer have. `{value}` is what the user gave.
+REMOVED = {
+    "warmup_ratio": "write `warmup_steps: {value}` (below 1 it is a share of all steps)",
+    "evaluation_strategy": "write `eval_strategy: {value}`",
+    "max_seq_length": "write `max_length: {value}`",
+    "max_prompt_length": "leave it out; `max_length` cuts prompt and completion together",
+    "max_completion_length": "leave it out; `max_length` cuts prompt and completion together",
+    "group_by_length": "write `train_sampling_strategy: group_by_length`",
+    "torch_dtype": "write `dtype: {value}`",
+    "no_cuda": "write `use_cpu: {value}`",
+    "per_gpu_train_batch_size": "write `per_device_train_batch_size: {value}`",
+    "per_gpu_eval_batch_size": "write `per_device_eval_batch_size: {value}`",
+    "push_to_hub_model_id": "write `hub_model_id: {value}`",
+    "push_to_hub_organization": "write `hub_model_id: {value}/NAME`",
+    "push_to_hub_token": "leave it out; log in with `hf auth login`, or set HF_TOKEN in the shell",
+    "overwrite_output_dir": "write `overwrite: {value}`; `resume_from_checkpoint` continues an earlier run",
+    "logging_dir": "leave it out; TENSORBOARD_LOGGING_DIR in the shell sets TensorBoard's folder",
+    "save_safetensors": "leave it out; weights are always saved as safetensors",
+    "tokenizer": "leave it out; the tokenizer comes with `model_name_or_path`",
+    "tokenizer_name": "leave it out; the tokenizer comes with `model_name_or_path`",
+    "tokenizer_name_or_path": "leave it out; the tokenizer comes with `model_name_or_path`",
+}
+
+
+@dataclass
+class DataArguments:
+    """Where the rows come from. The names are TRL's."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, local .json, .jsonl, .jsonl.gz or .parquet, or generated:reverse_list."},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Like dataset_name, for evaluation. Default: dataset_test_split of dataset_name."},
+    )
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    convert_rows: bool = field(
+        default=True,
+        metadata={
+            "help": "Convert rows of the shapes that well-known data sets have (UltraFeedback, HH-RLHF, ...), which is "
+            "said; false reads the columns as they are."
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("max_train_rows", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be 1 or more, or left out for all rows.")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the data set's name means something on this machine only."""
+        return self.dataset_name.startswith(("generated:", "gym:")) or Path(self.dataset_name).exists()
+
+
+def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple:
+    """One instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
+
+    Raises ConfigError, with the file and line of the setting, for a file that cannot be read, an unknown,
+    removed or repeated key, a value of the wrong type, and whatever a dataclass refuses in `__post_init__`.
+    """
+    return PosttrainParser(dataclass_types).parse_args_and_config(argv)
+
+
+def get_peft_config(model_args: ModelConfig):
+    """TRL's: the adapter that the LoRA settings describe; None without `use_peft`. ConfigError where PEFT refuses."""
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        # TRL unpacks a list of one, and PEFT would match a text with the whole path of a module
+        model_args = copy.copy(model_args)
+        model_args.lora_target_modules = [targets]
+    try:
+        return _get_peft_config(model_args)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the adapter cannot be built with these settings: {error}") from error
+
+
+def run_main(main: Callable[[], object]) -> int:
+    """Runs `main` and returns the process's exit code: 0, or that of the PosttrainError it ended in.
+
+    The error is printed as one message, once per machine; after Ctrl-C the code is 130. After a distributed run that
+    went well the process ends here.
+    """
+    try:
+        main()
+    except PosttrainError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
+                # `accelerate launch` would turn every code into 1
+                Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).write_text(str(error.exit_code))
+        return error.exit_code
+    except KeyboardInterrupt:
+        # as the shell has it for a program that Ctrl-C ended
+        print("interrupted", file=sys.stderr)
+        return 130
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave()
+    return 0
+
+
+def _leave() -> None:
+    # Threads of gloo still hold Python objects for a moment after their last collective. Where one lets go of them
+    # while the interpreter is being torn down, the process aborts, and a run that is saved counts as failed.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+class PosttrainParser(TrlParser):
+    """TRL's parser, answering bad settings with a ConfigError: nearest name, replacement, file and line."""
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs):
+        # An abbreviated flag would change its meaning when a field is added.
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self._sections = {f.name: k.__name__ for k in self.dataclass_types for f in fields(k) if f.init}
+        self._places: dict[str, str] = {}
+        self._types: dict[str, FieldType] = {}
+        for kind in self.dataclass_types:
+            for name, hint in typing.get_type_hints(kind).items():
+                choices = kind.__dataclass_fields__[name].metadata.get("choices")
+                self._types[name] = FieldType(name, hint, choices)
+        for action in self._actions:
+            if action.dest in self._sections and action.type is not None:
+                action.type = self._types[action.dest].from_scalar
+
+    def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple:
+        """As `parse`."""
+        arguments, path = _split_config(sys.argv[1:] if args is None else list(args))
+        self._places = {}
+        if path is not None:
+            self._read_defaults(path)
+        try:
+            values, unknown = self.parse_known_args(arguments)
+        except BadValue as error:
+            raise ConfigError(f"{COMMAND_LINE}: {error}") from None
+        self._refuse_unknown(unknown)
+        for name in filter(None, map(_flag, arguments)):
+            self._places[name if name in self._sections else name.removeprefix("no_")] = COMMAND_LINE
+        return tuple(self._build(kind, values) for kind in self.dataclass_types)
+
+    def error(self, message: str):
+        """What argparse has to say, as a ConfigError."""
+        raise ConfigError(f"{COMMAND_LINE}: {message}")
+
+    def _read_defaults(self, path: str) -> None:
+        settings, lines = _read_yaml(path)
+        for name, value in (settings.pop("env", None) or {}).items():
+            try:
+                os.environ[str(name)] = str(value)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path}:{lines['env']}: `env` cannot set {str(name)!r}: {error}.") from None
+        for name, value in settings.items():
+            place = self._places[name] = f"{path}:{lines[name]}"
+            if name not in self._sections:
+                raise ConfigError(f"{place}: {self._unknown(name, value)}")
+            try:
+                settings[name] = self._types[name].from_yaml(value)
+            except BadValue as error:
+                raise ConfigError(f"{place}: {error}") from None
+        self.set_defaults_with_config(**settings)
+
+    def _refuse_unknown(self, unknown: list[str]) -> None:
+        if not unknown:
+            return
+        name, _, value = unknown[0].partition("=")
+        if not name.startswith("--"):
+            raise ConfigError(f"{COMMAND_LINE}: `{name}` follows no key; write `--key value`.")
+        if not value and len(unknown) > 1 and not unknown[1].startswith("--"):
+            value = unknown[1]
+        raise ConfigError(f"{COMMAND_LINE}: {self._unknown(_flag(name), value or True)}")
+
+    def _unknown(self, name: str, value) -> str:
+        if name in REMOVED:
+            return f"`{name}` is not a setting any more: {REMOVED[name].format(value=shown(value))}."
+        near = difflib.get_close_matches(name, self._sections, n=1)
+        if near:
+            return f"unknown key `{name}`; did you mean `{near[0]}` ({self._sections[near[0]]})?"
+        sections = ", ".join(kind.__name__ for kind in self.dataclass_types)
+        return f"unknown key `{name}`; the keys are the fields of {sections} (--help lists them)."
+
+    def _build(self, kind: type, values):
+        # only what was written, so that the class can tell it from its own defaults
+        written = [f.name for f in fields(kind) if f.init and f.name in self._places]
+        for name, others in getattr(kind, "replaces", {}).items():
+            for other in others:
+                self._leave_out({other: (name,)}, written, values)
+        while True:
+            try:
+                return kind(**{name: getattr(values, name) for name in written})
+            except ExcludedSetting as error:
+                if not self._leave_out(error.yields, written, values):
+                    raise self._placed(error) from error
+            except ValueError as error:
+                raise self._placed(error) from error
+
+    def _leave_out(self, yields: dict[str, tuple[str, ...]], written: list[str], values) -> bool:
+        """Whether a setting of the file could be left out of `written` for one of the command line; says so."""
+        for name, by in yields.items():
+            winners = [other for other in by if self._places.get(other) == COMMAND_LINE]
+            if name in written and winners and self._places[name] != COMMAND_LINE:
+                written.remove(name)
+                get_logger().info(
+                    "%s: `%s: %s` is left out, as the command line has --%s %s",
+                    self._places[name],
+                    name,
+                    shown(getattr(values, name)),
+                    winners[0],
+                    _as_words(getattr(values, winners[0])),
+                )
+                return True
+        return False
+
+    def _placed(self, error: ValueError) -> ConfigError:
+        """The error with the places of the settings that it names."""
+        named = [name for name in self._places if re.search(rf"(?<!\w){name}(?!\w)", str(error))]
+        places = ", ".join(f"{name}: {self._places[name]}" for name in named)
+        return ConfigError(f"{error} ({places})" if places else str(error))
+
+
+def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
+    """The settings of a YAML file, and the line of each key."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if not text.strip():
+            raise ConfigError(f"the config file {path} is empty; write lines of `key: value`, or leave --config out.")
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        _check_keys(root, path)
+        settings = None if root is None else loader.construct_document(root)
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise ConfigError(f"{path}:{line}: not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: lists or mappings are nested too deeply.") from None
+    if settings is None:
+        return {}, {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}:1: a config file is lines of `key: value`, not {kind_of(settings)}.")
+    # with the keys that `<<` merged in, which now stand before the mapping's own
+    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+    for key, _ in root.value:
+        if not key.tag.endswith(":str"):
+            raise ConfigError(f"{path}:{lines[key.value]}: the key `{key.value}` is no text, as all keys are.")
+    if not isinstance(settings.get("env") or {}, dict):
+        raise ConfigError(f"{path}:{lines['env']}: `env` is {kind_of(settings['env'])}; it takes a mapping.")
+    return settings, lines
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, with the line of what its own constructors fail over, such as a date without such a day."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:
+            what = f"a value cannot be read as {node.tag.rpartition(':')[2]} ({error})"
+            raise yaml.constructor.ConstructorError(problem=what, problem_mark=node.start_mark) from None
+
+
+def _check_keys(node, path: str, outer: tuple = ()) -> None:
+    """Refuse what YAML takes without a word: of two equal keys it keeps the last, and an anchor may hold itself."""
+    if any(node is other for other in outer):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: what the anchor names here contains itself.")
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, path, (*outer, node))
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in first:
+                raise ConfigError(f"{path}:{line}: `{key.value}` is set at line {first[key.value]} already.")
+            if isinstance(key, yaml.ScalarNode):
+                first[key.value] = line
+            _check_keys(value, path, (*outer, node))
+
+
+def _split_config(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--config FILE`, and FILE."""
+    rest, path, stream = [], None, iter(arguments)
+    for argument in stream:
+        if _flag(argument) != "config":
+            rest.append(argument)
+            continue
+        if path is not None:
+            raise ConfigError(f"{COMMAND_LINE}: `--config` is given twice; keep one.")
+        path = argument.partition("=")[2] or next(stream, None)
+        if path is None or path.startswith("--"):
+            raise ConfigError(f"{COMMAND_LINE}: `--config` needs the path of a YAML file.")
+    return rest, path
+
+
+def _as_words(value) -> str:
+    """A value as the command line has it."""
+    texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return " ".join(value) if texts else shown(value)
+
+
+def _flag(argument: str) -> str | None:
+    """`learning_rate` from `--learning-rate=1e-4`; None for what is no flag."""
+    return argument[2:].partition("=")[0].replace("-", "_") if argument.startswith("--") else None

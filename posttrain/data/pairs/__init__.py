@@ -1,0 +1,1 @@
+"""Preference pairs: reading them, their faults, checks before the model loads."""

@@ -1,0 +1,1 @@
+"""Rows against what the chat template and the tokenizer make of them."""

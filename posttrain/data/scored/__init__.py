@@ -1,0 +1,1 @@
+"""Scored answers: reading and scoring them, their scales, baselines and tokens."""

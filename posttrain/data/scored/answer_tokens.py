@@ -1,0 +1,119 @@
+"""Scored answers as tokens before anything is weighed: whether they end their turn, and what `max_length` leaves."""
+
+from types import SimpleNamespace
+
+from posttrain.data import formats
+from posttrain.data.lengths import measure, quantiles, said_of_prompts
+from posttrain.data.pairs.schema import PairReport
+from posttrain.data.rendering import row_checks
+from posttrain.data.rendering.ends import check_ends
+from posttrain.data.tokens import as_learned, as_rendered, tokenizer_of
+from posttrain.errors import ConfigError, DataError
+from posttrain.log import get_logger
+
+# Rows of which the end of the answer is looked at
+SAMPLE = 1000
+
+
+def are_known(args) -> bool:
+    """Whether the tokenizer makes the tokens that will be trained on; a template or an end can come with the model."""
+    return args.chat_template_path is None and args.eos_token is None
+
+
+def fit(dataset, processing_class, args, name: str, stop_ids=()):
+    """Tokenise every row as `trl.SFTTrainer` does, and leave out those of which `max_length` leaves no answer.
+
+    Answers' ends are checked on up to 1000 rows. `args`: an SFTConfig. Logs what is lost and cut.
+
+    Returns the rows left, tokenised but not cut, and a sentence about the others for errors, empty where there are
+    none.
+
+    Raises DataError where nothing is left, with `end_of_turn: require` where answers do not end the turn, and where a
+    row cannot be rendered; ConfigError for a
+    tokenizer without chat template or eos token.
+    """
+    check_template(dataset, processing_class)
+    _check_sample(dataset, processing_class, args, name, stop_ids)
+    places = [f"{name}, answer {number}" for number in range(1, len(dataset) + 1)]
+    row_checks.report(dataset, processing_class, name, places, "answers")
+    dataset = tokenise(dataset, processing_class, args, name)
+    starts, lengths = [], []
+    for labels in dataset["labels"]:
+        starts.append(next((i for i, label in enumerate(labels) if label != -100), len(labels)))
+        lengths.append(len(labels))
+    limit = args.max_length
+    if limit is None:
+        return dataset, ""
+    kept = [i for i, start in enumerate(starts) if start < limit or args.truncation_mode != "keep_start"]
+    lost, cut = len(starts) - len(kept), sum(lengths[i] > limit for i in kept)
+    advice = (
+        f"max_length {quantiles(starts)['99%'] + 1} keeps 99% of the rows, {quantiles(lengths)['99%']} keeps 99% of "
+        "them whole"
+    )
+    if not kept:
+        raise DataError(
+            f"{name}: max_length is {limit}, and every prompt is that long ({min(starts)} to {max(starts)} tokens), so "
+            f"no answer would be left to learn from; {advice}."
+        )
+    if lost or cut:
+        left_out = f"leaves nothing of {lost} answers, which are left out and count nowhere, and " if lost else ""
+        get_logger().warning(
+            "%s: of %d rows, max_length %s %scuts %d; %s.", name, len(starts), limit, left_out, cut, advice
+        )
+    if not lost:
+        return dataset, ""
+    note = (
+        f" max_length {limit} leaves nothing of {lost} further answers, whose prompts alone are that long; "
+        f"max_length {max(starts) + 1} keeps a token of each, {max(lengths)} all of them whole."
+    )
+    return dataset.select(kept), note
+
+
+def tokenise(dataset, processing_class, args, name: str):
+    """The columns input_ids and labels beside the others, nothing cut. Raises DataError for what cannot be rendered."""
+    from trl import SFTTrainer
+
+    # the method reads no more of the trainer
+    trainer = SimpleNamespace(_tokenizer=tokenizer_of(processing_class), chat_template=None, completion_only_loss=True)
+    plain = SimpleNamespace(
+        dataset_num_proc=args.dataset_num_proc,
+        dataset_text_field=args.dataset_text_field,
+        assistant_only_loss=False,
+        max_length=None,
+        shuffle_dataset=False,
+    )
+    try:
+        dataset = as_rendered(dataset, processing_class)
+        dataset = SFTTrainer._prepare_dataset(trainer, dataset, processing_class, plain, False, None, name)
+        return as_learned(dataset, processing_class, name)
+    except DataError:
+        raise
+    # a chat template is a program that came with the model: anything can come out of it
+    except Exception as error:
+        raise DataError(f"{name}: a row cannot be turned into tokens: {type(error).__name__}: {error}") from error
+
+
+def check_template(dataset, processing_class) -> None:
+    """Refuse messages where the tokenizer has no chat template."""
+    if formats.is_messages(dataset[0]["completion"]) and not processing_class.chat_template:
+        raise ConfigError(
+            "the rows are conversational, and the tokenizer has no chat template to render them with. Use an instruct "
+            "model, set `tokenizer.chat_template`, or give prompt and completion (or prompt, chosen and rejected of "
+            "pairs with rewards) as texts."
+        )
+
+
+def _check_sample(dataset, processing_class, args, name: str, stop_ids) -> None:
+    rows = len(dataset)
+    sample = dataset if rows <= SAMPLE else dataset.select([i * rows // SAMPLE for i in range(SAMPLE)])
+    places = [f"{name}, answer {i * rows // len(sample) + 1}" for i in range(len(sample))]
+    # both sides of a pair, as the pairs' tokeniser takes them
+    columns = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in sample.column_names]
+    pairs = sample.select_columns([*columns, "completion"]).rename_column("completion", "chosen")
+    pairs = pairs.add_column("rejected", sample["completion"][:])
+    lengths = measure(pairs, processing_class, places, args.max_length, args.truncation_mode == "keep_start")
+    report = PairReport(name, formats.Format("scored", "", ""), rows, 0, 0, [], args.max_length, lengths)
+    check_ends(report, tokenizer_of(processing_class), stop_ids, getattr(args, "end_of_turn", "warn"))
+    prompts = said_of_prompts(lengths, name)
+    for warning in [*report.warnings, *([prompts] if prompts else ())]:
+        get_logger().warning("%s", warning)

@@ -1,0 +1,1 @@
+"""Tasks with a gold answer or a demonstration: reading and checking them."""

@@ -1,0 +1,326 @@
+"""Reading tasks with a demonstration and a gold answer: generated, of reasoning-gym, a local file or a hub data set."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from inspect import signature
+from pathlib import Path
+from urllib.parse import unquote
+
+from posttrain.data import formats, objects, shapes
+from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
+from posttrain.data.generated import arithmetic_tasks, modular_sum_tasks
+from posttrain.data.pairs import loading
+from posttrain.data.rows import columns_of, read_rows
+from posttrain.data.tasks.golds import gold_text
+from posttrain.data.tasks.gym import gym_tasks
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.log import get_logger
+
+COLUMNS = ("prompt", "demonstration", "gold")
+# Beside COLUMNS, what generated data sets and users' own may have.
+OTHER_COLUMNS = ("difficulty", "gym_task", "tools", "chat_template_kwargs")
+
+# Which columns hold the three, by what published sets call them; the first that fits is taken. Where there is no column
+# of its own for it, the gold answer comes from the demonstration.
+_SHAPES = (
+    {"prompt": "prompt", "demonstration": "demonstration", "gold": "gold"},
+    {"prompt": "prompt", "demonstration": "demonstration"},
+    {"prompt": "problem", "demonstration": "solution", "gold": "answer"},
+    {"prompt": "problem", "demonstration": "solution"},
+    {"prompt": "question", "demonstration": "solution", "gold": "answer"},
+    {"prompt": "question", "demonstration": "solution"},
+    {"prompt": "question", "demonstration": "answer"},
+    {"prompt": "prompt", "gold": "gold"},
+    {"prompt": "problem", "gold": "answer"},
+)
+_GENERATED = {"arithmetic": arithmetic_tasks, "modular_sum": modular_sum_tasks}
+_RANGES = ("operands", "digits", "terms")
+# The calculator notes of GSM8K, a calculation and its number: <<48/2=24>>
+_NOTES = re.compile(r"<<(?=[^<>=]*\d)[^<>=A-Za-z]+=[^<>=A-Za-z\n]*\d[^<>=A-Za-z\n]*>>")
+_MARKED = re.compile(r"^####[^\n]*\d", re.MULTILINE)
+
+
+def load_demonstrations(
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    conversational: bool = True,
+    keep_notes: bool = False,
+    need_demonstrations: bool = True,
+    convert: bool = True,
+):
+    """Tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
+
+    A column `system` is put in front of prompts that are messages. `tools` (as JSON text) and `chat_template_kwargs`
+    are kept, and rendered with their row.
+
+    Args:
+        source: one of
+            - `generated:arithmetic` or `generated:modular_sum`, with the arguments of their functions as options:
+              `generated:arithmetic?n=256&seed=0&operands=2-4&operators=+-`;
+            - `gym:NAME`, a reasoning-gym data set, with options of its config: `gym:chain_sum?n=256&max_terms=3`;
+            - a local file: .json (a list of rows), .jsonl, .jsonl.gz or .parquet, whatever the `split`;
+            - a hub data set's id.
+            Of the first two, any split but `train` gives tasks that are disjoint from the training ones.
+        limit: the first rows only.
+        columns: which columns are prompt, demonstration and gold, where their names are not known. Known are
+            prompt + demonstration (+ gold), problem or question + solution (+ answer) as in MATH, and question + answer
+            as in GSM8K. Without a column for gold it is what follows `####` in the demonstration, or its last box.
+        config: of a hub data set that has several, such as `main` of openai/gsm8k.
+        conversational: make texts into a user message and an assistant message. Rows of messages stay so.
+        keep_notes: keep GSM8K's calculator notes, `<<48/2=24>>`, which are removed from the answers in files of its
+            shape (question, answer that ends in `#### N`), and said to be. Other texts keep all they have.
+        need_demonstrations: False lets demonstrations be empty, or their column be missing where there is one for gold.
+        convert: rows of the shapes in `posttrain.data.shapes`, which is said.
+
+    Raises DataError for what cannot be read, missing columns, an empty prompt or demonstration, and a row without a
+    gold answer, each with its place; ConfigError for wrong options; EnvironmentIssue where the hub cannot be reached
+    or reasoning-gym is missing.
+    """
+    from datasets.exceptions import DatasetGenerationError
+
+    if limit is not None and (isinstance(limit, bool) or limit < 1):
+        raise ConfigError(f"limit={limit!r} must be at least 1, or left out for all rows.")
+    kind, colon, rest = source.partition(":")
+    if colon and kind in ("generated", "gym"):
+        made = _generate(kind, rest, split, conversational)
+        return made if limit is None else made.select(range(min(limit, len(made))))
+    rows, places = _read(source, split, limit, config)
+    if convert and columns is None:
+        rows, places = shapes.read_all(rows, places, (shapes.TASKS,), source)
+    found = columns_of(rows)
+    shape = _shape(found, columns, source, need_demonstrations)
+    taken = {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS and ours != theirs}
+    if taken and columns is None:
+        get_logger().info("%s: %s", source, ", ".join(f"{theirs} is the {ours}" for ours, theirs in taken.items()))
+    say_left_out(found, shape.values(), source)
+    rows = rows if keep_notes else _without_notes(rows, shape, source)
+    made = [
+        _row(row, place, shape, conversational, need_demonstrations) for row, place in zip(rows, places, strict=True)
+    ]
+    with_system = first_with_system(rows)
+    if with_system is not None:
+        say_system({**with_system, "prompt": made[0]["prompt"]}, source)
+    try:
+        return objects.exact(made, places=places)
+    except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
+        # pyarrow's own errors are ValueErrors or TypeErrors
+        raise DataError(f"{source}: the rows do not have the same types throughout: {error}") from None
+
+
+def as_tasks(rows: list[dict], places: list[str], name: str, conversational: bool = True):
+    """Rows of tasks as `load_demonstrations` makes them, and the columns' names there: ours to theirs.
+
+    None where the columns are those of no task. Raises DataError for a row that has no prompt or no gold answer.
+    """
+    try:
+        shape = _shape(columns_of(rows), None, name, False)
+    except DataError:
+        return None
+    rows = _without_notes(rows, shape, name)
+    made = [_row(row, place, shape, conversational, False) for row, place in zip(rows, places, strict=True)]
+    return made, {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS}
+
+
+def _read(source: str, split: str, limit: int | None, config: str | None) -> tuple[list[dict], list[str]]:
+    if config is None or Path(source).expanduser().exists():
+        return read_rows(source, split, limit)
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        found = load_dataset(source, config, split=split)
+    except ConnectionError as error:
+        raise EnvironmentIssue(
+            f"the data set {source!r} is not a local file, and the hub cannot be reached: {error}"
+        ) from None
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"the data set {source!r} (config {config!r}, split {split!r}) cannot be loaded: {error}"
+        ) from None
+    found = found if limit is None else found.select(range(min(limit, len(found))))
+    if len(found) == 0:
+        raise DataError(f"{source} (split {split!r}) holds no rows.")
+    return list(objects.unpadded(found)), [f"{source}, row {number}" for number in range(1, len(found) + 1)]
+
+
+def _shape(found: list[str], columns: Mapping[str, str] | None, source: str, need: bool) -> dict[str, str]:
+    """The source's column for each of ours, ours that are not there left out."""
+    if columns is not None:
+        unknown = sorted(set(columns) - set(COLUMNS))
+        if unknown:
+            raise ConfigError(f"columns={dict(columns)!r}: {unknown[0]!r} is not one of {', '.join(COLUMNS)}.")
+        missing = sorted(set(columns.values()) - set(found))
+        if missing:
+            raise DataError(f"{source}: column {missing[0]!r} of columns={dict(columns)!r} is missing; found {found}.")
+    shapes = _SHAPES if columns is None else (dict(columns),)
+    for shape in shapes:
+        answer = "demonstration" in shape or ("gold" in shape and not need)
+        if "prompt" in shape and answer and set(shape.values()) <= set(found):
+            return {**shape, **{name: name for name in OTHER_COLUMNS if name in found}}
+    if columns is not None:
+        least = "demonstration" if need else "demonstration or gold"
+        raise ConfigError(f"columns={dict(columns)!r} must name the columns of at least prompt and {least}.")
+    missing = "demonstration" if need else "gold"
+    raise DataError(
+        f"{source}: no columns for prompt and {missing}; found {found}. Known are prompt + demonstration (+ gold), "
+        "problem + solution (+ answer) and question + answer (ending in '#### N'). Name others by "
+        "prompt_column, demonstration_column and gold_column in a recipe, by "
+        "columns={'prompt': ..., 'demonstration': ..., 'gold': ...} in Python."
+    )
+
+
+def _row(row: dict, place: str, shape: dict[str, str], conversational: bool, need: bool) -> dict:
+    prompt = _side(row, place, shape["prompt"], "prompt")
+    demonstration = row.get(shape.get("demonstration"))
+    if need or (demonstration and not _is_blank(demonstration)):
+        demonstration = _side(row, place, shape["demonstration"], "demonstration")
+    else:
+        demonstration = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
+    if not isinstance(demonstration, str):
+        # what calls a tool need not say anything
+        demonstration = [{**message, "content": message["content"] or ""} for message in demonstration]
+    made = {name: row.get(column) for name, column in shape.items() if name in OTHER_COLUMNS}
+    if made.get("tools") is not None and not isinstance(made["tools"], str):
+        # as text, rows' tools keep their own arguments
+        made["tools"] = json.dumps(made["tools"])
+    if "gold" in shape:
+        gold = gold_text(row.get(shape["gold"]), shape["gold"], place)
+    else:
+        gold = _marked_gold(demonstration, place, shape["demonstration"])
+    if conversational and isinstance(prompt, str) and isinstance(demonstration, str):
+        prompt = [{"role": "user", "content": prompt}]
+        demonstration = [{"role": "assistant", "content": demonstration}]
+    if formats.is_messages(prompt):
+        system = {name: row[name] for name in SYSTEM if name in row}
+        prompt = system_in_front(system | {"prompt": prompt}, place).get("prompt", prompt)
+    if isinstance(prompt, str) != isinstance(demonstration, str):
+        raise DataError(f"{place}: prompt and demonstration must both be texts or both lists of messages.")
+    shown = {"demonstration": demonstration} if "demonstration" in shape else {}
+    return {"prompt": prompt, **shown, "gold": gold, **made}
+
+
+def _side(row: dict, place: str, column: str, name: str):
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        return value
+    value = objects.flattened(value)
+    if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        return value
+    shown = "an empty text" if isinstance(value, str) else "an empty list" if value == [] else loading._kind(value)
+    raise DataError(f"{place}: {column!r}, the {name}, is {shown}; it must be a text or a list of messages.")
+
+
+def _is_blank(value) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _is_message(message) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    # what calls a tool need not say anything
+    return isinstance(message.get("content"), str) or (
+        message.get("content") is None and bool(message.get("tool_calls"))
+    )
+
+
+def _without_notes(rows: list[dict], shape: dict[str, str], source: str) -> list[dict]:
+    """Rows of GSM8K's shape without calculator notes in their answers, which is said; others as they are."""
+    if (shape["prompt"], shape.get("demonstration"), "gold" in shape) != ("question", "answer", False):
+        return rows
+    made, removed = [], 0
+    for row in rows:
+        answer = row.get("answer")
+        if isinstance(answer, str) and _MARKED.search(answer):
+            answer, count = _NOTES.subn("", answer)
+            removed += count
+            row = {**row, "answer": answer} if count else row
+        made.append(row)
+    if removed:
+        get_logger().info(
+            "%s: %d calculator notes (<<48/2=24>>) are removed from the answers; keep_notes=True in Python keeps them",
+            source, removed,
+        )  # fmt: skip
+    return made
+
+
+def _marked_gold(demonstration, place: str, column: str) -> str:
+    from posttrain.rewards.answers import final_answer
+
+    text = demonstration if isinstance(demonstration, str) else demonstration[-1]["content"] or ""
+    for where in ("hash", "boxed"):
+        answer = final_answer(text, where)
+        if answer is not None and answer.text:
+            # 1,234 in GSM8K's way of writing
+            return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer.text)
+    raise DataError(
+        f"{place}: {column!r} ends without '#### N' (or a box) and there is no column for the gold answer; it ends in "
+        f"{text[-60:]!r}. Mark the answer, or name its column: gold_column in a recipe, columns={{'gold': ...}} in "
+        "Python."
+    )
+
+
+def _generate(kind: str, rest: str, split: str, conversational: bool):
+    name, _, query = rest.partition("?")
+    source = f"{kind}:{rest}"
+    options = _options(query, source)
+    n, seed = options.pop("n", 256), options.pop("seed", 0)
+    for key, value in (("n", n), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{source!r}: {key}={value!r} is no integer.")
+    if kind == "gym":
+
+        def make(seed: int, exclude: Iterable[dict] = ()):
+            return gym_tasks(name, n, seed, exclude, **{"conversational": conversational, **options})
+    else:
+        if name not in _GENERATED:
+            known = ", ".join(f"generated:{one}" for one in _GENERATED)
+            raise ConfigError(f"{source!r} is not known; the generated tasks are {known}.")
+        _check_options(source, options, _GENERATED[name])
+
+        def make(seed: int, exclude: Iterable[dict] = ()):
+            return _GENERATED[name](n, seed, **{"conversational": conversational, **options}, exclude=exclude)
+
+    try:
+        train = make(seed)
+        return train if split == "train" else make(seed + 1, train)
+    except ConfigError as error:
+        raise ConfigError(f"{source!r}: {error}") from None
+
+
+def _check_options(source: str, options: dict, function) -> None:
+    known = ["n", "seed", *(name for name in signature(function).parameters if name not in ("n", "seed", "exclude"))]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(f"{source!r} has no option {option!r} (it has {', '.join(known)}){hint}")
+
+
+def _options(query: str, source: str) -> dict:
+    options = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"{source!r}: write options as key=value, joined by &.")
+        # + is an operator here, not a space as in web addresses
+        options[key] = _scalar(key, unquote(value))
+    return options
+
+
+def _scalar(key: str, text: str):
+    span = re.fullmatch(r"(\d+)-(\d+)", text)
+    if span and key in _RANGES:
+        return int(span[1]), int(span[2])
+    if key in _RANGES and text.isdigit():
+        return int(text), int(text)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text, text)

@@ -1,0 +1,161 @@
+"""What the recipe with scored answers adds to every recipe's own: its data settings, its rows, its dry run."""
+
+import math
+from dataclasses import dataclass, field
+
+from posttrain import recipe
+from posttrain.config import DataArguments
+from posttrain.recipe import dry_run
+
+
+@dataclass
+class ScoredArguments(DataArguments):
+    """Where scored answers come from: rows of prompt, completion and reward, or pairs with a reward for each side."""
+
+    more_datasets: list[str] | None = field(
+        default=None, metadata={"help": "Further files or hub ids of scored answers, added to the training rows."}
+    )
+    same_scale: bool = field(
+        default=False, metadata={"help": "The rewards of several files are on one scale, whatever it looks like."}
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: prompt."})
+    completion_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: completion."})
+    reward_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: reward."})
+    reward_func: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scores every answer once, before training, instead of a column: maths_answer, exact_match, "
+            "format, length, or my_module:my_function."
+        },
+    )
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Your columns to ours, as `load_scored` takes them."""
+        named = {"prompt": self.prompt_column, "completion": self.completion_column, "reward": self.reward_column}
+        return {yours: ours for ours, yours in named.items() if yours is not None and yours != ours}
+
+
+def load_answers(data_args: ScoredArguments, training_args):
+    """The scored answers to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    from posttrain.data.scored.loading import load_scored
+    from posttrain.data.scored.scales import check_scales
+    from posttrain.trainers.offline.a_lol import kept_columns
+
+    needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
+    keep, rewards = tuple(kept_columns(training_args)), {}
+
+    def load(name, split, limit, convert=True):
+        training = name == data_args.dataset_name and split == data_args.dataset_train_split
+        sources = [name, *(data_args.more_datasets or [])] if training else [name]
+        found = load_scored(
+            sources, split, limit, data_args.columns, data_args.same_scale,
+            needs_reward=needs_reward, keep=keep, convert=convert,
+        )  # fmt: skip
+        if needs_reward:
+            rewards[f"{', '.join(sources)} ({'training' if training else 'evaluation'})"] = found["reward"][:]
+        return found
+
+    datasets = recipe.load_splits(load, data_args, training_args.eval_strategy != "no")
+    if not data_args.same_scale:
+        check_scales(rewards, "data sets")
+    return datasets
+
+
+def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, peft_config=None) -> dict:
+    """Answers, steps, parameters and checkpoint size of a run, what the rewards say, and the first answer.
+
+    Settings and data are checked as the trainer would. The tokenizer is loaded, every answer is tokenised, and the
+    model is built without memory for its weights. Answers that fit `max_length` are weighed; those that will have no
+    gradient are counted where their values are known without the model.
+
+    Raises:
+        ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
+            adapter settings that do not fit the model.
+    """
+    from posttrain.data.limits import Limits
+    from posttrain.data.pairs import schema
+    from posttrain.data.scored import answer_tokens, baselines, loading
+    from posttrain.data.tokens import processing_class_for
+    from posttrain.run import checks
+    from posttrain.trainers.offline import a_lol, answer_rows, prompt_values
+
+    config = dry_run.check(model_id, args, peft_config)
+    checks.check_model_config(args, config)
+    processing_class = processing_class_for(model_id, None, args)
+    revision = (args.model_init_kwargs or {}).get("revision")
+    stop_ids = schema.generation_stop_ids(model_id, revision)
+    name, answers, first = "train_dataset", len(train_dataset), train_dataset[0]
+    if data_args.reward_func is not None:
+        # one that is none is refused here; what it gives is known once it has scored the answers
+        loading.check_reward(data_args.reward_func)
+    weighed = args.weighs_by is not None and data_args.reward_func is None
+    head = args.weighs_by == "advantages" and args.value == "head"
+    if head:
+        prompt_values.check_start(args, data_args.reward_func)
+    columns = a_lol.kept_columns(args)
+    train_dataset = loading.as_scored(train_dataset, name, tuple(columns), weighed).rename_columns(columns)
+    if weighed:
+        a_lol.check_rows(train_dataset, name, args)
+    shown = _as_learned(train_dataset.select([0]), processing_class, args, name)
+    lost, fits = "", len(train_dataset)
+    if answer_tokens.are_known(args):
+        train_dataset, lost = answer_tokens.fit(train_dataset, processing_class, args, name, stop_ids)
+        fits = len(train_dataset)
+        Limits(model_id, config).check_answers(train_dataset, processing_class, args, name)
+    else:
+        fits = f"at most {fits}: chat_template_path or eos_token change the tokens once the model is loaded"
+    kept, facts, living = len(train_dataset), {}, None
+    if weighed:
+        a_lol.check_left(train_dataset, name, args, lost)
+        rewards = train_dataset["reward"][:]
+        facts["rewards"] = "\n" + baselines.histogram(rewards)
+        if args.weighs_by == "rewards":
+            kept = sum(reward != 0 for reward in rewards)
+        elif args.weighs_by == "advantages" and args.value != "head":
+            values = baselines.values_of(train_dataset, args.value, "baseline", name)
+            advantages = baselines.advantages_of(rewards, values)
+            weights = a_lol.weights_of(advantages, args)
+            baselines.check_positive(advantages, args.value, name, lost)
+            baselines.check_weights(weights, name)
+            facts["advantages"] = "\n" + baselines.histogram(advantages)
+            kept = sum(weight != 0 for weight in weights)
+    elif head:
+        a_lol.check_value_prompts(len(set(baselines.prompt_keys(train_dataset))), name, args)
+    if head:
+        living = "known once the value head has learned"
+    elif not weighed and args.weighs_by is not None:
+        living = f"known once {data_args.reward_func} has scored the answers"
+    elif isinstance(fits, str):
+        living = f"at most {kept}"
+    else:
+        answer_rows.check_fills_a_batch(args, kept)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    full = math.floor if args.dataloader_drop_last else math.ceil
+    micro_batches = full(kept / (args.per_device_train_batch_size * args.world_size))
+    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
+    return {
+        "processes": args.world_size,
+        "scored answers": answers,
+        "of them within max_length": fits,
+        "of them with a gradient": kept if living is None else living,
+        "answers per step": batch,
+        "steps": f"at most {steps}" if living is not None and args.max_steps <= 0 else steps,
+        **dry_run.sizes(config, args, peft_config),
+        **facts,
+        **shown,
+        "reward": f"by {data_args.reward_func}" if data_args.reward_func else first.get("reward"),
+    }
+
+
+def _as_learned(row, processing_class, args, name: str) -> dict[str, str]:
+    """The prompt and the answer of a data set of one row, as their tokens have them."""
+    from posttrain.data.scored import answer_tokens
+    from posttrain.data.tokens import tokenizer_of
+
+    answer_tokens.check_template(row, processing_class)
+    tokens, tokenizer = answer_tokens.tokenise(row, processing_class, args, name)[0], tokenizer_of(processing_class)
+    start = next((i for i, label in enumerate(tokens["labels"]) if label != -100), len(tokens["labels"]))
+    ids = tokens["input_ids"]
+    return {"prompt": tokenizer.decode(ids[:start]), "completion": tokenizer.decode(ids[start:])}

@@ -1,0 +1,209 @@
+"""What the recipes with verifiable rewards share: tasks, rewards, trainer, report, hub."""
+
+import math
+from dataclasses import dataclass, field
+
+from posttrain import recipe
+from posttrain.config import DataArguments, ModelArguments, get_quantization_config, parse
+from posttrain.errors import ConfigError
+from posttrain.recipe import dry_run
+
+
+@dataclass
+class TaskArguments(DataArguments):
+    """Where tasks come from, and what scores the answers to them."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local .json, .jsonl, .jsonl.gz or .parquet, generated:arithmetic, generated:modular_sum, "
+            "or gym:NAME; options follow as `generated:arithmetic?n=256&digits=1-2`."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards, summed: maths_answer, exact_match, format, length, gym, or my_module:my_function; "
+            "settings follow a name as `length?max_length=512&cache=128`."
+        },
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with the prompt, in a file or hub set whose names are not known."}
+    )
+    demonstration_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the demonstration; needed only where something learns from it."},
+    )
+    gold_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the answer that is right. Default: what the demonstration marks as its answer."},
+    )
+    conversational: bool = field(
+        default=True, metadata={"help": "Make texts into messages, for models with a chat template."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.reward_funcs:
+            self.reward_funcs = ["gym"] if (self.dataset_name or "").startswith("gym:") else ["maths_answer"]
+
+    @property
+    def columns(self) -> dict[str, str] | None:
+        """The columns as `load_demonstrations` takes them; None where they are to be found by their known names."""
+        named = {"prompt": self.prompt_column, "demonstration": self.demonstration_column, "gold": self.gold_column}
+        if not any(named.values()):
+            return None
+        return {"prompt": "prompt"} | {k: v for k, v in named.items() if v}
+
+
+def load_tasks(task_args: TaskArguments, training_args):
+    """The training tasks, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    from posttrain.data.tasks.loading import load_demonstrations
+
+    learns = training_args.learns_from_demonstrations
+    columns = task_args.columns
+    if learns and columns is not None:
+        columns = {"demonstration": "demonstration", **columns}
+
+    def load(name, split, limit, convert=True):
+        return load_demonstrations(
+            name,
+            split,
+            limit,
+            columns=columns,
+            config=task_args.dataset_config,
+            conversational=task_args.conversational,
+            need_demonstrations=learns and training_args.empty_demonstrations == "error",
+            convert=convert,
+        )
+
+    return recipe.load_splits(load, task_args, training_args.eval_strategy != "no")
+
+
+def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:
+    """What can be told before a model loads: gold answers that can be scored against, known names.
+
+    Raises ConfigError or DataError. Rewards with workers start them.
+    """
+    from posttrain.rewards import check_golds
+
+    names = [reward.__name__ for reward in rewards]
+    if args.success_reward is not None and args.success_reward not in names:
+        raise ConfigError(f"success_reward is {args.success_reward!r}; it must be one of {', '.join(names)}.")
+    for reward in rewards:
+        column = getattr(reward, "gold", None)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if column and dataset is not None:
+                check_golds(dataset, column, reward, name)
+
+
+def run(trainer_class, config_class) -> None:
+    """The whole of a recipe: settings, tasks, rewards, training, evaluation, card, hub."""
+    from posttrain.rewards import get_rewards
+    from posttrain.run.report import RunReport
+
+    task_args, model_args, training_args = parse((TaskArguments, ModelArguments, config_class))
+    model, peft_config = recipe.named_model(task_args, model_args, training_args)
+    rewards = get_rewards(task_args.reward_funcs)
+    try:
+        train_dataset, eval_dataset = load_tasks(task_args, training_args)
+        check_tasks(training_args, rewards, train_dataset, eval_dataset)
+        if training_args.dry_run:
+            facts = describe(model, training_args, task_args, train_dataset, peft_config, eval_dataset)
+            return dry_run.show(facts)
+        for reward in rewards:
+            # the workers of a rank that none of the checks needed
+            reward.start()
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=rewards,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            quantization_config=get_quantization_config(model_args),
+            callbacks=[RunReport(sections={"tasks": vars(task_args), "model": vars(model_args)})],
+        )
+        recipe.train(trainer, task_args, evaluate=eval_dataset is not None)
+    finally:
+        for reward in rewards:
+            reward.close()
+
+
+def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_config=None, eval_dataset=None) -> dict:
+    """Rollouts, steps, parameters, tokens and checkpoint size of a run, and its first task as the model sees it.
+
+    Settings and data are checked as the trainer would. The tokenizer is loaded, and the model is built without memory
+    for its weights.
+
+    Raises:
+        ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
+            adapter settings that do not fit the model.
+    """
+    from posttrain.data import columns
+    from posttrain.data.limits import Limits
+    from posttrain.data.pairs.schema import generation_stop_ids
+    from posttrain.data.tasks import task_rows
+    from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
+    from posttrain.run import checks
+    from posttrain.trainers.policy_gradient import demonstrations
+
+    config = dry_run.check(model_id, args, peft_config)
+    checks.check_generation(args, train_dataset)
+    tokenizer, limits = tokenizer_of(processing_class_for(model_id, None, args)), Limits(model_id, config)
+    train_dataset = as_rendered(columns.prepare(train_dataset, "train_dataset"), tokenizer, False, "train_dataset")
+    if eval_dataset is not None:
+        eval_dataset = as_rendered(columns.prepare(eval_dataset, "eval_dataset"), tokenizer, False, "eval_dataset")
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        task_rows.check(dataset, tokenizer, args, name)
+    if args.learns_from_demonstrations:
+        stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))
+        train_dataset = demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+
+        limits.check(train_dataset, ((demonstrations.IDS,),), tokenizer, "train_dataset", None)
+    limits.check_prompts(train_dataset, tokenizer, args, "train_dataset")
+    if eval_dataset is not None:
+        limits.check_prompts(eval_dataset, tokenizer, args, "eval_dataset")
+    sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
+    texts = [_rendered(row, tokenizer, args) for row in sample]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    rollouts = args.generation_batch_size
+    prompts = rollouts // args.num_generations
+    # what is left of an epoch after its whole generations is not trained on
+    micro_batches = len(train_dataset) // prompts * args.steps_per_generation * args.num_iterations
+    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    facts = {
+        "processes": args.world_size,
+        "training tasks": len(train_dataset),
+        "prompts per generation": prompts,
+        "rollouts per generation": rollouts,
+        "rollouts per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs),
+        "longest prompt in the sample (tokens)": max(lengths),
+        "tokens of a rollout, at most": args.max_completion_length,
+    } | dry_run.sizes(config, args, peft_config)
+    if args.learns_from_demonstrations:
+        facts["longest demonstration (tokens)"] = max(len(ids) for ids in train_dataset[demonstrations.IDS])
+    facts |= {"rewards": ", ".join(task_args.reward_funcs), "prompt": texts[0]}
+    if args.learns_from_demonstrations:
+        facts["demonstration"] = tokenizer.decode(train_dataset[0][demonstrations.IDS])
+    return facts | {"gold": train_dataset[0].get("gold")}
+
+
+def _rendered(row, tokenizer, args) -> str:
+    from posttrain.data.tokens import template_kwargs_of, tools_of
+
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    kwargs = (args.chat_template_kwargs or {}) | template_kwargs_of(row)
+    try:
+        return tokenizer.apply_chat_template(
+            prompt, tools=tools_of(row), add_generation_prompt=True, tokenize=False, **kwargs
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"prompts are messages, and the model's tokenizer has no chat template ({error}). Set `conversational: "
+            "false` for tasks as plain text, or name a model that has one."
+        ) from None

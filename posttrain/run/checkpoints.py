@@ -1,0 +1,302 @@
+"""Checkpoints that are either complete or not there: the newest one, rotation, saving, resuming.
+
+A checkpoint counts only with its marker, a small JSON file that the main process writes after every rank has saved. A
+run that is killed while it saves leaves a folder without one, which is never resumed from and is cleared away later.
+"""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.log import get_logger
+from posttrain.run import checkpoint_files as files
+from posttrain.run.checkpoint_files import MARKER, mark
+from posttrain.run.identity import differing, update_settings
+from posttrain.run.schedule import Schedule
+
+_FOLDER = re.compile(r"checkpoint-(0|[1-9]\d*)")
+
+
+def folders(output_dir: str | Path) -> list[Path]:
+    """All that is named as a checkpoint is, oldest step first, whatever it is."""
+    root = Path(output_dir)
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.iterdir() if _FOLDER.fullmatch(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def complete(output_dir: str | Path) -> list[Path]:
+    """The checkpoints with a marker, oldest step first."""
+    return list(filter(files.is_complete, folders(output_dir)))
+
+
+def rotate(output_dir: str | Path, keep: int | None, best: str | None, identity: dict | None = None) -> None:
+    """Delete all but the newest `keep` and the best complete checkpoints, and what this run left half-written.
+
+    The newest are those written last: a run that starts anew may stand beside further steps of an earlier one. Links,
+    folders without a marker of ours, and files that no save wrote are left alone.
+
+    Args:
+        output_dir: the run folder.
+        keep: how many; None or less than 1 for all.
+        best: a checkpoint to keep besides.
+        identity: of this run.
+    """
+    own = [folder for folder in folders(output_dir) if folder.is_dir() and not folder.is_symlink()]
+    marked = sorted(filter(files.is_complete, own), key=lambda folder: (folder / MARKER).stat().st_mtime_ns)
+    kept = {path.resolve() for path in (marked[-keep:] if keep and keep > 0 else marked)}
+    if best is not None:
+        kept.add(Path(best).resolve())
+    half_left = [folder for folder in own if identity is not None and files.is_half_left(folder, identity)]
+    for folder in (*marked, *half_left):
+        if folder.resolve() not in kept:
+            clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Delete a checkpoint of ours, saying so where files of others stay."""
+    try:
+        if not files.remove(folder):
+            get_logger().info("%s stays for the files in it that no run wrote", folder)
+    except OSError as error:
+        get_logger().warning("%s could not be deleted: %s", folder, error)
+
+
+def find(
+    output_dir: str | Path, wanted: str | bool | None, check: bool = True, weights_only: bool = False
+) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        output_dir: the run folder.
+        wanted: None or False for none; True for the newest complete one, an error if there is none; "auto" for the
+            newest complete one if there is any; or a path.
+        check: refuse one that another library wrote; it is taken by its path alone in any case.
+        weights_only: take one without optimizer, schedule or random state as well.
+
+    Raises:
+        ConfigError: no complete checkpoint where one was asked for.
+    """
+    if wanted is None or wanted is False or str(wanted).lower() in ("false", "none"):
+        return None
+    ready = [folder for folder in complete(output_dir) if weights_only or not files.missing_state(folder)]
+    newest = ready[-1] if ready else None
+    if str(wanted).lower() == "auto":
+        return newest
+    if wanted is True or str(wanted).lower() == "true":
+        if newest is None:
+            raise ConfigError(
+                f"resume_from_checkpoint is true, but {output_dir} holds no complete checkpoint: {_others(output_dir)} "
+                "Leave it out to start anew, or set `resume_from_checkpoint: auto`."
+            )
+        return newest
+    folder = Path(wanted)
+    hint = f" The newest complete one in {output_dir} is {newest}." if newest else ""
+    if files.is_complete(folder) or (not check and files.is_foreign(folder)):
+        lost = files.missing_state(folder)
+        if lost and not weights_only:
+            raise ConfigError(f"the checkpoint {folder} {_without_state(lost)}{hint}")
+        return folder
+    inside = next(reversed(complete(folder)), None)
+    if inside is not None:
+        raise ConfigError(f"resume_from_checkpoint is {wanted}, which is a run folder; give a checkpoint: {inside}.")
+    if files.is_foreign(folder):
+        raise ConfigError(
+            f"resume_from_checkpoint is {wanted}, which posttrain did not write, or not to its end (no {MARKER} in "
+            "it): nothing says whether it is complete, or of what settings and data. To go on from it all the same, "
+            f"set `check_resume: false`.{hint}"
+        )
+    if folder.is_dir():
+        raise ConfigError(f"resume_from_checkpoint is {wanted}, which is not complete (no {MARKER} in it).{hint}")
+    raise ConfigError(
+        f"resume_from_checkpoint is {wanted}, which does not exist (working folder: {Path.cwd()}). It takes true, "
+        f"auto, or the path of a checkpoint.{hint}"
+    )
+
+
+def passed_over(output_dir: str | Path, taken: Path | None) -> str:
+    """What stands in a run folder behind the checkpoint that was taken and was not, and why; empty for nothing."""
+    first = step_of(taken) if taken is not None else -1
+    return " ".join(f"{folder.name} {reason}" for folder, reason in _reasons(output_dir) if step_of(folder) > first)
+
+
+def _others(output_dir: str | Path) -> str:
+    """What stands in the place of checkpoints to resume from, in words."""
+    found = _reasons(output_dir)
+    incomplete = [folder.name for folder, reason in found if reason == _INCOMPLETE]
+    told = [f"{folder.name} {reason}" for folder, reason in found if reason != _INCOMPLETE]
+    if incomplete:
+        told.insert(0, f"only incomplete ones ({', '.join(incomplete)}).")
+    return " ".join(told) or "none."
+
+
+_INCOMPLETE = "is not complete."
+
+
+def _reasons(output_dir: str | Path) -> list[tuple[Path, str]]:
+    """The folders that cannot be resumed from as they are, each with the reason."""
+    found = []
+    for folder in filter(Path.is_dir, folders(output_dir)):
+        lost = files.missing_state(folder) if files.is_complete(folder) else []
+        if lost:
+            found.append((folder, _without_state(lost)))
+        elif files.is_foreign(folder):
+            found.append(
+                (folder, "was not written by posttrain, or not to its end: name it, with `check_resume: false`.")
+            )
+        elif not files.is_complete(folder):
+            found.append((folder, _INCOMPLETE))
+    return found
+
+
+def _without_state(lost: list[str]) -> str:
+    return (
+        f"has no {', '.join(lost)} (deleted, or left out by save_only_model), so the run cannot go on as it was. "
+        "`resume_weights_only: true` goes on from its weights with a new optimizer."
+    )
+
+
+def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
+    """The marker's content; ConfigError for a checkpoint that is damaged, or of other settings than `now`.
+
+    Of a checkpoint that another library wrote, what its own state tells.
+
+    Args:
+        folder: of the checkpoint.
+        now: identity and update settings of the run that resumes; None to take any.
+        weights_only: optimizer, schedule and random state may be gone.
+    """
+    if not files.is_complete(folder):
+        get_logger().warning(
+            "the checkpoint %s was not written by posttrain, or not to its end: whether its files are whole, and its "
+            "method, model, data, seed and batch split, cannot be checked",
+            folder,
+        )
+        logs = _trainer_state(folder).get("log_history", [])
+        return {"state": {"num_tokens": next((row["num_tokens"] for row in reversed(logs) if "num_tokens" in row), 0)}}
+    content = files.content_of(folder / MARKER)
+    for name, size in content.get("files", {}).items():
+        if weights_only and files.is_state(name):
+            continue
+        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if there != size:
+            what = f"has {there} bytes instead of {size}" if there is not None else "is missing"
+            raise ConfigError(
+                f"the checkpoint {folder} is damaged: {name} {what}. Resume from another one, or delete it."
+            )
+    told = "" if now is None else differing(now, settings_of(content))
+    if told:
+        raise ConfigError(
+            f"the checkpoint {folder} was written by another run ({told}). Resume with the same settings and "
+            "data, or start anew in another output_dir. To go on all the same, set `check_resume: false`."
+        )
+    return content
+
+
+def settings_of(content: dict) -> dict:
+    """Identity and update settings of a checkpoint's run."""
+    return content["identity"] | content.get("update", {})
+
+
+def planned_steps(folder: Path) -> int:
+    """How many steps the run had that wrote a checkpoint."""
+    return int(_trainer_state(folder)["max_steps"])
+
+
+def say_random_state(folder: Path, ranks: int) -> None:
+    """Warn where a checkpoint holds no random state for each of these ranks: upstream goes on without a word."""
+    wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    lost = [name for name in wanted if not (folder / name).is_file()]
+    if lost:
+        get_logger().warning(
+            "the checkpoint %s has no %s: chance (dropout, sampling) goes on from the seed there, as on another number "
+            "of processes",
+            folder,
+            ", ".join(lost),
+        )
+
+
+def _trainer_state(folder: Path) -> dict:
+    path = folder / files.TRAINER_STATE
+    try:
+        state = json.loads(path.read_text())
+        if isinstance(state["max_steps"], int) and isinstance(state["global_step"], int):
+            return state
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path} cannot be read as the state of a trainer. Resume from another checkpoint.")
+
+
+@contextlib.contextmanager
+def complete_or_not_there(trainer, folder: Path):
+    """Around the saving of a checkpoint by all ranks: a note first, the marker last, then rotation.
+
+    Raises:
+        EnvironmentIssue: the disk is full or cannot be written to, or what is not ours came to lie there; the last
+            complete checkpoint is left as it is.
+    """
+    output_dir, main = folder.parent, trainer.accelerator.is_main_process
+    occupied = [main and files.is_occupied(folder)]
+    broadcast_object_list(occupied)
+    if occupied[0]:
+        raise EnvironmentIssue(
+            f"the checkpoint {folder} could not be saved: something lies there that posttrain did not write, and that "
+            f"would be written over. {_last_of(output_dir)}"
+        )
+    others = None
+    # Upstream would rotate before the marker is written, and might delete the last complete checkpoint
+    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    try:
+        if main:
+            others = files.begin(folder, trainer._identity())
+        trainer.accelerator.wait_for_everyone()
+        yield
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            schedule = trainer._schedule.now or Schedule(trainer.state.max_steps)
+            state = {"num_tokens": trainer._total_train_tokens, "schedule": schedule.as_content()}
+            content = {"identity": trainer._identity(), "update": update_settings(trainer)}
+            mark(folder, content | {"state": state, "files": files.sizes(folder, others)})
+            (folder / files.SAVING).unlink()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_write_error(error):
+            raise
+        if main and folder.is_dir():
+            with contextlib.suppress(OSError):
+                files.remove(folder, None if others is None else files.files_in(folder) - others)
+        raise EnvironmentIssue(
+            f"the checkpoint {folder} could not be saved: {error}. {_last_of(output_dir)}"
+        ) from error
+    finally:
+        trainer.args.save_total_limit = limit
+    if main:
+        rotate(output_dir, limit, trainer.state.best_model_checkpoint, trainer._identity())
+
+
+def keep_best_alone(trainer, output_dir: Path) -> None:
+    """With `save_total_limit: 1`, leave only the best checkpoint of ours at the end of training, as upstream does."""
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.save_total_limit != 1 or best is None or not trainer.args.should_save:
+        return
+    for folder in complete(output_dir):
+        if not folder.is_symlink() and folder.resolve() != Path(best).resolve():
+            clear(folder)
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether a disk that is full or cannot be written to is behind it; torch.save has a RuntimeError for that."""
+    return not isinstance(error, RuntimeError) or any(words in str(error) for words in ("inline_container", "write"))
+
+
+def _last_of(output_dir: Path) -> str:
+    last = next(reversed(complete(output_dir)), None)
+    return f"The last complete one is {last}; go on from it with `resume_from_checkpoint: auto`." if last else ""

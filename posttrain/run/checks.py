@@ -1,0 +1,360 @@
+"""Checks that run before the model loads, or in the first step: what is wrong, where it is set, how to mend it."""
+
+import contextlib
+import difflib
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import LoraConfig
+from transformers import AttentionInterface, AutoConfig, Trainer, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_kernels_available,
+    is_liger_kernel_available,
+)
+
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
+from posttrain.log import get_logger
+from posttrain.remote import check_model_name, model_failure
+from posttrain.run import run_folder
+
+# |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
+# may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
+# adapter left out of the reference moves it by 0.05 nats and more.
+ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+_FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+# What architectures call their input embedding
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+# Optimisers that ask for more of a model than its parameters.
+_NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`, with the nearest of them."""
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
+
+
+def check_args(args, config_class: type, method: str | None = None, output_dir: str | None = None):
+    """`args` as a `config_class`, or the class's defaults. `method`: the trainer's class, where it is known.
+
+    `output_dir`: where the defaults are to write.
+
+    Raises TypeError for another trainer's settings, ConfigError where output_dir holds a run with other settings, or
+    what is not ours where this one would write.
+    """
+    # the configs import this module
+    from posttrain.run.upstream_configs import as_own
+
+    args = config_class(output_dir) if args is None else as_own(args, config_class)
+    # what the settings tell; `RunFolder` asks again once data and model are there
+    run_folder.check_args(args, method)
+    return args
+
+
+def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
+    """Refuse a folder that cannot be written to, or made; nothing is left behind. `name`: of the setting."""
+    folder = Path(output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name} is {output_dir}, which cannot be written to ({error.strerror}: {there}). Choose another."
+        ) from error
+
+
+def check_lora(peft_config) -> None:
+    """Refuse adapter settings that upstream would only trip over once the model is loaded."""
+    # of other kinds `r` may be something else: OFT takes 0 beside its block size
+    if isinstance(peft_config, LoraConfig):
+        rank, dropout, alpha = peft_config.r, peft_config.lora_dropout, peft_config.lora_alpha
+        if not (isinstance(rank, int) and rank >= 1):
+            raise ConfigError(f"the LoRA rank (lora_r) is {rank}; it must be a whole number of 1 or more.")
+        if dropout is not None and not 0 <= dropout < 1:
+            raise ConfigError(f"lora_dropout is {dropout}; it must lie in [0, 1).")
+        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise ConfigError(
+                f"lora_alpha is {alpha}; it must be a number above 0 (at 0 the adapter would never train)."
+            )
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        raise ConfigError(
+            "lora_target_modules names lm_head, whose weight is read directly, so an adapter on it would never train. "
+            "Leave it out."
+        )
+
+
+def check_tying(peft_config, config) -> None:
+    """Refuse an adapter that PEFT would carry from a tied embedding over to the head.
+
+    `config`: the model's.
+    """
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if not getattr(peft_config, "ensure_weight_tying", False) or not config.get_text_config().tie_word_embeddings:
+        return
+    for name in _EMBEDDINGS:
+        if isinstance(targets, str):
+            named = any(re.fullmatch(targets, path) for path in (name, f"model.{name}", f"transformer.{name}"))
+        else:
+            named = any(target.rpartition(".")[2] == name for target in targets)
+        if named:
+            raise ConfigError(
+                f"ensure_weight_tying is set with {name} in target_modules: PEFT would adapt the head that is tied to "
+                "it as well, whose weight is read directly, so that adapter would never train. Leave "
+                f"ensure_weight_tying out, or name {name} in modules_to_save instead."
+            )
+
+
+def check_here(args) -> None:
+    """Refuse settings that this machine cannot carry out.
+
+    Raises EnvironmentIssue where a package is missing, ConfigError where there is no accelerator.
+    """
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise EnvironmentIssue(
+            "use_liger_kernel is true, which needs the package liger-kernel, 0.3.0 or newer: pip install liger-kernel."
+        )
+    if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
+        raise ConfigError(
+            "activation_offloading is true, and there is no accelerator to take activations off. Leave it out on the "
+            "CPU."
+        )
+
+
+def check_optimiser(args) -> None:
+    """Refuse an optimiser or a schedule that upstream would only trip over once the model is loaded.
+
+    Raises ConfigError for arguments that it does not take, EnvironmentIssue where its package is missing.
+    """
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    name = args.optim.value
+    hint = " (written name=value,name=value)" if args.optim_args else ""
+    with upstream_refusals(f"optim {name} cannot be built with optim_args {args.optim_args!r}{hint}"):
+        if name.startswith(_NEED_THE_MODEL):
+            with contextlib.suppress(ValueError):
+                Trainer.get_optimizer_cls_and_kwargs(args)
+        else:
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+            kind(parameters, **settings)
+    name, settings = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
+    with upstream_refusals(f"lr_scheduler_type {name} cannot be built with lr_scheduler_kwargs {settings}"):
+        optimiser = torch.optim.SGD(parameters, lr=args.learning_rate)
+        get_scheduler(
+            name, optimiser, args.get_warmup_steps(100), num_training_steps=100, scheduler_specific_kwargs=settings
+        )
+
+
+@contextlib.contextmanager
+def upstream_refusals(what: str = "the trainer cannot be built with these settings"):
+    """What TRL, PEFT or transformers refuse while something is built is a setting of the user's: say it as one."""
+    try:
+        yield
+    except PosttrainError:
+        raise
+    except ImportError as error:
+        raise EnvironmentIssue(f"these settings need a package that is missing: {error}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
+def load_config(model_id: str, args):
+    """The model's config, read before its weights.
+
+    Raises ConfigError where there is no such model, EnvironmentIssue where the hub cannot be reached.
+    """
+    if not isinstance(model_id, str):
+        raise ConfigError(f"model is {model_id!r}; give a hub id, a folder's path as text, or a loaded model.")
+    check_model_name(model_id)
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    check_loading(kwargs)
+    kwargs = {key: kwargs[key] for key in ("revision", "attention_dropout") if kwargs.get(key) is not None}
+    try:
+        return AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
+    except (OSError, ValueError) as error:
+        raise model_failure(model_id, error) from error
+
+
+def check_loading(kwargs: dict) -> None:
+    """Refuse `model_init_kwargs` that upstream would only trip over once it loads the weights."""
+    attention, dtype = kwargs.get("attn_implementation"), kwargs.get("dtype")
+    # a name with a slash is a kernel of the hub
+    if isinstance(attention, str) and "/" not in attention:
+        known = [name for name in AttentionInterface().valid_keys() if "|" not in name]
+        check_choice("attn_implementation", attention, ["eager", *sorted(known)])
+        available = _FLASH_ATTENTION.get(attention, lambda: True)
+        # transformers takes the hub's kernel where it can
+        if not available() and not is_kernels_available():
+            raise EnvironmentIssue(
+                f"attn_implementation is {attention}, whose package is not installed here. Install flash-attn or "
+                "kernels, or set `attn_implementation: sdpa`."
+            )
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+
+
+def check_reporters(report_to) -> None:
+    """Refuse names in `report_to` that transformers does not know, or whose package is missing.
+
+    Raises ConfigError for the first, EnvironmentIssue for the second.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in names:
+        check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "all", "none"))
+    for name in names:
+        # flyte is not among those that transformers looks for
+        if name not in ("all", "none", "flyte", *get_available_reporting_integrations()):
+            raise EnvironmentIssue(f"report_to names {name}, which is not installed here. Install it, or leave it out.")
+
+
+def check_model_config(args, config, weighs_pairs: bool = False) -> None:
+    """Refuse a model whose two passes would differ, or whose loss has a part that pairs cannot weigh.
+
+    `weighs_pairs`: whether the pairs of a step count unequally.
+    """
+    config = config.get_text_config()
+    dropout = getattr(config, "attention_dropout", 0.0) or 0.0
+    if dropout > 0:
+        # TRL's disable_dropout turns off modules only, not the attention kernel's own dropout
+        raise ConfigError(
+            f"the model's attention_dropout is {dropout}; policy and reference would differ by chance. Set it to 0: "
+            "`model_init_kwargs: {attention_dropout: 0.0}`, or in the model's config before it is built."
+        )
+    coefficient = args.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
+    if coefficient and weighs_pairs:
+        raise ConfigError(
+            f"router_aux_loss_coef is {coefficient} and Dr. DPO weighs the pairs of a step; the auxiliary loss of a "
+            "mixture of experts is one number of all tokens of a micro-batch, which has no part for each pair. Set "
+            "`router_aux_loss_coef: 0.0`, or `reduction: mean`."
+        )
+
+
+def check_reference(model, ref_model, args, peft_config) -> None:
+    """Refuse full fine-tuning whose reference upstream would load by a name that the model does not have."""
+    if not isinstance(model, torch.nn.Module) or ref_model is not None or peft_config is not None:
+        return
+    if is_peft_model(model) or args.precompute_ref_log_probs or getattr(model.config, "_name_or_path", ""):
+        return
+    raise ConfigError(
+        "the model was built in code, and its reference is to be loaded by a name, which it does not have. Pass "
+        "`ref_model=copy.deepcopy(model)`, or a `peft_config`, or set `precompute_ref_log_probs: true`."
+    )
+
+
+def check_flip_rates(args, train_dataset, eval_dataset) -> None:
+    """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
+    if args.pair_loss not in ("rdpo", "cdpo"):
+        if "flip_rate" in (getattr(train_dataset, "column_names", None) or ()):
+            get_logger().warning(
+                "train_dataset's column flip_rate is not read by pair_loss %s; `pair_loss: rdpo` or `cdpo` reads it",
+                args.pair_loss,
+            )
+        return
+    named = {"train_dataset": train_dataset}
+    named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
+    for name, dataset in named.items():
+        if "flip_rate" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+            continue
+        for row, rate in enumerate(dataset["flip_rate"], 1):
+            if isinstance(rate, bool) or not isinstance(rate, int | float):
+                what = "null" if rate is None else f"{rate!r}, of type {type(rate).__name__}"
+                cast = ""
+                if isinstance(rate, str | Decimal):
+                    cast = '\n  dataset = dataset.cast_column("flip_rate", Value("float64"))  # of datasets'
+                raise DataError(
+                    f"{name} has a flip_rate of {what} in row {row}; every row's flip_rate must be a number in "
+                    f"[0, 0.5).{cast}"
+                )
+            if not 0 <= rate < 0.5:
+                raise DataError(
+                    f"{name} has a flip_rate of {rate} in row {row}; every row's flip_rate must lie in [0, 0.5)."
+                )
+
+
+def check_generation(args, train_dataset) -> None:
+    """TRL's sampler leaves out what fills no whole generation; of too few rows nothing would be left."""
+    prompts = args.generation_batch_size // args.num_generations
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
+        raise DataError(
+            f"train_dataset has {len(train_dataset)} rows, and a generation takes {prompts} prompts "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}). Give more "
+            "rows, or make per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation smaller."
+        )
+
+
+def check_parallelism(accelerator) -> None:
+    """Refuse layouts in which a rank does not hold its own rows."""
+    layout = getattr(accelerator, "parallelism_config", None)
+    sizes = {name: getattr(layout, f"{name}_size", 1) or 1 for name in ("tp", "cp", "sp")} if layout else {}
+    for name, size in sizes.items():
+        if size > 1:
+            raise ConfigError(f"{name}_size is {size}; only data parallel training (DDP, ZeRO, FSDP) is supported.")
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """`model` in eval mode inside, each of its modules in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def may_be_identity(model) -> bool:
+    """Whether an adapter can be without effect; one of learned prompts or prefixes never is."""
+    return not (is_peft_model(model) and model.active_peft_config.is_prompt_learning)
+
+
+def zero_margin_tolerance(model, accelerator) -> tuple[float, str]:
+    """What rounding may make of |log pi - log pi_ref| per token of equal weights, in nats, and the type computed in."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        dtype = torch.bfloat16
+    return ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2), str(dtype).removeprefix("torch.")
+
+
+def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
+    """Raise if policy and reference differ at step 0 by more than rounding.
+
+    Args:
+        worst: largest |log pi - log pi_ref| per completion token of the first micro-batches, in nats.
+        reference: which weights the reference is, for the message.
+    """
+    tolerance, dtype = zero_margin_tolerance(model, accelerator)
+    if not worst <= tolerance:
+        raise ConfigError(
+            f"policy and reference differ by {worst:.3g} nats per token before the first step (tolerance "
+            f"{tolerance:g} in {dtype}). The reference is: {reference}. If it should be "
+            "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel"
+            f"{_initialised(model)}; if this is intended, set `check_reference: false`."
+        )
+
+
+def _initialised(model) -> str:
+    """What an adapter's own initialisation has to do with it, for the message."""
+    if not is_peft_model(model):
+        return ""
+    config = model.active_peft_config
+    for name in ("init_lora_weights", "init_weights"):
+        value = getattr(config, name, True)
+        if value is not True:
+            return f"; the adapter begins with {name} {value!r}, which may be no identity"
+    return ""

@@ -1,0 +1,222 @@
+"""Settings every trainer's config shares."""
+
+import copy
+import math
+import os
+import typing
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from posttrain.config.field_types import FieldType
+from posttrain.data.rendering.ends import CHOICES
+from posttrain.errors import ConfigError, ExcludedSetting
+from posttrain.log import get_logger
+from posttrain.run import checkpoints
+from posttrain.run.checks import check_choice, check_optimiser, check_reporters
+
+# Where infinity is a setting, and not a slip.
+_MAY_BE_INFINITE = ("beta_prime",)
+
+
+def under_deepspeed(args) -> bool:
+    """Whether a run with these training arguments goes through DeepSpeed."""
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+@dataclass
+class CommonConfig:
+    """What every config here has in front of TRL's: defaults that fit the machine, and the watches over a run.
+
+    TRL's configs ask for bf16 and gradient checkpointing, and raise where there is no accelerator. Here a field left
+    at None is chosen: with an accelerator as TRL has it, without one plain fp32 on the CPU.
+    """
+
+    use_cpu: bool | None = field(
+        default=None, metadata={"help": "Run on the CPU. Default: only where there is no accelerator."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass. Default: true with an accelerator."},
+    )
+
+    check_gradients: bool = field(
+        default=True,
+        metadata={"help": "Stop where an adapter tensor gets no gradient in the first two steps."},
+    )
+    end_of_turn: str = field(
+        default="warn",
+        metadata={
+            "help": "Where answers, as they are trained, do not end with an end-of-turn token: warn, or require that "
+            "half of them do."
+        },
+    )
+    base_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Hub id of the base model, for card and push, where it is loaded from a local folder."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Recipes: show batch, steps, sizes and one rendered example, and end before anything loads."},
+    )
+    check_resume: bool = field(
+        default=True,
+        metadata={"help": "Refuse a checkpoint, or an output_dir, of a run with another method, data or batch split."},
+    )
+    resume_weights_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume with the weights and the step of a checkpoint and a new optimizer, as save_only_model asks."
+        },
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Replace what earlier runs left in output_dir; files that no run wrote stay."},
+    )
+
+    # by setting: others that it stands in the place of, so that a file's give way to it on the command line
+    replaces: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # what a trainer says of the settings that it read from TRL's config
+    says: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        # names of the settings that were given, and are not a class's own defaults
+        self._written = {entry.name for entry, _ in zip(fields(cls), args, strict=False)} | set(kwargs)
+        self._resolved_upstream = False
+        return self
+
+    def __post_init__(self):
+        if self.neftune_noise_alpha is not None:
+            raise ConfigError(
+                f"neftune_noise_alpha is {self.neftune_noise_alpha}; its noise would fall on reference and scoring "
+                "passes as well. Leave it out."
+            )
+        check_choice("end_of_turn", self.end_of_turn, CHOICES)
+        self._check_ranges()
+        check_reporters(self.report_to)
+        if self.fp16 and self.bf16:
+            raise ExcludedSetting(
+                "fp16 and bf16 are both true; keep one of them.", {"fp16": ("bf16",), "bf16": ("fp16",)}
+            )
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ExcludedSetting(
+                "load_best_model_at_end is true and eval_strategy is no, so no checkpoint would be the best one. Set "
+                "`eval_strategy: steps` or `epoch`, or leave load_best_model_at_end out.",
+                {"load_best_model_at_end": ("eval_strategy",)},
+            )
+        chosen = []
+        if not torch.accelerator.is_available():
+            if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+                raise ConfigError(
+                    "FSDP was asked for on a machine without an accelerator, where it would train as plain DDP. Use "
+                    "configs/accelerate/cpu_zero3.yaml to shard on CPUs."
+                )
+            if self.fp16:
+                raise ConfigError(
+                    "fp16 is true on a machine without an accelerator. Leave it out, or set `bf16: true`."
+                )
+            choices = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+            if self._resolved_upstream:
+                choices = {}
+            elif under_deepspeed(self):
+                # use_cpu would have accelerate look past DeepSpeed; without gloo it takes one process for the world
+                choices |= {"use_cpu": False, "ddp_backend": "gloo"}
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            for name, value in choices.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+                    chosen.append(f"{name}: {str(value).lower()}")
+            self.dataloader_pin_memory = False
+        self.use_cpu = bool(self.use_cpu)
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True
+        if not self._resolved_upstream:
+            with warnings.catch_warnings():
+                # transformers is renaming the field that TRL still reads
+                warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+                super().__post_init__()
+        check_optimiser(self)
+        if self.resume_weights_only and under_deepspeed(self):
+            raise ConfigError(
+                "resume_weights_only is true under DeepSpeed, which loads weights and optimizer as one. Start a new "
+                "run from the checkpoint's weights."
+            )
+        checkpoints.find(self.output_dir, self.resume_from_checkpoint, self.check_resume, self.resume_weights_only)
+        if chosen:
+            get_logger().info("no accelerator here, so %s", ", ".join(chosen))
+
+    def __getstate__(self):
+        # training_args.bin is a pickle, and goes wherever the run folder goes
+        return {**self.__dict__, "hub_token": None}
+
+    # copies stay in the process, so they keep the token
+    def __copy__(self):
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _has_no_effect(self, name: str, neutral, because: tuple[str, ...], message: str) -> None:
+        """Refuse a setting that others leave without effect; where it is a preset's own default, take `neutral`."""
+        if name in self._written:
+            raise ExcludedSetting(message, {name: because})
+        setattr(self, name, neutral)
+
+    def _refuse_none(self) -> None:
+        """Refuse None in the place of a number, before the checks that compute with it."""
+        for entry in fields(self):
+            if getattr(self, entry.name) is None and isinstance(entry.default, int | float):
+                kind = FieldType(entry.name, typing.get_type_hints(type(self))[entry.name])
+                if not kind.optional:
+                    raise ConfigError(f"{entry.name} is None; {kind.wanted()}.")
+
+    def _check_ranges(self) -> None:
+        """Refuse values that upstream would only trip over once the model is loaded."""
+        if self.output_dir == "":
+            raise ConfigError("output_dir is empty; give the folder that the run is to be saved in.")
+        try:
+            Path(self.output_dir or "").exists()
+        except OSError as error:
+            raise ConfigError(f"output_dir cannot be a folder ({error.strerror}): {self.output_dir}") from None
+        for name, lowest in (
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("max_length", 2),
+            ("learning_rate", 0.0),
+            ("weight_decay", 0.0),
+            ("max_grad_norm", 0.0),
+            ("adam_epsilon", 0.0),
+            ("dataloader_num_workers", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name, None)
+            if value is None and name == "max_length":
+                continue
+            kind = (int, float) if isinstance(lowest, float) else int
+            if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value < math.inf:
+                what = "a number" if isinstance(lowest, float) else "a whole number"
+                raise ConfigError(f"{name} is {value!r}; it must be {what} of {lowest:g} or more.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2**32.")
+        if self.max_steps != -1 and not self.max_steps > 0:
+            raise ConfigError(f"max_steps is {self.max_steps}; give a number above 0, or -1 to go by num_train_epochs.")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0.")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, float) or math.isfinite(value):
+                continue
+            if math.isnan(value) or entry.name not in _MAY_BE_INFINITE:
+                raise ConfigError(f"{entry.name} is {value}; it must be a finite number.")

@@ -1,0 +1,109 @@
+"""What makes two runs one: method, model, data and split of a run, and the settings its updates depend on."""
+
+import json
+from pathlib import Path
+
+import xxhash
+
+from posttrain.hub.base_model import adapter_config, base_name, loaded_from
+from posttrain.mechanisms.base_digests import plain
+
+# Columns of rows that were tokenised before the run
+_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
+# Settings on which an update depends; the number of steps is not among them, as runs are made longer
+_UPDATE = (
+    "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
+    "train_sampling_strategy", "optim_target_modules", "label_smoothing_factor", "average_tokens_across_devices",
+    "neftune_noise_alpha", "dataloader_drop_last", "disable_dropout", "router_aux_loss_coef",
+    # of DPO
+    "loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "use_weighting",
+    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "dr_dpo_window",
+    # of GRPO
+    "mask_truncated_completions", "importance_sampling_level", "delta", "min_p", "repetition_penalty",
+    "top_entropy_quantile", "shuffle_dataset",
+)  # fmt: skip
+
+# Of an adapter's config, what says where it came from or how it began, and what the modules that it took tell better
+_NOT_THE_ADAPTER = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "tokenizer_name_or_path",
+    "tokenizer_kwargs", "runtime_config",
+}  # fmt: skip
+
+
+def fingerprint(dataset) -> str | None:
+    """A digest of the tokens of a prepared dataset, in order; None for a stream."""
+    tokens = [name for name in _TOKENS if name in (dataset.column_names or ())]
+    columns = tokens and tokens + [name for name in ("flip_rate", "reward") if name in dataset.column_names]
+    if not hasattr(dataset, "__len__"):
+        return None
+    if not columns:
+        # not tokenised before the run: prompts for rollouts, with what rewards read
+        digest = xxhash.xxh3_128(f"{len(dataset)}|{sorted(dataset.column_names)}".encode())
+        for row in dataset:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+    digest = xxhash.xxh3_128(f"{len(dataset)}|{columns}".encode())
+    for batch in dataset.select_columns(columns).with_format("numpy").iter(1000):
+        for name in columns:
+            for value in batch[name]:
+                digest.update(value.tobytes())
+                digest.update(b"|")
+    return digest.hexdigest()
+
+
+def identity(trainer) -> dict:
+    """What a run must share with the one it resumes, or else goes on with other numbers."""
+    args, source, adapter = trainer.args, loaded_from(trainer.model), adapter_config(trainer.model)
+    return {
+        "method": type(trainer).__name__,
+        # of a local folder its name alone, as it may lie elsewhere by the time the run goes on
+        "model": base_name(source) or (Path(source).name if source else None),
+        "adapter": f"{adapter.peft_type.value} r {getattr(adapter, 'r', None)}" if adapter else None,
+        "data": fingerprint(trainer.train_dataset),
+        "seed": args.seed,
+        "world_size": trainer.accelerator.num_processes,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        **trainer._base_digests,
+        **trainer.identity_settings(),
+    }
+
+
+def update_settings(trainer) -> dict:
+    """What else a run must share with the checkpoint it goes on from, or with the folder that it writes into."""
+    adapter = adapter_settings(trainer.model) if adapter_config(trainer.model) else {}
+    return adapter | update_of(vars(trainer.args))
+
+
+def update_of(args: dict) -> dict:
+    """The settings of a config on which an update depends, as far as it has them."""
+    return {name: plain(args[name]) for name in _UPDATE if name in args}
+
+
+def adapter_settings(model) -> dict:
+    """What decides the adapter of a PeftModel, of any kind, as plain JSON: its config, and the modules that it took."""
+    settings = {name: value for name, value in adapter_config(model).to_dict().items() if name not in _NOT_THE_ADAPTER}
+    tuner = model.base_model
+    for name, kind in (("target_modules", "targeted_module_names"), ("target_parameters", "targeted_parameter_names")):
+        taken = sorted(set(getattr(tuner, kind, ())))
+        if taken:
+            # a digest of where they lie, beside names that a reader can tell apart
+            digest = xxhash.xxh3_64("|".join(taken).encode()).hexdigest()[:6]
+            kinds = ", ".join(sorted({path.split(".")[-1] for path in taken}))
+            settings[name] = f"{kinds} ({len(taken)} of them, {digest})"
+    return {name: plain(value) for name, value in settings.items()}
+
+
+def differing(now: dict, then: dict) -> str:
+    """What of two identities differs, in words; empty if nothing does. What one of them does not say is not told."""
+    names = [name for name in sorted(now.keys() & then) if plain(now[name]) != plain(then[name])]
+    # digests say nothing to a reader
+    words = {
+        "data": "data: other rows there than here",
+        "base": "base: a model of another shape there than here",
+        "base_weights": "base_weights: other weights under the adapter there than here",
+    }
+    return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)

@@ -1,0 +1,286 @@
+"""A run folder belongs to one run: refused to another, noted where a model is saved, replaced where that is asked."""
+
+import fnmatch
+import math
+import re
+import shutil
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.hub.base_model import loaded_from
+from posttrain.log import get_logger
+from posttrain.run import checkpoint_files as files
+from posttrain.run import checkpoints
+from posttrain.run.checkpoint_files import MARKER, mark
+from posttrain.run.identity import differing, update_of, update_settings
+
+# In the run folder: whose model lies there, and of which files it consists.
+NOTE = "posttrain_run.json"
+_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+# Other libraries' and other programs' forms of weights
+_FOREIGN_WEIGHTS = (
+    "consolidated*.pth", "consolidated*.safetensors", "*.gguf", "tf_model.h5", "flax_model.msgpack", "*model*.bin",
+    "ggml*.bin",
+)  # fmt: skip
+# What a run writes at the top of its folder beside the weights
+_WRITTEN = (
+    "README.md", "metrics.csv", "metrics.jsonl", "curves.png", "resolved_config.yaml", "training_args.bin",
+    "config.json", "generation_config.json", "adapter_config.json", files.TRAINER_STATE,
+    *(name for name in files.TOKENIZER if "/" not in name),
+)  # fmt: skip
+# what `log_completions` writes, a file a step
+_COMPLETIONS = "completions/completions_*.parquet"
+
+
+def check_args(args, method: str | None) -> None:
+    """Refuse the run folder that settings name, as far as they tell, before data and model are there.
+
+    Args:
+        args: the trainer's config.
+        method: the trainer's class, where it is known.
+
+    Raises:
+        ConfigError: as `check_folder` and `check_way` do.
+    """
+    known = vars(args) | update_of(vars(args)) | ({"method": method} if method else {})
+    check_folder(args.output_dir, known if args.check_resume and not args.overwrite else {})
+    if args.check_resume and args.max_steps > 0 and not hasattr(args, "steps_per_generation"):
+        # a checkpoint of another library is not resumed from, so the run begins at one of ours or at step 0
+        newest = next(reversed(checkpoints.complete(args.output_dir)), None)
+        check_way(args, checkpoints.step_of(newest) if newest else 0, args.max_steps)
+
+
+def check_folder(output_dir: str | Path, now: dict) -> None:
+    """Refuse a run folder with the model, or the complete checkpoints, of another run, or anyone else's model.
+
+    Args:
+        output_dir: the folder; missing or empty is as good as any.
+        now: what is known of the run that wants to write there, by name: of its identity, of the settings its updates
+            depend on, and others. Empty where it may take the place of another run.
+
+    Raises:
+        ConfigError: it is another run's, or holds a model of which no run says that it is its own.
+    """
+    folder = Path(output_dir)
+    weights = _weights(folder)
+    if weights is not None and not (folder / NOTE).is_file():
+        raise ConfigError(
+            f"output_dir is {output_dir}, which holds a model ({weights}) that no run has noted as its own, and whose "
+            "place this one would take. Choose another output_dir."
+        )
+    newest = next(reversed(checkpoints.complete(folder)), None)
+    if not now or weights is None and newest is None:
+        return
+    then = checkpoints.settings_of(files.content_of(folder / NOTE if weights is not None else newest / MARKER))
+    shared = now.keys() & then
+    told = differing({name: now[name] for name in shared}, {name: then[name] for name in shared})
+    if told:
+        what = "a model" if weights is not None else "checkpoints"
+        raise ConfigError(
+            f"output_dir is {output_dir}, which holds {what} written by another run ({told}). Choose another "
+            "output_dir, or set `overwrite: true`: what that run wrote is then replaced, and nothing else. To go on "
+            "from its checkpoints with these settings, set `check_resume: false`."
+        )
+
+
+def check_way(args, begun: int, steps: int, save_steps: int | None = None, any_step: bool = False) -> None:
+    """Refuse a run folder where something that is not ours lies where this run is going to save.
+
+    Args:
+        args: the trainer's config.
+        begun: the step that the run begins at.
+        steps: the step that it ends at.
+        save_steps: how many lie between two saves; of the settings by default.
+        any_step: a save may fall on any step, whatever the settings say.
+
+    Raises:
+        ConfigError: a file, a link, or a checkpoint that another library wrote, of a step that is going to be saved.
+    """
+    strategy = getattr(args.save_strategy, "value", args.save_strategy)
+    if strategy == "no":
+        return
+    every = save_steps or (args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps))
+    for folder in checkpoints.folders(args.output_dir):
+        step = checkpoints.step_of(folder)
+        saved = any_step or strategy != "steps" or step % every == 0 or step == steps
+        if begun < step <= steps and saved and files.is_occupied(folder):
+            raise ConfigError(
+                f"output_dir is {args.output_dir}, which holds {folder.name}, and posttrain did not write it: the "
+                f"checkpoint of step {step} would be written over it. Choose another output_dir."
+            )
+
+
+def check_start_stays(args, model) -> None:
+    """Refuse `overwrite` where it would delete the weights that the run starts from."""
+    source = loaded_from(model)
+    if not args.overwrite or not source or not Path(source).exists():
+        return
+    if Path(source).resolve().is_relative_to(Path(args.output_dir).resolve()):
+        raise ConfigError(
+            f"overwrite is true, and the model that the run starts from, {source}, lies in output_dir "
+            f"{args.output_dir}, where it would be deleted. Choose another output_dir."
+        )
+
+
+class RunFolder(TrainerCallback):
+    """Keeps a run folder to one run: refuses another's at construction, or replaces it when training begins.
+
+    Raises ConfigError as `check_folder` and `check_way` do. A run with the same identity may start anew.
+    """
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+        args, folder = trainer.args, Path(trainer.args.output_dir)
+        # the identity takes a pass over the data, which a new folder does not need
+        if args.check_resume and not args.overwrite and ((folder / NOTE).is_file() or checkpoints.complete(folder)):
+            check_folder(folder, trainer._identity() | update_settings(trainer))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        check_way(args, state.global_step, state.max_steps, state.save_steps, self._trainer.saves_may_wait)
+        if not state.is_world_process_zero:
+            return
+        if not state.global_step:
+            self._begin_anew(args)
+        note_run(Path(args.output_dir), self._trainer)
+
+    def _begin_anew(self, args) -> None:
+        folder, left = Path(args.output_dir), checkpoints.complete(args.output_dir)
+        if args.overwrite:
+            replace(args.output_dir)
+        elif left:
+            ready = checkpoints.find(args.output_dir, "auto", weights_only=args.resume_weights_only)
+            would = f"`resume_from_checkpoint: auto` would have gone on from {ready.name}, " if ready else ""
+            get_logger().warning(
+                "%s holds checkpoints of an earlier run, up to step %s; this run starts anew beside them. It replaces "
+                "those of steps that it saves too%s. %s`overwrite: true` would have replaced them all.",
+                args.output_dir,
+                checkpoints.step_of(left[-1]),
+                ", and the model" if _weights(folder) else "",
+                would,
+            )
+        elif _weights(folder):
+            get_logger().warning("%s holds the model of an earlier run; this run is going to replace it", folder)
+
+
+def claim(folder: Path, trainer) -> None:
+    """Before anything is written into a run folder, by the main process: keep what others left, note whose it is.
+
+    Raises:
+        EnvironmentIssue: the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_others(folder)
+        note_run(folder, trainer)
+    except OSError as error:
+        raise EnvironmentIssue(f"{folder} cannot be written to: {error.strerror or error}") from error
+
+
+def note_run(folder: Path, trainer) -> None:
+    """Note whose run a folder belongs to; the note of a model that lies there stays until another is saved."""
+    if _weights(folder) is None:
+        _note(folder, trainer, _noted(folder))
+
+
+def check_not_anothers(folder: Path, trainer) -> None:
+    """Refuse to save a model into the run folder of another run, whose note and card would then describe it.
+
+    Raises:
+        ConfigError: it has a note of a run with other settings.
+    """
+    if not (folder / NOTE).is_file():
+        return
+    then = checkpoints.settings_of(files.content_of(folder / NOTE))
+    told = differing(trainer._identity() | update_settings(trainer), then)
+    if told:
+        raise ConfigError(
+            f"the model cannot be saved to {folder}, which is the folder of another run ({told}). Save it elsewhere."
+        )
+
+
+def begin_note(folder: Path, trainer) -> set[str]:
+    """Note in a run folder whose model is going to be saved there; returns the files that are there before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_others(folder)
+    before = _top_files(folder)
+    note_model(folder, trainer, before)
+    return before
+
+
+def keep_others(folder: Path) -> None:
+    """Copy files that no run wrote to other names where this run is going to write over them."""
+    if (folder / NOTE).is_file() or not folder.is_dir():
+        return
+    if any(files.is_complete(path) or files.is_half_left(path) for path in checkpoints.folders(folder)):
+        return
+    kept = []
+    for path in (folder / name for name in _WRITTEN):
+        other = path.with_name(f"{path.stem}.before{path.suffix}")
+        if path.is_file() and not other.exists():
+            shutil.copy2(path, other)
+            kept.append(f"{path.name} is kept as {other.name}")
+    if kept:
+        get_logger().warning(
+            "%s holds files that no run has noted as its own, and whose names this one takes: %s",
+            folder,
+            ", ".join(kept),
+        )
+
+
+def note_model(folder: Path, trainer, before: set[str]) -> None:
+    """Note in a run folder whose model lies there: all files that were not there `before`, or were noted already."""
+    there = _top_files(folder)
+    _note(folder, trainer, there & (_noted(folder) | (there - before)))
+
+
+def _note(folder: Path, trainer, own: set[str]) -> None:
+    mark(folder, {"identity": trainer._identity(), "update": update_settings(trainer), "files": sorted(own)}, NOTE)
+
+
+def replace(output_dir: str | Path) -> None:
+    """Delete what earlier runs left in a run folder: checkpoints with our marker or note, and the noted model's files.
+
+    Reports and value heads are written over by the run itself. What no run of ours wrote stays.
+    """
+    folder = Path(output_dir)
+    own = [path for path in checkpoints.folders(folder) if path.is_dir() and not path.is_symlink()]
+    own = [path for path in own if files.is_complete(path) or files.is_half_left(path)]
+    for path in own:
+        checkpoints.clear(path)
+    noted = _noted(folder)
+    if (folder / NOTE).is_file():
+        noted |= {path.relative_to(folder).as_posix() for path in folder.glob(_COMPLETIONS)}
+    for name in noted:
+        (folder / name).unlink(missing_ok=True)
+    if own or noted:
+        get_logger().info(
+            "overwrite: %s of an earlier run deleted from %s",
+            ", ".join([*(path.name for path in own), *(["its model"] if noted else [])]),
+            output_dir,
+        )
+    (folder / NOTE).unlink(missing_ok=True)
+
+
+def _noted(folder: Path) -> set[str]:
+    if not (folder / NOTE).is_file():
+        return set()
+    listed = files.content_of(folder / NOTE).get("files", [])
+    return {name for name in listed if isinstance(name, str) and Path(name).name == name}
+
+
+def _top_files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()} - {NOTE} if folder.is_dir() else set()
+
+
+def _weights(folder: Path) -> str | None:
+    """The name of a model's or an adapter's weights in a folder."""
+    if not folder.is_dir():
+        return None
+    known = next((name for name in files.ADAPTER + files.MODEL if (folder / name).is_file()), None)
+    if known is not None:
+        return known
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    foreign = (name for name in names if any(fnmatch.fnmatchcase(name, form) for form in _FOREIGN_WEIGHTS))
+    return next((name for name in names if _SHARD.fullmatch(name)), None) or next(foreign, None)

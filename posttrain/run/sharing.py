@@ -1,0 +1,152 @@
+"""Prefix sharing in a trainer: whether it is used, and each batch packed once."""
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+
+from posttrain.errors import ConfigError
+from posttrain.log import get_logger
+from posttrain.mechanisms import prefix_sharing
+from posttrain.run.checks import evaluating
+
+
+def check_setting(args, config, peft_config=None) -> None:
+    """Raise where `prefix_sharing: always` cannot be had, as far as the model's config tells."""
+    if args.prefix_sharing != "always":
+        return
+    attention = (args.model_init_kwargs or {}).get("attn_implementation")
+    reason = prefix_sharing.obstacle(config, attention=attention, peft_config=peft_config)
+    if reason:
+        raise _refusal(reason)
+
+
+def _refusal(reason: str) -> ConfigError:
+    return ConfigError(
+        f"prefix_sharing is always, which does not work here: {reason}. Set `prefix_sharing: auto`, which pads where "
+        "it must."
+    )
+
+
+def record_padding(means, attention_mask, packed) -> None:
+    """Add `tokens/padding_share` of a batch, padded or packed."""
+    if packed is None:
+        forwarded, padding = attention_mask.numel(), (attention_mask.numel() - attention_mask.sum()).float()
+    else:
+        forwarded = packed.forwarded
+        padding = attention_mask.new_tensor(packed.forwarded - packed.tokens, dtype=torch.float32)
+    means.add_sum("tokens/padding_share", padding, forwarded)
+
+
+class PrefixSharing:
+    """Decides at construction; `pack` then gives each batch its packed form, or None where it is to be padded.
+
+    Attributes:
+        active: whether batches are packed at all.
+        may_sort: whether it makes no difference which rows are in a batch together.
+    """
+
+    def __init__(self, trainer, left_padded: bool = False) -> None:
+        """`left_padded`: the trainer's batches have padding in front of the prompts."""
+        self._left_padded = left_padded
+        self._setting, self._accelerator = trainer.args.prefix_sharing, trainer.accelerator
+        self._said: set[str] = set()
+        self._checked: set[int] = set()
+        self.active, self.may_sort = self._setting != "never", False
+        if not self.active:
+            return
+        models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
+        bases = [self._innermost(model) for model in models]
+        adapter = trainer.model.active_peft_config if is_peft_model(trainer.model) else None
+        for base in bases:
+            reason = prefix_sharing.obstacle(base.config, base, peft_config=adapter)
+            if getattr(trainer, "aux_loss_enabled", False) and not left_padded:
+                reason = "the auxiliary loss of a mixture of experts counts prompt tokens"
+            if reason:
+                self._give_up(reason)
+                return
+        scales = any(prefix_sharing.scales_with_length(base.config) for base in bases)
+        if scales and left_padded:
+            self._give_up("its rotary factors depend on the width of a batch")
+            return
+        for base in bases:
+            prefix_sharing.share_prefixes(base)
+        self.may_sort = not scales
+        self._cost = prefix_sharing.attention_cost(bases[0].config)
+        self._window = min(filter(None, (prefix_sharing.sliding_window(base.config) for base in bases)), default=None)
+        # kernels on accelerators are made for widths of multiples of eight
+        self._multiple = 1 if trainer.accelerator.device.type == "cpu" else 8
+        if self._setting == "always" and self._window:
+            self._check_lengths(trainer)
+
+    def pack(self, batch: dict, groups: list[int]):
+        """The packed form of a padded batch, from `batch["packed"]` if it is there; None where it must be padded."""
+        if not self.active:
+            return None
+        if "packed" not in batch:
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+            packed = batch["packed"] = self.pack_rows(batch["input_ids"], batch["attention_mask"], labels, groups)
+            if packed is not None and packed.unshared:
+                self._say(
+                    "some pairs' prompts differ between the sides (truncation_mode keep_end cuts them at different "
+                    "places); these run unshared, counted as prefix_sharing/unshared"
+                )
+        return batch["packed"]
+
+    def pack_rows(self, input_ids, attention_mask, labels, groups: list[int] | None = None):
+        """The packed form of padded rows (B, L); without `groups`, rows of equal prompts share them."""
+        wide = self._window and input_ids.size(1) > self._window
+        if wide and attention_mask.sum(dim=1).max() > self._window:
+            self.decline(f"it has rows longer than the sliding window of {self._window}")
+            return None
+        return prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple)
+
+    def check(self, model) -> None:
+        """At the first forward of each model: a few made-up tokens through both forms. All ranks call it."""
+        if not self.active or id(model) in self._checked:
+            return
+        self._checked.add(id(model))
+        config, device = self._innermost(model).config, self._accelerator.device
+        with evaluating(model):
+            *gaps, trouble = prefix_sharing.trial(model, config, device, self._left_padded)
+        # a rank of which the model tripped still has to meet the others here
+        gathered = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device))
+        (largest, mean, _), blind = gathered.amax(0).tolist(), gathered[:, 2].min().item()
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
+        reason = trouble or prefix_sharing.fault(largest, mean, blind, half)
+        if reason:
+            self._give_up(reason)
+
+    def decline(self, reason: str) -> None:
+        """A batch is padded although sharing goes on: said once, an error with `always`."""
+        if self._setting == "always":
+            raise _refusal(f"a batch must be padded, as {reason}")
+        self._say(f"a batch is padded, not shared: {reason}; so will others be")
+
+    def _check_lengths(self, trainer) -> None:
+        limit = getattr(trainer.args, "max_length", None)
+        for sets in (trainer.train_dataset, trainer.eval_dataset):
+            for rows in sets.values() if isinstance(sets, dict) else [sets]:
+                if not isinstance(rows, Dataset) or "chosen_ids" not in rows.column_names:
+                    continue
+                lengths = (
+                    len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows
+                )
+                longest = max(lengths, default=0)
+                if min(longest, limit or longest) > self._window:
+                    self.decline(f"a row of {longest} tokens is longer than the sliding window of {self._window}")
+
+    def _innermost(self, model):
+        model = self._accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _give_up(self, reason: str) -> None:
+        if self._setting == "always":
+            raise _refusal(reason)
+        self._say(f"prefix sharing is not used: {reason}")
+        self.active = False
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            get_logger().info(text)

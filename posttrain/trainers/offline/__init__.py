@@ -1,0 +1,1 @@
+"""Offline policy gradients on scored answers: trainers on TRL's SFTTrainer."""

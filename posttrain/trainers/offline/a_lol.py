@@ -1,0 +1,268 @@
+"""Offline policy gradients from scored answers: the A-LoL family in one trainer."""
+
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor
+from trl import SFTTrainer
+
+from posttrain.data.scored import baselines, loading
+from posttrain.errors import ConfigError, DataError
+from posttrain.log import get_logger
+from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.objectives import offline
+from posttrain.trainers.offline import prompt_values
+from posttrain.trainers.offline.a_lol_config import ALoLConfig
+from posttrain.trainers.offline.mixin import OfflineMixin
+
+_NAMES = {
+    "nll": "SFT on scored answers",
+    "wbc": "weighted behaviour cloning",
+    "r_gold": "Reward GOLD",
+    "r_lol": "R-LoL",
+    "a_lol": "A-LoL",
+    "a_lol_seq": "A-LoL seq",
+    "a_lol_ref_free": "A-LoL ref-free",
+    "a_lol_kl": "A-LoL KL",
+}
+
+
+class ALoLTrainer(OfflineMixin, SFTTrainer):
+    """`trl.SFTTrainer` for answers with a score each: A-LoL (arXiv 2305.14718) and the methods it is compared with.
+
+    Takes what `trl.SFTTrainer` takes, with an `ALoLConfig` as `args`. Data sets have the columns prompt, completion and
+    reward, as texts or as lists of messages, or are pairs with a reward for each side. The loss is the mean over the
+    sequences of the optimiser step's global batch: it does not depend on micro-batches, ranks or padding. Where all
+    answers have equally many tokens, `variant: nll` is `trl.SFTTrainer` at a learning rate times that number; in
+    general SFTTrainer divides a step by its tokens, this trainer by its answers.
+
+    Args:
+        reward_func: a name or function as `posttrain.rewards.get_rewards` takes; scores every answer once, before
+            training, instead of a column of rewards. Scores are cached by the answer and the function's code.
+        same_scale: rewards for training and evaluation are on one scale, whatever they look like.
+
+    Raises:
+        ConfigError, DataError: (ValueErrors) bad settings; columns or rewards that are missing or cannot be, or whose
+            scale in evaluation is another; no answer that fits `max_length` and beats its value; a model with
+            attention dropout. All before the model loads, but for values of `value: head`.
+        TypeError: `args` of another class.
+    """
+
+    _config_class = ALoLConfig
+    _name = "A-LoL"
+    _tag_names = ["trl", "posttrain", "a_lol", "sft"]
+    _paper = {
+        "title": "Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models",
+        "id": "2305.14718",
+        "citation": """@inproceedings{baheti2024leftover,
+    title     = {{Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models}},
+    author    = {Ashutosh Baheti and Ximing Lu and Faeze Brahman and Ronan Le Bras and Maarten Sap and Mark Riedl},
+    booktitle = {International Conference on Learning Representations},
+    year      = 2024,
+    eprint    = {arXiv:2305.14718},
+}""",
+    }
+
+    def __init__(self, *args, **kwargs):
+        self.advantages: baselines.Advantages | None = None
+        self._mean_reward: float | None = None
+        self._mean_weight: float | None = None
+        self.value_heads: list | None = None
+        self.value_head_key: str | None = None
+        super().__init__(*args, **kwargs)
+        # what the card says was run
+        self._name = _NAMES[self.args.variant]
+        used = {"clip": self.args.needs_reference, "value": self.args.weighs_by == "advantages"}
+        used["advantage_weighting"] = self.args.weighs_by is not None
+        self._settings_in_card = ("variant", *(name for name, reads in used.items() if reads))
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the adapter or model, and beside it the value head; not in checkpoints, which find it in the run."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call or output_dir is None:
+            prompt_values.save_beside(self, output_dir or self.args.output_dir)
+
+    def identity_settings(self) -> dict:
+        names = (
+            "variant", "clip", "kl_beta", "value", "value_column", "advantage_weighting", "keep_negative_advantages",
+        )  # fmt: skip
+        if self.args.value == "head":
+            names += (
+                "reward_max", "value_folds", "value_epochs", "value_learning_rate", "value_prompts", "value_targets",
+            )  # fmt: skip
+        return super().identity_settings() | {name: getattr(self.args, name) for name in names}
+
+    def needs_rewards(self, args) -> bool:
+        return args.weighs_by is not None
+
+    def kept_columns(self, args) -> dict[str, str]:
+        return kept_columns(args)
+
+    def values_need_the_model(self, args) -> bool:
+        return args.value == "head"
+
+    def check_rows(self, dataset, name: str, args) -> None:
+        check_rows(dataset, name, args)
+        if args.weighs_by == "advantages" and args.value == "head" and name == "train_dataset":
+            prompt_values.check_start(args, self._reward_func)
+
+    def check_left(self, dataset, args) -> None:
+        check_left(dataset, "train_dataset", args, self._lost)
+
+    def weigh(self, dataset, name: str, args):
+        if args.weighs_by is None:
+            return dataset.add_column("weight", [1.0] * len(dataset))
+        rewards = dataset["reward"][:]
+        if args.weighs_by == "rewards":
+            return dataset.add_column("weight", rewards)
+        advantages = baselines.advantages_of(rewards, self._values(dataset, rewards, name, args))
+        weights = weights_of(advantages, args)
+        if name == "train_dataset":
+            baselines.check_positive(advantages, args.value, name, self._lost)
+            baselines.check_weights(weights, name)
+            self.advantages = baselines.describe(advantages, weights)
+            get_logger().info("%s: %s", name, self.advantages.summary())
+        return dataset.add_column("advantage", advantages).add_column("weight", weights)
+
+    def _values(self, dataset, rewards: list[float], name: str, args) -> list[float]:
+        """The expected reward of each row's prompt.
+
+        Of held-out rows from what the training rows taught for `mean` and `head`; `per_prompt` and `column` read
+        these rows' own.
+        """
+        if args.value == "mean":
+            if self._mean_reward is None:
+                self._mean_reward = baselines.mean(rewards)
+            return [self._mean_reward] * len(rewards)
+        if args.value == "per_prompt" and name != "train_dataset":
+            _say_single_answers(baselines.prompt_keys(dataset), name)
+        if args.value != "head":
+            return baselines.values_of(dataset, args.value, "baseline", name)
+        return prompt_values.of_head(self, dataset, rewards, name)
+
+    def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:
+        args, weights = self.args, {}
+        if args.weighs_by is not None:
+            weights[args.weighs_by] = inputs[args.weighs_by]
+            if args.advantage_weighting == "sample" and self.model.training:
+                # rows are drawn by weight: with the mean as each one's, the step's gradient is that of `weight` in
+                # expectation
+                weights[args.weighs_by] = torch.full_like(inputs[args.weighs_by], self._mean_drawn_weight())
+        return offline.a_lol(
+            logps,
+            inputs.get("ref_per_token_logps"),
+            mask,
+            variant=args.variant,
+            clip=args.clip,
+            kl_beta=args.kl_beta,
+            keep_negative=args.keep_negative_advantages,
+            **weights,
+        )
+
+    def _mean_drawn_weight(self) -> float:
+        if self._mean_weight is None:
+            weights = self.train_dataset["weight"][:]
+            self._mean_weight = math.fsum(weights) / len(weights)
+        return self._mean_weight
+
+    def extra_metrics(self, means: MeanMetrics, logps: Tensor, mask: Tensor, inputs: dict, real: Tensor) -> None:
+        if "rewards" in inputs:
+            means.add("rewards/mean", inputs["rewards"], real)
+        if "advantages" in inputs:
+            means.add("advantages/mean", inputs["advantages"], real)
+            means.add("advantages/positive_share", (inputs["advantages"] > 0).float(), real)
+        if not self.args.needs_reference:
+            return
+        log_ratio = torch.where(mask, logps.detach() - inputs["ref_per_token_logps"], 0.0)
+        if self.args.variant == "a_lol_seq":
+            ratio, counted = log_ratio.exp(), mask & real.unsqueeze(1)
+        else:
+            ratio, counted = log_ratio.sum(dim=1).exp(), real
+        means.add("ratio/mean", ratio, counted)
+        means.add("ratio/clipped_share", (offline.clamp_ratio(ratio, self.args.clip) != ratio).float(), counted)
+
+
+def kept_columns(args) -> dict[str, str]:
+    """The column of values, by a name of ours: theirs may be one that tokenising or training gives a meaning to."""
+    if args.value != "column" or args.weighs_by != "advantages":
+        return {}
+    _check_value_column(args.value_column)
+    return {args.value_column: "baseline"}
+
+
+def check_rows(dataset, name: str, args) -> None:
+    """Refuse rewards and values that the variant, or the value head, cannot take; DataError names the first."""
+    if kept_columns(args):
+        baselines.column_of_values(dataset, "baseline", name, args.value_column)
+    if args.weighs_by == "rewards":
+        rewards = dataset["reward"][:]
+        loading.check_range(
+            rewards, name, 0.0, math.inf,
+            f"variant {args.variant} weighs answers by it, and a negative weight would push one down without bound",
+            "Shift rewards to 0 and above, or take the sigmoid of a reward model's score; variants named a_lol "
+            "take any reward.",
+        )  # fmt: skip
+    elif args.value == "head":
+        loading.check_range(
+            dataset["reward"][:], name, 0.0, args.reward_max,
+            f"the value head's values lie between 0 and reward_max ({args.reward_max:g})",
+            "Scale the rewards, take the sigmoid of a reward model's score, or set reward_max to the largest.",
+        )  # fmt: skip
+
+
+def check_left(dataset, name: str, args, lost: str = "") -> None:
+    """Refuse rewards, of rows that fit `max_length`, that teach nothing. `lost`: what is said of the others."""
+    if args.weighs_by == "rewards":
+        rewards = dataset["reward"][:]
+        if not any(rewards):
+            raise DataError(f"{name}: all {len(rewards)} rewards are 0, so no answer would be learned from.{lost}")
+        baselines.check_weights(rewards, name)
+    elif args.weighs_by == "advantages" and args.value == "head":
+        if args.value_targets == "answers":
+            baselines.check_unequal(dataset["reward"][:], args.value, name, lost)
+        check_value_prompts(len(set(baselines.prompt_keys(dataset))), name, args)
+
+
+def check_value_prompts(prompts: int, name: str, args) -> None:
+    """Refuse fewer prompts than folds, and say where the head will learn from few."""
+    if prompts < args.value_folds:
+        raise DataError(
+            f"value is head with value_folds {args.value_folds}, and {name} has {prompts} different prompts. Use fewer "
+            "folds, or `value: mean`."
+        )
+    learned = min(prompts, args.value_prompts)
+    if learned < 100:
+        get_logger().warning(
+            "the value head learns from %d different prompts; below 100 it rarely beats `value: mean`.", learned
+        )
+
+
+def weights_of(advantages: list[float], args) -> list[float]:
+    """The factor of each answer on its gradient."""
+    advantages = torch.tensor(advantages, dtype=torch.float64)
+    return offline.gradient_weights(args.variant, advantages, args.kl_beta, args.keep_negative_advantages).tolist()
+
+
+def _check_value_column(column: str) -> None:
+    """Refuse a column that holds something else than values."""
+    if column == "reward":
+        raise ConfigError(
+            "value_column is 'reward': every answer's value would be its own reward, and no answer could beat it. Name "
+            "a column with the rewards that are expected, or set `value: mean`."
+        )
+    if column in ("prompt", "completion", "chosen", "rejected", "tools", "chat_template_kwargs"):
+        raise ConfigError(
+            f"value_column is {column!r}, which is part of the conversation. Name a column with the rewards that are "
+            "expected."
+        )
+
+
+def _say_single_answers(keys: list[str], name: str) -> None:
+    alone = sum(count == 1 for count in Counter(keys).values())
+    if alone:
+        get_logger().warning(
+            "%s: %d of %d answers are the only one to their prompt; with value: per_prompt their value is their own "
+            "reward, so they count 0 in the loss%s. Give several answers a prompt, or use `value: mean`.",
+            name, alone, len(keys), ", which is 0 throughout and says nothing" if alone == len(keys) else "",
+        )  # fmt: skip

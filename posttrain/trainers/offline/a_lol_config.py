@@ -1,0 +1,255 @@
+"""Settings of the A-LoL trainer."""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from trl import SFTConfig
+
+from posttrain.errors import ConfigError, ExcludedSetting
+from posttrain.log import get_logger
+from posttrain.objectives import offline
+from posttrain.run.checks import check_choice
+from posttrain.run.config import CommonConfig
+
+VALUES = ("mean", "per_prompt", "column", "head")
+WEIGHTINGS = ("weight", "sample", "sample_and_weight")
+
+
+@dataclass
+class ALoLConfig(CommonConfig, SFTConfig):
+    """Settings of `ALoLTrainer`: those of `trl.SFTConfig` and the ones below.
+
+    Raises:
+        ConfigError: (a ValueError) a value out of range, settings that exclude each other, or a TRL setting that this
+            trainer does not use.
+    """
+
+    variant: str = field(
+        default="a_lol",
+        metadata={
+            "help": "Loss of an answer: nll, wbc, r_gold or r_lol (weighed by rewards), a_lol, a_lol_seq (ratios per "
+            "token), a_lol_ref_free or a_lol_kl (weighed by advantages)."
+        },
+    )
+    clip: float | None = field(
+        default=0.9,
+        metadata={
+            "help": "Importance ratios are held in [1 - clip, 1 + clip], above 0; null for the exact ratio. For r_lol, "
+            "a_lol and a_lol_seq."
+        },
+    )
+    kl_beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL part of variant a_lol_kl: the advantage must exceed it."}
+    )
+    value: str = field(
+        default="mean",
+        metadata={
+            "help": "Expected reward that an answer is compared with: mean (of all training rewards), per_prompt (mean "
+            "of the prompt's answers), column (yours, see value_column) or head (learned from the prompt)."
+        },
+    )
+    value_column: str | None = field(
+        default=None, metadata={"help": "Column of values for value: column. Default: baseline."}
+    )
+    advantage_weighting: str = field(
+        default="weight",
+        metadata={
+            "help": "weight: rows drawn alike, the loss weighed; sample: rows drawn by weight, the same gradient in "
+            "expectation; sample_and_weight: both, so weights count squared, as in the published runs."
+        },
+    )
+    keep_negative_advantages: bool = field(
+        default=False,
+        metadata={
+            "help": "Push answers below their value down, without bound, as published for a_lol_ref_free. By default "
+            "they are left out."
+        },
+    )
+    reward_max: float = field(
+        default=1.0, metadata={"help": "Largest reward, for value: head, whose values lie between 0 and it."}
+    )
+    value_folds: int = field(
+        default=5,
+        metadata={"help": "Folds of prompts for value: head; a prompt's value comes from a head that never saw it."},
+    )
+    value_epochs: int = field(default=10, metadata={"help": "Epochs of training of the value head."})
+    value_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the value head, AdamW."})
+    value_prompts: int = field(
+        default=4096, metadata={"help": "Most prompts that the value head learns from, drawn by the seed."}
+    )
+    value_targets: str = field(
+        default="answers",
+        metadata={
+            "help": "What the value head learns: the rewards of a prompt's scored answers, or of the starting model's "
+            "own greedy generations (needs a reward function)."
+        },
+    )
+    value_max_new_tokens: int = field(default=128, metadata={"help": "Longest of those generations, in tokens."})
+    value_head_dir: str | None = field(
+        default=None, metadata={"help": "Folder where value heads are looked for and kept. Default: output_dir."}
+    )
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute a prompt once for all of its answers in a batch, and no padding: auto, always or never."
+        },
+    )
+    check_reference: bool = field(
+        default=True,
+        metadata={"help": "Stop where the policy differs from its own starting weights before the first step."},
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of cached reference log-probabilities. Default: reference_logps in $POSTTRAIN_CACHE or "
+            "~/.cache/posttrain."
+        },
+    )
+
+    says: ClassVar = ("variant", "value")
+
+    def __post_init__(self):
+        check_choice("variant", self.variant, offline.VARIANTS)
+        check_choice("value", self.value, VALUES)
+        check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
+        check_choice("advantage_weighting", self.advantage_weighting, WEIGHTINGS)
+        for name in ("clip", "kl_beta", "reward_max", "value_learning_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool | str) or (value is None and name != "clip"):
+                raise ConfigError(f"{name} is {value!r}; it must be a number.")
+        try:
+            offline.check_settings("a_lol_kl", None, self.kl_beta)
+            # a clip out of range also where it is not read: a sweep over variants must not hide it
+            offline.check_settings("a_lol", self.clip, 0.0)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        try:
+            offline.check_settings(self.variant, self.clip, self.kl_beta)
+        except ValueError as error:
+            raise ExcludedSetting(str(error), {"kl_beta": ("variant",)}) from None
+        if self.value == "column":
+            self.value_column = self.value_column or "baseline"
+        elif self.value_column is not None:
+            raise ExcludedSetting(
+                f"value_column is {self.value_column!r}, which has no effect on value: {self.value}. Set "
+                "`value: column`, or leave value_column out.",
+                {"value_column": ("value",)},
+            )
+        self._check_head()
+        self._check_weighting()
+        self._say_what_has_no_effect()
+        self._refuse_settings_without_effect()
+        super().__post_init__()
+
+    @property
+    def weighs_by(self) -> str | None:
+        """What weighs an answer: "rewards", "advantages" or None."""
+        return offline.weight_of(self.variant)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.variant in offline.NEEDS_REFERENCE
+
+    def _check_head(self):
+        for name in ("reward_max", "value_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number above 0.")
+        check_choice("value_targets", self.value_targets, ("answers", "generations"))
+        for name, lowest in (
+            ("value_folds", 2), ("value_epochs", 1), ("value_prompts", 1), ("value_max_new_tokens", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of {lowest} or more.")
+        if self.value == "head" and self.value_prompts < self.value_folds:
+            raise ConfigError(
+                f"value_prompts is {self.value_prompts}, below value_folds ({self.value_folds}): each fold's head "
+                "learns from prompts of the other folds. Raise value_prompts, to 100 and more."
+            )
+        if self.value_targets != "answers" and self.value != "head":
+            raise ExcludedSetting(
+                f"value_targets is {self.value_targets}, which has no effect on value: {self.value}. Set `value: "
+                "head`, or leave it out.",
+                {"value_targets": ("value", "variant")},
+            )
+        if self.value == "head" and self.weighs_by != "advantages":
+            raise ExcludedSetting(
+                f"value is head, which variant {self.variant} has no use for: it does not weigh by advantages. Leave "
+                "value out, or choose a variant named a_lol.",
+                {"value": ("variant",)},
+            )
+
+    def _check_weighting(self):
+        if self.keep_negative_advantages:
+            if self.weighs_by != "advantages":
+                raise ExcludedSetting(
+                    f"keep_negative_advantages is true, and variant {self.variant} does not weigh by advantages. Leave "
+                    "it out.",
+                    {"keep_negative_advantages": ("variant",)},
+                )
+            get_logger().warning(
+                "keep_negative_advantages: answers below their value are pushed down, and nothing bounds how far; "
+                "watch nll and stop early."
+            )
+        if self.advantage_weighting == "weight":
+            return
+        if self.weighs_by is None:
+            raise ExcludedSetting(
+                f"advantage_weighting is {self.advantage_weighting}, and variant nll has no weights to draw by. Set "
+                "`advantage_weighting: weight`.",
+                {"advantage_weighting": ("variant",)},
+            )
+        reason = None
+        if self.kl_beta:
+            reason = f"kl_beta is {self.kl_beta:g}, so answers without advantage are trained on as well"
+        elif self.keep_negative_advantages:
+            reason = "keep_negative_advantages is true"
+        if reason:
+            raise ExcludedSetting(
+                f"advantage_weighting is {self.advantage_weighting}, and {reason}: a negative weight cannot be drawn "
+                "by. Set `advantage_weighting: weight`.",
+                {
+                    "advantage_weighting": ("kl_beta", "variant", "keep_negative_advantages"),
+                    "keep_negative_advantages": ("advantage_weighting",),
+                },
+            )
+        if self.train_sampling_strategy != "random":
+            raise ExcludedSetting(
+                f"train_sampling_strategy is {self.train_sampling_strategy} with advantage_weighting: "
+                f"{self.advantage_weighting}, which draws the rows itself. Leave one of them out.",
+                {
+                    "train_sampling_strategy": ("advantage_weighting",),
+                    "advantage_weighting": ("train_sampling_strategy",),
+                },
+            )
+
+    def _say_what_has_no_effect(self):
+        """Settings that a sweep over variants may keep for all of them: said, not refused."""
+        fields = type(self).__dataclass_fields__
+        by_advantage, head = self.weighs_by == "advantages", self.value == "head"
+        for name, used, why in (
+            ("clip", self.needs_reference, f"variant {self.variant} has no importance ratio"),
+            ("value", by_advantage or head, f"variant {self.variant} does not weigh by advantages"),
+            ("reward_max", head, f"value is {self.value}"),
+            ("value_head_dir", head, f"value is {self.value}"),
+        ):
+            if not used and getattr(self, name) != fields[name].default:
+                get_logger().warning("%s: %s has no effect here: %s.", name, getattr(self, name), why)
+
+    def _refuse_settings_without_effect(self):
+        packing = (
+            "an answer's importance ratio is of the whole sequence" if self.needs_reference else "a row has a weight"
+        )
+        for name, value, neutral, instead in (
+            ("loss_type", self.loss_type, ("nll",), "choose with `variant`"),
+            ("packing", self.packing, (False,), f"{packing}, so rows cannot be joined"),
+            ("eval_packing", self.eval_packing, (None, False), f"{packing}, so rows cannot be joined"),
+            ("padding_free", self.padding_free, (False,), f"{packing}, so rows cannot be joined"),
+            ("completion_only_loss", self.completion_only_loss, (None, True), "the answer is what was scored"),
+            ("assistant_only_loss", self.assistant_only_loss, (False,), "the answer is what was scored"),
+            ("label_smoothing_factor", self.label_smoothing_factor, (0, 0.0), "it would smooth the importance ratio"),
+            ("dataset_kwargs", self.dataset_kwargs or None, (None,), "rows are prepared here"),
+        ):
+            if value not in neutral:
+                raise ConfigError(f"{name} is {value}, which this trainer does not use; {instead}. Leave {name} out.")

@@ -1,0 +1,131 @@
+"""Rows of scored answers on their way to a batch: scored by one rank, dropped where dead, collated."""
+
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import broadcast_object_list, is_peft_model
+
+from posttrain.data.scored import loading, scales
+from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.log import get_logger
+from posttrain.mechanisms.sequence_cache import ReferenceCache
+from posttrain.paths import cache_dir
+from posttrain.trainers.offline.reference_logps import COLUMN
+
+# Columns of a prepared data set that go into batches, and their names there
+BATCHED = {"reward": "rewards", "advantage": "advantages"}
+
+
+def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
+    """The reward function's scores, found by one rank for all: it may be slow, or chance may be in it."""
+    found = [None]
+    if args.process_index == 0:
+        key = loading.reward_key(reward_func)
+        cache = ReferenceCache(cache_dir() / "rewards", key) if key else None
+        try:
+            found = [loading.score(rows, reward_func, name, cache)]
+        except PosttrainError as error:
+            found = [error]
+    broadcast_object_list(found, from_process=0)
+    if isinstance(found[0], PosttrainError):
+        raise found[0]
+    return found[0]
+
+
+def living(dataset, args):
+    """The training rows that have a gradient; refused where there are none, or too few for a batch."""
+    weights = dataset["weight"][:]
+    alive = [i for i, weight in enumerate(weights) if weight != 0]
+    if not alive:
+        raise DataError(f"train_dataset: the weight of all {len(weights)} answers is 0; none would be learned from.")
+    check_fills_a_batch(args, len(alive))
+    if len(alive) == len(weights):
+        return dataset
+    get_logger().info(
+        "train_dataset: %d of %d rows have no gradient and are left out", len(weights) - len(alive), len(weights)
+    )
+    return dataset.select(alive)
+
+
+def check_rows_left(dataset, args) -> None:
+    """Refuse a data set of which `max_length` left nothing."""
+    if not len(dataset):
+        raise DataError(f"train_dataset: max_length {args.max_length} leaves nothing of any answer. Set a larger one.")
+
+
+def check_fills_a_batch(args, rows: int) -> None:
+    """Raise ConfigError where `dataloader_drop_last` leaves no batch to train on."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        ranks = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
+        raise ConfigError(
+            f"{rows} kept rows fill no batch of {batch} (per_device_train_batch_size {args.train_batch_size}{ranks}), "
+            "and dataloader_drop_last leaves out what is not full, so no step would be taken. Set "
+            "`dataloader_drop_last: false`, or a smaller per_device_train_batch_size."
+        )
+
+
+def check_scales(train_dataset, named: dict) -> None:
+    """Refuse data sets for evaluation whose rewards are on another scale than those trained on."""
+    rewards = train_dataset["reward"][:]
+    for name, dataset in named.items():
+        scales.check_scales({"train_dataset": rewards, name: dataset["reward"][:]}, "data sets")
+
+
+def by_name(eval_dataset) -> dict:
+    """No, one or several data sets by their names."""
+    if eval_dataset is None:
+        return {}
+    return dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+
+
+class WeighedRows:
+    """A collator that also hands over the columns of ours that TRL's collator does not know."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = self.collator(examples)
+        for column, name in BATCHED.items():
+            if column in examples[0]:
+                batch[name] = torch.tensor([float(example[column]) for example in examples])
+        if COLUMN in examples[0]:
+            mask = batch["labels"][:, 1:] != -100
+            logps = torch.zeros(mask.shape)
+            logps[mask] = torch.tensor([value for example in examples for value in example[COLUMN]])
+            batch["ref_per_token_logps"] = logps
+        return batch
+
+
+def like(given, named: dict):
+    """Data sets by name in the form in which they were `given`."""
+    if given is None:
+        return None
+    return named if isinstance(given, Mapping) else named["eval_dataset"]
+
+
+def check_stream(args, dataset) -> None:
+    """Refuse a stream where rows are drawn by weight."""
+    if dataset is not None and not hasattr(dataset, "__len__") and args.advantage_weighting != "weight":
+        raise ConfigError(
+            f"train_dataset is a stream, and advantage_weighting is {args.advantage_weighting}: rows are drawn by "
+            "their weights, which are known of all rows or not at all. Load it into memory, "
+            "`datasets.Dataset.from_list(list(stream.take(n)))`."
+        )
+
+
+def refuse(model, peft_config, kwargs: dict) -> None:
+    """Refuse what SFTTrainer takes and this trainer does not."""
+    for name in ("compute_loss_func", "formatting_func"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"{name} is given, which this trainer does not use. Leave it out.")
+    adapters = [peft_config] if peft_config is not None else []
+    if isinstance(model, torch.nn.Module) and is_peft_model(model):
+        adapters += model.peft_config.values()
+    for adapter in adapters:
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ConfigError(
+                f"the adapter is {adapter.peft_type.value}, whose virtual tokens stand in front of the prompt; "
+                "log-probabilities of answers would be read one token off. Use LoRA."
+            )

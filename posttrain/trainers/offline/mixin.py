@@ -1,0 +1,351 @@
+"""The mixin of offline trainers: weighed answers on TRL's SFTTrainer, the mean over sequences of the whole step."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+
+from posttrain.compat import keep_4bit_weights_trainable
+from posttrain.data import objects
+from posttrain.data.limits import Limits
+from posttrain.data.pairs import schema
+from posttrain.data.scored import answer_tokens, baselines, loading
+from posttrain.data.tokens import as_learned, as_rendered, processing_class_for
+from posttrain.errors import ConfigError
+from posttrain.mechanisms.dropout import drops_out
+from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.mechanisms.weighted_sampler import WeightedSampler
+from posttrain.mechanisms.window import count_rows, real_rows
+from posttrain.run import checks, evaluation, new_tokens
+from posttrain.run.head import TrueHead
+from posttrain.run.mixin import RunMixin
+from posttrain.run.sharing import PrefixSharing, record_padding
+from posttrain.trainers.offline import answer_rows, reference_logps
+
+
+class OfflineMixin(RunMixin):
+    """Training on logged answers in three seams: `weigh`, `sequence_losses`, `extra_metrics`.
+
+    Before training, in this order: rows are checked and scored, those of which `max_length` leaves no answer are left
+    out, `weigh` gives each its weight on the gradient, rows of weight 0 are dropped, and the starting model's
+    log-probabilities of the others are computed where the loss reads them. The mean over sequences
+    is taken over the optimiser step's global batch, whatever its split.
+    """
+
+    # stands on Trainer.loss_is_scaled_for_ga: losses are divided by the sequences of the whole step here
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *rest,
+        reward_func=None,
+        same_scale=False,
+        **kwargs,
+    ):
+        kwargs = self._by_name(rest, kwargs)
+        peft_config = kwargs.get("peft_config")
+        answer_rows.refuse(model, peft_config, kwargs)
+        model, args, config = self._check_start(model, args, peft_config)
+        checks.check_model_config(args, config)
+        evaluation.check_best_metric(args, eval_dataset)
+        self._reward_func = reward_func
+        # what a reward function was given beside prompt and answer, by prompt
+        self.reward_columns: dict[str, dict] = {}
+        answer_rows.check_stream(args, train_dataset)
+        tokenizer = processing_class_for(model, processing_class, args)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        stop_ids = schema.generation_stop_ids(model, revision)
+        named = answer_rows.by_name(eval_dataset)
+        train_dataset = self._scored(train_dataset, "train_dataset", args)
+        self.given_rows = len(train_dataset)
+        named = {name: self._scored(dataset, name, args) for name, dataset in named.items()}
+        if self.needs_rewards(args) and reward_func is None and not same_scale:
+            answer_rows.check_scales(train_dataset, named)
+        # what `max_length` leaves nothing of, in words for errors
+        self._lost = ""
+        if answer_tokens.are_known(args):
+            train_dataset, self._lost = answer_tokens.fit(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+            named = {n: answer_tokens.fit(dataset, tokenizer, args, n, stop_ids)[0] for n, dataset in named.items()}
+            limits = Limits(model, config)
+            for name, dataset in {"train_dataset": train_dataset, **named}.items():
+                limits.check_answers(dataset, tokenizer, args, name)
+        self.check_left(train_dataset, args)
+        self._late_values = self.values_need_the_model(args) or not answer_tokens.are_known(args)
+        if not self._late_values:
+            train_dataset = answer_rows.living(self.weigh(train_dataset, "train_dataset", args), args)
+            named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
+        self._begin_run(self._preflight(model, args), args)
+        self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
+        self.adapter_is_new = peft_config is not None and reference_logps.starts_as_identity(peft_config)
+        self.reference_key, self.reference_engine = None, None
+        self._clock, self._start_checked, self._sharing = None, False, None
+        with checks.upstream_refusals():
+            super().__init__(
+                model,
+                args,
+                data_collator,
+                train_dataset,
+                answer_rows.like(eval_dataset, named),
+                processing_class,
+                **kwargs,
+            )
+        checks.check_parallelism(self.accelerator)
+        keep_4bit_weights_trainable(self.model)
+        self._head = TrueHead(self)
+        self._sharing = PrefixSharing(self)
+        self.data_collator = answer_rows.WeighedRows(self.data_collator)
+        named = answer_rows.by_name(self.eval_dataset)
+        new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        if not answer_tokens.are_known(args):
+            limits = Limits(self.model, self.model.config)
+            for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
+                limits.check_answers(dataset, self.processing_class, args, name)
+        if self._late_values:
+            answer_rows.check_rows_left(self.train_dataset, args)
+            self.train_dataset = answer_rows.living(self.weigh(self.train_dataset, "train_dataset", args), args)
+            named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
+        # before the reference: the run's folder may be another's
+        self._finish_construction()
+        self.train_dataset = self._with_reference(self.train_dataset, "train_dataset")
+        self.eval_dataset = answer_rows.like(
+            self.eval_dataset, {name: self._with_reference(dataset, name) for name, dataset in named.items()}
+        )
+        reference_logps.end_engine(self)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether the weights may have left their start."""
+        return self.state.global_step > 0
+
+    def needs_rewards(self, args) -> bool:
+        """Whether rows need a reward."""
+        return True
+
+    def kept_columns(self, args) -> dict[str, str]:
+        """Columns of the rows that `weigh` reads beside prompt, completion and reward: theirs to ours."""
+        return {}
+
+    def check_rows(self, dataset, name: str, args) -> None:
+        """Refuse rows that the method cannot take, before the model loads."""
+
+    def check_left(self, dataset, args) -> None:
+        """Refuse training rows that teach nothing together, of those that `max_length` leaves."""
+
+    def values_need_the_model(self, args) -> bool:
+        """Whether `weigh` has to wait for the model, and gets tokenised rows."""
+        return False
+
+    def weigh(self, dataset, name: str, args):
+        """Add the column `weight`, each answer's factor on its gradient, and `advantage` where there is one."""
+        raise NotImplementedError
+
+    def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:
+        """The loss of each sequence, (B,), from its tokens' log-probabilities (B, T) in nats."""
+        raise NotImplementedError
+
+    def extra_metrics(self, means: MeanMetrics, logps: Tensor, mask: Tensor, inputs: dict, real: Tensor) -> None:
+        """Add a method's own metrics; `real` (B,) says which rows are data."""
+
+    def _scored(self, dataset, name: str, args):
+        if dataset is None:
+            raise ConfigError(f"{name} is missing; give a datasets.Dataset of prompt, completion and reward.")
+        scorer = None
+        if self._reward_func is not None and self.needs_rewards(args):
+            scorer = functools.partial(self._score, name=name, args=args)
+        columns = self.kept_columns(args)
+        dataset = loading.as_scored(dataset, name, tuple(columns), self.needs_rewards(args), scorer)
+        dataset = dataset.rename_columns(columns)
+        self.check_rows(dataset, name, args)
+        return dataset
+
+    def _score(self, rows: list[dict], name: str, args) -> list[float]:
+        for row in rows:
+            others = {column: value for column, value in row.items() if column not in ("prompt", "completion")}
+            self.reward_columns.setdefault(baselines.prompt_key(row["prompt"]), others)
+        return answer_rows.score(rows, self._reward_func, name, args)
+
+    def _with_reference(self, dataset, name: str):
+        if not self.args.needs_reference:
+            return dataset
+        return reference_logps.precompute(self, dataset, name, self.args.per_device_eval_batch_size)
+
+    def identity_settings(self) -> dict:
+        return {"max_length": self.args.max_length}
+
+    # stands on SFTTrainer._prepare_dataset
+    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
+        if "input_ids" not in objects.names_of(dataset):
+            dataset = as_rendered(dataset, processing_class)
+        return as_learned(
+            super()._prepare_dataset(dataset, processing_class, *args, **kwargs), processing_class, "a row"
+        )
+
+    # stands on SFTTrainer._set_signature_columns_if_needed
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        for name in (*answer_rows.BATCHED, reference_logps.COLUMN):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
+
+    # stands on Trainer._get_train_sampler
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.advantage_weighting == "weight":
+            return super()._get_train_sampler(train_dataset)
+        weights = self.train_dataset["weight"][:]
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        # the state's epoch is a whole number where one begins, and within one after a resumption
+        return WeightedSampler(weights, len(weights), seed, lambda: int((self.state.epoch or 0) + 1e-6))
+
+    # stands on Trainer.get_batch_samples: the whole accumulation window, before its first backward
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(
+            _counting_rows(self.accelerator, epoch_iterator), num_batches, device
+        )
+        if self._clock is None:
+            self._clock = time.monotonic()
+        if batches:
+            rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
+            for batch in batches:
+                batch["window_rows"] = rows
+        return batches, items
+
+    def score(self, model, batch) -> tuple[Tensor, Tensor]:
+        """The log-probabilities of a padded batch's tokens (B, L - 1), in nats, and which of them are the answers'."""
+        outputs = self._forward(model, batch)
+        return outputs.log_probs, outputs.label_mask
+
+    def _forward(self, model, batch, aux_loss: bool = False):
+        """The fused head's outputs on a padded batch, answers to one prompt computed behind it where that can be.
+
+        `aux_loss`: ask a mixture of experts for its load-balancing loss.
+        """
+        rows = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        self._head.check(model)
+        if self._sharing.active:
+            self._sharing.check(model)
+        if self._sharing.active:
+            packed = batch["packed"] = self._sharing.pack_rows(**rows)
+            rows |= {"packed": packed} if packed is not None else {}
+        if aux_loss:
+            rows["output_router_logits"] = True
+        return model(**rows, use_cache=False, fused_lm_head=True)
+
+    def _plain_forward(self):
+        """Recomputing activations has no use without gradient, and reentrant checkpointing warns."""
+        if not self.args.gradient_checkpointing:
+            return contextlib.nullcontext()
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+
+    # stands on SFTTrainer.compute_loss
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode, rows = "train" if self.model.training else "eval", inputs["input_ids"].size(0)
+        real_count = inputs.get("real_rows")
+        if real_count is None:
+            real_count = real_rows(self.accelerator, rows) if mode == "eval" else rows
+        outputs = self._forward(model, inputs, self.aux_loss_enabled)
+        logps, mask = outputs.log_probs, outputs.label_mask
+        self._check_first_ratios(logps, mask, inputs)
+        losses = self.sequence_losses(logps, mask, inputs)
+        if mode == "train" and "window_rows" in inputs:
+            # undoes the mean over ranks
+            loss = losses[:real_count].sum() * self.accelerator.num_processes / inputs["window_rows"]
+        else:
+            # A rank whose last batch only fills up has no row that counts; the Trainer's gather cuts its value off
+            loss = losses[: max(real_count, 1)].mean()
+        if self.aux_loss_enabled:
+            # the mean over the step's micro-batches, as TRL has it
+            steps = self.current_gradient_accumulation_steps if mode == "train" and "window_rows" in inputs else 1
+            loss = self._with_aux_loss(loss, outputs.aux_loss, mode, steps)
+        if mode == "train" and self.is_in_train:
+            self._finite_loss.watch(self, loss)
+        with torch.no_grad():
+            self._record(mode, outputs, inputs, torch.arange(rows, device=logps.device) < real_count)
+        if return_outputs:
+            plain = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                return loss, model(**plain, use_cache=False)
+        return loss
+
+    def _check_first_ratios(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
+        """Before the first step every importance ratio is 1, or the reference is not the policy's start."""
+        if self._start_checked or not self.model.training:
+            return
+        self._start_checked = True
+        reference = inputs.get("ref_per_token_logps")
+        if reference is None or not self.args.check_reference or self.has_trained or drops_out(self.model):
+            return
+        with torch.no_grad():
+            tokens = mask.sum(dim=1).clamp(min=1)
+            gaps = torch.where(mask, logps - reference, 0.0).sum(dim=1).abs() / tokens
+            worst = self.accelerator.gather(gaps.max().unsqueeze(0)).max().item()
+        reference_logps.check_start(self, worst)
+
+    def _record(self, mode: str, outputs, inputs: dict, real: Tensor) -> None:
+        means, mask = self._means[mode], outputs.label_mask & real.unsqueeze(1)
+        means.add("nll/sequence", -outputs.log_probs.sum(dim=1), real)
+        means.add("nll/token", -outputs.log_probs, mask)
+        if outputs.entropy is not None:
+            means.add("entropy", outputs.entropy, mask)
+        if outputs.is_top1 is not None:
+            means.add("mean_token_accuracy", outputs.is_top1.float(), mask)
+        if mode == "train":
+            tokens = inputs["attention_mask"].sum(dim=1)
+            means.add_sum("num_tokens", (tokens * real).sum().float(), 1)
+            record_padding(means, inputs["attention_mask"], inputs.get("packed"))
+        self.extra_metrics(means, outputs.log_probs, outputs.label_mask, inputs, real)
+
+    # stands on SFTTrainer.log, which averages the lists in `_metrics`
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._reduce_means(logs)
+        super().log(logs, start_time)
+
+    # stands on Trainer.evaluation_loop
+    def evaluation_loop(self, *args, **kwargs):
+        self._means["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        self._reduce_means({})
+
+    # stands on SFTTrainer.evaluate
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `trl.SFTTrainer.evaluate`; a data set given here is scored, weighed and tokenised first."""
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._prepared(dataset, name) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        reference_logps.end_engine(self)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _prepared(self, dataset, name: str):
+        if "input_ids" in (getattr(dataset, "column_names", None) or ()):
+            return dataset
+        args = self.args
+        dataset = self._scored(dataset, name, args)
+        if answer_tokens.are_known(args):
+            stop_ids = schema.generation_stop_ids(self.model)
+            dataset, _ = answer_tokens.fit(dataset, self.processing_class, args, name, stop_ids)
+            Limits(self.model, self.model.config).check_answers(dataset, self.processing_class, args, name)
+        if not self._late_values:
+            dataset = self.weigh(dataset, name, args)
+        dataset = self._prepare_dataset(dataset, self.processing_class, args, False, None, name)
+        if self._late_values:
+            dataset = self.weigh(dataset, name, args)
+        return self._with_reference(dataset, name)
+
+
+def _counting_rows(accelerator, batches):
+    """Count the rows of each batch that are data at the moment it is drawn: the dataloader's state is of that batch."""
+    for batch in batches:
+        yield {**batch, "real_rows": real_rows(accelerator, batch["input_ids"].size(0))}

@@ -1,0 +1,176 @@
+"""The starting model's per-token log-probabilities of tokenised answers, through the cache on disk; no second model.
+
+The reference of offline training is the model as the run begins with it. An adapter that is new is the identity then,
+so it is turned off; one that was trained before, and every other kind of weights, is forwarded as it stands, before
+the first step.
+"""
+
+import contextlib
+
+import torch
+from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import use_adapter
+
+from posttrain.errors import ConfigError
+from posttrain.log import get_logger
+from posttrain.mechanisms import initial_adapter
+from posttrain.mechanisms.sequence_cache import TokenCache, sequence_digest
+from posttrain.paths import cache_dir
+from posttrain.run.checks import evaluating, zero_margin_tolerance
+from posttrain.trainers.preference import reference_logps
+
+COLUMN = "ref_logps"
+
+
+def starts_as_identity(peft_config) -> bool:
+    """Whether a new adapter of these settings changes nothing before its first step, and leaves the base alone."""
+    return (
+        initial_adapter.begins_as_base(peft_config)
+        and initial_adapter.initialisation(peft_config) in (True, "gaussian", "mica")
+        and not getattr(peft_config, "use_dora", False)
+        and getattr(peft_config, "bias", "none") == "none"
+    )
+
+
+def describe(trainer) -> str:
+    """One line that says which weights the reference is."""
+    if trainer.adapter_is_new:
+        return "the base model, with the adapter off"
+    if is_peft_model(trainer.model):
+        return "the model with its adapter as the run began"
+    return "the model as the run began"
+
+
+def check_start(trainer, worst: float) -> None:
+    """Raise ConfigError if the policy differs from the reference before the first step by more than rounding.
+
+    `worst`: the largest |log pi - log pi_ref| per token of an answer, in nats.
+    """
+    tolerance, dtype = zero_margin_tolerance(trainer.model, trainer.accelerator)
+    if not worst <= tolerance:
+        raise ConfigError(
+            f"the policy differs from its own start by {worst:.3g} nats per token before the first step (tolerance "
+            f"{tolerance:g} in {dtype}). The reference is: {describe(trainer)}; it was "
+            "read when the trainer was built. If the weights were changed since, build the trainer afterwards; if this "
+            "is intended, set `check_reference: false`."
+        )
+
+
+def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+    """Add `ref_logps` to a tokenised dataset: a list for each row, one number for each token of its answer.
+
+    Only rows that the cache lacks are forwarded. Rows keep their order and the global random state is left alone, so a
+    run with a warm cache equals one without.
+    """
+    digests = [_digest(row) for row in dataset.select_columns(["input_ids", "labels"])]
+    if trainer.reference_key is None:
+        # the weights take seconds to read, and only the first call is sure to see those of the start
+        trainer.reference_key = _reference_key(trainer)
+    cache = TokenCache(trainer.args.ref_cache_dir or cache_dir() / "reference_logps", trainer.reference_key)
+    # Ranks may not share a disk, and may see it at different moments: rank 0 looks, all follow
+    shared = [None]
+    if trainer.accelerator.is_main_process:
+        there = cache.load()
+        shared = [{digest: there[digest] for digest in digests if digest in there}]
+    broadcast_object_list(shared, from_process=0)
+    known = shared[0]
+    first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
+    missing = [i for digest, i in first.items() if digest not in known]
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    # like lengths together: less padding
+    missing.sort(key=lambda i: (lengths[i], i), reverse=True)
+    if missing:
+        if trainer.has_trained and not trainer.adapter_is_new:
+            raise ConfigError(
+                f"{name} came after training had begun, when the reference's weights ({describe(trainer)}) are gone. "
+                "Give it to the trainer's constructor as `eval_dataset`."
+            )
+        logps = _forward(trainer, dataset.select(missing), name, batch_size)
+        fresh = {digests[i]: values for i, values in zip(missing, logps, strict=True)}
+        known = known | fresh
+        if trainer.accelerator.is_main_process:
+            try:
+                cache.add(fresh)
+            except OSError as error:
+                get_logger().warning("reference log-probabilities were not cached: %s", error)
+    get_logger().info(
+        "reference log-probabilities of %s: %d of %d answers computed, the others cached",
+        name, len(missing), len(dataset),
+    )  # fmt: skip
+    if COLUMN in dataset.column_names:
+        dataset = dataset.remove_columns(COLUMN)
+    return dataset.add_column(COLUMN, [known[digest].tolist() for digest in digests])
+
+
+@contextlib.contextmanager
+def frozen(trainer):
+    """Hand over the starting model to forward: in eval mode, without gradient, a new adapter off.
+
+    Under DeepSpeed it is an engine that places or gathers the weights.
+    """
+    model = _forwarded_model(trainer)
+    adapter = contextlib.nullcontext()
+    if trainer.adapter_is_new:
+        adapter = use_adapter(trainer.accelerator.unwrap_model(trainer.model), None)
+    with torch.no_grad(), evaluating(model), trainer._plain_forward(), adapter, trainer.accelerator.autocast():
+        yield model
+
+
+def batches_of(trainer, rows: Dataset, what: str, batch_size: int):
+    """This rank's padded batches of tokenised rows, in order, on its device."""
+    # An own generator: a DataLoader otherwise draws from the global one
+    loader = DataLoader(rows, batch_size, collate_fn=trainer.data_collator, generator=torch.Generator())
+    hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    return tqdm(trainer.accelerator.prepare_data_loader(loader), desc=what, disable=hidden)
+
+
+def _forwarded_model(trainer):
+    if not trainer.is_deepspeed_enabled:
+        return trainer.model
+    if trainer.model_wrapped is not trainer.model:
+        return trainer.model_wrapped
+    if trainer.reference_engine is None:
+        # The policy is not prepared yet: an inference engine places its weights, or gathers them under ZeRO-3
+        trainer.reference_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
+    return trainer.reference_engine
+
+
+def end_engine(trainer) -> None:
+    """Take the inference engine's hooks off the model.
+
+    The training engine numbers the modules anew, and hooks of ZeRO-3 that saw a single forward would trip over that.
+    """
+    if trainer.reference_engine is not None:
+        trainer.reference_engine.destroy()
+        trainer.reference_engine = None
+
+
+def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[torch.Tensor]:
+    lengths = [sum(label != -100 for label in labels[1:]) for labels in rows["labels"]]
+    gathered = []
+    accelerator = trainer.accelerator
+    with frozen(trainer) as model:
+        for batch in batches_of(trainer, rows, f"Reference log-probs ({name})", batch_size):
+            logps, mask = trainer.score(model, batch)
+            # answers to the front of their rows: a stable sort of what is not answer to the end
+            order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+            logps = accelerator.pad_across_processes(logps.float().gather(1, order), dim=1)
+            gathered += accelerator.gather_for_metrics(logps).cpu().unbind(0)
+    return [row[:length].clone() for row, length in zip(gathered, lengths, strict=True)]
+
+
+def _digest(row: dict) -> bytes:
+    answer = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
+    return sequence_digest(row["input_ids"][:answer], row["input_ids"][answer:], None)
+
+
+def _reference_key(trainer) -> str:
+    model = trainer.model
+    adapters, facts = set(getattr(model, "peft_config", {})), {}
+    if adapters and not trainer.adapter_is_new:
+        facts["adapter"] = {name: str(value.to_dict()) for name, value in sorted(model.peft_config.items())}
+    return reference_logps.reference_key(trainer, model, adapters if trainer.adapter_is_new else (), facts)

@@ -1,0 +1,1 @@
+"""Policy gradients on rollouts: trainers on TRL's GRPOTrainer."""

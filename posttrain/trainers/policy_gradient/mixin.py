@@ -1,0 +1,475 @@
+"""The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
+
+import importlib
+import math
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from posttrain.data import columns
+from posttrain.data.limits import Limits
+from posttrain.data.pairs.schema import generation_stop_ids, refuse_splits
+from posttrain.data.tasks import task_rows
+from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
+from posttrain.errors import ConfigError, DataError, DivergedError, require
+from posttrain.log import get_logger
+from posttrain.mechanisms import group_rewards
+from posttrain.mechanisms.dropout import drops_out
+from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.objectives import advantages, policy_gradient
+from posttrain.objectives.estimators import PRESETS
+from posttrain.rewards.base import check_missing_golds, shorten
+from posttrain.run import checks, evaluation
+from posttrain.run.head import TrueHead
+from posttrain.run.mixin import RunMixin
+from posttrain.run.sharing import PrefixSharing
+from posttrain.trainers.offline.answer_rows import by_name
+from posttrain.trainers.policy_gradient import (
+    completion_log,
+    demonstrations,
+    reward_setup,
+    rollout_log,
+    row_templates,
+    special_tokens,
+)
+from posttrain.trainers.policy_gradient.resumption import SaveBetweenGenerations
+from posttrain.trainers.preference import reference_logps
+
+
+class PolicyGradientMixin(RunMixin):
+    """Policy gradients on `trl.GRPOTrainer`: any advantage of a group's rewards, demonstrations beside rollouts.
+
+    TRL generates, scores and computes the loss. The seams are the gathered rewards, the scored batch, the buffer of
+    micro-batches and the per-token log-probs.
+    """
+
+    no_value = None
+    _train_sampler, _kept_tokens = None, None
+    # for the next generation
+    saves_may_wait = True
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *rest,
+        **kwargs,
+    ):
+        kwargs = self._by_name(rest, kwargs)
+        model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
+        if args.use_vllm:
+            require("vllm", "vllm", "use_vllm")
+        self._advantage_function = _advantage_function(args)
+        reward_funcs = reward_setup.reward_functions(reward_funcs, args)
+        reward_setup.check_weights(args, reward_funcs)
+        _check_prompts(train_dataset, eval_dataset, kwargs)
+        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+            check_missing_golds(reward_funcs, dataset, name)
+        train_dataset = columns.prepare(train_dataset, "train_dataset")
+        eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
+        checks.check_generation(args, train_dataset)
+        evaluation.check_best_metric(args, eval_dataset)
+        limits, processor = Limits(model, config), processing_class_for(model, processing_class, args)
+        tokenizer = tokenizer_of(processor)
+        if args.kept_tokens:
+            special_tokens.check_kept(args.kept_tokens, tokenizer)
+        train_dataset, eval_dataset = (
+            as_rendered(train_dataset, tokenizer, False, "train_dataset"),
+            _all_rendered(eval_dataset, tokenizer),
+        )
+        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+            task_rows.check(dataset, tokenizer, args, name)
+        if args.learns_from_demonstrations:
+            if config.get_text_config() is not config:
+                raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
+            stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
+            train_dataset = demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+            limits.check(train_dataset, ((demonstrations.IDS,),), processor, "train_dataset", None)
+        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+            limits.check_prompts(dataset, processor, args, name)
+        self._limits = limits
+        self._begin_run(self._preflight(model, args), args)
+        self._sharing, self._scored, self._rewards, self._head = None, None, None, None
+        self._reference_is_given, self._reference_checked = False, False
+        self._rows = None
+        self._means = MeanMetrics()
+        self._dead_generations, self._skipped = 0, False
+        self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
+        with checks.upstream_refusals():
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        checks.check_parallelism(self.accelerator)
+        if args.success_reward is not None and args.success_reward not in self.reward_func_names:
+            raise ConfigError(
+                f"success_reward is {args.success_reward!r}; it must be one of {', '.join(self.reward_func_names)}."
+            )
+        self._finish_construction()
+        self._kept_tokens = special_tokens.KeptTokens(
+            self._tokenizer, self.reward_funcs, self.eos_token_ids, self.args.kept_tokens
+        )
+        self.add_callback(SaveBetweenGenerations(self))
+        self._head = TrueHead(self)
+        self._sharing = PrefixSharing(self, left_padded=True)
+
+    def _live_reference(self, args) -> bool:
+        return args.beta != 0
+
+    def identity_settings(self) -> dict:
+        names = (
+            "advantage", "quantile", "quantile_interpolation", "gamma", "soft_gate",
+            "demonstration_loss", "sft_normalization", "sft_coef", "loss_type", "beta", "epsilon", "epsilon_high",
+            "scale_rewards", "num_generations", "num_iterations", "steps_per_generation", "max_completion_length",
+            "temperature", "top_p", "top_k",
+        )  # fmt: skip
+        settings = {name: getattr(self.args, name) for name in names}
+        return settings | {"least_success": self.args.least_success}
+
+    # stands on GRPOTrainer._get_train_sampler; its generator is moved on where a run resumes
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    # stands on GRPOTrainer._calculate_rewards, whose result is the gathered matrix
+    def _calculate_rewards(self, *args, **kwargs):
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        reward_setup.check_scores(self, self._rewards)
+        return self._rewards
+
+    # stands on GRPOTrainer._generate, which decodes completions without special tokens
+    def _generate(self, prompts):
+        generated = super()._generate(prompts)
+        _, ids, _, completions, *_ = generated
+        in_turns = not isinstance(completions[0], str)
+        if not (in_turns and (self.tools or special_tokens.parses_messages(self._tokenizer))):
+            self._kept_tokens.write(completions, ids)
+        return generated
+
+    # stands on GRPOTrainer._generate_and_score_completions
+    def _generate_and_score_completions(self, inputs):
+        with row_templates.of_rows(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+        training = self.model.training
+        size = self.num_generations if training else self.num_generations_eval
+        rewards = group_rewards.weighted_rewards(self._rewards, self.reward_weights)
+        mode = "train" if training else "eval"
+        rollout_log.record(self, rewards, size, mode)
+        # beside them in the table of completions
+        self._logs["extra"]["sampling"].extend([self._drawn_with] * len(rewards))
+        if self._advantage_function is not None:
+            name = f"advantage {self.args.advantage}"
+            values = group_rewards.group_advantages(rewards, size, self._advantage_function, name)
+            self.set_advantages(batch, values)
+            if self.args.quantile is not None:
+                rollout_log.record_quantile(self, rewards.view(-1, size), values, mode)
+        if training and self.args.learns_from_demonstrations:
+            demonstrations.insert(self, batch, inputs, rewards, size)
+            if self.log_completions:
+                completion_log.show_demonstrations(self, batch)
+        if training:
+            self._watch_dead_generations(batch, rewards)
+        return batch
+
+    # stands on GRPOTrainer._tokenize_prompts, which renders all prompts with the same tools and settings
+    def _tokenize_prompts(self, prompts):
+        if self._rows is None or len(self._rows) != len(prompts):
+            return super()._tokenize_prompts(prompts)
+        return row_templates.tokenise(self, prompts, super()._tokenize_prompts)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """TRL's evaluation on sampled rollouts, and the success of one answer a prompt without sampling.
+
+        With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._checked(eval_dataset)
+        size, group = self.args.per_device_eval_batch_size * self.args.world_size, self.num_generations_eval
+        if size % group:
+            raise ConfigError(
+                f"an evaluation batch holds {size} rollouts (per_device_eval_batch_size "
+                f"{self.args.per_device_eval_batch_size}, {self.args.world_size} processes), which is no multiple of "
+                f"the {group} drawn for a prompt. Change per_device_eval_batch_size or num_generations_eval."
+            )
+        with completion_log.of_evaluation(self, metric_key_prefix):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _checked(self, dataset):
+        """A data set for evaluation as the constructor's are: checked, and as the chat template is to see it."""
+        # of several by name, each comes here on its own
+        if isinstance(dataset, dict) or not hasattr(dataset, "column_names"):
+            return dataset
+        check_missing_golds(self.reward_funcs, dataset, "eval_dataset")
+        dataset = columns.prepare(dataset, "eval_dataset")
+        tokenizer = tokenizer_of(self.processing_class)
+        dataset = as_rendered(dataset, tokenizer, False, "eval_dataset")
+        task_rows.check(dataset, tokenizer, self.args, "eval_dataset")
+        self._limits.check_prompts(dataset, self.processing_class, self.args, "eval_dataset")
+        return dataset
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        dataset = getattr(dataloader, "dataset", None)
+        if description == "Evaluation" and self._answers_greedily and isinstance(dataset, Dataset):
+            self._metrics["eval"]["greedy_success"] = [rollout_log.greedy_success(self, dataset)]
+
+    @property
+    def _answers_greedily(self) -> bool:
+        if self.args.eval_greedy is None:
+            return self.num_generations_eval > 1 and self.rollout_func is None and not self.use_vllm
+        return self.args.eval_greedy and not self.use_vllm
+
+    def score_rollouts(self, rows: list[dict]) -> Tensor:
+        """Answer and score `rows`, one rollout each, as TRL does; the rewards (N, F) of all ranks."""
+        with row_templates.of_rows(self, rows):
+            super()._generate_and_score_completions(rows)
+        return self._rewards
+
+    def group_advantage(self, rewards: Tensor) -> Tensor:
+        """Advantages (P, G) of a group's rewards (P, G), of the kind that the settings ask for."""
+        if self._advantage_function is not None:
+            return self._advantage_function(rewards)
+        return advantages.group_mean_advantage(rewards, scale=self.scale_rewards)
+
+    def set_advantages(self, batch: dict, values: Tensor) -> None:
+        """Put (N,) gathered advantages into this rank's batch and into the log of completions."""
+        own = len(batch["advantages"])
+        start = self.accelerator.process_index * own
+        batch["advantages"] = values[start : start + own].to(batch["advantages"].dtype)
+        log = self._logs["advantages"]
+        for _ in range(min(len(log), len(values))):
+            log.pop()
+        log.extend(values.tolist())
+
+    def _watch_dead_generations(self, batch: dict, rewards: Tensor) -> None:
+        alive = self.accelerator.gather(group_rewards.living_rows(batch).float())
+        self._metrics["train"]["rows/kept_share"].append(alive.mean().item())
+        # the loss itself is near 0 while the policy is the one that sampled, however much there is to learn
+        sizes = self.accelerator.gather(batch["advantages"].abs())
+        self._metrics["train"]["loss/abs_advantage"].append(sizes.mean().item())
+        self._dead_generations = 0 if alive.any() else self._dead_generations + 1
+        limit = self.args.max_dead_steps
+        if limit and self._learns_from_advantages_alone and self._dead_generations >= limit:
+            scored = rewards[~torch.isnan(rewards)]
+            last = f"last between {scored.min().item():g} and {scored.max().item():g}" if len(scored) else "no score"
+            raise DivergedError(
+                f"no rollout of the last {self._dead_generations} generations had a gradient: all rewards of a prompt "
+                f"were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts or a higher "
+                "temperature help; completions/clipped_ratio near 1 says that max_completion_length is too short. "
+                "`max_dead_steps: 0` goes on all the same."
+            )
+
+    @property
+    def _learns_from_advantages_alone(self) -> bool:
+        """Whether the loss has no KL, entropy or auxiliary term, which have a gradient in rows of zero advantage."""
+        return self.beta == 0.0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
+
+    @property
+    def _drops_dead_rows(self) -> bool:
+        """Whether a row of zero advantage has no part in the loss."""
+        return self.args.drop_dead_rows and self._learns_from_advantages_alone and self.top_entropy_quantile == 1.0
+
+    @property
+    def _leaves_out_rows(self) -> bool:
+        """Whether rows may have no part in the update, so that means over it are kept as sums and counts."""
+        return self._drops_dead_rows or self.args.learns_from_demonstrations
+
+    # stands on GRPOTrainer._prepare_inputs, which refills the buffer once per generation
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            return inputs
+        if self._buffered_inputs is not before and self._drops_dead_rows and "pixel_values" not in inputs:
+            self._pack_buffer()
+        inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        self._metrics["train"]["rows/forwarded"].append(float(inputs["completion_ids"].size(0)))
+        return inputs
+
+    def _pack_buffer(self) -> None:
+        # micro-batches of one generation that are surely of one optimiser step
+        size = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
+        buffer = self._buffered_inputs
+        self._buffered_inputs = [
+            batch
+            for start in range(0, len(buffer), size)
+            for batch in group_rewards.pack_living(buffer[start : start + size], self.loss_type, self._largest)
+        ]
+
+    def _largest(self, number: int) -> int:
+        """The largest of a number over ranks; all of them call it."""
+        if self.accelerator.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    # stands on GRPOTrainer._compute_loss
+    def _compute_loss(self, model, inputs):
+        # a copy: what the log-probs decide is written into it before TRL reads it
+        self._scored = scored = dict(inputs)
+        try:
+            loss = super()._compute_loss(model, scored)
+        finally:
+            self._scored = None
+        if self.model.training and self._leaves_out_rows:
+            rollout_log.take_means(self, scored)
+        if self.model.training and self.is_in_train:
+            self._finite_loss.watch(self, loss)
+        return loss
+
+    # stands on GRPOTrainer._get_per_token_logps_and_entropies, the one way to log-probs of every pass
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._head is not None:
+            self._head.check(model)
+        if self._sharing is not None and self._sharing.active:
+            self._sharing.check(model)
+            model = _Sharing(self._sharing, model)
+        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._scored is not None:
+            self._check_first_kl(self._scored, result[0].detach())
+            if self.args.weighs_tokens:
+                self._weigh_tokens(self._scored, result[0].detach())
+            if "demonstrations" in self._scored:
+                self._weigh_demonstrations(self._scored, result[0].detach())
+        return result
+
+    def _check_first_kl(self, inputs: dict, logps: Tensor) -> None:
+        """Before the first step the policy is its reference, or another model is taken for its start."""
+        if self._reference_checked or not self.model.training:
+            return
+        self._reference_checked = True
+        reference = inputs.get("ref_per_token_logps")
+        if reference is None or not self.args.check_reference or self.state.global_step > 0:
+            return
+        if drops_out(self.model) or not checks.may_be_identity(self.model):
+            return
+        gaps = (logps - reference).abs() * inputs["completion_mask"]
+        per_token = gaps.sum(dim=1) / inputs["completion_mask"].sum(dim=1).clamp(min=1)
+        worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
+        checks.check_zero_margin(worst, self.model, self.accelerator, reference_logps.describe(self))
+
+    def _weigh_tokens(self, inputs: dict, logps: Tensor) -> None:
+        """The parts that TRL's loss has no setting for, as weights on an unclipped loss of ratio 1."""
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        weights = policy_gradient.gradient_weight(
+            logps, inputs.get("old_per_token_logps"), mask, inputs["advantages"], self.args.parts
+        )
+        inputs["old_per_token_logps"] = logps
+        inputs["advantages"] = inputs["advantages"][:, None] * weights
+
+    def _weigh_demonstrations(self, inputs: dict, logps: Tensor) -> None:
+        """Give demonstration rows the ratio 1, and each of their tokens its weight on the gradient of its log-prob."""
+        rows = inputs["demonstrations"]
+        if "old_per_token_logps" in inputs:
+            inputs["old_per_token_logps"] = torch.where(rows[:, None], logps, inputs["old_per_token_logps"])
+        if "ref_per_token_logps" in inputs:
+            inputs["ref_per_token_logps"] = torch.where(rows[:, None], logps, inputs["ref_per_token_logps"])
+        mask = inputs["completion_mask"] * rows[:, None]
+        self._means.add("hpt/sft_nll", -logps, mask.bool())
+        if self.args.soft_gate is None:
+            return
+        share = inputs["off_policy_share"][:, None]
+        parts = PRESETS["srft_offline" if self.args.demonstration_loss == "srft" else "luffy_offline"]
+        values = inputs["advantages"]
+        values = values[:, None] if values.dim() == 1 else values
+        off_policy = policy_gradient.gradient_weight(logps, None, inputs["completion_mask"], values, parts)
+        inputs["advantages"] = values * torch.where(rows[:, None], 1 - share + share * off_policy, 1.0)
+
+    # stands on GRPOTrainer.log, which averages the lists in `_metrics`
+    def log(self, logs, start_time=None):
+        if self.model.training and self._leaves_out_rows:
+            rollout_log.put_means(self)
+        super().log(logs, start_time)
+
+    @property
+    def step_moved(self) -> bool:
+        return not self._dead_generations and not self._skipped
+
+    def skips_step(self, model, norm) -> bool:
+        limit = self.args.skip_grad_norm
+        self._skipped = limit is not None and not norm <= limit
+        if self._skipped:
+            get_logger().warning("step %d skipped: gradient norm %.3g", self.state.global_step + 1, norm)
+            for parameter in model.parameters():
+                parameter.grad = None
+        return self._skipped
+
+
+class _Sharing:
+    """The model, with each batch packed."""
+
+    def __init__(self, sharing: PrefixSharing, model) -> None:
+        self._sharing, self._model = sharing, model
+
+    def __call__(self, input_ids, attention_mask, labels, **kwargs):
+        extras = sorted(kwargs.keys() - {"fused_lm_head"})
+        if extras:
+            self._sharing.decline(f"it holds {', '.join(extras)} for the model")
+        else:
+            packed = self._sharing.pack_rows(input_ids, attention_mask, labels)
+            if packed is not None:
+                kwargs["packed"] = packed
+        return self._model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+def _advantage_function(args):
+    """(prompts, G) -> (prompts, G), or None where TRL's own advantages are the ones asked for."""
+    if ":" in args.advantage:
+        module, _, name = args.advantage.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except Exception as error:
+            raise ConfigError(
+                f"advantage is {args.advantage!r}, which cannot be imported ({error}). Give module:function, of a "
+                "module on the Python path."
+            ) from error
+        if not callable(function):
+            raise ConfigError(f"advantage is {args.advantage!r}, which is no function.")
+        return function
+    if args.advantage == "leave_one_out":
+        return advantages.leave_one_out_advantage
+    if args.advantage == "reward":
+        return lambda rewards: torch.nan_to_num(rewards, nan=0.0)
+    if args.advantage == "quantile" and args.quantile is not None:
+        return lambda rewards: advantages.quantile_advantage(
+            rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
+        )
+    return None
+
+
+def _all_rendered(datasets, tokenizer):
+    """One data set, several by name, or None, as the chat template is to see them."""
+    if isinstance(datasets, dict):
+        return {name: as_rendered(dataset, tokenizer, False, name) for name, dataset in datasets.items()}
+    return None if datasets is None else as_rendered(datasets, tokenizer, False, "eval_dataset")
+
+
+def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
+    """Refuse rows without a prompt, but where an environment has them."""
+    refuse_splits(train_dataset)
+    environment = given.get("environment_factory") is not None
+    in_turns = environment or bool(given.get("tools"))
+    named = {"train_dataset": train_dataset}
+    named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
+    for name, dataset in named.items():
+        columns = getattr(dataset, "column_names", None)
+        if columns and "prompt" not in columns and not environment:
+            raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise DataError(f"{name} has no rows.")
+        if not isinstance(dataset, Dataset) or "prompt" not in columns:
+            continue
+        for row, prompt in enumerate(dataset["prompt"], 1):
+            messages = isinstance(prompt, list) and all(isinstance(turn, dict) and turn.get("role") for turn in prompt)
+            if not prompt or not (messages or isinstance(prompt, str)):
+                raise DataError(
+                    f"{name}, row {row}: the prompt is {shorten(prompt)}; it must be a text, or a list of messages "
+                    "that each have a role. Mend the row or leave it out."
+                )
+            if in_turns and isinstance(prompt, str):
+                raise DataError(
+                    f"{name}, row {row}: the prompt is a text, and answers with tools or an environment are turns of a "
+                    "conversation. Give it as a list of messages, such as [{'role': 'user', 'content': ...}]."
+                )

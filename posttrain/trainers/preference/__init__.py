@@ -1,0 +1,1 @@
+"""Preference optimisation: trainers on TRL's DPOTrainer."""

@@ -1,0 +1,431 @@
+"""What the trainers of a family share. Each public trainer is (one of these mixins, TRL's trainer)."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from posttrain.compat import keep_4bit_weights_trainable
+from posttrain.data import columns, formats, objects
+from posttrain.data.limits import Limits
+from posttrain.data.pairs import loading, schema
+from posttrain.data.tokens import as_learned, as_rendered
+from posttrain.log import get_logger
+from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
+from posttrain.mechanisms.length_sorting import sort_pairs
+from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.mechanisms.window import Window, count_rows, real_rows
+from posttrain.run import checks, evaluation, new_tokens, start
+from posttrain.run.head import TrueHead
+from posttrain.run.mixin import RunMixin
+from posttrain.run.sharing import PrefixSharing, record_padding
+from posttrain.trainers.preference import reference_logps
+
+# Columns of a data set that training reads
+_READ = (*loading.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
+_SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
+# Columns of a batch that are ours or the loss's, not the model's
+_NOT_FOR_THE_MODEL = {
+    "completion_mask",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "flip_rate",
+    "real_rows",
+    "pair_coefficients",
+    "pair_weights",
+    "packed",
+}
+
+
+@dataclass
+class PairScores:
+    """What one forward says about a batch of pairs.
+
+    Attributes:
+        chosen_logps, rejected_logps: (B,) summed log-probabilities of the completions in nats, fp32.
+        outputs: the fused head's per-token fields, (2B, L - 1), chosen rows first.
+        shift_mask: (2B, L - 1) 1 where the next token belongs to the completion.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    outputs: Any
+    shift_mask: Tensor
+
+
+class PreferenceMixin(RunMixin):
+    """Preference training in four seams: `score`, `pair_losses`, `reduce_pairs`, `extra_metrics`.
+
+    Every pass over the model (policy, reference, precompute, window scoring, evaluation) goes through `score`. The
+    mean over pairs is taken over the optimiser step's global batch, whatever its split; metrics are kept as sums and
+    counts and reduced once per log.
+    """
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *rest,
+        **kwargs,
+    ):
+        self._reference_is_given = ref_model is not None
+        kwargs = self._by_name(rest, kwargs)
+        model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
+        checks.check_model_config(args, config, self._weighs_pairs_of(args))
+        checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
+        train_dataset = columns.prepare(train_dataset, "train_dataset", _READ)
+        eval_dataset = columns.prepare(eval_dataset, "eval_dataset", _READ)
+        self._limits = Limits(model, config)
+        schema.check_run(model, processing_class, args, train_dataset, eval_dataset, self._limits)
+        checks.check_flip_rates(args, train_dataset, eval_dataset)
+        evaluation.check_best_metric(args, eval_dataset)
+        self._begin_run(self._preflight(model, args), args)
+        self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
+        self._margin_checked, self._drops_out = False, False
+        self.reference_key = None
+        self._sharing, self._clock = None, None
+        with checks.upstream_refusals():
+            super().__init__(
+                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
+            )
+        checks.check_parallelism(self.accelerator)
+        start.use_adapter_dropout(self.model)
+        self._drops_out = drops_out(self.model)
+        self._finish_construction()
+        if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
+            new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+            new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+        self._set_up_sharing()
+        self.data_collator = _PairColumns(self.data_collator)
+        get_logger().info("reference: %s", reference_logps.describe(self))
+
+    def _live_reference(self, args) -> bool:
+        return not self._reference_is_given
+
+    # stands on DPOTrainer.evaluate
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `trl.DPOTrainer.evaluate`; a data set given here is checked as the constructor's are.
+
+        Raises DataError and ConfigError as the constructor does.
+        """
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._checked(dataset, str(name)) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._checked(eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _checked(self, dataset, name: str):
+        known = set(objects.names_of(dataset))
+        if not known or known.issuperset(formats.TOKEN_COLUMNS):
+            return dataset
+        args, dataset = self.args, columns.prepare(dataset, name, _READ)
+        report = schema.check_preferences(
+            dataset, self.processing_class, args.max_length, name, args.truncation_mode,
+            schema.generation_stop_ids(self.model), getattr(args, "end_of_turn", "warn"),
+        )  # fmt: skip
+        if report is not None:
+            self._limits.check_reports({name: report}, {name: dataset}, self.processing_class, args.max_length)
+        checks.check_flip_rates(args, None, {name: dataset})
+        return dataset
+
+    # stands on DPOTrainer._set_signature_columns_if_needed
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        for name in ("flip_rate", self.args.length_column_name):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
+
+    # stands on DPOTrainer._prepare_dataset, which would look for text again
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(objects.names_of(dataset)):
+            dataset = self._short_enough(dataset, args)
+        else:
+            dataset = as_rendered(dataset, processing_class)
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            given, dataset = dataset, as_learned(dataset, processing_class, dataset_name)
+            if dataset is not given:
+                dataset = self._short_enough(dataset, args)
+        if isinstance(dataset, Dataset):
+            # every row, where a sample was looked at before
+            name = {"train": "train_dataset", "eval": "eval_dataset"}.get(dataset_name, dataset_name)
+            self._limits.check(dataset, _SEQUENCES, processing_class, name, args.max_length)
+        if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
+            return dataset
+        # upstream's sampler reads lengths from a column, or from `input_ids`, which pairs do not have
+        return dataset.add_column(args.length_column_name, [reference_logps.length_of(row) for row in dataset])
+
+    @staticmethod
+    def _short_enough(dataset, args):
+        if args.max_length is None or args.truncation_mode != "keep_start":
+            return dataset
+        return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": args.max_length})
+
+    def score(self, model, batch, aux_loss: bool = False) -> PairScores:
+        """Run `model` on a padded batch of pairs (chosen rows first) and sum the log-probabilities of each completion.
+
+        With `ld_alpha`, tokens beyond the shorter completion of a pair count `ld_alpha` (LD-DPO). `aux_loss`: ask a
+        mixture of experts for its load-balancing loss, in `outputs`.
+        """
+        mask = batch["completion_mask"]
+        kwargs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+        labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        self._head.check(model)
+        packed = self._packed(model, batch)
+        if packed is not None:
+            kwargs["packed"] = packed
+        if aux_loss:
+            kwargs["output_router_logits"] = True
+        outputs = model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+        shift_mask = mask[:, 1:]
+        # Prompt-learning adapters put virtual tokens in front
+        per_token_logps = outputs.log_probs[:, -shift_mask.size(1) :]
+        if self.ld_alpha is None:
+            logps = per_token_logps.sum(dim=1)
+        else:
+            position = shift_mask.cumsum(dim=1)
+            shared = torch.minimum(*shift_mask.sum(dim=1).chunk(2)).repeat(2).unsqueeze(1)
+            common = (per_token_logps * ((position > 0) & (position <= shared))).sum(dim=1)
+            logps = common + self.ld_alpha * (per_token_logps * (position > shared)).sum(dim=1)
+        return PairScores(*logps.chunk(2), outputs, shift_mask)
+
+    def _set_up_sharing(self) -> None:
+        # TRL's constructor precomputes reference log-probs before it returns, so whoever comes first
+        if self._sharing is None:
+            self._note_start()
+            if self.args.disable_dropout:
+                placed = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+                check_functional_dropout(self.model, can_run=placed)
+            self._drops_out = drops_out(self.model)
+            self._head = TrueHead(self)
+            self._sharing = PrefixSharing(self)
+
+    def _packed(self, model, batch):
+        """The batch with chosen and rejected behind their prompt, or None where it is to be padded."""
+        extras = batch.keys() - _NOT_FOR_THE_MODEL - {"input_ids", "attention_mask"}
+        if extras and self._sharing.active:
+            self._sharing.decline(f"it holds {', '.join(sorted(extras))} for the model")
+            return None
+        self._sharing.check(model)
+        return self._sharing.pack(batch, 2 * list(range(_pairs(batch))))
+
+    # stands on DPOTrainer.compute_ref_log_probs, which the precompute pass and users call
+    def compute_ref_log_probs(self, model, inputs) -> tuple[Tensor, Tensor]:
+        """The reference's summed log-probabilities of one padded batch: chosen (B,), rejected (B,), in nats."""
+        reference = self.ref_model if self.ref_model is not None else model
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            peft_model = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None)
+        # upstream leaves the model in training mode, where the base's own dropout would fall on the reference
+        clean = checks.evaluating(reference) if self._drops_out else contextlib.nullcontext()
+        with torch.no_grad(), clean, self._plain_forward(), adapter, self.accelerator.autocast():
+            scores = self.score(reference, inputs)
+        return scores.chosen_logps, scores.rejected_logps
+
+    def _plain_forward(self):
+        """Recomputing activations has no use without gradient, and reentrant checkpointing warns."""
+        if not self.args.gradient_checkpointing:
+            return contextlib.nullcontext()
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+
+    def _reference_logps(self, model, inputs) -> tuple[Tensor, Tensor]:
+        if "ref_chosen_logps" in inputs:
+            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        return self.compute_ref_log_probs(model, inputs)
+
+    # stands on DPOTrainer._precompute_ref_logps
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        keep_4bit_weights_trainable(self.model)
+        self._set_up_sharing()
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        return reference_logps.precompute(self, dataset, name, batch_size)
+
+    # stands on Trainer.get_batch_samples: the whole accumulation window, before its first backward
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(
+            _counting_rows(self.accelerator, epoch_iterator), num_batches, device
+        )
+        if self._clock is None:
+            self._clock = time.monotonic()
+        if batches:
+            batches = self._sorted(batches)
+            rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
+            self.prepare_window(batches, Window(len(batches), self.accelerator.num_processes, rows))
+        return batches, items
+
+    def _sorted(self, batches: list[dict]) -> list[dict]:
+        """Like lengths together, where no result hangs on which micro-batch a pair is in."""
+        whole = all(batch["real_rows"] == _pairs(batch) for batch in batches)
+        # a user's collator may pad on the left, where columns cannot be cut off
+        whole = whole and all(bool(batch["attention_mask"][:, 0].all()) for batch in batches)
+        sharing = self._sharing.active and self._sharing.may_sort
+        return sort_pairs(batches) if sharing and whole and not self.split_matters else batches
+
+    @property
+    def split_matters(self) -> bool:
+        """Whether the loss depends on which pairs share a micro-batch."""
+        return False
+
+    def _weighs_pairs_of(self, args) -> bool:
+        """Whether the pairs of a step count unequally under these settings."""
+        return False
+
+    def prepare_window(self, batches: list[dict], window: Window) -> None:
+        """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""
+        for batch in batches:
+            batch["pair_coefficients"] = _real_pairs(batch) * window.undo(_pairs(batch))
+
+    # stands on DPOTrainer._compute_loss
+    def _compute_loss(self, model, inputs, return_outputs=False):
+        mode = "train" if self.model.training else "eval"
+        if "real_rows" not in inputs:
+            inputs = {
+                **inputs,
+                "real_rows": real_rows(self.accelerator, _pairs(inputs)) if mode == "eval" else _pairs(inputs),
+            }
+        scores = self.score(model, inputs, aux_loss=True) if self.aux_loss_enabled else self.score(model, inputs)
+        ref_chosen_logps, ref_rejected_logps = self._reference_logps(model, inputs)
+        chosen_logratios = scores.chosen_logps - ref_chosen_logps
+        rejected_logratios = scores.rejected_logps - ref_rejected_logps
+        self._check_first_margins(model, scores, (ref_chosen_logps, ref_rejected_logps), inputs)
+        losses = self.pair_losses(chosen_logratios, rejected_logratios, inputs)
+        loss = self.reduce_pairs(losses, inputs, mode)
+        if self.aux_loss_enabled:
+            loss = self._with_aux_loss(loss, scores.outputs.aux_loss, mode)
+        if mode == "train" and self.is_in_train:
+            self._finite_loss.watch(self, loss)
+        with torch.no_grad():
+            self._record(mode, scores, chosen_logratios, rejected_logratios, losses, inputs)
+        if return_outputs:
+            kwargs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
+            with torch.no_grad():
+                return loss, model(**kwargs, use_cache=False)
+        return loss
+
+    def reduce_pairs(self, losses: Tensor, inputs: dict, mode: str) -> Tensor:
+        """The loss of a micro-batch: the mean over pairs, with the window's coefficients in training."""
+        if mode == "train" and "pair_coefficients" in inputs:
+            return (losses * inputs["pair_coefficients"]).mean()
+        # A rank whose last batch only fills up has no row that counts; its value is cut off by the Trainer's gather
+        return losses[: max(inputs["real_rows"], 1)].mean()
+
+    def _check_first_margins(self, model, scores: PairScores, reference: tuple[Tensor, Tensor], inputs: dict) -> None:
+        if self._margin_checked or not self.model.training:
+            return
+        self._margin_checked = True
+        if self._reference_is_given or not self.args.check_reference or self.state.global_step > 0:
+            return
+        if not checks.may_be_identity(self.model):
+            return
+        if self._drops_out:
+            with torch.no_grad(), checks.evaluating(model), self._plain_forward():
+                scores = self.score(model, inputs)
+        tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)
+        logps = torch.cat([scores.chosen_logps, scores.rejected_logps])
+        per_token = (logps - torch.cat(reference)).detach().abs() / tokens
+        worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
+        checks.check_zero_margin(worst, self.model, self.accelerator, reference_logps.describe(self))
+
+    def _record(self, mode, scores: PairScores, chosen_logratios, rejected_logratios, losses, inputs) -> None:
+        means, real = self._means[mode], _real_pairs(inputs)
+        chosen_rewards, rejected_rewards = self.beta * chosen_logratios, self.beta * rejected_logratios
+        for name, values in (
+            ("rewards/chosen", chosen_rewards),
+            ("rewards/rejected", rejected_rewards),
+            ("rewards/accuracies", (chosen_rewards > rejected_rewards).float()),
+            ("rewards/margins", chosen_rewards - rejected_rewards),
+            ("logps/chosen", scores.chosen_logps),
+            ("logps/rejected", scores.rejected_logps),
+        ):
+            means.add(name, values, real)
+        tokens = scores.shift_mask.bool() & real.repeat(2).unsqueeze(1)
+        width, outputs = tokens.size(1), scores.outputs
+        chosen_tokens, rejected_tokens = tokens.chunk(2)
+        if outputs.entropy is not None:
+            means.add("entropy", outputs.entropy[:, -width:], tokens)
+        if outputs.mean_logits is not None:
+            chosen_logits, rejected_logits = outputs.mean_logits[:, -width:].chunk(2)
+            means.add("logits/chosen", chosen_logits, chosen_tokens)
+            means.add("logits/rejected", rejected_logits, rejected_tokens)
+        if outputs.is_top1 is not None:
+            means.add("mean_token_accuracy", outputs.is_top1[:, -width:].chunk(2)[0].float(), chosen_tokens)
+        if mode == "train":
+            means.add_sum("num_tokens", (inputs["attention_mask"].sum(dim=1) * real.repeat(2)).sum().float(), 1)
+            packed = inputs.get("packed")
+            record_padding(means, inputs["attention_mask"], packed)
+            if packed is not None:
+                unshared = torch.full((), packed.unshared, dtype=torch.float32, device=self.accelerator.device)
+                means.add_sum("prefix_sharing/unshared", unshared, _pairs(inputs))
+        self.extra_metrics(means, losses, chosen_logratios - rejected_logratios, inputs, mode)
+
+    # stands on DPOTrainer.log, which averages the lists in `_metrics`
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._reduce_means(logs)
+        super().log(logs, start_time)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        self._reduce_means({})
+
+    # stands on Trainer.evaluation_loop, which puts its own `gather_function` back
+    def evaluation_loop(self, *args, **kwargs):
+        self._means["eval"].clear()
+        self.gather_function = evaluation.PairRows(self.accelerator)
+        return super().evaluation_loop(*args, **kwargs)
+
+    # stands on DPOTrainer.prediction_step
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if isinstance(self.gather_function, evaluation.PairRows):
+            self.gather_function.begin(_pairs(inputs), self.accelerator.device)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
+        """The loss of each pair, (B,) from log-ratios (B,) in nats."""
+        raise NotImplementedError
+
+    def extra_metrics(self, means: MeanMetrics, losses: Tensor, margins: Tensor, inputs: dict, mode: str) -> None:
+        """Add a method's own metrics; `losses` and `margins` are (B,)."""
+
+
+class _PairColumns:
+    """A collator that also hands over the columns of ours that TRL's collator does not know."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = self.collator(examples)
+        if "flip_rate" in examples[0]:
+            batch["flip_rate"] = torch.tensor([float(example["flip_rate"]) for example in examples])
+        return batch
+
+
+def _counting_rows(accelerator, batches):
+    """Count the rows of each batch that are data at the moment it is drawn: the dataloader's state is of that batch."""
+    for batch in batches:
+        yield {**batch, "real_rows": real_rows(accelerator, _pairs(batch))}
+
+
+def _is_shorter(ids: list[int], limit: int) -> bool:
+    return len(ids) < limit
+
+
+def _pairs(batch) -> int:
+    return batch["input_ids"].size(0) // 2
+
+
+def _real_pairs(batch) -> Tensor:
+    return torch.arange(_pairs(batch), device=batch["input_ids"].device) < batch["real_rows"]
