@@ -7,17 +7,6 @@ named in the failure.
 import importlib
 import inspect
 
-TESTED = {
-    "torch": ("2.13.0",),
-    "transformers": ("5.23.0",),
-    "trl": ("1.16.0",),
-    "peft": ("0.21.2",),
-    "accelerate": ("1.15.0",),
-    "datasets": ("5.2.0",),
-    "deepspeed": ("0.19.8",),
-    "bitsandbytes": ("0.50.2",),
-}
-
 _FUSED = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # (module, dotted attribute, parameters we pass or receive by name or position)

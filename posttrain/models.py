@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from pathlib import Path
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.paths import cache_dir
-from posttrain.remote import check_model_name, model_failure
 
 SMOLLM2 = "embedded:smollm2-135m"
 TINY = "embedded:tiny"
@@ -73,80 +71,6 @@ def embedded_name(name: str | None) -> str | None:
         if name and Path(name).name.startswith(f"{folder}-"):
             return embedded
     return None
-
-
-def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | None]:
-    """The name or path of an adapter's base model, and its revision: `base`, or else what the adapter names.
-
-    Raises ConfigError for a folder without a readable adapter, and an adapter that names no base.
-    """
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise ConfigError(f"adapter is {folder}, which has no adapter_config.json; give an adapter's folder.")
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise ConfigError(f"adapter is {folder}, which has no adapter_model.safetensors; give an adapter's folder.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no valid JSON: {error}.") from None
-    if base:
-        return resolve_model(base), None
-    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not named:
-        raise ConfigError(f"the adapter in {folder} names no base model; give it with --base MODEL.")
-    # a cached folder may be another machine's, or cleared by now
-    return resolve_model(embedded_name(named) or named), config.get("revision")
-
-
-def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto", *, to_merge: bool = False):
-    """A base model with an adapter on it, in eval mode: a `PeftModel`.
-
-    Args:
-        folder: the adapter's: adapter_config.json and adapter_model.safetensors.
-        base: hub id, folder or `embedded:` name. Default: the base that the adapter names.
-        dtype: of the base: bfloat16, float16, float32, or auto for its own.
-        to_merge: refuse a base that is stored quantised: merging would change it.
-
-    Raises:
-        ConfigError: no adapter there, one that names no base, a base that is not there or that the adapter does not
-            fit, or one that cannot be merged into.
-        EnvironmentIssue: a base that only the hub has, which cannot be reached.
-    """
-    source, revision = base_of(folder, base)
-    check_model_name(source)
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        if to_merge and getattr(AutoConfig.from_pretrained(source, revision=revision), "quantization_config", None):
-            raise ConfigError(
-                f"the base model {source} is stored quantised; merging into it would change it. Keep the adapter "
-                "beside it, or merge into the unquantised model: --base MODEL."
-            )
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
-    except ConfigError:
-        raise
-    except ImportError as error:
-        raise EnvironmentIssue(f"the base model {source} needs a package that is missing: {error}") from error
-    except (OSError, ValueError) as error:
-        raise model_failure(source, error, "cannot be loaded as the adapter's base") from error
-    try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"the adapter in {folder} does not fit the base model {source}: {reason} Give the base that it was "
-            "trained on with --base MODEL."
-        ) from error
-
-
-def tokenizer_beside(folder: str | Path, base: str | None = None):
-    """The tokenizer saved with an adapter, or else its base model's. Raises as `load_adapter`."""
-    from posttrain.data.tokens import load_processing_class, tokenizer_of
-
-    own = (Path(folder) / "tokenizer_config.json").is_file()
-    source, revision = (str(folder), None) if own else base_of(folder, base)
-    return tokenizer_of(load_processing_class(source, revision))
 
 
 def byte_tokenizer(pad_token: str = _TURN_END):

@@ -34,7 +34,7 @@ def machine() -> dict:
     """Versions and hardware, to stand beside every figure."""
     import torch
 
-    from posttrain.run.report import library_versions
+    from posttrain.environment import library_versions
 
     facts = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.accelerator.is_available():

@@ -10,8 +10,10 @@ import torch
 import yaml
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from posttrain.environment import git_commit
 from posttrain.run import report
-from posttrain.run.report import RunReport, format_table, git_commit, plot_curves, wilson_interval
+from posttrain.run.report import RunReport, plot_curves
+from posttrain.tables import format_table, wilson_interval
 
 
 @pytest.fixture

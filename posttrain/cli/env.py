@@ -16,7 +16,7 @@ def run(args) -> int:
     import torch
 
     import posttrain
-    from posttrain.compat import TESTED
+    from posttrain.environment import TESTED
     from posttrain.paths import cache_dir
 
     facts = {"posttrain": posttrain.__version__, "python": platform.python_version(), "platform": platform.platform()}

@@ -39,12 +39,12 @@ def run(args) -> int:
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise ConfigError("max_new_tokens must be 1 or more, and temperature 0 or more.")
 
-    from posttrain.cli import _console
-    from posttrain.models import base_of, load_adapter, tokenizer_beside
+    from posttrain import quiet
+    from posttrain.adapters.loading import base_of, load_adapter, tokenizer_beside
 
     base_of(args.adapter, args.base)
     if not args.verbose:
-        _console.quiet_libraries()
+        quiet.quiet_libraries()
     from transformers import set_seed
 
     tokenizer = tokenizer_beside(args.adapter, args.base)

@@ -26,12 +26,12 @@ def run(args) -> int:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ConfigError(f"output is {args.output}, which is not empty; give a new folder.")
 
-    from posttrain.cli import _console
-    from posttrain.models import base_of
+    from posttrain import quiet
+    from posttrain.adapters.loading import base_of
 
     base_of(args.adapter, args.base)
     if not args.verbose:
-        _console.quiet_libraries()
+        quiet.quiet_libraries()
     from safetensors import SafetensorError
 
     from posttrain.hub.merging import merge_adapter

@@ -33,14 +33,14 @@ def run(args) -> int:
     """Push; exit code 0 once the commit is on the hub, 2 for a bad setting, 4 where the hub cannot take it."""
     _check_folder(args.folder)
 
-    from posttrain.cli import _console
+    from posttrain import quiet
     from posttrain.hub import open_repository, push_folder
     from posttrain.hub.base_model import check_repo_id, hub_base, noted_base
     from posttrain.hub.files import saved_weights
     from posttrain.hub.push import merged_weights
 
     if args.merged:
-        _console.quiet_libraries()
+        quiet.quiet_libraries()
     check_repo_id("ORG/NAME", args.repo)
     if "adapter_config.json" not in saved_weights(args.folder) and args.merged:
         raise ConfigError(f"--merged is set, but {args.folder} holds a whole model. Leave --merged out.")

@@ -90,10 +90,10 @@ def run(args) -> int:
     started = time.perf_counter()
     print("Loading the libraries and the model (the first time, it is converted into the cache) ...", flush=True)
 
-    from posttrain.cli import _console
+    from posttrain import quiet
 
     if not args.verbose:
-        _console.quiet_libraries()
+        quiet.quiet_libraries()
     job = _Job(scale, args.seed, output)
     results = [job.base()]
     for name in dict.fromkeys(args.methods):
@@ -229,14 +229,14 @@ class _Job:
         return {"beta": 0.1, "num_train_epochs": 1, "precompute_ref_log_probs": True, "precompute_ref_batch_size": 16}
 
     def versions(self) -> dict:
-        from posttrain.run.report import library_versions
+        from posttrain.environment import library_versions
 
         return library_versions() | {"python": platform.python_version()}
 
     def hardware(self) -> dict:
         import torch
 
-        from posttrain.run.report import device_name
+        from posttrain.environment import device_name
 
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         return {"device": device_name(device), "cores": os.cpu_count(), "platform": platform.platform()}
@@ -251,7 +251,7 @@ class _Job:
     def _score(self, model, label: str) -> dict:
         from posttrain.cli import _console
         from posttrain.evaluation import score_pairs
-        from posttrain.run.report import wilson_interval
+        from posttrain.tables import wilson_interval
 
         with _console.progress_bar(2 * len(self.held_out), f"{label}: scoring", "answer") as bar:
             scores = score_pairs(model, self.tokenizer, self.held_out, batch_size=16, progress=bar.update)
@@ -278,7 +278,7 @@ def _output_folder(name: str) -> Path:
 
 
 def _table(results: list[dict]) -> str:
-    from posttrain.run.report import format_table
+    from posttrain.tables import format_table
 
     rows = []
     for result in results:

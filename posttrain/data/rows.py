@@ -1,47 +1,10 @@
 """Reading rows of any kind, with every column and the place of each row."""
 
 import json
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
-from posttrain.data import formats, objects
-from posttrain.data.columns import READ
-from posttrain.data.pairs import loading
-from posttrain.data.parquet import read_parquet
+from posttrain.data import formats, objects, sources
 from posttrain.errors import DataError
-
-
-def read_rows(source: str, split: str = "train", limit: int | None = None) -> tuple[list[dict], list[str]]:
-    """The rows of a source as plain objects, and the words that say where each one is.
-
-    `source`: what `load_preferences` takes: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id, or a generated
-    data set. `limit`: the first rows only.
-
-    Raises DataError for a missing file, an unknown kind of file, broken JSON (with the line), rows that are no objects
-    and empty data; EnvironmentIssue where the hub cannot be reached.
-    """
-    path = Path(source).expanduser()
-    if not source.startswith("generated:") and loading._is_file_name(source):
-        if not path.exists():
-            raise DataError(f"{path} does not exist (working folder: {Path.cwd()}).")
-        if not path.name.endswith(loading.SUFFIXES):
-            raise DataError(f"{path} is of an unknown kind; readable are {', '.join(loading.SUFFIXES)}.")
-        found = _parquet_rows(path) if path.suffix == ".parquet" else loading._json_rows(path)
-    else:
-        load = loading._generate if source.startswith("generated:") else loading._load_hub
-        found = objects.unpadded(load(source, split))
-        found = ((f"{source}, row {number}", row) for number, row in enumerate(found, 1))
-    rows, places = [], []
-    for place, row in found:
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: a row must be an object, not {loading._kind(row)}.")
-        rows.append(row)
-        places.append(place)
-        if len(rows) == limit:
-            break
-    if not rows:
-        raise DataError(f"{source} holds no rows.")
-    return rows, places
 
 
 def columns_of(rows: Iterable[dict]) -> list[str]:
@@ -65,7 +28,7 @@ def as_dataset(rows: list[dict], source: str):
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors
         places = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
-        raise loading.mixed_types(rows, places, source, error) from None
+        raise sources.mixed_types(rows, places, source, error) from None
 
 
 def cells(rows: list[dict], places: list[str]):
@@ -96,6 +59,22 @@ def rows_of(dataset) -> Iterable[dict]:
         yield {name: value if name == "flipped" else json.loads(value) for name, value in there.items()}
 
 
-def _parquet_rows(path: Path):
-    for number, row in enumerate(objects.unpadded(read_parquet(path, READ)), 1):
-        yield f"{path}, row {number}", row
+def refuse_splits(train_dataset) -> None:
+    """DataError for several data sets by name in the place of the one to train on."""
+    if isinstance(train_dataset, Mapping):
+        splits = ", ".join(map(str, train_dataset))
+        raise DataError(f"train_dataset is a {type(train_dataset).__name__}; give one of its splits: {splits}.")
+
+
+def by_name(eval_dataset) -> dict:
+    """No, one or several data sets by their names."""
+    if eval_dataset is None:
+        return {}
+    return dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+
+
+def like(given, named: dict):
+    """Data sets by name in the form in which they were `given`."""
+    if given is None:
+        return None
+    return named if isinstance(given, Mapping) else named["eval_dataset"]

@@ -166,7 +166,7 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
     else:
         for column in ("prompt", "completion", "messages", "conversations", "text"):
             if column in row:
-                faults.style_of(row[column], column, place)
+                formats.style_of(row[column], column, place)
     if found.kind == formats.LANGUAGE_MODELLING:
         return [_language_modelling(row, processing_class, place)]
     if found.kind == formats.PROMPT_ONLY:
@@ -326,3 +326,48 @@ def _render(value, row: Mapping, processing_class, place: str, **options) -> dic
 
 def _template_options(row: Mapping) -> dict:
     return {"tools": tools_of(row), **(row.get("chat_template_kwargs") or {})}
+
+
+def generation_stop_ids(model, revision: str | None = None) -> set[int]:
+    """The token ids at which a model's generation stops; empty where it does not say.
+
+    `model`: a hub id or folder, of which the weights are not read, or a model.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    if isinstance(model, str):
+        try:
+            config = GenerationConfig.from_pretrained(model, revision=revision)
+        except (OSError, ValueError):
+            # a model without one generates by its own config
+            try:
+                config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
+            except (OSError, ValueError):
+                return set()
+    else:
+        config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
+
+
+def template_facts(processing_class) -> dict[str, bool | None]:
+    """What TRL's checks say of a chat template; None where there is none, or it cannot be asked.
+
+    `prefix_preserving`: earlier messages are rendered alike whatever follows. `stop_token_trained`: of a whole
+    conversation, training on the assistant's tokens takes in the end of the turn (asked of templates that mark them).
+    """
+    from trl.chat_template_utils import (
+        has_generation_markers,
+        is_chat_template_prefix_preserving,
+        is_chat_template_stop_token_trained,
+    )
+
+    facts: dict[str, bool | None] = {"prefix_preserving": None, "stop_token_trained": None}
+    template = getattr(processing_class, "chat_template", None)
+    if template:
+        # the check renders a tool call, which some templates refuse with an error of their own
+        with contextlib.suppress(Exception):
+            facts["prefix_preserving"] = is_chat_template_prefix_preserving(processing_class)
+        if has_generation_markers(template):
+            facts["stop_token_trained"] = is_chat_template_stop_token_trained(processing_class)
+    return facts

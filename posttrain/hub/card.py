@@ -7,9 +7,10 @@ import platform
 import re
 from pathlib import Path
 
+from posttrain.environment import library_versions
 from posttrain.hub.base_model import adapter_config, base_license, base_name, is_hub_id, join_front_matter, loaded_from
 from posttrain.models import SMOLLM2, TINY
-from posttrain.run.report import format_table, library_versions
+from posttrain.tables import format_table
 
 ADAPTER_HERE, MODEL_HERE, BASE_HERE = "path/to/this/adapter", "path/to/this/model", "path/to/the/base/model"
 LOCAL_BASE = "a model that was on the training machine only"

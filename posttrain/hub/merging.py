@@ -8,11 +8,11 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from posttrain.adapters.loading import load_adapter, tokenizer_beside
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.files import TOKENIZER, found
 from posttrain.log import get_logger
 from posttrain.mechanisms.base_digests import base_digests
-from posttrain.models import load_adapter, tokenizer_beside
 
 _PROMPTS = (
     "The capital of France is Paris, which lies on the river",
@@ -52,7 +52,7 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
     Args:
         run: folder of the adapter.
         folder: of the merged model; missing or empty.
-        base, dtype: as in `posttrain.models.load_adapter`, whose errors come through.
+        base, dtype: as in `posttrain.adapters.loading.load_adapter`, whose errors come through.
 
     Raises:
         ConfigError: an adapter that has no place in the weights, such as a learned prompt.

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from posttrain.objectives import advantages
+
 SCALES = ("group", "batch", "none")
 INTERPOLATIONS = ("inverted_cdf", "linear")
 SFT_NORMALIZATIONS = ("unified", "prompt", "token")
@@ -258,3 +260,45 @@ def _check_rewards(rewards: Tensor) -> Tensor:
             f"rewards of prompt {row} are {rewards[row].tolist()}; a reward must be finite, or NaN if unscorable."
         )
     return rewards
+
+
+def gate_weights(rewards: Tensor, gate: Tensor | None, soft_gate: list | None, threshold: float) -> Tensor:
+    """(P, 3) weights of each prompt's rollouts, off-policy demonstration and SFT demonstration.
+
+    Args:
+        rewards: (P, G) that success is read from, NaN where unscorable.
+        gate: (P,) True where the demonstration takes the rollouts' place; None with a `soft_gate`.
+        soft_gate: G + 1 rows of weights by the number of successes.
+        threshold: the least reward of a success.
+    """
+    if soft_gate is not None:
+        table = torch.tensor(soft_gate, dtype=torch.float32, device=rewards.device)
+        return table[(rewards >= threshold).sum(dim=1)]
+    weights = torch.zeros(len(rewards), 3, device=rewards.device)
+    weights[:, 0], weights[:, 2] = (~gate).float(), gate.float()
+    return weights
+
+
+def row_advantage(normalization: str, coefficient: float, loss_type: str, length: Tensor, totals: dict) -> Tensor:
+    """The advantages that give demonstrations of `length` tokens (D,) the weight that `normalization` asks for.
+
+    Args:
+        normalization, coefficient: as in `objectives.advantages.demonstration_advantage`, which is of dr_grpo.
+        loss_type: TRL's; sets what a token of a row weighs.
+        totals: of the generation batch over all ranks: rows, group_size, tokens (of the loss), demonstration_tokens,
+            max_length (of a completion).
+    """
+    rows, max_length = totals["rows"], totals["max_length"]
+    wanted = advantages.demonstration_advantage(
+        normalization,
+        coefficient,
+        group_size=totals["group_size"],
+        max_length=max_length,
+        demo_tokens=length,
+        total_rows=rows,
+        total_demo_tokens=totals["demonstration_tokens"],
+    )
+    if normalization == "unified" or loss_type == "dr_grpo":
+        return wanted * torch.ones_like(length)
+    divisor = {"grpo": rows * length, "sapo": rows * length, "luspo": rows}.get(loss_type, totals["tokens"])
+    return wanted * divisor / (rows * max_length) * torch.ones_like(length)

@@ -73,8 +73,9 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
+    from posttrain import tables
+    from posttrain.data import tokens
     from posttrain.data.limits import Limits
-    from posttrain.data.pairs import schema
     from posttrain.data.scored import answer_tokens, baselines, loading
     from posttrain.data.tokens import processing_class_for
     from posttrain.run import checks
@@ -84,7 +85,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     checks.check_model_config(args, config)
     processing_class = processing_class_for(model_id, None, args)
     revision = (args.model_init_kwargs or {}).get("revision")
-    stop_ids = schema.generation_stop_ids(model_id, revision)
+    stop_ids = tokens.generation_stop_ids(model_id, revision)
     name, answers, first = "train_dataset", len(train_dataset), train_dataset[0]
     if data_args.reward_func is not None:
         # one that is none is refused here; what it gives is known once it has scored the answers
@@ -109,7 +110,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     if weighed:
         a_lol.check_left(train_dataset, name, args, lost)
         rewards = train_dataset["reward"][:]
-        facts["rewards"] = "\n" + baselines.histogram(rewards)
+        facts["rewards"] = "\n" + tables.histogram(rewards)
         if args.weighs_by == "rewards":
             kept = sum(reward != 0 for reward in rewards)
         elif args.weighs_by == "advantages" and args.value != "head":
@@ -118,7 +119,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
             weights = a_lol.weights_of(advantages, args)
             baselines.check_positive(advantages, args.value, name, lost)
             baselines.check_weights(weights, name)
-            facts["advantages"] = "\n" + baselines.histogram(advantages)
+            facts["advantages"] = "\n" + tables.histogram(advantages)
             kept = sum(weight != 0 for weight in weights)
     elif head:
         a_lol.check_value_prompts(len(set(baselines.prompt_keys(train_dataset))), name, args)

@@ -143,11 +143,9 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     """
     from posttrain.data import columns
     from posttrain.data.limits import Limits
-    from posttrain.data.pairs.schema import generation_stop_ids
-    from posttrain.data.tasks import task_rows
-    from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
+    from posttrain.data.tasks import task_rows, tokens
+    from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
     from posttrain.run import checks
-    from posttrain.trainers.policy_gradient import demonstrations
 
     config = dry_run.check(model_id, args, peft_config)
     checks.check_generation(args, train_dataset)
@@ -159,9 +157,9 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         task_rows.check(dataset, tokenizer, args, name)
     if args.learns_from_demonstrations:
         stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))
-        train_dataset = demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+        train_dataset = tokens.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
 
-        limits.check(train_dataset, ((demonstrations.IDS,),), tokenizer, "train_dataset", None)
+        limits.check(train_dataset, ((tokens.IDS,),), tokenizer, "train_dataset", None)
     limits.check_prompts(train_dataset, tokenizer, args, "train_dataset")
     if eval_dataset is not None:
         limits.check_prompts(eval_dataset, tokenizer, args, "eval_dataset")
@@ -184,10 +182,10 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         "tokens of a rollout, at most": args.max_completion_length,
     } | dry_run.sizes(config, args, peft_config)
     if args.learns_from_demonstrations:
-        facts["longest demonstration (tokens)"] = max(len(ids) for ids in train_dataset[demonstrations.IDS])
+        facts["longest demonstration (tokens)"] = max(len(ids) for ids in train_dataset[tokens.IDS])
     facts |= {"rewards": ", ".join(task_args.reward_funcs), "prompt": texts[0]}
     if args.learns_from_demonstrations:
-        facts["demonstration"] = tokenizer.decode(train_dataset[0][demonstrations.IDS])
+        facts["demonstration"] = tokenizer.decode(train_dataset[0][tokens.IDS])
     return facts | {"gold": train_dataset[0].get("gold")}
 
 

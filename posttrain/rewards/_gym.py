@@ -4,7 +4,7 @@ from functools import cache, lru_cache
 
 import reasoning_gym
 
-from posttrain.data.tasks.gym import decode_task
+from posttrain.rewards.gym import decode_task
 
 
 def score(answer: str, gold: str) -> float:

@@ -1,8 +1,8 @@
 """What all rewards share: TRL's interface, counters, worker processes, and the check of gold answers."""
 
-import math
 from dataclasses import fields
 
+from posttrain.checks import check_integer, check_number, shorten
 from posttrain.data.tasks.golds import is_missing
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
@@ -233,12 +233,6 @@ def check_missing_golds(rewards, dataset, name: str) -> None:
             )  # fmt: skip
 
 
-def shorten(value, length: int = 80) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length - 10]}...{text[-7:]}"
-
-
 def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
@@ -250,16 +244,3 @@ def check_choice(name: str, value, allowed) -> None:
         near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
-
-
-def check_integer(name: str, value, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        span = f"of at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{name}={value!r} must be an integer {span}.")
-
-
-def check_number(name: str, value, low: float, high: float | None = None, above: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < low or (above and value == low) or (high is not None and value > high):
-        span = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high is not None else "")
-        raise ConfigError(f"{name}={value!r} must be a number {span}.")

@@ -1,11 +1,16 @@
 """The score that reasoning-gym's own verifiers give."""
 
+import json
 from dataclasses import dataclass
 
 from posttrain.errors import require
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.base import PooledReward, column_of, completion_text
 from posttrain.rewards.reads import ANSWER_TAGS
+
+# Keeps what JSON has no words for, since verifiers tell tuples from lists.
+_KIND = "__kind__"
+_KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
 
 
 @dataclass(eq=False)
@@ -54,3 +59,36 @@ class GymScore(PooledReward):
             f"its verifier does not finish in {self.timeout:g} s." if one.timed_out else one.value or one.error
             for one in outcomes
         ]
+
+
+def encode_task(name: str, entry: dict) -> str:
+    """A task as one text, from which `decode_task` makes an equal one."""
+    return json.dumps([name, _encode(entry)])
+
+
+def decode_task(task: str) -> tuple[str, dict]:
+    """The data set's name, and the task as its verifier takes it."""
+    name, entry = json.loads(task)
+    return name, _decode(entry)
+
+
+def _encode(value):
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and _KIND not in value:
+            return {key: _encode(one) for key, one in value.items()}
+        return {_KIND: "dict", "items": [[_encode(key), _encode(one)] for key, one in value.items()]}
+    if isinstance(value, list):
+        return [_encode(one) for one in value]
+    if type(value).__name__ in _KINDS and type(value) is _KINDS[type(value).__name__]:
+        return {_KIND: type(value).__name__, "items": [_encode(one) for one in value]}
+    return value
+
+
+def _decode(value):
+    if isinstance(value, list):
+        return [_decode(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if _KIND not in value:
+        return {key: _decode(one) for key, one in value.items()}
+    return _KINDS[value[_KIND]](_decode(one) for one in value["items"])

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from posttrain.checks import check_integer
 from posttrain.errors import ConfigError
-from posttrain.rewards.base import Reward, check_integer
+from posttrain.rewards.base import Reward
 
 
 @dataclass(eq=False)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import iscoroutinefunction, signature
 
+from posttrain.checks import shorten
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.rewards.base import Reward, shorten
+from posttrain.rewards.base import Reward
 from posttrain.rewards.reads import texts_of
 
 # Calls in a row that may raise before the run stops: so many steps without this reward teach nothing.

@@ -1,11 +1,9 @@
 """Checks that run before the model loads, or in the first step: what is wrong, where it is set, how to mend it."""
 
 import contextlib
-import difflib
 import math
 import re
 import tempfile
-from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers.utils import (
     is_liger_kernel_available,
 )
 
+from posttrain.checks import check_choice
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
 from posttrain.log import get_logger
 from posttrain.remote import check_model_name, model_failure
@@ -36,15 +35,6 @@ _FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_atten
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
 # Optimisers that ask for more of a model than its parameters.
 _NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`, with the nearest of them."""
-    if value in allowed:
-        return
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
 
 
 def check_args(args, config_class: type, method: str | None = None, output_dir: str | None = None):

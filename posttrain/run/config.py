@@ -11,12 +11,13 @@ from typing import ClassVar
 
 import torch
 
+from posttrain.checks import check_choice
 from posttrain.config.field_types import FieldType
 from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.run import checkpoints
-from posttrain.run.checks import check_choice, check_optimiser, check_reporters
+from posttrain.run.checks import check_optimiser, check_reporters
 
 # Where infinity is a setting, and not a slip.
 _MAY_BE_INFINITE = ("beta_prime",)

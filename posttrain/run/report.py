@@ -10,18 +10,14 @@ import numbers
 import os
 import platform
 import re
-import subprocess
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import NormalDist
 
 from transformers import TrainerCallback
 
+from posttrain.environment import device_name, git_commit, library_versions
 from posttrain.errors import EnvironmentIssue
 from posttrain.log import get_logger
 
-_LIBRARIES = "posttrain torch transformers trl peft accelerate datasets deepspeed bitsandbytes".split()
 _SECRET_NAME = re.compile(r"(hub|access|auth|api|bearer)_?(token|key)|secret|passw|credential", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@]+@")
 _NOT_PLOTTED = re.compile(r"epoch|step|total_flos|train_loss|num_tokens|.*(_runtime|_per_second)")
@@ -161,75 +157,6 @@ def _panel_of(name: str, trained: set[str]) -> tuple[str, str]:
     if rest in trained or metric is None:
         return rest, "eval"
     return metric, f"eval {rest.removesuffix(f'_{metric}')}"
-
-
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share: `successes` of `n` trials, both ends in [0, 1].
-
-    Unlike the normal interval it keeps its width at shares of 0 and 1. Raises ValueError unless 0 <=
-    successes <= n and n > 0.
-    """
-    if not 0 <= successes <= n or n <= 0:
-        raise ValueError(f"successes={successes}, n={n}: needs 0 <= successes <= n and n > 0.")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)
-
-
-def format_table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A markdown table with aligned columns: the first to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-
-    def line(row):
-        numbers_right = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return "| " + " | ".join([row[0].ljust(widths[0]), *numbers_right]) + " |"
-
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(cells[0]), line(ruler), *map(line, cells[1:])])
-
-
-def library_versions() -> dict[str, str]:
-    """The versions of this library and of those it stands on, where installed."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            if name == "posttrain":
-                from posttrain import __version__
-
-                found[name] = __version__
-    return found
-
-
-def device_name(device) -> str:
-    """A torch device in words: its type and, for an accelerator, the card's name."""
-    import torch
-
-    if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        return f"cuda, {torch.cuda.get_device_name(device)}"
-    return device.type
-
-
-def git_commit() -> str | None:
-    """The commit checked out in the working folder, with `-dirty` where files differ; None outside a
-    checkout."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return described.stdout.strip() or None
 
 
 def _rank(name: str) -> int:

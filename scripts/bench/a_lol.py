@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("POSTTRAIN_LOG", "warning")
     if args.memory:
         return _print_memory(args.memory, args)
-    from posttrain.run.report import format_table
+    from posttrain.tables import format_table
 
     # first: nothing else is in memory yet
     memory = {arm: memory_of(arm, args) for arm in ARMS}

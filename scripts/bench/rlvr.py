@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = options.parse_args(arguments)
     os.environ.setdefault("POSTTRAIN_LOG", "warning")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    from posttrain.run.report import format_table
+    from posttrain.tables import format_table
 
     groups = 5 if args.quick else 10
     rounds = args.rounds or (4 if args.quick else 8)

@@ -260,7 +260,7 @@ def _same_setting(one: dict, other: dict) -> bool:
 
 
 def show(rows: list[dict]) -> None:
-    from posttrain.run.report import format_table
+    from posttrain.tables import format_table
 
     def three(values, form):
         return "{0:{f}} [{1:{f}}, {2:{f}}]".format(*values, f=form) if values else ""

@@ -75,7 +75,7 @@ def summarise(stage: str, done: list[dict]) -> list[dict]:
 
 
 def show(rows: list[dict]) -> None:
-    from posttrain.run.report import format_table
+    from posttrain.tables import format_table
 
     names = [*MEASURES, "distinct_1", "distinct_2"]
 

@@ -67,7 +67,7 @@ def summarise(done: list[dict], samples: int) -> dict:
 
 
 def show(content: dict) -> None:
-    from posttrain.run.report import format_table
+    from posttrain.tables import format_table
 
     headers = ("arm", "split", "seeds", "greedy", "pass@1", "pass@k", "pass@1 minus GRPO", "pass@1 minus HPT")
     lines = []

@@ -184,7 +184,7 @@ def summarise(stage: str, done: list[dict]) -> list[dict]:
 
 
 def show(rows: list[dict]) -> None:
-    from posttrain.run.report import format_table
+    from posttrain.tables import format_table
 
     def line(row):
         gap = row.get("minus_dpo")

@@ -256,7 +256,8 @@ def test_a_quantised_base_is_not_merged_into(tiny_folder, adapter, tmp_path, cap
 
 
 def test_an_adapter_on_an_embedded_base_of_another_machine_finds_its_own(tmp_path, capsys):
-    from posttrain.models import load_adapter, resolve_model
+    from posttrain.adapters.loading import load_adapter
+    from posttrain.models import resolve_model
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(resolve_model("embedded:tiny")), lora())
     model.save_pretrained(tmp_path / "adapter")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.data.tasks.gym import decode_task, encode_task, gym_tasks
+from posttrain.data.tasks.gym import gym_tasks
 from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.rewards import GymScore, MathsAnswer, check_golds
+from posttrain.rewards.gym import decode_task, encode_task
 
 GSM8K = [
     {"question": "2 boxes of 600?", "answer": "He has 2*600=<<2*600=1200>>1200.\n#### 1,200"},

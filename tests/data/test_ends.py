@@ -9,12 +9,12 @@ import pytest
 import trl
 from datasets import Dataset
 
-from posttrain.data.pairs.schema import examine_preferences, generation_stop_ids
+from posttrain.data.pairs.schema import examine_preferences
 from posttrain.data.rendering.ends import Closing
 from posttrain.data.scored import answer_tokens
-from posttrain.data.tasks import task_rows
+from posttrain.data.tasks import task_rows, tokens
+from posttrain.data.tokens import generation_stop_ids
 from posttrain.errors import DataError
-from posttrain.trainers.policy_gradient import demonstrations
 from tests.conftest import make_pairs
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -146,13 +146,13 @@ def test_a_demonstration_ends_where_generation_does(tokenizer, family, stops, en
     changed = of_family(tokenizer, template, sorted({*special, *([bos] if bos else [])}), eos, bos)
     closing = Closing(changed, changed.convert_tokens_to_ids(list(stops)))
     for demonstration in (answer("It is 4"), "It is 4"):
-        text = changed.decode(demonstrations._ids(PROMPT, demonstration, changed, {}, None, closing))
+        text = changed.decode(tokens._ids(PROMPT, demonstration, changed, {}, None, closing))
         assert text.endswith(end), text
 
 
 def test_special_tokens_at_the_end_of_an_answer_are_no_end_of_it(tokenizer):
     changed = of_family(tokenizer, *GEMMA[:1], [*GEMMA[1], "</answer>"], *GEMMA[2:])
-    ids = demonstrations._ids(PROMPT, answer("<answer>4</answer>"), changed, {})
+    ids = tokens._ids(PROMPT, answer("<answer>4</answer>"), changed, {})
     assert changed.decode(ids) == "<answer>4</answer><end_of_turn>"
 
 
@@ -162,7 +162,7 @@ def test_special_tokens_at_the_end_of_an_answer_are_no_end_of_it(tokenizer):
 )
 def test_a_demonstration_of_plain_text_gets_one_end(tokenizer, text, ids):
     closing = Closing(tokenizer, tokenizer.convert_tokens_to_ids(["<|pad|>"]))
-    assert tokenizer.decode(demonstrations._ids("2+2=", text, tokenizer, {}, None, closing)) == ids
+    assert tokenizer.decode(tokens._ids("2+2=", text, tokenizer, {}, None, closing)) == ids
 
 
 def demonstrated(**columns):
@@ -176,24 +176,24 @@ def settings(**changes):
 
 
 def test_demonstrations_under_a_template_that_closes_no_turn_are_said_or_refused(glm, logged):
-    rows = demonstrations.tokenise(demonstrated(), glm, settings(), "train_dataset")
+    rows = tokens.tokenise(demonstrated(), glm, settings(), "train_dataset")
     assert glm.decode(rows[0]["demonstration_ids"]).endswith("It is 4<|im_end|>")
     assert "closes no turn, so 2 of 2 demonstrations end with the tokenizer's '<|im_end|>'" in logged.text
     with pytest.raises(DataError, match="closes no turn, .* end_of_turn is require"):
-        demonstrations.tokenise(demonstrated(), glm, settings(end_of_turn="require"), "train_dataset")
+        tokens.tokenise(demonstrated(), glm, settings(end_of_turn="require"), "train_dataset")
 
 
 def test_generation_that_does_not_stop_at_a_demonstrations_end_is_said(tokenizer, logged):
     changed = of_family(tokenizer, *GEMMA)
     stops = changed.convert_tokens_to_ids(["<eos>"])
-    demonstrations.tokenise(demonstrated(), changed, settings(), "train_dataset", stops)
+    tokens.tokenise(demonstrated(), changed, settings(), "train_dataset", stops)
     assert "generation does not stop at the demonstrations' end of turn, so 2 of 2" in logged.text
 
 
 def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer):
     silent = of_family(tokenizer, "{%- for m in messages if m.role == 'user' -%}{{ m.content }}{%- endfor -%}")
     with pytest.raises(DataError, match="row 1: the chat template renders nothing of an answer that is a text"):
-        demonstrations.tokenise(demonstrated(), silent, settings(), "train_dataset")
+        tokens.tokenise(demonstrated(), silent, settings(), "train_dataset")
 
 
 def test_a_models_own_config_says_where_it_stops_if_it_has_no_generation_config(tiny_folder, tmp_path):
@@ -239,14 +239,14 @@ def test_a_demonstration_that_only_calls_a_tool_is_learned_to_the_end_of_the_cal
     stop_ids = changed.convert_tokens_to_ids(list(stops))
     for choice in ("error", "rollouts"):
         given = settings(empty_demonstrations=choice, max_completion_length=200)
-        found = demonstrations.tokenise(rows, changed, given, "train_dataset", stop_ids)
+        found = tokens.tokenise(rows, changed, given, "train_dataset", stop_ids)
         assert changed.decode(found[0]["demonstration_ids"]).endswith(text)
     assert "empty" not in logged.text
 
 
 @pytest.mark.parametrize("demonstration", [answer(""), [{"role": "assistant", "content": None, "tool_calls": []}], " "])
 def test_a_demonstration_that_says_and_calls_nothing_is_empty(tokenizer, demonstration):
-    assert demonstrations._ids(PROMPT, demonstration, tokenizer, {}) == []
+    assert tokens._ids(PROMPT, demonstration, tokenizer, {}) == []
 
 
 def test_calls_of_a_demonstration_are_held_against_their_rendering(tokenizer, logged):
@@ -263,7 +263,7 @@ def test_calls_of_a_demonstration_are_held_against_their_rendering(tokenizer, lo
     with pytest.raises(DataError, match="drops tool calls"):
         task_rows.check(rows, of_family(tokenizer, "gemma3"), args)
     with pytest.raises(DataError, match="row 1: the chat template renders nothing of tool calls"):
-        demonstrations.tokenise(rows, of_family(tokenizer, "gemma3"), settings(), "train_dataset")
+        tokens.tokenise(rows, of_family(tokenizer, "gemma3"), settings(), "train_dataset")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from trl.trainer.utils import remove_none_values
 from posttrain.data import formats, objects
 from posttrain.data.pairs.loading import load_preferences
 from posttrain.data.pairs.schema import examine_preferences
-from posttrain.data.rows import read_rows
 from posttrain.data.scored.loading import as_scored, load_scored
+from posttrain.data.sources import read_rows
 from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError

@@ -10,8 +10,8 @@ import pytest
 
 from posttrain.cli import main
 from posttrain.data.pairs.loading import load_preferences
-from posttrain.data.rows import read_rows
 from posttrain.data.scored.loading import load_scored
+from posttrain.data.sources import read_rows
 from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.errors import DataError
 

@@ -10,7 +10,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from posttrain.data.pairs import schema
-from posttrain.data.pairs.schema import check_preferences, check_run, examine_preferences, template_facts
+from posttrain.data.pairs.schema import check_preferences, check_run, examine_preferences
+from posttrain.data.tokens import template_facts
 from posttrain.errors import ConfigError, DataError
 from tests.conftest import make_pairs
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, DatasetDict
 
+from posttrain import tables
 from posttrain.data.scored import answer_tokens, baselines
 from posttrain.data.scored.loading import as_scored, check_range, load_scored, reward_key, score
 from posttrain.data.scored.scales import check_scales
@@ -321,7 +322,7 @@ def test_no_positive_advantage_shows_the_histogram():
     assert lines[0].startswith("train_dataset: none of 4 answers has a reward above its value (value: column)")
     assert len(lines) == 9 and lines[1].split()[:4] == ["-0.4", "to", "-0.35", "1"]
     assert lines[8].split()[3:] == ["2", "#" * 40]
-    assert baselines.histogram([0.5, 0.5]).split()[:2] == ["0.5", "2"]
+    assert tables.histogram([0.5, 0.5]).split()[:2] == ["0.5", "2"]
     baselines.check_positive([-1.0, 0.1], "mean", "x")
 
 
@@ -335,7 +336,7 @@ def test_what_only_rounding_tells_apart_is_equal():
         baselines.check_unequal(rewards, "head", "x", " 3 lost.")
     baselines.check_unequal([0.1, 0.101], "head", "x")
     assert baselines.advantages_of([1000.01, 0.5, -2.0], [1000.0, 0.5, -1.0]) == pytest.approx([0.01, 0.0, -1.0])
-    assert baselines.histogram([0.0, 5e-324]).split()[1] == "2"
+    assert tables.histogram([0.0, 5e-324]).split()[1] == "2"
 
 
 def test_weights_that_vanish_in_fp32_are_refused():

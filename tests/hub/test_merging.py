@@ -6,11 +6,12 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from transformers import AutoModelForCausalLM
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain.adapters.loading import load_adapter
 from posttrain.cli import _console, main
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import merging, push
 from posttrain.hub.merging import merge_adapter
-from posttrain.models import load_adapter, tiny_model
+from posttrain.models import tiny_model
 from tests import training
 from tests.conftest import make_pairs
 

@@ -99,7 +99,7 @@ def _inspect(args) -> int:
     from posttrain.cli.data import token_view
     from posttrain.data import tokens
     from posttrain.data.lengths import end_of_turn_tokens, last_token
-    from posttrain.data.pairs.schema import template_facts
+    from posttrain.data.tokens import template_facts
 
     processing_class = source.processing_class()
     tokenizer = tokens.tokenizer_of(processing_class)
@@ -185,7 +185,7 @@ def _stats(args) -> int:
         return 0
 
     from posttrain.data.lengths import QUANTILES
-    from posttrain.run.report import format_table
+    from posttrain.tables import format_table
 
     print(source.heading())
     for name in ("empty", "identical"):
@@ -210,12 +210,14 @@ def _out(args) -> Path:
 
 
 def _convert(args) -> int:
+    from posttrain import quiet
     from posttrain.cli import _console
 
     out = _out(args)
-    _console.quiet_libraries()
+    quiet.quiet_libraries()
     from posttrain.data import shapes
-    from posttrain.data.rows import cells, columns_of, read_rows, rows_of
+    from posttrain.data.rows import cells, columns_of, rows_of
+    from posttrain.data.sources import read_rows
 
     rows, places = read_rows(args.source, args.split, args.limit)
     found = shapes.of_any_kind(columns_of(rows), rows[0], args.to, args.source)
@@ -237,7 +239,8 @@ def _flip(args) -> int:
     import datasets
 
     from posttrain.data.corruption import flip_row, lone_columns, rows_to_flip
-    from posttrain.data.rows import cells, columns_of, read_rows, rows_of
+    from posttrain.data.rows import cells, columns_of, rows_of
+    from posttrain.data.sources import read_rows
 
     datasets.disable_progress_bars()
     rows, places = read_rows(args.source, args.split)
@@ -304,13 +307,15 @@ class _Source:
     """The rows that SOURCE names, and what they are."""
 
     def __init__(self, args, limit: int | None = None):
+        from posttrain import quiet
         from posttrain.cli import _console
 
-        _console.quiet_libraries()
+        quiet.quiet_libraries()
         from posttrain.data import formats, shapes
         from posttrain.data.columns import first_with_system, say_system
         from posttrain.data.formats import detect
-        from posttrain.data.rows import columns_of, read_rows
+        from posttrain.data.rows import columns_of
+        from posttrain.data.sources import read_rows
 
         self.name, self.model = args.source, args.model
         self.rows, self.places = read_rows(args.source, args.split, limit)
@@ -406,6 +411,7 @@ class _Source:
 
     def pair_facts(self, max_length: int) -> dict:
         """Counts, lengths and warnings of preference pairs; DataError where they cannot be trained on."""
+        from posttrain.data import tokens
         from posttrain.data.pairs import faults, schema
         from posttrain.data.rows import as_dataset
 
@@ -418,7 +424,7 @@ class _Source:
             return facts | self._sizes([name for name in ("prompt", "chosen", "rejected") if name in self.columns])
         processing_class = self.processing_class()
         data = as_dataset(self.rows, self.name)
-        stop_ids = schema.generation_stop_ids(self.model)
+        stop_ids = tokens.generation_stop_ids(self.model)
         report = schema.examine_preferences(
             data, processing_class, max_length, self.name, stop_ids=stop_ids, places=self.places
         )

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from posttrain.data import formats
+from posttrain.data.formats import described, is_empty, style_of
 from posttrain.errors import DataError
 
 _SIDES = ("chosen", "rejected")
@@ -97,12 +98,12 @@ def faults(row: Mapping, place: str, styles: dict | None = None) -> list[str]:
             )
     if not isinstance(row.get("chat_template_kwargs") or {}, Mapping):
         raise DataError(
-            f"{place}: chat_template_kwargs is {_described(row['chat_template_kwargs'])}; it must be an object, or "
+            f"{place}: chat_template_kwargs is {described(row['chat_template_kwargs'])}; it must be an object, or "
             "null for none."
         )
     chosen, rejected = row["chosen"], row["rejected"]
     found = []
-    empty = [side for side in (chosen, rejected) if _is_empty(side)]
+    empty = [side for side in (chosen, rejected) if is_empty(side)]
     if any(isinstance(side, str) or not side[-1].get("function_call") for side in empty):
         found.append("empty")
     elif empty:
@@ -163,74 +164,10 @@ def _faults_of_tokens(row: Mapping, place: str) -> list[str]:
     for column in formats.TOKEN_COLUMNS:
         value = row[column]
         if not isinstance(value, list) or not all(type(token) is int for token in value):
-            raise DataError(f"{place}: {column} is {_described(value)}; it must be a list of token ids.")
+            raise DataError(f"{place}: {column} is {described(value)}; it must be a list of token ids.")
     found = []
     if not row["chosen_ids"] or not row["rejected_ids"]:
         found.append("empty")
     if row["chosen_ids"] == row["rejected_ids"]:
         found.append("identical")
     return found
-
-
-def style_of(value, column: str, place: str) -> str:
-    """`a text` or `a list of messages`; DataError for anything else."""
-    if isinstance(value, str):
-        return "a text"
-    problem = None
-    if not isinstance(value, list) or not value:
-        problem = f"{column} is {_described(value)}"
-    else:
-        for number, message in enumerate(value, 1):
-            problem = _message_problem(message)
-            if problem:
-                problem = f"{column} is a list whose item {number} {problem}"
-                break
-    if problem is None:
-        return "a list of messages"
-    raise DataError(
-        f"{place}: {problem}. It must be a text, or a list of messages such as "
-        '[{"role": "user", "content": "Hello"}]; mend the row or leave it out.'
-    )
-
-
-def _message_problem(message) -> str | None:
-    if not isinstance(message, Mapping):
-        return f"is {_described(message)}"
-    if "from" in message and "value" in message:
-        return "is a sharegpt turn (posttrain.data.formats.convert makes messages of those)"
-    if not isinstance(message.get("role"), str):
-        return f"has no role (its keys: {', '.join(map(str, message)) or 'none'})"
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return None
-    if isinstance(content, list) and all(isinstance(block, Mapping) for block in content):
-        return None
-    if isinstance(content, str):
-        return None
-    call = ", and its call in the key function_call, which is to be tool_calls" if message.get("function_call") else ""
-    return f"has a content that is {_described(content)}{call}"
-
-
-def _is_empty(side) -> bool:
-    """Whether a side says nothing: of messages, the last one counts."""
-    if isinstance(side, str):
-        return not side.strip()
-    content = side[-1].get("content")
-    if side[-1].get("tool_calls"):
-        return False
-    if isinstance(content, str):
-        return not content.strip()
-    return all(block.get("type") == "text" and not (block.get("text") or "").strip() for block in content)
-
-
-def _described(value) -> str:
-    """A value of the wrong type in a few words."""
-    if value is None:
-        return "null"
-    if isinstance(value, Mapping):
-        return f"an object with the keys {', '.join(map(str, value)) or 'none'}"
-    if isinstance(value, list):
-        return f"a list of {type(value[0]).__name__}" if value else "an empty list"
-    shown = repr(value)
-    kind = "a text" if isinstance(value, str) else "a number" if isinstance(value, (int, float)) else "a value"
-    return f"{kind} ({shown if len(shown) <= 40 else shown[:37] + '...'})"

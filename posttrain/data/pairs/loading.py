@@ -1,10 +1,5 @@
 """Reading preference pairs: a hub data set, a local file, or generated ones."""
 
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -12,14 +7,12 @@ from posttrain.data import formats, objects, shapes
 from posttrain.data.columns import READ, SYSTEM, place_system, say_left_out
 from posttrain.data.generated import reverse_list_pairs
 from posttrain.data.parquet import read_parquet
-from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.data.sources import SUFFIXES, is_file_name, json_rows, kind_of, load_hub, mixed_types
+from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
-from posttrain.remote import offline_reason, out_of_reach, reads_as_path
 
 COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_kwargs")
-SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _GENERATED = "generated:reverse_list"
-_OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml", ".xlsx")
 
 
 def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True):
@@ -47,10 +40,10 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     places: list[str] = []
     if source.startswith("generated:"):
         dataset = _generate(source, split)
-    elif _is_file_name(source):
+    elif is_file_name(source):
         dataset, places = _read_file(Path(source).expanduser(), limit, convert)
     else:
-        dataset = _converted(_load_hub(source, split), source, convert)
+        dataset = _converted(load_hub(source, split), source, convert)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
         raise formats.without_sides(dataset.column_names, source, dataset[0] if len(dataset) else None)
     if len(dataset) == 0:
@@ -65,13 +58,6 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     dataset = place_system(dataset, source)
     dataset = dataset.select_columns([name for name in COLUMNS if name in names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
-def _is_file_name(source: str) -> bool:
-    path = Path(source).expanduser()
-    if path.exists():
-        return path.is_file()
-    return source.endswith(SUFFIXES + _OTHER_SUFFIXES) or reads_as_path(source)
 
 
 def _generate(source: str, split: str):
@@ -114,7 +100,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
     if path.suffix == ".parquet":
         return _read_parquet(path, convert), []
     rows, places = [], []
-    found = _json_rows(path)
+    found = json_rows(path)
     for place, row in shapes.read(found, (shapes.PAIRS,), str(path)) if convert else found:
         rows.append(_checked(row, place, is_first=not rows))
         places.append(place)
@@ -146,51 +132,6 @@ def _columns_to_read(names: set[str], row: dict) -> list[str]:
     return [name for name in wanted if name in names]
 
 
-def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exception) -> DataError:
-    """The error to raise where the values of some column have no common type, which pyarrow said as `error`."""
-    seen: dict[str, tuple[str, str]] = {}
-    for place, row in zip(places, rows, strict=True):
-        half = _half_character(row)
-        if half:
-            return DataError(
-                f"{place}: {half!r} is half of a surrogate pair, and no character. Mend the row, or leave it out."
-            )
-        for name, value in row.items():
-            for part, kind in _kinds(value, name):
-                known, where = seen.setdefault(part, (kind, place))
-                if kind != known:
-                    return DataError(
-                        f"{place}: {part} is {kind}, and in {where} it is {known}; all rows need the same type. Mend "
-                        "the row, or leave it out."
-                    )
-    return DataError(f"{source}: the rows do not have the same types throughout: {error}")
-
-
-def _half_character(row: dict) -> str | None:
-    """A lone surrogate, which JSON can write and a text cannot hold."""
-    found = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str))
-    return found and found.group()
-
-
-def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
-    """What kind of value a column holds, and each part of it; null may stand for any."""
-    if value is None:
-        return
-    names = {
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        dict: "an object",
-        list: "a list",
-    }
-    yield name, names.get(type(value), "a value")
-    parts = [(f"{name}[]", item) for item in value] if isinstance(value, list) else []
-    parts += [(f"{name}.{key}", item) for key, item in value.items()] if isinstance(value, dict) else []
-    for part, item in parts:
-        yield from _kinds(item, part)
-
-
 def _read_parquet(path: Path, convert: bool):
     table = read_parquet(path, READ)
     names, first = table.column_names, table[0] if len(table) else {}
@@ -203,52 +144,9 @@ def _read_parquet(path: Path, convert: bool):
     return table.select_columns(columns)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Each row with the words that say where it is."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 1
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            if path.suffix == ".json":
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise DataError(f"{path} must hold a list of rows, not {_kind(rows)}; rows on lines are .jsonl.")
-                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    # without the line's end, after which the parser would count another line
-                    yield f"{path}, line {number}", json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        # A line is parsed alone, a .json file as a whole: one of the two numbers is 1.
-        line = number + error.lineno - 1
-        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}.") from None
-    except UnicodeDecodeError as error:
-        # the text was decoded in blocks, whose positions say nothing
-        with opener(path, "rb") as file:
-            number = next(number for number, line in enumerate(file, 1) if not _is_utf8(line))
-        raise DataError(f"{path}, line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as gzipped UTF-8 text: {error}") from None
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        # lists in lists without end, or a number of thousands of digits
-        place = path if path.suffix == ".json" else f"{path}, line {number}"
-        raise DataError(f"{place}: JSON that cannot be read: {error}.") from None
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _checked(row, place: str, is_first: bool) -> dict:
     if not isinstance(row, dict):
-        raise DataError(f"{place}: a row must be an object with 'chosen' and 'rejected', not {_kind(row)}.")
+        raise DataError(f"{place}: a row must be an object with 'chosen' and 'rejected', not {kind_of(row)}.")
     missing = [name for name in ("chosen", "rejected") if name not in row]
     if missing and is_first:
         raise formats.without_sides(row, place, row)
@@ -262,46 +160,3 @@ def _checked(row, place: str, is_first: bool) -> dict:
         what = f"{null[0]!r} is null" if len(null) == 1 else "'chosen' and 'rejected' are null"
         raise DataError(f"{place}: {what}; every row needs both sides. Fill it in, or leave the row out.")
     return row
-
-
-def _load_hub(source: str, split: str):
-    from datasets import load_dataset
-    from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DatasetsError
-
-    if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
-        return _load_saved(source, split)
-    try:
-        return load_dataset(source, split=split)
-    except EmptyDatasetError:
-        raise DataError(
-            f"the data set {source!r} is a folder without data files that can be read; give a file "
-            f"({', '.join(SUFFIXES)}), or a folder of some."
-        ) from None
-    except (DatasetsError, OSError, ValueError) as error:
-        if out_of_reach(error):
-            raise EnvironmentIssue(
-                f"the data set {source!r} is no file or folder here, and the hub cannot be reached. "
-                f"{offline_reason()}, or give a local file."
-            ) from None
-        raise DataError(f"the data set {source!r} (split {split!r}) cannot be loaded: {error}") from None
-
-
-def _load_saved(source: str, split: str):
-    """What `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        saved = load_from_disk(source)
-    except (OSError, ValueError) as error:
-        raise DataError(f"the data set in the folder {source!r} cannot be read: {error}") from None
-    if not isinstance(saved, DatasetDict):
-        return saved
-    if split not in saved:
-        raise DataError(f"the data set in the folder {source!r} has no split {split!r}; it has {', '.join(saved)}.")
-    return saved[split]
-
-
-def _kind(value) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return names.get(type(value), repr(value))

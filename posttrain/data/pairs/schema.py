@@ -1,6 +1,5 @@
 """Checks of a data set before the model loads: its columns, its values, and what is left of it as tokens."""
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -10,7 +9,14 @@ from posttrain.data.lengths import Lengths, measure, said_of_prompts
 from posttrain.data.pairs.faults import read_values, scan_pairs
 from posttrain.data.rendering import row_checks
 from posttrain.data.rendering.ends import check_ends
-from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
+from posttrain.data.rows import refuse_splits
+from posttrain.data.tokens import (
+    generation_stop_ids,
+    processing_class_for,
+    template_facts,
+    tokenized_pairs,
+    tokenizer_of,
+)
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 
@@ -189,13 +195,6 @@ def examine_preferences(
     return report
 
 
-def refuse_splits(train_dataset) -> None:
-    """DataError for several data sets by name in the place of the one to train on."""
-    if isinstance(train_dataset, Mapping):
-        splits = ", ".join(map(str, train_dataset))
-        raise DataError(f"train_dataset is a {type(train_dataset).__name__}; give one of its splits: {splits}.")
-
-
 def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None) -> Format:
     """The format of preference pairs; DataError with the found and needed columns and a fix for anything else."""
     found = detect(columns, row)
@@ -208,51 +207,6 @@ def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None)
             "  dataset = convert(dataset)"
         )
     raise formats.without_sides(columns, name, row, is_loaded=True)
-
-
-def generation_stop_ids(model, revision: str | None = None) -> set[int]:
-    """The token ids at which a model's generation stops; empty where it does not say.
-
-    `model`: a hub id or folder, of which the weights are not read, or a model.
-    """
-    from transformers import AutoConfig, GenerationConfig
-
-    if isinstance(model, str):
-        try:
-            config = GenerationConfig.from_pretrained(model, revision=revision)
-        except (OSError, ValueError):
-            # a model without one generates by its own config
-            try:
-                config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
-            except (OSError, ValueError):
-                return set()
-    else:
-        config = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    return set(ids) if isinstance(ids, list) else {ids} - {None}
-
-
-def template_facts(processing_class) -> dict[str, bool | None]:
-    """What TRL's checks say of a chat template; None where there is none, or it cannot be asked.
-
-    `prefix_preserving`: earlier messages are rendered alike whatever follows. `stop_token_trained`: of a whole
-    conversation, training on the assistant's tokens takes in the end of the turn (asked of templates that mark them).
-    """
-    from trl.chat_template_utils import (
-        has_generation_markers,
-        is_chat_template_prefix_preserving,
-        is_chat_template_stop_token_trained,
-    )
-
-    facts: dict[str, bool | None] = {"prefix_preserving": None, "stop_token_trained": None}
-    template = getattr(processing_class, "chat_template", None)
-    if template:
-        # the check renders a tool call, which some templates refuse with an error of their own
-        with contextlib.suppress(Exception):
-            facts["prefix_preserving"] = is_chat_template_prefix_preserving(processing_class)
-        if has_generation_markers(template):
-            facts["stop_token_trained"] = is_chat_template_stop_token_trained(processing_class)
-    return facts
 
 
 def _is_sized(dataset) -> bool:

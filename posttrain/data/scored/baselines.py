@@ -6,15 +6,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain.data.pairs.faults import _described
+from posttrain.data.formats import described
 from posttrain.data.scored.loading import check_size
 from posttrain.errors import DataError
+from posttrain.tables import histogram
 
 # What a reward differs from its value by, relative to them, is rounding up to here; scores are rounded to fp32
 ROUNDING = 1e-6
 # The largest weight below this leaves gradients that fp32 rounds to nothing
 _SMALLEST = 1e-12
-_BAR = 40
 
 
 def prompt_keys(dataset) -> list[str]:
@@ -56,7 +56,7 @@ def column_of_values(dataset, column: str, name: str, called: str | None = None)
     values, called = dataset[column][:], called or column
     for number, value in enumerate(values, 1):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            shown = value if isinstance(value, float) else _described(value)
+            shown = value if isinstance(value, float) else described(value)
             raise DataError(f"{name}, answer {number}: {called}, the value, is {shown}; it must be a finite number.")
         check_size(value, f"{name}, answer {number}", f"{called}, the value,")
     return [float(value) for value in values]
@@ -119,22 +119,6 @@ def describe(advantages: Sequence[float], weights: Sequence[float]) -> Advantage
         quartiles,
         total * total / squares if squares else 0.0,
     )
-
-
-def histogram(values: Sequence[float], bins: int = 8) -> str:
-    """Counts over equal spans as lines of text: the span, the count, a bar."""
-    low, high = min(values), max(values)
-    width = high / bins - low / bins
-    if not width:
-        return f"  {low:9.3g}  {len(values):>7} {'#' * _BAR}"
-    counts = [0] * bins
-    for value in values:
-        counts[min(int((value - low) / width), bins - 1)] += 1
-    lines = []
-    for i, count in enumerate(counts):
-        bar = "#" * math.ceil(_BAR * count / max(counts))
-        lines.append(f"  {low + i * width:9.3g} to {low + (i + 1) * width:9.3g}  {count:>7} {bar}")
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def check_positive(advantages: Sequence[float], value: str, name: str, lost: str = "") -> None:

@@ -8,13 +8,14 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from posttrain.data import formats, objects, shapes
+from posttrain.data import formats, objects, shapes, sources
 from posttrain.data.columns import first_with_system, say_left_out, say_system, system_in_front
+from posttrain.data.formats import described, is_empty, style_of
 from posttrain.data.generated import reversed_share
-from posttrain.data.pairs import loading, sides
-from posttrain.data.pairs.faults import _described, _is_empty, style_of
-from posttrain.data.rows import columns_of, read_rows
+from posttrain.data.pairs import sides
+from posttrain.data.rows import columns_of
 from posttrain.data.scored.scales import check_scales
+from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
@@ -42,7 +43,7 @@ def load_scored(
     """Scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     Args:
-        source: what `posttrain.data.rows.read_rows` reads: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id;
+        source: what `posttrain.data.sources.read_rows` reads: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id;
             or several of them. Rows are prompt, completion, reward, or pairs with a reward for each side, which become
             two rows. Of `generated:reverse_list` the reward is the share of words in their right place.
         limit: the first rows of each source only, pairs counting one.
@@ -147,7 +148,7 @@ def unroll(
                         f"{place}: {column} is {style}, and in {where} there is {known}; write all prompts and answers "
                         "as texts, or all as lists of messages."
                     )
-            empty += _is_empty(row[completion])
+            empty += is_empty(row[completion])
             if reward is not None:
                 one["reward"] = reward
             made.append(one)
@@ -276,7 +277,7 @@ def _number(row: Mapping, column: str, place: str) -> float:
     if value is None:
         raise DataError(f"{place}: {column} is missing; every answer needs a number. Fill it in, or leave the row out.")
     if not isinstance(value, int | float):
-        raise DataError(f"{place}: {column} is {_described(value)}; it must be a number.")
+        raise DataError(f"{place}: {column} is {described(value)}; it must be a number.")
     if not math.isfinite(value):
         raise DataError(f"{place}: {column} is {value}; it must be a finite number. Mend the row, or leave it out.")
     check_size(value, place, column)
@@ -337,7 +338,7 @@ def _dataset(rows: list[dict], source: str):
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors
         places = [f"{source}, answer {number}" for number in range(1, len(rows) + 1)]
-        raise loading.mixed_types(rows, places, source, error) from None
+        raise sources.mixed_types(rows, places, source, error) from None
 
 
 def _with_rewards(row: Mapping) -> dict:

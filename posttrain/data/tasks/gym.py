@@ -1,15 +1,11 @@
 """Tasks of the reasoning-gym package, by name (extra `gym`)."""
 
 import difflib
-import json
 from collections.abc import Iterable
 from dataclasses import fields
 
 from posttrain.errors import ConfigError, DataError, require
-
-# Keeps what JSON has no words for, since verifiers tell tuples from lists.
-_KIND = "__kind__"
-_KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
+from posttrain.rewards.gym import encode_task
 
 
 def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conversational: bool = True, **options):
@@ -52,17 +48,6 @@ def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conver
     return Dataset.from_list(rows)
 
 
-def encode_task(name: str, entry: dict) -> str:
-    """A task as one text, from which `decode_task` makes an equal one."""
-    return json.dumps([name, _encode(entry)])
-
-
-def decode_task(task: str) -> tuple[str, dict]:
-    """The data set's name, and the task as its verifier takes it."""
-    name, entry = json.loads(task)
-    return name, _decode(entry)
-
-
 def _create(name: str, seed: int, size: int, options: dict):
     require("reasoning_gym", "gym", f"gym:{name}")
     from reasoning_gym import create_dataset
@@ -101,25 +86,3 @@ def _row(name: str, source, entry: dict, conversational: bool) -> dict:
         prompt = [{"role": "user", "content": prompt}]
         demonstration = [{"role": "assistant", "content": demonstration}]
     return {"prompt": prompt, "demonstration": demonstration, "gold": answer, "gym_task": task}
-
-
-def _encode(value):
-    if isinstance(value, dict):
-        if all(isinstance(key, str) for key in value) and _KIND not in value:
-            return {key: _encode(one) for key, one in value.items()}
-        return {_KIND: "dict", "items": [[_encode(key), _encode(one)] for key, one in value.items()]}
-    if isinstance(value, list):
-        return [_encode(one) for one in value]
-    if type(value).__name__ in _KINDS and type(value) is _KINDS[type(value).__name__]:
-        return {_KIND: type(value).__name__, "items": [_encode(one) for one in value]}
-    return value
-
-
-def _decode(value):
-    if isinstance(value, list):
-        return [_decode(one) for one in value]
-    if not isinstance(value, dict):
-        return value
-    if _KIND not in value:
-        return {key: _decode(one) for key, one in value.items()}
-    return _KINDS[value[_KIND]](_decode(one) for one in value["items"])

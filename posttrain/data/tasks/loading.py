@@ -8,11 +8,11 @@ from inspect import signature
 from pathlib import Path
 from urllib.parse import unquote
 
-from posttrain.data import formats, objects, shapes
+from posttrain.data import formats, objects, shapes, sources
 from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
 from posttrain.data.generated import arithmetic_tasks, modular_sum_tasks
-from posttrain.data.pairs import loading
-from posttrain.data.rows import columns_of, read_rows
+from posttrain.data.rows import columns_of
+from posttrain.data.sources import read_rows
 from posttrain.data.tasks.golds import gold_text
 from posttrain.data.tasks.gym import gym_tasks
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
@@ -211,7 +211,7 @@ def _side(row: dict, place: str, column: str, name: str):
     value = objects.flattened(value)
     if isinstance(value, list) and value and all(_is_message(message) for message in value):
         return value
-    shown = "an empty text" if isinstance(value, str) else "an empty list" if value == [] else loading._kind(value)
+    shown = "an empty text" if isinstance(value, str) else "an empty list" if value == [] else sources.kind_of(value)
     raise DataError(f"{place}: {column!r}, the {name}, is {shown}; it must be a text or a list of messages.")
 
 

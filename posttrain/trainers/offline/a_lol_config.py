@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from trl import SFTConfig
 
+from posttrain.checks import check_choice
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import offline
-from posttrain.run.checks import check_choice
 from posttrain.run.config import CommonConfig
 
 VALUES = ("mean", "per_prompt", "column", "head")

@@ -1,7 +1,5 @@
 """Rows of scored answers on their way to a batch: scored by one rank, dropped where dead, collated."""
 
-from collections.abc import Mapping
-
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 
@@ -72,13 +70,6 @@ def check_scales(train_dataset, named: dict) -> None:
         scales.check_scales({"train_dataset": rewards, name: dataset["reward"][:]}, "data sets")
 
 
-def by_name(eval_dataset) -> dict:
-    """No, one or several data sets by their names."""
-    if eval_dataset is None:
-        return {}
-    return dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
-
-
 class WeighedRows:
     """A collator that also hands over the columns of ours that TRL's collator does not know."""
 
@@ -96,13 +87,6 @@ class WeighedRows:
             logps[mask] = torch.tensor([value for example in examples for value in example[COLUMN]])
             batch["ref_per_token_logps"] = logps
         return batch
-
-
-def like(given, named: dict):
-    """Data sets by name in the form in which they were `given`."""
-    if given is None:
-        return None
-    return named if isinstance(given, Mapping) else named["eval_dataset"]
 
 
 def check_stream(args, dataset) -> None:

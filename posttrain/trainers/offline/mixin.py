@@ -10,9 +10,8 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import objects
+from posttrain.data import objects, rows, tokens
 from posttrain.data.limits import Limits
-from posttrain.data.pairs import schema
 from posttrain.data.scored import answer_tokens, baselines, loading
 from posttrain.data.tokens import as_learned, as_rendered, processing_class_for
 from posttrain.errors import ConfigError
@@ -64,8 +63,8 @@ class OfflineMixin(RunMixin):
         answer_rows.check_stream(args, train_dataset)
         tokenizer = processing_class_for(model, processing_class, args)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        stop_ids = schema.generation_stop_ids(model, revision)
-        named = answer_rows.by_name(eval_dataset)
+        stop_ids = tokens.generation_stop_ids(model, revision)
+        named = rows.by_name(eval_dataset)
         train_dataset = self._scored(train_dataset, "train_dataset", args)
         self.given_rows = len(train_dataset)
         named = {name: self._scored(dataset, name, args) for name, dataset in named.items()}
@@ -95,7 +94,7 @@ class OfflineMixin(RunMixin):
                 args,
                 data_collator,
                 train_dataset,
-                answer_rows.like(eval_dataset, named),
+                rows.like(eval_dataset, named),
                 processing_class,
                 **kwargs,
             )
@@ -104,7 +103,7 @@ class OfflineMixin(RunMixin):
         self._head = TrueHead(self)
         self._sharing = PrefixSharing(self)
         self.data_collator = answer_rows.WeighedRows(self.data_collator)
-        named = answer_rows.by_name(self.eval_dataset)
+        named = rows.by_name(self.eval_dataset)
         new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         if not answer_tokens.are_known(args):
@@ -118,7 +117,7 @@ class OfflineMixin(RunMixin):
         # before the reference: the run's folder may be another's
         self._finish_construction()
         self.train_dataset = self._with_reference(self.train_dataset, "train_dataset")
-        self.eval_dataset = answer_rows.like(
+        self.eval_dataset = rows.like(
             self.eval_dataset, {name: self._with_reference(dataset, name) for name, dataset in named.items()}
         )
         reference_logps.end_engine(self)
@@ -334,7 +333,7 @@ class OfflineMixin(RunMixin):
         args = self.args
         dataset = self._scored(dataset, name, args)
         if answer_tokens.are_known(args):
-            stop_ids = schema.generation_stop_ids(self.model)
+            stop_ids = tokens.generation_stop_ids(self.model)
             dataset, _ = answer_tokens.fit(dataset, self.processing_class, args, name, stop_ids)
             Limits(self.model, self.model.config).check_answers(dataset, self.processing_class, args, name)
         if not self._late_values:

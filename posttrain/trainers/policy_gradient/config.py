@@ -6,12 +6,11 @@ from typing import ClassVar
 
 from trl import GRPOConfig
 
+from posttrain.checks import check_choice, shorten
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.mechanisms.group_rewards import LOSS_TYPES
 from posttrain.objectives.advantages import order_statistic
-from posttrain.rewards.base import shorten
-from posttrain.run.checks import check_choice
 from posttrain.run.config import CommonConfig, under_deepspeed
 from posttrain.trainers.policy_gradient.estimator_settings import NO_CLIP, compile_parts, resolve
 

@@ -7,11 +7,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from posttrain.checks import shorten
 from posttrain.data import columns
 from posttrain.data.limits import Limits
-from posttrain.data.pairs.schema import generation_stop_ids, refuse_splits
-from posttrain.data.tasks import task_rows
-from posttrain.data.tokens import as_rendered, processing_class_for, tokenizer_of
+from posttrain.data.rows import by_name, refuse_splits
+from posttrain.data.tasks import task_rows, tokens
+from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError, DivergedError, require
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards
@@ -19,12 +20,11 @@ from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
-from posttrain.rewards.base import check_missing_golds, shorten
+from posttrain.rewards.base import check_missing_golds
 from posttrain.run import checks, evaluation
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
 from posttrain.run.sharing import PrefixSharing
-from posttrain.trainers.offline.answer_rows import by_name
 from posttrain.trainers.policy_gradient import (
     completion_log,
     demonstrations,
@@ -88,8 +88,8 @@ class PolicyGradientMixin(RunMixin):
             if config.get_text_config() is not config:
                 raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
             stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
-            train_dataset = demonstrations.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
-            limits.check(train_dataset, ((demonstrations.IDS,),), processor, "train_dataset", None)
+            train_dataset = tokens.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+            limits.check(train_dataset, ((tokens.IDS,),), processor, "train_dataset", None)
         for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
             limits.check_prompts(dataset, processor, args, name)
         self._limits = limits

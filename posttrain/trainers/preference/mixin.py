@@ -14,7 +14,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import columns, formats, objects
+from posttrain.data import columns, formats, objects, tokens
 from posttrain.data.limits import Limits
 from posttrain.data.pairs import loading, schema
 from posttrain.data.tokens import as_learned, as_rendered
@@ -134,7 +134,7 @@ class PreferenceMixin(RunMixin):
         args, dataset = self.args, columns.prepare(dataset, name, _READ)
         report = schema.check_preferences(
             dataset, self.processing_class, args.max_length, name, args.truncation_mode,
-            schema.generation_stop_ids(self.model), getattr(args, "end_of_turn", "warn"),
+            tokens.generation_stop_ids(self.model), getattr(args, "end_of_turn", "warn"),
         )  # fmt: skip
         if report is not None:
             self._limits.check_reports({name: report}, {name: dataset}, self.processing_class, args.max_length)
@@ -219,7 +219,7 @@ class PreferenceMixin(RunMixin):
             self._sharing.decline(f"it holds {', '.join(sorted(extras))} for the model")
             return None
         self._sharing.check(model)
-        return self._sharing.pack(batch, 2 * list(range(_pairs(batch))))
+        return self._sharing.pack(batch, 2 * list(range(pairs_in(batch))))
 
     # stands on DPOTrainer.compute_ref_log_probs, which the precompute pass and users call
     def compute_ref_log_probs(self, model, inputs) -> tuple[Tensor, Tensor]:
@@ -269,7 +269,7 @@ class PreferenceMixin(RunMixin):
 
     def _sorted(self, batches: list[dict]) -> list[dict]:
         """Like lengths together, where no result hangs on which micro-batch a pair is in."""
-        whole = all(batch["real_rows"] == _pairs(batch) for batch in batches)
+        whole = all(batch["real_rows"] == pairs_in(batch) for batch in batches)
         # a user's collator may pad on the left, where columns cannot be cut off
         whole = whole and all(bool(batch["attention_mask"][:, 0].all()) for batch in batches)
         sharing = self._sharing.active and self._sharing.may_sort
@@ -287,7 +287,7 @@ class PreferenceMixin(RunMixin):
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""
         for batch in batches:
-            batch["pair_coefficients"] = _real_pairs(batch) * window.undo(_pairs(batch))
+            batch["pair_coefficients"] = real_pairs(batch) * window.undo(pairs_in(batch))
 
     # stands on DPOTrainer._compute_loss
     def _compute_loss(self, model, inputs, return_outputs=False):
@@ -295,7 +295,7 @@ class PreferenceMixin(RunMixin):
         if "real_rows" not in inputs:
             inputs = {
                 **inputs,
-                "real_rows": real_rows(self.accelerator, _pairs(inputs)) if mode == "eval" else _pairs(inputs),
+                "real_rows": real_rows(self.accelerator, pairs_in(inputs)) if mode == "eval" else pairs_in(inputs),
             }
         scores = self.score(model, inputs, aux_loss=True) if self.aux_loss_enabled else self.score(model, inputs)
         ref_chosen_logps, ref_rejected_logps = self._reference_logps(model, inputs)
@@ -341,7 +341,7 @@ class PreferenceMixin(RunMixin):
         checks.check_zero_margin(worst, self.model, self.accelerator, reference_logps.describe(self))
 
     def _record(self, mode, scores: PairScores, chosen_logratios, rejected_logratios, losses, inputs) -> None:
-        means, real = self._means[mode], _real_pairs(inputs)
+        means, real = self._means[mode], real_pairs(inputs)
         chosen_rewards, rejected_rewards = self.beta * chosen_logratios, self.beta * rejected_logratios
         for name, values in (
             ("rewards/chosen", chosen_rewards),
@@ -369,7 +369,7 @@ class PreferenceMixin(RunMixin):
             record_padding(means, inputs["attention_mask"], packed)
             if packed is not None:
                 unshared = torch.full((), packed.unshared, dtype=torch.float32, device=self.accelerator.device)
-                means.add_sum("prefix_sharing/unshared", unshared, _pairs(inputs))
+                means.add_sum("prefix_sharing/unshared", unshared, pairs_in(inputs))
         self.extra_metrics(means, losses, chosen_logratios - rejected_logratios, inputs, mode)
 
     # stands on DPOTrainer.log, which averages the lists in `_metrics`
@@ -389,7 +389,7 @@ class PreferenceMixin(RunMixin):
     # stands on DPOTrainer.prediction_step
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if isinstance(self.gather_function, evaluation.PairRows):
-            self.gather_function.begin(_pairs(inputs), self.accelerator.device)
+            self.gather_function.begin(pairs_in(inputs), self.accelerator.device)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
@@ -416,16 +416,16 @@ class _PairColumns:
 def _counting_rows(accelerator, batches):
     """Count the rows of each batch that are data at the moment it is drawn: the dataloader's state is of that batch."""
     for batch in batches:
-        yield {**batch, "real_rows": real_rows(accelerator, _pairs(batch))}
+        yield {**batch, "real_rows": real_rows(accelerator, pairs_in(batch))}
 
 
 def _is_shorter(ids: list[int], limit: int) -> bool:
     return len(ids) < limit
 
 
-def _pairs(batch) -> int:
+def pairs_in(batch) -> int:
     return batch["input_ids"].size(0) // 2
 
 
-def _real_pairs(batch) -> Tensor:
-    return torch.arange(_pairs(batch), device=batch["input_ids"].device) < batch["real_rows"]
+def real_pairs(batch) -> Tensor:
+    return torch.arange(pairs_in(batch), device=batch["input_ids"].device) < batch["real_rows"]

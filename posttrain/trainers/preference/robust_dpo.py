@@ -11,7 +11,7 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, gather_rows
 from posttrain.objectives import preference
-from posttrain.trainers.preference.mixin import PreferenceMixin, _pairs, _real_pairs
+from posttrain.trainers.preference.mixin import PreferenceMixin, pairs_in, real_pairs
 from posttrain.trainers.preference.robust_dpo_config import NEEDS_FLIP_RATE, RobustDPOConfig
 
 
@@ -106,8 +106,8 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
             self._unscored = batches
 
     def _weigh_window(self, batches: list[dict]) -> None:
-        weights = self._global_weights(self._score_window(batches), torch.cat([_real_pairs(b) for b in batches]))
-        for batch, part in zip(batches, weights.split([_pairs(batch) for batch in batches]), strict=True):
+        weights = self._global_weights(self._score_window(batches), torch.cat([real_pairs(b) for b in batches]))
+        for batch, part in zip(batches, weights.split([pairs_in(batch) for batch in batches]), strict=True):
             batch["pair_weights"] = part
 
     def _global_weights(self, losses: Tensor, real: Tensor) -> Tensor:
@@ -157,14 +157,14 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         if "pair_coefficients" not in inputs or self.args.dr_dpo_scope == "micro_batch":
             return self._weigh_micro_batch(losses, inputs)
         if self._rescales:
-            weights = torch.exp(-losses.detach() / self.args.beta_prime) * _real_pairs(inputs)
+            weights = torch.exp(-losses.detach() / self.args.beta_prime) * real_pairs(inputs)
             self._unscaled_weights.append(weights)
             # `training_step` divides the gradients by the sum of all weights once it is known
             return (weights * losses).sum()
         weights = inputs.get("pair_weights")
         if weights is None:
             # one micro-batch a step: every rank's losses are at hand, and no first pass was needed
-            weights = self._global_weights(losses.detach(), _real_pairs(inputs))
+            weights = self._global_weights(losses.detach(), real_pairs(inputs))
         # undoes the Trainer's division by micro-batches and the mean over ranks
         surrogate = (weights * losses).sum() * (self._window.micro_batches * self._window.world_size)
         # The value shown is the objective, the gradient is the surrogate's
@@ -211,7 +211,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         means.add("drdpo/weight_max", weights.max().unsqueeze(0))
 
     def extra_metrics(self, means: MeanMetrics, losses: Tensor, margins: Tensor, inputs: dict, mode: str) -> None:
-        real = _real_pairs(inputs)
+        real = real_pairs(inputs)
         if self.args.pair_loss in NEEDS_FLIP_RATE:
             means.add(f"{self.args.pair_loss}/dpo_loss", preference.dpo(self.beta * margins), real)
         if self.args.pair_loss == "rdpo":

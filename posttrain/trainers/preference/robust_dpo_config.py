@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from trl import DPOConfig
 
+from posttrain.checks import check_choice
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import preference
-from posttrain.run.checks import check_choice
 from posttrain.run.config import CommonConfig, under_deepspeed
 
 PAIR_LOSSES = ("dpo", "cdpo", "rdpo", "hinge", "ipo")

@@ -1,0 +1,35 @@
+"""Checks of single values: names that are known, numbers in a range."""
+
+import difflib
+import math
+from collections.abc import Sequence
+
+from posttrain.errors import ConfigError
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`, with the nearest of them."""
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
+
+
+def shorten(value, length: int = 80) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 10]}...{text[-7:]}"
+
+
+def check_integer(name: str, value, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        span = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(f"{name}={value!r} must be an integer {span}.")
+
+
+def check_number(name: str, value, low: float, high: float | None = None, above: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < low or (above and value == low) or (high is not None and value > high):
+        span = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high is not None else "")
+        raise ConfigError(f"{name}={value!r} must be a number {span}.")

@@ -1,0 +1,194 @@
+"""Reading files, hub data sets and saved folders of rows of any kind."""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from posttrain.data import objects, sources
+from posttrain.data.columns import READ
+from posttrain.data.pairs import loading
+from posttrain.data.parquet import read_parquet
+from posttrain.errors import DataError, EnvironmentIssue
+from posttrain.remote import offline_reason, out_of_reach, reads_as_path
+
+SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+_OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml", ".xlsx")
+
+
+def is_file_name(source: str) -> bool:
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.is_file()
+    return source.endswith(SUFFIXES + _OTHER_SUFFIXES) or reads_as_path(source)
+
+
+def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exception) -> DataError:
+    """The error to raise where the values of some column have no common type, which pyarrow said as `error`."""
+    seen: dict[str, tuple[str, str]] = {}
+    for place, row in zip(places, rows, strict=True):
+        half = _half_character(row)
+        if half:
+            return DataError(
+                f"{place}: {half!r} is half of a surrogate pair, and no character. Mend the row, or leave it out."
+            )
+        for name, value in row.items():
+            for part, kind in _kinds(value, name):
+                known, where = seen.setdefault(part, (kind, place))
+                if kind != known:
+                    return DataError(
+                        f"{place}: {part} is {kind}, and in {where} it is {known}; all rows need the same type. Mend "
+                        "the row, or leave it out."
+                    )
+    return DataError(f"{source}: the rows do not have the same types throughout: {error}")
+
+
+def _half_character(row: dict) -> str | None:
+    """A lone surrogate, which JSON can write and a text cannot hold."""
+    found = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str))
+    return found and found.group()
+
+
+def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
+    """What kind of value a column holds, and each part of it; null may stand for any."""
+    if value is None:
+        return
+    names = {
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        dict: "an object",
+        list: "a list",
+    }
+    yield name, names.get(type(value), "a value")
+    parts = [(f"{name}[]", item) for item in value] if isinstance(value, list) else []
+    parts += [(f"{name}.{key}", item) for key, item in value.items()] if isinstance(value, dict) else []
+    for part, item in parts:
+        yield from _kinds(item, part)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Each row with the words that say where it is."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 1
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            if path.suffix == ".json":
+                rows = json.load(file)
+                if not isinstance(rows, list):
+                    raise DataError(f"{path} must hold a list of rows, not {kind_of(rows)}; rows on lines are .jsonl.")
+                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    # without the line's end, after which the parser would count another line
+                    yield f"{path}, line {number}", json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        # A line is parsed alone, a .json file as a whole: one of the two numbers is 1.
+        line = number + error.lineno - 1
+        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}.") from None
+    except UnicodeDecodeError as error:
+        # the text was decoded in blocks, whose positions say nothing
+        with opener(path, "rb") as file:
+            number = next(number for number, line in enumerate(file, 1) if not _is_utf8(line))
+        raise DataError(f"{path}, line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as gzipped UTF-8 text: {error}") from None
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        # lists in lists without end, or a number of thousands of digits
+        place = path if path.suffix == ".json" else f"{path}, line {number}"
+        raise DataError(f"{place}: JSON that cannot be read: {error}.") from None
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def load_hub(source: str, split: str):
+    from datasets import load_dataset
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DatasetsError
+
+    if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+        return load_saved(source, split)
+    try:
+        return load_dataset(source, split=split)
+    except EmptyDatasetError:
+        raise DataError(
+            f"the data set {source!r} is a folder without data files that can be read; give a file "
+            f"({', '.join(SUFFIXES)}), or a folder of some."
+        ) from None
+    except (DatasetsError, OSError, ValueError) as error:
+        if out_of_reach(error):
+            raise EnvironmentIssue(
+                f"the data set {source!r} is no file or folder here, and the hub cannot be reached. "
+                f"{offline_reason()}, or give a local file."
+            ) from None
+        raise DataError(f"the data set {source!r} (split {split!r}) cannot be loaded: {error}") from None
+
+
+def load_saved(source: str, split: str):
+    """What `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the data set in the folder {source!r} cannot be read: {error}") from None
+    if not isinstance(saved, DatasetDict):
+        return saved
+    if split not in saved:
+        raise DataError(f"the data set in the folder {source!r} has no split {split!r}; it has {', '.join(saved)}.")
+    return saved[split]
+
+
+def kind_of(value) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+    return names.get(type(value), repr(value))
+
+
+def read_rows(source: str, split: str = "train", limit: int | None = None) -> tuple[list[dict], list[str]]:
+    """The rows of a source as plain objects, and the words that say where each one is.
+
+    `source`: what `load_preferences` takes: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id, or a generated
+    data set. `limit`: the first rows only.
+
+    Raises DataError for a missing file, an unknown kind of file, broken JSON (with the line), rows that are no objects
+    and empty data; EnvironmentIssue where the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if not source.startswith("generated:") and sources.is_file_name(source):
+        if not path.exists():
+            raise DataError(f"{path} does not exist (working folder: {Path.cwd()}).")
+        if not path.name.endswith(sources.SUFFIXES):
+            raise DataError(f"{path} is of an unknown kind; readable are {', '.join(sources.SUFFIXES)}.")
+        found = _parquet_rows(path) if path.suffix == ".parquet" else sources.json_rows(path)
+    else:
+        load = loading._generate if source.startswith("generated:") else sources.load_hub
+        found = objects.unpadded(load(source, split))
+        found = ((f"{source}, row {number}", row) for number, row in enumerate(found, 1))
+    rows, places = [], []
+    for place, row in found:
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: a row must be an object, not {sources.kind_of(row)}.")
+        rows.append(row)
+        places.append(place)
+        if len(rows) == limit:
+            break
+    if not rows:
+        raise DataError(f"{source} holds no rows.")
+    return rows, places
+
+
+def _parquet_rows(path: Path):
+    for number, row in enumerate(objects.unpadded(read_parquet(path, READ)), 1):
+        yield f"{path}, row {number}", row
