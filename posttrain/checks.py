@@ -2,17 +2,22 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from posttrain.errors import ConfigError
+
+
+def near(value, known: Iterable[str]) -> str | None:
+    """Return the name of `known` that `value` looks like most, None where it looks like none of them."""
+    return next(iter(difflib.get_close_matches(str(value), list(known), n=1)), None)
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`, with the nearest of them."""
     if value in allowed:
         return
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    close = near(value, allowed)
+    hint = f" Did you mean {close}?" if close else ""
     raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
 
 

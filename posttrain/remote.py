@@ -1,10 +1,10 @@
 """Names of models and data sets: what reads as a path of this machine, and why one could not be loaded."""
 
-import difflib
 import os
 import re
 from pathlib import Path
 
+from posttrain.checks import near
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -50,9 +50,9 @@ def check_model_name(name: str) -> None:
         return
     parent, hint = path.parent, ""
     there = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1)
-    if near:
-        hint = f" Did you mean {parent / near[0]}?"
+    close = near(path.name, there)
+    if close:
+        hint = f" Did you mean {parent / close}?"
     raise ConfigError(f"model {name!r} is a folder that does not exist (working folder: {Path.cwd()}).{hint}")
 
 

@@ -10,7 +10,6 @@ in the shell instead.
 
 import atexit
 import copy
-import difflib
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ from trl import ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
+from posttrain.checks import near
 from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
 from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError
 from posttrain.log import get_logger
@@ -219,9 +219,9 @@ class PosttrainParser(TrlParser):
     def _unknown(self, name: str, value) -> str:
         if name in REMOVED:
             return f"`{name}` is not a setting any more: {REMOVED[name].format(value=shown(value))}."
-        near = difflib.get_close_matches(name, self._sections, n=1)
-        if near:
-            return f"unknown key `{name}`; did you mean `{near[0]}` ({self._sections[near[0]]})?"
+        close = near(name, self._sections)
+        if close:
+            return f"unknown key `{name}`; did you mean `{close}` ({self._sections[close]})?"
         sections = ", ".join(kind.__name__ for kind in self.dataclass_types)
         return f"unknown key `{name}`; the keys are the fields of {sections} (--help lists them)."
 

@@ -1,13 +1,14 @@
 """Conversion of what a YAML file or a command line says to the type of a dataclass field."""
 
 import contextlib
-import difflib
 import types
 import typing
 from collections.abc import Sequence
 from enum import Enum
 
 import yaml
+
+from posttrain.checks import near
 
 
 class BadValue(Exception):
@@ -73,8 +74,8 @@ class FieldType:
                     continue
                 with contextlib.suppress(ValueError):
                     return _CONVERSIONS[kind](text)
-        near = difflib.get_close_matches(text, map(shown, self.choices), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        close = near(text, map(shown, self.choices))
+        hint = f" Did you mean {close}?" if close else ""
         raise BadValue(f"`{self.name}` is {text!r}; {self.wanted()}.{hint}")
 
     def wanted(self) -> str:

@@ -11,7 +11,8 @@ def flip_preferences(dataset, rate: float, seed: int = 0):
     """Swap chosen and rejected in exactly `round(rate * len(dataset))` rows, and say which.
 
     What belongs to one of the sides, such as its score, goes with it, and a score of one side alone becomes null there,
-    with a warning, as of other columns named after one side alone, which stay: see `posttrain.data.pairs.sides.swapped`.
+    with a warning, as of other columns named after one side alone, which stay: see
+    `posttrain.data.pairs.sides.swapped`.
 
     The bool column `flipped` tells whether a row was swapped; where the data set has one already, whether it was
     swapped an odd number of times. Rows keep their order, other columns their values. A pure function of its

@@ -7,9 +7,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from posttrain.data import objects, sources
+from posttrain.data import generators, objects
 from posttrain.data.columns import READ
-from posttrain.data.pairs import loading
 from posttrain.data.parquet import read_parquet
 from posttrain.errors import DataError, EnvironmentIssue
 from posttrain.remote import offline_reason, out_of_reach, reads_as_path
@@ -159,27 +158,27 @@ def kind_of(value) -> str:
 def read_rows(source: str, split: str = "train", limit: int | None = None) -> tuple[list[dict], list[str]]:
     """The rows of a source as plain objects, and the words that say where each one is.
 
-    `source`: what `load_preferences` takes: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id, or a generated
-    data set. `limit`: the first rows only.
+    `source`: what `load_preferences` takes: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id, or what
+    `generators.make` makes. `limit`: the first rows only.
 
     Raises DataError for a missing file, an unknown kind of file, broken JSON (with the line), rows that are no objects
     and empty data; EnvironmentIssue where the hub cannot be reached.
     """
     path = Path(source).expanduser()
-    if not source.startswith("generated:") and sources.is_file_name(source):
+    if not generators.is_made(source) and is_file_name(source):
         if not path.exists():
             raise DataError(f"{path} does not exist (working folder: {Path.cwd()}).")
-        if not path.name.endswith(sources.SUFFIXES):
-            raise DataError(f"{path} is of an unknown kind; readable are {', '.join(sources.SUFFIXES)}.")
-        found = _parquet_rows(path) if path.suffix == ".parquet" else sources.json_rows(path)
+        if not path.name.endswith(SUFFIXES):
+            raise DataError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}.")
+        found = _parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     else:
-        load = loading._generate if source.startswith("generated:") else sources.load_hub
+        load = generators.make if generators.is_made(source) else load_hub
         found = objects.unpadded(load(source, split))
         found = ((f"{source}, row {number}", row) for number, row in enumerate(found, 1))
     rows, places = [], []
     for place, row in found:
         if not isinstance(row, dict):
-            raise DataError(f"{place}: a row must be an object, not {sources.kind_of(row)}.")
+            raise DataError(f"{place}: a row must be an object, not {kind_of(row)}.")
         rows.append(row)
         places.append(place)
         if len(rows) == limit:

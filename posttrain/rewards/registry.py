@@ -1,6 +1,5 @@
 """Rewards by name, as a config gives them."""
 
-import difflib
 import importlib
 import os
 import re
@@ -10,6 +9,7 @@ from dataclasses import fields
 from functools import partial
 from urllib.parse import unquote
 
+from posttrain.checks import near
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.rewards.base import Reward
 from posttrain.rewards.format import Format
@@ -44,8 +44,8 @@ def get_reward(name: str, **settings) -> Reward:
     if ":" in name:
         return _users_reward(_import(name), settings)
     if name not in BUILT_IN:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        close = near(name, BUILT_IN)
+        hint = f" Did you mean {close!r}?" if close else ""
         raise ConfigError(
             f"reward_funcs: {name!r} is not known.{hint} There are {', '.join(BUILT_IN)}, and your own as "
             "module:function."
@@ -54,8 +54,8 @@ def get_reward(name: str, **settings) -> Reward:
     known = [field.name for field in fields(kind)]
     for setting in settings:
         if setting not in known:
-            near = difflib.get_close_matches(setting, known, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else "."
+            close = near(setting, known)
+            hint = f"; did you mean `{close}`?" if close else "."
             raise ConfigError(f"reward_funcs: {name} has no setting `{setting}` (it has {', '.join(known)}){hint}")
     try:
         return kind(**settings)
@@ -135,8 +135,8 @@ def _import(name: str) -> Callable:
         ) from error
     for part in path.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            close = near(part, dir(found))
+            hint = f" Did you mean {close!r}?" if close else ""
             raise ConfigError(f"reward_funcs: {name!r}: {module_name} has no {part!r}.{hint}")
         found = getattr(found, part)
     if not callable(found):

@@ -11,7 +11,8 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from posttrain.cli import _console, main
+from posttrain import quiet
+from posttrain.cli import main
 from posttrain.cli.data import token_view
 from posttrain.data.corruption import flip_preferences
 from posttrain.data.pairs.loading import load_preferences
@@ -40,7 +41,7 @@ def source(tmp_path):
 def data(capsys, monkeypatch):
     """Runs `posttrain data ...` here, and gives the exit code and what was printed."""
     # it would silence the libraries for the tests that follow, too
-    monkeypatch.setattr(_console, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(quiet, "quiet_libraries", lambda: None)
     datasets.disable_progress_bars()
 
     def run(*arguments):
@@ -107,6 +108,21 @@ def test_a_missing_action_is_a_usage_error(capsys):
 
 
 class TestInspect:
+    @pytest.mark.parametrize(
+        ("source", "shown"),
+        [
+            ("generated:arithmetic?n=3&operands=2-2", "gold: "),
+            ("generated:modular_sum?n=3", "gold: "),
+            ("gym:chain_sum?n=3", "gym_task: "),
+            ("generated:reverse_list?n=3", "rejected: "),
+        ],
+    )
+    def test_every_source_that_a_recipe_takes_is_inspected_and_measured(self, data, source, shown):
+        code, out, _ = data("inspect", source)
+        assert code == 0 and shown in out
+        code, out, _ = data("stats", source, "--json")
+        assert code == 0 and json.loads(out)["rows"] == 3
+
     def test_of_a_long_value_the_middle_is_left_out(self, tmp_path, data):
         path = write(tmp_path / "a.jsonl", [ROWS[0] | {"chosen": "a" * 50_000 + "b" * 50_000}])
         code, out, _ = data("inspect", path)
@@ -314,7 +330,7 @@ class TestStats:
         [
             (["stats", "gone.jsonl"], 3, "gone.jsonl does not exist (working folder: "),
             (["inspect", "rows.csv"], 3, "rows.csv does not exist"),
-            (["stats", "generated:reverse_list?n=0"], 3, "n=0 must be at least 1"),
+            (["stats", "generated:reverse_list?n=0"], 2, "n=0 must be at least 1"),
             (["stats", "generated:reverse_list", "--model", "no/such-model"], 4, "model 'no/such-model' is no fol"),
             (["stats", "generated:reverse_list", "--model", "embedded:x"], 2, "'embedded:x' is not known"),
             (["inspect", "generated:reverse_list", "--rows", 0], 2, "--rows is 0; it must be at least 1."),

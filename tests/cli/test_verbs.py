@@ -11,7 +11,8 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from posttrain.cli import _console, main
+from posttrain import quiet
+from posttrain.cli import main
 from posttrain.errors import ConfigError, DataError
 from posttrain.recipe.dry_run import describe
 from tests.conftest import make_pairs
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def libraries_keep_their_voice(monkeypatch):
     # it would silence them for the tests that follow, too
-    monkeypatch.setattr(_console, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(quiet, "quiet_libraries", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,8 @@ def test_generated_tasks_are_named_with_their_options():
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("generated:arithmetics", "'generated:arithmetics' is not known; the generated tasks are generated:arithmetic"),
+        ("generated:arithmetics", "'generated:arithmetics' is not known; generated tasks are generated:arithmetic"),
+        ("generated:reverse_list", "'generated:reverse_list' makes pairs; generated tasks are generated:arithmetic"),
         (
             "generated:arithmetic?operand=2-3",
             r"no option 'operand' \(it has n, seed, operands.*did you mean 'operands'",

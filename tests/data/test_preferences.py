@@ -53,14 +53,16 @@ def test_generated_pairs_come_by_n_and_seed_with_a_disjoint_second_split():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("generated:sort", "'generated:sort' is not known; .*'generated:reverse_list'"),
+        ("generated:sort", "'generated:sort' is not known; generated pairs are generated:reverse_list"),
+        ("generated:arithmetic", "'generated:arithmetic' makes tasks; generated pairs are generated:reverse_list"),
+        ("gym:chain_sum", "'gym:chain_sum' makes tasks; generated pairs are"),
         ("generated:reverse_list?n=many", "n='many' is no integer"),
         ("generated:reverse_list?n=0", "n=0 must be at least 1"),
-        ("generated:reverse_list?rows=5", "unknown option 'rows'.*n=256&seed=0"),
+        ("generated:reverse_list?rows=5", "no option 'rows' \\(it has n, seed, words\\)"),
     ],
 )
 def test_wrong_generated_sources_are_named(source, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         load_preferences(source)
 
 

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain import RobustDPOConfig, RobustDPOTrainer, quiet
 from posttrain.adapters.loading import load_adapter
-from posttrain.cli import _console, main
+from posttrain.cli import main
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import merging, push
 from posttrain.hub.merging import merge_adapter
@@ -26,7 +26,7 @@ IDS = torch.arange(40).view(2, 20)
 
 @pytest.fixture(autouse=True)
 def libraries_keep_their_voice(monkeypatch):
-    monkeypatch.setattr(_console, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(quiet, "quiet_libraries", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_merge_that_is_another_model_ends_with_4_and_leaves_nothing(dtype, tie
     assert "the merged model is another one than base and adapter" in said and "95% is the least" in said
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     monkeypatch.undo()
-    monkeypatch.setattr(_console, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(quiet, "quiet_libraries", lambda: None)
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1_agreement"] >= merging.LEAST_AGREEMENT
 

@@ -15,8 +15,8 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from posttrain import HPTConfig, QAEConfig
-from posttrain.cli import _console, main
+from posttrain import HPTConfig, QAEConfig, quiet
+from posttrain.cli import main
 from posttrain.config import ModelArguments, parse
 from posttrain.models import resolve_model
 from posttrain.paths import configs_dir, recipes_dir
@@ -176,7 +176,7 @@ def test_prompts_without_a_demonstration_are_left_to_their_rollouts_where_asked_
 
 
 def test_the_command_line_knows_the_recipes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_console, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(quiet, "quiet_libraries", lambda: None)
     assert main(["recipes", "list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     for method in METHODS:

@@ -28,6 +28,7 @@ def facts(args, columns: list[str], first: dict) -> dict:
     Raises:
         ConfigError: a value column without `--value column`. DataError: the column named is missing.
     """
+    from posttrain.data import generators
     from posttrain.data.pairs.sides import scores_of
     from posttrain.data.scored import baselines
     from posttrain.data.scored.loading import load_scored
@@ -36,7 +37,8 @@ def facts(args, columns: list[str], first: dict) -> dict:
         raise ConfigError(f"--value-column is {args.value_column}, which only --value column reads. Add that.")
     pairs = scores_of(columns) is not None
     labelled = "completion" in columns and type(first.get("label")) is bool
-    if not (args.reward_column or "reward" in columns or pairs or labelled or args.source.startswith("generated:rev")):
+    made_pairs = generators.is_made(args.source) and "rejected" in columns
+    if not (args.reward_column or "reward" in columns or pairs or labelled or made_pairs):
         other = next((name for name in ("score", "rating", "rewards", "scores") if name in columns), None)
         if "completion" in columns and other:
             return {"not_drawn": f"rewards are not drawn: is {other!r} their column? Then add --reward-column {other}."}

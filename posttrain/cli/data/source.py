@@ -9,7 +9,8 @@ def add_source(parser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a .json, .jsonl, .jsonl.gz or .parquet file, a hub id, or generated:reverse_list",
+        help="a .json, .jsonl, .jsonl.gz or .parquet file, a hub id, generated:NAME (reverse_list, arithmetic, "
+        "modular_sum) or gym:NAME; options follow as ?n=256&seed=0",
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="of a hub data set; default: train")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,26 +1,23 @@
 """Reading preference pairs: a hub data set, a local file, or generated ones."""
 
 from pathlib import Path
-from urllib.parse import parse_qsl
 
-from posttrain.data import formats, objects, shapes
+from posttrain.data import formats, generators, objects, shapes
 from posttrain.data.columns import READ, SYSTEM, place_system, say_left_out
-from posttrain.data.generated import reverse_list_pairs
 from posttrain.data.parquet import read_parquet
 from posttrain.data.sources import SUFFIXES, is_file_name, json_rows, kind_of, load_hub, mixed_types
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
 COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_kwargs")
-_GENERATED = "generated:reverse_list"
 
 
 def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True):
     """Preference pairs as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
-    `source` is one of - a local file: .json (a list of rows), .jsonl, .jsonl.gz or .parquet, whatever the
-    `split`; - `generated:reverse_list`, with options as in `generated:reverse_list?n=256&seed=0`; any split
-    but `train` gives
+    `source` is one of
+    - a local file: .json (a list of rows), .jsonl, .jsonl.gz or .parquet, whatever the `split`;
+    - `generated:reverse_list`, with options as in `generated:reverse_list?n=256&seed=0`; any split but `train` gives
       pairs that are disjoint from the training ones;
     - a hub data set's id, or a folder that `datasets.load_dataset` reads or `save_to_disk` wrote.
 
@@ -38,8 +35,8 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} must be at least 1, or left out for all rows.")
     places: list[str] = []
-    if source.startswith("generated:"):
-        dataset = _generate(source, split)
+    if generators.is_made(source):
+        dataset = generators.make(source, split, generators.PAIRS)
     elif is_file_name(source):
         dataset, places = _read_file(Path(source).expanduser(), limit, convert)
     else:
@@ -58,29 +55,6 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     dataset = place_system(dataset, source)
     dataset = dataset.select_columns([name for name in COLUMNS if name in names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
-def _generate(source: str, split: str):
-    name, _, query = source.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if name != _GENERATED:
-        raise DataError(f"{source!r} is not known; the generated data set is {_GENERATED!r}.")
-    try:
-        n, seed = _integer(options, "n", 256), _integer(options, "seed", 0)
-        if options:
-            raise ValueError(f"unknown option {next(iter(options))!r}.")
-        train = reverse_list_pairs(n, seed)
-        return train if split == "train" else reverse_list_pairs(n, seed + 1, exclude=train)
-    except ValueError as error:
-        raise DataError(f"{source!r}: {error} Write it as {_GENERATED}?n=256&seed=0.") from None
-
-
-def _integer(options: dict, name: str, default: int) -> int:
-    value = options.pop(name, default)
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"{name}={value!r} is no integer.") from None
 
 
 def _converted(dataset, source: str, convert: bool):

@@ -8,7 +8,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from posttrain.data import formats, objects, shapes, sources
+from posttrain.data import formats, generators, objects, shapes, sources
 from posttrain.data.columns import first_with_system, say_left_out, say_system, system_in_front
 from posttrain.data.formats import described, is_empty, style_of
 from posttrain.data.generated import reversed_share
@@ -43,9 +43,9 @@ def load_scored(
     """Scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     Args:
-        source: what `posttrain.data.sources.read_rows` reads: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id;
-            or several of them. Rows are prompt, completion, reward, or pairs with a reward for each side, which become
-            two rows. Of `generated:reverse_list` the reward is the share of words in their right place.
+        source: what `posttrain.data.sources.read_rows` reads: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub
+            id; or several of them. Rows are prompt, completion, reward, or pairs with a reward for each side, which
+            become two rows. Of `generated:reverse_list` the reward is the share of words in their right place.
         limit: the first rows of each source only, pairs counting one.
         columns: yours to ours, where the names differ: {"score": "reward"}.
         same_scale: several sources are on one scale of rewards, whatever it looks like.
@@ -66,7 +66,7 @@ def load_scored(
         found, places = read_rows(one, split, limit)
         if convert and not columns:
             found, places = shapes.read_all(found, places, (shapes.ANSWERS, shapes.PAIRS, shapes.WHOLE), one)
-        if one.startswith("generated:"):
+        if generators.is_made(one) and "rejected" in found[0]:
             found = [_with_rewards(row) for row in found]
         names = columns_of(found)
         missing = sorted(set(columns or ()) - set(names))

@@ -1,9 +1,9 @@
 """Tasks of the reasoning-gym package, by name (extra `gym`)."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 
+from posttrain.checks import near
 from posttrain.errors import ConfigError, DataError, require
 from posttrain.rewards.gym import encode_task
 
@@ -54,14 +54,14 @@ def _create(name: str, seed: int, size: int, options: dict):
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "Such as 'chain_sum' or 'gcd'; its documentation lists them."
+        close = near(name, DATASETS)
+        hint = f"Did you mean {close!r}?" if close else "Such as 'chain_sum' or 'gcd'; its documentation lists them."
         raise ConfigError(f"reasoning-gym has no data set {name!r}. {hint}")
     known = [field.name for field in fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            close = near(option, known)
+            hint = f"; did you mean {close!r}?" if close else "."
             raise ConfigError(f"gym:{name} has no option {option!r} (it has {', '.join(known)}){hint}")
     try:
         return create_dataset(name, seed=seed, size=size, **options)

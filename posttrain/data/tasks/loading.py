@@ -1,20 +1,15 @@
 """Reading tasks with a demonstration and a gold answer: generated, of reasoning-gym, a local file or a hub data set."""
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from inspect import signature
+from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote
 
-from posttrain.data import formats, objects, shapes, sources
+from posttrain.data import formats, generators, objects, shapes, sources
 from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
-from posttrain.data.generated import arithmetic_tasks, modular_sum_tasks
 from posttrain.data.rows import columns_of
 from posttrain.data.sources import read_rows
 from posttrain.data.tasks.golds import gold_text
-from posttrain.data.tasks.gym import gym_tasks
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.log import get_logger
 
@@ -35,8 +30,6 @@ _SHAPES = (
     {"prompt": "prompt", "gold": "gold"},
     {"prompt": "problem", "gold": "answer"},
 )
-_GENERATED = {"arithmetic": arithmetic_tasks, "modular_sum": modular_sum_tasks}
-_RANGES = ("operands", "digits", "terms")
 # The calculator notes of GSM8K, a calculation and its number: <<48/2=24>>
 _NOTES = re.compile(r"<<(?=[^<>=]*\d)[^<>=A-Za-z]+=[^<>=A-Za-z\n]*\d[^<>=A-Za-z\n]*>>")
 _MARKED = re.compile(r"^####[^\n]*\d", re.MULTILINE)
@@ -85,9 +78,8 @@ def load_demonstrations(
 
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise ConfigError(f"limit={limit!r} must be at least 1, or left out for all rows.")
-    kind, colon, rest = source.partition(":")
-    if colon and kind in ("generated", "gym"):
-        made = _generate(kind, rest, split, conversational)
+    if generators.is_made(source):
+        made = generators.make(source, split, generators.TASKS, conversational)
         return made if limit is None else made.select(range(min(limit, len(made))))
     rows, places = _read(source, split, limit, config)
     if convert and columns is None:
@@ -262,65 +254,3 @@ def _marked_gold(demonstration, place: str, column: str) -> str:
         f"{text[-60:]!r}. Mark the answer, or name its column: gold_column in a recipe, columns={{'gold': ...}} in "
         "Python."
     )
-
-
-def _generate(kind: str, rest: str, split: str, conversational: bool):
-    name, _, query = rest.partition("?")
-    source = f"{kind}:{rest}"
-    options = _options(query, source)
-    n, seed = options.pop("n", 256), options.pop("seed", 0)
-    for key, value in (("n", n), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{source!r}: {key}={value!r} is no integer.")
-    if kind == "gym":
-
-        def make(seed: int, exclude: Iterable[dict] = ()):
-            return gym_tasks(name, n, seed, exclude, **{"conversational": conversational, **options})
-    else:
-        if name not in _GENERATED:
-            known = ", ".join(f"generated:{one}" for one in _GENERATED)
-            raise ConfigError(f"{source!r} is not known; the generated tasks are {known}.")
-        _check_options(source, options, _GENERATED[name])
-
-        def make(seed: int, exclude: Iterable[dict] = ()):
-            return _GENERATED[name](n, seed, **{"conversational": conversational, **options}, exclude=exclude)
-
-    try:
-        train = make(seed)
-        return train if split == "train" else make(seed + 1, train)
-    except ConfigError as error:
-        raise ConfigError(f"{source!r}: {error}") from None
-
-
-def _check_options(source: str, options: dict, function) -> None:
-    known = ["n", "seed", *(name for name in signature(function).parameters if name not in ("n", "seed", "exclude"))]
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ConfigError(f"{source!r} has no option {option!r} (it has {', '.join(known)}){hint}")
-
-
-def _options(query: str, source: str) -> dict:
-    options = {}
-    for part in filter(None, query.split("&")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ConfigError(f"{source!r}: write options as key=value, joined by &.")
-        # + is an operator here, not a space as in web addresses
-        options[key] = _scalar(key, unquote(value))
-    return options
-
-
-def _scalar(key: str, text: str):
-    span = re.fullmatch(r"(\d+)-(\d+)", text)
-    if span and key in _RANGES:
-        return int(span[1]), int(span[2])
-    if key in _RANGES and text.isdigit():
-        return int(text), int(text)
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text, text)
