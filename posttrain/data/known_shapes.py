@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from posttrain.data.messages import is_messages
 from posttrain.data.pairs.faults import without_answer
-from posttrain.data.tasks.golds import gold_text, is_missing
 from posttrain.errors import DataError
+from posttrain.rewards.golds import gold_text, is_missing
 
 # What a shape's rows become: prompt, chosen, rejected; prompt, completion, reward; prompt, gold
 PAIRS, ANSWERS, TASKS = "pairs", "answers", "tasks"

@@ -3,9 +3,9 @@
 from dataclasses import fields
 
 from posttrain.checks import check_integer, check_number, shorten
-from posttrain.data.tasks.golds import is_missing
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
+from posttrain.rewards.golds import is_missing
 from posttrain.rewards.pool import WorkerPool
 
 COUNTERS = ("scored", "timeouts", "exceptions")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from posttrain.data.tasks.golds import is_missing
 from posttrain.errors import ConfigError, require
 from posttrain.log import get_logger
 from posttrain.rewards.answers import PLACES, answer_number, final_answer, gold_answer
@@ -14,6 +13,7 @@ from posttrain.rewards.base import (
     column_of,
     completion_text,
 )
+from posttrain.rewards.golds import is_missing
 from posttrain.rewards.reads import ANSWER_TAGS
 
 ENGINES = ("auto", "math_verify", "numbers")

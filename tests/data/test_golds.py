@@ -7,11 +7,11 @@ import pytest
 from datasets import Dataset
 
 from posttrain import QAEConfig, QAETrainer
-from posttrain.data.tasks.golds import gold_text, is_missing
 from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.errors import DataError
 from posttrain.rewards import ExactMatch, MathsAnswer, check_golds
 from posttrain.rewards.base import check_missing_golds
+from posttrain.rewards.golds import gold_text, is_missing
 from tests.rollouts import settings, success
 
 ASKED = [{"role": "user", "content": "who?"}]

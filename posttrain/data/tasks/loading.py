@@ -9,9 +9,9 @@ from posttrain.data import formats, generators, objects, shapes, sources
 from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
 from posttrain.data.rows import columns_of
 from posttrain.data.sources import read_rows
-from posttrain.data.tasks.golds import gold_text
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.log import get_logger
+from posttrain.rewards.golds import gold_text
 
 COLUMNS = ("prompt", "demonstration", "gold")
 # Beside COLUMNS, what generated data sets and users' own may have.
