@@ -37,6 +37,7 @@ def describe(
     from posttrain.data.pairs import schema
     from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
     from posttrain.run import checks
+    from posttrain.trainers.preference import prepare
 
     config = check(model_id, args, peft_config)
     checks.check_model_config(args, config)
@@ -44,7 +45,7 @@ def describe(
     train_dataset = columns.prepare(train_dataset, "train_dataset")
     eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
     reports = schema.check_run(model_id, processing_class, args, train_dataset, eval_dataset, Limits(model_id, config))
-    checks.check_flip_rates(args, train_dataset, eval_dataset)
+    prepare.check_flip_rates(args, train_dataset, eval_dataset)
 
     processes = processes or args.world_size
     tokenizer = tokenizer_of(processing_class)
@@ -78,9 +79,9 @@ def describe(
 
 def check(model_id: str, args, peft_config):
     """What every trainer checks before anything loads; returns the model's config."""
-    from posttrain.run import checks
+    from posttrain.run import checks, upstream_configs
 
-    checks.check_args(args, type(args))
+    upstream_configs.check_args(args, type(args))
     checks.check_output_dir(args.output_dir)
     if peft_config is not None:
         checks.check_lora(peft_config)

@@ -40,7 +40,7 @@ def load_answers(data_args: ScoredArguments, training_args):
     """The scored answers to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
     from posttrain.data.scored.loading import load_scored
     from posttrain.data.scored.scales import check_scales
-    from posttrain.trainers.offline.a_lol import kept_columns
+    from posttrain.trainers.offline.prepare import kept_columns
 
     needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
     keep, rewards = tuple(kept_columns(training_args)), {}
@@ -79,7 +79,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     from posttrain.data.scored import answer_tokens, baselines, loading
     from posttrain.data.tokens import processing_class_for
     from posttrain.run import checks
-    from posttrain.trainers.offline import a_lol, answer_rows, prompt_values
+    from posttrain.trainers.offline import answer_rows, prepare, prompt_values
 
     config = dry_run.check(model_id, args, peft_config)
     checks.check_model_config(args, config)
@@ -94,10 +94,10 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
     head = args.weighs_by == "advantages" and args.value == "head"
     if head:
         prompt_values.check_start(args, data_args.reward_func)
-    columns = a_lol.kept_columns(args)
+    columns = prepare.kept_columns(args)
     train_dataset = loading.as_scored(train_dataset, name, tuple(columns), weighed).rename_columns(columns)
     if weighed:
-        a_lol.check_rows(train_dataset, name, args)
+        prepare.check_rows(train_dataset, name, args)
     shown = _as_learned(train_dataset.select([0]), processing_class, args, name)
     lost, fits = "", len(train_dataset)
     if answer_tokens.are_known(args):
@@ -108,7 +108,7 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
         fits = f"at most {fits}: chat_template_path or eos_token change the tokens once the model is loaded"
     kept, facts, living = len(train_dataset), {}, None
     if weighed:
-        a_lol.check_left(train_dataset, name, args, lost)
+        prepare.check_left(train_dataset, name, args, lost)
         rewards = train_dataset["reward"][:]
         facts["rewards"] = "\n" + tables.histogram(rewards)
         if args.weighs_by == "rewards":
@@ -116,13 +116,13 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
         elif args.weighs_by == "advantages" and args.value != "head":
             values = baselines.values_of(train_dataset, args.value, "baseline", name)
             advantages = baselines.advantages_of(rewards, values)
-            weights = a_lol.weights_of(advantages, args)
+            weights = prepare.weights_of(advantages, args)
             baselines.check_positive(advantages, args.value, name, lost)
             baselines.check_weights(weights, name)
             facts["advantages"] = "\n" + tables.histogram(advantages)
             kept = sum(weight != 0 for weight in weights)
     elif head:
-        a_lol.check_value_prompts(len(set(baselines.prompt_keys(train_dataset))), name, args)
+        prepare.check_value_prompts(len(set(baselines.prompt_keys(train_dataset))), name, args)
     if head:
         living = "known once the value head has learned"
     elif not weighed and args.weighs_by is not None:

@@ -145,10 +145,10 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     from posttrain.data.limits import Limits
     from posttrain.data.tasks import task_rows, tokens
     from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
-    from posttrain.run import checks
+    from posttrain.trainers.policy_gradient import prepare
 
     config = dry_run.check(model_id, args, peft_config)
-    checks.check_generation(args, train_dataset)
+    prepare.check_generation(args, train_dataset)
     tokenizer, limits = tokenizer_of(processing_class_for(model_id, None, args)), Limits(model_id, config)
     train_dataset = as_rendered(columns.prepare(train_dataset, "train_dataset"), tokenizer, False, "train_dataset")
     if eval_dataset is not None:

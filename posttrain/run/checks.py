@@ -4,11 +4,9 @@ import contextlib
 import math
 import re
 import tempfile
-from decimal import Decimal
 from pathlib import Path
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import LoraConfig
 from transformers import AttentionInterface, AutoConfig, Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -20,38 +18,14 @@ from transformers.utils import (
 )
 
 from posttrain.checks import check_choice
-from posttrain.errors import ConfigError, DataError, EnvironmentIssue, PosttrainError
-from posttrain.log import get_logger
+from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.remote import check_model_name, model_failure
-from posttrain.run import run_folder
-
-# |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
-# may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
-# adapter left out of the reference moves it by 0.05 nats and more.
-ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 _FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 # What architectures call their input embedding
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
 # Optimisers that ask for more of a model than its parameters.
 _NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
-
-
-def check_args(args, config_class: type, method: str | None = None, output_dir: str | None = None):
-    """`args` as a `config_class`, or the class's defaults. `method`: the trainer's class, where it is known.
-
-    `output_dir`: where the defaults are to write.
-
-    Raises TypeError for another trainer's settings, ConfigError where output_dir holds a run with other settings, or
-    what is not ours where this one would write.
-    """
-    # the configs import this module
-    from posttrain.run.upstream_configs import as_own
-
-    args = config_class(output_dir) if args is None else as_own(args, config_class)
-    # what the settings tell; `RunFolder` asks again once data and model are there
-    run_folder.check_args(args, method)
-    return args
 
 
 def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
@@ -234,59 +208,6 @@ def check_model_config(args, config, weighs_pairs: bool = False) -> None:
         )
 
 
-def check_reference(model, ref_model, args, peft_config) -> None:
-    """Refuse full fine-tuning whose reference upstream would load by a name that the model does not have."""
-    if not isinstance(model, torch.nn.Module) or ref_model is not None or peft_config is not None:
-        return
-    if is_peft_model(model) or args.precompute_ref_log_probs or getattr(model.config, "_name_or_path", ""):
-        return
-    raise ConfigError(
-        "the model was built in code, and its reference is to be loaded by a name, which it does not have. Pass "
-        "`ref_model=copy.deepcopy(model)`, or a `peft_config`, or set `precompute_ref_log_probs: true`."
-    )
-
-
-def check_flip_rates(args, train_dataset, eval_dataset) -> None:
-    """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
-    if args.pair_loss not in ("rdpo", "cdpo"):
-        if "flip_rate" in (getattr(train_dataset, "column_names", None) or ()):
-            get_logger().warning(
-                "train_dataset's column flip_rate is not read by pair_loss %s; `pair_loss: rdpo` or `cdpo` reads it",
-                args.pair_loss,
-            )
-        return
-    named = {"train_dataset": train_dataset}
-    named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
-    for name, dataset in named.items():
-        if "flip_rate" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
-            continue
-        for row, rate in enumerate(dataset["flip_rate"], 1):
-            if isinstance(rate, bool) or not isinstance(rate, int | float):
-                what = "null" if rate is None else f"{rate!r}, of type {type(rate).__name__}"
-                cast = ""
-                if isinstance(rate, str | Decimal):
-                    cast = '\n  dataset = dataset.cast_column("flip_rate", Value("float64"))  # of datasets'
-                raise DataError(
-                    f"{name} has a flip_rate of {what} in row {row}; every row's flip_rate must be a number in "
-                    f"[0, 0.5).{cast}"
-                )
-            if not 0 <= rate < 0.5:
-                raise DataError(
-                    f"{name} has a flip_rate of {rate} in row {row}; every row's flip_rate must lie in [0, 0.5)."
-                )
-
-
-def check_generation(args, train_dataset) -> None:
-    """TRL's sampler leaves out what fills no whole generation; of too few rows nothing would be left."""
-    prompts = args.generation_batch_size // args.num_generations
-    if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
-        raise DataError(
-            f"train_dataset has {len(train_dataset)} rows, and a generation takes {prompts} prompts "
-            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}). Give more "
-            "rows, or make per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation smaller."
-        )
-
-
 def check_parallelism(accelerator) -> None:
     """Refuse layouts in which a rank does not hold its own rows."""
     layout = getattr(accelerator, "parallelism_config", None)
@@ -306,45 +227,3 @@ def evaluating(model):
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def may_be_identity(model) -> bool:
-    """Whether an adapter can be without effect; one of learned prompts or prefixes never is."""
-    return not (is_peft_model(model) and model.active_peft_config.is_prompt_learning)
-
-
-def zero_margin_tolerance(model, accelerator) -> tuple[float, str]:
-    """What rounding may make of |log pi - log pi_ref| per token of equal weights, in nats, and the type computed in."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        dtype = torch.bfloat16
-    return ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2), str(dtype).removeprefix("torch.")
-
-
-def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
-    """Raise if policy and reference differ at step 0 by more than rounding.
-
-    Args:
-        worst: largest |log pi - log pi_ref| per completion token of the first micro-batches, in nats.
-        reference: which weights the reference is, for the message.
-    """
-    tolerance, dtype = zero_margin_tolerance(model, accelerator)
-    if not worst <= tolerance:
-        raise ConfigError(
-            f"policy and reference differ by {worst:.3g} nats per token before the first step (tolerance "
-            f"{tolerance:g} in {dtype}). The reference is: {reference}. If it should be "
-            "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel"
-            f"{_initialised(model)}; if this is intended, set `check_reference: false`."
-        )
-
-
-def _initialised(model) -> str:
-    """What an adapter's own initialisation has to do with it, for the message."""
-    if not is_peft_model(model):
-        return ""
-    config = model.active_peft_config
-    for name in ("init_lora_weights", "init_weights"):
-        value = getattr(config, name, True)
-        if value is not True:
-            return f"; the adapter begins with {name} {value!r}, which may be no identity"
-    return ""

@@ -17,7 +17,7 @@ from posttrain.hub import clean_readme, preflight, push_checkpoint, push_run, wr
 from posttrain.log import get_logger
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.models import embedded_name, resolve_model
-from posttrain.run import checkpoints, checks, evaluation, run_folder, schedule, start
+from posttrain.run import checkpoints, checks, evaluation, run_folder, schedule, start, upstream_configs
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
 from posttrain.run.identity import differing, identity, update_settings
 from posttrain.run.report import RunReport
@@ -39,7 +39,7 @@ class RunMixin:
         """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
         self._start, self._peft_config = None, peft_config
         output_dir = self._default_folder(model) if args is None else None
-        args = checks.check_args(args, self._config_class, type(self).__name__, output_dir)
+        args = upstream_configs.check_args(args, self._config_class, type(self).__name__, output_dir)
         checks.check_output_dir(args.output_dir)
         if peft_config is not None:
             checks.check_lora(peft_config)

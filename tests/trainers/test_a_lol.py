@@ -14,8 +14,8 @@ from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.mechanisms import value_head
 from posttrain.objectives import offline
 from posttrain.rewards import UserReward
-from posttrain.run import watches
-from posttrain.trainers.offline import a_lol, reference_logps
+from posttrain.run import reference, watches
+from posttrain.trainers.offline import prepare
 from tests.scored import build, entries, make_scored, settings, train
 from tests.training import distance, lora
 
@@ -781,10 +781,10 @@ def test_what_this_trainer_cannot_take_is_refused(tiny_folder, tmp_path):
 
 def test_which_adapters_start_as_the_identity():
     plain = lora()
-    assert reference_logps.starts_as_identity(plain)
+    assert reference.starts_as_identity(plain)
     plain.init_lora_weights = "pissa"
-    assert not reference_logps.starts_as_identity(plain)
-    assert not reference_logps.starts_as_identity(PromptTuningConfig(num_virtual_tokens=2))
+    assert not reference.starts_as_identity(plain)
+    assert not reference.starts_as_identity(PromptTuningConfig(num_virtual_tokens=2))
 
 
 @pytest.mark.parametrize("variant", ["wbc", "r_gold", "a_lol", "a_lol_seq"])
@@ -828,7 +828,7 @@ def test_tools_are_part_of_a_prompt():
 def test_a_head_that_learns_from_too_few_prompts_is_refused_or_named(tiny_folder, tmp_path, logged):
     with pytest.raises(ConfigError, match="value_prompts is 1, below value_folds .2.: each fold"):
         ALoLConfig(str(tmp_path), use_cpu=True, bf16=False, value="head", value_prompts=1, value_folds=2)
-    a_lol.check_value_prompts(1000, "rows", SimpleNamespace(value_folds=2, value_prompts=30))
+    prepare.check_value_prompts(1000, "rows", SimpleNamespace(value_folds=2, value_prompts=30))
     assert "learns from 30 different prompts" in logged.text
 
 
@@ -837,7 +837,7 @@ def test_equal_rewards_pass_where_values_come_from_generations():
     args = SimpleNamespace(
         weighs_by="advantages", value="head", value_targets="generations", value_folds=2, value_prompts=100
     )
-    a_lol.check_left(rows, "rows", args)
+    prepare.check_left(rows, "rows", args)
     args.value_targets = "answers"
     with pytest.raises(DataError, match="all 6 rewards are equal"):
-        a_lol.check_left(rows, "rows", args)
+        prepare.check_left(rows, "rows", args)

@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, Value
 from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.run import checks
+from posttrain.trainers.preference import prepare
 from tests import rollouts
 from tests.conftest import make_pairs
 from tests.training import settings
@@ -204,7 +205,7 @@ def test_a_flip_rate_is_called_what_it_is(weightless, tmp_path, rate, what):
         assert 'dataset.cast_column("flip_rate", Value("float64"))' in str(raised.value)
         mended = rows.cast_column("flip_rate", Value("float64"))
         assert mended["flip_rate"][0] == 0.2
-        checks.check_flip_rates(args, mended, None)
+        prepare.check_flip_rates(args, mended, None)
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])

@@ -5,35 +5,18 @@ so it is turned off; one that was trained before, and every other kind of weight
 the first step.
 """
 
-import contextlib
-
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from trl.models import prepare_deepspeed
-from trl.trainer.utils import use_adapter
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.mechanisms import initial_adapter
 from posttrain.mechanisms.sequence_cache import TokenCache, sequence_digest
 from posttrain.paths import cache_dir
-from posttrain.run.checks import evaluating, zero_margin_tolerance
-from posttrain.trainers.preference import reference_logps
+from posttrain.run import reference
+from posttrain.run.reference import batches_of, frozen, zero_margin_tolerance
 
 COLUMN = "ref_logps"
-
-
-def starts_as_identity(peft_config) -> bool:
-    """Whether a new adapter of these settings changes nothing before its first step, and leaves the base alone."""
-    return (
-        initial_adapter.begins_as_base(peft_config)
-        and initial_adapter.initialisation(peft_config) in (True, "gaussian", "mica")
-        and not getattr(peft_config, "use_dora", False)
-        and getattr(peft_config, "bias", "none") == "none"
-    )
 
 
 def describe(trainer) -> str:
@@ -106,49 +89,6 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
     return dataset.add_column(COLUMN, [known[digest].tolist() for digest in digests])
 
 
-@contextlib.contextmanager
-def frozen(trainer):
-    """Hand over the starting model to forward: in eval mode, without gradient, a new adapter off.
-
-    Under DeepSpeed it is an engine that places or gathers the weights.
-    """
-    model = _forwarded_model(trainer)
-    adapter = contextlib.nullcontext()
-    if trainer.adapter_is_new:
-        adapter = use_adapter(trainer.accelerator.unwrap_model(trainer.model), None)
-    with torch.no_grad(), evaluating(model), trainer._plain_forward(), adapter, trainer.accelerator.autocast():
-        yield model
-
-
-def batches_of(trainer, rows: Dataset, what: str, batch_size: int):
-    """This rank's padded batches of tokenised rows, in order, on its device."""
-    # An own generator: a DataLoader otherwise draws from the global one
-    loader = DataLoader(rows, batch_size, collate_fn=trainer.data_collator, generator=torch.Generator())
-    hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
-    return tqdm(trainer.accelerator.prepare_data_loader(loader), desc=what, disable=hidden)
-
-
-def _forwarded_model(trainer):
-    if not trainer.is_deepspeed_enabled:
-        return trainer.model
-    if trainer.model_wrapped is not trainer.model:
-        return trainer.model_wrapped
-    if trainer.reference_engine is None:
-        # The policy is not prepared yet: an inference engine places its weights, or gathers them under ZeRO-3
-        trainer.reference_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
-    return trainer.reference_engine
-
-
-def end_engine(trainer) -> None:
-    """Take the inference engine's hooks off the model.
-
-    The training engine numbers the modules anew, and hooks of ZeRO-3 that saw a single forward would trip over that.
-    """
-    if trainer.reference_engine is not None:
-        trainer.reference_engine.destroy()
-        trainer.reference_engine = None
-
-
 def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[torch.Tensor]:
     lengths = [sum(label != -100 for label in labels[1:]) for labels in rows["labels"]]
     gathered = []
@@ -173,4 +113,4 @@ def _reference_key(trainer) -> str:
     adapters, facts = set(getattr(model, "peft_config", {})), {}
     if adapters and not trainer.adapter_is_new:
         facts["adapter"] = {name: str(value.to_dict()) for name, value in sorted(model.peft_config.items())}
-    return reference_logps.reference_key(trainer, model, adapters if trainer.adapter_is_new else (), facts)
+    return reference.reference_key(trainer, model, adapters if trainer.adapter_is_new else (), facts)

@@ -1,21 +1,19 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
 
-import importlib
 import math
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from posttrain.checks import shorten
 from posttrain.data import columns
 from posttrain.data.limits import Limits
-from posttrain.data.rows import by_name, refuse_splits
+from posttrain.data.rows import by_name
 from posttrain.data.tasks import task_rows, tokens
 from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
-from posttrain.errors import ConfigError, DataError, DivergedError, require
+from posttrain.errors import ConfigError, DivergedError, require
 from posttrain.log import get_logger
-from posttrain.mechanisms import group_rewards
+from posttrain.mechanisms import group_rewards, special_tokens
 from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
@@ -28,13 +26,13 @@ from posttrain.run.sharing import PrefixSharing
 from posttrain.trainers.policy_gradient import (
     completion_log,
     demonstrations,
+    prepare,
     reward_setup,
     rollout_log,
     row_templates,
-    special_tokens,
 )
+from posttrain.trainers.policy_gradient.prepare import _advantage_function, _all_rendered, _check_prompts
 from posttrain.trainers.policy_gradient.resumption import SaveBetweenGenerations
-from posttrain.trainers.preference import reference_logps
 
 
 class PolicyGradientMixin(RunMixin):
@@ -72,7 +70,7 @@ class PolicyGradientMixin(RunMixin):
             check_missing_golds(reward_funcs, dataset, name)
         train_dataset = columns.prepare(train_dataset, "train_dataset")
         eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
-        checks.check_generation(args, train_dataset)
+        prepare.check_generation(args, train_dataset)
         evaluation.check_best_metric(args, eval_dataset)
         limits, processor = Limits(model, config), processing_class_for(model, processing_class, args)
         tokenizer = tokenizer_of(processor)
@@ -341,12 +339,12 @@ class PolicyGradientMixin(RunMixin):
         reference = inputs.get("ref_per_token_logps")
         if reference is None or not self.args.check_reference or self.state.global_step > 0:
             return
-        if drops_out(self.model) or not checks.may_be_identity(self.model):
+        if drops_out(self.model) or not reference.may_be_identity(self.model):
             return
         gaps = (logps - reference).abs() * inputs["completion_mask"]
         per_token = gaps.sum(dim=1) / inputs["completion_mask"].sum(dim=1).clamp(min=1)
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
-        checks.check_zero_margin(worst, self.model, self.accelerator, reference_logps.describe(self))
+        reference.check_zero_margin(worst, self.model, self.accelerator, reference.describe(self))
 
     def _weigh_tokens(self, inputs: dict, logps: Tensor) -> None:
         """The parts that TRL's loss has no setting for, as weights on an unclipped loss of ratio 1."""
@@ -412,64 +410,3 @@ class _Sharing:
             if packed is not None:
                 kwargs["packed"] = packed
         return self._model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-
-
-def _advantage_function(args):
-    """(prompts, G) -> (prompts, G), or None where TRL's own advantages are the ones asked for."""
-    if ":" in args.advantage:
-        module, _, name = args.advantage.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except Exception as error:
-            raise ConfigError(
-                f"advantage is {args.advantage!r}, which cannot be imported ({error}). Give module:function, of a "
-                "module on the Python path."
-            ) from error
-        if not callable(function):
-            raise ConfigError(f"advantage is {args.advantage!r}, which is no function.")
-        return function
-    if args.advantage == "leave_one_out":
-        return advantages.leave_one_out_advantage
-    if args.advantage == "reward":
-        return lambda rewards: torch.nan_to_num(rewards, nan=0.0)
-    if args.advantage == "quantile" and args.quantile is not None:
-        return lambda rewards: advantages.quantile_advantage(
-            rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
-        )
-    return None
-
-
-def _all_rendered(datasets, tokenizer):
-    """One data set, several by name, or None, as the chat template is to see them."""
-    if isinstance(datasets, dict):
-        return {name: as_rendered(dataset, tokenizer, False, name) for name, dataset in datasets.items()}
-    return None if datasets is None else as_rendered(datasets, tokenizer, False, "eval_dataset")
-
-
-def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
-    """Refuse rows without a prompt, but where an environment has them."""
-    refuse_splits(train_dataset)
-    environment = given.get("environment_factory") is not None
-    in_turns = environment or bool(given.get("tools"))
-    named = {"train_dataset": train_dataset}
-    named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
-    for name, dataset in named.items():
-        columns = getattr(dataset, "column_names", None)
-        if columns and "prompt" not in columns and not environment:
-            raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
-        if hasattr(dataset, "__len__") and not len(dataset):
-            raise DataError(f"{name} has no rows.")
-        if not isinstance(dataset, Dataset) or "prompt" not in columns:
-            continue
-        for row, prompt in enumerate(dataset["prompt"], 1):
-            messages = isinstance(prompt, list) and all(isinstance(turn, dict) and turn.get("role") for turn in prompt)
-            if not prompt or not (messages or isinstance(prompt, str)):
-                raise DataError(
-                    f"{name}, row {row}: the prompt is {shorten(prompt)}; it must be a text, or a list of messages "
-                    "that each have a role. Mend the row or leave it out."
-                )
-            if in_turns and isinstance(prompt, str):
-                raise DataError(
-                    f"{name}, row {row}: the prompt is a text, and answers with tools or an environment are turns of a "
-                    "conversation. Give it as a list of messages, such as [{'role': 'user', 'content': ...}]."
-                )

@@ -23,11 +23,11 @@ from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.run import checks, evaluation, new_tokens, start
+from posttrain.run import checks, evaluation, new_tokens, reference, start
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
 from posttrain.run.sharing import PrefixSharing, record_padding
-from posttrain.trainers.preference import reference_logps
+from posttrain.trainers.preference import prepare, reference_logps
 
 # Columns of a data set that training reads
 _READ = (*loading.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
@@ -85,12 +85,12 @@ class PreferenceMixin(RunMixin):
         kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         checks.check_model_config(args, config, self._weighs_pairs_of(args))
-        checks.check_reference(model, ref_model, args, kwargs.get("peft_config"))
+        prepare.check_reference_is_loadable(model, ref_model, args, kwargs.get("peft_config"))
         train_dataset = columns.prepare(train_dataset, "train_dataset", _READ)
         eval_dataset = columns.prepare(eval_dataset, "eval_dataset", _READ)
         self._limits = Limits(model, config)
         schema.check_run(model, processing_class, args, train_dataset, eval_dataset, self._limits)
-        checks.check_flip_rates(args, train_dataset, eval_dataset)
+        prepare.check_flip_rates(args, train_dataset, eval_dataset)
         evaluation.check_best_metric(args, eval_dataset)
         self._begin_run(self._preflight(model, args), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
@@ -110,7 +110,7 @@ class PreferenceMixin(RunMixin):
             new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
-        get_logger().info("reference: %s", reference_logps.describe(self))
+        get_logger().info("reference: %s", reference.describe(self))
 
     def _live_reference(self, args) -> bool:
         return not self._reference_is_given
@@ -138,7 +138,7 @@ class PreferenceMixin(RunMixin):
         )  # fmt: skip
         if report is not None:
             self._limits.check_reports({name: report}, {name: dataset}, self.processing_class, args.max_length)
-        checks.check_flip_rates(args, None, {name: dataset})
+        prepare.check_flip_rates(args, None, {name: dataset})
         return dataset
 
     # stands on DPOTrainer._set_signature_columns_if_needed
@@ -329,7 +329,7 @@ class PreferenceMixin(RunMixin):
         self._margin_checked = True
         if self._reference_is_given or not self.args.check_reference or self.state.global_step > 0:
             return
-        if not checks.may_be_identity(self.model):
+        if not reference.may_be_identity(self.model):
             return
         if self._drops_out:
             with torch.no_grad(), checks.evaluating(model), self._plain_forward():
@@ -338,7 +338,7 @@ class PreferenceMixin(RunMixin):
         logps = torch.cat([scores.chosen_logps, scores.rejected_logps])
         per_token = (logps - torch.cat(reference)).detach().abs() / tokens
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
-        checks.check_zero_margin(worst, self.model, self.accelerator, reference_logps.describe(self))
+        reference.check_zero_margin(worst, self.model, self.accelerator, reference.describe(self))
 
     def _record(self, mode, scores: PairScores, chosen_logratios, rejected_logratios, losses, inputs) -> None:
         means, real = self._means[mode], real_pairs(inputs)

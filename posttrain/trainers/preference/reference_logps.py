@@ -1,33 +1,16 @@
 """Which weights the reference is, and its log-probabilities for a whole dataset, through the cache on disk."""
 
-import json
-from collections.abc import Iterable
-
 import torch
-import transformers
-import xxhash
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trl.models import prepare_deepspeed
 
 from posttrain.log import get_logger
-from posttrain.mechanisms.sequence_cache import ReferenceCache, sequence_digest, weights_digest
+from posttrain.mechanisms.sequence_cache import ReferenceCache, sequence_digest
 from posttrain.paths import cache_dir
-
-
-def describe(trainer) -> str:
-    """One line that says which weights the reference is."""
-    if trainer._reference_is_given:
-        return "the given ref_model"
-    if is_peft_model(trainer.model):
-        if "ref" in trainer.model.peft_config:
-            return "a frozen copy of the adapter as it began (`ref`)"
-        return "the base model, with the adapter off"
-    if trainer.ref_model is not None:
-        return f"the model as loaded from {trainer.model.config._name_or_path}"
-    return "the model before its first step (log-probabilities precomputed)"
+from posttrain.run.reference import reference_key
 
 
 def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -110,27 +93,3 @@ def _reference_key(trainer) -> str:
     if adapters and "ref" in model.peft_config:
         facts["adapter"] = str(model.peft_config["ref"].to_dict())
     return reference_key(trainer, model, adapters, facts)
-
-
-def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> str:
-    """A digest of everything but the rows that affects a reference log-probability; all ranks call it.
-
-    Args:
-        model: the one that is forwarded, without the adapters of `skip_adapters`.
-        facts: what else the values depend on, by name.
-    """
-    weights = gather_object([weights_digest(model, skip_adapters=skip_adapters)])
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    for name in ("_name_or_path", "transformers_version", "pad_token_id"):
-        config.pop(name, None)
-    facts = facts | {
-        "weights": weights,
-        "config": config,
-        "attention": model.config._attn_implementation,
-        "precision": [trainer.accelerator.mixed_precision, str(model.dtype)],
-        "device": trainer.accelerator.device.type,
-        # equal to rounding only, and `never` is to equal TRL's numbers bit for bit
-        "prefix_sharing": trainer._sharing.active,
-        "versions": [torch.__version__, transformers.__version__],
-    }
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())

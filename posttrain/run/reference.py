@@ -1,0 +1,157 @@
+"""The reference's log-probabilities: who is forwarded, by which key they are cached."""
+
+import contextlib
+import json
+from collections.abc import Iterable
+
+import torch
+import transformers
+import xxhash
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import use_adapter
+
+from posttrain.errors import ConfigError
+from posttrain.mechanisms import initial_adapter
+from posttrain.mechanisms.sequence_cache import weights_digest
+from posttrain.run.checks import evaluating
+
+# |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
+# may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
+# adapter left out of the reference moves it by 0.05 nats and more.
+ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> str:
+    """A digest of everything but the rows that affects a reference log-probability; all ranks call it.
+
+    Args:
+        model: the one that is forwarded, without the adapters of `skip_adapters`.
+        facts: what else the values depend on, by name.
+    """
+    weights = gather_object([weights_digest(model, skip_adapters=skip_adapters)])
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "pad_token_id"):
+        config.pop(name, None)
+    facts = facts | {
+        "weights": weights,
+        "config": config,
+        "attention": model.config._attn_implementation,
+        "precision": [trainer.accelerator.mixed_precision, str(model.dtype)],
+        "device": trainer.accelerator.device.type,
+        # equal to rounding only, and `never` is to equal TRL's numbers bit for bit
+        "prefix_sharing": trainer._sharing.active,
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
+
+
+def starts_as_identity(peft_config) -> bool:
+    """Whether a new adapter of these settings changes nothing before its first step, and leaves the base alone."""
+    return (
+        initial_adapter.begins_as_base(peft_config)
+        and initial_adapter.initialisation(peft_config) in (True, "gaussian", "mica")
+        and not getattr(peft_config, "use_dora", False)
+        and getattr(peft_config, "bias", "none") == "none"
+    )
+
+
+@contextlib.contextmanager
+def frozen(trainer):
+    """Hand over the starting model to forward: in eval mode, without gradient, a new adapter off.
+
+    Under DeepSpeed it is an engine that places or gathers the weights.
+    """
+    model = _forwarded_model(trainer)
+    adapter = contextlib.nullcontext()
+    if trainer.adapter_is_new:
+        adapter = use_adapter(trainer.accelerator.unwrap_model(trainer.model), None)
+    with torch.no_grad(), evaluating(model), trainer._plain_forward(), adapter, trainer.accelerator.autocast():
+        yield model
+
+
+def batches_of(trainer, rows: Dataset, what: str, batch_size: int):
+    """This rank's padded batches of tokenised rows, in order, on its device."""
+    # An own generator: a DataLoader otherwise draws from the global one
+    loader = DataLoader(rows, batch_size, collate_fn=trainer.data_collator, generator=torch.Generator())
+    hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    return tqdm(trainer.accelerator.prepare_data_loader(loader), desc=what, disable=hidden)
+
+
+def _forwarded_model(trainer):
+    if not trainer.is_deepspeed_enabled:
+        return trainer.model
+    if trainer.model_wrapped is not trainer.model:
+        return trainer.model_wrapped
+    if trainer.reference_engine is None:
+        # The policy is not prepared yet: an inference engine places its weights, or gathers them under ZeRO-3
+        trainer.reference_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
+    return trainer.reference_engine
+
+
+def end_engine(trainer) -> None:
+    """Take the inference engine's hooks off the model.
+
+    The training engine numbers the modules anew, and hooks of ZeRO-3 that saw a single forward would trip over that.
+    """
+    if trainer.reference_engine is not None:
+        trainer.reference_engine.destroy()
+        trainer.reference_engine = None
+
+
+def may_be_identity(model) -> bool:
+    """Whether an adapter can be without effect; one of learned prompts or prefixes never is."""
+    return not (is_peft_model(model) and model.active_peft_config.is_prompt_learning)
+
+
+def zero_margin_tolerance(model, accelerator) -> tuple[float, str]:
+    """What rounding may make of |log pi - log pi_ref| per token of equal weights, in nats, and the type computed in."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        dtype = torch.bfloat16
+    return ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2), str(dtype).removeprefix("torch.")
+
+
+def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
+    """Raise if policy and reference differ at step 0 by more than rounding.
+
+    Args:
+        worst: largest |log pi - log pi_ref| per completion token of the first micro-batches, in nats.
+        reference: which weights the reference is, for the message.
+    """
+    tolerance, dtype = zero_margin_tolerance(model, accelerator)
+    if not worst <= tolerance:
+        raise ConfigError(
+            f"policy and reference differ by {worst:.3g} nats per token before the first step (tolerance "
+            f"{tolerance:g} in {dtype}). The reference is: {reference}. If it should be "
+            "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel"
+            f"{_initialised(model)}; if this is intended, set `check_reference: false`."
+        )
+
+
+def _initialised(model) -> str:
+    """What an adapter's own initialisation has to do with it, for the message."""
+    if not is_peft_model(model):
+        return ""
+    config = model.active_peft_config
+    for name in ("init_lora_weights", "init_weights"):
+        value = getattr(config, name, True)
+        if value is not True:
+            return f"; the adapter begins with {name} {value!r}, which may be no identity"
+    return ""
+
+
+def describe(trainer) -> str:
+    """One line that says which weights the reference is."""
+    if trainer._reference_is_given:
+        return "the given ref_model"
+    if is_peft_model(trainer.model):
+        if "ref" in trainer.model.peft_config:
+            return "a frozen copy of the adapter as it began (`ref`)"
+        return "the base model, with the adapter off"
+    if trainer.ref_model is not None:
+        return f"the model as loaded from {trainer.model.config._name_or_path}"
+    return "the model before its first step (log-probabilities precomputed)"

@@ -1,0 +1,84 @@
+"""What a run on rollouts needs before any weights are there: checks, tokens, steps."""
+
+import importlib
+
+import torch
+from datasets import Dataset
+
+from posttrain.checks import shorten
+from posttrain.data.rows import refuse_splits
+from posttrain.data.tokens import as_rendered
+from posttrain.errors import ConfigError, DataError
+from posttrain.objectives import advantages
+
+
+def check_generation(args, train_dataset) -> None:
+    """TRL's sampler leaves out what fills no whole generation; of too few rows nothing would be left."""
+    prompts = args.generation_batch_size // args.num_generations
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
+        raise DataError(
+            f"train_dataset has {len(train_dataset)} rows, and a generation takes {prompts} prompts "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}). Give more "
+            "rows, or make per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation smaller."
+        )
+
+
+def _advantage_function(args):
+    """(prompts, G) -> (prompts, G), or None where TRL's own advantages are the ones asked for."""
+    if ":" in args.advantage:
+        module, _, name = args.advantage.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except Exception as error:
+            raise ConfigError(
+                f"advantage is {args.advantage!r}, which cannot be imported ({error}). Give module:function, of a "
+                "module on the Python path."
+            ) from error
+        if not callable(function):
+            raise ConfigError(f"advantage is {args.advantage!r}, which is no function.")
+        return function
+    if args.advantage == "leave_one_out":
+        return advantages.leave_one_out_advantage
+    if args.advantage == "reward":
+        return lambda rewards: torch.nan_to_num(rewards, nan=0.0)
+    if args.advantage == "quantile" and args.quantile is not None:
+        return lambda rewards: advantages.quantile_advantage(
+            rewards, args.quantile, scale=args.scale_rewards, interpolation=args.quantile_interpolation
+        )
+    return None
+
+
+def _all_rendered(datasets, tokenizer):
+    """One data set, several by name, or None, as the chat template is to see them."""
+    if isinstance(datasets, dict):
+        return {name: as_rendered(dataset, tokenizer, False, name) for name, dataset in datasets.items()}
+    return None if datasets is None else as_rendered(datasets, tokenizer, False, "eval_dataset")
+
+
+def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
+    """Refuse rows without a prompt, but where an environment has them."""
+    refuse_splits(train_dataset)
+    environment = given.get("environment_factory") is not None
+    in_turns = environment or bool(given.get("tools"))
+    named = {"train_dataset": train_dataset}
+    named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
+    for name, dataset in named.items():
+        columns = getattr(dataset, "column_names", None)
+        if columns and "prompt" not in columns and not environment:
+            raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise DataError(f"{name} has no rows.")
+        if not isinstance(dataset, Dataset) or "prompt" not in columns:
+            continue
+        for row, prompt in enumerate(dataset["prompt"], 1):
+            messages = isinstance(prompt, list) and all(isinstance(turn, dict) and turn.get("role") for turn in prompt)
+            if not prompt or not (messages or isinstance(prompt, str)):
+                raise DataError(
+                    f"{name}, row {row}: the prompt is {shorten(prompt)}; it must be a text, or a list of messages "
+                    "that each have a role. Mend the row or leave it out."
+                )
+            if in_turns and isinstance(prompt, str):
+                raise DataError(
+                    f"{name}, row {row}: the prompt is a text, and answers with tools or an environment are turns of a "
+                    "conversation. Give it as a list of messages, such as [{'role': 'user', 'content': ...}]."
+                )

@@ -1,0 +1,51 @@
+"""What a preference run needs before any weights are there: checks, tokens, steps."""
+
+from decimal import Decimal
+
+import torch
+from accelerate.utils import is_peft_model
+
+from posttrain.errors import ConfigError, DataError
+from posttrain.log import get_logger
+
+
+def check_reference_is_loadable(model, ref_model, args, peft_config) -> None:
+    """Refuse full fine-tuning whose reference upstream would load by a name that the model does not have."""
+    if not isinstance(model, torch.nn.Module) or ref_model is not None or peft_config is not None:
+        return
+    if is_peft_model(model) or args.precompute_ref_log_probs or getattr(model.config, "_name_or_path", ""):
+        return
+    raise ConfigError(
+        "the model was built in code, and its reference is to be loaded by a name, which it does not have. Pass "
+        "`ref_model=copy.deepcopy(model)`, or a `peft_config`, or set `precompute_ref_log_probs: true`."
+    )
+
+
+def check_flip_rates(args, train_dataset, eval_dataset) -> None:
+    """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
+    if args.pair_loss not in ("rdpo", "cdpo"):
+        if "flip_rate" in (getattr(train_dataset, "column_names", None) or ()):
+            get_logger().warning(
+                "train_dataset's column flip_rate is not read by pair_loss %s; `pair_loss: rdpo` or `cdpo` reads it",
+                args.pair_loss,
+            )
+        return
+    named = {"train_dataset": train_dataset}
+    named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})
+    for name, dataset in named.items():
+        if "flip_rate" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+            continue
+        for row, rate in enumerate(dataset["flip_rate"], 1):
+            if isinstance(rate, bool) or not isinstance(rate, int | float):
+                what = "null" if rate is None else f"{rate!r}, of type {type(rate).__name__}"
+                cast = ""
+                if isinstance(rate, str | Decimal):
+                    cast = '\n  dataset = dataset.cast_column("flip_rate", Value("float64"))  # of datasets'
+                raise DataError(
+                    f"{name} has a flip_rate of {what} in row {row}; every row's flip_rate must be a number in "
+                    f"[0, 0.5).{cast}"
+                )
+            if not 0 <= rate < 0.5:
+                raise DataError(
+                    f"{name} has a flip_rate of {rate} in row {row}; every row's flip_rate must lie in [0, 0.5)."
+                )
