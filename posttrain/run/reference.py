@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import transformers
 import xxhash
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -15,6 +15,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import use_adapter
 
 from posttrain.errors import ConfigError
+from posttrain.log import get_logger
 from posttrain.mechanisms import initial_adapter
 from posttrain.mechanisms.sequence_cache import weights_digest
 from posttrain.run.checks import evaluating
@@ -49,6 +50,38 @@ def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> 
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
+def cached(trainer, cache, digests: Sequence[bytes]) -> dict:
+    """Read from a cache the values of the rows with these digests; all ranks call it and get what rank 0 sees.
+
+    Ranks may not share a disk, and may see it at different moments.
+    """
+    shared = [None]
+    if trainer.accelerator.is_main_process:
+        there = cache.load()
+        shared = [{digest: there[digest] for digest in digests if digest in there}]
+    broadcast_object_list(shared, from_process=0)
+    return shared[0]
+
+
+def add_to_cache(trainer, cache, fresh: dict) -> None:
+    """Write values by their digests into a cache, from rank 0; a disk that takes none is said in the log."""
+    if not trainer.accelerator.is_main_process:
+        return
+    try:
+        cache.add(fresh)
+    except OSError as error:
+        get_logger().warning("reference log-probabilities were not cached: %s", error)
+
+
+def with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
+    """Add columns to a data set, in the place of those that it has by their names."""
+    for name, values in columns.items():
+        if name in dataset.column_names:
+            dataset = dataset.remove_columns(name)
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
 def starts_as_identity(peft_config) -> bool:
     """Whether a new adapter of these settings changes nothing before its first step, and leaves the base alone."""
     return (
@@ -65,7 +98,7 @@ def frozen(trainer):
 
     Under DeepSpeed it is an engine that places or gathers the weights.
     """
-    model = _forwarded_model(trainer)
+    model = forwarded_model(trainer)
     adapter = contextlib.nullcontext()
     if trainer.adapter_is_new:
         adapter = use_adapter(trainer.accelerator.unwrap_model(trainer.model), None)
@@ -81,7 +114,7 @@ def batches_of(trainer, rows: Dataset, what: str, batch_size: int):
     return tqdm(trainer.accelerator.prepare_data_loader(loader), desc=what, disable=hidden)
 
 
-def _forwarded_model(trainer):
+def forwarded_model(trainer):
     if not trainer.is_deepspeed_enabled:
         return trainer.model
     if trainer.model_wrapped is not trainer.model:
@@ -144,7 +177,7 @@ def _initialised(model) -> str:
     return ""
 
 
-def describe(trainer) -> str:
+def describe_reference(trainer) -> str:
     """One line that says which weights the reference is."""
     if trainer._reference_is_given:
         return "the given ref_model"

@@ -19,9 +19,10 @@ from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.mechanisms.window import count_rows, real_rows
-from posttrain.run import checks, evaluation, new_tokens, reference
+from posttrain.run import checks, evaluation, new_tokens
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
+from posttrain.run.reference import end_engine, starts_as_identity
 from posttrain.run.sharing import PrefixSharing, record_padding
 from posttrain.trainers.offline import answer_rows, reference_logps
 
@@ -85,7 +86,7 @@ class OfflineMixin(RunMixin):
             named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
         self._begin_run(self._preflight(model, args), args)
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
-        self.adapter_is_new = peft_config is not None and reference.starts_as_identity(peft_config)
+        self.adapter_is_new = peft_config is not None and starts_as_identity(peft_config)
         self.reference_key, self.reference_engine = None, None
         self._clock, self._start_checked, self._sharing = None, False, None
         with checks.upstream_refusals():
@@ -120,7 +121,7 @@ class OfflineMixin(RunMixin):
         self.eval_dataset = rows.like(
             self.eval_dataset, {name: self._with_reference(dataset, name) for name, dataset in named.items()}
         )
-        reference.end_engine(self)
+        end_engine(self)
 
     @property
     def has_trained(self) -> bool:
@@ -324,7 +325,7 @@ class OfflineMixin(RunMixin):
             eval_dataset = {name: self._prepared(dataset, name) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared(eval_dataset, "eval_dataset")
-        reference.end_engine(self)
+        end_engine(self)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _prepared(self, dataset, name: str):

@@ -15,7 +15,8 @@ from posttrain.log import get_logger
 from posttrain.mechanisms import value_head
 from posttrain.mechanisms.special_tokens import KeptTokens
 from posttrain.rewards import get_rewards
-from posttrain.run import checks, reference
+from posttrain.run import checks
+from posttrain.run.reference import batches_of, frozen
 from posttrain.trainers.offline import reference_logps
 
 
@@ -165,7 +166,7 @@ def _predict(trainer, distinct: list[str], prompts: dict) -> dict[str, float]:
 def _hidden(trainer, prompts: list[list[int]], what: str):
     """Yield (B, T, hidden_size) states and the mask of their tokens, of this rank's batches."""
     rows = Dataset.from_dict({"input_ids": prompts, "labels": prompts})
-    with reference.frozen(trainer) as model:
+    with frozen(trainer) as model:
         inner = trainer.accelerator.unwrap_model(model)
         inner = inner.get_base_model() if is_peft_model(inner) else inner
         # the whole model is called, as ZeRO-3 fetches weights in the order of its forward; the head sees one position
@@ -173,7 +174,7 @@ def _hidden(trainer, prompts: list[list[int]], what: str):
         kept = []
         hook = inner.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
         try:
-            for batch in reference.batches_of(trainer, rows, what, trainer.args.per_device_eval_batch_size):
+            for batch in batches_of(trainer, rows, what, trainer.args.per_device_eval_batch_size):
                 ids, mask = batch["input_ids"], batch["attention_mask"]
                 model(input_ids=ids, attention_mask=mask, use_cache=False, **short)
                 yield kept.pop(), mask.bool()
@@ -205,7 +206,7 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
     own.sort(key=lambda i: len(prompts[i]))
     kept = KeptTokens(tokenizer, get_rewards([trainer._reward_func]), [tokenizer.eos_token_id])
     found: list[tuple[int, str]] = []
-    with reference.frozen(trainer) as model:
+    with frozen(trainer) as model:
         inner = accelerator.unwrap_model(model)
         for start in range(0, len(own), args.per_device_eval_batch_size):
             batch = own[start : start + args.per_device_eval_batch_size]

@@ -6,15 +6,22 @@ the first step.
 """
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.mechanisms.sequence_cache import TokenCache, sequence_digest
 from posttrain.paths import cache_dir
-from posttrain.run import reference
-from posttrain.run.reference import batches_of, frozen, zero_margin_tolerance
+from posttrain.run.reference import (
+    add_to_cache,
+    batches_of,
+    cached,
+    frozen,
+    reference_key,
+    with_columns,
+    zero_margin_tolerance,
+)
 
 COLUMN = "ref_logps"
 
@@ -54,13 +61,7 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
         # the weights take seconds to read, and only the first call is sure to see those of the start
         trainer.reference_key = _reference_key(trainer)
     cache = TokenCache(trainer.args.ref_cache_dir or cache_dir() / "reference_logps", trainer.reference_key)
-    # Ranks may not share a disk, and may see it at different moments: rank 0 looks, all follow
-    shared = [None]
-    if trainer.accelerator.is_main_process:
-        there = cache.load()
-        shared = [{digest: there[digest] for digest in digests if digest in there}]
-    broadcast_object_list(shared, from_process=0)
-    known = shared[0]
+    known = cached(trainer, cache, digests)
     first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
     missing = [i for digest, i in first.items() if digest not in known]
     lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -75,18 +76,12 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
         logps = _forward(trainer, dataset.select(missing), name, batch_size)
         fresh = {digests[i]: values for i, values in zip(missing, logps, strict=True)}
         known = known | fresh
-        if trainer.accelerator.is_main_process:
-            try:
-                cache.add(fresh)
-            except OSError as error:
-                get_logger().warning("reference log-probabilities were not cached: %s", error)
+        add_to_cache(trainer, cache, fresh)
     get_logger().info(
         "reference log-probabilities of %s: %d of %d answers computed, the others cached",
         name, len(missing), len(dataset),
     )  # fmt: skip
-    if COLUMN in dataset.column_names:
-        dataset = dataset.remove_columns(COLUMN)
-    return dataset.add_column(COLUMN, [known[digest].tolist() for digest in digests])
+    return with_columns(dataset, {COLUMN: [known[digest].tolist() for digest in digests]})
 
 
 def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[torch.Tensor]:
@@ -113,4 +108,4 @@ def _reference_key(trainer) -> str:
     adapters, facts = set(getattr(model, "peft_config", {})), {}
     if adapters and not trainer.adapter_is_new:
         facts["adapter"] = {name: str(value.to_dict()) for name, value in sorted(model.peft_config.items())}
-    return reference.reference_key(trainer, model, adapters if trainer.adapter_is_new else (), facts)
+    return reference_key(trainer, model, adapters if trainer.adapter_is_new else (), facts)

@@ -22,6 +22,7 @@ from posttrain.rewards.base import check_missing_golds
 from posttrain.run import checks, evaluation
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
+from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
 from posttrain.run.sharing import PrefixSharing
 from posttrain.trainers.policy_gradient import (
     completion_log,
@@ -339,12 +340,12 @@ class PolicyGradientMixin(RunMixin):
         reference = inputs.get("ref_per_token_logps")
         if reference is None or not self.args.check_reference or self.state.global_step > 0:
             return
-        if drops_out(self.model) or not reference.may_be_identity(self.model):
+        if drops_out(self.model) or not may_be_identity(self.model):
             return
         gaps = (logps - reference).abs() * inputs["completion_mask"]
         per_token = gaps.sum(dim=1) / inputs["completion_mask"].sum(dim=1).clamp(min=1)
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
-        reference.check_zero_margin(worst, self.model, self.accelerator, reference.describe(self))
+        check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))
 
     def _weigh_tokens(self, inputs: dict, logps: Tensor) -> None:
         """The parts that TRL's loss has no setting for, as weights on an unclipped loss of ratio 1."""

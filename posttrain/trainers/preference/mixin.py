@@ -23,9 +23,10 @@ from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
-from posttrain.run import checks, evaluation, new_tokens, reference, start
+from posttrain.run import checks, evaluation, new_tokens, start
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
+from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
 from posttrain.run.sharing import PrefixSharing, record_padding
 from posttrain.trainers.preference import prepare, reference_logps
 
@@ -110,7 +111,7 @@ class PreferenceMixin(RunMixin):
             new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = _PairColumns(self.data_collator)
-        get_logger().info("reference: %s", reference.describe(self))
+        get_logger().info("reference: %s", describe_reference(self))
 
     def _live_reference(self, args) -> bool:
         return not self._reference_is_given
@@ -329,7 +330,7 @@ class PreferenceMixin(RunMixin):
         self._margin_checked = True
         if self._reference_is_given or not self.args.check_reference or self.state.global_step > 0:
             return
-        if not reference.may_be_identity(self.model):
+        if not may_be_identity(self.model):
             return
         if self._drops_out:
             with torch.no_grad(), checks.evaluating(model), self._plain_forward():
@@ -338,7 +339,7 @@ class PreferenceMixin(RunMixin):
         logps = torch.cat([scores.chosen_logps, scores.rejected_logps])
         per_token = (logps - torch.cat(reference)).detach().abs() / tokens
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
-        reference.check_zero_margin(worst, self.model, self.accelerator, reference.describe(self))
+        check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))
 
     def _record(self, mode, scores: PairScores, chosen_logratios, rejected_logratios, losses, inputs) -> None:
         means, real = self._means[mode], real_pairs(inputs)

@@ -1,16 +1,13 @@
 """Which weights the reference is, and its log-probabilities for a whole dataset, through the cache on disk."""
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from trl.models import prepare_deepspeed
 
 from posttrain.log import get_logger
 from posttrain.mechanisms.sequence_cache import ReferenceCache, sequence_digest
 from posttrain.paths import cache_dir
-from posttrain.run.reference import reference_key
+from posttrain.run.reference import add_to_cache, batches_of, cached, reference_key, with_columns
 
 
 def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -25,10 +22,7 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
     digests = [
         _row_digests(row, trainer.args) for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     ]
-    # Ranks may not share a disk, and may see it at different moments: rank 0 looks, all follow
-    shared = [cache.load() if trainer.accelerator.is_main_process else None]
-    broadcast_object_list(shared, from_process=0)
-    known: dict[bytes, float] = shared[0]
+    known: dict[bytes, float] = cached(trainer, cache, [digest for pair in digests for digest in pair])
     missing = [i for i, pair in enumerate(digests) if pair[0] not in known or pair[1] not in known]
     if missing:
         if trainer._sharing.active and trainer._sharing.may_sort:
@@ -38,28 +32,23 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
         for i, chosen_logp, rejected_logp in zip(missing, chosen, rejected, strict=True):
             fresh[digests[i][0]], fresh[digests[i][1]] = chosen_logp, rejected_logp
         known.update(fresh)
-        if trainer.accelerator.is_main_process:
-            try:
-                cache.add(fresh)
-            except OSError as error:
-                get_logger().warning("reference log-probabilities were not cached: %s", error)
+        add_to_cache(trainer, cache, fresh)
     get_logger().info(
         "reference log-probabilities of %s: %d of %d pairs computed, the others cached",
         name,
         len(missing),
         len(dataset),
     )
-    for column in ("ref_chosen_logps", "ref_rejected_logps"):
-        if column in dataset.column_names:
-            dataset = dataset.remove_columns(column)
-    dataset = dataset.add_column("ref_chosen_logps", [known[chosen] for chosen, _ in digests])
-    return dataset.add_column("ref_rejected_logps", [known[rejected] for _, rejected in digests])
+    return with_columns(
+        dataset,
+        {
+            "ref_chosen_logps": [known[chosen] for chosen, _ in digests],
+            "ref_rejected_logps": [known[rejected] for _, rejected in digests],
+        },
+    )
 
 
 def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> tuple[list[float], list[float]]:
-    # An own generator: a DataLoader otherwise draws from the global one
-    loader = DataLoader(rows, batch_size, collate_fn=trainer.data_collator, generator=torch.Generator())
-    loader = trainer.accelerator.prepare_data_loader(loader)
     model = trainer.ref_model if trainer.ref_model is not None else trainer.model
     if trainer.ref_model is None and trainer.is_deepspeed_enabled:
         # The policy is not prepared yet: an inference engine places its weights, or gathers them under ZeRO-3
@@ -67,8 +56,7 @@ def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> tuple[list[f
             trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
         model = trainer._precompute_engine
     gathered = []
-    hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
-    for batch in tqdm(loader, desc=f"Reference log-probs ({name})", disable=hidden):
+    for batch in batches_of(trainer, rows, f"Reference log-probs ({name})", batch_size):
         logps = torch.stack(trainer.compute_ref_log_probs(model, batch), dim=1)
         gathered.append(trainer.accelerator.gather_for_metrics(logps).float().cpu())
     chosen, rejected = torch.cat(gathered).unbind(dim=1)
