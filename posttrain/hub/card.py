@@ -7,6 +7,7 @@ import platform
 import re
 from pathlib import Path
 
+from posttrain.config.setting import meanings, told_in_card
 from posttrain.environment import library_versions
 from posttrain.hub.base_model import adapter_config, base_license, base_name, is_hub_id, join_front_matter, loaded_from
 from posttrain.models import SMOLLM2, TINY
@@ -196,8 +197,8 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     args = trainer.args
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
     rows = [
-        *_method_settings(args, getattr(trainer, "_settings_in_card", ())),
-        *((name, getattr(args, name)) for name in ("beta", "max_length") if hasattr(args, name)),
+        *told_in_card(args).items(),
+        *((name, getattr(args, name)) for name in ("beta", "max_length", *_presets(type(args))) if hasattr(args, name)),
         ("learning_rate", args.learning_rate),
         ("lr_scheduler_type", getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         ("warmup_steps", args.warmup_steps),
@@ -226,17 +227,11 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     return [(name, _short(value)) for name, value in rows]
 
 
-def _method_settings(args, always) -> list[tuple[str, object]]:
-    """The fields that the trainer's own config adds and that were set, or always count; paths left out."""
-    config = type(args)
-    own = inspect.get_annotations(config) if config.__module__.startswith("posttrain.") else {}
-    fields = {name: getattr(args, name) for name in own}
-    return [
-        (name, value)
-        for name, value in fields.items()
-        if (name in always or value != config.__dataclass_fields__[name].default)
-        and not (isinstance(value, str) and "/" in value)
-    ]
+def _presets(config: type) -> list[str]:
+    """Upstream's settings to which a config here gives a default of its own."""
+    own = [kind for kind in config.__mro__ if kind.__module__.startswith("posttrain.")]
+    names = [name for kind in own for name in inspect.get_annotations(kind) if name in config.__dataclass_fields__]
+    return [name for name in dict.fromkeys(names) if name not in meanings(config)]
 
 
 def _citations(papers) -> list[str]:

@@ -5,7 +5,7 @@ import math
 import os
 import typing
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,14 +13,12 @@ import torch
 
 from posttrain.checks import check_choice
 from posttrain.config.field_types import FieldType
+from posttrain.config.setting import may_be_infinite, setting
 from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.run import checkpoints
 from posttrain.run.checks import check_optimiser, check_reporters
-
-# Where infinity is a setting, and not a slip.
-_MAY_BE_INFINITE = ("beta_prime",)
 
 
 def under_deepspeed(args) -> bool:
@@ -36,46 +34,52 @@ class CommonConfig:
     at None is chosen: with an accelerator as TRL has it, without one plain fp32 on the CPU.
     """
 
-    use_cpu: bool | None = field(
-        default=None, metadata={"help": "Run on the CPU. Default: only where there is no accelerator."}
+    use_cpu: bool | None = setting(
+        None, "Run on the CPU. Default: only where there is no accelerator.", identity=False, card=False
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Recompute activations in the backward pass. Default: true with an accelerator."},
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "Recompute activations in the backward pass. Default: true with an accelerator.",
+        identity=False,
+        card=False,
     )
 
-    check_gradients: bool = field(
-        default=True,
-        metadata={"help": "Stop where an adapter tensor gets no gradient in the first two steps."},
+    check_gradients: bool = setting(
+        True, "Stop where an adapter tensor gets no gradient in the first two steps.", identity=False, card=False
     )
-    end_of_turn: str = field(
-        default="warn",
-        metadata={
-            "help": "Where answers, as they are trained, do not end with an end-of-turn token: warn, or require that "
-            "half of them do."
-        },
+    end_of_turn: str = setting(
+        "warn",
+        "Where answers, as they are trained, do not end with an end-of-turn token: warn, or require that "
+        "half of them do.",
+        identity=False,
+        card=False,
     )
-    base_model_id: str | None = field(
-        default=None,
-        metadata={"help": "Hub id of the base model, for card and push, where it is loaded from a local folder."},
+    base_model_id: str | None = setting(
+        None,
+        "Hub id of the base model, for card and push, where it is loaded from a local folder.",
+        identity=False,
+        card=False,
     )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Recipes: show batch, steps, sizes and one rendered example, and end before anything loads."},
+    dry_run: bool = setting(
+        False,
+        "Recipes: show batch, steps, sizes and one rendered example, and end before anything loads.",
+        identity=False,
+        card=False,
     )
-    check_resume: bool = field(
-        default=True,
-        metadata={"help": "Refuse a checkpoint, or an output_dir, of a run with another method, data or batch split."},
+    check_resume: bool = setting(
+        True,
+        "Refuse a checkpoint, or an output_dir, of a run with another method, data or batch split.",
+        identity=False,
+        card=False,
     )
-    resume_weights_only: bool = field(
-        default=False,
-        metadata={
-            "help": "Resume with the weights and the step of a checkpoint and a new optimizer, as save_only_model asks."
-        },
+    resume_weights_only: bool = setting(
+        False,
+        "Resume with the weights and the step of a checkpoint and a new optimizer, as save_only_model asks.",
+        identity=False,
+        card=False,
     )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Replace what earlier runs left in output_dir; files that no run wrote stay."},
+    overwrite: bool = setting(
+        False, "Replace what earlier runs left in output_dir; files that no run wrote stay.", identity=False, card=False
     )
 
     # by setting: others that it stands in the place of, so that a file's give way to it on the command line
@@ -90,7 +94,18 @@ class CommonConfig:
         self._resolved_upstream = False
         return self
 
+    def _read(self):
+        """Read the method's own settings, before TRL's config reads the others: fill in what follows, refuse the rest.
+
+        Raises ConfigError.
+        """
+
+    def _check_resolved(self):
+        """Check settings that TRL's config fills in. Raises ConfigError."""
+
     def __post_init__(self):
+        self._refuse_none()
+        self._read()
         if self.neftune_noise_alpha is not None:
             raise ConfigError(
                 f"neftune_noise_alpha is {self.neftune_noise_alpha}; its noise would fall on reference and scoring "
@@ -147,6 +162,7 @@ class CommonConfig:
                 "run from the checkpoint's weights."
             )
         checkpoints.find(self.output_dir, self.resume_from_checkpoint, self.check_resume, self.resume_weights_only)
+        self._check_resolved()
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
@@ -215,9 +231,10 @@ class CommonConfig:
             raise ConfigError(f"max_steps is {self.max_steps}; give a number above 0, or -1 to go by num_train_epochs.")
         if self.max_steps == -1 and not self.num_train_epochs > 0:
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0.")
+        infinite = may_be_infinite(type(self))
         for entry in fields(self):
             value = getattr(self, entry.name)
             if not isinstance(value, float) or math.isfinite(value):
                 continue
-            if math.isnan(value) or entry.name not in _MAY_BE_INFINITE:
+            if math.isnan(value) or entry.name not in infinite:
                 raise ConfigError(f"{entry.name} is {value}; it must be a finite number.")

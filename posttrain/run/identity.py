@@ -1,28 +1,37 @@
 """What makes two runs one: method, model, data and split of a run, and the settings its updates depend on."""
 
+import itertools
 import json
+from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 
 import xxhash
+from transformers import TrainingArguments
 
+from posttrain.config.setting import identity_of, meanings
 from posttrain.hub.base_model import adapter_config, base_name, loaded_from
 from posttrain.mechanisms.base_digests import plain
 
 # Columns of rows that were tokenised before the run
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
-# Settings on which an update depends; the number of steps is not among them, as runs are made longer
+# Settings of transformers on which an update depends; the number of steps is not among them, as runs are made longer
 _UPDATE = (
     "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
     "train_sampling_strategy", "optim_target_modules", "label_smoothing_factor", "average_tokens_across_devices",
-    "neftune_noise_alpha", "dataloader_drop_last", "disable_dropout", "router_aux_loss_coef",
-    # of DPO
-    "loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "use_weighting",
-    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "dr_dpo_window",
-    # of GRPO
-    "mask_truncated_completions", "importance_sampling_level", "delta", "min_p", "repetition_penalty",
-    "top_entropy_quantile", "shuffle_dataset",
+    "neftune_noise_alpha", "dataloader_drop_last",
 )  # fmt: skip
+# Settings of TRL on which no update depends, or that the rows' tokens and the model tell better: all others are the
+# run's, those of releases to come among them
+_ASIDE = {
+    "model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_text_field", "dataset_kwargs",
+    "chat_template_path", "chat_template_kwargs", "eos_token", "pad_token", "pad_to_multiple_of", "padding_free",
+    "activation_offloading", "precompute_ref_log_probs", "precompute_ref_batch_size", "eval_packing",
+    "generation_batch_size", "num_generations_eval", "cache_implementation", "ds3_gather_for_generation",
+    "num_completions_to_print", "use_vllm",
+}  # fmt: skip
+_ASIDE_BY_PREFIX = ("log_", "vllm_", "use_transformers_", "transformers_")
 
 # Of an adapter's config, what says where it came from or how it began, and what the modules that it took tell better
 _NOT_THE_ADAPTER = {
@@ -33,10 +42,16 @@ _NOT_THE_ADAPTER = {
 }  # fmt: skip
 
 
-def fingerprint(dataset) -> str | None:
-    """A digest of the tokens of a prepared dataset, in order; None for a stream."""
+def fingerprint(dataset, read: Collection[str] = ()) -> str | None:
+    """Digest the rows of a prepared data set, in order; None for a stream.
+
+    Of tokenised rows the tokens count and, of the columns of `read`, those that reach a batch beside them.
+    """
     tokens = [name for name in _TOKENS if name in (dataset.column_names or ())]
-    columns = tokens and tokens + [name for name in ("flip_rate", "reward") if name in dataset.column_names]
+    known = ("flip_rate", "reward")
+    others = [name for name in known if name in (dataset.column_names or ())]
+    others += sorted(set(read) & set(dataset.column_names or ()) - {*tokens, *others})
+    columns = tokens and tokens + others
     if not hasattr(dataset, "__len__"):
         return None
     if not columns:
@@ -49,7 +64,8 @@ def fingerprint(dataset) -> str | None:
     for batch in dataset.select_columns(columns).with_format("numpy").iter(1000):
         for name in columns:
             for value in batch[name]:
-                digest.update(value.tobytes())
+                # a list of lists comes as objects
+                digest.update(value.tobytes() if value.dtype != object else repr(value.tolist()).encode())
                 digest.update(b"|")
     return digest.hexdigest()
 
@@ -62,25 +78,33 @@ def identity(trainer) -> dict:
         # of a local folder its name alone, as it may lie elsewhere by the time the run goes on
         "model": base_name(source) or (Path(source).name if source else None),
         "adapter": f"{adapter.peft_type.value} r {getattr(adapter, 'r', None)}" if adapter else None,
-        "data": fingerprint(trainer.train_dataset),
+        "data": fingerprint(trainer.train_dataset, trainer.columns_in_identity()),
         "seed": args.seed,
         "world_size": trainer.accelerator.num_processes,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         **trainer._base_digests,
-        **trainer.identity_settings(),
+        **identity_of(args),
     }
 
 
 def update_settings(trainer) -> dict:
     """What else a run must share with the checkpoint it goes on from, or with the folder that it writes into."""
     adapter = adapter_settings(trainer.model) if adapter_config(trainer.model) else {}
-    return adapter | update_of(vars(trainer.args))
+    return adapter | update_of(trainer.args)
 
 
-def update_of(args: dict) -> dict:
-    """The settings of a config on which an update depends, as far as it has them."""
-    return {name: plain(args[name]) for name in _UPDATE if name in args}
+def update_of(args) -> dict:
+    """Return the upstream settings of a config on which an update depends, by name."""
+    declared = (fields(kind) for kind in type(args).__mro__ if kind.__module__.split(".")[0] == "trl")
+    base = {entry.name for entry in fields(TrainingArguments)}
+    own = {entry.name for entry in itertools.chain(*declared)} - base - _ASIDE - meanings(type(args)).keys()
+    names = [*_UPDATE, *sorted(name for name in own if not _is_aside(name))]
+    return {name: plain(getattr(args, name)) for name in names if hasattr(args, name)}
+
+
+def _is_aside(name: str) -> bool:
+    return name.startswith(_ASIDE_BY_PREFIX) and not name.startswith("vllm_importance_sampling")
 
 
 def adapter_settings(model) -> dict:

@@ -196,6 +196,18 @@ class RunMixin:
         if self.is_world_process_zero():
             run_folder.claim(Path(self.args.output_dir), self)
 
+    def columns_in_identity(self) -> set[str]:
+        """Return the columns of training rows that reach a batch, but for those that a model computed.
+
+        What a model computes differs in rounding on another machine, and follows from the rest of the identity.
+        """
+        self._set_signature_columns_if_needed()
+        return {name for name in self._signature_columns if not name.startswith("ref_")} - self.computed_columns()
+
+    def computed_columns(self) -> set[str]:
+        """Return the columns of training rows that a model computed."""
+        return set()
+
     def _identity(self) -> dict:
         if self._known_identity is None:
             self._known_identity = identity(self)
@@ -205,10 +217,6 @@ class RunMixin:
     def step_moved(self) -> bool:
         """Whether the last optimiser step could move the weights."""
         return True
-
-    def identity_settings(self) -> dict:
-        """Settings of the method that a resumed run must share with the one it goes on from."""
-        return {}
 
     # stands on Trainer.create_scheduler, which is called with the number of steps once a checkpoint's state is there
     def create_scheduler(self, num_training_steps, optimizer=None):

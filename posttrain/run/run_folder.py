@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from posttrain.config.setting import identity_of
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.base_model import loaded_from
 from posttrain.log import get_logger
@@ -44,7 +45,7 @@ def check_args(args, method: str | None) -> None:
     Raises:
         ConfigError: as `check_folder` and `check_way` do.
     """
-    known = vars(args) | update_of(vars(args)) | ({"method": method} if method else {})
+    known = vars(args) | identity_of(args) | update_of(args) | ({"method": method} if method else {})
     check_folder(args.output_dir, known if args.check_resume and not args.overwrite else {})
     if args.check_resume and args.max_steps > 0 and not hasattr(args, "steps_per_generation"):
         # a checkpoint of another library is not resumed from, so the run begins at one of ours or at step 0

@@ -72,9 +72,6 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         super().__init__(*args, **kwargs)
         # what the card says was run
         self._name = _NAMES[self.args.variant]
-        used = {"clip": self.args.needs_reference, "value": self.args.weighs_by == "advantages"}
-        used["advantage_weighting"] = self.args.weighs_by is not None
-        self._settings_in_card = ("variant", *(name for name, reads in used.items() if reads))
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the adapter or model, and beside it the value head; not in checkpoints, which find it in the run."""
@@ -82,15 +79,8 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         if not _internal_call or output_dir is None:
             prompt_values.save_beside(self, output_dir or self.args.output_dir)
 
-    def identity_settings(self) -> dict:
-        names = (
-            "variant", "clip", "kl_beta", "value", "value_column", "advantage_weighting", "keep_negative_advantages",
-        )  # fmt: skip
-        if self.args.value == "head":
-            names += (
-                "reward_max", "value_folds", "value_epochs", "value_learning_rate", "value_prompts", "value_targets",
-            )  # fmt: skip
-        return super().identity_settings() | {name: getattr(self.args, name) for name in names}
+    def computed_columns(self) -> set[str]:
+        return {"advantage"} if self.args.value == "head" else set()
 
     def needs_rewards(self, args) -> bool:
         return args.weighs_by is not None

@@ -1,12 +1,13 @@
 """Settings of the A-LoL trainer."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from trl import SFTConfig
 
 from posttrain.checks import check_choice
+from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import offline
@@ -14,6 +15,10 @@ from posttrain.run.config import CommonConfig
 
 VALUES = ("mean", "per_prompt", "column", "head")
 WEIGHTINGS = ("weight", "sample", "sample_and_weight")
+
+
+def _has_head(args) -> bool:
+    return args.value == "head"
 
 
 @dataclass
@@ -25,91 +30,102 @@ class ALoLConfig(CommonConfig, SFTConfig):
             trainer does not use.
     """
 
-    variant: str = field(
-        default="a_lol",
-        metadata={
-            "help": "Loss of an answer: nll, wbc, r_gold or r_lol (weighed by rewards), a_lol, a_lol_seq (ratios per "
-            "token), a_lol_ref_free or a_lol_kl (weighed by advantages)."
-        },
+    variant: str = setting(
+        "a_lol",
+        "Loss of an answer: nll, wbc, r_gold or r_lol (weighed by rewards), a_lol, a_lol_seq (ratios per "
+        "token), a_lol_ref_free or a_lol_kl (weighed by advantages).",
+        identity=True,
+        card=lambda args: True,
     )
-    clip: float | None = field(
-        default=0.9,
-        metadata={
-            "help": "Importance ratios are held in [1 - clip, 1 + clip], above 0; null for the exact ratio. For r_lol, "
-            "a_lol and a_lol_seq."
-        },
+    clip: float | None = setting(
+        0.9,
+        "Importance ratios are held in [1 - clip, 1 + clip], above 0; null for the exact ratio. For r_lol, "
+        "a_lol and a_lol_seq.",
+        identity=True,
+        card=lambda args: args.needs_reference,
+        infinite=True,
     )
-    kl_beta: float = field(
-        default=0.0, metadata={"help": "Weight of the KL part of variant a_lol_kl: the advantage must exceed it."}
+    kl_beta: float = setting(
+        0.0, "Weight of the KL part of variant a_lol_kl: the advantage must exceed it.", identity=True, card=True
     )
-    value: str = field(
-        default="mean",
-        metadata={
-            "help": "Expected reward that an answer is compared with: mean (of all training rewards), per_prompt (mean "
-            "of the prompt's answers), column (yours, see value_column) or head (learned from the prompt)."
-        },
+    value: str = setting(
+        "mean",
+        "Expected reward that an answer is compared with: mean (of all training rewards), per_prompt (mean "
+        "of the prompt's answers), column (yours, see value_column) or head (learned from the prompt).",
+        identity=True,
+        card=lambda args: args.weighs_by == "advantages",
     )
-    value_column: str | None = field(
-        default=None, metadata={"help": "Column of values for value: column. Default: baseline."}
+    value_column: str | None = setting(
+        None, "Column of values for value: column. Default: baseline.", identity=True, card=True
     )
-    advantage_weighting: str = field(
-        default="weight",
-        metadata={
-            "help": "weight: rows drawn alike, the loss weighed; sample: rows drawn by weight, the same gradient in "
-            "expectation; sample_and_weight: both, so weights count squared, as in the published runs."
-        },
+    advantage_weighting: str = setting(
+        "weight",
+        "weight: rows drawn alike, the loss weighed; sample: rows drawn by weight, the same gradient in "
+        "expectation; sample_and_weight: both, so weights count squared, as in the published runs.",
+        identity=True,
+        card=lambda args: args.weighs_by is not None,
     )
-    keep_negative_advantages: bool = field(
-        default=False,
-        metadata={
-            "help": "Push answers below their value down, without bound, as published for a_lol_ref_free. By default "
-            "they are left out."
-        },
+    keep_negative_advantages: bool = setting(
+        False,
+        "Push answers below their value down, without bound, as published for a_lol_ref_free. By default "
+        "they are left out.",
+        identity=True,
+        card=True,
     )
-    reward_max: float = field(
-        default=1.0, metadata={"help": "Largest reward, for value: head, whose values lie between 0 and it."}
+    reward_max: float = setting(
+        1.0,
+        "Largest reward, for value: head, whose values lie between 0 and it.",
+        identity=_has_head,
+        card=True,
     )
-    value_folds: int = field(
-        default=5,
-        metadata={"help": "Folds of prompts for value: head; a prompt's value comes from a head that never saw it."},
+    value_folds: int = setting(
+        5,
+        "Folds of prompts for value: head; a prompt's value comes from a head that never saw it.",
+        identity=_has_head,
+        card=True,
     )
-    value_epochs: int = field(default=10, metadata={"help": "Epochs of training of the value head."})
-    value_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the value head, AdamW."})
-    value_prompts: int = field(
-        default=4096, metadata={"help": "Most prompts that the value head learns from, drawn by the seed."}
+    value_epochs: int = setting(10, "Epochs of training of the value head.", identity=_has_head, card=True)
+    value_learning_rate: float = setting(1e-4, "Learning rate of the value head, AdamW.", identity=_has_head, card=True)
+    value_prompts: int = setting(
+        4096,
+        "Most prompts that the value head learns from, drawn by the seed.",
+        identity=_has_head,
+        card=True,
     )
-    value_targets: str = field(
-        default="answers",
-        metadata={
-            "help": "What the value head learns: the rewards of a prompt's scored answers, or of the starting model's "
-            "own greedy generations (needs a reward function)."
-        },
+    value_targets: str = setting(
+        "answers",
+        "What the value head learns: the rewards of a prompt's scored answers, or of the starting model's "
+        "own greedy generations (needs a reward function).",
+        identity=_has_head,
+        card=True,
     )
-    value_max_new_tokens: int = field(default=128, metadata={"help": "Longest of those generations, in tokens."})
-    value_head_dir: str | None = field(
-        default=None, metadata={"help": "Folder where value heads are looked for and kept. Default: output_dir."}
+    value_max_new_tokens: int = setting(128, "Longest of those generations, in tokens.", identity=_has_head, card=True)
+    value_head_dir: str | None = setting(
+        None, "Folder where value heads are looked for and kept. Default: output_dir.", identity=False, card=False
     )
-    prefix_sharing: str = field(
-        default="auto",
-        metadata={
-            "help": "Compute a prompt once for all of its answers in a batch, and no padding: auto, always or never."
-        },
+    prefix_sharing: str = setting(
+        "auto",
+        "Compute a prompt once for all of its answers in a batch, and no padding: auto, always or never.",
+        identity=False,
+        card=True,
     )
-    check_reference: bool = field(
-        default=True,
-        metadata={"help": "Stop where the policy differs from its own starting weights before the first step."},
+    check_reference: bool = setting(
+        True,
+        "Stop where the policy differs from its own starting weights before the first step.",
+        identity=False,
+        card=True,
     )
-    ref_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of cached reference log-probabilities. Default: reference_logps in $POSTTRAIN_CACHE or "
-            "~/.cache/posttrain."
-        },
+    ref_cache_dir: str | None = setting(
+        None,
+        "Folder of cached reference log-probabilities. Default: reference_logps in $POSTTRAIN_CACHE or "
+        "~/.cache/posttrain.",
+        identity=False,
+        card=False,
     )
 
     says: ClassVar = ("variant", "value")
 
-    def __post_init__(self):
+    def _read(self):
         check_choice("variant", self.variant, offline.VARIANTS)
         check_choice("value", self.value, VALUES)
         check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
@@ -140,7 +156,6 @@ class ALoLConfig(CommonConfig, SFTConfig):
         self._check_weighting()
         self._say_what_has_no_effect()
         self._refuse_settings_without_effect()
-        super().__post_init__()
 
     @property
     def weighs_by(self) -> str | None:

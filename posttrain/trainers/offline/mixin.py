@@ -180,9 +180,6 @@ class OfflineMixin(RunMixin):
             return dataset
         return reference_logps.precompute(self, dataset, name, self.args.per_device_eval_batch_size)
 
-    def identity_settings(self) -> dict:
-        return {"max_length": self.args.max_length}
-
     # stands on SFTTrainer._prepare_dataset
     def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
         if "input_ids" not in objects.names_of(dataset):

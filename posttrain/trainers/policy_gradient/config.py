@@ -1,12 +1,13 @@
 """Settings of the policy gradient trainers: the parts of the estimator, QAE's and HPT's presets."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 from trl import GRPOConfig
 
 from posttrain.checks import check_choice, shorten
+from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.mechanisms.group_rewards import LOSS_TYPES
@@ -28,125 +29,132 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         ConfigError: (a ValueError) a value out of range, or settings that exclude each other.
     """
 
-    estimator: str | dict | None = field(
-        default=None,
-        metadata={
-            "help": "A method by name (grpo, dapo, dr_grpo, gspo, cispo, qae, hpt_rollouts, ...) or a mapping of parts "
-            "(preset, reference, stability, shaping, level, aggregate, ratio_min, ratio_max, ...). Sets loss_type, "
-            "scale_rewards, the clip range and the advantage."
-        },
+    estimator: str | dict | None = setting(
+        None,
+        "A method by name (grpo, dapo, dr_grpo, gspo, cispo, qae, hpt_rollouts, ...) or a mapping of parts "
+        "(preset, reference, stability, shaping, level, aggregate, ratio_min, ratio_max, ...). Sets loss_type, "
+        "scale_rewards, the clip range and the advantage.",
+        identity="token_weight_parts",
+        card=True,
     )
-    advantage: str = field(
-        default="group_mean",
-        metadata={
-            "help": "Baseline of the advantage: group_mean, quantile, leave_one_out, reward (none), or a function of "
-            "your own as my_module:my_function, called with rewards (prompts, G) and returning as many advantages."
-        },
+    advantage: str = setting(
+        "group_mean",
+        "Baseline of the advantage: group_mean, quantile, leave_one_out, reward (none), or a function of "
+        "your own as my_module:my_function, called with rewards (prompts, G) and returning as many advantages.",
+        identity=True,
+        card=True,
     )
-    quantile: float | None = field(
-        default=None,
-        metadata={"help": "K of advantage: quantile, in (0, 1). null is the group mean, in QAEConfig only."},
+    quantile: float | None = setting(
+        None,
+        "K of advantage: quantile, in (0, 1). null is the group mean, in QAEConfig only.",
+        identity=True,
+        card=True,
     )
-    quantile_interpolation: str = field(
-        default="inverted_cdf",
-        metadata={"help": "inverted_cdf (exact), or linear as the published code has it."},
+    quantile_interpolation: str = setting(
+        "inverted_cdf", "inverted_cdf (exact), or linear as the published code has it.", identity=True, card=True
     )
-    gamma: float | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts of which at most this share of rollouts succeeds learn from their demonstration instead, "
-            "in [0, 1]. null closes the gate."
-        },
+    gamma: float | None = setting(
+        None,
+        "Prompts of which at most this share of rollouts succeeds learn from their demonstration instead, "
+        "in [0, 1]. null closes the gate.",
+        identity=True,
+        card=True,
     )
-    soft_gate: list[list[float]] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of gamma: for 0, 1, ... G successes a list [rollouts, off_policy, sft] of weights of the "
-            "rollouts, of the demonstration as off-policy row, and of the demonstration as SFT row."
-        },
+    soft_gate: list[list[float]] | str | None = setting(
+        None,
+        "Instead of gamma: for 0, 1, ... G successes a list [rollouts, off_policy, sft] of weights of the "
+        "rollouts, of the demonstration as off-policy row, and of the demonstration as SFT row.",
+        identity=True,
+        card=True,
     )
-    success_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "A rollout succeeds from this reward on. null is 1.0, and with a gate stops at a reward that is "
-            "neither 0 nor 1."
-        },
+    success_threshold: float | None = setting(
+        None,
+        "A rollout succeeds from this reward on. null is 1.0, and with a gate stops at a reward that is "
+        "neither 0 nor 1.",
+        identity="least_success",
+        card=True,
     )
-    success_reward: str | None = field(
-        default=None,
-        metadata={"help": "Name of the reward function that success is read from. Default: the weighted sum."},
+    success_reward: str | None = setting(
+        None,
+        "Name of the reward function that success is read from. Default: the weighted sum.",
+        identity=True,
+        card=True,
     )
-    demonstration_loss: str = field(
-        default="sft",
-        metadata={
-            "help": "Gradient of the off-policy part of a demonstration, of the weights off_policy of soft_gate: luffy "
-            "(shaped by p / (p + 0.1)) or srft (by the likelihood). sft: demonstrations have no such part."
-        },
+    demonstration_loss: str = setting(
+        "sft",
+        "Gradient of the off-policy part of a demonstration, of the weights off_policy of soft_gate: luffy "
+        "(shaped by p / (p + 0.1)) or srft (by the likelihood). sft: demonstrations have no such part.",
+        identity=True,
+        card=True,
     )
-    sft_normalization: str = field(
-        default="unified",
-        metadata={
-            "help": "Weight of a demonstration: unified (one more row of the policy gradient), prompt (its token mean "
-            "counts as a prompt) or token (the mean over all demonstration tokens)."
-        },
+    sft_normalization: str = setting(
+        "unified",
+        "Weight of a demonstration: unified (one more row of the policy gradient), prompt (its token mean "
+        "counts as a prompt) or token (the mean over all demonstration tokens).",
+        identity=True,
+        card=True,
     )
-    sft_coef: float = field(default=1.0, metadata={"help": "Factor on the demonstrations' part, 0 or more."})
-    empty_demonstrations: str = field(
-        default="error",
-        metadata={"help": "What a gated prompt without demonstration does: error, or rollouts (as without the gate)."},
+    sft_coef: float = setting(1.0, "Factor on the demonstrations' part, 0 or more.", identity=True, card=True)
+    empty_demonstrations: str = setting(
+        "error",
+        "What a gated prompt without demonstration does: error, or rollouts (as without the gate).",
+        identity=True,
+        card=True,
     )
-    long_demonstrations: str = field(
-        default="error",
-        metadata={
-            "help": "What a demonstration beyond max_completion_length does: error, or truncate (without its end)."
-        },
+    long_demonstrations: str = setting(
+        "error",
+        "What a demonstration beyond max_completion_length does: error, or truncate (without its end).",
+        identity=True,
+        card=True,
     )
-    drop_dead_rows: bool = field(
-        default=True,
-        metadata={
-            "help": "Leave rows without gradient out of the update, where the loss has no KL, entropy or auxiliary "
-            "term. The gradient is the same."
-        },
+    drop_dead_rows: bool = setting(
+        True,
+        "Leave rows without gradient out of the update, where the loss has no KL, entropy or auxiliary "
+        "term. The gradient is the same.",
+        identity=False,
+        card=True,
     )
-    prefix_sharing: str = field(
-        default="auto",
-        metadata={"help": "Compute a prompt once for all of its rollouts: auto, always or never."},
+    prefix_sharing: str = setting(
+        "auto", "Compute a prompt once for all of its rollouts: auto, always or never.", identity=False, card=True
     )
-    check_reference: bool = field(
-        default=True,
-        metadata={
-            "help": "With beta above 0: stop where policy and reference, meant to be the same weights, differ before "
-            "the first step."
-        },
+    check_reference: bool = setting(
+        True,
+        "With beta above 0: stop where policy and reference, meant to be the same weights, differ before "
+        "the first step.",
+        identity=False,
+        card=True,
     )
-    skip_grad_norm: float | None = field(
-        default=None,
-        metadata={"help": "Skip the optimiser step where the gradient's norm before clipping exceeds this."},
+    skip_grad_norm: float | None = setting(
+        None,
+        "Skip the optimiser step where the gradient's norm before clipping exceeds this.",
+        identity=True,
+        card=True,
     )
-    eval_greedy: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluation also answers each prompt once without sampling. Not with vLLM; a rollout_func has to "
-            "read trainer.generation_config for it. Default: where several answers a prompt are drawn, so that it adds "
-            "little, and no rollout_func draws them."
-        },
+    eval_greedy: bool | None = setting(
+        None,
+        "Evaluation also answers each prompt once without sampling. Not with vLLM; a rollout_func has to "
+        "read trainer.generation_config for it. Default: where several answers a prompt are drawn, so that it adds "
+        "little, and no rollout_func draws them.",
+        identity=False,
+        card=True,
     )
-    kept_tokens: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Special tokens that stay in the text of completions, as rewards and logs see it. Default: those "
-            "that a reward looks for. An empty list: none, as TRL has it."
-        },
+    kept_tokens: list[str] | None = setting(
+        None,
+        "Special tokens that stay in the text of completions, as rewards and logs see it. Default: those "
+        "that a reward looks for. An empty list: none, as TRL has it.",
+        identity=True,
+        card=True,
     )
-    max_dead_steps: int = field(
-        default=100,
-        metadata={"help": "Stop, with the cause, after so many generations running without any gradient. 0: never."},
+    max_dead_steps: int = setting(
+        100,
+        "Stop, with the cause, after so many generations running without any gradient. 0: never.",
+        identity=False,
+        card=True,
     )
 
     says: ClassVar = ("advantage", "quantile", "gamma")
 
-    def __post_init__(self):
-        self._refuse_none()
+    def _read(self):
         self.weighs_tokens = False
         if self.estimator is not None:
             self._compile_estimator()
@@ -177,7 +185,8 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             self._check_skipping()
         self._check_rewards()
         self._check_pairs_of_settings()
-        super().__post_init__()
+
+    def _check_resolved(self):
         self._check_sampling()
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(sorted(LOSS_TYPES))}.")
@@ -197,6 +206,11 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             setattr(self, name, value)
         if self.advantage == "quantile" and self.quantile is None:
             self.quantile = 0.4
+
+    @property
+    def token_weight_parts(self) -> dict | None:
+        """The estimator's parts where they weigh tokens; None where TRL's settings say all of them."""
+        return asdict(self.parts) if self.weighs_tokens else None
 
     @property
     def learns_from_demonstrations(self) -> bool:

@@ -117,16 +117,6 @@ class PolicyGradientMixin(RunMixin):
     def _live_reference(self, args) -> bool:
         return args.beta != 0
 
-    def identity_settings(self) -> dict:
-        names = (
-            "advantage", "quantile", "quantile_interpolation", "gamma", "soft_gate",
-            "demonstration_loss", "sft_normalization", "sft_coef", "loss_type", "beta", "epsilon", "epsilon_high",
-            "scale_rewards", "num_generations", "num_iterations", "steps_per_generation", "max_completion_length",
-            "temperature", "top_p", "top_k",
-        )  # fmt: skip
-        settings = {name: getattr(self.args, name) for name in names}
-        return settings | {"least_success": self.args.least_success}
-
     # stands on GRPOTrainer._get_train_sampler; its generator is moved on where a run resumes
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)

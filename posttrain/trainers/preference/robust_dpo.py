@@ -64,10 +64,6 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         self._objective, self._unscored = None, None
         self._few_pairs_logs = 0
 
-    def identity_settings(self) -> dict:
-        names = ("pair_loss", "flip_rate", "reduction", "beta_prime", "dr_dpo_scope", "beta", "ld_alpha", "max_length")
-        return {name: getattr(self.args, name) for name in names}
-
     @property
     def _weighs_pairs(self) -> bool:
         return self._weighs_pairs_of(self.args)

@@ -1,11 +1,12 @@
 """Settings of the robust preference trainer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from trl import DPOConfig
 
 from posttrain.checks import check_choice
+from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import preference
@@ -28,69 +29,71 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         ConfigError: (a ValueError) a value out of range, or a TRL setting that this trainer does not use.
     """
 
-    pair_loss: str | None = field(
-        default=None,
-        metadata={
-            "help": "Loss of a pair: dpo, cdpo, rdpo, hinge or ipo. Default: rdpo where flip_rate is above 0, else dpo."
-        },
+    pair_loss: str | None = setting(
+        None,
+        "Loss of a pair: dpo, cdpo, rdpo, hinge or ipo. Default: rdpo where flip_rate is above 0, else dpo.",
+        identity=True,
+        card=True,
     )
-    flip_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Assumed share of flipped labels, in [0, 0.5). Default: 0.1 with pair_loss rdpo or cdpo; 0 is "
-            "plain DPO. A column flip_rate of the data sets it per row instead."
-        },
+    flip_rate: float | None = setting(
+        None,
+        "Assumed share of flipped labels, in [0, 0.5). Default: 0.1 with pair_loss rdpo or cdpo; 0 is "
+        "plain DPO. A column flip_rate of the data sets it per row instead.",
+        identity=True,
+        card=True,
     )
-    reduction: str = field(
-        default="mean",
-        metadata={"help": "How pair losses become one loss: mean, or dr_dpo (the soft minimum of Dr. DPO)."},
+    reduction: str = setting(
+        "mean",
+        "How pair losses become one loss: mean, or dr_dpo (the soft minimum of Dr. DPO).",
+        identity=True,
+        card=True,
     )
-    beta_prime: float = field(
-        default=1.0,
-        metadata={
-            "help": "Dr. DPO's temperature, above 0; smaller ignores more pairs, inf is DPO. 0.1 to 10 is usual."
-        },
+    beta_prime: float = setting(
+        1.0,
+        "Dr. DPO's temperature, above 0; smaller ignores more pairs, inf is DPO. 0.1 to 10 is usual.",
+        identity=True,
+        card=True,
+        infinite=True,
     )
-    dr_dpo_scope: str = field(
-        default="global",
-        metadata={
-            "help": "Pairs that Dr. DPO weighs against each other: global (the whole optimiser step, all ranks) or "
-            "micro_batch (as the published code does; its result changes with the batch split)."
-        },
+    dr_dpo_scope: str = setting(
+        "global",
+        "Pairs that Dr. DPO weighs against each other: global (the whole optimiser step, all ranks) or "
+        "micro_batch (as the published code does; its result changes with the batch split).",
+        identity=True,
+        card=True,
     )
-    dr_dpo_window: str = field(
-        default="two_pass",
-        metadata={
-            "help": "How the global weights are found: two_pass (one more policy forward; works everywhere) or rescale "
-            "(gradients are scaled once per step; no more forward; not under DeepSpeed or fp16)."
-        },
+    dr_dpo_window: str = setting(
+        "two_pass",
+        "How the global weights are found: two_pass (one more policy forward; works everywhere) or rescale "
+        "(gradients are scaled once per step; no more forward; not under DeepSpeed or fp16).",
+        identity=True,
+        card=True,
     )
-    prefix_sharing: str = field(
-        default="auto",
-        metadata={
-            "help": "Compute the prompt of a pair once for both answers: auto (where the model allows), always (an "
-            "error where it does not) or never (padded pairs, as TRL has them)."
-        },
+    prefix_sharing: str = setting(
+        "auto",
+        "Compute the prompt of a pair once for both answers: auto (where the model allows), always (an "
+        "error where it does not) or never (padded pairs, as TRL has them).",
+        identity=False,
+        card=True,
     )
-    check_reference: bool = field(
-        default=True,
-        metadata={
-            "help": "Stop where policy and reference, meant to be the same weights, differ before the first step."
-        },
+    check_reference: bool = setting(
+        True,
+        "Stop where policy and reference, meant to be the same weights, differ before the first step.",
+        identity=False,
+        card=True,
     )
-    ref_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of cached reference log-probabilities, used with precompute_ref_log_probs. Default: "
-            "reference_logps in $POSTTRAIN_CACHE or ~/.cache/posttrain."
-        },
+    ref_cache_dir: str | None = setting(
+        None,
+        "Folder of cached reference log-probabilities, used with precompute_ref_log_probs. Default: "
+        "reference_logps in $POSTTRAIN_CACHE or ~/.cache/posttrain.",
+        identity=False,
+        card=False,
     )
 
     replaces: ClassVar = {"loss_type": ("pair_loss",), "pair_loss": ("loss_type",)}
     says: ClassVar = ("pair_loss", "flip_rate")
 
-    def __post_init__(self):
-        self._refuse_none()
+    def _read(self):
         check_choice("reduction", self.reduction, ("mean", "dr_dpo"))
         check_choice("dr_dpo_scope", self.dr_dpo_scope, ("global", "micro_batch"))
         check_choice("dr_dpo_window", self.dr_dpo_window, ("two_pass", "rescale"))
@@ -118,7 +121,6 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
             raise ConfigError(f"ld_alpha is {self.ld_alpha}; it must lie in [0, 1], or be left out.")
         self._refuse_settings_without_effect()
         self._check_dr_dpo()
-        super().__post_init__()
 
     def _read_loss_type(self):
         """The pair loss by TRL's name for it, where one is given."""

@@ -1,0 +1,92 @@
+"""Fields of configs that say what they mean beyond their value; identity, card and checks of values ask them."""
+
+from collections.abc import Callable
+from dataclasses import field, fields
+from typing import NamedTuple
+
+
+class Meaning(NamedTuple):
+    """What a field declares.
+
+    Attributes:
+        identity: whether a run that goes on must share it; a callable decides that by the config; a name is of the
+            attribute that counts in its place.
+        card: whether the model card tells it, where it is not at its default; a callable says by the config whether
+            it tells it in any case.
+        infinite: whether it may be infinity.
+        default: of the class that declares it.
+    """
+
+    identity: bool | str | Callable
+    card: bool | Callable
+    infinite: bool
+    default: object
+
+
+class _Help(str):
+    """The text of `--help` with the field's meaning: parsers hand all metadata to argparse, which takes no other."""
+
+    meaning: Meaning
+
+
+def setting(default, help: str, *, identity, card, infinite: bool = False):
+    """Declare a field of a config; the arguments are those of `Meaning`, and `help` is its text in `--help`."""
+    text = _Help(help)
+    text.meaning = Meaning(identity, card, infinite, default)
+    return field(default=default, metadata={"help": text})
+
+
+def meanings(config_class: type) -> dict[str, Meaning]:
+    """Return what each field declares that a class, or one that it stands on, made with `setting`."""
+    found: dict[str, Meaning] = {}
+    for kind in reversed(config_class.__mro__):
+        for name, entry in vars(kind).get("__dataclass_fields__", {}).items():
+            text = entry.metadata.get("help")
+            if isinstance(text, _Help):
+                found.setdefault(name, text.meaning)
+    return found
+
+
+def undeclared(config_class: type) -> list[str]:
+    """Return the fields that a class of this library declares without a meaning; those of upstream's need none."""
+    upstream = {
+        name
+        for kind in config_class.__mro__
+        if not kind.__module__.startswith("posttrain.")
+        for name in vars(kind).get("__dataclass_fields__", {})
+    }
+    own = {
+        name
+        for kind in config_class.__mro__
+        if kind.__module__.startswith("posttrain.")
+        for name in vars(kind).get("__annotations__", {})
+        if name in {entry.name for entry in fields(config_class)}
+    }
+    return sorted(own - upstream - meanings(config_class).keys())
+
+
+def identity_of(args) -> dict[str, object]:
+    """Return the settings that a run which goes on must share with the one that it goes on from, by name."""
+    found = {}
+    for name, meaning in meanings(type(args)).items():
+        if isinstance(meaning.identity, str):
+            found[meaning.identity] = getattr(args, meaning.identity)
+        elif meaning.identity(args) if callable(meaning.identity) else meaning.identity:
+            found[name] = getattr(args, name)
+    return found
+
+
+def told_in_card(args) -> dict[str, object]:
+    """Return the settings that a model card tells of a run, by name, in the order of their declaration."""
+    found = {}
+    for name, meaning in meanings(type(args)).items():
+        value = getattr(args, name)
+        always = callable(meaning.card) and meaning.card(args)
+        if meaning.card and (always or value != meaning.default):
+            found[name] = value
+    return found
+
+
+def may_be_infinite(config_class: type) -> set[str]:
+    """Return the names of the fields that infinity is a value of."""
+    return {name for name, meaning in meanings(config_class).items() if meaning.infinite}
