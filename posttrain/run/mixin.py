@@ -1,8 +1,8 @@
 """What every trainer's run has: complete checkpoints and exact resumption, watches over loss and gradients, the hub."""
 
+import contextlib
 import inspect
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -108,6 +108,20 @@ class RunMixin:
             return loss
         self._means[mode].add_sum("aux_loss", aux_loss.detach().float(), 1)
         return loss + self.router_aux_loss_coef * aux_loss / steps
+
+    @contextlib.contextmanager
+    def policy_forward(self):
+        """Enter the policy's forward whose loss is backpropagated; every family does so around it.
+
+        A forward without gradient, or of a model in eval mode, goes through unchanged, also within.
+        """
+        armed = self.model.training and torch.is_grad_enabled()
+        with self.around_policy_forward() if armed else contextlib.nullcontext():
+            yield
+
+    def around_policy_forward(self):
+        """Return the context that a method puts around that forward and no other; none by default."""
+        return contextlib.nullcontext()
 
     def _finish_construction(self) -> None:
         """After the parent's constructor."""
@@ -344,23 +358,6 @@ class RunMixin:
             stop(self, "the gradient")
         return norm
 
-    def _reduce_means(self, logs: dict[str, float]) -> None:
-        """The means kept in `_means` into the lists that TRL averages on logging; all ranks call it."""
-        mode = "train" if self.model.training else "eval"
-        sums = self._means[mode].reduce(self.accelerator)
-        if "num_tokens" in sums:
-            tokens = int(sums.pop("num_tokens")[0])
-            self._total_train_tokens += tokens
-            if self._clock is not None:
-                logs["tokens/per_second"] = tokens / (time.monotonic() - self._clock)
-                self._clock = None
-        metrics = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
-        if metrics:
-            metrics["num_tokens"] = self._total_train_tokens
-            self.finish_metrics(metrics, mode)
-        for name, value in metrics.items():
-            self._metrics[mode][name] = [value]
-
     # stands on Trainer.evaluation_loop, which alone is told the name of the set, by evaluate and predict alike
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -374,9 +371,6 @@ class RunMixin:
 
     def finish_evaluation(self, dataloader, description: str) -> None:
         """Put what was measured beside TRL's metrics of an evaluation; all ranks call it."""
-
-    def finish_metrics(self, metrics: dict[str, float], mode: str) -> None:
-        """Derive metrics from the reduced ones, in place; `mode`: train or eval."""
 
     def skips_step(self, model, norm) -> bool:
         """Whether a step is left out for its gradient's norm before clipping; the gradients are gone then."""

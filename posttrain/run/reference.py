@@ -102,7 +102,7 @@ def frozen(trainer):
     adapter = contextlib.nullcontext()
     if trainer.adapter_is_new:
         adapter = use_adapter(trainer.accelerator.unwrap_model(trainer.model), None)
-    with torch.no_grad(), evaluating(model), trainer._plain_forward(), adapter, trainer.accelerator.autocast():
+    with torch.no_grad(), evaluating(model), trainer.plain_forward(), adapter, trainer.accelerator.autocast():
         yield model
 
 

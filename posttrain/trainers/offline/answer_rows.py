@@ -8,10 +8,8 @@ from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.log import get_logger
 from posttrain.mechanisms.sequence_cache import ReferenceCache
 from posttrain.paths import cache_dir
+from posttrain.run.window import ExtraColumns
 from posttrain.trainers.offline.reference_logps import COLUMN
-
-# Columns of a prepared data set that go into batches, and their names there
-BATCHED = {"reward": "rewards", "advantage": "advantages"}
 
 
 def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
@@ -70,17 +68,11 @@ def check_scales(train_dataset, named: dict) -> None:
         scales.check_scales({"train_dataset": rewards, name: dataset["reward"][:]}, "data sets")
 
 
-class WeighedRows:
-    """A collator that also hands over the columns of ours that TRL's collator does not know."""
-
-    def __init__(self, collator):
-        self.collator = collator
+class AnswerColumns(ExtraColumns):
+    """Hand over, beside columns of one number a row, the reference's log-probabilities of each token (B, L - 1)."""
 
     def __call__(self, examples: list[dict]) -> dict:
-        batch = self.collator(examples)
-        for column, name in BATCHED.items():
-            if column in examples[0]:
-                batch[name] = torch.tensor([float(example[column]) for example in examples])
+        batch = super().__call__(examples)
         if COLUMN in examples[0]:
             mask = batch["labels"][:, 1:] != -100
             logps = torch.zeros(mask.shape)

@@ -1,13 +1,10 @@
 """The mixin of offline trainers: weighed answers on TRL's SFTTrainer, the mean over sequences of the whole step."""
 
-import contextlib
 import functools
-import time
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import objects, rows, tokens
@@ -16,18 +13,16 @@ from posttrain.data.scored import answer_tokens, baselines, loading
 from posttrain.data.tokens import as_learned, as_rendered, processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.dropout import drops_out
-from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
-from posttrain.mechanisms.window import count_rows, real_rows
 from posttrain.run import checks, evaluation, new_tokens
 from posttrain.run.head import TrueHead
-from posttrain.run.mixin import RunMixin
 from posttrain.run.reference import end_engine, starts_as_identity
-from posttrain.run.sharing import PrefixSharing, record_padding
+from posttrain.run.sharing import PrefixSharing
 from posttrain.trainers.offline import answer_rows, reference_logps
+from posttrain.trainers.sft.mixin import SFTMixin
 
 
-class OfflineMixin(RunMixin):
+class OfflineMixin(SFTMixin):
     """Training on logged answers in three seams: `weigh`, `sequence_losses`, `extra_metrics`.
 
     Before training, in this order: rows are checked and scored, those of which `max_length` leaves no answer are left
@@ -36,8 +31,7 @@ class OfflineMixin(RunMixin):
     is taken over the optimiser step's global batch, whatever its split.
     """
 
-    # stands on Trainer.loss_is_scaled_for_ga: losses are divided by the sequences of the whole step here
-    loss_is_scaled_for_ga = True
+    extra_columns = {"reward": "rewards", "advantage": "advantages"}
 
     def __init__(
         self,
@@ -85,10 +79,10 @@ class OfflineMixin(RunMixin):
             train_dataset = answer_rows.living(self.weigh(train_dataset, "train_dataset", args), args)
             named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
         self._begin_run(self._preflight(model, args), args)
-        self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
+        self._begin_window()
         self.adapter_is_new = peft_config is not None and starts_as_identity(peft_config)
         self.reference_key, self.reference_engine = None, None
-        self._clock, self._start_checked, self._sharing = None, False, None
+        self._start_checked, self._sharing = False, None
         with checks.upstream_refusals():
             super().__init__(
                 model,
@@ -103,7 +97,7 @@ class OfflineMixin(RunMixin):
         keep_4bit_weights_trainable(self.model)
         self._head = TrueHead(self)
         self._sharing = PrefixSharing(self)
-        self.data_collator = answer_rows.WeighedRows(self.data_collator)
+        self.data_collator = answer_rows.AnswerColumns(self.data_collator, self.extra_columns)
         named = rows.by_name(self.eval_dataset)
         new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
@@ -150,13 +144,6 @@ class OfflineMixin(RunMixin):
         """Add the column `weight`, each answer's factor on its gradient, and `advantage` where there is one."""
         raise NotImplementedError
 
-    def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:
-        """The loss of each sequence, (B,), from its tokens' log-probabilities (B, T) in nats."""
-        raise NotImplementedError
-
-    def extra_metrics(self, means: MeanMetrics, logps: Tensor, mask: Tensor, inputs: dict, real: Tensor) -> None:
-        """Add a method's own metrics; `real` (B,) says which rows are data."""
-
     def _scored(self, dataset, name: str, args):
         if dataset is None:
             raise ConfigError(f"{name} is missing; give a datasets.Dataset of prompt, completion and reward.")
@@ -191,7 +178,7 @@ class OfflineMixin(RunMixin):
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        for name in (*answer_rows.BATCHED, reference_logps.COLUMN):
+        for name in (*self.extra_columns, reference_logps.COLUMN):
             if name not in self._signature_columns:
                 self._signature_columns.append(name)
 
@@ -204,77 +191,7 @@ class OfflineMixin(RunMixin):
         # the state's epoch is a whole number where one begins, and within one after a resumption
         return WeightedSampler(weights, len(weights), seed, lambda: int((self.state.epoch or 0) + 1e-6))
 
-    # stands on Trainer.get_batch_samples: the whole accumulation window, before its first backward
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, items = super().get_batch_samples(
-            _counting_rows(self.accelerator, epoch_iterator), num_batches, device
-        )
-        if self._clock is None:
-            self._clock = time.monotonic()
-        if batches:
-            rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
-            for batch in batches:
-                batch["window_rows"] = rows
-        return batches, items
-
-    def score(self, model, batch) -> tuple[Tensor, Tensor]:
-        """The log-probabilities of a padded batch's tokens (B, L - 1), in nats, and which of them are the answers'."""
-        outputs = self._forward(model, batch)
-        return outputs.log_probs, outputs.label_mask
-
-    def _forward(self, model, batch, aux_loss: bool = False):
-        """The fused head's outputs on a padded batch, answers to one prompt computed behind it where that can be.
-
-        `aux_loss`: ask a mixture of experts for its load-balancing loss.
-        """
-        rows = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-        self._head.check(model)
-        if self._sharing.active:
-            self._sharing.check(model)
-        if self._sharing.active:
-            packed = batch["packed"] = self._sharing.pack_rows(**rows)
-            rows |= {"packed": packed} if packed is not None else {}
-        if aux_loss:
-            rows["output_router_logits"] = True
-        return model(**rows, use_cache=False, fused_lm_head=True)
-
-    def _plain_forward(self):
-        """Recomputing activations has no use without gradient, and reentrant checkpointing warns."""
-        if not self.args.gradient_checkpointing:
-            return contextlib.nullcontext()
-        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-
-    # stands on SFTTrainer.compute_loss
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mode, rows = "train" if self.model.training else "eval", inputs["input_ids"].size(0)
-        real_count = inputs.get("real_rows")
-        if real_count is None:
-            real_count = real_rows(self.accelerator, rows) if mode == "eval" else rows
-        outputs = self._forward(model, inputs, self.aux_loss_enabled)
-        logps, mask = outputs.log_probs, outputs.label_mask
-        self._check_first_ratios(logps, mask, inputs)
-        losses = self.sequence_losses(logps, mask, inputs)
-        if mode == "train" and "window_rows" in inputs:
-            # undoes the mean over ranks
-            loss = losses[:real_count].sum() * self.accelerator.num_processes / inputs["window_rows"]
-        else:
-            # A rank whose last batch only fills up has no row that counts; the Trainer's gather cuts its value off
-            loss = losses[: max(real_count, 1)].mean()
-        if self.aux_loss_enabled:
-            # the mean over the step's micro-batches, as TRL has it
-            steps = self.current_gradient_accumulation_steps if mode == "train" and "window_rows" in inputs else 1
-            loss = self._with_aux_loss(loss, outputs.aux_loss, mode, steps)
-        if mode == "train" and self.is_in_train:
-            self._finite_loss.watch(self, loss)
-        with torch.no_grad():
-            self._record(mode, outputs, inputs, torch.arange(rows, device=logps.device) < real_count)
-        if return_outputs:
-            plain = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                return loss, model(**plain, use_cache=False)
-        return loss
-
-    def _check_first_ratios(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
+    def check_first(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
         """Before the first step every importance ratio is 1, or the reference is not the policy's start."""
         if self._start_checked or not self.model.training:
             return
@@ -287,33 +204,6 @@ class OfflineMixin(RunMixin):
             gaps = torch.where(mask, logps - reference, 0.0).sum(dim=1).abs() / tokens
             worst = self.accelerator.gather(gaps.max().unsqueeze(0)).max().item()
         reference_logps.check_start(self, worst)
-
-    def _record(self, mode: str, outputs, inputs: dict, real: Tensor) -> None:
-        means, mask = self._means[mode], outputs.label_mask & real.unsqueeze(1)
-        means.add("nll/sequence", -outputs.log_probs.sum(dim=1), real)
-        means.add("nll/token", -outputs.log_probs, mask)
-        if outputs.entropy is not None:
-            means.add("entropy", outputs.entropy, mask)
-        if outputs.is_top1 is not None:
-            means.add("mean_token_accuracy", outputs.is_top1.float(), mask)
-        if mode == "train":
-            tokens = inputs["attention_mask"].sum(dim=1)
-            means.add_sum("num_tokens", (tokens * real).sum().float(), 1)
-            record_padding(means, inputs["attention_mask"], inputs.get("packed"))
-        self.extra_metrics(means, outputs.log_probs, outputs.label_mask, inputs, real)
-
-    # stands on SFTTrainer.log, which averages the lists in `_metrics`
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._reduce_means(logs)
-        super().log(logs, start_time)
-
-    # stands on Trainer.evaluation_loop
-    def evaluation_loop(self, *args, **kwargs):
-        self._means["eval"].clear()
-        return super().evaluation_loop(*args, **kwargs)
-
-    def finish_evaluation(self, dataloader, description: str) -> None:
-        self._reduce_means({})
 
     # stands on SFTTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -340,9 +230,3 @@ class OfflineMixin(RunMixin):
         if self._late_values:
             dataset = self.weigh(dataset, name, args)
         return self._with_reference(dataset, name)
-
-
-def _counting_rows(accelerator, batches):
-    """Count the rows of each batch that are data at the moment it is drawn: the dataloader's state is of that batch."""
-    for batch in batches:
-        yield {**batch, "real_rows": real_rows(accelerator, batch["input_ids"].size(0))}

@@ -1,5 +1,6 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
 
+import contextlib
 import math
 
 import torch
@@ -96,7 +97,7 @@ class PolicyGradientMixin(RunMixin):
         self._sharing, self._scored, self._rewards, self._head = None, None, None, None
         self._reference_is_given, self._reference_checked = False, False
         self._rows = None
-        self._means = MeanMetrics()
+        self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._dead_generations, self._skipped = 0, False
         self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
         with checks.upstream_refusals():
@@ -313,7 +314,9 @@ class PolicyGradientMixin(RunMixin):
         if self._sharing is not None and self._sharing.active:
             self._sharing.check(model)
             model = _Sharing(self._sharing, model)
-        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        # of all passes, the loss's own
+        with self.policy_forward() if self._scored is not None else contextlib.nullcontext():
+            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._scored is not None:
             self._check_first_kl(self._scored, result[0].detach())
             if self.args.weighs_tokens:
@@ -356,7 +359,7 @@ class PolicyGradientMixin(RunMixin):
         if "ref_per_token_logps" in inputs:
             inputs["ref_per_token_logps"] = torch.where(rows[:, None], logps, inputs["ref_per_token_logps"])
         mask = inputs["completion_mask"] * rows[:, None]
-        self._means.add("hpt/sft_nll", -logps, mask.bool())
+        self._means["train"].add("hpt/sft_nll", -logps, mask.bool())
         if self.args.soft_gate is None:
             return
         share = inputs["off_policy_share"][:, None]

@@ -76,7 +76,7 @@ def take_means(trainer, scored: dict) -> None:
         if name in _OF_ROWS:
             # a row without tokens has the weight of ratio 1, which is 1; it has no entropy and is never clipped
             total = total - (tokens == 0).float().sum()
-        trainer._means.add_sum(name, total, kept if of_rows else tokens.sum())
+        trainer._means["train"].add_sum(name, total, kept if of_rows else tokens.sum())
     if ratios_of_rows:
         for name in _EXTREMES:
             metrics.pop(name, None)
@@ -85,7 +85,7 @@ def take_means(trainer, scored: dict) -> None:
 def put_means(trainer) -> None:
     """Put the means since the last log among TRL's metrics. All ranks call it."""
     metrics = trainer._metrics["train"]
-    means = trainer._means.reduce(trainer.accelerator)
+    means = trainer._means["train"].reduce(trainer.accelerator)
     for name, (total, count) in means.items():
         if count:
             metrics[name] = [total / count]

@@ -1,7 +1,6 @@
 """What the trainers of a family share. Each public trainer is (one of these mixins, TRL's trainer)."""
 
 import contextlib
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
@@ -22,28 +20,17 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.metrics import MeanMetrics
-from posttrain.mechanisms.window import Window, count_rows, real_rows
+from posttrain.mechanisms.window import Window
 from posttrain.run import checks, evaluation, new_tokens, start
 from posttrain.run.head import TrueHead
-from posttrain.run.mixin import RunMixin
 from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
 from posttrain.run.sharing import PrefixSharing, record_padding
+from posttrain.run.window import ExtraColumns, WindowMixin
 from posttrain.trainers.preference import prepare, reference_logps
 
 # Columns of a data set that training reads
 _READ = (*loading.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
 _SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
-# Columns of a batch that are ours or the loss's, not the model's
-_NOT_FOR_THE_MODEL = {
-    "completion_mask",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-    "flip_rate",
-    "real_rows",
-    "pair_coefficients",
-    "pair_weights",
-    "packed",
-}
 
 
 @dataclass
@@ -62,7 +49,7 @@ class PairScores:
     shift_mask: Tensor
 
 
-class PreferenceMixin(RunMixin):
+class PreferenceMixin(WindowMixin):
     """Preference training in four seams: `score`, `pair_losses`, `reduce_pairs`, `extra_metrics`.
 
     Every pass over the model (policy, reference, precompute, window scoring, evaluation) goes through `score`. The
@@ -94,10 +81,10 @@ class PreferenceMixin(RunMixin):
         prepare.check_flip_rates(args, train_dataset, eval_dataset)
         evaluation.check_best_metric(args, eval_dataset)
         self._begin_run(self._preflight(model, args), args)
-        self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
+        self._begin_window()
         self._margin_checked, self._drops_out = False, False
         self.reference_key = None
-        self._sharing, self._clock = None, None
+        self._sharing = None
         with checks.upstream_refusals():
             super().__init__(
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
@@ -110,8 +97,13 @@ class PreferenceMixin(RunMixin):
             new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
             new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
-        self.data_collator = _PairColumns(self.data_collator)
+        self.data_collator = ExtraColumns(self.data_collator, self.extra_columns)
         get_logger().info("reference: %s", describe_reference(self))
+
+    extra_columns = {"flip_rate": "flip_rate"}
+
+    def rows_in(self, batch) -> int:
+        return pairs_in(batch)
 
     def _live_reference(self, args) -> bool:
         return not self._reference_is_given
@@ -145,7 +137,7 @@ class PreferenceMixin(RunMixin):
     # stands on DPOTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        for name in ("flip_rate", self.args.length_column_name):
+        for name in (*self.extra_columns, self.args.length_column_name):
             if name not in self._signature_columns:
                 self._signature_columns.append(name)
 
@@ -181,7 +173,7 @@ class PreferenceMixin(RunMixin):
         mixture of experts for its load-balancing loss, in `outputs`.
         """
         mask = batch["completion_mask"]
-        kwargs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+        kwargs = self.model_inputs(batch)
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
         self._head.check(model)
         packed = self._packed(model, batch)
@@ -215,7 +207,7 @@ class PreferenceMixin(RunMixin):
 
     def _packed(self, model, batch):
         """The batch with chosen and rejected behind their prompt, or None where it is to be padded."""
-        extras = batch.keys() - _NOT_FOR_THE_MODEL - {"input_ids", "attention_mask"}
+        extras = self.model_inputs(batch).keys() - {"input_ids", "attention_mask"}
         if extras and self._sharing.active:
             self._sharing.decline(f"it holds {', '.join(sorted(extras))} for the model")
             return None
@@ -232,15 +224,9 @@ class PreferenceMixin(RunMixin):
             adapter = use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None)
         # upstream leaves the model in training mode, where the base's own dropout would fall on the reference
         clean = checks.evaluating(reference) if self._drops_out else contextlib.nullcontext()
-        with torch.no_grad(), clean, self._plain_forward(), adapter, self.accelerator.autocast():
+        with torch.no_grad(), clean, self.plain_forward(), adapter, self.accelerator.autocast():
             scores = self.score(reference, inputs)
         return scores.chosen_logps, scores.rejected_logps
-
-    def _plain_forward(self):
-        """Recomputing activations has no use without gradient, and reentrant checkpointing warns."""
-        if not self.args.gradient_checkpointing:
-            return contextlib.nullcontext()
-        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
 
     def _reference_logps(self, model, inputs) -> tuple[Tensor, Tensor]:
         if "ref_chosen_logps" in inputs:
@@ -255,20 +241,7 @@ class PreferenceMixin(RunMixin):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         return reference_logps.precompute(self, dataset, name, batch_size)
 
-    # stands on Trainer.get_batch_samples: the whole accumulation window, before its first backward
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, items = super().get_batch_samples(
-            _counting_rows(self.accelerator, epoch_iterator), num_batches, device
-        )
-        if self._clock is None:
-            self._clock = time.monotonic()
-        if batches:
-            batches = self._sorted(batches)
-            rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
-            self.prepare_window(batches, Window(len(batches), self.accelerator.num_processes, rows))
-        return batches, items
-
-    def _sorted(self, batches: list[dict]) -> list[dict]:
+    def sorted_window(self, batches: list[dict]) -> list[dict]:
         """Like lengths together, where no result hangs on which micro-batch a pair is in."""
         whole = all(batch["real_rows"] == pairs_in(batch) for batch in batches)
         # a user's collator may pad on the left, where columns cannot be cut off
@@ -288,33 +261,26 @@ class PreferenceMixin(RunMixin):
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""
         for batch in batches:
-            batch["pair_coefficients"] = real_pairs(batch) * window.undo(pairs_in(batch))
+            batch["pair_coefficients"] = self.is_real(batch) * window.undo(pairs_in(batch))
 
     # stands on DPOTrainer._compute_loss
     def _compute_loss(self, model, inputs, return_outputs=False):
         mode = "train" if self.model.training else "eval"
-        if "real_rows" not in inputs:
-            inputs = {
-                **inputs,
-                "real_rows": real_rows(self.accelerator, pairs_in(inputs)) if mode == "eval" else pairs_in(inputs),
-            }
-        scores = self.score(model, inputs, aux_loss=True) if self.aux_loss_enabled else self.score(model, inputs)
+        inputs = self.with_real_rows(inputs, mode)
+        with self.policy_forward():
+            scores = self.score(model, inputs, aux_loss=True) if self.aux_loss_enabled else self.score(model, inputs)
         ref_chosen_logps, ref_rejected_logps = self._reference_logps(model, inputs)
         chosen_logratios = scores.chosen_logps - ref_chosen_logps
         rejected_logratios = scores.rejected_logps - ref_rejected_logps
         self._check_first_margins(model, scores, (ref_chosen_logps, ref_rejected_logps), inputs)
         losses = self.pair_losses(chosen_logratios, rejected_logratios, inputs)
         loss = self.reduce_pairs(losses, inputs, mode)
-        if self.aux_loss_enabled:
-            loss = self._with_aux_loss(loss, scores.outputs.aux_loss, mode)
-        if mode == "train" and self.is_in_train:
-            self._finite_loss.watch(self, loss)
+        loss = self.finish_loss(loss, getattr(scores.outputs, "aux_loss", None), mode)
         with torch.no_grad():
             self._record(mode, scores, chosen_logratios, rejected_logratios, losses, inputs)
         if return_outputs:
-            kwargs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
             with torch.no_grad():
-                return loss, model(**kwargs, use_cache=False)
+                return loss, model(**self.model_inputs(inputs), use_cache=False)
         return loss
 
     def reduce_pairs(self, losses: Tensor, inputs: dict, mode: str) -> Tensor:
@@ -333,7 +299,7 @@ class PreferenceMixin(RunMixin):
         if not may_be_identity(self.model):
             return
         if self._drops_out:
-            with torch.no_grad(), checks.evaluating(model), self._plain_forward():
+            with torch.no_grad(), checks.evaluating(model), self.plain_forward():
                 scores = self.score(model, inputs)
         tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)
         logps = torch.cat([scores.chosen_logps, scores.rejected_logps])
@@ -373,17 +339,8 @@ class PreferenceMixin(RunMixin):
                 means.add_sum("prefix_sharing/unshared", unshared, pairs_in(inputs))
         self.extra_metrics(means, losses, chosen_logratios - rejected_logratios, inputs, mode)
 
-    # stands on DPOTrainer.log, which averages the lists in `_metrics`
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._reduce_means(logs)
-        super().log(logs, start_time)
-
-    def finish_evaluation(self, dataloader, description: str) -> None:
-        self._reduce_means({})
-
     # stands on Trainer.evaluation_loop, which puts its own `gather_function` back
     def evaluation_loop(self, *args, **kwargs):
-        self._means["eval"].clear()
         self.gather_function = evaluation.PairRows(self.accelerator)
         return super().evaluation_loop(*args, **kwargs)
 
@@ -399,25 +356,6 @@ class PreferenceMixin(RunMixin):
 
     def extra_metrics(self, means: MeanMetrics, losses: Tensor, margins: Tensor, inputs: dict, mode: str) -> None:
         """Add a method's own metrics; `losses` and `margins` are (B,)."""
-
-
-class _PairColumns:
-    """A collator that also hands over the columns of ours that TRL's collator does not know."""
-
-    def __init__(self, collator):
-        self.collator = collator
-
-    def __call__(self, examples: list[dict]) -> dict:
-        batch = self.collator(examples)
-        if "flip_rate" in examples[0]:
-            batch["flip_rate"] = torch.tensor([float(example["flip_rate"]) for example in examples])
-        return batch
-
-
-def _counting_rows(accelerator, batches):
-    """Count the rows of each batch that are data at the moment it is drawn: the dataloader's state is of that batch."""
-    for batch in batches:
-        yield {**batch, "real_rows": real_rows(accelerator, pairs_in(batch))}
 
 
 def _is_shorter(ids: list[int], limit: int) -> bool:

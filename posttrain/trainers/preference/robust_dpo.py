@@ -136,7 +136,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         losses = []
         for batch in batches:
             inputs = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager(), self._plain_forward():
+            with self.compute_loss_context_manager(), self.plain_forward():
                 scores = self.score(self.model_wrapped, inputs)
                 reference = self._reference_logps(self.model_wrapped, inputs)
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = reference

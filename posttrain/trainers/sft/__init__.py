@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: trainers on TRL's SFTTrainer."""
