@@ -14,7 +14,7 @@ import posttrain.quiet  # noqa: F401  before the libraries, of which some speak 
 from posttrain import RobustDPOConfig, RobustDPOTrainer, recipe
 from posttrain.config import DataArguments, ModelArguments, get_quantization_config, parse, run_main
 from posttrain.data.pairs.loading import load_preferences
-from posttrain.recipe import dry_run
+from posttrain.recipe import dry_run, preferences
 from posttrain.run.report import RunReport
 
 
@@ -24,7 +24,7 @@ def main():
     evaluate = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = recipe.load_splits(load_preferences, data_args, evaluate)
     if training_args.dry_run:
-        facts = dry_run.describe(model, training_args, train_dataset, peft_config, eval_dataset=eval_dataset)
+        facts = preferences.describe(model, training_args, train_dataset, peft_config, eval_dataset=eval_dataset)
         return dry_run.show(facts)
 
     trainer = RobustDPOTrainer(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from posttrain import quiet
 from posttrain.cli import main
 from posttrain.errors import ConfigError, DataError
-from posttrain.recipe.dry_run import describe
+from posttrain.recipe.preferences import describe
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 

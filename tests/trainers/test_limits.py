@@ -11,7 +11,7 @@ from posttrain import ALoLConfig, ALoLTrainer, PolicyGradientConfig, RobustDPOCo
 from posttrain.data.limits import Limits
 from posttrain.errors import ConfigError
 from posttrain.models import tiny_model
-from posttrain.recipe import dry_run, scored_answers, tasks
+from posttrain.recipe import preferences, scored_answers, tasks
 from posttrain.run.new_tokens import at_their_start
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
@@ -57,7 +57,7 @@ def test_a_token_that_the_embedding_lacks_is_refused_in_pairs_and_their_dry_run(
     with pytest.raises(ConfigError, match=rf"{NOTE}.*resize_token_embeddings\(261\)|{NOTE}"):
         dpo(longer, tmp_path / "run", data)
     with pytest.raises(ConfigError, match=NOTE):
-        dry_run.describe(longer, RobustDPOConfig(**training.settings(tmp_path / "run")), data)
+        preferences.describe(longer, RobustDPOConfig(**training.settings(tmp_path / "run")), data)
 
 
 def test_a_token_that_the_embedding_lacks_is_refused_in_scored_answers_and_tasks(longer, tmp_path):
@@ -155,7 +155,9 @@ def test_rows_longer_than_a_table_of_positions_are_refused(table, tmp_path):
     with pytest.raises(ConfigError, match=message):
         dpo(table, tmp_path / "run", long_pairs(), max_length=None)
     with pytest.raises(ConfigError, match=message):
-        dry_run.describe(table, RobustDPOConfig(**training.settings(tmp_path / "run", max_length=200)), long_pairs())
+        preferences.describe(
+            table, RobustDPOConfig(**training.settings(tmp_path / "run", max_length=200)), long_pairs()
+        )
     with pytest.raises(ConfigError, match=message):
         scored.build(table, tmp_path / "a", scored.make_scored(8, length=80), max_length=None)
     # cut to the positions it trains, a pair beside the other

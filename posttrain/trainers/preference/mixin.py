@@ -13,8 +13,7 @@ from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import columns, formats, objects, tokens
-from posttrain.data.limits import Limits
-from posttrain.data.pairs import loading, schema
+from posttrain.data.pairs import schema
 from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.log import get_logger
 from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
@@ -28,8 +27,6 @@ from posttrain.run.sharing import PrefixSharing, record_padding
 from posttrain.run.window import ExtraColumns, WindowMixin
 from posttrain.trainers.preference import prepare, reference_logps
 
-# Columns of a data set that training reads
-_READ = (*loading.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
 _SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
 
 
@@ -72,14 +69,9 @@ class PreferenceMixin(WindowMixin):
         self._reference_is_given = ref_model is not None
         kwargs = self._by_name(rest, kwargs)
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
-        checks.check_model_config(args, config, self._weighs_pairs_of(args))
         prepare.check_reference_is_loadable(model, ref_model, args, kwargs.get("peft_config"))
-        train_dataset = columns.prepare(train_dataset, "train_dataset", _READ)
-        eval_dataset = columns.prepare(eval_dataset, "eval_dataset", _READ)
-        self._limits = Limits(model, config)
-        schema.check_run(model, processing_class, args, train_dataset, eval_dataset, self._limits)
-        prepare.check_flip_rates(args, train_dataset, eval_dataset)
-        evaluation.check_best_metric(args, eval_dataset)
+        ready = prepare.prepare(model, args, config, processing_class, train_dataset, eval_dataset)
+        train_dataset, eval_dataset, self._limits = ready.train_dataset, ready.eval_dataset, ready.limits
         self._begin_run(self._preflight(model, args), args)
         self._begin_window()
         self._margin_checked, self._drops_out = False, False
@@ -124,7 +116,7 @@ class PreferenceMixin(WindowMixin):
         known = set(objects.names_of(dataset))
         if not known or known.issuperset(formats.TOKEN_COLUMNS):
             return dataset
-        args, dataset = self.args, columns.prepare(dataset, name, _READ)
+        args, dataset = self.args, columns.prepare(dataset, name, prepare.READ)
         report = schema.check_preferences(
             dataset, self.processing_class, args.max_length, name, args.truncation_mode,
             tokens.generation_stop_ids(self.model), getattr(args, "end_of_turn", "warn"),
@@ -252,10 +244,6 @@ class PreferenceMixin(WindowMixin):
     @property
     def split_matters(self) -> bool:
         """Whether the loss depends on which pairs share a micro-batch."""
-        return False
-
-    def _weighs_pairs_of(self, args) -> bool:
-        """Whether the pairs of a step count unequally under these settings."""
         return False
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:

@@ -5,8 +5,42 @@ from decimal import Decimal
 import torch
 from accelerate.utils import is_peft_model
 
+from posttrain.data import columns, formats
+from posttrain.data.limits import Limits
+from posttrain.data.pairs import loading, schema
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
+from posttrain.run import checks, evaluation
+from posttrain.run.prepared import Prepared
+
+# Columns of a data set that training reads
+READ = (*loading.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
+
+
+def prepare(model, args, config, processing_class, train_dataset, eval_dataset) -> Prepared:
+    """Check settings and pairs as far as that needs no weights, and put their columns in place.
+
+    Args:
+        model: its name, or the model itself. config: the model's.
+        processing_class: a tokenizer or processor, or None for the model's own.
+        train_dataset: preference rows, or a stream of them. eval_dataset: likewise, several by name, or None.
+
+    Raises:
+        ConfigError, DataError, EnvironmentIssue: settings, rows or a tokenizer that cannot be trained with.
+    """
+    checks.check_model_config(args, config, args.weighs_pairs)
+    train_dataset = columns.prepare(train_dataset, "train_dataset", READ)
+    eval_dataset = columns.prepare(eval_dataset, "eval_dataset", READ)
+    limits = Limits(model, config)
+    reports = schema.check_run(model, processing_class, args, train_dataset, eval_dataset, limits)
+    check_flip_rates(args, train_dataset, eval_dataset)
+    evaluation.check_best_metric(args, eval_dataset)
+    rows, report = None, (reports or {}).get("train_dataset")
+    if hasattr(train_dataset, "__len__"):
+        lengths = report.lengths if report is not None else None
+        # of a large data set only a sample was looked at
+        rows = len(train_dataset) - (lengths.dropped if lengths and lengths.rows == len(train_dataset) else 0)
+    return Prepared(train_dataset, eval_dataset, limits, rows)
 
 
 def check_reference_is_loadable(model, ref_model, args, peft_config) -> None:
@@ -23,7 +57,7 @@ def check_reference_is_loadable(model, ref_model, args, peft_config) -> None:
 
 def check_flip_rates(args, train_dataset, eval_dataset) -> None:
     """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
-    if args.pair_loss not in ("rdpo", "cdpo"):
+    if not args.reads_flip_rate:
         if "flip_rate" in (getattr(train_dataset, "column_names", None) or ()):
             get_logger().warning(
                 "train_dataset's column flip_rate is not read by pair_loss %s; `pair_loss: rdpo` or `cdpo` reads it",

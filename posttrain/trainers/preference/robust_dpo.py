@@ -65,21 +65,13 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         self._few_pairs_logs = 0
 
     @property
-    def _weighs_pairs(self) -> bool:
-        return self._weighs_pairs_of(self.args)
-
-    def _weighs_pairs_of(self, args) -> bool:
-        """Whether Dr. DPO is on: at beta_prime inf it is the plain mean."""
-        return args.reduction == "dr_dpo" and not math.isinf(args.beta_prime)
-
-    @property
     def _rescales(self) -> bool:
         args = self.args
-        return self._weighs_pairs and args.dr_dpo_scope == "global" and args.dr_dpo_window == "rescale"
+        return self.args.weighs_pairs and args.dr_dpo_scope == "global" and args.dr_dpo_window == "rescale"
 
     @property
     def split_matters(self) -> bool:
-        return self._weighs_pairs and self.args.dr_dpo_scope == "micro_batch"
+        return self.args.weighs_pairs and self.args.dr_dpo_scope == "micro_batch"
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
         if self.args.pair_loss == "ipo":
@@ -93,7 +85,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         super().prepare_window(batches, window)
-        if not self._weighs_pairs or self.args.dr_dpo_scope == "micro_batch":
+        if not self.args.weighs_pairs or self.args.dr_dpo_scope == "micro_batch":
             return
         self._window = window
         if self._rescales:
@@ -148,7 +140,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         return torch.cat(losses)
 
     def reduce_pairs(self, losses: Tensor, inputs: dict, mode: str) -> Tensor:
-        if mode == "eval" or not self._weighs_pairs:
+        if mode == "eval" or not self.args.weighs_pairs:
             return super().reduce_pairs(losses, inputs, mode)
         if "pair_coefficients" not in inputs or self.args.dr_dpo_scope == "micro_batch":
             return self._weigh_micro_batch(losses, inputs)
@@ -215,7 +207,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
             kappa = preference.rdpo_kappa(inputs.get("flip_rate", self.args.flip_rate))
             means.add("rdpo/kappa", torch.as_tensor(kappa, device=margins.device).expand_as(margins), real)
             means.add("rdpo/negative_loss_fraction", (losses < 0).float(), real)
-        if self._weighs_pairs:
+        if self.args.weighs_pairs:
             means.add("drdpo/dpo_loss", losses, real)
             if mode == "eval":
                 # exp-means add up over batches, so the objective is of the whole evaluation set, however it is split

@@ -1,5 +1,6 @@
 """Settings of the robust preference trainer."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,6 +93,16 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
 
     replaces: ClassVar = {"loss_type": ("pair_loss",), "pair_loss": ("loss_type",)}
     says: ClassVar = ("pair_loss", "flip_rate")
+
+    @property
+    def weighs_pairs(self) -> bool:
+        """Whether the pairs of a step count unequally: Dr. DPO, which at beta_prime inf is the plain mean."""
+        return self.reduction == "dr_dpo" and not math.isinf(self.beta_prime)
+
+    @property
+    def reads_flip_rate(self) -> bool:
+        """Whether the loss of a pair depends on how likely its label is flipped."""
+        return self.pair_loss in NEEDS_FLIP_RATE
 
     def _read(self):
         check_choice("reduction", self.reduction, ("mean", "dr_dpo"))

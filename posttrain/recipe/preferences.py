@@ -1,0 +1,59 @@
+"""A preference run, told without doing it."""
+
+import math
+
+from posttrain.recipe.dry_run import SAMPLE_ROWS, check, sizes
+
+
+def describe(
+    model_id: str, args, train_dataset, peft_config=None, processes: int | None = None, eval_dataset=None
+) -> dict:
+    """Effective batch, steps, parameters, tokens and checkpoint size of a preference run, and one rendered pair.
+
+    Settings and data are checked as the trainer would. The tokenizer is loaded, up to 64 rows are tokenised, and the
+    model is built without memory for its weights.
+
+    Args:
+        model_id: a hub id or folder.
+        args: the trainer's config.
+        train_dataset: preference rows with a length.
+        peft_config: the adapter, or None for full fine-tuning.
+        processes: data parallel processes; default: those of this launch.
+        eval_dataset: further rows to check, or None.
+
+    Returns:
+        plain values by name; token counts are means over the sample, cut at `max_length`.
+
+    Raises:
+        ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
+            adapter settings that do not fit the model.
+    """
+    from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
+    from posttrain.run.prepared import micro_batches, steps
+    from posttrain.trainers.preference import prepare
+
+    config = check(model_id, args, peft_config)
+    processing_class = processing_class_for(model_id, None, args)
+    ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset)
+    train_dataset = ready.train_dataset
+    processes = processes or args.world_size
+    tokenizer = tokenizer_of(processing_class)
+    limit = args.max_length or math.inf
+    sample = train_dataset.select(range(min(SAMPLE_ROWS, len(train_dataset))))
+    rows = list(tokenized_pairs(sample, processing_class))
+    tokens = [min(len(r["prompt_ids"]) + len(r[side]), limit) for r in rows for side in ("chosen_ids", "rejected_ids")]
+
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    first = rows[0]
+    return {
+        "processes": processes,
+        "pairs per step": batch,
+        "training pairs": ready.rows,
+        "steps": steps(args, micro_batches(args, ready.rows, processes)),
+        "tokens per step": round(2 * batch * sum(tokens) / len(tokens)),
+        "longest sequence in the sample (tokens)": max(tokens),
+        **sizes(config, args, peft_config),
+        "prompt": tokenizer.decode(first["prompt_ids"]),
+        "chosen": tokenizer.decode(first["chosen_ids"]),
+        "rejected": tokenizer.decode(first["rejected_ids"]),
+    }

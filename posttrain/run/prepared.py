@@ -1,0 +1,36 @@
+"""What a run has before its weights are there: its rows, and what a dry run tells of them."""
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Prepared:
+    """What `prepare` of a family hands to the trainer's constructor and to the dry run.
+
+    Attributes:
+        train_dataset, eval_dataset: as the parent trainer takes them; the latter one, several by name, or None.
+        limits: what the model can take in.
+        rows: how many rows are trained on; None where that is not known yet.
+        facts: what there is to tell of them, by name.
+    """
+
+    train_dataset: object
+    eval_dataset: object
+    limits: object
+    rows: int | None = None
+    facts: dict = field(default_factory=dict)
+
+
+def micro_batches(args, rows: int, processes: int | None = None) -> int:
+    """Return how many micro-batches an epoch over so many rows has on each process."""
+    full = math.floor if args.dataloader_drop_last else math.ceil
+    return full(rows / (args.per_device_train_batch_size * (processes or args.world_size)))
+
+
+def steps(args, micro_batches: int) -> int:
+    """Return how many optimiser steps a run has with so many micro-batches an epoch; an epoch ends on a short step."""
+    if args.max_steps > 0:
+        return args.max_steps
+    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    return math.ceil(steps_an_epoch * args.num_train_epochs)
