@@ -1,6 +1,5 @@
 """What the recipes with verifiable rewards share: tasks, rewards, trainer, report, hub."""
 
-import math
 from dataclasses import dataclass, field
 
 from posttrain import recipe
@@ -141,43 +140,26 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    from posttrain.data import columns
-    from posttrain.data.limits import Limits
-    from posttrain.data.tasks import task_rows, tokens
-    from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
+    from posttrain.data.tasks import tokens
+    from posttrain.data.tokens import processing_class_for, tokenizer_of
+    from posttrain.run.prepared import steps
     from posttrain.trainers.policy_gradient import prepare
 
-    config = dry_run.check(model_id, args, peft_config)
-    prepare.check_generation(args, train_dataset)
-    tokenizer, limits = tokenizer_of(processing_class_for(model_id, None, args)), Limits(model_id, config)
-    train_dataset = as_rendered(columns.prepare(train_dataset, "train_dataset"), tokenizer, False, "train_dataset")
-    if eval_dataset is not None:
-        eval_dataset = as_rendered(columns.prepare(eval_dataset, "eval_dataset"), tokenizer, False, "eval_dataset")
-    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        task_rows.check(dataset, tokenizer, args, name)
-    if args.learns_from_demonstrations:
-        stop_ids = generation_stop_ids(model_id, (args.model_init_kwargs or {}).get("revision"))
-        train_dataset = tokens.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
-
-        limits.check(train_dataset, ((tokens.IDS,),), tokenizer, "train_dataset", None)
-    limits.check_prompts(train_dataset, tokenizer, args, "train_dataset")
-    if eval_dataset is not None:
-        limits.check_prompts(eval_dataset, tokenizer, args, "eval_dataset")
+    config, processor = dry_run.check(model_id, args, peft_config), processing_class_for(model_id, None, args)
+    train_dataset = prepare.prepare(model_id, args, config, processor, train_dataset, eval_dataset).train_dataset
+    tokenizer = tokenizer_of(processor)
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
     texts = [_rendered(row, tokenizer, args) for row in sample]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     rollouts = args.generation_batch_size
     prompts = rollouts // args.num_generations
-    # what is left of an epoch after its whole generations is not trained on
-    micro_batches = len(train_dataset) // prompts * args.steps_per_generation * args.num_iterations
-    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
     facts = {
         "processes": args.world_size,
         "training tasks": len(train_dataset),
         "prompts per generation": prompts,
         "rollouts per generation": rollouts,
         "rollouts per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "steps": args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs),
+        "steps": steps(args, prepare.micro_batches(args, len(train_dataset))),
         "longest prompt in the sample (tokens)": max(lengths),
         "tokens of a rollout, at most": args.max_completion_length,
     } | dry_run.sizes(config, args, peft_config)

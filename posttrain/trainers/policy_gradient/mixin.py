@@ -8,10 +8,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from posttrain.data import columns
-from posttrain.data.limits import Limits
-from posttrain.data.rows import by_name
-from posttrain.data.tasks import task_rows, tokens
-from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
+from posttrain.data.tasks import task_rows
+from posttrain.data.tokens import as_rendered, tokenizer_of
 from posttrain.errors import ConfigError, DivergedError, require
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards, special_tokens
@@ -20,7 +18,7 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
 from posttrain.rewards.base import check_missing_golds
-from posttrain.run import checks, evaluation
+from posttrain.run import checks
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
 from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
@@ -33,7 +31,6 @@ from posttrain.trainers.policy_gradient import (
     rollout_log,
     row_templates,
 )
-from posttrain.trainers.policy_gradient.prepare import _advantage_function, _all_rendered, _check_prompts
 from posttrain.trainers.policy_gradient.resumption import SaveBetweenGenerations
 
 
@@ -64,35 +61,13 @@ class PolicyGradientMixin(RunMixin):
         model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
         if args.use_vllm:
             require("vllm", "vllm", "use_vllm")
-        self._advantage_function = _advantage_function(args)
+        self._advantage_function = prepare.advantage_function(args)
         reward_funcs = reward_setup.reward_functions(reward_funcs, args)
         reward_setup.check_weights(args, reward_funcs)
-        _check_prompts(train_dataset, eval_dataset, kwargs)
-        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
-            check_missing_golds(reward_funcs, dataset, name)
-        train_dataset = columns.prepare(train_dataset, "train_dataset")
-        eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
-        prepare.check_generation(args, train_dataset)
-        evaluation.check_best_metric(args, eval_dataset)
-        limits, processor = Limits(model, config), processing_class_for(model, processing_class, args)
-        tokenizer = tokenizer_of(processor)
-        if args.kept_tokens:
-            special_tokens.check_kept(args.kept_tokens, tokenizer)
-        train_dataset, eval_dataset = (
-            as_rendered(train_dataset, tokenizer, False, "train_dataset"),
-            _all_rendered(eval_dataset, tokenizer),
-        )
-        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
-            task_rows.check(dataset, tokenizer, args, name)
-        if args.learns_from_demonstrations:
-            if config.get_text_config() is not config:
-                raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
-            stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
-            train_dataset = tokens.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
-            limits.check(train_dataset, ((tokens.IDS,),), processor, "train_dataset", None)
-        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
-            limits.check_prompts(dataset, processor, args, name)
-        self._limits = limits
+        ready = prepare.prepare(
+            model, args, config, processing_class, train_dataset, eval_dataset, kwargs, reward_funcs
+        )  # fmt: skip
+        train_dataset, eval_dataset, self._limits = ready.train_dataset, ready.eval_dataset, ready.limits
         self._begin_run(self._preflight(model, args), args)
         self._sharing, self._scored, self._rewards, self._head = None, None, None, None
         self._reference_is_given, self._reference_checked = False, False

@@ -6,14 +6,69 @@ import torch
 from datasets import Dataset
 
 from posttrain.checks import shorten
-from posttrain.data.rows import refuse_splits
-from posttrain.data.tokens import as_rendered
+from posttrain.data import columns
+from posttrain.data.limits import Limits
+from posttrain.data.rows import by_name, refuse_splits
+from posttrain.data.tasks import task_rows, tokens
+from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError
+from posttrain.mechanisms import special_tokens
 from posttrain.objectives import advantages
+from posttrain.rewards.base import check_missing_golds
+from posttrain.run import evaluation
+from posttrain.run.prepared import Prepared
+
+
+def prepare(model, args, config, processing_class, train_dataset, eval_dataset, given=None, rewards=()) -> Prepared:
+    """Check settings and tasks as far as that needs no weights, and tokenise demonstrations.
+
+    Args:
+        model: its name, or the model itself. config: the model's.
+        processing_class: a tokenizer or processor, or None for the model's own.
+        train_dataset: tasks, or a stream of them. eval_dataset: likewise, several by name, or None.
+        given: what else the trainer is given by name; tools and an environment make answers conversations.
+        rewards: reward functions, asked whether they can do without gold answers that are missing.
+
+    Raises:
+        ConfigError, DataError, EnvironmentIssue: settings, rows or a tokenizer that cannot be trained with.
+    """
+    _check_prompts(train_dataset, eval_dataset, given or {})
+    for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+        check_missing_golds(rewards, dataset, name)
+    train_dataset = columns.prepare(train_dataset, "train_dataset")
+    eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
+    check_generation(args, train_dataset)
+    evaluation.check_best_metric(args, eval_dataset)
+    limits, processor = Limits(model, config), processing_class_for(model, processing_class, args)
+    tokenizer = tokenizer_of(processor)
+    if args.kept_tokens:
+        special_tokens.check_kept(args.kept_tokens, tokenizer)
+    train_dataset = as_rendered(train_dataset, tokenizer, False, "train_dataset")
+    eval_dataset = _all_rendered(eval_dataset, tokenizer)
+    named = by_name(eval_dataset)
+    for name, dataset in {"train_dataset": train_dataset, **named}.items():
+        task_rows.check(dataset, tokenizer, args, name)
+    if args.learns_from_demonstrations:
+        if config.get_text_config() is not config:
+            raise ConfigError("demonstrations for a multimodal model are not supported. Set `gamma: null`.")
+        stop_ids = generation_stop_ids(model, (args.model_init_kwargs or {}).get("revision"))
+        train_dataset = tokens.tokenise(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+        limits.check(train_dataset, ((tokens.IDS,),), processor, "train_dataset", None)
+    for name, dataset in {"train_dataset": train_dataset, **named}.items():
+        limits.check_prompts(dataset, processor, args, name)
+    rows = len(train_dataset) if hasattr(train_dataset, "__len__") else None
+    return Prepared(train_dataset, eval_dataset, limits, rows)
+
+
+def micro_batches(args, rows: int) -> int:
+    """Return how many micro-batches an epoch over so many tasks has: those of its whole generations."""
+    return (
+        rows // (args.generation_batch_size // args.num_generations) * args.steps_per_generation * args.num_iterations
+    )
 
 
 def check_generation(args, train_dataset) -> None:
-    """TRL's sampler leaves out what fills no whole generation; of too few rows nothing would be left."""
+    """Refuse data sets smaller than one generation batch: TRL's sampler would yield nothing of them."""
     prompts = args.generation_batch_size // args.num_generations
     if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
         raise DataError(
@@ -23,7 +78,7 @@ def check_generation(args, train_dataset) -> None:
         )
 
 
-def _advantage_function(args):
+def advantage_function(args):
     """(prompts, G) -> (prompts, G), or None where TRL's own advantages are the ones asked for."""
     if ":" in args.advantage:
         module, _, name = args.advantage.partition(":")
