@@ -23,7 +23,7 @@ def main():
     model, peft_config = recipe.named_model(data_args, model_args, training_args)
     train_dataset, eval_dataset = load_answers(data_args, training_args)
     if training_args.dry_run:
-        return dry_run.show(describe(model, training_args, data_args, train_dataset, peft_config))
+        return dry_run.show(describe(model, training_args, data_args, train_dataset, peft_config, eval_dataset))
 
     trainer = ALoLTrainer(
         model=model,

@@ -1,6 +1,5 @@
 """What the recipe with scored answers adds to every recipe's own: its data settings, its rows, its dry run."""
 
-import math
 from dataclasses import dataclass, field
 
 from posttrain import recipe
@@ -40,10 +39,10 @@ def load_answers(data_args: ScoredArguments, training_args):
     """The scored answers to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
     from posttrain.data.scored.loading import load_scored
     from posttrain.data.scored.scales import check_scales
-    from posttrain.trainers.offline.prepare import kept_columns
+    from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
 
     needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
-    keep, rewards = tuple(kept_columns(training_args)), {}
+    keep, rewards = tuple(ALoLAnswers(training_args).kept_columns()), {}
 
     def load(name, split, limit, convert=True):
         training = name == data_args.dataset_name and split == data_args.dataset_train_split
@@ -62,7 +61,9 @@ def load_answers(data_args: ScoredArguments, training_args):
     return datasets
 
 
-def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, peft_config=None) -> dict:
+def describe(
+    model_id: str, args, data_args: ScoredArguments, train_dataset, peft_config=None, eval_dataset=None
+) -> dict:
     """Answers, steps, parameters and checkpoint size of a run, what the rewards say, and the first answer.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, every answer is tokenised, and the
@@ -74,75 +75,54 @@ def describe(model_id: str, args, data_args: ScoredArguments, train_dataset, pef
             adapter settings that do not fit the model.
     """
     from posttrain import tables
-    from posttrain.data import tokens
-    from posttrain.data.limits import Limits
     from posttrain.data.scored import answer_tokens, baselines, loading
     from posttrain.data.tokens import processing_class_for
-    from posttrain.run import checks
-    from posttrain.trainers.offline import answer_rows, prepare, prompt_values
+    from posttrain.run.prepared import micro_batches, steps
+    from posttrain.trainers.offline import answer_rows, prompt_values
+    from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
 
-    config = dry_run.check(model_id, args, peft_config)
-    checks.check_model_config(args, config)
+    config, first, name = dry_run.check(model_id, args, peft_config), train_dataset[0], "train_dataset"
     processing_class = processing_class_for(model_id, None, args)
-    revision = (args.model_init_kwargs or {}).get("revision")
-    stop_ids = tokens.generation_stop_ids(model_id, revision)
-    name, answers, first = "train_dataset", len(train_dataset), train_dataset[0]
     if data_args.reward_func is not None:
         # one that is none is refused here; what it gives is known once it has scored the answers
         loading.check_reward(data_args.reward_func)
-    weighed = args.weighs_by is not None and data_args.reward_func is None
-    head = args.weighs_by == "advantages" and args.value == "head"
-    if head:
-        prompt_values.check_start(args, data_args.reward_func)
-    columns = prepare.kept_columns(args)
-    train_dataset = loading.as_scored(train_dataset, name, tuple(columns), weighed).rename_columns(columns)
-    if weighed:
-        prepare.check_rows(train_dataset, name, args)
-    shown = _as_learned(train_dataset.select([0]), processing_class, args, name)
-    lost, fits = "", len(train_dataset)
-    if answer_tokens.are_known(args):
-        train_dataset, lost = answer_tokens.fit(train_dataset, processing_class, args, name, stop_ids)
-        fits = len(train_dataset)
-        Limits(model_id, config).check_answers(train_dataset, processing_class, args, name)
-    else:
-        fits = f"at most {fits}: chat_template_path or eos_token change the tokens once the model is loaded"
-    kept, facts, living = len(train_dataset), {}, None
-    if weighed:
-        prepare.check_left(train_dataset, name, args, lost)
-        rewards = train_dataset["reward"][:]
-        facts["rewards"] = "\n" + tables.histogram(rewards)
-        if args.weighs_by == "rewards":
-            kept = sum(reward != 0 for reward in rewards)
-        elif args.weighs_by == "advantages" and args.value != "head":
-            values = baselines.values_of(train_dataset, args.value, "baseline", name)
-            advantages = baselines.advantages_of(rewards, values)
-            weights = prepare.weights_of(advantages, args)
-            baselines.check_positive(advantages, args.value, name, lost)
-            baselines.check_weights(weights, name)
-            facts["advantages"] = "\n" + tables.histogram(advantages)
-            kept = sum(weight != 0 for weight in weights)
-    elif head:
-        prepare.check_value_prompts(len(set(baselines.prompt_keys(train_dataset))), name, args)
-    if head:
+    answers = ALoLAnswers(args, data_args.reward_func)
+    if answers.has_head:
+        prompt_values.check_heads_can_be_kept(args, data_args.reward_func)
+    ready = answers.prepare(
+        model_id, config, processing_class, train_dataset, eval_dataset, score=data_args.reward_func is None
+    )  # fmt: skip
+    shown = _as_learned(ready.facts["first"], processing_class, args, name)
+    facts, rows, living = {}, ready.train_dataset, None
+    if answers.has_head and data_args.reward_func is not None:
+        answers.check_value_prompts(len(set(baselines.prompt_keys(rows))), name)
+    elif answers.weighed_late and not answers.has_head and data_args.reward_func is None:
+        # of tokens that come with the model: as far as the values alone tell
+        rows = answers.weigh(rows, name)
+        rows = rows.select([i for i, weight in enumerate(rows["weight"][:]) if weight != 0])
+    kept, fits = len(rows), ready.facts.get("fit")
+    if fits is None:
+        fits = f"at most {kept}: chat_template_path or eos_token change the tokens once the model is loaded"
+    for part in ("rewards", "advantages"):
+        if part in ready.facts:
+            facts[part] = "\n" + tables.histogram(ready.facts[part])
+    if answers.has_head:
         living = "known once the value head has learned"
-    elif not weighed and args.weighs_by is not None:
+    elif answers.needs_rewards and data_args.reward_func is not None:
         living = f"known once {data_args.reward_func} has scored the answers"
-    elif isinstance(fits, str):
+    elif not answer_tokens.are_known(args):
         living = f"at most {kept}"
     else:
         answer_rows.check_fills_a_batch(args, kept)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    full = math.floor if args.dataloader_drop_last else math.ceil
-    micro_batches = full(kept / (args.per_device_train_batch_size * args.world_size))
-    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
+    taken = steps(args, micro_batches(args, kept))
     return {
         "processes": args.world_size,
-        "scored answers": answers,
+        "scored answers": ready.facts["answers"],
         "of them within max_length": fits,
         "of them with a gradient": kept if living is None else living,
         "answers per step": batch,
-        "steps": f"at most {steps}" if living is not None and args.max_steps <= 0 else steps,
+        "steps": f"at most {taken}" if living is not None and args.max_steps <= 0 else taken,
         **dry_run.sizes(config, args, peft_config),
         **facts,
         **shown,

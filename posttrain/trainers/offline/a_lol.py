@@ -7,13 +7,12 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from posttrain.data.scored import baselines
-from posttrain.log import get_logger
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import offline
 from posttrain.trainers.offline import prompt_values
+from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
 from posttrain.trainers.offline.a_lol_config import ALoLConfig
 from posttrain.trainers.offline.mixin import OfflineMixin
-from posttrain.trainers.offline.prepare import _say_single_answers, check_left, check_rows, kept_columns, weights_of
 
 _NAMES = {
     "nll": "SFT on scored answers",
@@ -63,15 +62,20 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
 }""",
     }
 
+    _answers_class = ALoLAnswers
+
     def __init__(self, *args, **kwargs):
-        self.advantages: baselines.Advantages | None = None
-        self._mean_reward: float | None = None
         self._mean_weight: float | None = None
         self.value_heads: list | None = None
         self.value_head_key: str | None = None
         super().__init__(*args, **kwargs)
         # what the card says was run
         self._name = _NAMES[self.args.variant]
+
+    @property
+    def advantages(self) -> baselines.Advantages | None:
+        """What the training rows' advantages are like; None where a variant has none."""
+        return self.answers.advantages
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the adapter or model, and beside it the value head; not in checkpoints, which find it in the run."""
@@ -81,54 +85,6 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
 
     def computed_columns(self) -> set[str]:
         return {"advantage"} if self.args.value == "head" else set()
-
-    def needs_rewards(self, args) -> bool:
-        return args.weighs_by is not None
-
-    def kept_columns(self, args) -> dict[str, str]:
-        return kept_columns(args)
-
-    def values_need_the_model(self, args) -> bool:
-        return args.value == "head"
-
-    def check_rows(self, dataset, name: str, args) -> None:
-        check_rows(dataset, name, args)
-        if args.weighs_by == "advantages" and args.value == "head" and name == "train_dataset":
-            prompt_values.check_start(args, self._reward_func)
-
-    def check_left(self, dataset, args) -> None:
-        check_left(dataset, "train_dataset", args, self._lost)
-
-    def weigh(self, dataset, name: str, args):
-        if args.weighs_by is None:
-            return dataset.add_column("weight", [1.0] * len(dataset))
-        rewards = dataset["reward"][:]
-        if args.weighs_by == "rewards":
-            return dataset.add_column("weight", rewards)
-        advantages = baselines.advantages_of(rewards, self._values(dataset, rewards, name, args))
-        weights = weights_of(advantages, args)
-        if name == "train_dataset":
-            baselines.check_positive(advantages, args.value, name, self._lost)
-            baselines.check_weights(weights, name)
-            self.advantages = baselines.describe(advantages, weights)
-            get_logger().info("%s: %s", name, self.advantages.summary())
-        return dataset.add_column("advantage", advantages).add_column("weight", weights)
-
-    def _values(self, dataset, rewards: list[float], name: str, args) -> list[float]:
-        """The expected reward of each row's prompt.
-
-        Of held-out rows from what the training rows taught for `mean` and `head`; `per_prompt` and `column` read
-        these rows' own.
-        """
-        if args.value == "mean":
-            if self._mean_reward is None:
-                self._mean_reward = baselines.mean(rewards)
-            return [self._mean_reward] * len(rewards)
-        if args.value == "per_prompt" and name != "train_dataset":
-            _say_single_answers(baselines.prompt_keys(dataset), name)
-        if args.value != "head":
-            return baselines.values_of(dataset, args.value, "baseline", name)
-        return prompt_values.of_head(self, dataset, rewards, name)
 
     def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:
         args, weights = self.args, {}

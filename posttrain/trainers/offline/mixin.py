@@ -1,6 +1,5 @@
 """The mixin of offline trainers: weighed answers on TRL's SFTTrainer, the mean over sequences of the whole step."""
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -9,29 +8,30 @@ from torch import Tensor
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import objects, rows, tokens
 from posttrain.data.limits import Limits
-from posttrain.data.scored import answer_tokens, baselines, loading
-from posttrain.data.tokens import as_learned, as_rendered, processing_class_for
-from posttrain.errors import ConfigError
+from posttrain.data.scored import answer_tokens
+from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
-from posttrain.run import checks, evaluation, new_tokens
+from posttrain.run import checks, new_tokens
 from posttrain.run.head import TrueHead
 from posttrain.run.reference import end_engine, starts_as_identity
 from posttrain.run.sharing import PrefixSharing
 from posttrain.trainers.offline import answer_rows, reference_logps
+from posttrain.trainers.offline.prepare import Answers
 from posttrain.trainers.sft.mixin import SFTMixin
 
 
 class OfflineMixin(SFTMixin):
-    """Training on logged answers in three seams: `weigh`, `sequence_losses`, `extra_metrics`.
+    """Training on logged answers in three seams: `Answers`, `sequence_losses`, `extra_metrics`.
 
     Before training, in this order: rows are checked and scored, those of which `max_length` leaves no answer are left
-    out, `weigh` gives each its weight on the gradient, rows of weight 0 are dropped, and the starting model's
-    log-probabilities of the others are computed where the loss reads them. The mean over sequences
-    is taken over the optimiser step's global batch, whatever its split.
+    out, `Answers.weigh` gives each its weight on the gradient, rows of weight 0 are dropped, and the starting model's
+    log-probabilities of the others are computed where the loss reads them. The mean over sequences is taken over the
+    optimiser step's global batch, whatever its split.
     """
 
     extra_columns = {"reward": "rewards", "advantage": "advantages"}
+    _answers_class: type[Answers]
 
     def __init__(
         self,
@@ -50,34 +50,9 @@ class OfflineMixin(SFTMixin):
         peft_config = kwargs.get("peft_config")
         answer_rows.refuse(model, peft_config, kwargs)
         model, args, config = self._check_start(model, args, peft_config)
-        checks.check_model_config(args, config)
-        evaluation.check_best_metric(args, eval_dataset)
-        self._reward_func = reward_func
-        # what a reward function was given beside prompt and answer, by prompt
-        self.reward_columns: dict[str, dict] = {}
-        answer_rows.check_stream(args, train_dataset)
-        tokenizer = processing_class_for(model, processing_class, args)
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        stop_ids = tokens.generation_stop_ids(model, revision)
-        named = rows.by_name(eval_dataset)
-        train_dataset = self._scored(train_dataset, "train_dataset", args)
-        self.given_rows = len(train_dataset)
-        named = {name: self._scored(dataset, name, args) for name, dataset in named.items()}
-        if self.needs_rewards(args) and reward_func is None and not same_scale:
-            answer_rows.check_scales(train_dataset, named)
-        # what `max_length` leaves nothing of, in words for errors
-        self._lost = ""
-        if answer_tokens.are_known(args):
-            train_dataset, self._lost = answer_tokens.fit(train_dataset, tokenizer, args, "train_dataset", stop_ids)
-            named = {n: answer_tokens.fit(dataset, tokenizer, args, n, stop_ids)[0] for n, dataset in named.items()}
-            limits = Limits(model, config)
-            for name, dataset in {"train_dataset": train_dataset, **named}.items():
-                limits.check_answers(dataset, tokenizer, args, name)
-        self.check_left(train_dataset, args)
-        self._late_values = self.values_need_the_model(args) or not answer_tokens.are_known(args)
-        if not self._late_values:
-            train_dataset = answer_rows.living(self.weigh(train_dataset, "train_dataset", args), args)
-            named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
+        self.answers = self._answers_class(args, reward_func)
+        ready = self.answers.prepare(model, config, processing_class, train_dataset, eval_dataset, same_scale)
+        self.given_rows = ready.facts["answers"]
         self._begin_run(self._preflight(model, args), args)
         self._begin_window()
         self.adapter_is_new = peft_config is not None and starts_as_identity(peft_config)
@@ -88,8 +63,8 @@ class OfflineMixin(SFTMixin):
                 model,
                 args,
                 data_collator,
-                train_dataset,
-                rows.like(eval_dataset, named),
+                ready.train_dataset,
+                ready.eval_dataset,
                 processing_class,
                 **kwargs,
             )
@@ -105,10 +80,10 @@ class OfflineMixin(SFTMixin):
             limits = Limits(self.model, self.model.config)
             for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
                 limits.check_answers(dataset, self.processing_class, args, name)
-        if self._late_values:
+        if self.answers.weighed_late:
             answer_rows.check_rows_left(self.train_dataset, args)
-            self.train_dataset = answer_rows.living(self.weigh(self.train_dataset, "train_dataset", args), args)
-            named = {name: self.weigh(dataset, name, args) for name, dataset in named.items()}
+            self.train_dataset = answer_rows.living(self.answers.weigh(self.train_dataset, "train_dataset", self), args)
+            named = {name: self.answers.weigh(dataset, name, self) for name, dataset in named.items()}
         # before the reference: the run's folder may be another's
         self._finish_construction()
         self.train_dataset = self._with_reference(self.train_dataset, "train_dataset")
@@ -121,46 +96,6 @@ class OfflineMixin(SFTMixin):
     def has_trained(self) -> bool:
         """Whether the weights may have left their start."""
         return self.state.global_step > 0
-
-    def needs_rewards(self, args) -> bool:
-        """Whether rows need a reward."""
-        return True
-
-    def kept_columns(self, args) -> dict[str, str]:
-        """Columns of the rows that `weigh` reads beside prompt, completion and reward: theirs to ours."""
-        return {}
-
-    def check_rows(self, dataset, name: str, args) -> None:
-        """Refuse rows that the method cannot take, before the model loads."""
-
-    def check_left(self, dataset, args) -> None:
-        """Refuse training rows that teach nothing together, of those that `max_length` leaves."""
-
-    def values_need_the_model(self, args) -> bool:
-        """Whether `weigh` has to wait for the model, and gets tokenised rows."""
-        return False
-
-    def weigh(self, dataset, name: str, args):
-        """Add the column `weight`, each answer's factor on its gradient, and `advantage` where there is one."""
-        raise NotImplementedError
-
-    def _scored(self, dataset, name: str, args):
-        if dataset is None:
-            raise ConfigError(f"{name} is missing; give a datasets.Dataset of prompt, completion and reward.")
-        scorer = None
-        if self._reward_func is not None and self.needs_rewards(args):
-            scorer = functools.partial(self._score, name=name, args=args)
-        columns = self.kept_columns(args)
-        dataset = loading.as_scored(dataset, name, tuple(columns), self.needs_rewards(args), scorer)
-        dataset = dataset.rename_columns(columns)
-        self.check_rows(dataset, name, args)
-        return dataset
-
-    def _score(self, rows: list[dict], name: str, args) -> list[float]:
-        for row in rows:
-            others = {column: value for column, value in row.items() if column not in ("prompt", "completion")}
-            self.reward_columns.setdefault(baselines.prompt_key(row["prompt"]), others)
-        return answer_rows.score(rows, self._reward_func, name, args)
 
     def _with_reference(self, dataset, name: str):
         if not self.args.needs_reference:
@@ -203,7 +138,7 @@ class OfflineMixin(SFTMixin):
             tokens = mask.sum(dim=1).clamp(min=1)
             gaps = torch.where(mask, logps - reference, 0.0).sum(dim=1).abs() / tokens
             worst = self.accelerator.gather(gaps.max().unsqueeze(0)).max().item()
-        reference_logps.check_start(self, worst)
+        reference_logps.check_policy_is_reference(self, worst)
 
     # stands on SFTTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -219,14 +154,14 @@ class OfflineMixin(SFTMixin):
         if "input_ids" in (getattr(dataset, "column_names", None) or ()):
             return dataset
         args = self.args
-        dataset = self._scored(dataset, name, args)
+        dataset = self.answers.scored(dataset, name)
         if answer_tokens.are_known(args):
             stop_ids = tokens.generation_stop_ids(self.model)
             dataset, _ = answer_tokens.fit(dataset, self.processing_class, args, name, stop_ids)
             Limits(self.model, self.model.config).check_answers(dataset, self.processing_class, args, name)
-        if not self._late_values:
-            dataset = self.weigh(dataset, name, args)
+        if not self.answers.weighed_late:
+            dataset = self.answers.weigh(dataset, name)
         dataset = self._prepare_dataset(dataset, self.processing_class, args, False, None, name)
-        if self._late_values:
-            dataset = self.weigh(dataset, name, args)
+        if self.answers.weighed_late:
+            dataset = self.answers.weigh(dataset, name, self)
         return self._with_reference(dataset, name)

@@ -1,96 +1,129 @@
-"""What a run on scored answers needs before any weights are there: checks, tokens, weights, steps."""
+"""What a run on scored answers needs before any weights are there: rows scored, checked, cut and weighed."""
 
-import math
-from collections import Counter
+import functools
 
-import torch
+from posttrain.data import rows
+from posttrain.data.limits import Limits
+from posttrain.data.scored import answer_tokens, baselines, loading
+from posttrain.data.tokens import generation_stop_ids, processing_class_for
+from posttrain.errors import ConfigError
+from posttrain.run import checks, evaluation
+from posttrain.run.prepared import Prepared
+from posttrain.trainers.offline import answer_rows
 
-from posttrain.data.scored import baselines, loading
-from posttrain.errors import ConfigError, DataError
-from posttrain.log import get_logger
-from posttrain.objectives import offline
 
+class Answers:
+    """The rows of a run and what a method makes of them; a method's own class fills in the hooks.
 
-def kept_columns(args) -> dict[str, str]:
-    """The column of values, by a name of ours: theirs may be one that tokenising or training gives a meaning to."""
-    if args.value != "column" or args.weighs_by != "advantages":
+    Args:
+        args: the trainer's config.
+        reward_func: scores answers that have no reward; None where they have one.
+
+    Attributes:
+        reward_columns: what a reward function was given beside prompt and answer, by prompt.
+        lost: sentence about rows dropped by `max_length`, appended to error messages.
+    """
+
+    def __init__(self, args, reward_func=None) -> None:
+        self.args, self.reward_func = args, reward_func
+        self.reward_columns: dict[str, dict] = {}
+        self.lost = ""
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether rows need a reward."""
+        return True
+
+    @property
+    def weighed_late(self) -> bool:
+        """Whether `weigh` has to wait for the model, and gets tokenised rows."""
+        return not answer_tokens.are_known(self.args)
+
+    def kept_columns(self) -> dict[str, str]:
+        """Return the columns of the rows that `weigh` reads beside prompt, completion and reward: theirs to ours."""
         return {}
-    _check_value_column(args.value_column)
-    return {args.value_column: "baseline"}
 
+    def check_rows(self, dataset, name: str) -> None:
+        """Refuse rows that the method cannot take."""
 
-def check_rows(dataset, name: str, args) -> None:
-    """Refuse rewards and values that the variant, or the value head, cannot take; DataError names the first."""
-    if kept_columns(args):
-        baselines.column_of_values(dataset, "baseline", name, args.value_column)
-    if args.weighs_by == "rewards":
-        rewards = dataset["reward"][:]
-        loading.check_range(
-            rewards, name, 0.0, math.inf,
-            f"variant {args.variant} weighs answers by it, and a negative weight would push one down without bound",
-            "Shift rewards to 0 and above, or take the sigmoid of a reward model's score; variants named a_lol "
-            "take any reward.",
-        )  # fmt: skip
-    elif args.value == "head":
-        loading.check_range(
-            dataset["reward"][:], name, 0.0, args.reward_max,
-            f"the value head's values lie between 0 and reward_max ({args.reward_max:g})",
-            "Scale the rewards, take the sigmoid of a reward model's score, or set reward_max to the largest.",
-        )  # fmt: skip
+    def check_left(self, dataset) -> None:
+        """Refuse training rows that teach nothing together, of those that `max_length` leaves."""
 
+    def weigh(self, dataset, name: str, trainer=None):
+        """Add the column `weight`, each answer's factor on its gradient, and `advantage` where there is one.
 
-def check_left(dataset, name: str, args, lost: str = "") -> None:
-    """Refuse rewards, of rows that fit `max_length`, that teach nothing. `lost`: what is said of the others."""
-    if args.weighs_by == "rewards":
-        rewards = dataset["reward"][:]
-        if not any(rewards):
-            raise DataError(f"{name}: all {len(rewards)} rewards are 0, so no answer would be learned from.{lost}")
-        baselines.check_weights(rewards, name)
-    elif args.weighs_by == "advantages" and args.value == "head":
-        if args.value_targets == "answers":
-            baselines.check_unequal(dataset["reward"][:], args.value, name, lost)
-        check_value_prompts(len(set(baselines.prompt_keys(dataset))), name, args)
+        `trainer`: where the values of prompts come from its model.
+        """
+        raise NotImplementedError
 
+    def prepare(
+        self, model, config, processing_class, train_dataset, eval_dataset, same_scale: bool = False, score: bool = True
+    ) -> Prepared:
+        """Check settings and answers as far as that needs no weights; cut them to `max_length`, and weigh them.
 
-def check_value_prompts(prompts: int, name: str, args) -> None:
-    """Refuse fewer prompts than folds, and say where the head will learn from few."""
-    if prompts < args.value_folds:
-        raise DataError(
-            f"value is head with value_folds {args.value_folds}, and {name} has {prompts} different prompts. Use fewer "
-            "folds, or `value: mean`."
-        )
-    learned = min(prompts, args.value_prompts)
-    if learned < 100:
-        get_logger().warning(
-            "the value head learns from %d different prompts; below 100 it rarely beats `value: mean`.", learned
-        )
+        Args:
+            model: its name, or the model itself. config: the model's.
+            processing_class: a tokenizer or processor, or None for the model's own.
+            train_dataset: scored answers. eval_dataset: likewise, several by name, or None.
+            same_scale: data sets are on one scale of rewards, whatever they look like.
+            score: False leaves out what needs rewards that the reward function would have to give.
 
-
-def weights_of(advantages: list[float], args) -> list[float]:
-    """The factor of each answer on its gradient."""
-    advantages = torch.tensor(advantages, dtype=torch.float64)
-    return offline.gradient_weights(args.variant, advantages, args.kl_beta, args.keep_negative_advantages).tolist()
-
-
-def _check_value_column(column: str) -> None:
-    """Refuse a column that holds something else than values."""
-    if column == "reward":
-        raise ConfigError(
-            "value_column is 'reward': every answer's value would be its own reward, and no answer could beat it. Name "
-            "a column with the rewards that are expected, or set `value: mean`."
-        )
-    if column in ("prompt", "completion", "chosen", "rejected", "tools", "chat_template_kwargs"):
-        raise ConfigError(
-            f"value_column is {column!r}, which is part of the conversation. Name a column with the rewards that are "
-            "expected."
+        Raises:
+            ConfigError, DataError, EnvironmentIssue: settings, rows or a tokenizer that cannot be trained with.
+        """
+        args = self.args
+        checks.check_model_config(args, config)
+        evaluation.check_best_metric(args, eval_dataset)
+        answer_rows.check_stream(args, train_dataset)
+        tokenizer = processing_class_for(model, processing_class, args)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        stop_ids = generation_stop_ids(model, revision)
+        scored = score and self.needs_rewards
+        train_dataset = self.scored(train_dataset, "train_dataset", scored)
+        named = {name: self.scored(given, name, scored) for name, given in rows.by_name(eval_dataset).items()}
+        limits, facts = Limits(model, config), {"answers": len(train_dataset), "first": train_dataset.select([0])}
+        if scored and self.reward_func is None and not same_scale:
+            answer_rows.check_scales(train_dataset, named)
+        if answer_tokens.are_known(args):
+            train_dataset, self.lost = answer_tokens.fit(train_dataset, tokenizer, args, "train_dataset", stop_ids)
+            named = {n: answer_tokens.fit(dataset, tokenizer, args, n, stop_ids)[0] for n, dataset in named.items()}
+            for name, dataset in {"train_dataset": train_dataset, **named}.items():
+                limits.check_answers(dataset, tokenizer, args, name)
+            facts["fit"] = len(train_dataset)
+        if score:
+            self.check_left(train_dataset)
+        if scored:
+            facts["rewards"] = train_dataset["reward"][:]
+        if score and not self.weighed_late:
+            weighed = self.weigh(train_dataset, "train_dataset")
+            if "advantage" in weighed.column_names:
+                facts["advantages"] = weighed["advantage"][:]
+            train_dataset = answer_rows.living(weighed, args)
+            named = {name: self.weigh(dataset, name) for name, dataset in named.items()}
+        known = score and not self.weighed_late
+        return Prepared(
+            train_dataset, rows.like(eval_dataset, named), limits, len(train_dataset) if known else None, facts
         )
 
+    def scored(self, dataset, name: str, needs_rewards: bool | None = None):
+        """Return a data set with a reward for each answer, in columns of our names, checked.
 
-def _say_single_answers(keys: list[str], name: str) -> None:
-    alone = sum(count == 1 for count in Counter(keys).values())
-    if alone:
-        get_logger().warning(
-            "%s: %d of %d answers are the only one to their prompt; with value: per_prompt their value is their own "
-            "reward, so they count 0 in the loss%s. Give several answers a prompt, or use `value: mean`.",
-            name, alone, len(keys), ", which is 0 throughout and says nothing" if alone == len(keys) else "",
-        )  # fmt: skip
+        `needs_rewards`: by default what the method needs.
+        """
+        if dataset is None:
+            raise ConfigError(f"{name} is missing; give a datasets.Dataset of prompt, completion and reward.")
+        needs_rewards = self.needs_rewards if needs_rewards is None else needs_rewards
+        scorer, columns = None, self.kept_columns()
+        if self.reward_func is not None and needs_rewards:
+            scorer = functools.partial(self.score, name=name)
+        dataset = loading.as_scored(dataset, name, tuple(columns), needs_rewards, scorer).rename_columns(columns)
+        if needs_rewards or not self.needs_rewards:
+            self.check_rows(dataset, name)
+        return dataset
+
+    def score(self, rows: list[dict], name: str) -> list[float]:
+        """Return the reward function's scores of rows of prompt, completion and what it reads beside them."""
+        for row in rows:
+            others = {column: value for column, value in row.items() if column not in ("prompt", "completion")}
+            self.reward_columns.setdefault(baselines.prompt_key(row["prompt"]), others)
+        return answer_rows.score(rows, self.reward_func, name, self.args)

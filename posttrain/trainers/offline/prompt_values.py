@@ -188,9 +188,9 @@ def _rewards_of_generations(trainer, prompts: list[tuple]) -> list[float]:
     rows = []
     for (prompt, _), text in zip(prompts, texts, strict=True):
         completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        rows.append({**trainer.reward_columns.get(baselines.prompt_key(prompt), {}), "prompt": prompt})
+        rows.append({**trainer.answers.reward_columns.get(baselines.prompt_key(prompt), {}), "prompt": prompt})
         rows[-1]["completion"] = completion
-    rewards = trainer._score(rows, "generations for the value head", trainer.args)
+    rewards = trainer.answers.score(rows, "generations for the value head")
     loading.check_range(
         rewards, "generations for the value head", 0.0, trainer.args.reward_max,
         f"the value head's values lie between 0 and reward_max ({trainer.args.reward_max:g})",
@@ -204,7 +204,7 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
     accelerator, args, tokenizer = trainer.accelerator, trainer.args, trainer._tokenizer
     own = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
     own.sort(key=lambda i: len(prompts[i]))
-    kept = KeptTokens(tokenizer, get_rewards([trainer._reward_func]), [tokenizer.eos_token_id])
+    kept = KeptTokens(tokenizer, get_rewards([trainer.answers.reward_func]), [tokenizer.eos_token_id])
     found: list[tuple[int, str]] = []
     with frozen(trainer) as model:
         inner = accelerator.unwrap_model(model)
@@ -225,7 +225,7 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
     return [text for _, text in sorted(gather_object(found))]
 
 
-def check_start(args, reward_func) -> None:
+def check_heads_can_be_kept(args, reward_func) -> None:
     """Raise ConfigError where the heads could not be kept, or `value_targets: generations` cannot be had."""
     if args.value_head_dir is not None:
         checks.check_output_dir(args.value_head_dir, "value_head_dir")
@@ -258,7 +258,7 @@ def _key(trainer, distinct: list[str], prompts: dict, targets: tuple) -> str:
     )
     facts = [trainer.reference_key, [getattr(args, name) for name in names], trainer.accelerator.device.type]
     if args.value_targets == "generations":
-        facts += [loading.reward_key(trainer._reward_func), args.value_max_new_tokens]
+        facts += [loading.reward_key(trainer.answers.reward_func), args.value_max_new_tokens]
     digest = xxhash.xxh3_128(json.dumps(facts, default=str).encode())
     for key, mean, count in zip(distinct, *(values.tolist() for values in targets), strict=True):
         digest.update(json.dumps([key, prompts[key], mean, count]).encode())

@@ -35,7 +35,7 @@ def describe(trainer) -> str:
     return "the model as the run began"
 
 
-def check_start(trainer, worst: float) -> None:
+def check_policy_is_reference(trainer, worst: float) -> None:
     """Raise ConfigError if the policy differs from the reference before the first step by more than rounding.
 
     `worst`: the largest |log pi - log pi_ref| per token of an answer, in nats.
