@@ -10,9 +10,9 @@ TEXTS = ("prompt", "chosen", "rejected", "completion", "reward", "demonstration"
 
 def check(model_id: str, args, peft_config):
     """What every trainer checks before anything loads; returns the model's config."""
-    from posttrain.run import checks, upstream_configs
+    from posttrain.run import checks, run_folder
 
-    upstream_configs.check_args(args, type(args))
+    run_folder.check_args(args, None)
     checks.check_output_dir(args.output_dir)
     if peft_config is not None:
         checks.check_lora(peft_config)

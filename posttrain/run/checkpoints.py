@@ -264,6 +264,8 @@ def complete_or_not_there(trainer, folder: Path):
         if main:
             schedule = trainer._schedule.now or Schedule(trainer.state.max_steps)
             state = {"num_tokens": trainer._total_train_tokens, "schedule": schedule.as_content()}
+            method = trainer.method_state()
+            state |= {"method": method} if method else {}
             content = {"identity": trainer._identity(), "update": update_settings(trainer)}
             mark(folder, content | {"state": state, "files": files.sizes(folder, others)})
             (folder / files.SAVING).unlink()

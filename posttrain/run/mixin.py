@@ -1,8 +1,10 @@
 """What every trainer's run has: complete checkpoints and exact resumption, watches over loss and gradients, the hub."""
 
 import contextlib
+import contextvars
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,13 +22,34 @@ from posttrain.models import embedded_name, resolve_model
 from posttrain.run import checkpoints, checks, evaluation, run_folder, schedule, start, upstream_configs
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
 from posttrain.run.identity import differing, identity, update_settings
+from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
 from posttrain.run.sharing import check_setting
 from posttrain.run.watches import FiniteLoss, LiveGradients, stop
 
+_FOLDERLESS = contextvars.ContextVar("folderless", default=False)
+
+
+@contextlib.contextmanager
+def without_folder():
+    """Let trainers that are built inside write no note, card or report: several clients of one process share a run.
+
+    Their `save_strategy` is to be `no`; `save_model` writes the weights alone.
+    """
+    token = _FOLDERLESS.set(True)
+    try:
+        yield
+    finally:
+        _FOLDERLESS.reset(token)
+
 
 class RunMixin:
-    """The part of each mixin that does not depend on its family. Stands on `transformers.Trainer`."""
+    """The part of each mixin that does not depend on its family. Stands on `transformers.Trainer`.
+
+    The order of a constructor stands once, in `_build`. A family fills in its steps: `_begin` before the parent's
+    constructor, `_place` behind it, `_complete` at the end. A method has these seams, whatever its family:
+    `around_policy_forward`, `method_state` and `load_method_state`, `attach_adapter`, `save_beside`.
+    """
 
     _config_class: type
     # whether a save may fall on another step than the settings say
@@ -35,12 +58,42 @@ class RunMixin:
     # of a metric that an evaluation has measured nowhere
     no_value = math.nan
 
-    def _check_start(self, model, args, peft_config):
+    def _build(self, model, args, peft_config, prepare: Callable, construct: Callable) -> None:
+        """Construct the trainer, in the one order that every family keeps.
+
+        Args:
+            prepare: called with the model, the settings and the model's config; returns a `Prepared`.
+            construct: called with the model, the settings and that; runs the parent's constructor.
+        """
+        model, args, config = self._check_settings(model, args, peft_config)
+        ready = prepare(model, args, config)
+        self._begin_run(self._preflight(model, args), args)
+        self._begin(ready)
+        with checks.upstream_refusals():
+            construct(model, args, ready)
+        checks.check_parallelism(self.accelerator)
+        self._place(ready)
+        # the run's folder may be another's, which is asked before anything long
+        self._finish_construction()
+        self._complete(ready)
+
+    def _begin(self, ready: Prepared) -> None:
+        """Set a family's attributes, before the parent's constructor calls its methods."""
+
+    def _place(self, ready: Prepared) -> None:
+        """Set up what belongs to the model and the batches, now that both are there."""
+
+    def _complete(self, ready: Prepared) -> None:
+        """Do what may take long, once the run is known to be allowed."""
+
+    def _check_settings(self, model, args, peft_config):
         """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
-        self._start, self._peft_config = None, peft_config
+        self._start, self._peft_config, self._has_folder = None, peft_config, not _FOLDERLESS.get()
         output_dir = self._default_folder(model) if args is None else None
-        args = upstream_configs.check_args(args, self._config_class, type(self).__name__, output_dir)
-        checks.check_output_dir(args.output_dir)
+        args = upstream_configs.check_args(args, self._config_class, output_dir)
+        if self._has_folder:
+            run_folder.check_args(args, type(self).__name__)
+            checks.check_output_dir(args.output_dir)
         if peft_config is not None:
             checks.check_lora(peft_config)
         checks.check_here(args)
@@ -49,7 +102,8 @@ class RunMixin:
             model = resolve_model(model)
         config = model.config if isinstance(model, torch.nn.Module) else checks.load_config(model, args)
         checks.check_tying(peft_config, config)
-        run_folder.check_start_stays(args, model)
+        if self._has_folder:
+            run_folder.check_start_stays(args, model)
         check_setting(args, config, peft_config)
         return model, args, config
 
@@ -86,6 +140,8 @@ class RunMixin:
 
     def _preflight(self, model, args):
         """Where the run will be pushed to; None where it will not."""
+        if not self._has_folder:
+            return None
         return preflight(args, model, is_adapter=self._peft_config is not None or isinstance(model, PeftModel))
 
     def _begin_run(self, hub_destination, args) -> None:
@@ -123,12 +179,28 @@ class RunMixin:
         """Return the context that a method puts around that forward and no other; none by default."""
         return contextlib.nullcontext()
 
+    def method_state(self) -> dict:
+        """Return what a method needs beside weights to go on from a checkpoint, as plain JSON; rank 0's is kept."""
+        return {}
+
+    def load_method_state(self, state: dict) -> None:
+        """Take up what `method_state` returned when the checkpoint was written; empty where it was another method's."""
+
+    def attach_adapter(self) -> None:
+        """Do what a method does to the adapter's modules, after construction and once a checkpoint's weights are in."""
+
+    def save_beside(self, folder: Path, in_checkpoint: bool) -> None:
+        """Write a method's own files beside a saved model or adapter; called on the main rank."""
+
     def _finish_construction(self) -> None:
         """After the parent's constructor."""
         start.check_trains(self.model)
         self._note_start()
         keep_4bit_weights_trainable(self.model)
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
+        self.attach_adapter()
+        if not self._has_folder:
+            return
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
         self.add_callback(run_folder.RunFolder(self))
@@ -153,6 +225,7 @@ class RunMixin:
             now = self._identity() | update_settings(self) if self.args.check_resume else None
             state = checkpoints.read(checkpoint, now, self.args.resume_weights_only)["state"]
             self._total_train_tokens = state["num_tokens"]
+            self.load_method_state(state.get("method") or {})
             then = state.get("schedule") or {"total": checkpoints.planned_steps(checkpoint), "knots": []}
             self._schedule.resumed = schedule.Schedule.of(then)
             if not self.args.check_resume and self._start.converts and not is_complete(checkpoint):
@@ -207,7 +280,7 @@ class RunMixin:
         return found
 
     def _claim_folder(self) -> None:
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self._has_folder:
             run_folder.claim(Path(self.args.output_dir), self)
 
     def columns_in_identity(self) -> set[str]:
@@ -274,8 +347,8 @@ class RunMixin:
         """
         folder = Path(output_dir or self.args.output_dir)
         own = folder.resolve() == Path(self.args.output_dir).resolve()
-        notes = own and self.is_world_process_zero()
-        if not own:
+        notes = own and self.is_world_process_zero() and self._has_folder
+        if not own and self._has_folder:
             run_folder.check_not_anothers(folder, self)
         try:
             if notes:
@@ -291,6 +364,7 @@ class RunMixin:
                 raise
             raise EnvironmentIssue(f"the model could not be saved to {folder}: {error}") from error
         if self.is_world_process_zero():
+            self.save_beside(folder, in_checkpoint=_internal_call and output_dir is not None)
             clean_readme(folder, self.args.base_model_id)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -298,8 +372,10 @@ class RunMixin:
     # stands on Trainer._load_from_checkpoint
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._start.converts:
-            return self._start.load(resume_from_checkpoint)
-        return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._start.load(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.attach_adapter()
 
     # stands on Trainer._load_best_model
     def _load_best_model(self):

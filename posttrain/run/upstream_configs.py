@@ -6,7 +6,6 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from posttrain.log import get_logger
-from posttrain.run import run_folder
 from posttrain.run.config import CommonConfig
 
 
@@ -49,18 +48,9 @@ def _default(entry):
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
-def check_args(args, config_class: type, method: str | None = None, output_dir: str | None = None):
-    """`args` as a `config_class`, or the class's defaults. `method`: the trainer's class, where it is known.
+def check_args(args, config_class: type, output_dir: str | None = None):
+    """`args` as a `config_class`, or the class's defaults. `output_dir`: where the defaults are to write.
 
-    `output_dir`: where the defaults are to write.
-
-    Raises TypeError for another trainer's settings, ConfigError where output_dir holds a run with other settings, or
-    what is not ours where this one would write.
+    Raises TypeError for another trainer's settings.
     """
-    # the configs import this module
-    from posttrain.run.upstream_configs import as_own
-
-    args = config_class(output_dir) if args is None else as_own(args, config_class)
-    # what the settings tell; `RunFolder` asks again once data and model are there
-    run_folder.check_args(args, method)
-    return args
+    return config_class(output_dir) if args is None else as_own(args, config_class)

@@ -77,11 +77,10 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
         """What the training rows' advantages are like; None where a variant has none."""
         return self.answers.advantages
 
-    def save_model(self, output_dir=None, _internal_call=False):
-        """Save the adapter or model, and beside it the value head; not in checkpoints, which find it in the run."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call or output_dir is None:
-            prompt_values.save_beside(self, output_dir or self.args.output_dir)
+    def save_beside(self, folder, in_checkpoint: bool) -> None:
+        """Write the value head beside the adapter or model; checkpoints find it in the run."""
+        if not in_checkpoint:
+            prompt_values.save_heads(self, folder)
 
     def computed_columns(self) -> set[str]:
         return {"advantage"} if self.args.value == "head" else set()

@@ -12,7 +12,7 @@ from posttrain.data.scored import answer_tokens
 from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
-from posttrain.run import checks, new_tokens
+from posttrain.run import new_tokens
 from posttrain.run.head import TrueHead
 from posttrain.run.reference import end_engine, starts_as_identity
 from posttrain.run.sharing import PrefixSharing
@@ -49,44 +49,46 @@ class OfflineMixin(SFTMixin):
         kwargs = self._by_name(rest, kwargs)
         peft_config = kwargs.get("peft_config")
         answer_rows.refuse(model, peft_config, kwargs)
-        model, args, config = self._check_start(model, args, peft_config)
-        self.answers = self._answers_class(args, reward_func)
-        ready = self.answers.prepare(model, config, processing_class, train_dataset, eval_dataset, same_scale)
+
+        def ready(model, args, config):
+            self.answers = self._answers_class(args, reward_func)
+            return self.answers.prepare(model, config, processing_class, train_dataset, eval_dataset, same_scale)
+
+        def construct(model, args, ready):
+            given = (args, data_collator, ready.train_dataset, ready.eval_dataset, processing_class)
+            super(OfflineMixin, self).__init__(model, *given, **kwargs)
+
+        self._build(model, args, peft_config, ready, construct)
+
+    def _begin(self, ready) -> None:
         self.given_rows = ready.facts["answers"]
-        self._begin_run(self._preflight(model, args), args)
         self._begin_window()
-        self.adapter_is_new = peft_config is not None and starts_as_identity(peft_config)
+        self.adapter_is_new = self._peft_config is not None and starts_as_identity(self._peft_config)
         self.reference_key, self.reference_engine = None, None
         self._start_checked, self._sharing = False, None
-        with checks.upstream_refusals():
-            super().__init__(
-                model,
-                args,
-                data_collator,
-                ready.train_dataset,
-                ready.eval_dataset,
-                processing_class,
-                **kwargs,
-            )
-        checks.check_parallelism(self.accelerator)
+
+    def _place(self, ready) -> None:
         keep_4bit_weights_trainable(self.model)
-        self._head = TrueHead(self)
-        self._sharing = PrefixSharing(self)
+        self._head, self._sharing = TrueHead(self), PrefixSharing(self)
         self.data_collator = answer_rows.AnswerColumns(self.data_collator, self.extra_columns)
         named = rows.by_name(self.eval_dataset)
         new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
-        if not answer_tokens.are_known(args):
+        if not answer_tokens.are_known(self.args):
             limits = Limits(self.model, self.model.config)
             for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
-                limits.check_answers(dataset, self.processing_class, args, name)
+                limits.check_answers(dataset, self.processing_class, self.args, name)
         if self.answers.weighed_late:
-            answer_rows.check_rows_left(self.train_dataset, args)
-            self.train_dataset = answer_rows.living(self.answers.weigh(self.train_dataset, "train_dataset", self), args)
-            named = {name: self.answers.weigh(dataset, name, self) for name, dataset in named.items()}
-        # before the reference: the run's folder may be another's
-        self._finish_construction()
+            answer_rows.check_rows_left(self.train_dataset, self.args)
+            weighed = self.answers.weigh(self.train_dataset, "train_dataset", self)
+            self.train_dataset = answer_rows.living(weighed, self.args)
+            self.eval_dataset = rows.like(
+                self.eval_dataset, {name: self.answers.weigh(dataset, name, self) for name, dataset in named.items()}
+            )
+
+    def _complete(self, ready) -> None:
         self.train_dataset = self._with_reference(self.train_dataset, "train_dataset")
+        named = rows.by_name(self.eval_dataset)
         self.eval_dataset = rows.like(
             self.eval_dataset, {name: self._with_reference(dataset, name) for name, dataset in named.items()}
         )

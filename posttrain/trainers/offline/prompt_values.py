@@ -282,7 +282,7 @@ def _say_quality(values: list[float], rewards: list[float], name: str) -> None:
         )
 
 
-def save_beside(trainer, folder: str) -> None:
-    """Write the heads into the folder of a saved adapter or model; on the main rank."""
-    if trainer.value_heads is not None and trainer.is_world_process_zero():
+def save_heads(trainer, folder) -> None:
+    """Write the heads into the folder of a saved adapter or model."""
+    if trainer.value_heads is not None:
         value_head.save(trainer.value_heads, folder, trainer.value_head_key)

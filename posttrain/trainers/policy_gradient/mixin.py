@@ -18,7 +18,6 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
 from posttrain.rewards.base import check_missing_golds
-from posttrain.run import checks
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
 from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
@@ -58,31 +57,43 @@ class PolicyGradientMixin(RunMixin):
         **kwargs,
     ):
         kwargs = self._by_name(rest, kwargs)
-        model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
-        if args.use_vllm:
-            require("vllm", "vllm", "use_vllm")
-        self._advantage_function = prepare.advantage_function(args)
-        reward_funcs = reward_setup.reward_functions(reward_funcs, args)
-        reward_setup.check_weights(args, reward_funcs)
-        ready = prepare.prepare(
-            model, args, config, processing_class, train_dataset, eval_dataset, kwargs, reward_funcs
-        )  # fmt: skip
-        train_dataset, eval_dataset, self._limits = ready.train_dataset, ready.eval_dataset, ready.limits
-        self._begin_run(self._preflight(model, args), args)
+        rewards = []
+
+        def ready(model, args, config):
+            if args.use_vllm:
+                require("vllm", "vllm", "use_vllm")
+            self._advantage_function = prepare.advantage_function(args)
+            rewards.append(reward_setup.reward_functions(reward_funcs, args))
+            reward_setup.check_weights(args, rewards[0])
+            return prepare.prepare(
+                model, args, config, processing_class, train_dataset, eval_dataset, kwargs, rewards[0]
+            )  # fmt: skip
+
+        def construct(model, args, ready):
+            self._drawn_with = ", ".join(
+                f"{name} {value}" for name, value in args.sampling.items() if value is not None
+            )
+            given = (rewards[0], args, ready.train_dataset, ready.eval_dataset, processing_class)
+            super(PolicyGradientMixin, self).__init__(model, *given, **kwargs)
+
+        self._build(model, args, kwargs.get("peft_config"), ready, construct)
+
+    def _begin(self, ready) -> None:
+        self._limits = ready.limits
         self._sharing, self._scored, self._rewards, self._head = None, None, None, None
         self._reference_is_given, self._reference_checked = False, False
         self._rows = None
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._dead_generations, self._skipped = 0, False
-        self._drawn_with = ", ".join(f"{name} {value}" for name, value in args.sampling.items() if value is not None)
-        with checks.upstream_refusals():
-            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
-        checks.check_parallelism(self.accelerator)
-        if args.success_reward is not None and args.success_reward not in self.reward_func_names:
+
+    def _place(self, ready) -> None:
+        if self.args.success_reward is not None and self.args.success_reward not in self.reward_func_names:
             raise ConfigError(
-                f"success_reward is {args.success_reward!r}; it must be one of {', '.join(self.reward_func_names)}."
+                f"success_reward is {self.args.success_reward!r}; it must be one of "
+                f"{', '.join(self.reward_func_names)}."
             )
-        self._finish_construction()
+
+    def _complete(self, ready) -> None:
         self._kept_tokens = special_tokens.KeptTokens(
             self._tokenizer, self.reward_funcs, self.eos_token_ids, self.args.kept_tokens
         )

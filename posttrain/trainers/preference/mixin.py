@@ -54,6 +54,8 @@ class PreferenceMixin(WindowMixin):
     counts and reduced once per log.
     """
 
+    extra_columns = {"flip_rate": "flip_rate"}
+
     def __init__(
         self,
         model,
@@ -68,31 +70,35 @@ class PreferenceMixin(WindowMixin):
     ):
         self._reference_is_given = ref_model is not None
         kwargs = self._by_name(rest, kwargs)
-        model, args, config = self._check_start(model, args, kwargs.get("peft_config"))
-        prepare.check_reference_is_loadable(model, ref_model, args, kwargs.get("peft_config"))
-        ready = prepare.prepare(model, args, config, processing_class, train_dataset, eval_dataset)
-        train_dataset, eval_dataset, self._limits = ready.train_dataset, ready.eval_dataset, ready.limits
-        self._begin_run(self._preflight(model, args), args)
+        peft_config = kwargs.get("peft_config")
+
+        def ready(model, args, config):
+            prepare.check_reference_is_loadable(model, ref_model, args, peft_config)
+            return prepare.prepare(model, args, config, processing_class, train_dataset, eval_dataset)
+
+        def construct(model, args, ready):
+            given = (ref_model, args, data_collator, ready.train_dataset, ready.eval_dataset, processing_class)
+            super(PreferenceMixin, self).__init__(model, *given, **kwargs)
+
+        self._build(model, args, peft_config, ready, construct)
+
+    def _begin(self, ready) -> None:
+        self._limits = ready.limits
         self._begin_window()
         self._margin_checked, self._drops_out = False, False
-        self.reference_key = None
-        self._sharing = None
-        with checks.upstream_refusals():
-            super().__init__(
-                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
-            )
-        checks.check_parallelism(self.accelerator)
+        self.reference_key, self._sharing = None, None
+
+    def _place(self, ready) -> None:
         start.use_adapter_dropout(self.model)
         self._drops_out = drops_out(self.model)
-        self._finish_construction()
+
+    def _complete(self, ready) -> None:
         if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
             new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
             new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = ExtraColumns(self.data_collator, self.extra_columns)
         get_logger().info("reference: %s", describe_reference(self))
-
-    extra_columns = {"flip_rate": "flip_rate"}
 
     def rows_in(self, batch) -> int:
         return pairs_in(batch)
