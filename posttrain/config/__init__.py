@@ -217,6 +217,10 @@ class PosttrainParser(TrlParser):
         raise ConfigError(f"{COMMAND_LINE}: {self._unknown(_flag(name), value or True)}")
 
     def _unknown(self, name: str, value) -> str:
+        for kind in self.dataclass_types:
+            other = getattr(kind, "renamed", {}).get(name)
+            if other is not None:
+                return f"`{name}` is called `{other}`; write `{other}: {shown(value)}`."
         if name in REMOVED:
             return f"`{name}` is not a setting any more: {REMOVED[name].format(value=shown(value))}."
         close = near(name, self._sections)

@@ -84,10 +84,14 @@ class CommonConfig:
 
     # by setting: others that it stands in the place of, so that a file's give way to it on the command line
     replaces: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # names that settings had before: theirs to ours
+    renamed: ClassVar[dict[str, str]] = {}
     # what a trainer says of the settings that it read from TRL's config
     says: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args, **kwargs):
+        for name in cls.renamed.keys() & kwargs:
+            raise ConfigError(f"{name} is called {cls.renamed[name]}; write `{cls.renamed[name]}: {kwargs[name]}`.")
         self = super().__new__(cls)
         # names of the settings that were given, and are not a class's own defaults
         self._written = {entry.name for entry, _ in zip(fields(cls), args, strict=False)} | set(kwargs)

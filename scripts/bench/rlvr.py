@@ -26,7 +26,7 @@ NEVER = {"prefix_sharing": "never"}
 SECTIONS = {
     "update": {
         "trl": None,
-        "padded": NEVER | {"drop_dead_rows": False},
+        "padded": NEVER | {"drop_zero_advantage_rows": False},
         "dropped": NEVER,
         "posttrain": {},
     },

@@ -263,7 +263,7 @@ def _rollouts(arm, folder, tokenizer, train, seed, steps, watch, overrides):
             max_completion_length=LONGEST,
             # rows of 30 tokens: packing them costs more than it saves
             prefix_sharing="never",
-            max_dead_steps=0,
+            max_steps_without_gradient=0,
             **settings,
         )
         reward = ExactMatch(gold="demonstration")

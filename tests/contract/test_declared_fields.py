@@ -6,6 +6,7 @@ import math
 import pytest
 
 from posttrain import ALoLConfig, HPTConfig, PolicyGradientConfig, QAEConfig, RobustDPOConfig
+from posttrain.config import parse
 from posttrain.config.setting import identity_of, meanings, told_in_card, undeclared
 from posttrain.errors import ConfigError
 from posttrain.run.identity import update_of
@@ -112,3 +113,16 @@ def test_a_card_tells_inherited_settings_of_a_preset(tmp_path):
         "variant": "a_lol", "clip": 0.9, "value": "mean", "advantage_weighting": "weight",
     }  # fmt: skip
     assert told_in_card(make(ALoLConfig, tmp_path, variant="nll")) == {"variant": "nll"}
+
+
+@pytest.mark.parametrize("kind", [PolicyGradientConfig, QAEConfig, HPTConfig])
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [("drop_dead_rows", "drop_zero_advantage_rows", False), ("max_dead_steps", "max_steps_without_gradient", 3)],
+)
+def test_a_setting_by_its_former_name_is_answered_with_its_name(kind, old, new, value, tmp_path):
+    with pytest.raises(ConfigError, match=f"{old} is called {new}"):
+        make(kind, tmp_path, **{old: value})
+    assert getattr(make(kind, tmp_path, **{new: value}), new) == value
+    with pytest.raises(ConfigError, match=f"`{old}` is called `{new}`; write `{new}: "):
+        parse((kind,), ["--output_dir", str(tmp_path), f"--{old}", str(value).lower()])

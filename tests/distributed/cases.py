@@ -25,7 +25,7 @@ RESCALE = {"dr_dpo-rescale-2x2x2-13": dict(EQUAL["dr_dpo-2x2x2-13"], dr_dpo_wind
 ROLLOUTS = {
     "grpo": dict(),
     "qae": dict(preset="qae", num_generations=4),
-    "qae-all-rows": dict(preset="qae", num_generations=4, drop_dead_rows=False, prefix_sharing="never"),
+    "qae-all-rows": dict(preset="qae", num_generations=4, drop_zero_advantage_rows=False, prefix_sharing="never"),
     "hpt": dict(preset="hpt", num_generations=4),
     "hpt-full": dict(preset="hpt", num_generations=4, peft=False),
 }

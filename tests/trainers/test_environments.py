@@ -123,7 +123,7 @@ def test_dead_rows_of_several_turns_are_dropped_without_a_change_of_the_gradient
     norms = []
     for name, fields in (
         ("ours", {}),
-        ("all", dict(drop_dead_rows=False, prefix_sharing="never")),
+        ("all", dict(drop_zero_advantage_rows=False, prefix_sharing="never")),
         ("trl", dict(kind=GRPOTrainer, config=trl.GRPOConfig)),
     ):
         reward = None

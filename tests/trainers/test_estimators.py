@@ -61,7 +61,7 @@ def test_the_training_step_has_the_gradient_of_the_pure_functions(tiny_folder, t
     # the second pass over the same rollouts trains on stale log-probs
     run = dict(per_device_train_batch_size=32, gradient_accumulation_steps=1, num_iterations=2, prefix_sharing="never")
     _, trainer = train(
-        tiny_folder, tmp_path, peft=False, before=watched, estimator=estimator, drop_dead_rows=False, **run
+        tiny_folder, tmp_path, peft=False, before=watched, estimator=estimator, drop_zero_advantage_rows=False, **run
     )
     assert len(gaps) == 2 and max(gaps) <= 1e-5
     assert ratios[0] < 1e-5 and ratios[1] > 1e-2

@@ -215,7 +215,7 @@ def test_without_a_name_the_run_is_trls_bit_for_bit(tmp_path):
     changes = []
     for kind, config, off in (
         (GRPOTrainer, GRPOConfig, {}),
-        (PolicyGradientTrainer, PolicyGradientConfig, dict(prefix_sharing="never", drop_dead_rows=False)),
+        (PolicyGradientTrainer, PolicyGradientConfig, dict(prefix_sharing="never", drop_zero_advantage_rows=False)),
     ):
         tokenizer = with_tags()
         model = tiny_model(vocab_size=len(tokenizer))

@@ -9,7 +9,7 @@ from posttrain.objectives import advantages
 from tests.rollouts import PARENT, entries, prompts, success, train
 from tests.training import distance
 
-OFF = dict(prefix_sharing="never", drop_dead_rows=False)
+OFF = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
 LOSSES = {
     "grpo": dict(loss_type="grpo"),
     "bnpo": dict(loss_type="bnpo"),
@@ -357,7 +357,7 @@ def test_generations_without_any_score_teach_nothing_and_are_no_fault(tiny_folde
         assert trainer.state.global_step == 3 and not any(value.any() for value in change.values())
         assert entries(trainer)[0]["rows/kept_share"] == 0
     with pytest.raises(DivergedError, match=r"all rewards of a prompt were equal, or None \(no score\)"):
-        train(tiny_folder, tmp_path / "b", reward=none, max_steps=5, max_dead_steps=2)
+        train(tiny_folder, tmp_path / "b", reward=none, max_steps=5, max_steps_without_gradient=2)
 
 
 def test_generations_without_any_score_end_the_run_where_a_function_has_raised(tiny_folder, tmp_path):
@@ -375,7 +375,7 @@ def test_generations_without_any_score_end_the_run_where_a_function_has_raised(t
 
 def test_generations_without_gradient_stop_the_run_with_the_cause(tiny_folder, tmp_path):
     with pytest.raises(DivergedError, match="no rollout of the last 2 generations had a gradient"):
-        train(tiny_folder, tmp_path, data=prompts([0] * 8), max_dead_steps=2, max_steps=5)
+        train(tiny_folder, tmp_path, data=prompts([0] * 8), max_steps_without_gradient=2, max_steps=5)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_generations_without_gradient_stop_the_run_with_the_cause(tiny_folder, t
     ids=["kl", "entropy", "adaptive", "demonstrations", "soft_gate"],
 )
 def test_a_run_with_another_gradient_goes_on(tiny_folder, tmp_path, term):
-    run = dict(data=prompts([0] * 8), max_dead_steps=2, max_steps=5)
+    run = dict(data=prompts([0] * 8), max_steps_without_gradient=2, max_steps=5)
     _, trainer = train(tiny_folder, tmp_path, **run, **term)
     assert trainer.state.global_step == 5
 
@@ -398,7 +398,7 @@ def test_a_run_with_another_gradient_goes_on(tiny_folder, tmp_path, term):
 def test_an_auxiliary_loss_keeps_a_run_going(tokenizer, tmp_path):
     tiny_model("mixtral", output_router_logits=True).save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
-    run = dict(data=prompts([0] * 8), max_dead_steps=2, max_steps=4, peft=False)
+    run = dict(data=prompts([0] * 8), max_steps_without_gradient=2, max_steps=4, peft=False)
     change, trainer = train(str(tmp_path / "moe"), tmp_path / "a", **run, router_aux_loss_coef=0.1)
     assert trainer.state.global_step == 4 and any(value.any() for value in change.values())
     with pytest.raises(DivergedError, match="no rollout of the last 2 generations had a gradient"):
@@ -406,7 +406,7 @@ def test_an_auxiliary_loss_keeps_a_run_going(tokenizer, tmp_path):
 
 
 def test_demonstrations_of_no_weight_are_no_gradient(tiny_folder, tmp_path):
-    run = dict(preset="hpt", num_generations=4, data=prompts([0] * 8), max_dead_steps=2, max_steps=5)
+    run = dict(preset="hpt", num_generations=4, data=prompts([0] * 8), max_steps_without_gradient=2, max_steps=5)
     with pytest.raises(DivergedError, match="no rollout of the last 2 generations had a gradient"):
         train(tiny_folder, tmp_path, **run, sft_coef=0.0)
 

@@ -53,7 +53,7 @@ def test_an_update_without_rows_has_no_means(tiny_folder, tmp_path):
 
 def test_with_all_rows_in_the_update_the_means_are_the_parents(tiny_folder, tmp_path):
     stale = {name: value for name, value in STALE.items() if name != "check_gradients"}
-    off = dict(prefix_sharing="never", drop_dead_rows=False)
+    off = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
     _, parent = train(tiny_folder, tmp_path / "trl", **PARENT, **stale, **split(2))
     _, trainer = train(tiny_folder, tmp_path / "ours", **off, **stale, **split(2))
     for row, expected in zip(entries(trainer), entries(parent), strict=True):

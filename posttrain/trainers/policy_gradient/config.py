@@ -23,7 +23,8 @@ DEMONSTRATION_LOSSES = ("sft", "luffy", "srft")
 class PolicyGradientConfig(CommonConfig, GRPOConfig):
     """Settings of `PolicyGradientTrainer`: those of `trl.GRPOConfig` and the ones below.
 
-    At the defaults it is TRL's GRPOTrainer bit for bit, with `prefix_sharing: never` and `drop_dead_rows: false`.
+    At the defaults it is TRL's GRPOTrainer bit for bit, with `prefix_sharing: never` and `drop_zero_advantage_rows:
+    false`.
 
     Raises:
         ConfigError: (a ValueError) a value out of range, or settings that exclude each other.
@@ -107,7 +108,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         identity=True,
         card=True,
     )
-    drop_dead_rows: bool = setting(
+    drop_zero_advantage_rows: bool = setting(
         True,
         "Leave rows without gradient out of the update, where the loss has no KL, entropy or auxiliary "
         "term. The gradient is the same.",
@@ -145,7 +146,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         identity=True,
         card=True,
     )
-    max_dead_steps: int = setting(
+    max_steps_without_gradient: int = setting(
         100,
         "Stop, with the cause, after so many generations running without any gradient. 0: never.",
         identity=False,
@@ -153,6 +154,9 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     )
 
     says: ClassVar = ("advantage", "quantile", "gamma")
+    renamed: ClassVar = {
+        "drop_dead_rows": "drop_zero_advantage_rows", "max_dead_steps": "max_steps_without_gradient",
+    }  # fmt: skip
 
     def _read(self):
         self.weighs_tokens = False
@@ -173,7 +177,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             )
         self._check_quantile()
         self._check_gate()
-        for name in ("sft_coef", "max_dead_steps", "beta"):
+        for name in ("sft_coef", "max_steps_without_gradient", "beta"):
             if not _is_weight(getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be 0 or more, and finite.")
         if not _is_number(self.least_success):

@@ -225,7 +225,7 @@ class PolicyGradientMixin(RunMixin):
         sizes = self.accelerator.gather(batch["advantages"].abs())
         self._metrics["train"]["loss/abs_advantage"].append(sizes.mean().item())
         self._dead_generations = 0 if alive.any() else self._dead_generations + 1
-        limit = self.args.max_dead_steps
+        limit = self.args.max_steps_without_gradient
         if limit and self._learns_from_advantages_alone and self._dead_generations >= limit:
             scored = rewards[~torch.isnan(rewards)]
             last = f"last between {scored.min().item():g} and {scored.max().item():g}" if len(scored) else "no score"
@@ -233,7 +233,7 @@ class PolicyGradientMixin(RunMixin):
                 f"no rollout of the last {self._dead_generations} generations had a gradient: all rewards of a prompt "
                 f"were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts or a higher "
                 "temperature help; completions/clipped_ratio near 1 says that max_completion_length is too short. "
-                "`max_dead_steps: 0` goes on all the same."
+                "`max_steps_without_gradient: 0` goes on all the same."
             )
 
     @property
@@ -244,7 +244,11 @@ class PolicyGradientMixin(RunMixin):
     @property
     def _drops_dead_rows(self) -> bool:
         """Whether a row of zero advantage has no part in the loss."""
-        return self.args.drop_dead_rows and self._learns_from_advantages_alone and self.top_entropy_quantile == 1.0
+        return (
+            self.args.drop_zero_advantage_rows
+            and self._learns_from_advantages_alone
+            and self.top_entropy_quantile == 1.0
+        )
 
     @property
     def _leaves_out_rows(self) -> bool:
