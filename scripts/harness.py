@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import contextlib
 import json
 import os
 import platform
@@ -42,17 +43,17 @@ def machine() -> dict:
     return {"python": platform.python_version(), "versions": library_versions(), "hardware": facts}
 
 
-def run_grid(folder: Path, cells: Iterable[dict], run: Callable[[dict], dict], minutes: float | None = None) -> None:
-    """Run the cells that have no result yet, each into one JSON file of its own, in the order given.
+def run_grid(path: Path, cells: Iterable[dict], run: Callable[[dict], dict], minutes: float | None = None) -> None:
+    """Run the cells that have no result yet, in the order given, each result a line more of the JSONL file `path`.
 
     Put the seed in the outermost loop, so that a grid cut short is a whole one of fewer seeds. A cell is a dict of
-    plain values; its file is named by them. After `minutes` no further cell is started.
+    plain values, and known by them. After `minutes` no further cell is started. A line that a kill left half-written is
+    run again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    cells, started = list(cells), time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells, started, known = list(cells), time.monotonic(), _results(path)
     for number, cell in enumerate(cells, 1):
-        path = folder / (_cell_name(cell) + ".json")
-        if path.exists():
+        if _key(cell) in known:
             continue
         if minutes is not None and time.monotonic() - started > 60 * minutes:
             print(f"time is up; {len(cells) - number + 1} cells are still to run", flush=True)
@@ -60,22 +61,31 @@ def run_grid(folder: Path, cells: Iterable[dict], run: Callable[[dict], dict], m
         begun = time.monotonic()
         result = run(cell)
         text = json.dumps({"cell": cell, "seconds": round(time.monotonic() - begun, 1), "result": result})
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.replace(path)
-        print(f"[{number}/{len(cells)}] {path.stem} {time.monotonic() - begun:.0f} s", flush=True)
+        whole = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("" if whole else "\n") + text + "\n")
+        print(f"[{number}/{len(cells)}] {_cell_name(cell)} {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def read_grid(folder: Path, cells: Iterable[dict]) -> tuple[list[dict], list[dict]]:
+def read_grid(path: Path, cells: Iterable[dict]) -> tuple[list[dict], list[dict]]:
     """(the results of the cells that have one, the cells that have none)."""
-    done, missing = [], []
-    for cell in cells:
-        path = folder / (_cell_name(cell) + ".json")
-        if path.exists():
-            done.append(json.loads(path.read_text()))
-        else:
-            missing.append(cell)
-    return done, missing
+    known, cells = _results(path), list(cells)
+    done = [known[_key(cell)] for cell in cells if _key(cell) in known]
+    return done, [cell for cell in cells if _key(cell) not in known]
+
+
+def _key(cell: dict) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+def _results(path: Path) -> dict[str, dict]:
+    """The results of a grid by their cells; lines that are no JSON were cut off, and count as not there."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            found.setdefault(_key(entry["cell"]), entry)
+    return found
 
 
 def bootstrap(table, draws: int = 4000, seed: int = 0) -> tuple[float, float, float]:

@@ -345,7 +345,7 @@ def pilot(stage: str, source, work: Path) -> None:
 def main() -> None:
     parser = harness.options(__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence/a_lol", help="folder of bases and caches")
-    parser.add_argument("--cells", type=Path, default=ROOT / "docs/evidence/cells/a_lol", help="folder of cells")
+    parser.add_argument("--cells", type=Path, default=ROOT / "docs/evidence/cells/a_lol", help="folder of the grids' results")
     parser.add_argument("--stage", choices=["small", "smollm2"], nargs="+", help="default: small; both with --data")
     parser.add_argument("--arms", choices=ARMS, nargs="+", help="run cells of these alone; all are reported")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
@@ -365,9 +365,9 @@ def main() -> None:
         grid = cells(stage, seeds)
         wanted = [cell for cell in grid if cell["arm"] in (args.arms or ARMS)]
         harness.run_grid(
-            args.cells / stage, wanted, lambda cell, s=source: train_cell(s, cell, args.work), args.minutes
+            args.cells / f"{stage}.jsonl", wanted, lambda cell, s=source: train_cell(s, cell, args.work), args.minutes
         )
-        done, left = harness.read_grid(args.cells / stage, grid)
+        done, left = harness.read_grid(args.cells / f"{stage}.jsonl", grid)
         report += a_lol_report.summarise(stage, done)
         missing += left
     if args.pilot:

@@ -348,7 +348,7 @@ def main() -> None:
 
     parser = harness.options(__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence/rlvr", help="folder of the warm models")
-    parser.add_argument("--cells", type=Path, help="folder of the cells' results (default: docs/evidence/cells/rlvr)")
+    parser.add_argument("--cells", type=Path, help="file of the cells' results (docs/evidence/cells/rlvr.jsonl)")
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which methods")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
     parser.add_argument("--pilot", action="store_true", help="plain GRPO and SFT, seed 900, over learning rates")
@@ -364,10 +364,10 @@ def main() -> None:
                 print(rlvr_report.pilot_line(arm, rate, result), flush=True)
         return
     # results of --quick are of another size and stay apart
-    folder = args.cells or (args.work / "quick" if args.quick else ROOT / "docs/evidence/cells/rlvr")
+    results = args.cells or (args.work / "quick.jsonl" if args.quick else ROOT / "docs/evidence/cells/rlvr.jsonl")
     grid = cells(args.seeds or (1 if args.quick else 10), args.arms)
-    harness.run_grid(folder, grid, lambda cell: train_cell(tasks, cell), args.minutes)
-    done, missing = harness.read_grid(folder, grid)
+    harness.run_grid(results, grid, lambda cell: train_cell(tasks, cell), args.minutes)
+    done, missing = harness.read_grid(results, grid)
     content = rlvr_report.summarise(done, SAMPLES)
     rlvr_report.show(content)
     if args.json:

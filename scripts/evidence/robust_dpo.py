@@ -228,7 +228,7 @@ def main() -> None:
         "--work", type=Path, default=ROOT / "runs/evidence/robust_dpo", help="folder of bases and caches"
     )
     parser.add_argument(
-        "--cells", type=Path, default=ROOT / "docs/evidence/cells/robust_dpo", help="folder of the cells' results"
+        "--cells", type=Path, default=ROOT / "docs/evidence/cells/robust_dpo", help="folder of the grids' results"
     )
     parser.add_argument(
         "--stage", choices=["small", "smollm2"], nargs="+", help="default: small, and smollm2 with --data"
@@ -249,8 +249,9 @@ def main() -> None:
     for stage in stages:
         seeds = args.seeds or {"small": 2 if args.quick else 12, "smollm2": 1}[stage]
         grid, source = cells(stage, seeds), sources[stage]()
-        harness.run_grid(args.cells / stage, grid, lambda cell, s=source: train_cell(s, cell, args.work), args.minutes)
-        done, left = harness.read_grid(args.cells / stage, grid)
+        results = args.cells / f"{stage}.jsonl"
+        harness.run_grid(results, grid, lambda cell, s=source: train_cell(s, cell, args.work), args.minutes)
+        done, left = harness.read_grid(results, grid)
         rows += summarise(stage, done)
         missing += left
     show(rows)

@@ -263,10 +263,10 @@ def test_the_evidence_script_trains_every_arm_and_goes_on_where_it_stopped(tmp_p
         ran.append((cell["data"], cell["arm"]))
         return evidence.train_cell(source, cell, tmp_path / "work")
 
-    evidence.harness.run_grid(tmp_path / "cells", grid[:2], run)
-    evidence.harness.run_grid(tmp_path / "cells", grid, run)
+    evidence.harness.run_grid(tmp_path / "cells.jsonl", grid[:2], run)
+    evidence.harness.run_grid(tmp_path / "cells.jsonl", grid, run)
     assert ran == [(cell["data"], cell["arm"]) for cell in grid]
-    done, missing = evidence.harness.read_grid(tmp_path / "cells", grid)
+    done, missing = evidence.harness.read_grid(tmp_path / "cells.jsonl", grid)
     assert not missing
     found = {(entry["cell"]["data"], entry["cell"]["arm"]): entry["result"] for entry in done}
     mean = sum(row[f"{side}_reward"] for row in pairs for side in ("chosen", "rejected")) / 32

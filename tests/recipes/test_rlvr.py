@@ -233,10 +233,10 @@ def test_the_evidence_script_trains_every_kind_of_arm_and_goes_on_where_it_stopp
         ran.append(cell["arm"])
         return rlvr.train_cell(tasks, cell)
 
-    rlvr.harness.run_grid(tmp_path / "cells", grid[:3], run)
-    rlvr.harness.run_grid(tmp_path / "cells", grid, run)
+    rlvr.harness.run_grid(tmp_path / "cells.jsonl", grid[:3], run)
+    rlvr.harness.run_grid(tmp_path / "cells.jsonl", grid, run)
     assert ran == ["grpo", "sft_grpo", "luffy", "hpt"]
-    done, missing = rlvr.harness.read_grid(tmp_path / "cells", grid)
+    done, missing = rlvr.harness.read_grid(tmp_path / "cells.jsonl", grid)
     assert not missing
     found = {entry["cell"]["arm"]: entry["result"] for entry in done}
     for result in found.values():
