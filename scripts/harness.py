@@ -1,8 +1,8 @@
 """What the scripts under bench/ and evidence/ share: options, resumable grids, turns, intervals, the machine."""
 
 import argparse
-import ctypes
 import contextlib
+import ctypes
 import json
 import os
 import platform

@@ -345,7 +345,9 @@ def pilot(stage: str, source, work: Path) -> None:
 def main() -> None:
     parser = harness.options(__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence/a_lol", help="folder of bases and caches")
-    parser.add_argument("--cells", type=Path, default=ROOT / "docs/evidence/cells/a_lol", help="folder of the grids' results")
+    parser.add_argument(
+        "--cells", type=Path, default=ROOT / "docs/evidence/cells/a_lol", help="folder of the grids' results"
+    )
     parser.add_argument("--stage", choices=["small", "smollm2"], nargs="+", help="default: small; both with --data")
     parser.add_argument("--arms", choices=ARMS, nargs="+", help="run cells of these alone; all are reported")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
