@@ -59,12 +59,15 @@ def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) 
     model.eval()
     add_fused_lm_head(base)
     Head(base).choose(model, base.config.get_text_config().vocab_size, model.device, is_adapted(base))
-    shares = prefix_sharing.obstacle(base.config, base, peft_config=getattr(model, "active_peft_config", None)) is None
+    shares = (
+        prefix_sharing.unsupported_reason(base.config, base, peft_config=getattr(model, "active_peft_config", None))
+        is None
+    )
     if shares:
         prefix_sharing.share_prefixes(base)
-        *gaps, trouble = prefix_sharing.trial(model, base.config, model.device)
+        *gaps, trouble = prefix_sharing.compare_padded_and_packed(model, base.config, model.device)
         half = {parameter.dtype for parameter in model.parameters()} != {torch.float32}
-        shares = trouble is None and prefix_sharing.fault(*gaps, half) is None
+        shares = trouble is None and prefix_sharing.mismatch_reason(*gaps, half) is None
         window = prefix_sharing.sliding_window(base.config)
     try:
         with torch.no_grad():

@@ -73,8 +73,8 @@ def by_name(eval_dataset) -> dict:
     return dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
 
 
-def like(given, named: dict):
-    """Data sets by name in the form in which they were `given`."""
+def as_given(given, named: dict):
+    """Undo `by_name`: the single data set, or the dict, as the caller passed it."""
     if given is None:
         return None
     return named if isinstance(given, Mapping) else named["eval_dataset"]

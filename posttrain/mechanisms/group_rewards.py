@@ -83,14 +83,14 @@ def loss_tokens(batch: dict) -> Tensor:
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).sum(dim=1)
 
 
-def pack_living(batches: list[dict], loss_type: str, agree: Callable[[int], int] = int) -> list[dict]:
+def pack_living(batches: list[dict], loss_type: str, max_over_ranks: Callable[[int], int] = int) -> list[dict]:
     """The micro-batches of one optimiser step with the rows that have a gradient, in as few of them as they fit.
 
     Args:
         batches: rollout micro-batches of equal size, tensors (B, P) left-padded for prompts and (B, T) right-padded for
             completions, (B,) or (B, T) advantages, and scalars that are the same in all of them.
         loss_type: TRL's; says what the micro-batch is divided by.
-        agree: the largest of a number over ranks. Ranks then hold as many rows in each micro-batch, some of them empty.
+        max_over_ranks: all-reduce max, so that every rank builds equally large micro-batches, some of them empty.
 
     Returns:
         As many micro-batches. Rows that only fill up have an empty completion mask and no weight.
@@ -100,7 +100,7 @@ def pack_living(batches: list[dict], loss_type: str, agree: Callable[[int], int]
     size = batches[0]["completion_ids"].size(0)
     rows = _stack(batches)
     living = living_rows(rows).nonzero().squeeze(1)
-    counts = _counts(agree(len(living)), size, len(batches))
+    counts = _counts(max_over_ranks(len(living)), size, len(batches))
     tokens = loss_tokens(rows)
     # what a row's loss was divided by, beside the number of micro-batches
     before = torch.cat([loss_tokens(batch).sum().clamp(min=1).expand(size) for batch in batches])

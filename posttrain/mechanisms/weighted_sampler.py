@@ -17,8 +17,8 @@ class WeightedSampler(Sampler[int]):
         weights: 0 or more each, at least one above 0; a row of weight 0 is never drawn.
         num_samples: rows an epoch.
         seed: of the run.
-        epoch: tells the number of the epoch that is about to begin. Asked, not told: how a loader that is sharded, or
-            skips batches, passes the number on to its sampler is its own affair.
+        epoch: called for the number of the epoch that is about to begin. A callable, because accelerate does not
+            forward set_epoch to this sampler.
 
     Raises:
         ValueError: a weight that is negative or not finite, or none above 0.

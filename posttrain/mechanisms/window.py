@@ -3,7 +3,7 @@
 A method that weighs a row by its batch means the batch of the optimiser step. `Trainer.get_batch_samples` hands over
 this rank's share of it before the first backward, so the weights can be fixed there, once, and each micro-batch then
 trains on its weighted rows. Data parallel training averages gradients over ranks and the Trainer divides by the
-number of micro-batches; `Window.undo` is the factor that takes both divisions back.
+number of micro-batches; `Window.rescale` is the factor that takes both divisions back.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,10 @@ class Window:
     world_size: int
     rows: int
 
-    def undo(self, batch_rows: int) -> float:
-        """The factor on `sum_i w_i x_i / batch_rows` that makes the step's gradient `sum_i w_i x_i / rows`.
+    def rescale(self, batch_rows: int) -> float:
+        """Rescale a micro-batch mean to the mean over the optimiser step; returns the factor.
+
+        It is the one on `sum_i w_i x_i / batch_rows` that makes the step's gradient `sum_i w_i x_i / rows`.
 
         Exactly 1.0 where all micro-batches of the window are full, so that a plain mean stays bit-equal to the parent
         trainer's.

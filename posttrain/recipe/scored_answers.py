@@ -110,7 +110,7 @@ def describe(
         living = "known once the value head has learned"
     elif answers.needs_rewards and data_args.reward_func is not None:
         living = f"known once {data_args.reward_func} has scored the answers"
-    elif not answer_tokens.are_known(args):
+    elif not answer_tokens.tokenised_before_loading(args):
         living = f"at most {kept}"
     else:
         answer_rows.check_fills_a_batch(args, kept)

@@ -15,7 +15,7 @@ def check_setting(args, config, peft_config=None) -> None:
     if args.prefix_sharing != "always":
         return
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
-    reason = prefix_sharing.obstacle(config, attention=attention, peft_config=peft_config)
+    reason = prefix_sharing.unsupported_reason(config, attention=attention, peft_config=peft_config)
     if reason:
         raise _refusal(reason)
 
@@ -58,7 +58,7 @@ class PrefixSharing:
         bases = [self._innermost(model) for model in models]
         adapter = trainer.model.active_peft_config if is_peft_model(trainer.model) else None
         for base in bases:
-            reason = prefix_sharing.obstacle(base.config, base, peft_config=adapter)
+            reason = prefix_sharing.unsupported_reason(base.config, base, peft_config=adapter)
             if getattr(trainer, "aux_loss_enabled", False) and not left_padded:
                 reason = "the auxiliary loss of a mixture of experts counts prompt tokens"
             if reason:
@@ -107,13 +107,13 @@ class PrefixSharing:
         self._checked.add(id(model))
         config, device = self._innermost(model).config, self._accelerator.device
         with evaluating(model):
-            *gaps, trouble = prefix_sharing.trial(model, config, device, self._left_padded)
+            *gaps, trouble = prefix_sharing.compare_padded_and_packed(model, config, device, self._left_padded)
         # a rank of which the model tripped still has to meet the others here
         gathered = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device))
         (largest, mean, _), blind = gathered.amax(0).tolist(), gathered[:, 2].min().item()
         dtypes = {parameter.dtype for parameter in model.parameters()}
         half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
-        reason = trouble or prefix_sharing.fault(largest, mean, blind, half)
+        reason = trouble or prefix_sharing.mismatch_reason(largest, mean, blind, half)
         if reason:
             self._give_up(reason)
 

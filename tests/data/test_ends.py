@@ -102,12 +102,12 @@ def test_ends_of_scored_answers_are_counted_after_cutting(tokenizer, logged, mod
     args = SimpleNamespace(
         max_length=96, truncation_mode=mode, end_of_turn="warn", dataset_num_proc=None, dataset_text_field="text"
     )
-    answer_tokens.fit(Dataset.from_list(rows), tokenizer, args, "train_dataset")
+    answer_tokens.drop_overlong(Dataset.from_list(rows), tokenizer, args, "train_dataset")
     assert len([m for m in logged.messages if "100.0% of those looked at are trained without" in m]) == warnings
     args.end_of_turn = "require"
     if warnings:
         with pytest.raises(DataError, match="cuts off the end of answers"):
-            answer_tokens.fit(Dataset.from_list(rows), tokenizer, args, "train_dataset")
+            answer_tokens.drop_overlong(Dataset.from_list(rows), tokenizer, args, "train_dataset")
 
 
 GEMMA = ("gemma3", ["<start_of_turn>", "<end_of_turn>", "<eos>", "<bos>"], "<eos>", "<bos>")
@@ -276,7 +276,7 @@ def test_scored_answers_whose_prompt_loses_its_end_are_said(tokenizer, logged, t
         max_length=None, truncation_mode="keep_start", end_of_turn="warn", dataset_num_proc=None,
         dataset_text_field="text",
     )  # fmt: skip
-    answer_tokens.fit(Dataset.from_list(rows), changed, args, "train_dataset")
+    answer_tokens.drop_overlong(Dataset.from_list(rows), changed, args, "train_dataset")
     said = [m for m in logged.messages if "renders prompts in another way before an answer than alone" in m]
     assert len(said) == (lost is not None)
     assert lost is None or f"their end '{lost}" in said[0]

@@ -353,11 +353,11 @@ def limit(max_length, truncation_mode="keep_start"):
 
 def test_answers_that_max_length_leaves_nothing_of_are_left_out_and_counted(tokenizer, logged):
     rows = rows_of(*({"prompt": "a" * n, "completion": "b" * 5, "reward": float(n)} for n in (3, 30, 18)))
-    found, lost = answer_tokens.fit(rows, tokenizer, limit(100), "x")
+    found, lost = answer_tokens.drop_overlong(rows, tokenizer, limit(100), "x")
     assert len(found) == 3 and not lost and "max_length" not in logged.text
     assert [len(ids) for ids in found["input_ids"]] == [9, 36, 24]
     assert [sum(label != -100 for label in labels) for labels in found["labels"]] == [6, 6, 6]
-    found, lost = answer_tokens.fit(rows, tokenizer, limit(20), "x")
+    found, lost = answer_tokens.drop_overlong(rows, tokenizer, limit(20), "x")
     assert found["reward"][:] == [3.0, 18.0]
     assert "x: of 3 rows, max_length 20 leaves nothing of 1 answers, which are left out and count n" in logged.text
     assert "and cuts 1; max_length 31 keeps 99% of the rows, 36 keeps 99% of them whole" in logged.text
@@ -365,17 +365,17 @@ def test_answers_that_max_length_leaves_nothing_of_are_left_out_and_counted(toke
         " max_length 20 leaves nothing of 1 further answers, whose prompts alone are that long; max_length 31 keeps a "
         "token of each, 36 all of them whole."
     )
-    assert len(answer_tokens.fit(rows, tokenizer, limit(31), "x")[0]) == 3
-    assert len(answer_tokens.fit(rows, tokenizer, limit(20, "keep_end"), "x")[0]) == 3
+    assert len(answer_tokens.drop_overlong(rows, tokenizer, limit(31), "x")[0]) == 3
+    assert len(answer_tokens.drop_overlong(rows, tokenizer, limit(20, "keep_end"), "x")[0]) == 3
     with pytest.raises(DataError, match=r"x: max_length is 3, and every prompt is that long \(3 to 30 tokens\)"):
-        answer_tokens.fit(rows, tokenizer, limit(3), "x")
+        answer_tokens.drop_overlong(rows, tokenizer, limit(3), "x")
 
 
 def test_messages_without_a_template_are_told_of_this_datas_columns(tokenizer):
     talk = rows_of({"prompt": USER, "completion": SAYS, "reward": 1.0})
     plain = SimpleNamespace(chat_template=None)
     with pytest.raises(ConfigError, match="has no chat template to render them with.* or give prompt and completion"):
-        answer_tokens.fit(talk, plain, limit(100), "x")
+        answer_tokens.drop_overlong(talk, plain, limit(100), "x")
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_step_without_a_living_row_forwards_a_few_tokens():
 def test_ranks_agree_on_the_rows_of_each_micro_batch():
     batches = rollouts(4, 3, dead=0.8)
     living = sum(int(living_rows(batch).sum()) for batch in batches)
-    alone, beside = pack_living(batches, "grpo"), pack_living(batches, "grpo", agree=lambda own: own + 3)
+    alone, beside = pack_living(batches, "grpo"), pack_living(batches, "grpo", max_over_ranks=lambda own: own + 3)
     assert [len(b["advantages"]) for b in alone] != [len(b["advantages"]) for b in beside]
     assert sum(len(b["advantages"]) for b in beside if len(b["advantages"]) > 1) >= living + 3
     torch.testing.assert_close(gradient(beside, "grpo"), gradient(batches, "grpo"), rtol=1e-5, atol=1e-8)

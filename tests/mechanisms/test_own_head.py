@@ -162,8 +162,8 @@ def test_shared_prefixes_run_through_the_own_head():
     model = loud("modernbert-decoder")
     own_head.Head(model).choose(model, 99, "cpu")
     prefix_sharing.share_prefixes(model)
-    *gaps, trouble = prefix_sharing.trial(model, model.config, "cpu")
-    assert trouble is None and prefix_sharing.fault(*gaps, half=False) is None
+    *gaps, trouble = prefix_sharing.compare_padded_and_packed(model, model.config, "cpu")
+    assert trouble is None and prefix_sharing.mismatch_reason(*gaps, half=False) is None
 
 
 def test_the_auxiliary_loss_is_the_models_own():

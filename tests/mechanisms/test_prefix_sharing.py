@@ -11,13 +11,13 @@ from trl.trainer.utils import add_fused_lm_head
 from posttrain.mechanisms.length_sorting import sort_pairs
 from posttrain.mechanisms.prefix_sharing import (
     attention_cost,
-    fault,
-    obstacle,
+    mismatch_reason,
     pack,
     pack_padded,
     self_check,
     share_prefixes,
     sliding_window,
+    unsupported_reason,
 )
 from posttrain.models import tiny_model
 
@@ -311,10 +311,10 @@ def test_half_precision_is_told_from_a_model_that_ignores_the_mask(architecture,
         for parameter in model.parameters():
             parameter.mul_(weights)
     model = model.bfloat16().eval()
-    assert fault(*self_check(model, 259, "cpu"), half=True) is None
+    assert mismatch_reason(*self_check(model, 259, "cpu"), half=True) is None
     backbone = model.model.forward
     model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
-    assert "packed log-probs differ" in fault(*self_check(model, 259, "cpu"), half=True)
+    assert "packed log-probs differ" in mismatch_reason(*self_check(model, 259, "cpu"), half=True)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_what_stands_in_the_way_is_named(architecture, changes, reason):
     config = tiny_model(architecture).config
     for name, value in changes.items():
         setattr(config, name, value)
-    found = obstacle(config)
+    found = unsupported_reason(config)
     assert found is None if reason is None else reason in found
 
 
@@ -340,16 +340,16 @@ def test_models_that_place_tokens_themselves_are_found():
     mamba = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mamba", vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
-    assert "linear_attention do not go by a mask" in obstacle(mamba.config, mamba)
+    assert "linear_attention do not go by a mask" in unsupported_reason(mamba.config, mamba)
     mpt = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mpt", vocab_size=50, d_model=16, n_heads=2, n_layers=1)
     )
-    assert "MptForCausalLM builds its positions itself" in obstacle(mpt.config, mpt)
+    assert "MptForCausalLM builds its positions itself" in unsupported_reason(mpt.config, mpt)
 
 
 def test_windows_of_other_names_are_found():
     neo = AutoConfig.for_model("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]], window_size=7)
-    assert "local attention goes by the place in the row" in obstacle(neo)
+    assert "local attention goes by the place in the row" in unsupported_reason(neo)
     assert sliding_window(tiny_model("mistral", sliding_window=9).config) == 9
     assert sliding_window(tiny_model("qwen2").config) is None
 
@@ -357,7 +357,7 @@ def test_windows_of_other_names_are_found():
 def test_positions_counted_from_the_padding_id_are_found():
     sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     roberta = AutoModelForCausalLM.from_config(AutoConfig.for_model("roberta", is_decoder=True, **sizes))
-    assert "counts positions from its padding id" in obstacle(roberta.config, roberta)
+    assert "counts positions from its padding id" in unsupported_reason(roberta.config, roberta)
 
 
 def test_layers_of_different_sizes_have_a_cost_too():

@@ -27,14 +27,14 @@ def test_the_last_round_is_dealt_out_in_rank_order(remainder, expected):
 
 def test_a_full_window_is_undone_by_exactly_one():
     for micro_batches, ranks, size in ((1, 1, 8), (3, 2, 5), (7, 3, 3)):
-        assert Window(micro_batches, ranks, micro_batches * ranks * size).undo(size) == 1.0
+        assert Window(micro_batches, ranks, micro_batches * ranks * size).rescale(size) == 1.0
 
 
 def test_undoing_gives_the_mean_over_all_rows():
     values = torch.arange(7.0)
     window = Window(micro_batches=3, world_size=1, rows=7)
     parts = values.split(3)
-    total = sum((part * window.undo(len(part))).mean() / window.micro_batches for part in parts)
+    total = sum((part * window.rescale(len(part))).mean() / window.micro_batches for part in parts)
     torch.testing.assert_close(total, values.mean())
 
 

@@ -15,7 +15,7 @@ from posttrain.mechanisms import value_head
 from posttrain.objectives import offline
 from posttrain.rewards import UserReward
 from posttrain.run import reference, watches
-from posttrain.trainers.offline import prepare
+from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
 from tests.scored import build, entries, make_scored, settings, train
 from tests.training import distance, lora
 
@@ -828,7 +828,7 @@ def test_tools_are_part_of_a_prompt():
 def test_a_head_that_learns_from_too_few_prompts_is_refused_or_named(tiny_folder, tmp_path, logged):
     with pytest.raises(ConfigError, match="value_prompts is 1, below value_folds .2.: each fold"):
         ALoLConfig(str(tmp_path), use_cpu=True, bf16=False, value="head", value_prompts=1, value_folds=2)
-    prepare.check_value_prompts(1000, "rows", SimpleNamespace(value_folds=2, value_prompts=30))
+    ALoLAnswers(SimpleNamespace(value_folds=2, value_prompts=30)).check_value_prompts(1000, "rows")
     assert "learns from 30 different prompts" in logged.text
 
 
@@ -837,7 +837,7 @@ def test_equal_rewards_pass_where_values_come_from_generations():
     args = SimpleNamespace(
         weighs_by="advantages", value="head", value_targets="generations", value_folds=2, value_prompts=100
     )
-    prepare.check_left(rows, "rows", args)
+    ALoLAnswers(args).check_left(rows)
     args.value_targets = "answers"
     with pytest.raises(DataError, match="all 6 rewards are equal"):
-        prepare.check_left(rows, "rows", args)
+        ALoLAnswers(args).check_left(rows)

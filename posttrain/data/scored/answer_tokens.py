@@ -15,12 +15,12 @@ from posttrain.log import get_logger
 SAMPLE = 1000
 
 
-def are_known(args) -> bool:
-    """Whether the tokenizer makes the tokens that will be trained on; a template or an end can come with the model."""
+def tokenised_before_loading(args) -> bool:
+    """Return whether rows can be tokenised before the model loads: no chat_template_path, no eos_token."""
     return args.chat_template_path is None and args.eos_token is None
 
 
-def fit(dataset, processing_class, args, name: str, stop_ids=()):
+def drop_overlong(dataset, processing_class, args, name: str, stop_ids=()):
     """Tokenise every row as `trl.SFTTrainer` does, and leave out those of which `max_length` leaves no answer.
 
     Answers' ends are checked on up to 1000 rows. `args`: an SFTConfig. Logs what is lost and cut.

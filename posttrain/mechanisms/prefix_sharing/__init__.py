@@ -9,19 +9,19 @@ from posttrain.mechanisms.prefix_sharing.forward import share_prefixes
 from posttrain.mechanisms.prefix_sharing.packing import PackedBatch, pack, pack_padded, pack_rows
 from posttrain.mechanisms.prefix_sharing.support import (
     attention_cost,
-    fault,
-    obstacle,
+    compare_padded_and_packed,
+    mismatch_reason,
     scales_with_length,
     self_check,
     sliding_window,
-    trial,
+    unsupported_reason,
 )
 
 __all__ = [
     "PackedBatch",
     "attention_cost",
-    "fault",
-    "obstacle",
+    "mismatch_reason",
+    "unsupported_reason",
     "pack",
     "pack_padded",
     "pack_rows",
@@ -29,5 +29,5 @@ __all__ = [
     "self_check",
     "share_prefixes",
     "sliding_window",
-    "trial",
+    "compare_padded_and_packed",
 ]

@@ -12,7 +12,7 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
-def obstacle(config, model=None, attention: str | None = None, peft_config=None) -> str | None:
+def unsupported_reason(config, model=None, attention: str | None = None, peft_config=None) -> str | None:
     """Why prefix sharing cannot work, or None.
 
     Args:
@@ -89,15 +89,20 @@ def attention_cost(config) -> float:
 _LARGEST_FP32, _MEAN_HALF, _NOISE_HALF = 2e-3, 0.25, 0.02
 
 
-def fault(largest: float, mean: float, blind: float, half: bool) -> str | None:
-    """What the differences of `self_check` say against a model; `half`: it computes in half precision."""
+def mismatch_reason(largest: float, mean: float, blind: float, half: bool) -> str | None:
+    """Return an error text if packed and padded log-probs disagree by more than rounding; None if they agree.
+
+    Args:
+        largest, mean, blind: what `self_check` returns.
+        half: whether the model computes in half precision.
+    """
     good = largest <= _LARGEST_FP32
     if half:
         good = mean <= _NOISE_HALF or mean <= min(_MEAN_HALF, blind / 2)
     return None if good else f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens"
 
 
-def trial(model, config, device, left: bool = False) -> tuple[float, float, float, str | None]:
+def compare_padded_and_packed(model, config, device, left: bool = False) -> tuple[float, float, float, str | None]:
     """`self_check`, where a model's own code may trip over packed rows: infinite differences then, and what it said."""
     try:
         return *self_check(model, config.get_text_config().vocab_size, device, left), None

@@ -28,7 +28,7 @@ def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
     return found[0]
 
 
-def living(dataset, args):
+def with_gradient(dataset, args):
     """The training rows that have a gradient; refused where there are none, or too few for a batch."""
     weights = dataset["weight"][:]
     alive = [i for i, weight in enumerate(weights) if weight != 0]

@@ -74,22 +74,22 @@ class OfflineMixin(SFTMixin):
         named = rows.by_name(self.eval_dataset)
         new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
-        if not answer_tokens.are_known(self.args):
+        if not answer_tokens.tokenised_before_loading(self.args):
             limits = Limits(self.model, self.model.config)
             for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
                 limits.check_answers(dataset, self.processing_class, self.args, name)
         if self.answers.weighed_late:
             answer_rows.check_rows_left(self.train_dataset, self.args)
             weighed = self.answers.weigh(self.train_dataset, "train_dataset", self)
-            self.train_dataset = answer_rows.living(weighed, self.args)
-            self.eval_dataset = rows.like(
+            self.train_dataset = answer_rows.with_gradient(weighed, self.args)
+            self.eval_dataset = rows.as_given(
                 self.eval_dataset, {name: self.answers.weigh(dataset, name, self) for name, dataset in named.items()}
             )
 
     def _complete(self, ready) -> None:
         self.train_dataset = self._with_reference(self.train_dataset, "train_dataset")
         named = rows.by_name(self.eval_dataset)
-        self.eval_dataset = rows.like(
+        self.eval_dataset = rows.as_given(
             self.eval_dataset, {name: self._with_reference(dataset, name) for name, dataset in named.items()}
         )
         end_engine(self)
@@ -157,9 +157,9 @@ class OfflineMixin(SFTMixin):
             return dataset
         args = self.args
         dataset = self.answers.scored(dataset, name)
-        if answer_tokens.are_known(args):
+        if answer_tokens.tokenised_before_loading(args):
             stop_ids = tokens.generation_stop_ids(self.model)
-            dataset, _ = answer_tokens.fit(dataset, self.processing_class, args, name, stop_ids)
+            dataset, _ = answer_tokens.drop_overlong(dataset, self.processing_class, args, name, stop_ids)
             Limits(self.model, self.model.config).check_answers(dataset, self.processing_class, args, name)
         if not self.answers.weighed_late:
             dataset = self.answers.weigh(dataset, name)

@@ -37,7 +37,7 @@ class Answers:
     @property
     def weighed_late(self) -> bool:
         """Whether `weigh` has to wait for the model, and gets tokenised rows."""
-        return not answer_tokens.are_known(self.args)
+        return not answer_tokens.tokenised_before_loading(self.args)
 
     def kept_columns(self) -> dict[str, str]:
         """Return the columns of the rows that `weigh` reads beside prompt, completion and reward: theirs to ours."""
@@ -84,9 +84,13 @@ class Answers:
         limits, facts = Limits(model, config), {"answers": len(train_dataset), "first": train_dataset.select([0])}
         if scored and self.reward_func is None and not same_scale:
             answer_rows.check_scales(train_dataset, named)
-        if answer_tokens.are_known(args):
-            train_dataset, self.lost = answer_tokens.fit(train_dataset, tokenizer, args, "train_dataset", stop_ids)
-            named = {n: answer_tokens.fit(dataset, tokenizer, args, n, stop_ids)[0] for n, dataset in named.items()}
+        if answer_tokens.tokenised_before_loading(args):
+            train_dataset, self.lost = answer_tokens.drop_overlong(
+                train_dataset, tokenizer, args, "train_dataset", stop_ids
+            )
+            named = {
+                n: answer_tokens.drop_overlong(dataset, tokenizer, args, n, stop_ids)[0] for n, dataset in named.items()
+            }
             for name, dataset in {"train_dataset": train_dataset, **named}.items():
                 limits.check_answers(dataset, tokenizer, args, name)
             facts["fit"] = len(train_dataset)
@@ -98,11 +102,11 @@ class Answers:
             weighed = self.weigh(train_dataset, "train_dataset")
             if "advantage" in weighed.column_names:
                 facts["advantages"] = weighed["advantage"][:]
-            train_dataset = answer_rows.living(weighed, args)
+            train_dataset = answer_rows.with_gradient(weighed, args)
             named = {name: self.weigh(dataset, name) for name, dataset in named.items()}
         known = score and not self.weighed_late
         return Prepared(
-            train_dataset, rows.like(eval_dataset, named), limits, len(train_dataset) if known else None, facts
+            train_dataset, rows.as_given(eval_dataset, named), limits, len(train_dataset) if known else None, facts
         )
 
     def scored(self, dataset, name: str, needs_rewards: bool | None = None):

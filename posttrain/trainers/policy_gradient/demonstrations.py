@@ -8,7 +8,7 @@ from posttrain.mechanisms import group_rewards
 from posttrain.objectives import advantages
 from posttrain.objectives.advantages import gate_weights, row_advantage
 from posttrain.trainers.policy_gradient import reward_setup
-from posttrain.trainers.policy_gradient.rollout_log import judged
+from posttrain.trainers.policy_gradient.rollout_log import success_rewards
 
 
 def place(batch: dict, rows: list[int], demonstrations: list[list[int]], pad: int) -> None:
@@ -44,7 +44,7 @@ def insert(trainer, batch: dict, inputs: list[dict], rewards: Tensor, size: int)
     """
     args, device, own = trainer.args, rewards.device, len(inputs)
     start = trainer.accelerator.process_index * own
-    scores = judged(trainer, rewards).view(-1, size)
+    scores = success_rewards(trainer, rewards).view(-1, size)
     reward_setup.check_success(args, scores)
     gate = None
     if args.soft_gate is None:

@@ -20,8 +20,8 @@ _OF_ROWS = ("vespo/phi_seq_mean",)
 _EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
 
 
-def judged(trainer, rewards: Tensor) -> Tensor:
-    """The rewards (N,) that success is read from."""
+def success_rewards(trainer, rewards: Tensor) -> Tensor:
+    """Return the rewards (N,) that decide success: the sum, or the function named by success_reward."""
     if trainer.args.success_reward is None:
         return rewards
     return trainer._rewards[:, trainer.reward_func_names.index(trainer.args.success_reward)]
@@ -30,7 +30,7 @@ def judged(trainer, rewards: Tensor) -> Tensor:
 def record(trainer, rewards: Tensor, size: int, mode: str) -> None:
     """Log how many of a batch's rollouts (N,) and prompts succeed."""
     metrics = trainer._metrics[mode]
-    success = (judged(trainer, rewards) >= trainer.args.least_success).view(-1, size)
+    success = (success_rewards(trainer, rewards) >= trainer.args.least_success).view(-1, size)
     metrics["rollouts/unscorable_share"].append(torch.isnan(rewards).float().mean().item())
     metrics["rollouts/pass_at_1"].append(success.float().mean().item())
     if size > 1:
@@ -111,7 +111,7 @@ def greedy_success(trainer, dataset: Dataset) -> float:
             # ranks hold as many rows each; what fills up comes last and is cut off
             rows = [dataset[i] for i in own] + [dataset[0]] * (size - len(own))
             rewards = group_rewards.weighted_rewards(trainer.score_rollouts(rows), trainer.reward_weights)
-            scored = judged(trainer, rewards)[: len(dataset) - start]
+            scored = success_rewards(trainer, rewards)[: len(dataset) - start]
             successes += int((scored >= trainer.args.least_success).sum())
     return successes / len(dataset)
 

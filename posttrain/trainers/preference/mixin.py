@@ -31,7 +31,7 @@ _SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
 
 
 @dataclass
-class PairScores:
+class PairLogps:
     """What one forward says about a batch of pairs.
 
     Attributes:
@@ -164,7 +164,7 @@ class PreferenceMixin(WindowMixin):
             return dataset
         return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": args.max_length})
 
-    def score(self, model, batch, aux_loss: bool = False) -> PairScores:
+    def score(self, model, batch, aux_loss: bool = False) -> PairLogps:
         """Run `model` on a padded batch of pairs (chosen rows first) and sum the log-probabilities of each completion.
 
         With `ld_alpha`, tokens beyond the shorter completion of a pair count `ld_alpha` (LD-DPO). `aux_loss`: ask a
@@ -190,7 +190,7 @@ class PreferenceMixin(WindowMixin):
             shared = torch.minimum(*shift_mask.sum(dim=1).chunk(2)).repeat(2).unsqueeze(1)
             common = (per_token_logps * ((position > 0) & (position <= shared))).sum(dim=1)
             logps = common + self.ld_alpha * (per_token_logps * (position > shared)).sum(dim=1)
-        return PairScores(*logps.chunk(2), outputs, shift_mask)
+        return PairLogps(*logps.chunk(2), outputs, shift_mask)
 
     def _set_up_sharing(self) -> None:
         # TRL's constructor precomputes reference log-probs before it returns, so whoever comes first
@@ -255,7 +255,7 @@ class PreferenceMixin(WindowMixin):
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""
         for batch in batches:
-            batch["pair_coefficients"] = self.is_real(batch) * window.undo(pairs_in(batch))
+            batch["pair_coefficients"] = self.is_real(batch) * window.rescale(pairs_in(batch))
 
     # stands on DPOTrainer._compute_loss
     def _compute_loss(self, model, inputs, return_outputs=False):
@@ -284,7 +284,7 @@ class PreferenceMixin(WindowMixin):
         # A rank whose last batch only fills up has no row that counts; its value is cut off by the Trainer's gather
         return losses[: max(inputs["real_rows"], 1)].mean()
 
-    def _check_first_margins(self, model, scores: PairScores, reference: tuple[Tensor, Tensor], inputs: dict) -> None:
+    def _check_first_margins(self, model, scores: PairLogps, reference: tuple[Tensor, Tensor], inputs: dict) -> None:
         if self._margin_checked or not self.model.training:
             return
         self._margin_checked = True
@@ -301,7 +301,7 @@ class PreferenceMixin(WindowMixin):
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
         check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))
 
-    def _record(self, mode, scores: PairScores, chosen_logratios, rejected_logratios, losses, inputs) -> None:
+    def _record(self, mode, scores: PairLogps, chosen_logratios, rejected_logratios, losses, inputs) -> None:
         means, real = self._means[mode], real_pairs(inputs)
         chosen_rewards, rejected_rewards = self.beta * chosen_logratios, self.beta * rejected_logratios
         for name, values in (
