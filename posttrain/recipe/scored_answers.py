@@ -90,7 +90,8 @@ def describe(
     if answers.has_head:
         prompt_values.check_heads_can_be_kept(args, data_args.reward_func)
     ready = answers.prepare(
-        model_id, config, processing_class, train_dataset, eval_dataset, score=data_args.reward_func is None
+        model_id, config, processing_class, train_dataset, eval_dataset, data_args.same_scale,
+        score=data_args.reward_func is None,
     )  # fmt: skip
     shown = _as_learned(ready.facts["first"], processing_class, args, name)
     facts, rows, living = {}, ready.train_dataset, None
@@ -102,7 +103,7 @@ def describe(
         rows = rows.select([i for i, weight in enumerate(rows["weight"][:]) if weight != 0])
     kept, fits = len(rows), ready.facts.get("fit")
     if fits is None:
-        fits = f"at most {kept}: chat_template_path or eos_token change the tokens once the model is loaded"
+        fits = f"at most {len(ready.train_dataset)}: chat_template_path or eos_token change the tokens once the model is loaded"
     for part in ("rewards", "advantages"):
         if part in ready.facts:
             facts[part] = "\n" + tables.histogram(ready.facts[part])
