@@ -103,7 +103,8 @@ def describe(
         rows = rows.select([i for i, weight in enumerate(rows["weight"][:]) if weight != 0])
     kept, fits = len(rows), ready.facts.get("fit")
     if fits is None:
-        fits = f"at most {len(ready.train_dataset)}: chat_template_path or eos_token change the tokens once the model is loaded"
+        given = len(ready.train_dataset)
+        fits = f"at most {given}: chat_template_path or eos_token change the tokens once the model is loaded"
     for part in ("rewards", "advantages"):
         if part in ready.facts:
             facts[part] = "\n" + tables.histogram(ready.facts[part])
