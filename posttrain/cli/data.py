@@ -214,10 +214,11 @@ def _convert(args) -> int:
 
     out = _out(args)
     _console.quiet_libraries()
-    from posttrain.data import shapes
+    from posttrain.data import shapes, turns
     from posttrain.data.rows import cells, columns_of, read_rows, rows_of
 
     rows, places = read_rows(args.source, args.split, args.limit)
+    rows = turns.read_all(rows, places, args.source)
     found = shapes.of_any_kind(columns_of(rows), rows[0], args.to, args.source)
     made, places = shapes.as_ours(rows, places, found, args.source)
     _write_lines(out, rows_of(cells(made, places)))
@@ -236,6 +237,7 @@ def _flip(args) -> int:
 
     import datasets
 
+    from posttrain.data import shapes
     from posttrain.data.corruption import flip_row, lone_columns, rows_to_flip
     from posttrain.data.rows import cells, columns_of, read_rows, rows_of
 
@@ -244,9 +246,11 @@ def _flip(args) -> int:
     for row, place in zip(rows, places, strict=True):
         missing = [name for name in ("chosen", "rejected") if name not in row]
         if missing:
+            shape = shapes.find(list(row), row, (shapes.PAIRS,), place)
+            remedy = f" Convert these {shape.name} rows first, with `posttrain data convert`." if shape else ""
             raise DataError(
                 f"{place}: {' and '.join(map(repr, missing))} missing; found {columns_of([row])}. Only preference "
-                "pairs can be flipped: every row needs chosen and rejected."
+                f"pairs can be flipped: every row needs chosen and rejected.{remedy}"
             )
     chosen = rows_to_flip(len(rows), args.rate, args.seed)
     flipped = [flip_row(row, index in chosen) for index, row in enumerate(rows)]
@@ -307,13 +311,14 @@ class _Source:
         from posttrain.cli import _console
 
         _console.quiet_libraries()
-        from posttrain.data import formats, shapes
+        from posttrain.data import formats, shapes, turns
         from posttrain.data.columns import first_with_system, say_system
         from posttrain.data.formats import detect
         from posttrain.data.rows import columns_of, read_rows
 
         self.name, self.model = args.source, args.model
         self.rows, self.places = read_rows(args.source, args.split, limit)
+        self.rows = turns.read_all(self.rows, self.places, args.source)
         self.shape = None if args.as_is else shapes.find(columns_of(self.rows), self.rows[0], name=args.source)
         self.rows, self.places = shapes.as_ours(self.rows, self.places, self.shape, args.source)
         self.columns = columns_of(self.rows)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from posttrain.data.faults import Fault, short
-from posttrain.data.markers import REASONING
+from posttrain.data.marks import REASONING
 from posttrain.data.round_trips import bare
 
 TAG = re.compile(r"</?(?:think|thinking|reasoning)>")

@@ -170,7 +170,9 @@ def convert_row(row: Mapping, found: Format, place: str = NO_PLACE) -> dict:
         return _behind_prompt(row, prompt, place)
     if found.kind in (SHAREGPT, SHAREGPT_PREFERENCE):
         turns = row["conversations"] if "conversations" in row else row.get("messages", row.get("prompt"))
-        messages = _message("user", turns) if isinstance(turns, str) else _turns(turns or [], "conversations", place)
+        messages = (
+            _message("user", turns) if isinstance(turns, str) else messages_of(turns or [], "conversations", place)
+        )
         if found.kind == SHAREGPT:
             return {"messages": with_system(row, messages, "the conversation", place)}
         sides = {side: _answer(row[side], side, place) for side in ("chosen", "rejected")}
@@ -255,10 +257,11 @@ def _answer(value, side: str, place: str) -> list[dict]:
             f"{place}: {side} is {'null' if value is None else 'empty'}; it must be a text or messages. Mend the row, "
             "or leave it out."
         )
-    return _turns(value if isinstance(value, list) else [value], side, place)
+    return messages_of(value if isinstance(value, list) else [value], side, place)
 
 
-def _turns(turns: list, column: str, place: str) -> list[dict]:
+def messages_of(turns: list, column: str, place: str) -> list[dict]:
+    """The messages of turns with from and value, or role and content. Raises DataError with the place."""
     messages = []
     for turn in turns:
         if not isinstance(turn, Mapping):

@@ -1,6 +1,7 @@
 """Reading preference pairs: a hub data set, a local file, or generated ones."""
 
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from posttrain.data import formats, objects, shapes
+from posttrain.data import formats, objects, shapes, turns
 from posttrain.data.columns import READ, SYSTEM, place_system, say_left_out
 from posttrain.data.parquet import read_parquet
 from posttrain.data.procedural import reverse_list_pairs
@@ -50,7 +51,7 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     elif _is_file_name(source):
         dataset, places = _read_file(Path(source).expanduser(), limit, convert)
     else:
-        dataset = _converted(_load_hub(source, split), source, convert)
+        dataset = _converted(turns.read(_load_hub(source, split), source), source, convert)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
         raise formats.without_sides(dataset.column_names, source, dataset[0] if len(dataset) else None)
     if len(dataset) == 0:
@@ -114,7 +115,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
     if path.suffix == ".parquet":
         return _read_parquet(path, convert), []
     rows, places = [], []
-    found = _json_rows(path)
+    found = _as_messages(_json_rows(path), limit, str(path))
     for place, row in shapes.read(found, (shapes.PAIRS,), str(path)) if convert else found:
         rows.append(_checked(row, place, is_first=not rows))
         places.append(place)
@@ -136,6 +137,18 @@ def _read_file(path: Path, limit: int | None, convert: bool):
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
         # pyarrow's own errors are ValueErrors or TypeErrors.
         raise mixed_types(rows, places, path, error) from None
+
+
+def _as_messages(found: Iterator[tuple[str, object]], limit: int | None, name: str):
+    """Rows with their places as `turns.Turns` reads them, told by the first `limit`."""
+    first = list(itertools.islice(found, limit))
+    places, rows = [place for place, _ in first], [row for _, row in first]
+    read = turns.Turns(rows, places, name)
+    try:
+        for place, row in itertools.chain(first, found):
+            yield place, {**row, **read.changed(row, place)} if isinstance(row, dict) else row
+    finally:
+        read.say()
 
 
 def _columns_to_read(names: set[str], row: dict) -> list[str]:
@@ -192,7 +205,7 @@ def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_parquet(path: Path, convert: bool):
-    table = read_parquet(path, READ)
+    table = turns.read(read_parquet(path, READ), str(path))
     names, first = table.column_names, table[0] if len(table) else {}
     if convert and shapes.find(names, first, (shapes.PAIRS,), str(path)):
         return shapes.convert(table, str(path))
@@ -222,7 +235,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     except json.JSONDecodeError as error:
         # A line is parsed alone, a .json file as a whole: one of the two numbers is 1.
         line = number + error.lineno - 1
-        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}.") from None
+        hint = ""
+        if path.suffix == ".json" and error.msg.startswith("Extra data"):
+            hint = " A file with a row on each line is to be named .jsonl."
+        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}.{hint}") from None
     except UnicodeDecodeError as error:
         # the text was decoded in blocks, whose positions say nothing
         with opener(path, "rb") as file:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from posttrain.data import continued, formats, objects
-from posttrain.data.applied import ControlTokens
+from posttrain.data.applied import ControlTokens, adds_end
 from posttrain.data.looks import rows_to_render
 from posttrain.data.probes import Probe
 from posttrain.data.survey import Survey
-from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of, tools_of
+from posttrain.data.tokens import as_rendered, check_settings, render, tokenized_pairs, tokenizer_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 
@@ -70,6 +70,11 @@ def check(
     if "tools" in names:
         for number, value in enumerate(dataset.with_format(None)["tools"]):
             tools_of({"tools": value}, places[number] if places else f"{name}, row {number + 1}")
+    check_settings(settings, name)
+    for number, value in enumerate(
+        dataset.with_format(None)["chat_template_kwargs"] if "chat_template_kwargs" in names else ()
+    ):
+        check_settings(value, places[number] if places else f"{name}, row {number + 1}")
     dataset = as_rendered(dataset.select_columns(names).with_format(None), processing_class)
     tokenizer = tokenizer_of(processing_class)
     is_task = kind in (("demonstration",), ("prompt",))
@@ -86,6 +91,11 @@ def check(
     survey.refuse()
     warnings, found.notes = survey.tokens.say(name, len(dataset), unit, survey.is_text, tokenizer)
     found.warnings = survey.warnings() + warnings
+    if is_task and survey.is_text and adds_end(tokenizer):
+        found.warnings.append(
+            f"{name}: the tokenizer puts {tokenizer.eos_token!r} behind every text, the prompts among them, so "
+            "rollouts begin behind an end. Set `tokenizer.add_eos_token = False`, or give the prompts as messages."
+        )
     chosen = rows_to_render(survey.looks, len(dataset))
     found.rendered = len(chosen)
     rows = dataset.select(chosen)

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from posttrain.data.applied import ControlTokens
 from posttrain.data.looks import look_of
-from posttrain.data.markers import REASONING
-from posttrain.data.marks import switch_of
+from posttrain.data.marks import REASONING, switch_of
 from posttrain.data.probes import answers_of, prompt_of
 from posttrain.data.repeats import BEGINS, TRANSCRIPT, repeats
 from posttrain.data.tokens import tools_of

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from posttrain.data import formats
+from posttrain.data import formats, objects
 from posttrain.errors import DataError
 
 _SIDES = ("chosen", "rejected")
@@ -220,7 +220,9 @@ def _is_empty(side) -> bool:
         return False
     if isinstance(content, str):
         return not content.strip()
-    return all(block.get("type") == "text" and not (block.get("text") or "").strip() for block in content)
+    return all(
+        block.get("type", "text") in objects.TEXTS and not (block.get("text") or "").strip() for block in content
+    )
 
 
 def _described(value) -> str:
