@@ -71,10 +71,9 @@ def check(
         for number, value in enumerate(dataset.with_format(None)["tools"]):
             tools_of({"tools": value}, places[number] if places else f"{name}, row {number + 1}")
     check_settings(settings, name)
-    for number, value in enumerate(
-        dataset.with_format(None)["chat_template_kwargs"] if "chat_template_kwargs" in names else ()
-    ):
-        check_settings(value, places[number] if places else f"{name}, row {number + 1}")
+    if "chat_template_kwargs" in names:
+        for number, value in enumerate(dataset.with_format(None)["chat_template_kwargs"]):
+            check_settings(value, places[number] if places else f"{name}, row {number + 1}")
     dataset = as_rendered(dataset.select_columns(names).with_format(None), processing_class)
     tokenizer = tokenizer_of(processing_class)
     is_task = kind in (("demonstration",), ("prompt",))

@@ -164,8 +164,7 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
         row = formats.convert_row(row, found, place)
         found = formats.detect(row, row)
     row = {name: objects.flattened(value) for name, value in row.items()}
-    if isinstance(row.get("chat_template_kwargs"), Mapping):
-        check_settings(row["chat_template_kwargs"], place)
+    check_settings(row.get("chat_template_kwargs"), place)
     if "tools" in row:
         row["tools"] = tools_of(row, place)
     if found.kind in formats.PAIR_KINDS:
@@ -279,7 +278,8 @@ def _read_tools(row: Mapping, place: str = "a row") -> dict:
 
 def check_settings(settings: Mapping | None, place: str) -> None:
     """Raise DataError for settings of the chat template that are arguments of its call."""
-    given = [name for name in settings or () if name in _NO_SETTINGS]
+    settings = settings if isinstance(settings, Mapping) else {}
+    given = [name for name, value in settings.items() if name in _NO_SETTINGS and value is not None]
     if given:
         remedy = "Give tools in a column of their own." if "tools" in given else "Leave it out."
         raise DataError(

@@ -29,7 +29,13 @@ class Turns:
     Raises DataError where most texts of a column begin like a list of messages and are no JSON.
     """
 
-    def __init__(self, rows: Iterable[Mapping], places: Iterable[str], name: str, columns: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        rows: Iterable[Mapping],
+        places: Iterable[str],
+        name: str,
+        columns: Mapping[str, str] | None = None,
+    ):
         self.prompts = [theirs for theirs, ours in (columns or {}).items() if ours == "prompt"]
         self.name, self.opened, self.first_opened = name, 0, ""
         self.columns = tuple(dict.fromkeys((*COLUMNS, *(columns or ()))))
@@ -84,8 +90,7 @@ class Turns:
             get_logger().info(
                 "%s: %d prompts end with an empty turn of the assistant, which is left out, as the answer takes its "
                 "place (first: %s)",
-                self.prompts = [theirs for theirs, ours in (columns or {}).items() if ours == "prompt"]
-        self.name, self.opened, self.first_opened,
+                self.name, self.opened, self.first_opened,
             )  # fmt: skip
 
     def _read(self, row: Mapping, column: str, place: str):
