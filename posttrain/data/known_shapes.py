@@ -125,7 +125,7 @@ def _begins_with_its_prompt(row: Mapping) -> bool:
 
 
 def _split_with_its_prompt(row: Mapping) -> list[dict]:
-    if not _begins_with_its_prompt(row):
+    if _whole(row) and not _begins_with_its_prompt(row):
         raise LeftOut("the prompt does not stand in the conversations")
     return _split(row["chosen"], row["rejected"])
 

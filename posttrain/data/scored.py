@@ -310,7 +310,8 @@ def _renaming(columns: Sequence[str]) -> str:
     whole = next((one for one in ("messages", "conversations") if one in columns), None)
     if whole and not {"prompt", "completion", "chosen"} & ({*columns} | {*names.values()}):
         parts = f'{{"prompt": row["{whole}"][:-1], "completion": row["{whole}"][-1:]}}'
-        said += f" Part the conversations before their last turn:\n  dataset = dataset.map(lambda row: {parts})"
+        said += "\n" if said else " "
+        said += f"Part the conversations before their last turn:\n  dataset = dataset.map(lambda row: {parts})"
     return said
 
 

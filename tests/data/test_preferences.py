@@ -75,7 +75,7 @@ def test_wrong_generated_sources_are_named(source, message):
         (
             "a.json",
             LINES,
-            r"line 2, column 1: broken JSON: Extra data. A file with a row on each line is to be named .js",
+            r"line 2, column 1: broken JSON: Extra data. A file with a row on each line is to be",
         ),
         ("a.json", json.dumps(ROWS, indent=1).replace('"no 1"', "no"), "line 12, column 15: broken JSON"),
         ("a.json", '{"data": []}', r"must hold a list of rows, not an object"),
