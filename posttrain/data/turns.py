@@ -124,7 +124,7 @@ def read_all(rows: Sequence, places: Sequence[str], name: str, columns: Mapping[
 def read(dataset, name: str):
     """As `read_all`, of a `datasets.Dataset` or a stream; the data set itself where nothing changes.
 
-    Of a stream each row tells for itself.
+    Of a stream each row tells for itself, where the first one holds conversations.
     """
     from datasets import concatenate_datasets
 
@@ -132,6 +132,9 @@ def read(dataset, name: str):
     if not columns:
         return dataset
     if not hasattr(dataset, "__len__"):
+        first = next(iter(dataset), {})
+        if not any(_is_of_turns(first.get(column), column, first) for column in columns):
+            return dataset
         return dataset.map(functools.partial(_of_stream, name=name))
     if dataset.format["type"] == "custom" or not any(_may_change(dataset, column) for column in columns):
         return dataset
@@ -197,6 +200,13 @@ def _may_change(dataset, column: str) -> bool:
     if getattr(dataset.features[column], "dtype", None) in ("string", "large_string"):
         return any(value and _BEGINS.match(value) for value in values)
     return _ends_open(column, dataset.column_names) and any(without_open_turn(value) is not value for value in values)
+
+
+def _is_of_turns(value, column: str, row: Mapping) -> bool:
+    """Whether a value of a stream's first row tells that rows of it may change."""
+    if isinstance(value, str):
+        return messages_in(value) is not None or bool(_PRINTED.match(value))
+    return isinstance(value, list) and _ends_open(column, row)
 
 
 def _of_stream(row: Mapping, name: str) -> dict:
