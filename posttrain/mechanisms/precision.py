@@ -1,0 +1,16 @@
+"""The precision of weights, kept over what loads others into their place."""
+
+import contextlib
+
+
+@contextlib.contextmanager
+def same_precision(model):
+    """Around the loading of weights: each parameter keeps its dtype. PEFT gives 16-bit adapters fp32 as it loads them.
+
+    A parameter stays the same object, so an optimizer that holds it goes on with it.
+    """
+    before = {name: value.dtype for name, value in model.named_parameters()}
+    yield
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and value.dtype != before.get(name, value.dtype):
+            value.data = value.data.to(before[name])
