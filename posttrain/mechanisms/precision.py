@@ -5,10 +5,7 @@ import contextlib
 
 @contextlib.contextmanager
 def same_precision(model):
-    """Around the loading of weights: each parameter keeps its dtype. PEFT gives 16-bit adapters fp32 as it loads them.
-
-    A parameter stays the same object, so an optimizer that holds it goes on with it.
-    """
+    """Around the loading of weights: each parameter keeps its dtype. PEFT makes 16-bit adapters fp32 on loading."""
     before = {name: value.dtype for name, value in model.named_parameters()}
     yield
     for name, value in model.named_parameters():

@@ -15,7 +15,8 @@ _UPDATE = (
     "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
     "truncation_mode", "train_sampling_strategy", "optim_target_modules", "label_smoothing_factor",
-    "average_tokens_across_devices", "neftune_noise_alpha", "dataloader_drop_last", "disable_dropout", "router_aux_loss_coef",
+    "average_tokens_across_devices", "neftune_noise_alpha", "dataloader_drop_last", "disable_dropout",
+    "router_aux_loss_coef",
     # of DPO
     "loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "use_weighting",
     "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "dr_dpo_window", "discopop_tau", "ld_alpha",
@@ -26,7 +27,7 @@ _UPDATE = (
     "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "entropy_coef", "entropy_coef_delta",
     "entropy_coef_max", "entropy_coef_min", "entropy_target", "use_adaptive_entropy", "cast_lm_head_to_fp32",
     "generation_kwargs", "chat_template_kwargs", "max_tool_calling_iterations", "vllm_structured_outputs_regex",
-    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_cap",
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
     "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
 )  # fmt: skip
 

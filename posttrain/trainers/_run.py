@@ -279,7 +279,9 @@ class RunMixin:
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _checkpoints.is_write_error(error):
                 raise
-            raise EnvironmentIssue(f"the model could not be saved to {folder}: {error}") from error
+            raise EnvironmentIssue(
+                f"the model could not be saved to {folder}: {_checkpoints.write_reason(error)}."
+            ) from error
         if self.is_world_process_zero():
             clean_readme(folder, self.args.base_model_id)
         if self.args.push_to_hub and not _internal_call:
