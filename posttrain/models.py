@@ -18,6 +18,7 @@ from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.paths import cache_dir
 from posttrain.remote import check_model_name, model_failure
+from posttrain.saved import check_safetensors, check_shards
 
 SMOLLM2 = "embedded:smollm2-135m"
 TINY = "embedded:tiny"
@@ -110,10 +111,13 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
     Raises:
         ConfigError: no adapter there, one that names no base, a base that is not there or that the adapter does not
             fit, or one that cannot be merged into.
+        DataError: weights that are damaged: the adapter's, or those of a base in a folder.
         EnvironmentIssue: a base that only the hub has, which cannot be reached.
     """
     source, revision = base_of(folder, base)
+    check_safetensors(Path(folder) / "adapter_model.safetensors")
     check_model_name(source)
+    _check_base(Path(source))
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -138,6 +142,14 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
             f"the adapter in {folder} does not fit the base model {source}: {reason} Give the base that it was "
             "trained on with --base MODEL."
         ) from error
+
+
+def _check_base(folder: Path) -> None:
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        check_safetensors(whole)
+    elif index.is_file():
+        check_shards(index)
 
 
 def tokenizer_beside(folder: str | Path, base: str | None = None):

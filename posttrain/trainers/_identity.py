@@ -6,7 +6,7 @@ from pathlib import Path
 import xxhash
 
 from posttrain.hub.base import adapter_config, base_name, loaded_from
-from posttrain.mechanisms.base_digests import plain
+from posttrain.mechanisms.base_digests import base_digests, plain, quantisation
 
 # Columns of rows that were tokenised before the run
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
@@ -14,14 +14,21 @@ _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
 _UPDATE = (
     "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
-    "train_sampling_strategy", "optim_target_modules", "label_smoothing_factor", "average_tokens_across_devices",
-    "neftune_noise_alpha", "dataloader_drop_last", "disable_dropout", "router_aux_loss_coef",
+    "truncation_mode", "train_sampling_strategy", "optim_target_modules", "label_smoothing_factor",
+    "average_tokens_across_devices", "neftune_noise_alpha", "dataloader_drop_last", "disable_dropout",
+    "router_aux_loss_coef",
     # of DPO
     "loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "use_weighting",
-    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "dr_dpo_window",
+    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "dr_dpo_window", "discopop_tau", "ld_alpha",
     # of GRPO
     "mask_truncated_completions", "importance_sampling_level", "delta", "min_p", "repetition_penalty",
-    "top_entropy_quantile", "shuffle_dataset",
+    "top_entropy_quantile", "shuffle_dataset", "reward_weights", "multi_objective_aggregation",
+    "off_policy_mask_threshold", "use_bias_correction_kl", "sapo_temperature_neg", "sapo_temperature_pos",
+    "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "entropy_coef", "entropy_coef_delta",
+    "entropy_coef_max", "entropy_coef_min", "entropy_target", "use_adaptive_entropy", "cast_lm_head_to_fp32",
+    "generation_kwargs", "chat_template_kwargs", "max_tool_calling_iterations", "vllm_structured_outputs_regex",
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
 )  # fmt: skip
 
 # Of an adapter's config, what says where it came from or how it began, and what the modules that it took tell better
@@ -68,8 +75,22 @@ def identity(trainer) -> dict:
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         **trainer._base_digests,
+        **quantisation(trainer.model),
         **trainer.identity_settings(),
     }
+
+
+def reference_digest(trainer) -> dict[str, str | None]:
+    """A digest of the reference that a trainer was given: None where it is the run's start; of some trainers nothing.
+
+    Call it at construction: `sync_ref_model` moves the reference later.
+    """
+    if not hasattr(trainer, "_reference_is_given"):
+        return {}
+    if not trainer._reference_is_given:
+        return {"reference": None}
+    split = trainer.is_fsdp_enabled
+    return {"reference": "-".join(base_digests(trainer.ref_model, split, whole=True).values())}
 
 
 def update_settings(trainer) -> dict:
@@ -105,5 +126,12 @@ def differing(now: dict, then: dict) -> str:
         "data": "data: other rows there than here",
         "base": "base: a model of another shape there than here",
         "base_weights": "base_weights: other weights under the adapter there than here",
+        "reference": f"reference: {_reference_in_words(then)} there, {_reference_in_words(now)} here",
     }
+    if now.get("reference") and then.get("reference"):
+        words["reference"] = "reference: another ref_model there than here"
     return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)
+
+
+def _reference_in_words(settings: dict) -> str:
+    return "a ref_model" if settings.get("reference") else "no ref_model"

@@ -16,12 +16,13 @@ from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import clean_readme, preflight, push_checkpoint, push_run, write_model_card
 from posttrain.log import get_logger
 from posttrain.mechanisms.base_digests import base_digests
+from posttrain.mechanisms.precision import same_precision
 from posttrain.models import embedded_name, resolve_model
 from posttrain.reporting import RunReport
-from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start
+from posttrain.trainers import _checkpoints, _checks, _evaluation, _run_folder, _schedule, _start, _synced_reference
 from posttrain.trainers._checkpoint_files import check_adapter_fits, is_complete
 from posttrain.trainers._guards import FiniteLoss, LiveGradients, stop
-from posttrain.trainers._identity import differing, identity, update_settings
+from posttrain.trainers._identity import differing, identity, reference_digest, update_settings
 from posttrain.trainers._sharing import check_setting
 
 
@@ -93,7 +94,7 @@ class RunMixin:
         _start.begin(self._peft_config, args)
         self.hub_destination = hub_destination
         self._schedule = _schedule.Current()
-        self._known_identity = None
+        self._known_identity, self._has_folder = None, False
         self._finite_loss, self._live_gradients = FiniteLoss(), None
 
     def _with_aux_loss(self, loss, aux_loss, mode: str, steps: int = 1):
@@ -115,6 +116,7 @@ class RunMixin:
         self._note_start()
         keep_4bit_weights_trainable(self.model)
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
+        self._base_digests |= reference_digest(self)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
         self.add_callback(_run_folder.RunFolder(self))
@@ -152,6 +154,7 @@ class RunMixin:
             if not self.args.check_resume and not self.args.resume_weights_only:
                 _checkpoints.say_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
+            _synced_reference.load(self, checkpoint)
         if checkpoint is not None and self.args.ignore_data_skip:
             get_logger().warning(
                 "ignore_data_skip: going on from %s with the rows that the run began with; it is not the run that was "
@@ -193,8 +196,15 @@ class RunMixin:
         return found
 
     def _claim_folder(self) -> None:
+        self._check_folder()
         if self.is_world_process_zero():
             _run_folder.claim(Path(self.args.output_dir), self)
+
+    def _check_folder(self) -> None:
+        """Refuse the run folder once more before the first write: another run may have begun there since."""
+        if not self._has_folder:
+            _run_folder.check_free(self)
+            self._has_folder = True
 
     def _identity(self) -> dict:
         if self._known_identity is None:
@@ -253,7 +263,9 @@ class RunMixin:
         folder = Path(output_dir or self.args.output_dir)
         own = folder.resolve() == Path(self.args.output_dir).resolve()
         notes = own and self.is_world_process_zero()
-        if not own:
+        if own:
+            self._check_folder()
+        else:
             _run_folder.check_not_anothers(folder, self)
         try:
             if notes:
@@ -267,7 +279,9 @@ class RunMixin:
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _checkpoints.is_write_error(error):
                 raise
-            raise EnvironmentIssue(f"the model could not be saved to {folder}: {error}") from error
+            raise EnvironmentIssue(
+                f"the model could not be saved to {folder}: {_checkpoints.write_reason(error)}."
+            ) from error
         if self.is_world_process_zero():
             clean_readme(folder, self.args.base_model_id)
         if self.args.push_to_hub and not _internal_call:
@@ -277,13 +291,15 @@ class RunMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._start.converts:
             return self._start.load(resume_from_checkpoint)
-        return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with same_precision(model if model is not None else self.model):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # stands on Trainer._load_best_model
     def _load_best_model(self):
         if self._start.converts and not self.is_deepspeed_enabled:
             return self._start.load(self.state.best_model_checkpoint)
-        return super()._load_best_model()
+        with same_precision(self.model):
+            return super()._load_best_model()
 
     # stands on Trainer.push_to_hub: saves first, on all ranks, and never fails the run
     def push_to_hub(
@@ -315,6 +331,7 @@ class RunMixin:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with _checkpoints.complete_or_not_there(self, folder):
             super()._save_checkpoint(model, trial)
+            _synced_reference.save(self, folder)
 
     # stands on Trainer._finalize_training, which deletes whatever is named as a checkpoint is
     def _finalize_training(self, trial, num_train_samples, start_time):
