@@ -8,7 +8,20 @@ import posttrain
 ROOT = Path(posttrain.__file__).parent
 # from the ground up; a name is a module or a folder of them
 LAYERS = (
-    ("errors", "log", "paths", "compat", "remote", "quiet", "checks", "environment", "tables", "config", "models"),
+    (
+        "errors",
+        "log",
+        "paths",
+        "compat",
+        "remote",
+        "quiet",
+        "checks",
+        "environment",
+        "tables",
+        "saved",
+        "config",
+        "models",
+    ),
     ("objectives",),
     ("rewards",),
     ("data",),

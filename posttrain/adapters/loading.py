@@ -6,6 +6,7 @@ from pathlib import Path
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.models import embedded_name, resolve_model
 from posttrain.remote import check_model_name, model_failure
+from posttrain.saved import check_safetensors, check_shards
 
 
 def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | None]:
@@ -43,10 +44,13 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
     Raises:
         ConfigError: no adapter there, one that names no base, a base that is not there or that the adapter does not
             fit, or one that cannot be merged into.
+        DataError: weights that are damaged: the adapter's, or those of a base in a folder.
         EnvironmentIssue: a base that only the hub has, which cannot be reached.
     """
     source, revision = base_of(folder, base)
+    check_safetensors(Path(folder) / "adapter_model.safetensors")
     check_model_name(source)
+    _check_base(Path(source))
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,6 +75,14 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
             f"the adapter in {folder} does not fit the base model {source}: {reason} Give the base that it was "
             "trained on with --base MODEL."
         ) from error
+
+
+def _check_base(folder: Path) -> None:
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        check_safetensors(whole)
+    elif index.is_file():
+        check_shards(index)
 
 
 def tokenizer_beside(folder: str | Path, base: str | None = None):

@@ -1,6 +1,7 @@
 """`posttrain generate`: what the base and the adapter answer to the same prompts, side by side."""
 
 import json
+import math
 from pathlib import Path
 
 from posttrain.errors import ConfigError, DataError
@@ -36,8 +37,13 @@ def run(args) -> int:
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise ConfigError("no prompt was given; use --prompt TEXT or --prompts FILE.")
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise ConfigError("max_new_tokens must be 1 or more, and temperature 0 or more.")
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
+        raise ConfigError(
+            f"max_new_tokens is {args.max_new_tokens} and temperature {args.temperature:g}; max_new_tokens must be "
+            "1 or more, and temperature 0 or more: a finite number."
+        )
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"seed is {args.seed}; it must lie in 0 to {2**32 - 1}.")
 
     from posttrain import quiet
     from posttrain.adapters.loading import base_of, load_adapter, tokenizer_beside

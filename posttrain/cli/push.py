@@ -35,8 +35,8 @@ def run(args) -> int:
 
     from posttrain import quiet
     from posttrain.hub import open_repository, push_folder
-    from posttrain.hub.base_model import check_repo_id, hub_base, noted_base
-    from posttrain.hub.files import saved_weights
+    from posttrain.hub.base_model import check_repo_id, hub_base, noted_base, run_of
+    from posttrain.hub.files import check_files, saved_weights
     from posttrain.hub.push import merged_weights
 
     if args.merged:
@@ -44,6 +44,7 @@ def run(args) -> int:
     check_repo_id("ORG/NAME", args.repo)
     if "adapter_config.json" not in saved_weights(args.folder) and args.merged:
         raise ConfigError(f"--merged is set, but {args.folder} holds a whole model. Leave --merged out.")
+    check_files(args.folder, run_of(args.folder))
     noted, name = noted_base(args.folder)
     given = args.base_model_id or noted
     base = hub_base(given, name, "--base-model-id")

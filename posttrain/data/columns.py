@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from posttrain.data import formats, objects
+from posttrain.data import formats, objects, turns
 from posttrain.data.messages import SYSTEM, system_column, system_in_front
 from posttrain.log import get_logger
 
@@ -30,6 +30,8 @@ _KNOWN_ELSEWHERE = (
     ),
     *("background", "story", "knowledge", "evidence", "references", "premise", "hypothesis", "table", "schema"),
     *("options", "choices", "endings", "persona", "personality", "dialogue", "dialog", "hint", "hints", "examples"),
+    # a system message under another name
+    *("system_message", "system_msg", "sys_prompt", "system_text", "system_instruction", "instruction_system"),
     *("test_list", "starter_code", "function_call", "functions", "audio", "video", "videos"),
 )
 
@@ -68,7 +70,7 @@ def prepare(given, name: str, read: Iterable[str] | None = None):
         return type(given)({one: prepare(dataset, str(one), read) for one, dataset in given.items()})
     if read is not None:
         say_left_out(objects.names_of(given), read, name)
-    return place_system(given, name)
+    return place_system(turns.read(objects.without_empty_images(given, name), name), name)
 
 
 def say_system(row: Mapping, name: str) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from posttrain.data import objects
 from posttrain.data.messages import SYSTEM, is_messages, with_system
 from posttrain.data.rendering.marks import switch_of
 from posttrain.errors import DataError
@@ -170,7 +171,9 @@ def convert_row(row: Mapping, found: Format, place: str = NO_PLACE) -> dict:
         return _behind_prompt(row, prompt, place)
     if found.kind in (SHAREGPT, SHAREGPT_PREFERENCE):
         turns = row["conversations"] if "conversations" in row else row.get("messages", row.get("prompt"))
-        messages = _message("user", turns) if isinstance(turns, str) else _turns(turns or [], "conversations", place)
+        messages = (
+            _message("user", turns) if isinstance(turns, str) else messages_of(turns or [], "conversations", place)
+        )
         if found.kind == SHAREGPT:
             return {"messages": with_system(row, messages, "the conversation", place)}
         sides = {side: _answer(row[side], side, place) for side in ("chosen", "rejected")}
@@ -255,10 +258,11 @@ def _answer(value, side: str, place: str) -> list[dict]:
             f"{place}: {side} is {'null' if value is None else 'empty'}; it must be a text or messages. Mend the row, "
             "or leave it out."
         )
-    return _turns(value if isinstance(value, list) else [value], side, place)
+    return messages_of(value if isinstance(value, list) else [value], side, place)
 
 
-def _turns(turns: list, column: str, place: str) -> list[dict]:
+def messages_of(turns: list, column: str, place: str) -> list[dict]:
+    """The messages of turns with from and value, or role and content. Raises DataError with the place."""
     messages = []
     for turn in turns:
         if not isinstance(turn, Mapping):
@@ -329,7 +333,9 @@ def is_empty(side) -> bool:
         return False
     if isinstance(content, str):
         return not content.strip()
-    return all(block.get("type") == "text" and not (block.get("text") or "").strip() for block in content)
+    return all(
+        block.get("type", "text") in objects.TEXTS and not (block.get("text") or "").strip() for block in content
+    )
 
 
 def described(value) -> str:

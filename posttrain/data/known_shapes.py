@@ -124,6 +124,12 @@ def _begins_with_its_prompt(row: Mapping) -> bool:
     return row["prompt"].strip() in [text.strip() for text in asked]
 
 
+def _split_with_its_prompt(row: Mapping) -> list[dict]:
+    if _whole(row) and not _begins_with_its_prompt(row):
+        raise LeftOut("the prompt does not stand in the conversations")
+    return _split(row["chosen"], row["rejected"])
+
+
 def _messages_answer_a_text(row: Mapping) -> bool:
     sides = row["chosen"], row["rejected"]
     return isinstance(row["prompt"], str) and all(is_messages(side) and _is_answer(side) for side in sides)
@@ -256,7 +262,7 @@ _NO_PROMPT = ("prompt", "instruction", "conversations", "prompt_ids")
 SHAPES = (
     Shape(
         "UltraFeedback binarized", PAIRS, ("prompt", "chosen", "rejected"), _begins_with_its_prompt,
-        lambda row: _split(row["chosen"], row["rejected"]),
+        _split_with_its_prompt,
         "whole conversations that begin with the prompt, which is taken from them",
     ),
     Shape(

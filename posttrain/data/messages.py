@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from posttrain.data import objects
+from posttrain.data.rendering.marks import REASONING
 from posttrain.errors import DataError
 
 # The first that a row has is its system message.
@@ -11,6 +13,19 @@ SYSTEM = ("system", "system_prompt")
 def is_messages(value) -> bool:
     """Whether a value is a conversation as TRL takes it: a list of objects with a role."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
+
+
+def without_open_turn(prompt):
+    """A prompt without empty turns of the assistant at its end; the value itself where there is none.
+
+    A turn with a call or a thought is not empty.
+    """
+    if not isinstance(prompt, list):
+        return prompt
+    end = len(prompt)
+    while end and _is_open(prompt[end - 1]):
+        end -= 1
+    return prompt if end == len(prompt) else prompt[:end]
 
 
 def system_column(row: Mapping) -> str | None:
@@ -72,3 +87,20 @@ def _text(content) -> str:
     if isinstance(content, list):
         return "".join(block.get("text") or "" for block in content if isinstance(block, Mapping))
     return content or ""
+
+
+def _is_open(turn) -> bool:
+    if not isinstance(turn, Mapping) or turn.get("role", turn.get("from")) not in ("assistant", "gpt"):
+        return False
+    if any(turn.get(key) for key in ("tool_calls", "function_call", *REASONING)):
+        return False
+    return _is_blank(turn.get("content", turn.get("value")))
+
+
+def _is_blank(content) -> bool:
+    if isinstance(content, list):
+        return all(
+            isinstance(block, Mapping) and block.get("type", "text") in objects.TEXTS and _is_blank(block.get("text"))
+            for block in content
+        )
+    return content is None or (isinstance(content, str) and not content.strip())

@@ -16,6 +16,8 @@ COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "demonstration", "messages", "conversations"),
     *("tools", "chat_template_kwargs"),
 )
+# The types of blocks that hold text
+TEXTS = ("text", "input_text", "output_text")
 _IMAGES = {"image", "images"}
 _LISTS, _OBJECTS = "lists", "objects"
 _CALLS, _NO_CALLS = ("tool_calls", "function_call"), (None, [], {})
@@ -81,6 +83,28 @@ def restored(dataset, columns: Iterable[str] = COLUMNS):
     return _mended(dataset, {name: features[name] for name in changed}) if changed else dataset
 
 
+def without_empty_images(dataset, name: str):
+    """A data set without columns of images that are empty in all rows, which is said; `name`: what it is called.
+
+    Trainers go by the column alone, and take its rows for images.
+    """
+    is_sized = hasattr(dataset, "column_names") and hasattr(dataset, "__len__")
+    if not is_sized or dataset.format["type"] == "custom" or not len(dataset):
+        return dataset
+    columns = [column for column in dataset.column_names if column in _IMAGES]
+    empty = [column for column in columns if _is_empty_column(dataset, column)]
+    if not empty:
+        return dataset
+    get_logger().info("%s: left out: column %s, empty in all rows", name, " and ".join(empty))
+    return dataset.remove_columns(empty)
+
+
+def _is_empty_column(dataset, column: str) -> bool:
+    # as Arrow, no image is decoded
+    batches = dataset.with_format("arrow").select_columns([column]).iter(1000)
+    return not any(value for batch in batches for value in batch[column].to_pylist())
+
+
 def names_of(dataset) -> list[str]:
     """The names of a data set's columns; of a stream that does not know them, those of its first row.
 
@@ -144,7 +168,7 @@ def quietly_mapped(dataset, function, **kwargs):
 def _is_text_blocks(message) -> bool:
     content = message.get("content") if isinstance(message, Mapping) else None
     return isinstance(content, list) and all(
-        isinstance(block, Mapping) and block.get("type", "text") == "text" and isinstance(block.get("text"), str)
+        isinstance(block, Mapping) and block.get("type", "text") in TEXTS and isinstance(block.get("text"), str)
         for block in content
     )
 

@@ -88,7 +88,10 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
     except json.JSONDecodeError as error:
         # A line is parsed alone, a .json file as a whole: one of the two numbers is 1.
         line = number + error.lineno - 1
-        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}.") from None
+        hint = ""
+        if path.suffix == ".json" and error.msg.startswith("Extra data"):
+            hint = " A file with a row on each line is to be named .jsonl."
+        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}.{hint}") from None
     except UnicodeDecodeError as error:
         # the text was decoded in blocks, whose positions say nothing
         with opener(path, "rb") as file:

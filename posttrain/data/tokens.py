@@ -16,6 +16,13 @@ from posttrain.remote import check_model_name, model_failure
 
 _READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
+# Arguments of `apply_chat_template` that training gives
+_NO_SETTINGS = (
+    *("add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors", "padding"),
+    *("return_assistant_tokens_mask", "truncation", "max_length", "tokenizer", "processing_class", "tools"),
+    *("conversation", "messages"),
+)
+
 
 class TokenSequence(NamedTuple):
     """The token ids of one part of a row (`chosen`, `messages`, ...) and, for each, whether it is supervised."""
@@ -159,6 +166,7 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
         row = formats.convert_row(row, found, place)
         found = formats.detect(row, row)
     row = {name: objects.flattened(value) for name, value in row.items()}
+    check_settings(row.get("chat_template_kwargs"), place)
     if "tools" in row:
         row["tools"] = tools_of(row, place)
     if found.kind in formats.PAIR_KINDS:
@@ -270,6 +278,18 @@ def _read_tools(row: Mapping, place: str = "a row") -> dict:
     return {"tools": json.dumps(tools) if tools else None}
 
 
+def check_settings(settings: Mapping | None, place: str) -> None:
+    """Raise DataError for settings of the chat template that are arguments of its call."""
+    settings = settings if isinstance(settings, Mapping) else {}
+    given = [name for name, value in settings.items() if name in _NO_SETTINGS and value is not None]
+    if given:
+        remedy = "Give tools in a column of their own." if "tools" in given else "Leave it out."
+        raise DataError(
+            f"{place}: chat_template_kwargs holds {given[0]}, which is no setting of a chat template: training sets it "
+            f"itself. {remedy}"
+        )
+
+
 def template_kwargs_of(row: Mapping) -> dict:
     """The settings of the chat template in a row's column chat_template_kwargs, without those that are null."""
     return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
@@ -296,6 +316,9 @@ def _language_modelling(row: Mapping, processing_class, place: str) -> TokenSequ
         text = cleaned["text"]
         text = text if text.endswith(eos) or cleaned[closers.COLUMN] else text + eos
         ids = render(text, row, processing_class, place)
+        if ids[-2:] == [tokenizer.eos_token_id] * 2:
+            # the tokenizer's own, behind the one of the text
+            ids = ids[:-1]
         return TokenSequence("text", ids, [True] * len(ids))
     messages = row["messages"] if "messages" in row else row["conversations"]
     template = processing_class.chat_template

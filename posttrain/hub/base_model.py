@@ -7,10 +7,15 @@ from pathlib import Path
 import yaml
 
 from posttrain.errors import ConfigError
+from posttrain.mechanisms.base_digests import plain
 from posttrain.models import SMOLLM2, TINY, embedded_name
+from posttrain.saved import read_json, read_yaml
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
+# What a checkpoint of ours, and a run, say that they are; a trainer's state is in every checkpoint
+_MARKER, _NOTE, _STATE = "posttrain_complete.json", "posttrain_run.json", "trainer_state.json"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -58,24 +63,61 @@ def hub_base(given: str | None, name: str | None, setting: str = "base_model_id"
 
 
 def noted_base(folder: str | Path) -> tuple[str | None, str | None]:
-    """What a saved run says of its base model: the `base_model_id` it was given, and the name it was loaded from."""
+    """What a saved run says of its base model: the `base_model_id` it was given, and the name it was loaded from.
+
+    Raises:
+        DataError: its settings or its adapter's config cannot be read.
+    """
     folder = Path(folder).resolve()
     run = run_of(folder)
     settings, adapter, card = run / "resolved_config.yaml", folder / "adapter_config.json", run / "README.md"
     given = name = None
     if settings.is_file():
-        given = (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("training", {}).get("base_model_id")
+        training = read_yaml(settings).get("training")
+        given = training.get("base_model_id") if isinstance(training, dict) else None
     if adapter.is_file():
-        name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = read_json(adapter).get("base_model_name_or_path")
     elif card.is_file():
         name = split_front_matter(card.read_text(encoding="utf-8", errors="replace"))[0].get("base_model")
-    return given, name
+    return tuple(value if isinstance(value, str) and value else None for value in (given, name))
 
 
 def run_of(folder: str | Path) -> Path:
-    """The run that a folder belongs to: itself, or the one around a checkpoint."""
+    """The run that a folder belongs to: itself, or the one around a checkpoint.
+
+    A folder named `checkpoint-N` is one where it holds a trainer's state, or our marker, and the folder around it is
+    noted as a run: the marker's run, where there is a marker. Any other stands alone, and nothing beside it is read.
+    """
     folder = Path(folder).resolve()
-    return folder.parent if folder.name.startswith("checkpoint-") else folder
+    if not _CHECKPOINT.fullmatch(folder.name):
+        return folder
+    run = folder.parent
+    if (folder / _MARKER).is_file():
+        own = _settings_in(folder / _MARKER)
+        around = _settings_in(run / _NOTE) if (run / _NOTE).is_file() else _settings_resolved(run)
+        shared = own.keys() & around.keys()
+        return run if shared and all(plain(own[name]) == plain(around[name]) for name in shared) else folder
+    noted = _settings_in(run / _NOTE) if (run / _NOTE).is_file() else _settings_resolved(run)
+    return run if noted and (folder / _STATE).is_file() else folder
+
+
+def _settings_in(note: Path) -> dict:
+    """Identity and update settings in a marker or a note; none where it is damaged."""
+    try:
+        content = json.loads(note.read_text(encoding="utf-8"))
+        return content["identity"] | content.get("update", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _settings_resolved(run: Path) -> dict:
+    """The training settings in the resolved settings of a run of ours; none in anyone else's file of that name."""
+    try:
+        content = yaml.safe_load((run / "resolved_config.yaml").read_text(encoding="utf-8"))
+        ours = "output_dir" in content["training"] and "posttrain" in content["versions"] and "processes" in content
+        return dict(content["training"]) if ours else {}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return {}
 
 
 def check_repo_id(setting: str, name: str) -> str:

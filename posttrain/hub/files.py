@@ -18,6 +18,7 @@ from posttrain.hub.card import (
     model_link,
 )
 from posttrain.hub.repository import Destination
+from posttrain.saved import check_safetensors, check_shards, read_json, read_text, read_yaml
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL = (
@@ -59,8 +60,9 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
     resolved settings from `run`, as they are at this moment. Optimizer states, checkpoints and pickles never.
 
     Raises:
-        DataError: `weights` holds neither an adapter nor a model as safetensors.
+        DataError: `weights` holds neither an adapter nor a model as safetensors, or a file cannot be read.
     """
+    check_files(weights, run)
     files = saved_weights(weights) | found(weights, TOKENIZER)
     is_adapter = "adapter_config.json" in files
     local_names = {name: destination.base_model_id for name in _local_bases(weights, run)}
@@ -72,11 +74,35 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
     if "resolved_config.yaml" in files:
         files["resolved_config.yaml"] = _without_paths_in_yaml(files["resolved_config.yaml"])
     card = run / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    text = read_text(card) if card.exists() else ""
     local_names[str(run.resolve())] = destination.repo_id
     text = _titled(text, run.resolve().name, destination.repo_id.split("/")[1])
     files["README.md"] = published_card(text, destination, is_adapter, local_names).encode()
     return files
+
+
+def check_files(weights: Path, run: Path) -> None:
+    """Refuse a run of which a file that is to be pushed is damaged.
+
+    Args:
+        weights: the folder of adapter or model, and tokenizer.
+        run: the folder of card and settings.
+
+    Raises:
+        DataError: there are no weights, or a file is cut off, or not of the form that its name says; it is named.
+    """
+    for name, path in (saved_weights(weights) | found(weights, TOKENIZER)).items():
+        if name.endswith(".safetensors"):
+            check_safetensors(path)
+        elif name.endswith(".index.json"):
+            check_shards(path)
+        elif name.endswith(".json"):
+            read_json(path)
+    for name, path in found(run, _REPORT).items():
+        if name.endswith(".yaml"):
+            read_yaml(path)
+    if (run / "README.md").exists():
+        read_text(run / "README.md")
 
 
 def saved_weights(folder: Path) -> dict[str, Path]:

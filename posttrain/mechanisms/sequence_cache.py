@@ -79,11 +79,35 @@ class TokenCache(ReferenceCache):
         return {"lengths": torch.tensor([len(logps) for logps in values]), "logps": torch.cat(values)}
 
 
-def sequence_digest(prompt_ids: list[int], completion_ids: list[int], max_length: int | None, extra: str = "") -> bytes:
-    """A digest of a sequence cut at `max_length` tokens, of where its prompt ends, and of `extra`."""
-    ids = (prompt_ids + completion_ids)[:max_length]
+def forwarded(
+    prompt_ids: list[int], completion_ids: list[int], max_length: int | None, keep_end: bool = False
+) -> tuple[list[int], int]:
+    """The tokens of a sequence that the model sees, and how many of them are the prompt's.
+
+    Args:
+        prompt_ids, completion_ids: of the whole sequence.
+        max_length: how many tokens are kept; None for all.
+        keep_end: whether they are the last ones instead of the first.
+    """
+    ids = prompt_ids + completion_ids
+    if max_length is None or len(ids) <= max_length:
+        return ids, len(prompt_ids)
+    if keep_end:
+        return ids[-max_length:], max(0, max_length - len(completion_ids))
+    return ids[:max_length], min(len(prompt_ids), max_length)
+
+
+def sequence_digest(
+    prompt_ids: list[int],
+    completion_ids: list[int],
+    max_length: int | None,
+    extra: str = "",
+    keep_end: bool = False,
+) -> bytes:
+    """A digest of a sequence as `forwarded` cuts it, of where its prompt ends, and of `extra`."""
+    ids, prompt = forwarded(prompt_ids, completion_ids, max_length, keep_end)
     content = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    content.update(f"{min(len(prompt_ids), len(ids))}|{extra}|".encode())
+    content.update(f"{prompt}|{extra}|".encode())
     content.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
     return content.digest()
 

@@ -19,6 +19,8 @@ MARKER = "posttrain_complete.json"
 # there from the first to the last byte of a save, or of a removal
 SAVING = "posttrain_saving.json"
 TRAINER_STATE = "trainer_state.json"
+# the reference that `sync_ref_model` moves
+REFERENCE = "posttrain_reference.safetensors"
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL = (
     "model.safetensors",
@@ -45,7 +47,7 @@ def _partial(name: str) -> str:
 
 # What a save writes, in the form of each engine
 _WRITTEN = (
-    *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE,
+    *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE, REFERENCE,
     "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp*", "adapter_config.json", "config.json",
     "generation_config.json", "README.md", "training_args.bin", "scaler.pt", "entropy_ctrl_state.json", "latest",
     "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", _partial(ADAPTER[0]),

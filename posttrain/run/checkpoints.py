@@ -276,7 +276,7 @@ def complete_or_not_there(trainer, folder: Path):
             with contextlib.suppress(OSError):
                 files.remove(folder, None if others is None else files.files_in(folder) - others)
         raise EnvironmentIssue(
-            f"the checkpoint {folder} could not be saved: {error}. {_last_of(output_dir)}"
+            f"the checkpoint {folder} could not be saved: {write_reason(error)}. {_last_of(output_dir)}"
         ) from error
     finally:
         trainer.args.save_total_limit = limit
@@ -296,7 +296,20 @@ def keep_best_alone(trainer, output_dir: Path) -> None:
 
 def is_write_error(error: Exception) -> bool:
     """Whether a disk that is full or cannot be written to is behind it; torch.save has a RuntimeError for that."""
+    if isinstance(error, EnvironmentIssue) and error.__cause__ is not None:
+        # the model's part of a checkpoint, which says so by itself
+        return is_write_error(error.__cause__)
     return not isinstance(error, RuntimeError) or any(words in str(error) for words in ("inline_container", "write"))
+
+
+def write_reason(error: Exception) -> str:
+    """Why something could not be written, in words; torch.save names a place in its own source."""
+    if isinstance(error, EnvironmentIssue) and error.__cause__ is not None:
+        return write_reason(error.__cause__)
+    if not isinstance(error, RuntimeError):
+        return str(error).rstrip(".")
+    said = " ".join(str(error).split()).rstrip(".")
+    return f"a file could not be written whole: the disk is full, or a quota or size limit was met ({said})"
 
 
 def _last_of(output_dir: Path) -> str:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from posttrain.config.setting import identity_of, meanings
 from posttrain.hub.base_model import adapter_config, base_name, loaded_from
-from posttrain.mechanisms.base_digests import plain
+from posttrain.mechanisms.base_digests import base_digests, plain, quantisation
 
 # Columns of rows that were tokenised before the run
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
@@ -26,12 +26,13 @@ _UPDATE = (
 # run's, those of releases to come among them
 _ASIDE = {
     "model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_text_field", "dataset_kwargs",
-    "chat_template_path", "chat_template_kwargs", "eos_token", "pad_token", "pad_to_multiple_of", "padding_free",
+    "chat_template_path", "eos_token", "pad_token", "pad_to_multiple_of", "padding_free",
     "activation_offloading", "precompute_ref_log_probs", "precompute_ref_batch_size", "eval_packing",
     "generation_batch_size", "num_generations_eval", "cache_implementation", "ds3_gather_for_generation",
-    "num_completions_to_print", "use_vllm",
+    "num_completions_to_print", "use_vllm", "vllm_importance_sampling_cap",
 }  # fmt: skip
 _ASIDE_BY_PREFIX = ("log_", "vllm_", "use_transformers_", "transformers_")
+_BUT_NOT = ("vllm_importance_sampling", "vllm_structured_outputs")
 
 # Of an adapter's config, what says where it came from or how it began, and what the modules that it took tell better
 _NOT_THE_ADAPTER = {
@@ -84,8 +85,22 @@ def identity(trainer) -> dict:
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         **trainer._base_digests,
+        **quantisation(trainer.model),
         **identity_of(args),
     }
+
+
+def reference_digest(trainer) -> dict[str, str | None]:
+    """A digest of the reference that a trainer was given: None where it is the run's start; of some trainers nothing.
+
+    Call it at construction: `sync_ref_model` moves the reference later.
+    """
+    if not hasattr(trainer, "_reference_is_given"):
+        return {}
+    if not trainer._reference_is_given:
+        return {"reference": None}
+    split = trainer.is_fsdp_enabled
+    return {"reference": "-".join(base_digests(trainer.ref_model, split, whole=True).values())}
 
 
 def update_settings(trainer) -> dict:
@@ -104,7 +119,7 @@ def update_of(args) -> dict:
 
 
 def _is_aside(name: str) -> bool:
-    return name.startswith(_ASIDE_BY_PREFIX) and not name.startswith("vllm_importance_sampling")
+    return name.startswith(_ASIDE_BY_PREFIX) and not name.startswith(_BUT_NOT)
 
 
 def adapter_settings(model) -> dict:
@@ -129,5 +144,12 @@ def differing(now: dict, then: dict) -> str:
         "data": "data: other rows there than here",
         "base": "base: a model of another shape there than here",
         "base_weights": "base_weights: other weights under the adapter there than here",
+        "reference": f"reference: {_reference_in_words(then)} there, {_reference_in_words(now)} here",
     }
+    if now.get("reference") and then.get("reference"):
+        words["reference"] = "reference: another ref_model there than here"
     return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)
+
+
+def _reference_in_words(settings: dict) -> str:
+    return "a ref_model" if settings.get("reference") else "no ref_model"

@@ -18,10 +18,20 @@ from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub import clean_readme, preflight, push_checkpoint, push_run, write_model_card
 from posttrain.log import get_logger
 from posttrain.mechanisms.base_digests import base_digests
+from posttrain.mechanisms.precision import same_precision
 from posttrain.models import embedded_name, resolve_model
-from posttrain.run import checkpoints, checks, evaluation, run_folder, schedule, start, upstream_configs
+from posttrain.run import (
+    checkpoints,
+    checks,
+    evaluation,
+    run_folder,
+    schedule,
+    start,
+    synced_reference,
+    upstream_configs,
+)
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
-from posttrain.run.identity import differing, identity, update_settings
+from posttrain.run.identity import differing, identity, reference_digest, update_settings
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
 from posttrain.run.sharing import check_setting
@@ -149,7 +159,7 @@ class RunMixin:
         start.begin(self._peft_config, args)
         self.hub_destination = hub_destination
         self._schedule = schedule.Current()
-        self._known_identity = None
+        self._known_identity, self._folder_is_ours = None, False
         self._finite_loss, self._live_gradients = FiniteLoss(), None
 
     def _with_aux_loss(self, loss, aux_loss, mode: str, steps: int = 1):
@@ -198,6 +208,7 @@ class RunMixin:
         self._note_start()
         keep_4bit_weights_trainable(self.model)
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
+        self._base_digests |= reference_digest(self)
         self.attach_adapter()
         if not self._has_folder:
             return
@@ -239,6 +250,7 @@ class RunMixin:
             if not self.args.check_resume and not self.args.resume_weights_only:
                 checkpoints.say_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
+            synced_reference.load(self, checkpoint)
         if checkpoint is not None and self.args.ignore_data_skip:
             get_logger().warning(
                 "ignore_data_skip: going on from %s with the rows that the run began with; it is not the run that was "
@@ -280,7 +292,10 @@ class RunMixin:
         return found
 
     def _claim_folder(self) -> None:
-        if self.is_world_process_zero() and self._has_folder:
+        if not self._has_folder:
+            return
+        self._check_folder()
+        if self.is_world_process_zero():
             run_folder.claim(Path(self.args.output_dir), self)
 
     def columns_in_identity(self) -> set[str]:
@@ -294,6 +309,12 @@ class RunMixin:
     def computed_columns(self) -> set[str]:
         """Return the columns of training rows that a model computed."""
         return set()
+
+    def _check_folder(self) -> None:
+        """Refuse the run folder once more before the first write: another run may have begun there since."""
+        if not self._folder_is_ours:
+            run_folder.check_free(self)
+            self._folder_is_ours = True
 
     def _identity(self) -> dict:
         if self._known_identity is None:
@@ -348,7 +369,9 @@ class RunMixin:
         folder = Path(output_dir or self.args.output_dir)
         own = folder.resolve() == Path(self.args.output_dir).resolve()
         notes = own and self.is_world_process_zero() and self._has_folder
-        if not own and self._has_folder:
+        if self._has_folder and own:
+            self._check_folder()
+        elif self._has_folder:
             run_folder.check_not_anothers(folder, self)
         try:
             if notes:
@@ -362,7 +385,9 @@ class RunMixin:
         except (OSError, SafetensorError, RuntimeError) as error:
             if not checkpoints.is_write_error(error):
                 raise
-            raise EnvironmentIssue(f"the model could not be saved to {folder}: {error}") from error
+            raise EnvironmentIssue(
+                f"the model could not be saved to {folder}: {checkpoints.write_reason(error)}."
+            ) from error
         if self.is_world_process_zero():
             self.save_beside(folder, in_checkpoint=_internal_call and output_dir is not None)
             clean_readme(folder, self.args.base_model_id)
@@ -374,14 +399,16 @@ class RunMixin:
         if self._start.converts:
             self._start.load(resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with same_precision(model if model is not None else self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.attach_adapter()
 
     # stands on Trainer._load_best_model
     def _load_best_model(self):
         if self._start.converts and not self.is_deepspeed_enabled:
             return self._start.load(self.state.best_model_checkpoint)
-        return super()._load_best_model()
+        with same_precision(self.model):
+            return super()._load_best_model()
 
     # stands on Trainer.push_to_hub: saves first, on all ranks, and never fails the run
     def push_to_hub(
@@ -413,6 +440,7 @@ class RunMixin:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with checkpoints.complete_or_not_there(self, folder):
             super()._save_checkpoint(model, trial)
+            synced_reference.save(self, folder)
 
     # stands on Trainer._finalize_training, which deletes whatever is named as a checkpoint is
     def _finalize_training(self, trial, num_train_samples, start_time):

@@ -133,10 +133,7 @@ class RunFolder(TrainerCallback):
 
     def __init__(self, trainer):
         self._trainer = trainer
-        args, folder = trainer.args, Path(trainer.args.output_dir)
-        # the identity takes a pass over the data, which a new folder does not need
-        if args.check_resume and not args.overwrite and ((folder / NOTE).is_file() or checkpoints.complete(folder)):
-            check_folder(folder, trainer._identity() | update_settings(trainer))
+        check_free(trainer)
 
     def on_train_begin(self, args, state, control, **kwargs):
         check_way(args, state.global_step, state.max_steps, state.save_steps, self._trainer.saves_may_wait)
@@ -163,6 +160,18 @@ class RunFolder(TrainerCallback):
             )
         elif _weights(folder):
             get_logger().warning("%s holds the model of an earlier run; this run is going to replace it", folder)
+
+
+def check_free(trainer) -> None:
+    """Refuse the run folder of a trainer where it is another run's, unless it may take that one's place.
+
+    Raises:
+        ConfigError: as `check_folder` does.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    # the identity takes a pass over the data, which a new folder does not need
+    if args.check_resume and not args.overwrite and ((folder / NOTE).is_file() or checkpoints.complete(folder)):
+        check_folder(folder, trainer._identity() | update_settings(trainer))
 
 
 def claim(folder: Path, trainer) -> None:

@@ -415,6 +415,21 @@ class TestFlip:
         [
             ([*ROWS, {"prompt": "p", "chosen": "a"}], r"line 21: 'rejected' missing; found \['prompt', 'chosen'\]"),
             ([{"text": "t"}], "line 1: 'chosen' and 'rejected' missing.*Only preference pairs can be flipped"),
+            (
+                [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}],
+                "Convert these SHP rows first, with `posttrain data convert`",
+            ),
+            (
+                [
+                    {
+                        "context": [{"role": "user", "content": "q"}],
+                        "response1": "a",
+                        "response2": "b",
+                        "overall_preference": 1,
+                    }
+                ],
+                "Convert these HelpSteer3 rows first, with `posttrain data convert`",
+            ),
             ('{"chosen": 1,', "line 1, column .*broken JSON"),
             (
                 '{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rejected": "b", "score": 1e400}',

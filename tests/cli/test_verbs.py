@@ -268,3 +268,26 @@ def test_an_adapter_on_an_embedded_base_of_another_machine_finds_its_own(tmp_pat
     # its tokenizer is the base's, as it was saved without one
     assert main(["merge", str(folder), str(tmp_path / "merged"), "--json"]) == 0
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--temperature", "nan"], "temperature nan;"),
+        (["--temperature", "inf"], "temperature inf;"),
+        (["--temperature", "-0.5"], "temperature -0.5;"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--seed", "-1"], "seed is -1; it must lie in 0 to 4294967295."),
+        (["--seed", str(2**32)], "seed is 4294967296;"),
+        (["--seed", str(2**70)], "it must lie in 0 to 4294967295."),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_before_the_model_loads(tmp_path, capsys, words, told):
+    assert main(["generate", "--adapter", str(tmp_path / "nowhere"), "--prompt", "a", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_largest_seed_is_taken(adapter, capsys):
+    words = ["--seed", str(2**32 - 1), "--temperature", "0.5", "--max-new-tokens", "2"]
+    assert main(["generate", "--adapter", str(adapter), "--prompt", "a", *words]) == 0
+    assert "adapter:" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from posttrain import ALoLConfig, ALoLTrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.data import formats, objects
 from posttrain.data.pairs.schema import examine_preferences
-from posttrain.data.rendering import applied, closers
+from posttrain.data.rendering import applied, closers, row_checks
 from posttrain.data.rendering.ends import Closing
 from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError
@@ -46,6 +46,33 @@ def test_the_template_tells_what_ends_a_turn():
     assert trained(with_end(template=CLOSED_OVER), "Yes<over>\n") == ["Yes<over>", "No<eos>"]
     # without it, a token of no known meaning is part of the text
     assert trained(with_end(), "Yes<over>\n") == ["Yes<over>\n<eos>", "No<eos>"]
+
+
+def ending_itself():
+    tokenizer = with_end()
+    end = ("<eos>", tokenizer.eos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[end])
+    return tokenizer
+
+
+@pytest.mark.parametrize(("text", "ends"), [("Yes", "Yes<eos>"), ("Yes<eos>", "Yes<eos>"), ("Yes<end_of_turn>", None),
+                                            ("Yes<eos><eos>\n", "Yes<eos>")])  # fmt: skip
+def test_a_tokenizer_that_appends_its_end_ends_texts_once(text, ends):
+    assert trained(ending_itself(), text) == [ends or text, "No<eos>"]
+    # as TRL, which leaves the blank to the answers
+    whole = {"chosen": f"Hi.{text}", "rejected": "Hi.No"}
+    (tokens,) = tokenized_pairs(objects.exact([whole]), ending_itself())
+    assert ending_itself().decode(tokens["chosen_ids"]) == (ends or text)
+    if text == "Yes":
+        (row,) = sequences({"text": "Yes"}, formats.detect(["text"], {"text": "Yes"}), ending_itself())
+        assert ending_itself().decode(row.ids) == "Yes<eos>"
+
+
+def test_rollouts_from_prompts_that_the_tokenizer_ends_are_said():
+    found = row_checks.check(Dataset.from_list([{"prompt": "Name a river:"}]), ending_itself(), "data")
+    assert any("rollouts begin behind an end" in warning for warning in found.warnings)
+    found = row_checks.check(Dataset.from_list([{"prompt": "Name a river:"}]), with_end(), "data")
+    assert found.warnings == []
 
 
 @pytest.mark.parametrize("chosen", ["Yes<|im_end|>", "Yes<|im_end|>\n"])

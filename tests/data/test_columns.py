@@ -139,7 +139,20 @@ def test_columns_that_are_left_out_under_a_known_name_are_said(tmp_path, logged)
 
 
 @pytest.mark.parametrize(
-    "column", ["context", "passage", "choices", "options", "persona", "document", "article", "background", "premise"]
+    "column",
+    [
+        "context",
+        "passage",
+        "choices",
+        "options",
+        "persona",
+        "document",
+        "article",
+        "background",
+        "premise",
+        "system_message",
+        "sys_prompt",
+    ],
 )
 def test_what_a_question_is_about_is_said_to_be_left_out(tmp_path, column, logged):
     logged.set_level("INFO", logger="posttrain")

@@ -270,3 +270,22 @@ def test_calculator_notes_are_removed_from_gsm8ks_files_and_said_once(tmp_path, 
     kept = load_demonstrations(source, conversational=False, keep_notes=True)
     assert kept["demonstration"][:] == [row["answer"] for row in rows]
     assert "are removed" not in logged.text
+
+
+@pytest.mark.parametrize(
+    ("marked", "gold"),
+    [
+        (r"\boxed{(2,100)}", "(2,100)"),
+        (r"\boxed{[10,100)}", "[10,100)"),
+        (r"\boxed{\{1,200,300\}}", r"\{1,200,300\}"),
+        (r"\boxed{x=1,200}", "x=1,200"),
+        (r"\boxed{1,20}", "1,20"),
+        (r"\boxed{1,234}", "1234"),
+        ("#### 1,234", "1234"),
+        ("#### -1,234,567.5", "-1234567.5"),
+    ],
+)
+def test_commas_of_thousands_are_left_out_of_a_plain_number_only(tmp_path, marked, gold):
+    row = {"question": "q", "answer": f"It is so.\n{marked}"}
+    (made,) = load_demonstrations(write(tmp_path / "a.jsonl", [row]), conversational=False)
+    assert made["gold"] == gold

@@ -74,6 +74,11 @@ def test_wrong_generated_sources_are_named(source, message):
         ("a.jsonl", '{"chosen": "a",\n' + LINES, r"a\.jsonl, line 1, column 16: broken JSON"),
         ("a.jsonl", LINES + "[" * 100_000, r"a\.jsonl, line 5: JSON that cannot be read: .*recursion"),
         ("a.json", '{"chosen": ' + "9" * 5000 + "}", r"a\.json: JSON that cannot be read: Exceeds the limit"),
+        (
+            "a.json",
+            LINES,
+            r"line 2, column 1: broken JSON: Extra data. A file with a row on each line is to be",
+        ),
         ("a.json", json.dumps(ROWS, indent=1).replace('"no 1"', "no"), "line 12, column 15: broken JSON"),
         ("a.json", '{"data": []}', r"must hold a list of rows, not an object"),
         (

@@ -146,7 +146,7 @@ def test_what_a_template_loses_is_said_with_the_row(name, row, message):
         (plain("m.content ~ ' ' ~ m.content"), pair(), "renders a message of the role assistant 2 times"),
         # Python's print
         (plain(), pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "a list of blocks as Python pri"),
-        (plain(), pair(chosen=[says([{"type": "input_text", "text": "a"}])]), "a list of blocks as Python prints it"),
+        (plain(), pair(chosen=[says([{"type": "refusal", "text": "a"}])]), "a list of blocks as Python prints it"),
         (plain("m.content ~ m.tool_calls"), pair(chosen=[says("a", tool_calls=CALL)]), "the arguments of a tool call"),
         # blocks that a template for texts leaves out
         (trl_template("qwen3"), pair(user([{"type": "text", "text": "See:"}, {"type": "image"}])), "blocks of content"),
@@ -181,6 +181,143 @@ def test_messages_in_another_order_are_said():
     swapped = "{%- set messages = messages[1:2] + messages[:1] + messages[2:] -%}" + PLAIN.replace("BODY", "m.content")
     (warning,) = said([pair(user("One"), says("Two"), user("Three"))], templated(swapped))
     assert "renders messages in another order" in warning
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "cohere2"])
+def test_a_late_system_turn_that_a_template_puts_first_is_said(name):
+    late = [user("Hi there."), says("Hello."), {"role": "system", "content": "From here on German."}, user()]
+    found = said([pair(*late)], trl_template(name))
+    assert any("renders messages in another order" in warning for warning in found)
+    first = [{"role": "system", "content": "Be short, please."}, user("Hi there."), says("Hello."), user()]
+    assert not any("another order" in warning for warning in said([pair(*first)], trl_template(name)))
+
+
+def test_a_system_turn_at_the_beginning_may_stand_anywhere():
+    moved = "{%- set messages = messages[1:2] + messages[:1] + messages[2:] -%}" + PLAIN.replace("BODY", "m.content")
+    first = {"role": "system", "content": "Be short, please."}
+    assert said([pair(first, user("One"), says("Two"), user("Three"))], templated(moved)) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [{"role": "system", "content": "Be short."}, {"role": "system", "content": "Speak German."}, user()],
+        [user("Hi there."), says("Hello."), {"role": "system", "content": "Speak German."}, user()],
+        [user("Hi there."), says("Hello."), {"role": "developer", "content": "Speak German."}, user()],
+    ],
+)
+def test_a_system_turn_that_is_left_out_for_its_place_is_no_matter_of_blocks(prompt):
+    (warning,) = said([pair(*prompt)], trl_template("gptoss"))
+    assert "drops the message of the role" in warning and "blocks" not in warning
+    assert "Join it to the system message" in warning
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_5_nothink", "nemotron_3_nano"])
+@pytest.mark.parametrize(("value", "shown"), [(True, "True"), (False, "False"), (None, "None")])
+def test_a_value_of_a_call_that_is_written_as_python_does_is_said(name, value, shown):
+    calls = [{"type": "function", "function": {"name": "lights", "arguments": {"room": "hall", "on": value}}}]
+    found = said([pair(user("Lights?"), chosen=[says("", tool_calls=calls)])], trl_template(name))
+    (warning,) = [warning for warning in found if "among the arguments" in warning]
+    assert f"row 1: {shown})" in warning
+
+
+@pytest.mark.parametrize("form", ["{'z': None}", "['a', True]"])
+def test_a_nested_value_that_is_written_as_python_does_is_said(form):
+    body = (
+        "m.content ~ (m.tool_calls[0].function.name ~ m.tool_calls[0].function.arguments.x ~ '|' "
+        "if m.tool_calls else '')"
+    )
+    value = {"{'z': None}": {"z": None}, "['a', True]": ["a", True]}[form]
+    calls = [{"type": "function", "function": {"name": "lights", "arguments": {"x": value}}}]
+    found = said([pair(user("Lights?"), chosen=[says("", tool_calls=calls)])], plain(body))
+    assert any(f"among the arguments of a tool call as Python prints it, in 1 of 1 rows rendered (first: data, row 1: "
+               f"{form})" in warning for warning in found)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "glm4moe", "qwen3_5_think", "nemotron_3_nano", "gemma4"])
+@pytest.mark.parametrize("arguments", [{"a": "True", "b": 0.5, "c": 3}, {"a": [1, 2], "b": -1e-7}, {"a": "None"}])
+def test_values_that_python_and_json_write_alike_raise_no_alarm(name, arguments):
+    calls = [{"type": "function", "function": {"name": "lights", "arguments": arguments}}]
+    found = said([pair(user("Lights?"), chosen=[says("", tool_calls=calls)])], trl_template(name))
+    assert not any("Python" in warning for warning in found)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "glm4moe"])
+def test_values_that_a_template_writes_as_json_raise_no_alarm(name):
+    calls = [{"type": "function", "function": {"name": "lights", "arguments": {"on": True, "x": {"y": [None]}}}}]
+    found = said([pair(user("Lights?"), chosen=[says("", tool_calls=calls)])], trl_template(name))
+    assert not any("Python" in warning for warning in found)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("thought", "The Loire is long."),
+        ("thoughts", "The Loire is long."),
+        ("analysis", "The Loire is long."),
+        ("reasoning_details", [{"type": "reasoning.text", "text": "The Loire is long."}]),
+        ("reasoning_details", [{"type": "reasoning.summary", "summary": "The Loire is long."}]),
+        ("thinking", [{"type": "thinking", "thinking": "The Loire is long."}]),
+    ],
+)
+def test_reasoning_under_any_of_its_keys_is_said_to_be_dropped(key, value):
+    row = pair(user(), chosen=[says(**{key: value})], rejected=[says("Paris.", **{key: value})])
+    (warning,) = said([row, row], trl_template("qwen3"))
+    assert f"drops the answer's reasoning in {key}" in warning and "The Loire is long." in warning
+
+
+def test_a_thought_under_two_keys_of_which_one_is_rendered_raises_no_alarm():
+    thought = {"reasoning_content": "The Loire is long.", "reasoning_details": [{"text": "The Loire is long."}]}
+    row = pair(user(), chosen=[says(**thought)], rejected=[says("Paris.", **thought)])
+    assert said([row], trl_template("qwen3")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "remedy"),
+    [
+        ("gemma", pair({"role": "system", "content": "Be short."}, user()), "Put the system's text at the beginning"),
+        ("gemma", pair(user("Hi there."), user()), "Join turns of one role that follow each other, which this"),
+        ("gemma", pair({"role": "system", "content": "Be short."}, user("Hi."), user()), "'s turn, and join turns of"),
+        ("llama3_1", pair(chosen=[says("", tool_calls=[CALL[0]["function"]])]), 'Write each call as {"type": "functi'),
+        ("deepseekv3", pair(chosen=[says("", tool_calls=[CALL[0]["function"]])]), "its arguments as a JSON text, whi"),
+        ("gemma", pair(says("Hello."), user()), "Leave out rows whose turns do not alternate"),
+    ],
+)
+def test_a_refusal_comes_with_a_form_that_the_template_takes(name, row, remedy):
+    with pytest.raises(DataError, match=re.escape(remedy)):
+        said([row], trl_template(name))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "add_generation_prompt",
+        "tokenize",
+        "return_dict",
+        "tools",
+        "tokenizer",
+        "continue_final_message",
+        "conversation",
+    ],
+)
+def test_arguments_of_rendering_are_no_settings_of_the_template(given, tokenizer):
+    rows = [pair(), pair(user("Name two."), chat_template_kwargs={given: True})]
+    with pytest.raises(DataError, match=f"row 2: chat_template_kwargs holds {given}, which is no setting"):
+        said(rows, tokenizer)
+    with pytest.raises(DataError, match=f"data: chat_template_kwargs holds {given}"):
+        said([pair()], tokenizer, settings={given: True})
+    assert said([pair(chat_template_kwargs={"enable_thinking": False})], trl_template("qwen3")) == []
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_blocks_of_text_are_text_under_each_of_their_names(kind, tokenizer):
+    row = pair(user([{"type": kind, "text": "Name a "}, {"type": kind, "text": "river."}]),
+               chosen=[says([{"type": kind, "text": "The Loire."}])])  # fmt: skip
+    made, asked = objects.exact([row]), objects.exact([pair()])
+    assert said([row], trl_template("qwen3")) == []
+    assert list(tokenized_pairs(made, tokenizer)) == list(tokenized_pairs(asked, tokenizer))
+    with pytest.raises(DataError, match="all 1 pairs have an empty side"):
+        examine_preferences(objects.exact([pair(chosen=[says([{"type": kind, "text": " "}])])]), tokenizer)
 
 
 MESSAGES = [user("Name river 1."), says()]

@@ -2,6 +2,7 @@ import gzip
 import json
 import math
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -395,3 +396,14 @@ def test_sources_that_mostly_repeat_a_number_are_told_by_size_alone(one, other, 
         else:
             with pytest.raises(DataError, match="on different scales"):
                 check_scales({"a": first, "b": second})
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_scored_conversations_are_told_how_to_be_parted(column):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    dataset = Dataset.from_list([{column: talk, "score": 1.0}] * 2)
+    with pytest.raises(DataError, match="Part the conversations before their last turn") as refused:
+        as_scored(dataset, "data")
+    for line in re.findall(r"^  dataset = (.*)$", str(refused.value), re.MULTILINE):
+        dataset = eval(line, {"dataset": dataset})
+    assert as_scored(dataset, "data").to_list() == [{"prompt": talk[:1], "completion": talk[1:], "reward": 1.0}] * 2

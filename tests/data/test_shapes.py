@@ -506,3 +506,11 @@ def test_inspect_and_stats_show_rows_as_they_are_trained(tmp_path, capsys):
     report = json.loads(run(capsys, "data", "stats", source, "--json")[1])
     assert report["converted"]["from"] == "Orca DPO pairs"
     assert report["format"]["style"] == "conversational"
+
+
+@pytest.mark.parametrize("prompt", ["Which lake?", "Which", [user("Which river?")]])
+def test_a_later_row_whose_prompt_is_not_in_its_conversation_is_left_out_and_said(tmp_path, prompt, logged):
+    (tmp_path / "a.json").write_text(json.dumps([BINARIZED, BINARIZED | {"prompt": prompt}, BINARIZED]))
+    made = load_preferences(str(tmp_path / "a.json"))
+    assert made["prompt"][:] == [[user("Which river?")]] * 2
+    assert "1 rows are left out: the prompt does not stand in the conversations" in logged.text

@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
@@ -544,3 +546,30 @@ def test_a_run_that_was_interrupted_and_saved_by_hand_may_start_again(tiny_folde
     assert build(tiny_folder, tmp_path)
     with pytest.raises(ConfigError, match=r"holds a model written by another run \(beta: 1.0 there, 0.2 here\)"):
         build(tiny_folder, tmp_path, beta=0.2)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"),
+            "a file could not be written whole: the disk is full, or a quota or size limit was met",
+        ),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+            "a file could not be written whole: the disk is full, or a quota or size limit was met",
+        ),
+        (OSError(27, "File too large"), "[Errno 27] File too large."),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device."),
+    ],
+)
+def test_a_file_that_cannot_be_written_whole_is_told_in_words(tiny_folder, tmp_path, monkeypatch, error, told):
+    trainer = build(tiny_folder, tmp_path)
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(EnvironmentIssue, match=re.escape(f"checkpoint-2 could not be saved: {told}")):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-2").exists()

@@ -3,10 +3,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import EnvironmentIssue
-from posttrain.mechanisms.sequence_cache import ReferenceCache, sequence_digest
+from posttrain.mechanisms.sequence_cache import ReferenceCache, forwarded, sequence_digest
 from posttrain.models import tiny_model
 from tests.conftest import make_pairs
 from tests.training import distance, lora, settings, train
@@ -226,3 +227,64 @@ def test_settings_of_another_trainer_are_refused(tiny_folder, tmp_path):
     args = KTOConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(TypeError, match="args is a KTOConfig; it must be a posttrain.RobustDPOConfig"):
         RobustDPOTrainer(tiny_folder, args=args, train_dataset=make_pairs(4))
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_precomputed_values_are_trls_for_either_end_that_is_kept(tiny_folder, tmp_path, mode, ld_alpha):
+    rows = make_pairs(12).map(
+        lambda row, i: {"prompt": [{"role": "user", "content": "hi" * (1 + 3 * i)}]}, with_indices=True
+    )
+    cut = dict(max_length=36, truncation_mode=mode, ld_alpha=ld_alpha, precompute_ref_log_probs=True)
+    upstream = DPOTrainer(
+        tiny_folder,
+        args=DPOConfig(
+            **settings(tmp_path / "trl", **cut),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+        ),
+        train_dataset=rows,
+        peft_config=lora(),
+    )
+    # the other mode's values lie in the cache before
+    other = "keep_end" if mode == "keep_start" else "keep_start"
+    build(tiny_folder, tmp_path, rows, **cut | {"truncation_mode": other})
+    ours = build(tiny_folder, tmp_path, rows, **cut)
+    assert len(ours.train_dataset) == len(upstream.train_dataset) >= 3
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        expected = torch.tensor(upstream.train_dataset[column][:])
+        torch.testing.assert_close(torch.tensor(ours.train_dataset[column][:]), expected, atol=1e-3, rtol=1e-5)
+    if mode == "keep_end":
+        gaps = [
+            abs(row["ref_chosen_logps"] - row["ref_rejected_logps"])
+            for row in ours.train_dataset
+            if len(row["prompt_ids"]) > 36
+        ]
+        assert len(gaps) >= 3 and min(gaps) > 0.01, "two answers to a long prompt are two sequences"
+
+
+def test_a_sequence_is_known_by_the_tokens_that_the_cut_leaves():
+    prompt, answer = [1, 2, 3], [4, 5]
+    assert forwarded(prompt, answer, None) == ([1, 2, 3, 4, 5], 3)
+    assert forwarded(prompt, answer, 5, True) == ([1, 2, 3, 4, 5], 3)
+    assert forwarded(prompt, answer, 3) == ([1, 2, 3], 3)
+    assert forwarded(prompt, answer, 3, True) == ([3, 4, 5], 1)
+    assert forwarded(prompt, answer, 2, True) == ([4, 5], 0)
+    assert forwarded(prompt, answer, 1, True) == ([5], 0)
+    first, second = ([1, 2, 3, 4], [5]), ([1, 2, 3, 4], [6])
+    assert sequence_digest(*first, 3) == sequence_digest(*second, 3)
+    assert sequence_digest(*first, 3, keep_end=True) != sequence_digest(*second, 3, keep_end=True)
+    assert sequence_digest([9, 3, 4], [5], 2, keep_end=True) == sequence_digest([8, 3, 4], [5], 2, keep_end=True)
+    assert sequence_digest([3, 4], [5], 2, keep_end=True) != sequence_digest([3], [4, 5], 2, keep_end=True)
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("first", ["keep_start", "keep_end"])
+def test_values_of_one_end_are_not_served_to_the_other(tiny_folder, tmp_path, forwards, first):
+    second = "keep_end" if first == "keep_start" else "keep_start"
+    for mode in (first, second):
+        build(tiny_folder, tmp_path, make_pairs(8), precompute_ref_log_probs=True, truncation_mode=mode)
+    assert sum(forwards) == 16

@@ -19,11 +19,12 @@ def run(args) -> int:
 
     out = output_file(args)
     quiet.quiet_libraries()
-    from posttrain.data import shapes
+    from posttrain.data import shapes, turns
     from posttrain.data.rows import cells, columns_of, rows_of
     from posttrain.data.sources import read_rows
 
     rows, places = read_rows(args.source, args.split, args.limit)
+    rows = turns.read_all(rows, places, args.source)
     found = shapes.of_any_kind(columns_of(rows), rows[0], args.to, args.source)
     made, places = shapes.as_ours(rows, places, found, args.source)
     write_lines(out, rows_of(cells(made, places)))

@@ -22,6 +22,7 @@ def run(args) -> int:
 
     import datasets
 
+    from posttrain.data import shapes
     from posttrain.data.corruption import flip_row, lone_columns, rows_to_flip
     from posttrain.data.rows import cells, columns_of, rows_of
     from posttrain.data.sources import read_rows
@@ -31,9 +32,11 @@ def run(args) -> int:
     for row, place in zip(rows, places, strict=True):
         missing = [name for name in ("chosen", "rejected") if name not in row]
         if missing:
+            shape = shapes.find(list(row), row, (shapes.PAIRS,), place)
+            remedy = f" Convert these {shape.name} rows first, with `posttrain data convert`." if shape else ""
             raise DataError(
                 f"{place}: {' and '.join(map(repr, missing))} missing; found {columns_of([row])}. Only preference "
-                "pairs can be flipped: every row needs chosen and rejected."
+                f"pairs can be flipped: every row needs chosen and rejected.{remedy}"
             )
     chosen = rows_to_flip(len(rows), args.rate, args.seed)
     flipped = [flip_row(row, index in chosen) for index, row in enumerate(rows)]

@@ -29,7 +29,7 @@ class Source:
         from posttrain import quiet
 
         quiet.quiet_libraries()
-        from posttrain.data import formats, shapes
+        from posttrain.data import formats, shapes, turns
         from posttrain.data.columns import first_with_system, say_system
         from posttrain.data.formats import detect
         from posttrain.data.rows import columns_of
@@ -37,6 +37,7 @@ class Source:
 
         self.name, self.model = args.source, args.model
         self.rows, self.places = read_rows(args.source, args.split, limit)
+        self.rows = turns.read_all(self.rows, self.places, args.source)
         self.shape = None if args.as_is else shapes.find(columns_of(self.rows), self.rows[0], name=args.source)
         self.rows, self.places = shapes.as_ours(self.rows, self.places, self.shape, args.source)
         self.columns = columns_of(self.rows)

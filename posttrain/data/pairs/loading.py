@@ -1,8 +1,10 @@
 """Reading preference pairs: a hub data set, a local file, or generated ones."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
-from posttrain.data import formats, generators, objects, shapes
+from posttrain.data import formats, generators, objects, shapes, turns
 from posttrain.data.columns import READ, SYSTEM, place_system, say_left_out
 from posttrain.data.parquet import read_parquet
 from posttrain.data.sources import SUFFIXES, is_file_name, json_rows, kind_of, load_hub, mixed_types
@@ -40,7 +42,7 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     elif is_file_name(source):
         dataset, places = _read_file(Path(source).expanduser(), limit, convert)
     else:
-        dataset = _converted(load_hub(source, split), source, convert)
+        dataset = _converted(turns.read(load_hub(source, split), source), source, convert)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
         raise formats.without_sides(dataset.column_names, source, dataset[0] if len(dataset) else None)
     if len(dataset) == 0:
@@ -74,7 +76,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
     if path.suffix == ".parquet":
         return _read_parquet(path, convert), []
     rows, places = [], []
-    found = json_rows(path)
+    found = _as_messages(json_rows(path), limit, str(path))
     for place, row in shapes.read(found, (shapes.PAIRS,), str(path)) if convert else found:
         rows.append(_checked(row, place, is_first=not rows))
         places.append(place)
@@ -98,6 +100,18 @@ def _read_file(path: Path, limit: int | None, convert: bool):
         raise mixed_types(rows, places, path, error) from None
 
 
+def _as_messages(found: Iterator[tuple[str, object]], limit: int | None, name: str):
+    """Rows with their places as `turns.Turns` reads them, told by the first `limit`."""
+    first = list(itertools.islice(found, limit))
+    places, rows = [place for place, _ in first], [row for _, row in first]
+    read = turns.Turns(rows, places, name)
+    try:
+        for place, row in itertools.chain(first, found):
+            yield place, {**row, **read.changed(row, place)} if isinstance(row, dict) else row
+    finally:
+        read.say()
+
+
 def _columns_to_read(names: set[str], row: dict) -> list[str]:
     """The columns that pairs have, and of rows that are yet to be converted those that this takes."""
     wanted = (*COLUMNS, *SYSTEM)
@@ -107,7 +121,7 @@ def _columns_to_read(names: set[str], row: dict) -> list[str]:
 
 
 def _read_parquet(path: Path, convert: bool):
-    table = read_parquet(path, READ)
+    table = turns.read(read_parquet(path, READ), str(path))
     names, first = table.column_names, table[0] if len(table) else {}
     if convert and shapes.find(names, first, (shapes.PAIRS,), str(path)):
         return shapes.convert(table, str(path))

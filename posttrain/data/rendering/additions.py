@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from posttrain.data.rendering.faults import Fault, short
-from posttrain.data.rendering.markers import REASONING
+from posttrain.data.rendering.marks import REASONING
 from posttrain.data.rendering.round_trips import bare
 
 TAG = re.compile(r"</?(?:think|thinking|reasoning)>")

@@ -35,6 +35,11 @@ def added_beginning(tokenizer) -> str | None:
     return tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
 
 
+def adds_end(tokenizer) -> bool:
+    """Whether the tokenizer itself puts the end of sequence behind a text."""
+    return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+
 def without_beginning(text: str, beginning: str | None) -> str:
     """A text without the token that the tokenizer puts in front of it anyway; None: it puts none."""
     if beginning and text.lstrip().startswith(beginning):
@@ -48,16 +53,16 @@ def without_doubles(dataset, tokenizer, marks: bool = True):
     TRL appends the end of sequence to answers that do not end with it: blanks behind it are left out, so that it is
     found there, and answers that end with an end of turn are named in a column, for `closers.parted` to take off what
     TRL appends. An end that stands there several times is left once. The tokenizer puts its own beginning in front of
-    a text: the one that is written there is left out.
+    a text: the one that is written there is left out. Where it puts its own end behind a text, all answers are named.
 
     Args:
         dataset: a `datasets.Dataset` or a stream; conversational rows stay as they are, and where nothing is to be
             done it is the data set itself.
         marks: name such answers; False where TRL does not tokenise them, and the rows go to rewards as they are.
     """
-    beginning, ends = added_beginning(tokenizer), _ends(tokenizer)
+    beginning, ends, ended = added_beginning(tokenizer), _ends(tokenizer), adds_end(tokenizer)
     clean = functools.partial(_without_doubles, ends=ends, beginning=beginning)
-    mark = functools.partial(_marked, ends=ends, beginning=beginning) if marks else clean
+    mark = functools.partial(_marked, ends=ends, beginning=beginning, ended=ended) if marks else clean
     features = dataset.features or {}
     # without a beginning of the tokenizer's own, only the ends of answers are looked at
     read = _TEXTS if beginning else _ANSWERS if ends else ()
@@ -67,7 +72,7 @@ def without_doubles(dataset, tokenizer, marks: bool = True):
     if not names or not len(dataset) or dataset.format["type"] == "custom":
         return dataset
     columns = dataset.with_format(None).select_columns(names)
-    if marks and any(closers.ended(clean(row), ends[1:]) for row in columns):
+    if marks and any(closers.ended(clean(row), ends[1:], ended) for row in columns):
         return quietly_mapped(dataset, mark)
     if not any(clean(row) != row for row in columns):
         return dataset
@@ -76,7 +81,7 @@ def without_doubles(dataset, tokenizer, marks: bool = True):
 
 def clean_row(row: Mapping, tokenizer) -> dict:
     """One row as `without_doubles` leaves it, with the names of the texts that end with an end of turn."""
-    return _marked(row, _ends(tokenizer), added_beginning(tokenizer))
+    return _marked(row, _ends(tokenizer), added_beginning(tokenizer), adds_end(tokenizer))
 
 
 def _ends(tokenizer) -> tuple[str, ...]:
@@ -86,9 +91,9 @@ def _ends(tokenizer) -> tuple[str, ...]:
     return (tokenizer.eos_token, *closers.closers(tokenizer, control_tokens(tokenizer)))
 
 
-def _marked(row: Mapping, ends: tuple[str, ...], beginning: str | None) -> dict:
+def _marked(row: Mapping, ends: tuple[str, ...], beginning: str | None, ended: bool) -> dict:
     row = _without_doubles(row, ends, beginning)
-    return row | {closers.COLUMN: closers.ended(row, ends[1:])}
+    return row | {closers.COLUMN: closers.ended(row, ends[1:], ended)}
 
 
 def _without_doubles(row: Mapping, ends: tuple[str, ...], beginning: str | None) -> dict:

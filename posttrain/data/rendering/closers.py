@@ -13,6 +13,8 @@ _TOKENS = {"chosen": ("chosen_ids",), "rejected": ("rejected_ids",)}
 _OF_ANSWERS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
 # Names of tokens that end a turn and nothing else, for texts in another format than the tokenizer's template.
 _ENDS = re.compile(r"<\|?(im_end|end_of_turn|eot_id|eot|eom_id|end|END_OF_TURN_TOKEN|return|call)\|?>|<turn\|>")
+# Behind the name of a text that gets two ends of sequence
+_TWICE = "*"
 _MARK = "qzanswerzq"
 
 
@@ -34,11 +36,14 @@ def closers(tokenizer, control: list[str]) -> tuple[str, ...]:
     return tuple(sorted(found - {tokenizer.eos_token, tokenizer.bos_token}))
 
 
-def ended(row: Mapping, closers: tuple[str, ...]) -> str:
-    """The names of the row's texts that end with an end of turn, with commas; empty where none does."""
-    return ",".join(
-        name for name in _SIDES if isinstance(row.get(name), str) and row[name].endswith(closers or ("\0",))
-    )
+def ended(row: Mapping, closers: tuple[str, ...], twice: bool = False) -> str:
+    """The names of the row's texts that end with an end of turn, with commas; empty where none does.
+
+    `twice`: the tokenizer appends the end of sequence as TRL does; all texts are then named, marked so.
+    """
+    texts = [name for name in _SIDES if isinstance(row.get(name), str)]
+    names = [name + _TWICE for name in texts if twice]
+    return ",".join(names + [name for name in texts if row[name].endswith(closers or ("\0",))])
 
 
 def parted(dataset, eos: int | None):
@@ -61,7 +66,8 @@ def without_appended(row: Mapping, eos: int) -> dict:
     """A tokenised row without the end of sequence behind the texts that `ended` named, and without their names."""
     row = dict(row)
     for name in filter(None, (row.pop(COLUMN, None) or "").split(",")):
-        columns = [column for column in _TOKENS.get(name, _OF_ANSWERS) if column in row]
-        if columns and row[columns[0]] and row[columns[0]][-1] == eos:
+        appended = [eos, eos] if name.endswith(_TWICE) else [eos]
+        columns = [column for column in _TOKENS.get(name.removesuffix(_TWICE), _OF_ANSWERS) if column in row]
+        if columns and row[columns[0]][-len(appended) :] == appended:
             row |= {column: row[column][:-1] for column in columns}
     return row

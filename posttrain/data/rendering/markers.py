@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from posttrain.data.rendering.marks import REASONING
 from posttrain.data.tokens import tools_of
 
-# Keys of messages that hold the reasoning before an answer.
-REASONING = ("reasoning_content", "reasoning", "thinking")
+# Where the objects of a list of reasoning hold their text
+_OF_THOUGHTS = ("text", "summary", "thinking")
 
 
 class Piece(NamedTuple):
@@ -53,6 +54,8 @@ def marked(messages: list, tools) -> tuple[tuple[list, object], list[Piece], dic
         for key in REASONING:
             if isinstance(message.get(key), str) and message[key].strip():
                 made[key] = marker(key, index, message[key])
+            elif isinstance(message.get(key), list):
+                made[key] = [_marked_thought(part, key, index, marker) for part in message[key]]
         if isinstance(message.get("name"), str) and message["name"]:
             known = message["name"] in names
             # a tool is named by the call before it
@@ -66,6 +69,16 @@ def marked(messages: list, tools) -> tuple[tuple[list, object], list[Piece], dic
             made["function_call"] = call
         made_messages.append(made)
     return (made_messages, marked_tools), pieces, of_tools
+
+
+def _marked_thought(part, key: str, index: int, marker):
+    """A part of a message's reasoning, which some give as a list of objects."""
+    if not isinstance(part, Mapping):
+        return part
+    return {
+        name: marker(key, index, value) if name in _OF_THOUGHTS and isinstance(value, str) and value.strip() else value
+        for name, value in part.items()
+    }
 
 
 def _named(tool, name_of):

@@ -1,6 +1,12 @@
-"""Marks of messages by which other trainers leave a turn out of the loss."""
+"""Keys of messages beside role and content: their reasoning, and marks that leave a turn out of the loss."""
 
 from collections.abc import Mapping
+
+# Keys that hold the reasoning before an answer.
+REASONING = (
+    *("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "analysis"),
+    "reasoning_details",
+)
 
 # What says under each key that a turn is learned as the others.
 _LEARNED = dict.fromkeys(("weight", "train", "training", "trainable", "loss"), (1, "1", "1.0", "true", "True"))

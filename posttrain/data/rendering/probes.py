@@ -1,18 +1,23 @@
 """One row against its rendering: its own texts searched in the tokens, and markers put through the chat template."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 
 from posttrain.data.rendering import additions, round_trips
 from posttrain.data.rendering.applied import control_tokens
 from posttrain.data.rendering.faults import Fault, short
-from posttrain.data.rendering.markers import REASONING, marked
+from posttrain.data.rendering.markers import marked
+from posttrain.data.rendering.marks import REASONING
 from posttrain.data.rendering.round_trips import bare as _bare
 from posttrain.data.tokens import render_text, tokenizer_of
 
+_OPENING = ("system", "developer")
 _BLANKS = re.compile(r"\s")
 _THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
+# Stands in the place of a value
+_VALUE = "qzvaluezq"
 _ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "text")
 
 
@@ -102,10 +107,11 @@ class Probe:
             message = messages[piece.index]
             if piece.kind == "content":
                 found = self._find(hay[part], piece.text, at[part], part != "prompt")
-                fault = self._content_fault(piece, message, part, seen, found, hay, name, start, len(messages))
+                fault = self._content_fault(piece, messages, part, seen, found, hay, name, start, options)
                 if found is not None:
                     at[part] = found
-                if seen == 1 and message.get("role") != "system":
+                # what opens a conversation may stand anywhere
+                if seen == 1 and not all(turn.get("role") in _OPENING for turn in messages[: piece.index + 1]):
                     places.append((drawn.index(piece.marker), piece))
             else:
                 fault = self._other_fault(piece, message, part, seen, hay[part])
@@ -156,7 +162,8 @@ class Probe:
                 "Tables and code are seen in another form; use a template that renders the message as it is.",
             )  # fmt: skip
 
-    def _content_fault(self, piece, message, part, seen, found, hay, name, start, total) -> Fault | None:
+    def _content_fault(self, piece, messages, part, seen, found, hay, name, start, options) -> Fault | None:
+        message, total = messages[piece.index], len(messages)
         role, shown = message.get("role"), repr(short(piece.text))
         in_answer = piece.index >= start
         if seen == 0:
@@ -165,13 +172,15 @@ class Probe:
             kind = "blocks of content" if isinstance(message.get("content"), list) else "the message"
             remedy = (
                 "Rename the role to system, or use a template that knows it."
-                if role == "developer"
+                if role == "developer" and not piece.index
                 else "Use a template that renders it, or write the content as a text."
                 if isinstance(message.get("content"), list)
                 else "The content beside its tool calls is not seen; use a template that renders both."
                 if calls
                 else "It takes blocks of content, which the model's processor makes: give it as processing_class."
-                if self._takes_blocks(role)
+                if self._takes_blocks(messages, piece.index, options)
+                else "Join it to the system message that the template renders, or to the user's turn."
+                if role in _OPENING and piece.index
                 else "Use a template that knows the role, or rename it."
             )
             wrong = (asks or (in_answer and role == "assistant")) and not calls
@@ -206,6 +215,10 @@ class Probe:
             return None
         shown = repr(short(piece.text))
         if piece.kind in REASONING:
+            others = [message.get(key) for key in REASONING if key != piece.kind]
+            if piece.text in others and _bare(piece.text) in hay:
+                # the same thought under two keys, of which the template reads one
+                return None
             return _lost_reasoning(f"in {piece.kind}", shown, part != "prompt")
         if piece.kind == "name":
             return Fault(
@@ -247,9 +260,12 @@ class Probe:
         for call in message.get("tool_calls") or ():
             function = call.get("function", call) if isinstance(call, Mapping) else {}
             arguments, bare = function.get("arguments"), _bare(text)
-            if isinstance(arguments, Mapping) and arguments and _bare(str(arguments)) in bare:
-                if _bare(json.dumps(arguments, ensure_ascii=False)) not in bare:
+            if isinstance(arguments, Mapping) and arguments:
+                is_json = _bare(json.dumps(arguments, ensure_ascii=False)) in bare
+                if _bare(str(arguments)) in bare and not is_json:
                     yield _printed("the arguments of a tool call", arguments, "Give them as a JSON text.")
+                elif not is_json:
+                    yield from self._argument_faults(messages, index, call, options)
             if isinstance(arguments, str) and arguments and _bare(arguments) not in bare:
                 if any(_bare(json.dumps(arguments, ensure_ascii=ascii)) in bare for ascii in (True, False)):
                     yield Fault(
@@ -257,12 +273,33 @@ class Probe:
                         short(json.dumps(arguments)), "Give them as an object, not as a JSON text.", True,
                     )  # fmt: skip
 
-    def _takes_blocks(self, role) -> bool:
-        """Whether the template drops a text, and renders it as a block."""
-        message = {"role": role, "content": [{"type": "text", "text": "qzblockzq"}]}
+    def _argument_faults(self, messages: list, index: int, call: Mapping, options) -> Iterator[Fault]:
+        """Values among the arguments of a call that the template writes as Python does, each told by a marker."""
+        given = self._as_given(messages, options)
+        for value, changed in _with_markers(call):
+            calls = [changed if one is call else one for one in messages[index]["tool_calls"]]
+            others = [*messages[:index], {**messages[index], "tool_calls": calls}, *messages[index + 1 :]]
+            drawn = self._as_given(others, options)
+            if drawn.count(_VALUE) != 1 or str(value) == json.dumps(value, ensure_ascii=False):
+                continue
+            written = given[len(os.path.commonprefix((given, drawn))) :]
+            if written.startswith(str(value)):
+                yield Fault(
+                    ("printed", "value"),
+                    "the chat template writes a value among the arguments of a tool call as Python prints it",
+                    str(value),
+                    "The model learns to call so. Write it as a text as the tool reads it ('true', 'null'), leave out "
+                    "what is null, or use a template that writes arguments as JSON.",
+                )
+                return
+
+    def _takes_blocks(self, messages: list, index: int, options) -> bool:
+        """Whether the template, which drops the text of a message, renders it as a block in the same place."""
+        message = {**messages[index], "content": [{"type": "text", "text": "qzblockzq"}]}
         try:
-            return "qzblockzq" in self._render([message], None)
-        # it may want another role first, for one
+            changed = [*messages[:index], message, *messages[index + 1 :]]
+            return "qzblockzq" in self._render(changed, self.row.get("tools"), **options)
+        # it may take no blocks at all
         except Exception:
             return False
 
@@ -311,6 +348,31 @@ def _split(row: Mapping) -> tuple:
         # as TRL, which leaves a blank to the answer
         length -= 1
     return chosen[:length], {"chosen": chosen[length:], "rejected": rejected[length:]}
+
+
+def _with_markers(call: Mapping) -> Iterator[tuple[object, dict]]:
+    """Each value among the arguments of a call that Python prints in its own way, and the call with a marker there."""
+    function = call.get("function", call)
+
+    def each(value, put):
+        if value is None or isinstance(value, bool | Mapping | list):
+            yield value, put(_VALUE)
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        for key, part in parts:
+            yield from each(part, lambda new, key=key: put(_replaced(value, key, new)))
+
+    def put(arguments) -> dict:
+        made = {**function, "arguments": arguments}
+        return {**call, "function": made} if "function" in call else made
+
+    for key, part in function["arguments"].items():
+        yield from each(part, lambda new, key=key: put(_replaced(function["arguments"], key, new)))
+
+
+def _replaced(value, key, new):
+    if isinstance(value, Mapping):
+        return {**value, key: new}
+    return [new if index == key else item for index, item in enumerate(value)]
 
 
 def _lost_reasoning(where: str, shown: str, in_answer: bool) -> Fault:

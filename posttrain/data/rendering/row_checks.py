@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from posttrain.data import formats, objects
 from posttrain.data.rendering import continued
-from posttrain.data.rendering.applied import ControlTokens
+from posttrain.data.rendering.applied import ControlTokens, adds_end
 from posttrain.data.rendering.looks import rows_to_render
 from posttrain.data.rendering.probes import Probe
 from posttrain.data.rendering.survey import Survey
-from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of, tools_of
+from posttrain.data.tokens import as_rendered, check_settings, render, tokenized_pairs, tokenizer_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 
@@ -71,6 +71,10 @@ def check(
     if "tools" in names:
         for number, value in enumerate(dataset.with_format(None)["tools"]):
             tools_of({"tools": value}, places[number] if places else f"{name}, row {number + 1}")
+    check_settings(settings, name)
+    if "chat_template_kwargs" in names:
+        for number, value in enumerate(dataset.with_format(None)["chat_template_kwargs"]):
+            check_settings(value, places[number] if places else f"{name}, row {number + 1}")
     dataset = as_rendered(dataset.select_columns(names).with_format(None), processing_class)
     tokenizer = tokenizer_of(processing_class)
     is_task = kind in (("demonstration",), ("prompt",))
@@ -87,6 +91,11 @@ def check(
     survey.refuse()
     warnings, found.notes = survey.tokens.say(name, len(dataset), unit, survey.is_text, tokenizer)
     found.warnings = survey.warnings() + warnings
+    if is_task and survey.is_text and adds_end(tokenizer):
+        found.warnings.append(
+            f"{name}: the tokenizer puts {tokenizer.eos_token!r} behind every text, the prompts among them, so "
+            "rollouts begin behind an end. Set `tokenizer.add_eos_token = False`, or give the prompts as messages."
+        )
     chosen = rows_to_render(survey.looks, len(dataset))
     found.rendered = len(chosen)
     rows = dataset.select(chosen)

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from posttrain.data.rendering.applied import ControlTokens
 from posttrain.data.rendering.looks import look_of
-from posttrain.data.rendering.markers import REASONING
-from posttrain.data.rendering.marks import switch_of
+from posttrain.data.rendering.marks import REASONING, switch_of
 from posttrain.data.rendering.probes import answers_of, prompt_of
 from posttrain.data.rendering.repeats import BEGINS, TRANSCRIPT, repeats
 from posttrain.data.tokens import tools_of

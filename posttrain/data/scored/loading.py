@@ -8,7 +8,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from posttrain.data import formats, generators, objects, shapes, sources
+from posttrain.data import formats, generators, objects, shapes, sources, turns
 from posttrain.data.columns import first_with_system, say_left_out, say_system, system_in_front
 from posttrain.data.formats import described, is_empty, style_of
 from posttrain.data.generated import reversed_share
@@ -64,6 +64,7 @@ def load_scored(
     rows, rewards, kept = [], {}, []
     for one in sources:
         found, places = read_rows(one, split, limit)
+        found = turns.read_all(found, places, one, columns)
         if convert and not columns:
             found, places = shapes.read_all(found, places, (shapes.ANSWERS, shapes.PAIRS, shapes.WHOLE), one)
         if generators.is_made(one) and "rejected" in found[0]:
@@ -108,7 +109,8 @@ def as_scored(
     if len(dataset) == 0:
         raise DataError(f"{name} holds no rows.")
     needs_reward = needs_reward and scorer is None
-    dataset, columns = objects.restored(dataset.with_format(None)), dataset.column_names
+    dataset = turns.read(objects.without_empty_images(dataset.with_format(None), name), name)
+    dataset, columns = objects.restored(dataset), dataset.column_names
     _check_columns(columns, name, needs_reward)
     missing = [column for column in keep if column not in columns]
     if missing:
@@ -306,7 +308,13 @@ def _renaming(columns: Sequence[str]) -> str:
         names |= {answer: "completion"} if answer else {}
     if "prompt" not in columns:
         names |= {one: ours for one, ours in formats.renames(columns).items() if ours == "prompt"}
-    return f" Rename yours:\n  dataset = dataset.rename_columns({names})" if names else ""
+    said = f" Rename yours:\n  dataset = dataset.rename_columns({names})" if names else ""
+    whole = next((one for one in ("messages", "conversations") if one in columns), None)
+    if whole and not {"prompt", "completion", "chosen"} & ({*columns} | {*names.values()}):
+        parts = f'{{"prompt": row["{whole}"][:-1], "completion": row["{whole}"][-1:]}}'
+        said += "\n" if said else " "
+        said += f"Part the conversations before their last turn:\n  dataset = dataset.map(lambda row: {parts})"
+    return said
 
 
 def _converted(row: Mapping, place: str) -> Mapping:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from posttrain.data import formats, generators, objects, shapes, sources
+from posttrain.data import formats, generators, objects, shapes, sources, turns
 from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
 from posttrain.data.rows import columns_of
 from posttrain.data.sources import read_rows
@@ -32,6 +32,8 @@ _SHAPES = (
 )
 # The calculator notes of GSM8K, a calculation and its number: <<48/2=24>>
 _NOTES = re.compile(r"<<(?=[^<>=]*\d)[^<>=A-Za-z]+=[^<>=A-Za-z\n]*\d[^<>=A-Za-z\n]*>>")
+# 1,234 in GSM8K's way of writing
+_NUMBER = re.compile(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 _MARKED = re.compile(r"^####[^\n]*\d", re.MULTILINE)
 
 
@@ -82,6 +84,8 @@ def load_demonstrations(
         made = generators.make(source, split, generators.TASKS, conversational)
         return made if limit is None else made.select(range(min(limit, len(made))))
     rows, places = _read(source, split, limit, config)
+    named = {theirs: ours for ours, theirs in (columns or {}).items() if ours != "gold"}
+    rows = turns.read_all(rows, places, source, named)
     if convert and columns is None:
         rows, places = shapes.read_all(rows, places, (shapes.TASKS,), source)
     found = columns_of(rows)
@@ -247,8 +251,7 @@ def _marked_gold(demonstration, place: str, column: str) -> str:
     for where in ("hash", "boxed"):
         answer = final_answer(text, where)
         if answer is not None and answer.text:
-            # 1,234 in GSM8K's way of writing
-            return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer.text)
+            return answer.text.replace(",", "") if _NUMBER.fullmatch(answer.text) else answer.text
     raise DataError(
         f"{place}: {column!r} ends without '#### N' (or a box) and there is no column for the gold answer; it ends in "
         f"{text[-60:]!r}. Mark the answer, or name its column: gold_column in a recipe, columns={{'gold': ...}} in "

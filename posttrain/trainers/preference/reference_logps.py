@@ -5,7 +5,7 @@ from datasets import Dataset
 from trl.models import prepare_deepspeed
 
 from posttrain.log import get_logger
-from posttrain.mechanisms.sequence_cache import ReferenceCache, sequence_digest
+from posttrain.mechanisms.sequence_cache import ReferenceCache, forwarded, sequence_digest
 from posttrain.paths import cache_dir
 from posttrain.run.reference import add_to_cache, batches_of, cached, reference_key, with_columns
 
@@ -69,15 +69,18 @@ def length_of(row: dict) -> int:
 
 def _row_digests(row: dict, args) -> tuple[bytes, bytes]:
     prompt, sides = row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
-    # Under ld_alpha a side's value depends on how long the other is
-    extra = "" if args.ld_alpha is None else str(min(len((prompt + side)[: args.max_length]) for side in sides))
-    return tuple(sequence_digest(prompt, side, args.max_length, extra) for side in sides)
+    keep_end, extra = args.truncation_mode == "keep_end", ""
+    if args.ld_alpha is not None:
+        # a side's value depends on how many tokens of the other are scored; the first of a sequence never is
+        cut = [forwarded(prompt, side, args.max_length, keep_end) for side in sides]
+        extra = str(min(len(ids) - max(before, 1) for ids, before in cut))
+    return tuple(sequence_digest(prompt, side, args.max_length, extra, keep_end) for side in sides)
 
 
 def _reference_key(trainer) -> str:
     model = trainer.ref_model if trainer.ref_model is not None else trainer.model
     adapters = set(getattr(model, "peft_config", {})) - {"ref"}
-    facts = {"ld_alpha": trainer.args.ld_alpha}
+    facts = {"ld_alpha": trainer.args.ld_alpha, "truncation_mode": trainer.args.truncation_mode}
     if adapters and "ref" in model.peft_config:
         facts["adapter"] = str(model.peft_config["ref"].to_dict())
     return reference_key(trainer, model, adapters, facts)

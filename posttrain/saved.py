@@ -1,0 +1,74 @@
+"""Reading the files of a saved run or model: an error that names the file where one is damaged."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from posttrain.errors import DataError
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; DataError where it is not UTF-8 or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; DataError where there is none."""
+    try:
+        content = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is no valid JSON: {error}.") from None
+    return _named(content, path, "JSON object")
+
+
+def read_yaml(path: Path) -> dict:
+    """The names and values in a YAML file, none where it is empty; DataError where it holds something else."""
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise DataError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from None
+    return _named({} if content is None else content, path, "YAML mapping")
+
+
+def check_safetensors(path: Path) -> set[str]:
+    """The names of the tensors in a file; DataError where it is damaged: cut off, or another kind of file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # the header tells how long the file must be
+        with safe_open(path, "pt") as tensors:
+            return set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path} is damaged, or no safetensors file ({error}). Save it again, or name another checkpoint."
+        ) from None
+
+
+def check_shards(index: Path) -> None:
+    """Refuse the index of weights in several files of which one is missing, damaged, or without its tensors.
+
+    Raises:
+        DataError: in each of these cases, or where the index itself cannot be read.
+    """
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise DataError(f"{index} says nothing of where the tensors lie (no weight_map of file names).")
+    for name in sorted(set(placed.values())):
+        path = index.with_name(name)
+        if not path.is_file():
+            raise DataError(f"{index} names {name}, which is missing.")
+        lost = {tensor for tensor, file in placed.items() if file == name} - check_safetensors(path)
+        if lost:
+            raise DataError(f"{path} holds no {min(lost)}, which {index.name} says lies there.")
+
+
+def _named(content, path: Path, form: str) -> dict:
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}; it must be a {form}, of names and values.")
+    return content
