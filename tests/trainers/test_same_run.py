@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import DPOConfig, GRPOConfig
 
 from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
@@ -160,10 +161,13 @@ def test_a_synced_reference_of_rollouts_goes_on_as_it_was(tiny_folder, tmp_path)
         dict(vllm_importance_sampling_clip_max=2.5),
     ],
 )
-def test_a_setting_that_changes_the_updates_is_told(change):
-    before = {name: None for name in change}
+def test_a_setting_that_changes_the_updates_is_told(change, tmp_path):
+    kind = DPOConfig if change.keys() & {"truncation_mode", "discopop_tau", "ld_alpha"} else GRPOConfig
     name = next(iter(change))
-    assert f"{name}: None there, {change[name]} here" in differing(update_of(change), update_of(before))
+    before, now = (kind(str(tmp_path), use_cpu=True, bf16=False, report_to=[]) for _ in range(2))
+    vars(before).update({name: None for name in change})
+    vars(now).update(change)
+    assert f"{name}: None there, {change[name]} here" in differing(update_of(now), update_of(before))
 
 
 def test_every_setting_that_is_told_apart_is_one_of_a_config():
