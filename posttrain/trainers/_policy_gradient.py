@@ -323,6 +323,8 @@ class PolicyGradientMixin(RunMixin):
             self._head.check(model)
         if self._sharing is not None and self._sharing.active:
             self._sharing.check(model)
+        # the check may have given it up
+        if self._sharing is not None and self._sharing.active:
             model = _Sharing(self._sharing, model)
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._scored is not None:
