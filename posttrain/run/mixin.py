@@ -52,6 +52,14 @@ def without_folder():
     finally:
         _FOLDERLESS.reset(token)
 
+# Arguments that TRL's trainers had, and what stands in their place
+_FORMER_ARGUMENTS = {
+    "tokenizer": "write processing_class=...",
+    "max_prompt_length": "leave it out; max_length in args cuts prompt and answer together",
+    "dataset_text_field": "leave it out; the rows have columns of known names",
+    "formatting_func": "leave it out, and make the rows' columns with datasets.Dataset.map",
+}
+
 
 class RunMixin:
     """The part of each mixin that does not depend on its family. Stands on `transformers.Trainer`.
@@ -136,8 +144,8 @@ class RunMixin:
     def _by_name(self, rest: tuple, kwargs: dict) -> dict:
         """`kwargs` with what was given by position behind the processing class, under TRL's names."""
         parent = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("trl."))
-        names = list(inspect.signature(parent.__init__).parameters)
-        names = names[names.index("processing_class") + 1 :]
+        known = list(inspect.signature(parent.__init__).parameters)
+        names = known[known.index("processing_class") + 1 :]
         if len(rest) > len(names):
             raise TypeError(
                 f"{type(self).__name__} takes {len(names)} arguments behind processing_class, not {len(rest)}."
@@ -146,6 +154,11 @@ class RunMixin:
         twice = sorted(given.keys() & kwargs)
         if twice:
             raise TypeError(f"{type(self).__name__} got {', '.join(twice)} twice, by position and by name.")
+        for name in kwargs.keys() - set(known):
+            remedy = _FORMER_ARGUMENTS.get(name)
+            if remedy is None and name in self._config_class.__dataclass_fields__:
+                remedy = f"it is a setting: {self._config_class.__name__}({name}=...), given as args"
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}; {remedy or f'it has {known[1:]}'}.")
         return kwargs | given
 
     def _preflight(self, model, args):

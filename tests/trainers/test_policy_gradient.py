@@ -1,12 +1,13 @@
 import pytest
 import torch
+from transformers import LlamaModel
 
 from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, QAEConfig, QAETrainer
 from posttrain.errors import ConfigError, DataError, DivergedError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.models import tiny_model
 from posttrain.objectives import advantages
-from tests.rollouts import PARENT, entries, prompts, success, train
+from tests.rollouts import PARENT, entries, prompts, settings, success, train
 from tests.training import distance
 
 OFF = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
@@ -595,6 +596,44 @@ def test_a_window_narrower_than_the_rows_cannot_always_share(tokenizer, tmp_path
     assert trainer._sharing.active
     with pytest.raises(ConfigError, match="it has rows longer than the sliding window of 16"):
         train(str(tmp_path / "16"), tmp_path / "b", prefix_sharing="always")
+
+
+@pytest.mark.parametrize("kind", ["counts positions", "trips over packed rows"])
+def test_a_model_that_is_found_unfit_for_sharing_is_padded_from_the_first_forward_on(
+    kind, tokenizer, tmp_path, monkeypatch
+):
+    if kind == "counts positions":
+        model = tiny_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0,
+                           attn_pdrop=0.0)  # fmt: skip
+    else:
+        model, forward = tiny_model(), LlamaModel.forward
+
+        def trips(self, *args, attention_mask=None, **kwargs):
+            if attention_mask is not None and attention_mask.dim() == 4:
+                raise RuntimeError("no such mask")
+            return forward(self, *args, attention_mask=attention_mask, **kwargs)
+
+        monkeypatch.setattr(LlamaModel, "forward", trips)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    def update(setting):
+        return train(str(tmp_path / "base"), tmp_path / setting, peft=False, max_steps=1, beta=0.1,
+                     learning_rate=0.1, prefix_sharing=setting)  # fmt: skip
+
+    (padded, _), (declined, trainer) = update("never"), update("auto")
+    assert not trainer._sharing.active
+    assert all(torch.equal(declined[name], padded[name]) for name in padded)
+    assert entries(trainer)[0]["kl"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [("tokenizer", "write processing_class"), ("beta", "it is a setting: QAEConfig"), ("nothing", "it has ")],
+)
+def test_an_argument_that_trainers_do_not_have_is_answered_with_what_to_write(tiny_folder, tmp_path, given, remedy):
+    with pytest.raises(TypeError, match=f"QAETrainer has no argument '{given}'; {remedy}"):
+        QAETrainer(tiny_folder, success, QAEConfig(**settings(tmp_path)), prompts([1] * 4), **{given: 1})
 
 
 def test_a_run_may_start_anew_in_its_folder(tiny_folder, tmp_path):

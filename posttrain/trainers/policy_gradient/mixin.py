@@ -303,6 +303,8 @@ class PolicyGradientMixin(RunMixin):
             self._head.check(model)
         if self._sharing is not None and self._sharing.active:
             self._sharing.check(model)
+        # the check may have given it up
+        if self._sharing is not None and self._sharing.active:
             model = _Sharing(self._sharing, model)
         # of all passes, the loss's own
         with self.policy_forward() if self._scored is not None else contextlib.nullcontext():
