@@ -1,0 +1,1 @@
+"""Adapters on disk, read onto their base models."""
