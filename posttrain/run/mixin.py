@@ -52,6 +52,7 @@ def without_folder():
     finally:
         _FOLDERLESS.reset(token)
 
+
 # Arguments that TRL's trainers had, and what stands in their place
 _FORMER_ARGUMENTS = {
     "tokenizer": "write processing_class=...",

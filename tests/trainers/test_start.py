@@ -1,10 +1,11 @@
 """What trains nothing, or cannot be trained here, is refused at construction in each family of trainers."""
 
 import pytest
+from datasets import Dataset
 from peft import AdaptionPromptConfig, CPTConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from posttrain import ALoLConfig, ALoLTrainer, RobustDPOConfig, RobustDPOTrainer
+from posttrain import ALoLConfig, ALoLTrainer, QAEConfig, RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
 from posttrain.models import tiny_model
 from tests import rollouts, scored, training
@@ -77,3 +78,32 @@ def test_experts_without_an_auxiliary_loss_train_and_that_is_said(family, tmp_pa
     trainer.train()
     assert any(not value.equal(before[name]) for name, value in trainer.model.named_parameters())
     assert logged.text.count("returns no auxiliary loss of its experts") == trainer.aux_loss_enabled
+
+
+@pytest.mark.parametrize("config", [None, lora()])
+def test_a_reference_by_its_name_is_refused_with_what_to_write(config, tiny_folder, tmp_path):
+    args = RobustDPOConfig(**training.settings(tmp_path))
+    with pytest.raises(ConfigError, match="ref_model is .*AutoModelForCausalLM.from_pretrained"):
+        RobustDPOTrainer(tiny_folder, tiny_folder, args, train_dataset=make_pairs(4), peft_config=config)
+
+
+@pytest.mark.parametrize("kind", [RobustDPOConfig, QAEConfig])
+def test_a_smoothing_that_no_loss_here_reads_is_refused(kind, tmp_path):
+    extra = rollouts.settings(tmp_path) if kind is QAEConfig else training.settings(tmp_path)
+    with pytest.raises(ConfigError, match="label_smoothing_factor is 0.1, which this trainer does not use"):
+        kind(**extra, label_smoothing_factor=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
+def test_prompts_that_lose_their_beginning_are_counted(tiny_folder, tmp_path, logged):
+    long = "same words here " * 8
+    rows = [
+        {"prompt": [{"role": "user", "content": f"q{i}"}], "chosen": [{"role": "assistant", "content": text + "good"}],
+         "rejected": [{"role": "assistant", "content": text + "bad"}]}
+        for i, text in enumerate((long, long, "", ""))
+    ]  # fmt: skip
+    for mode, said in (("keep_end", True), ("keep_start", False)):
+        logged.clear()
+        args = RobustDPOConfig(**training.settings(tmp_path, max_length=64, truncation_mode=mode))
+        RobustDPOTrainer(tiny_folder, args=args, train_dataset=Dataset.from_list(rows))
+        assert ("keep_end cuts the beginning of 2 of 4 rows" in logged.text) is said

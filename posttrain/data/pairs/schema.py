@@ -244,6 +244,11 @@ def _check_lengths(report: PairReport, dataset, places: Sequence[str], processin
             f"{name}: max_length {limit} drops {lengths.dropped} of {looked_at}, whose prompt alone is that long; "
             f"{advice}."
         )
+    if lengths.cut and not keep_start:
+        report.warnings.append(
+            f"{name}: max_length {limit} with truncation_mode keep_end cuts the beginning of {lengths.cut} of "
+            f"{looked_at}: the model sees a part of their prompt, or nothing of it; {advice}."
+        )
     if lengths.equal_when_cut:
         report.warnings.append(
             f"{name}: max_length {limit} cuts {lengths.equal_when_cut} of {looked_at} to sides that are the same; they "

@@ -258,6 +258,11 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             )
 
     def _check_pairs_of_settings(self) -> None:
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, which this trainer does not use. Leave it "
+                "out."
+            )
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ExcludedSetting(
                 f"log_completions_hub_repo is {self.log_completions_hub_repo} and log_completions is false, so there "

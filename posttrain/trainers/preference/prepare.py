@@ -45,6 +45,12 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
 
 def check_reference_is_loadable(model, ref_model, args, peft_config) -> None:
     """Refuse full fine-tuning whose reference upstream would load by a name that the model does not have."""
+    if isinstance(ref_model, str):
+        raise ConfigError(
+            f"ref_model is {ref_model!r}; it must be a loaded model, such as "
+            f"AutoModelForCausalLM.from_pretrained({ref_model!r}). Leave it out where the reference is the model as "
+            "the run begins."
+        )
     if not isinstance(model, torch.nn.Module) or ref_model is not None or peft_config is not None:
         return
     if is_peft_model(model) or args.precompute_ref_log_probs or getattr(model.config, "_name_or_path", ""):

@@ -174,6 +174,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         for name, value, neutral, instead in (
             ("f_divergence_type", self.f_divergence_type, "reverse_kl", "trl.DPOTrainer has it"),
             ("use_weighting", self.use_weighting, False, "trl.DPOTrainer has WPO weights"),
+            ("label_smoothing_factor", self.label_smoothing_factor, 0.0, "write `flip_rate` with `pair_loss: cdpo`"),
             ("padding_free", self.padding_free, False, "TRL itself ignores it for now"),
         ):
             if value != neutral:
