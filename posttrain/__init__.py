@@ -5,6 +5,8 @@ The names below are imported when first used, so that `import posttrain` is fast
 
 import importlib
 
+from posttrain import former_names
+
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -20,6 +22,7 @@ _MODULES = {
     "RobustDPOTrainer": "posttrain.trainers.preference.robust_dpo",
 }
 __all__ = ["__version__", *_MODULES]
+former_names.register()
 
 
 def __getattr__(name: str):

@@ -1,9 +1,14 @@
 """The library's layers, read from its imports: each stands on those below it alone, and no two on each other."""
 
 import ast
+import importlib
 from pathlib import Path
 
+import pytest
+
 import posttrain
+import posttrain.data
+from posttrain import former_names
 
 ROOT = Path(posttrain.__file__).parent
 # from the ground up; a name is a module or a folder of them
@@ -33,6 +38,8 @@ LAYERS = (
     ("recipe",),
     ("cli", "__main__"),
 )
+# modules by the names that they had, which stand on none by an import of their own
+OUTSIDE = {"posttrain", "former_names"}
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 # families that stand on another one
 ON = {"offline": {"sft"}}
@@ -63,7 +70,7 @@ def part(name: str) -> str:
 
 
 def test_every_module_has_a_layer():
-    assert {part(name) for name in MODULES} - LEVELS.keys() == {"posttrain"}
+    assert {part(name) for name in MODULES} - LEVELS.keys() == OUTSIDE
 
 
 def test_no_import_goes_up():
@@ -112,3 +119,20 @@ def test_objectives_know_tensors_only():
             modules += [node.names[0].name for node in nodes if isinstance(node, ast.Import)]
             roots = {module.split(".")[0] for module in modules}
             assert not roots & {"transformers", "trl", "peft", "datasets", "accelerate"}, name
+
+
+def test_modules_are_had_by_the_names_that_they_had():
+    for name in former_names._MODULES:
+        importlib.import_module(name)
+    from posttrain.data.demonstrations import load_demonstrations
+    from posttrain.data.preferences import load_preferences
+    from posttrain.data.scored import load_scored
+    from posttrain.mechanisms.reference_cache import ReferenceCache
+
+    assert load_preferences is posttrain.data.load_preferences and load_scored is posttrain.data.load_scored
+    assert load_demonstrations is posttrain.data.load_demonstrations
+    assert ReferenceCache.__module__ == "posttrain.mechanisms.sequence_cache"
+    with pytest.raises(ImportError, match="nothing"):
+        from posttrain.data.schema import nothing  # noqa: F401
+    with pytest.raises(ImportError):
+        importlib.import_module("posttrain.data.never")

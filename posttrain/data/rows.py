@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from posttrain.data import formats, objects, sources
 from posttrain.errors import DataError
 
+# reading them is had from here as well
+read_rows = sources.read_rows
+
 
 def columns_of(rows: Iterable[dict]) -> list[str]:
     """The names that any row has, in the order in which they come up."""
