@@ -21,6 +21,12 @@ def run(code, *arguments):
     )
 
 
+@pytest.mark.parametrize("module", ["hub", "tables", "environment", "adapters.loading", "data", "cli.push"])
+def test_what_needs_no_model_loads_nothing_heavy(module):
+    imported = run(f"import posttrain.{module}, sys; print(*sys.modules)").stdout.split()
+    assert f"posttrain.{module}" in imported and not HEAVY & set(imported)
+
+
 def test_importing_the_package_or_asking_for_help_loads_nothing_heavy():
     imported = run("import posttrain, sys; print(*sys.modules)").stdout.split()
     assert not HEAVY & set(imported)

@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 
 from posttrain.errors import ConfigError
-from posttrain.mechanisms.base_digests import plain
 from posttrain.models import SMOLLM2, TINY, embedded_name
 from posttrain.saved import read_json, read_yaml
 
@@ -88,6 +87,8 @@ def run_of(folder: str | Path) -> Path:
     A folder named `checkpoint-N` is one where it holds a trainer's state, or our marker, and the folder around it is
     noted as a run: the marker's run, where there is a marker. Any other stands alone, and nothing beside it is read.
     """
+    from posttrain.mechanisms.base_digests import plain
+
     folder = Path(folder).resolve()
     if not _CHECKPOINT.fullmatch(folder.name):
         return folder

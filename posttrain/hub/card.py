@@ -7,7 +7,6 @@ import platform
 import re
 from pathlib import Path
 
-from posttrain.config.setting import meanings, told_in_card
 from posttrain.environment import library_versions
 from posttrain.hub.base_model import adapter_config, base_license, base_name, is_hub_id, join_front_matter, loaded_from
 from posttrain.models import SMOLLM2, TINY
@@ -194,6 +193,8 @@ def _measured(row: dict) -> dict:
 
 
 def _settings(trainer, adapter) -> list[tuple[str, str]]:
+    from posttrain.config.setting import told_in_card
+
     args = trainer.args
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
     rows = [
@@ -229,6 +230,8 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
 
 def _presets(config: type) -> list[str]:
     """Upstream's settings to which a config here gives a default of its own."""
+    from posttrain.config.setting import meanings
+
     own = [kind for kind in config.__mro__ if kind.__module__.startswith("posttrain.")]
     names = [name for kind in own for name in inspect.get_annotations(kind) if name in config.__dataclass_fields__]
     return [name for name in dict.fromkeys(names) if name not in meanings(config)]

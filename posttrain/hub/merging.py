@@ -12,7 +12,6 @@ from posttrain.adapters.loading import load_adapter, tokenizer_beside
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.files import TOKENIZER, found
 from posttrain.log import get_logger
-from posttrain.mechanisms.base_digests import base_digests
 
 _PROMPTS = (
     "The capital of France is Paris, which lies on the river",
@@ -108,6 +107,8 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
 
 def _is_trained_on(model, run: Path) -> bool | None:
     """Whether a base has the weights that a run trained its adapter on; None where the run's folder does not tell."""
+    from posttrain.mechanisms.base_digests import base_digests
+
     then = next(filter(None, (_base_weights(run / name) for name in _NOTES)), None)
     # biases that the run trained are no longer told from frozen ones
     if then is None or getattr(model.active_peft_config, "bias", "none") != "none":

@@ -10,7 +10,14 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOConfig, GRPOConfig
 
-from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
+from posttrain import (
+    ALoLConfig,
+    ALoLTrainer,
+    PolicyGradientConfig,
+    PolicyGradientTrainer,
+    RobustDPOConfig,
+    RobustDPOTrainer,
+)
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.base_digests import quantisation
 from posttrain.mechanisms.precision import same_precision
@@ -18,7 +25,7 @@ from posttrain.models import byte_tokenizer, tiny_model
 from posttrain.run import checkpoints
 from posttrain.run.checkpoint_files import MARKER, REFERENCE
 from posttrain.run.identity import _UPDATE, differing, update_of
-from tests import rollouts
+from tests import rollouts, scored
 from tests.conftest import make_pairs
 from tests.training import lora, settings, trainable
 
@@ -271,3 +278,12 @@ def test_a_folder_that_another_run_took_may_be_taken_where_that_is_asked(tiny_fo
         build(tiny_folder, out)
     shutil.rmtree(out)
     build(tiny_folder, out).train()
+
+
+def test_answers_with_other_advantages_are_other_rows(tiny_folder, tmp_path):
+    def digest(baseline):
+        args = ALoLConfig(**scored.settings(tmp_path / str(baseline), value="column"))
+        rows = scored.make_scored(8, baseline=[baseline] * 8)
+        return ALoLTrainer(tiny_folder, args=args, train_dataset=rows)._identity()["data"]
+
+    assert digest(0.1) == digest(0.1) != digest(0.2)
