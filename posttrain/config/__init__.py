@@ -92,10 +92,10 @@ class DataArguments:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more, or left out for all rows.")
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the data set's name means something on this machine only."""
-        return self.dataset_name.startswith(("generated:", "gym:")) or Path(self.dataset_name).exists()
+
+def is_local(dataset_name: str) -> bool:
+    """Tell whether a data set's name means something on this machine only: a file, a folder, or one that is made."""
+    return dataset_name.startswith(("generated:", "gym:")) or Path(dataset_name).exists()
 
 
 def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple:

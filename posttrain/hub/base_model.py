@@ -7,15 +7,14 @@ from pathlib import Path
 import yaml
 
 from posttrain.errors import ConfigError
+from posttrain.hub.metadata import license_fields, read_metadata
 from posttrain.models import SMOLLM2, TINY, embedded_name
 from posttrain.saved import read_json, read_yaml
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
 # What a checkpoint of ours, and a run, say that they are; a trainer's state is in every checkpoint
 _MARKER, _NOTE, _STATE = "posttrain_complete.json", "posttrain_run.json", "trainer_state.json"
-_LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -77,7 +76,7 @@ def noted_base(folder: str | Path) -> tuple[str | None, str | None]:
     if adapter.is_file():
         name = read_json(adapter).get("base_model_name_or_path")
     elif card.is_file():
-        name = split_front_matter(card.read_text(encoding="utf-8", errors="replace"))[0].get("base_model")
+        name = read_metadata(card).get("base_model")
     return tuple(value if isinstance(value, str) and value else None for value in (given, name))
 
 
@@ -150,29 +149,4 @@ def base_license(name: str | None) -> dict[str, str]:
         card = try_to_load_from_cache(name, "README.md")
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return {}
-    return license_fields(split_front_matter(Path(card).read_text(encoding="utf-8", errors="replace"))[0])
-
-
-def license_fields(metadata: dict) -> dict[str, str]:
-    """The license of a card's metadata in the hub's three fields, without a link into the base's own repository."""
-    fields = {key: metadata[key] for key in _LICENSE_KEYS if isinstance(metadata.get(key), str)}
-    if "://" not in fields.get("license_link", "://"):
-        del fields["license_link"]
-    return fields if fields.get("license") else {}
-
-
-def split_front_matter(text: str) -> tuple[dict, str]:
-    """A card's metadata and the text below it; no metadata where it cannot be read."""
-    match = _FRONT_MATTER.match(text)
-    if not match:
-        return {}, text
-    try:
-        metadata = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        metadata = None
-    return (metadata if isinstance(metadata, dict) else {}), text[match.end() :]
-
-
-def join_front_matter(metadata: dict, body: str) -> str:
-    """A card of its metadata and the text below it."""
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
+    return license_fields(read_metadata(Path(card)))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
-from posttrain.hub.base_model import check_repo_id, hub_base, license_fields, loaded_from
+from posttrain.hub.base_model import check_repo_id, hub_base, loaded_from
+from posttrain.hub.metadata import license_fields
 from posttrain.log import get_logger
 
 # Seconds before each further try. The client itself tries single requests again for some seconds.

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from posttrain.config import DataArguments, ModelArguments, get_peft_config
+from posttrain.config import DataArguments, ModelArguments, get_peft_config, is_local
 from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
 
@@ -58,9 +58,19 @@ def train(trainer, data_args: DataArguments, evaluate: bool) -> None:
     # Every rank saves: under ZeRO-3 each one holds a part of the weights.
     # The push comes once, with the card.
     trainer.save_model(_internal_call=True)
-    hub_dataset = None if data_args.is_local else data_args.dataset_name
-    trainer.create_model_card(dataset_name=hub_dataset)
+    on_hub = hub_data(data_args)
+    trainer.create_model_card(**on_hub)
     trainer.accelerator.print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=hub_dataset)
+        trainer.push_to_hub(**on_hub)
     trainer.end()
+
+
+def hub_data(data_args: DataArguments) -> dict:
+    """Name the data sets of a run that are on the hub, as `posttrain.hub.write_model_card` takes them."""
+    evaluated = data_args.eval_dataset_name or data_args.dataset_name
+    return {
+        "dataset_name": None if is_local(data_args.dataset_name) else data_args.dataset_name,
+        "eval_dataset_name": None if is_local(evaluated) else evaluated,
+        "eval_split": None if is_local(evaluated) else data_args.dataset_test_split,
+    }

@@ -503,7 +503,10 @@ class RunMixin:
         if self._live_gradients:
             self._live_gradients.before_step(self)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write `README.md` into the output folder: what was trained, on what, how, and how to load it."""
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **evaluated):
+        """Write `README.md` into the output folder: what was trained, on what, how, and how to load it.
+
+        `evaluated`: the keywords of `posttrain.hub.write_model_card` that name the rows of the evaluation.
+        """
         if self.is_world_process_zero():
-            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **evaluated)
