@@ -17,14 +17,17 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
-from trl import ModelConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
+from trl.scripts.utils import DatasetConfig
 
 from posttrain.checks import near
 from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
+from posttrain.config.mixture import check_datasets
 from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError
 from posttrain.log import get_logger
 
@@ -56,6 +59,8 @@ REMOVED = {
     "overwrite_output_dir": "write `overwrite: {value}`; `resume_from_checkpoint` continues an earlier run",
     "logging_dir": "leave it out; TENSORBOARD_LOGGING_DIR in the shell sets TensorBoard's folder",
     "save_safetensors": "leave it out; weights are always saved as safetensors",
+    "more_datasets": "write `datasets:`, a list with an entry `- path: FILE` for each of them and for that of "
+    "`dataset_name`, which is left out then",
     "tokenizer": "leave it out; the tokenizer comes with `model_name_or_path`",
     "tokenizer_name": "leave it out; the tokenizer comes with `model_name_or_path`",
     "tokenizer_name_or_path": "leave it out; the tokenizer comes with `model_name_or_path`",
@@ -63,12 +68,26 @@ REMOVED = {
 
 
 @dataclass
-class DataArguments:
-    """Where the rows come from. The names are TRL's."""
+class DataArguments(DatasetMixtureConfig):
+    """Where the rows come from: one data set, or a mixture of several. The names are TRL's."""
+
+    # the command line's wins over the file's
+    replaces: ClassVar = {"datasets": ("dataset_name",), "dataset_name": ("datasets",)}
 
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Hub id, local .json, .jsonl, .jsonl.gz or .parquet, or generated:reverse_list."},
+    )
+    datasets: list[DatasetConfig] | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets to train on, in the place of dataset_name: a list of path, and of name, "
+            "data_dir, data_files, split, columns and fraction where needed."
+        },
+    )
+    streaming: bool = field(default=False, metadata={"help": "Not supported: rows are checked before the first step."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share of the training rows, drawn by the seed, to evaluate on instead."}
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_dataset_name: str | None = field(
@@ -86,11 +105,38 @@ class DataArguments:
         },
     )
 
+    # stands on DatasetMixtureConfig.__post_init__, which makes the entries without checks
     def __post_init__(self):
+        if self.datasets is not None:
+            self.datasets = check_datasets(self.datasets)
+            if self.dataset_name is not None:
+                raise ConfigError(
+                    f"dataset_name is {self.dataset_name!r} beside datasets; make it an entry of datasets, or leave "
+                    "one of the two out."
+                )
+        if self.streaming:
+            raise ConfigError(
+                "streaming is True: all rows are read and checked before the model loads. Leave it out; in Python a "
+                "trainer takes a stream as train_dataset where its method can."
+            )
+        size = self.test_split_size
+        if size is not None and not 0 < size < 1:
+            raise ConfigError(f"test_split_size is {size}; it must be a share above 0 and below 1.")
+        if size is not None and self.eval_dataset_name is not None:
+            raise ConfigError(
+                f"test_split_size is {size} beside eval_dataset_name {self.eval_dataset_name!r}; leave one of them out."
+            )
         for name in ("max_train_rows", "max_eval_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more, or left out for all rows.")
+
+    @property
+    def sources(self) -> list[DatasetConfig]:
+        """The data sets to train on, one or several."""
+        if self.datasets is not None:
+            return self.datasets
+        return [DatasetConfig(self.dataset_name, split=self.dataset_train_split)] if self.dataset_name else []
 
 
 def is_local(dataset_name: str) -> bool:

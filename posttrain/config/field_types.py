@@ -4,6 +4,7 @@ import contextlib
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from enum import Enum
 
 import yaml
@@ -26,6 +27,8 @@ class FieldType:
         self.mapping = any(m is dict or typing.get_origin(m) is dict for m in members)
         items = [typing.get_args(m) for m in members if typing.get_origin(m) is list]
         self.list = bool(items)
+        # of mappings, such as TRL's `datasets`; their owner reads them
+        self.records = any(is_dataclass(kind) for kind in (items[0] if items else ()))
         plain = [m for m in members if isinstance(m, type) and m is not type(None)]
         # argparse gives a list to a field that takes nothing but lists.
         self.only_list = self.list and not plain
@@ -36,6 +39,8 @@ class FieldType:
 
     def from_yaml(self, value):
         """A value as YAML reads it."""
+        if self.records and value is not None:
+            return value
         if value is None and self.optional:
             return None
         if isinstance(value, list) and self.list:
@@ -46,6 +51,10 @@ class FieldType:
 
     def from_scalar(self, value):
         """A scalar of YAML, or text of the command line."""
+        if self.records:
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+            return value
         text = shown(value)
         # lists within lists come from a command line as one text
         if self.list and not self.only_list and text.lstrip().startswith("["):

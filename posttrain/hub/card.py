@@ -24,7 +24,7 @@ _TRL_CITATION = """@software{vonwerra2020trl,
 
 
 def write_model_card(
-    trainer, model_name=None, dataset_name=None, tags=None, *, eval_dataset_name=None, eval_split=None
+    trainer, model_name=None, dataset_name=None, tags=None, *, eval_dataset_name=None, eval_split=None, mixture=()
 ) -> Path:
     """Write `README.md` into the trainer's output folder, over whatever card is there, and return its path.
 
@@ -40,17 +40,21 @@ def write_model_card(
         tags: a tag or several, added to the trainer's own.
         eval_dataset_name: the hub id of the rows that were evaluated; None where they are local or generated.
         eval_split: the split that was read of it.
+        mixture: of a mixture each data set's hub id, or None for local or generated rows, and its share of the rows,
+            or None where all its rows were taken.
     """
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
     evaluated = (eval_dataset_name if is_hub_id(eval_dataset_name) else None, eval_split)
-    card = _card(trainer, model_name, dataset_name, tags, evaluated, has_curves=(folder / "curves.png").exists())
+    card = _card(
+        trainer, model_name, dataset_name, tags, evaluated, mixture, has_curves=(folder / "curves.png").exists()
+    )
     path.write_text(card, encoding="utf-8")
     return path
 
 
-def _card(trainer, model_name, dataset_name, tags, evaluated, has_curves: bool) -> str:
+def _card(trainer, model_name, dataset_name, tags, evaluated, mixture, has_curves: bool) -> str:
     from huggingface_hub import ModelCardData
 
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
@@ -74,7 +78,7 @@ def _card(trainer, model_name, dataset_name, tags, evaluated, has_curves: bool) 
         introduction(kind, trainer._name, base, bool(adapter)),
         loading_section(base, trained, bool(adapter)),
         "## Method\n\n" + _method(trainer, papers),
-        "## Data\n\n" + _data(trainer, datasets),
+        "## Data\n\n" + _data(trainer, mixture or [(name, None) for name in datasets]),
     ]
     libraries = library_versions().items()
     evaluation = last_evaluation(trainer.state.log_history)
@@ -127,9 +131,13 @@ def _method(trainer, papers) -> str:
     return "\n".join([f"{trainer._name}, after:\n", *sources]) if sources else f"{trainer._name}."
 
 
-def _data(trainer, datasets: list[str]) -> str:
-    links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets]
-    source = ", ".join(links) or "Local or generated data"
+def _data(trainer, mixture) -> str:
+    parts = [
+        (f"[{name}](https://huggingface.co/datasets/{name})" if name else "local or generated data")
+        + (f" (share {share:.3g})" if share is not None else "")
+        for name, share in mixture
+    ]
+    source = f"A mixture of {', '.join(parts)}" if len(parts) > 1 else "".join(parts) or "Local or generated data"
     size = f"{len(trainer.train_dataset):,} training rows" if hasattr(trainer.train_dataset, "__len__") else "streamed"
     given = getattr(trainer, "given_rows", None)
     if given and given > len(trainer.train_dataset):

@@ -11,11 +11,8 @@ from posttrain.recipe import dry_run
 class ScoredArguments(DataArguments):
     """Where scored answers come from: rows of prompt, completion and reward, or pairs with a reward for each side."""
 
-    more_datasets: list[str] | None = field(
-        default=None, metadata={"help": "Further files or hub ids of scored answers, added to the training rows."}
-    )
     same_scale: bool = field(
-        default=False, metadata={"help": "The rewards of several files are on one scale, whatever it looks like."}
+        default=False, metadata={"help": "The rewards of several data sets are on one scale, whatever it looks like."}
     )
     prompt_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: prompt."})
     completion_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: completion."})
@@ -44,18 +41,19 @@ def load_answers(data_args: ScoredArguments, training_args):
     needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
     keep, rewards = tuple(ALoLAnswers(training_args).kept_columns()), {}
 
-    def load(name, split, limit, convert=True):
-        training = name == data_args.dataset_name and split == data_args.dataset_train_split
-        sources = [name, *(data_args.more_datasets or [])] if training else [name]
+    def load(source, split, limit, convert=True, **given):
         found = load_scored(
-            sources, split, limit, data_args.columns, data_args.same_scale,
-            needs_reward=needs_reward, keep=keep, convert=convert,
+            source, split, limit, data_args.columns, data_args.same_scale,
+            needs_reward=needs_reward, keep=keep, convert=convert, **given,
         )  # fmt: skip
         if needs_reward:
-            rewards[f"{', '.join(sources)} ({'training' if training else 'evaluation'})"] = found["reward"][:]
+            part = "training" if len(rewards) < len(data_args.sources) else "evaluation"
+            name = ", ".join([source, *(f"{key} {value}" for key, value in given.items())])
+            name = f"{name} ({part})"
+            rewards[f"{name}, {len(rewards)}" if name in rewards else name] = found["reward"][:]
         return found
 
-    datasets = recipe.load_splits(load, data_args, training_args.eval_strategy != "no")
+    datasets = recipe.load_splits(load, data_args, training_args.eval_strategy != "no", training_args.seed)
     if not data_args.same_scale:
         check_scales(rewards, "data sets")
     return datasets

@@ -44,8 +44,14 @@ class TaskArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.datasets is not None and self.dataset_config is not None:
+            raise ConfigError(
+                f"dataset_config is {self.dataset_config!r} beside datasets; write it as `name` into the entry of the "
+                "data set that has it."
+            )
         if not self.reward_funcs:
-            self.reward_funcs = ["gym"] if (self.dataset_name or "").startswith("gym:") else ["maths_answer"]
+            of_gym = [source.path.startswith("gym:") for source in self.sources]
+            self.reward_funcs = ["gym"] if of_gym and all(of_gym) else ["maths_answer"]
 
     @property
     def columns(self) -> dict[str, str] | None:
@@ -65,9 +71,9 @@ def load_tasks(task_args: TaskArguments, training_args):
     if learns and columns is not None:
         columns = {"demonstration": "demonstration", **columns}
 
-    def load(name, split, limit, convert=True):
+    def load(source, split, limit, convert=True, **given):
         return load_demonstrations(
-            name,
+            source,
             split,
             limit,
             columns=columns,
@@ -75,9 +81,10 @@ def load_tasks(task_args: TaskArguments, training_args):
             conversational=task_args.conversational,
             need_demonstrations=learns and training_args.empty_demonstrations == "error",
             convert=convert,
+            **given,
         )
 
-    return recipe.load_splits(load, task_args, training_args.eval_strategy != "no")
+    return recipe.load_splits(load, task_args, training_args.eval_strategy != "no", training_args.seed)
 
 
 def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:

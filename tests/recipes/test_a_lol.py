@@ -143,9 +143,11 @@ def test_what_cannot_be_trained_ends_with_its_code(recipe, tmp_path, mode, given
 
 def test_files_on_other_scales_are_told_apart(recipe, tmp_path):
     (tmp_path / "more.jsonl").write_text("".join(json.dumps(row | {"reward": 4.0}) + "\n" for row in ROWS))
-    code, _, err = recipe(more_datasets="more.jsonl", dry_run="true")
-    assert code == 3 and "the rewards of these files are on different scales" in err
-    code, out, err = recipe(more_datasets="more.jsonl", dry_run="true", same_scale="true")
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    both = {"datasets": "[{path: answers.jsonl}, {path: more.jsonl}]", "dry_run": "true"}
+    code, _, err = recipe(rows=None, **both)
+    assert code == 3 and "the rewards of these data sets are on different scales (answers.jsonl (training)" in err
+    code, out, err = recipe(rows=None, **both, same_scale="true")
     assert code == 0 and "32" in out, err
 
 

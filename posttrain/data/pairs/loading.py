@@ -7,14 +7,22 @@ from pathlib import Path
 from posttrain.data import formats, generators, objects, shapes, turns
 from posttrain.data.columns import READ, SYSTEM, place_system, say_left_out
 from posttrain.data.parquet import read_parquet
-from posttrain.data.sources import SUFFIXES, is_file_name, json_rows, kind_of, load_hub, mixed_types
+from posttrain.data.sources import (
+    SUFFIXES,
+    is_file_name,
+    json_rows,
+    kind_of,
+    load_hub,
+    mixed_types,
+    refuse_hub_settings,
+)
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
 COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_kwargs")
 
 
-def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True):
+def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True, **given):
     """Preference pairs as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     `source` is one of
@@ -25,7 +33,7 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
 
     Every row needs `chosen` and `rejected`, texts or lists of messages; `prompt` may be missing where both
     sides begin with it, as TRL allows. `flip_rate` is optional, the other kept columns are TRL's. `limit`:
-    the first rows only.
+    the first rows only. `given`: `name`, `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
 
     alpaca and sharegpt rows with both sides are converted to messages, and so are those of `posttrain.data.shapes`
     (UltraFeedback, HH-RLHF and others) unless `convert` is False, which is said. A column `system` is put in front of
@@ -36,13 +44,14 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} must be at least 1, or left out for all rows.")
+    refuse_hub_settings(source, given)
     places: list[str] = []
     if generators.is_made(source):
         dataset = generators.make(source, split, generators.PAIRS)
     elif is_file_name(source):
         dataset, places = _read_file(Path(source).expanduser(), limit, convert)
     else:
-        dataset = _converted(turns.read(load_hub(source, split), source), source, convert)
+        dataset = _converted(turns.read(load_hub(source, split, **given), source), source, convert)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
         raise formats.without_sides(dataset.column_names, source, dataset[0] if len(dataset) else None)
     if len(dataset) == 0:

@@ -39,6 +39,7 @@ def load_scored(
     needs_reward: bool = True,
     keep: Iterable[str] = (),
     convert: bool = True,
+    **given,
 ):
     """Scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
@@ -52,6 +53,7 @@ def load_scored(
         needs_reward: False where a reward function is to score the answers; all columns are kept for it.
         keep: further columns to keep.
         convert: rows of the shapes in `posttrain.data.shapes`, which is said.
+        given: `name`, `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
 
     Raises:
         DataError: what cannot be read; missing columns; a reward that is missing, no number, NaN or beyond 1e18, with
@@ -63,7 +65,7 @@ def load_scored(
     sources = [source] if isinstance(source, str) else list(source)
     rows, rewards, kept = [], {}, []
     for one in sources:
-        found, places = read_rows(one, split, limit)
+        found, places = read_rows(one, split, limit, **given)
         found = turns.read_all(found, places, one, columns)
         if convert and not columns:
             found, places = shapes.read_all(found, places, (shapes.ANSWERS, shapes.PAIRS, shapes.WHOLE), one)

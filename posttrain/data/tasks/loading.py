@@ -9,7 +9,7 @@ from posttrain.data import formats, generators, objects, shapes, sources, turns
 from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
 from posttrain.data.rows import columns_of
 from posttrain.data.sources import read_rows
-from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.rewards.golds import gold_text
 
@@ -47,6 +47,7 @@ def load_demonstrations(
     keep_notes: bool = False,
     need_demonstrations: bool = True,
     convert: bool = True,
+    **given,
 ):
     """Tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
 
@@ -71,6 +72,7 @@ def load_demonstrations(
             shape (question, answer that ends in `#### N`), and said to be. Other texts keep all they have.
         need_demonstrations: False lets demonstrations be empty, or their column be missing where there is one for gold.
         convert: rows of the shapes in `posttrain.data.shapes`, which is said.
+        given: `name` (as `config`), `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
 
     Raises DataError for what cannot be read, missing columns, an empty prompt or demonstration, and a row without a
     gold answer, each with its place; ConfigError for wrong options; EnvironmentIssue where the hub cannot be reached
@@ -83,7 +85,8 @@ def load_demonstrations(
     if generators.is_made(source):
         made = generators.make(source, split, generators.TASKS, conversational)
         return made if limit is None else made.select(range(min(limit, len(made))))
-    rows, places = _read(source, split, limit, config)
+    given |= {} if config is None or Path(source).expanduser().exists() else {"name": config}
+    rows, places = read_rows(source, split, limit, **given)
     named = {theirs: ours for ours, theirs in (columns or {}).items() if ours != "gold"}
     rows = turns.read_all(rows, places, source, named)
     if convert and columns is None:
@@ -120,28 +123,6 @@ def as_tasks(rows: list[dict], places: list[str], name: str, conversational: boo
     rows = _without_notes(rows, shape, name)
     made = [_row(row, place, shape, conversational, False) for row, place in zip(rows, places, strict=True)]
     return made, {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS}
-
-
-def _read(source: str, split: str, limit: int | None, config: str | None) -> tuple[list[dict], list[str]]:
-    if config is None or Path(source).expanduser().exists():
-        return read_rows(source, split, limit)
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        found = load_dataset(source, config, split=split)
-    except ConnectionError as error:
-        raise EnvironmentIssue(
-            f"the data set {source!r} is not a local file, and the hub cannot be reached: {error}"
-        ) from None
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"the data set {source!r} (config {config!r}, split {split!r}) cannot be loaded: {error}"
-        ) from None
-    found = found if limit is None else found.select(range(min(limit, len(found))))
-    if len(found) == 0:
-        raise DataError(f"{source} (split {split!r}) holds no rows.")
-    return list(objects.unpadded(found)), [f"{source}, row {number}" for number in range(1, len(found) + 1)]
 
 
 def _shape(found: list[str], columns: Mapping[str, str] | None, source: str, need: bool) -> dict[str, str]:
