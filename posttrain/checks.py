@@ -22,7 +22,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def shorten(value, length: int = 80) -> str:
-    """A value for a message."""
+    """Shorten a value for a message."""
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 10]}...{text[-7:]}"
 

@@ -8,7 +8,7 @@ _BAR = 40
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share: `successes` of `n` trials, both ends in [0, 1].
+    """Compute Wilson's score interval of a share: `successes` of `n` trials, both ends in [0, 1].
 
     Unlike the normal interval it keeps its width at shares of 0 and 1. Raises ValueError unless 0 <=
     successes <= n and n > 0.
@@ -24,7 +24,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A markdown table with aligned columns: the first to the left, the others to the right."""
+    """Draw a markdown table with aligned columns: the first to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
@@ -37,7 +37,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def histogram(values: Sequence[float], bins: int = 8) -> str:
-    """Counts over equal spans as lines of text: the span, the count, a bar."""
+    """Draw counts over equal spans as lines of text: the span, the count, a bar."""
     low, high = min(values), max(values)
     width = high / bins - low / bins
     if not width:

@@ -145,7 +145,7 @@ def is_local(dataset_name: str) -> bool:
 
 
 def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple:
-    """One instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
+    """Make one instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
 
     Raises ConfigError, with the file and line of the setting, for a file that cannot be read, an unknown,
     removed or repeated key, a value of the wrong type, and whatever a dataclass refuses in `__post_init__`.
@@ -154,7 +154,10 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
 
 
 def get_peft_config(model_args: ModelConfig):
-    """TRL's: the adapter that the LoRA settings describe; None without `use_peft`. ConfigError where PEFT refuses."""
+    """Return TRL's config of the adapter that the LoRA settings describe.
+
+    None without `use_peft`. ConfigError where PEFT refuses.
+    """
     targets = model_args.lora_target_modules
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
         # TRL unpacks a list of one, and PEFT would match a text with the whole path of a module
@@ -167,7 +170,7 @@ def get_peft_config(model_args: ModelConfig):
 
 
 def run_main(main: Callable[[], object]) -> int:
-    """Runs `main` and returns the process's exit code: 0, or that of the PosttrainError it ended in.
+    """Run `main` and return the process's exit code: 0, or that of the PosttrainError it ended in.
 
     The error is printed as one message, once per machine; after Ctrl-C the code is 130. After a distributed run that
     went well the process ends here.
@@ -232,7 +235,7 @@ class PosttrainParser(TrlParser):
         return tuple(self._build(kind, values) for kind in self.dataclass_types)
 
     def error(self, message: str):
-        """What argparse has to say, as a ConfigError."""
+        """Raise what argparse has to say, as a ConfigError."""
         raise ConfigError(f"{COMMAND_LINE}: {message}")
 
     def _read_defaults(self, path: str) -> None:
@@ -291,7 +294,7 @@ class PosttrainParser(TrlParser):
                 raise self._placed(error) from error
 
     def _leave_out(self, yields: dict[str, tuple[str, ...]], written: list[str], values) -> bool:
-        """Whether a setting of the file could be left out of `written` for one of the command line; says so."""
+        """Tell whether a setting of the file could be left out of `written` for one of the command line; says so."""
         for name, by in yields.items():
             winners = [other for other in by if self._places.get(other) == COMMAND_LINE]
             if name in written and winners and self._places[name] != COMMAND_LINE:
@@ -308,14 +311,14 @@ class PosttrainParser(TrlParser):
         return False
 
     def _placed(self, error: ValueError) -> ConfigError:
-        """The error with the places of the settings that it names."""
+        """Return the error with the places of the settings that it names."""
         named = [name for name in self._places if re.search(rf"(?<!\w){name}(?!\w)", str(error))]
         places = ", ".join(f"{name}: {self._places[name]}" for name in named)
         return ConfigError(f"{error} ({places})" if places else str(error))
 
 
 def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
-    """The settings of a YAML file, and the line of each key."""
+    """Return the settings of a YAML file, and the line of each key."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         if not text.strip():
@@ -380,7 +383,7 @@ def _check_keys(node, path: str, outer: tuple = ()) -> None:
 
 
 def _split_config(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without `--config FILE`, and FILE."""
+    """Return the arguments without `--config FILE`, and FILE."""
     rest, path, stream = [], None, iter(arguments)
     for argument in stream:
         if _flag(argument) != "config":
@@ -395,11 +398,11 @@ def _split_config(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def _as_words(value) -> str:
-    """A value as the command line has it."""
+    """Write a value as the command line has it."""
     texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
     return " ".join(value) if texts else shown(value)
 
 
 def _flag(argument: str) -> str | None:
-    """`learning_rate` from `--learning-rate=1e-4`; None for what is no flag."""
+    """Return `learning_rate` from `--learning-rate=1e-4`; None for what is no flag."""
     return argument[2:].partition("=")[0].replace("-", "_") if argument.startswith("--") else None

@@ -37,7 +37,7 @@ _KNOWN_ELSEWHERE = (
 
 
 def place_system(dataset, name: str):
-    """A data set, or a stream, with each row's column `system` in front of its messages, which is said.
+    """Put each row's column `system` of a data set, or a stream, in front of its messages, which is said.
 
     The column stays, for those who read it. Raises as `system_in_front`.
     """
@@ -62,7 +62,7 @@ def place_system(dataset, name: str):
 
 
 def prepare(given, name: str, read: Iterable[str] | None = None):
-    """A data set, several by name or None, each with its system messages placed.
+    """Place the system messages of a data set, of several by name or of None.
 
     `read`: the columns that are read, where others of known names are to be said.
     """
@@ -87,7 +87,7 @@ def say_system(row: Mapping, name: str) -> bool:
 
 
 def first_with_system(rows: Iterable[Mapping]) -> Mapping | None:
-    """The first row that has a system message."""
+    """Return the first row that has a system message."""
     return next((row for row in rows if system_column(row)), None)
 
 

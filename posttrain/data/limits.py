@@ -59,7 +59,7 @@ class Limits:
         return False
 
     def beyond(self, tokenizer) -> dict[int, str]:
-        """The tokenizer's tokens that the embedding has no row for."""
+        """Return the tokenizer's tokens that the embedding has no row for."""
         return {index: token for token, index in tokenizer.get_vocab().items() if index >= self.vocabulary}
 
     def check_tokenizer(self, processing_class) -> None:
@@ -207,7 +207,7 @@ def _embedding_rows(model) -> int | None:
 
 
 def _positions(config) -> float:
-    """The positions of a model's config, scaled as it says; infinite where it says none."""
+    """Return the positions of a model's config, scaled as it says; infinite where it says none."""
     given = getattr(config, "max_position_embeddings", None)
     if not isinstance(given, int) or given <= 0:
         return math.inf
@@ -221,7 +221,7 @@ def _positions(config) -> float:
 
 
 def _extent(dataset, sequences: Sequence[Sequence[str]]) -> tuple[int, int]:
-    """The largest id and the longest sequence, without a Python number for every id."""
+    """Return the largest id and the longest sequence, without a Python number for every id."""
     import pyarrow.compute as pc
 
     names = list(dict.fromkeys(column for columns in sequences for column in columns))

@@ -25,7 +25,7 @@ def is_file_name(source: str) -> bool:
 
 
 def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exception) -> DataError:
-    """The error to raise where the values of some column have no common type, which pyarrow said as `error`."""
+    """Return the error to raise where the values of some column have no common type, which pyarrow said as `error`."""
     seen: dict[str, tuple[str, str]] = {}
     for place, row in zip(places, rows, strict=True):
         half = _half_character(row)
@@ -45,13 +45,13 @@ def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exce
 
 
 def _half_character(row: dict) -> str | None:
-    """A lone surrogate, which JSON can write and a text cannot hold."""
+    """Find a lone surrogate, which JSON can write and a text cannot hold."""
     found = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str))
     return found and found.group()
 
 
 def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
-    """What kind of value a column holds, and each part of it; null may stand for any."""
+    """Tell what kind of value a column holds, and each part of it; null may stand for any."""
     if value is None:
         return
     names = {
@@ -70,7 +70,7 @@ def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Each row with the words that say where it is."""
+    """Read each row with the words that say where it is."""
     opener = gzip.open if path.suffix == ".gz" else open
     number = 1
     try:
@@ -151,7 +151,7 @@ def refuse_hub_settings(source: str, given: dict) -> None:
 
 
 def load_saved(source: str, split: str):
-    """What `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
+    """Tell what `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -171,7 +171,7 @@ def kind_of(value) -> str:
 
 
 def read_rows(source: str, split: str = "train", limit: int | None = None, **given) -> tuple[list[dict], list[str]]:
-    """The rows of a source as plain objects, and the words that say where each one is.
+    """Return the rows of a source as plain objects, and the words that say where each one is.
 
     `source`: what `load_preferences` takes: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id, or what
     `generators.make` makes. `limit`: the first rows only. `given`: as in `load_hub`, for hub data sets alone.

@@ -33,7 +33,7 @@ class TokenSequence(NamedTuple):
 
 
 def load_processing_class(model: str, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer (or processor) of a model: a hub id or a local folder.
+    """Return the tokenizer (or processor) of a model: a hub id or a local folder.
 
     Raises ConfigError where there is none, EnvironmentIssue where the hub would have to be asked and cannot be reached.
     """
@@ -47,7 +47,8 @@ def load_processing_class(model: str, revision: str | None = None, trust_remote_
 
 
 def processing_class_for(model, processing_class, args):
-    """The tokenizer or processor of a run with the training arguments `args`: the one given, else the model's own.
+    """Return the tokenizer or processor of a run with the training arguments `args`: the one given, else the model's
+    own.
 
     `model`: a hub id or folder, or a model. Raises as `load_processing_class`, and ConfigError for a model without a
     name.
@@ -63,14 +64,14 @@ def processing_class_for(model, processing_class, args):
 
 
 def tokenizer_of(processing_class):
-    """The tokenizer in a processor; a tokenizer as it is."""
+    """Return the tokenizer in a processor; a tokenizer as it is."""
     from transformers import ProcessorMixin
 
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def as_rendered(dataset, processing_class, learned: bool = True, name: str = ""):
-    """A data set as the chat template and the tokenizer are to see it, in training and in every check.
+    """Return a data set as the chat template and the tokenizer are to see it, in training and in every check.
 
     Nested values are as the rows had them, blocks of text are text (`objects.restored`), and texts with the template
     already applied begin and end once (`applied.without_doubles`). Words of the assistant at the end of a prompt are
@@ -88,7 +89,8 @@ def as_rendered(dataset, processing_class, learned: bool = True, name: str = "")
 
 
 def as_learned(dataset, processing_class, place: str):
-    """A data set that TRL tokenised of what `as_rendered` made: prompts end where the row's do, and turns end once.
+    """Return a data set that TRL tokenised of what `as_rendered` made: prompts end where the row's do, and turns end
+    once.
 
     `place`: what the data set is called in errors.
     """
@@ -98,7 +100,7 @@ def as_learned(dataset, processing_class, place: str):
 
 
 def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> Iterator[dict]:
-    """The columns prompt_ids, chosen_ids and rejected_ids of each row, as `trl.DPOTrainer` makes them.
+    """Return the columns prompt_ids, chosen_ids and rejected_ids of each row, as `trl.DPOTrainer` makes them.
 
     Nothing is cut, dropped, cached, shown or written. `dataset`: a `datasets.Dataset` of preference rows, or of rows
     that are tokenised already. `places`: where each row is, for errors; default: its number, from 1. Raises DataError
@@ -149,13 +151,13 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> It
 
 
 def _whole(row: Mapping, side: str) -> list | None:
-    """The messages of a row with one of its sides; None for texts."""
+    """Return the messages of a row with one of its sides; None for texts."""
     prompt, answer = row.get("prompt") or [], row.get(side)
     return [*prompt, *answer] if isinstance(prompt, list) and isinstance(answer, list) else None
 
 
 def sequences(row: Mapping, found: formats.Format, processing_class, place: str = "the row") -> list[TokenSequence]:
-    """What training would see of one row of the kind `found`; `place` says where it is, for errors.
+    """Tell what training would see of one row of the kind `found`; `place` says where it is, for errors.
 
     Preference rows give the sequences chosen and rejected; the tokens after the prompt are supervised. Of messages,
     the assistant's tokens are (as with TRL's `assistant_only_loss`) where the template marks them, or TRL has a form
@@ -197,7 +199,8 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
 
 
 def render(value, row: Mapping, processing_class, place: str, **options) -> list[int]:
-    """The token ids of a text, or of messages through the chat template with the row's tools and template settings.
+    """Return the token ids of a text, or of messages through the chat template with the row's tools and template
+    settings.
 
     `options` go to the template. Raises DataError for what the template or the tokenizer refuses.
     """
@@ -213,7 +216,9 @@ def _ids_of(messages: list, row: Mapping, processing_class, place: str, **option
 
 
 def tools_of(row: Mapping, place: str = "the row") -> list | None:
-    """The tools of a row, which a column may hold as JSON text, or as a list of JSON texts; None where it has none.
+    """Return the tools of a row, which a column may hold as JSON text, or as a list of JSON texts.
+
+    None where it has none.
 
     A blank text, null and an empty list are none. Raises DataError with `place` for a text that is no JSON, and for
     tools that are no objects.
@@ -245,7 +250,7 @@ def _read_json(value, place: str):
 
 
 def _with_read_tools(dataset, name: str):
-    """A data set whose column `tools` TRL can read: blank texts are null, and lists of texts are one text."""
+    """Return a data set whose column `tools` TRL can read: blank texts are null, and lists of texts are one text."""
     features = dataset.features or {}
     for column in ("tools", "chat_template_kwargs"):
         if getattr(features.get(column), "dtype", None) == "null":
@@ -291,12 +296,12 @@ def check_settings(settings: Mapping | None, place: str) -> None:
 
 
 def template_kwargs_of(row: Mapping) -> dict:
-    """The settings of the chat template in a row's column chat_template_kwargs, without those that are null."""
+    """Return the settings of the chat template in a row's column chat_template_kwargs, without those that are null."""
     return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
 
 
 def render_text(messages: list, row: Mapping, processing_class, **options) -> str:
-    """Messages through the chat template, as a text. Raises whatever the template raises."""
+    """Render messages through the chat template, as a text. Raises whatever the template raises."""
     from transformers import ProcessorMixin
     from trl.data_utils import prepare_multimodal_messages
 
@@ -352,7 +357,7 @@ def _template_options(row: Mapping) -> dict:
 
 
 def generation_stop_ids(model, revision: str | None = None) -> set[int]:
-    """The token ids at which a model's generation stops; empty where it does not say.
+    """Return the token ids at which a model's generation stops; empty where it does not say.
 
     `model`: a hub id or folder, of which the weights are not read, or a model.
     """
@@ -374,7 +379,7 @@ def generation_stop_ids(model, revision: str | None = None) -> set[int]:
 
 
 def template_facts(processing_class) -> dict[str, bool | None]:
-    """What TRL's checks say of a chat template; None where there is none, or it cannot be asked.
+    """Tell what TRL's checks say of a chat template; None where there is none, or it cannot be asked.
 
     `prefix_preserving`: earlier messages are rendered alike whatever follows. `stop_token_trained`: of a whole
     conversation, training on the assistant's tokens takes in the end of the turn (asked of templates that mark them).

@@ -18,23 +18,25 @@ _MARKER, _NOTE, _STATE = "posttrain_complete.json", "posttrain_run.json", "train
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether the name reads as a hub id and is no local file or folder."""
+    """Tell whether the name reads as a hub id and is no local file or folder."""
     return bool(name) and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def base_name(name: str | None) -> str | None:
-    """What to call a base model given as a name or path: a hub id, an `embedded:` name, or None for a local one."""
+    """Tell what to call a base model given as a name or path: a hub id, an `embedded:` name, or None for a local
+    one.
+    """
     return embedded_name(name) or (name if is_hub_id(name) else None)
 
 
 def adapter_config(model):
-    """The PEFT config of a model's own adapter; None where it has none."""
+    """Return the PEFT config of a model's own adapter; None where it has none."""
     configs = getattr(model, "peft_config", None)
     return configs.get("default", next(iter(configs.values()))) if configs else None
 
 
 def loaded_from(model) -> str | None:
-    """The name or path that a model, or the base under its adapter, was loaded from."""
+    """Return the name or path that a model, or the base under its adapter, was loaded from."""
     if isinstance(model, str):
         return model
     adapter = adapter_config(model)
@@ -43,7 +45,7 @@ def loaded_from(model) -> str | None:
 
 
 def hub_base(given: str | None, name: str | None, setting: str = "base_model_id") -> str:
-    """The hub id of the base model: the one that was given, or `name` where that is one.
+    """Return the hub id of the base model: the one that was given, or `name` where that is one.
 
     Raises:
         ConfigError: neither is a hub id.
@@ -61,7 +63,7 @@ def hub_base(given: str | None, name: str | None, setting: str = "base_model_id"
 
 
 def noted_base(folder: str | Path) -> tuple[str | None, str | None]:
-    """What a saved run says of its base model: the `base_model_id` it was given, and the name it was loaded from.
+    """Tell what a saved run says of its base model: the `base_model_id` it was given, and the name it was loaded from.
 
     Raises:
         DataError: its settings or its adapter's config cannot be read.
@@ -81,7 +83,7 @@ def noted_base(folder: str | Path) -> tuple[str | None, str | None]:
 
 
 def run_of(folder: str | Path) -> Path:
-    """The run that a folder belongs to: itself, or the one around a checkpoint.
+    """Return the run that a folder belongs to: itself, or the one around a checkpoint.
 
     A folder named `checkpoint-N` is one where it holds a trainer's state, or our marker, and the folder around it is
     noted as a run: the marker's run, where there is a marker. Any other stands alone, and nothing beside it is read.
@@ -102,7 +104,7 @@ def run_of(folder: str | Path) -> Path:
 
 
 def _settings_in(note: Path) -> dict:
-    """Identity and update settings in a marker or a note; none where it is damaged."""
+    """Read the identity and update settings in a marker or a note; none where it is damaged."""
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
         return content["identity"] | content.get("update", {})
@@ -111,7 +113,10 @@ def _settings_in(note: Path) -> dict:
 
 
 def _settings_resolved(run: Path) -> dict:
-    """The training settings in the resolved settings of a run of ours; none in anyone else's file of that name."""
+    """Return the training settings in the resolved settings of a run of ours.
+
+    None in anyone else's file of that name.
+    """
     try:
         content = yaml.safe_load((run / "resolved_config.yaml").read_text(encoding="utf-8"))
         ours = "output_dir" in content["training"] and "posttrain" in content["versions"] and "processes" in content
@@ -121,7 +126,7 @@ def _settings_resolved(run: Path) -> dict:
 
 
 def check_repo_id(setting: str, name: str) -> str:
-    """`name`; ConfigError unless it may be the id of a repository."""
+    """Return `name`; ConfigError unless it may be the id of a repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -137,7 +142,7 @@ def check_repo_id(setting: str, name: str) -> str:
 
 
 def base_license(name: str | None) -> dict[str, str]:
-    """The license fields of a base model's own card, as far as they can be known without the hub; else empty."""
+    """Return the license fields of a base model's own card, as far as they can be known without the hub; else empty."""
     if base_name(name) == SMOLLM2:
         return {"license": "apache-2.0"}
     if not name or base_name(name) == TINY:

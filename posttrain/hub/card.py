@@ -117,7 +117,7 @@ def _listed(names) -> list[str]:
 
 
 def _tags_of(model) -> list[str]:
-    """What TRL's cards are tagged with besides: the model's own tags, and where it was trained."""
+    """Tell what TRL's cards are tagged with besides: the model's own tags, and where it was trained."""
     found = list(getattr(model, "model_tags", None) or [])
     found += ["unsloth"] if hasattr(model.config, "unsloth_version") else []
     return found + (["hf_jobs"] if "JOB_ID" in os.environ else [])
@@ -192,7 +192,7 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
 
 
 def _presets(config: type) -> list[str]:
-    """Upstream's settings to which a config here gives a default of its own."""
+    """List upstream's settings to which a config here gives a default of its own."""
     from posttrain.config.setting import meanings
 
     own = [kind for kind in config.__mro__ if kind.__module__.startswith("posttrain.")]

@@ -46,7 +46,8 @@ _FOLDERS = re.compile(r"(?<![\w.:/\\-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\"',;:\\/]+[\
 
 
 def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[str, Path | bytes]:
-    """The files of a run, by their path in the repository: content where it was read or cleaned, else where it lies.
+    """Return the files of a run, by their path in the repository: content where it was read or cleaned, else where
+    it lies.
 
     Adapter or model and tokenizer come from `weights`, a checkpoint or the run itself; card, curves, metrics and
     resolved settings from `run`, as they are at this moment. Optimizer states, checkpoints and pickles never.
@@ -98,7 +99,7 @@ def check_files(weights: Path, run: Path) -> None:
 
 
 def saved_weights(folder: Path) -> dict[str, Path]:
-    """The adapter, or else the model, in a folder: its config and safetensors, by their names.
+    """Return the adapter, or else the model, in a folder: its config and safetensors, by their names.
 
     Raises:
         DataError: there is neither.
@@ -114,7 +115,7 @@ def saved_weights(folder: Path) -> dict[str, Path]:
 def published_card(
     text: str, destination: Destination, is_adapter: bool, local_names: dict[str, str], title: str = ""
 ) -> str:
-    """A run's card as it stands in the repository.
+    """Write a run's card as it stands in the repository.
 
     What a person wrote into it stays, metadata and evaluations included. The base model and the repository get their
     hub ids, and where an adapter was merged, the lines that load it become those of a model.
@@ -179,18 +180,18 @@ def clean_readme(folder: str | Path, base_model_id: str | None = None) -> None:
 
 
 def _titled(card: str, folder_name: str, title: str) -> str:
-    """The card under another title, where its own is the name of the run folder."""
+    """Return the card under another title, where its own is the name of the run folder."""
     return re.sub(rf"^# {re.escape(folder_name)}$", f"# {title}", card, count=1, flags=re.MULTILINE)
 
 
 def found(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    """The files of a folder that match, by their path in it."""
+    """Return the files of a folder that match, by their path in it."""
     paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def _local_bases(*folders: Path) -> set[str]:
-    """The names of base models in the folders' adapter configs that mean something on this machine only."""
+    """Return the names of base models in the folders' adapter configs that mean something on this machine only."""
     names = set()
     for folder in folders:
         config = folder / "adapter_config.json"
@@ -225,7 +226,7 @@ def _without_paths_in_yaml(content: bytes) -> bytes:
 
 
 def _without_folders(value):
-    """`value` with the last part only of each absolute path in its strings."""
+    """Return `value` with the last part only of each absolute path in its strings."""
     if isinstance(value, dict):
         return {name: _without_folders(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -7,7 +7,7 @@ from posttrain.errors import DataError
 
 
 def gold_text(value, column: str, place: str = "") -> str:
-    """The text of a gold answer, which is a text or a number.
+    """Return the text of a gold answer, which is a text or a number.
 
     `column`: what it is called in errors. Raises DataError for a list, an object, and a missing value: null, a blank
     text, or the NaN that pandas writes; with `place` where it is given.
@@ -21,7 +21,7 @@ def gold_text(value, column: str, place: str = "") -> str:
 
 
 def is_missing(value) -> bool:
-    """Whether a value stands for none: null, NaN, or a blank text."""
+    """Tell whether a value stands for none: null, NaN, or a blank text."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))

@@ -29,7 +29,7 @@ _USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def get_reward(name: str, **settings) -> Reward:
-    """The reward of a name, with its settings.
+    """Return the reward of a name, with its settings.
 
     Args:
         name: one of maths_answer, exact_match, format, length and gym, or `module:function` for one of your own, found
@@ -64,7 +64,7 @@ def get_reward(name: str, **settings) -> Reward:
 
 
 def get_rewards(specs: Iterable) -> list[Reward]:
-    """Rewards from what a config's `reward_funcs` lists.
+    """Make the rewards of what a config's `reward_funcs` lists.
 
     Each is a name as in `get_reward`, a mapping of one name to its settings (`length: {max_length: 512, cache: 128}`),
     a function, or a reward. Raises ConfigError as `get_reward` does.

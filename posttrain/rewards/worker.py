@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def serve(module, function: str, arguments: dict, timeout: float) -> dict:
-    """The fields of an Outcome: value, timed_out, or error and answer_at_fault."""
+    """Return the fields of an Outcome: value, timed_out, or error and answer_at_fault."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     # The kernel ends a worker that computes on, deaf to alarms, after its parent was killed.
     _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + 2 * timeout) + 5)
@@ -92,7 +92,7 @@ def _limit(kind: int, amount: int) -> None:
 
 
 def _own_pipes():
-    """The pipes to the parent, out of the reach of a library that prints."""
+    """Return the pipes to the parent, out of the reach of a library that prints."""
     requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -9,7 +9,7 @@ BINS = 8
 
 
 def add_options(parser) -> None:
-    """The options of `data stats` about rewards."""
+    """Add the options of `data stats` about rewards."""
     parser.add_argument(
         "--reward-column", "--reward_column", metavar="NAME", help="the column of rewards, if not reward"
     )
@@ -20,7 +20,9 @@ def add_options(parser) -> None:
 
 
 def facts(args, columns: list[str], first: dict) -> dict:
-    """Rewards, and advantages over a value, of a source that holds scored answers; empty where it holds none.
+    """Describe the rewards, and the advantages over a value, of a source that holds scored answers.
+
+    Empty where it holds none.
 
     Returns: rewards and advantages (counts, means, quartiles, histograms as [low, high, count]), or a warning under
     `not_drawn` where a reward or value is none.

@@ -23,7 +23,7 @@ COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_
 
 
 def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True, **given):
-    """Preference pairs as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
+    """Load preference pairs as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     `source` is one of
     - a local file: .json (a list of rows), .jsonl, .jsonl.gz or .parquet, whatever the `split`;
@@ -69,13 +69,13 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
 
 
 def _converted(dataset, source: str, convert: bool):
-    """A data set of a known shape as pairs; others as they are."""
+    """Convert a data set of a known shape to pairs; others as they are."""
     known = convert and len(dataset) and shapes.find(dataset.column_names, dataset[0], (shapes.PAIRS,), source)
     return shapes.convert(dataset, source) if known else dataset
 
 
 def _read_file(path: Path, limit: int | None, convert: bool):
-    """The rows of a file, and where each one is; no places where that is its number."""
+    """Return the rows of a file, and where each one is; no places where that is its number."""
     from datasets.exceptions import DatasetGenerationError
 
     if not path.exists():
@@ -110,7 +110,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
 
 
 def _as_messages(found: Iterator[tuple[str, object]], limit: int | None, name: str):
-    """Rows with their places as `turns.Turns` reads them, told by the first `limit`."""
+    """Read rows with their places as `turns.Turns` reads them, told by the first `limit`."""
     first = list(itertools.islice(found, limit))
     places, rows = [place for place, _ in first], [row for _, row in first]
     read = turns.Turns(rows, places, name)
@@ -122,7 +122,7 @@ def _as_messages(found: Iterator[tuple[str, object]], limit: int | None, name: s
 
 
 def _columns_to_read(names: set[str], row: dict) -> list[str]:
-    """The columns that pairs have, and of rows that are yet to be converted those that this takes."""
+    """Return the columns that pairs have, and of rows that are yet to be converted those that this takes."""
     wanted = (*COLUMNS, *SYSTEM)
     if formats.detect(names, row).kind in formats.CONVERTED_PAIRS:
         wanted = dict.fromkeys((*wanted, *formats.CONVERTED_COLUMNS))

@@ -70,7 +70,10 @@ def drop_overlong(dataset, processing_class, args, name: str, stop_ids=()):
 
 
 def tokenise(dataset, processing_class, args, name: str):
-    """The columns input_ids and labels beside the others, nothing cut. Raises DataError for what cannot be rendered."""
+    """Return the columns input_ids and labels beside the others, nothing cut.
+
+    Raises DataError for what cannot be rendered.
+    """
     from trl import SFTTrainer
 
     # the method reads no more of the trainer

@@ -41,7 +41,7 @@ def load_scored(
     convert: bool = True,
     **given,
 ):
-    """Scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
+    """Load scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     Args:
         source: what `posttrain.data.sources.read_rows` reads: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub
@@ -96,7 +96,8 @@ def as_scored(
     needs_reward: bool = True,
     scorer: Callable[[list[dict]], list[float]] | None = None,
 ):
-    """A `datasets.Dataset` of scored answers, or of pairs with two scores, as rows of prompt, completion and reward.
+    """Read a `datasets.Dataset` of scored answers, or of pairs with two scores, as rows of prompt, completion and
+    reward.
 
     Args:
         name: of the data set, for messages.
@@ -132,7 +133,10 @@ def as_scored(
 def unroll(
     rows: Iterable[Mapping], places: Sequence[str], name: str, keep: Sequence[str] = (), needs_reward: bool = True
 ) -> list[dict]:
-    """Rows of prompt, completion and reward; a pair becomes two, chosen first. Raises DataError with a row's place."""
+    """Make rows of prompt, completion and reward.
+
+    A pair becomes two, chosen first. Raises DataError with a row's place.
+    """
     made, styles, empty, said = [], {}, 0, False
     for row, place in zip(rows, places, strict=True):
         row = _converted(row, place)
@@ -164,7 +168,7 @@ def unroll(
 
 
 def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64) -> list[float]:
-    """The score of each row of prompt, completion and further columns, by a reward function.
+    """Return the score of each row of prompt, completion and further columns, by a reward function.
 
     With a cache, an answer whose row was scored before, by this function, is not scored again; values are rounded to
     fp32 either way. What the function reads beside its arguments (a file, a server) is not part of an entry's key.
@@ -208,7 +212,7 @@ def check_reward(reward) -> None:
 
 
 def reward_key(reward) -> str | None:
-    """A digest of a reward function's code and settings; None where it has parts that cannot be read."""
+    """Digest a reward function's code and settings; None where it has parts that cannot be read."""
     from datasets.fingerprint import Hasher
 
     try:
@@ -257,7 +261,7 @@ def _check_kind(dataset, name: str) -> None:
 
 
 def _answers(row: Mapping, place: str, needs_reward: bool) -> list[tuple[str, float | None]]:
-    """The columns of a row that hold answers, each with its reward."""
+    """Return the columns of a row that hold answers, each with its reward."""
     if "completion" in row:
         column = "reward" if "reward" in row or type(row.get("label")) is not bool else "label"
         return [("completion", _number(row, column, place) if needs_reward else None)]
@@ -268,7 +272,7 @@ def _answers(row: Mapping, place: str, needs_reward: bool) -> list[tuple[str, fl
 
 
 def _read_columns(columns: Sequence[str], kept: Iterable[str]) -> set[str]:
-    """The columns of scored answers, or of pairs, that are read."""
+    """Return the columns of scored answers, or of pairs, that are read."""
     read = {*kept, "label"} if "completion" in columns else {*kept, "chosen", "rejected"}
     if not {"prompt", "completion"} <= set(columns):
         # alpaca and sharegpt rows
@@ -320,7 +324,7 @@ def _renaming(columns: Sequence[str]) -> str:
 
 
 def _converted(row: Mapping, place: str) -> Mapping:
-    """alpaca and sharegpt rows as messages."""
+    """Read alpaca and sharegpt rows as messages."""
     if {"prompt", "completion"} <= set(row):
         return row
     found = formats.detect(row, row)
@@ -332,7 +336,7 @@ def _converted(row: Mapping, place: str) -> Mapping:
 
 
 def _split(row: Mapping, place: str) -> Mapping:
-    """A pair of whole conversations, parted where its sides do."""
+    """Part a pair of whole conversations where its sides do."""
     shape = shapes.find(row, row, (shapes.WHOLE,), place)
     try:
         return row if shape is None else shapes.convert_row(row, shape, place)[0]

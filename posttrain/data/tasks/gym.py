@@ -9,7 +9,7 @@ from posttrain.rewards.gym import encode_task
 
 
 def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conversational: bool = True, **options):
-    """`n` tasks of a reasoning-gym data set such as `chain_sum`.
+    """Make `n` tasks of a reasoning-gym data set such as `chain_sum`.
 
     Args:
         name: of the data set. options: fields of its config, its difficulty among them.

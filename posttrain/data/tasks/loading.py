@@ -49,7 +49,7 @@ def load_demonstrations(
     convert: bool = True,
     **given,
 ):
-    """Tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
+    """Load tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
 
     A column `system` is put in front of prompts that are messages. `tools` (as JSON text) and `chat_template_kwargs`
     are kept, and rendered with their row.
@@ -112,7 +112,7 @@ def load_demonstrations(
 
 
 def as_tasks(rows: list[dict], places: list[str], name: str, conversational: bool = True):
-    """Rows of tasks as `load_demonstrations` makes them, and the columns' names there: ours to theirs.
+    """Make rows of tasks as `load_demonstrations` makes them, and the columns' names there: ours to theirs.
 
     None where the columns are those of no task. Raises DataError for a row that has no prompt or no gold answer.
     """
@@ -126,7 +126,7 @@ def as_tasks(rows: list[dict], places: list[str], name: str, conversational: boo
 
 
 def _shape(found: list[str], columns: Mapping[str, str] | None, source: str, need: bool) -> dict[str, str]:
-    """The source's column for each of ours, ours that are not there left out."""
+    """Return the source's column for each of ours, ours that are not there left out."""
     if columns is not None:
         unknown = sorted(set(columns) - set(COLUMNS))
         if unknown:
@@ -206,7 +206,7 @@ def _is_message(message) -> bool:
 
 
 def _without_notes(rows: list[dict], shape: dict[str, str], source: str) -> list[dict]:
-    """Rows of GSM8K's shape without calculator notes in their answers, which is said; others as they are."""
+    """Return rows of GSM8K's shape without calculator notes in their answers, which is said; others as they are."""
     if (shape["prompt"], shape.get("demonstration"), "gold" in shape) != ("question", "answer", False):
         return rows
     made, removed = [], 0
