@@ -41,12 +41,18 @@ def histogram(values: Sequence[float], bins: int = 8) -> str:
     low, high = min(values), max(values)
     width = high / bins - low / bins
     if not width:
-        return f"  {low:9.3g}  {len(values):>7} {'#' * _BAR}"
+        return bars([(low, low, len(values))])
     counts = [0] * bins
     for value in values:
         counts[min(int((value - low) / width), bins - 1)] += 1
+    return bars([(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)])
+
+
+def bars(spans: Sequence[tuple[float, float, int]]) -> str:
+    """Draw a line for each span: its ends, one number where they are equal, its count and a bar."""
+    most = max(count for _, _, count in spans)
     lines = []
-    for i, count in enumerate(counts):
-        bar = "#" * math.ceil(_BAR * count / max(counts))
-        lines.append(f"  {low + i * width:9.3g} to {low + (i + 1) * width:9.3g}  {count:>7} {bar}")
-    return "\n".join(line.rstrip() for line in lines)
+    for low, high, count in spans:
+        span = f"{low:9.3g}" if low == high else f"{low:9.3g} to {high:9.3g}"
+        lines.append(f"  {span}  {count:>7} {'#' * math.ceil(_BAR * count / most)}".rstrip())
+    return "\n".join(lines)

@@ -53,7 +53,11 @@ def place_system(dataset, name: str):
     rows = list(objects.unpadded(dataset.with_format(None).select_columns(read)))
     first = first_with_system(rows)
     # rows that are yet to be converted get theirs then
-    if first is None or formats.detect(columns, first).kind in formats.CONVERTED_PAIRS or not say_system(first, name):
+    if (
+        first is None
+        or formats.detect(columns, first).kind in formats.CONVERTED_PAIRS
+        or not log_system_messages(first, name)
+    ):
         return dataset
     placed = [{**row, **system_in_front(row, f"{name}, row {number}")} for number, row in enumerate(rows, 1)]
     made, form = objects.exact(placed, parts), dataset.format
@@ -69,11 +73,11 @@ def prepare(given, name: str, read: Iterable[str] | None = None):
     if isinstance(given, Mapping):
         return type(given)({one: prepare(dataset, str(one), read) for one, dataset in given.items()})
     if read is not None:
-        say_left_out(objects.names_of(given), read, name)
+        log_left_out_columns(objects.names_of(given), read, name)
     return place_system(turns.read(objects.without_empty_images(given, name), name), name)
 
 
-def say_system(row: Mapping, name: str) -> bool:
+def log_system_messages(row: Mapping, name: str) -> bool:
     """Say what becomes of a data set's system messages, going by a row that has one; whether they can be placed."""
     column = system_column(row)
     if any(formats.is_messages(row.get(part)) for part in ("prompt", "chosen")):
@@ -91,7 +95,7 @@ def first_with_system(rows: Iterable[Mapping]) -> Mapping | None:
     return next((row for row in rows if system_column(row)), None)
 
 
-def say_left_out(columns: Iterable[str], read: Iterable[str], name: str) -> list[str]:
+def log_left_out_columns(columns: Iterable[str], read: Iterable[str], name: str) -> list[str]:
     """Say which columns are not read though a known format uses their name; returns them."""
     known = {*READ, *_KNOWN_ELSEWHERE} - {*read, *SYSTEM}
     left_out = [column for column in columns if column in known]

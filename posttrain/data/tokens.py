@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,17 +10,11 @@ from posttrain.data import formats, objects
 from posttrain.data.pairs import faults
 from posttrain.data.rendering import applied, closers, continued
 from posttrain.data.rendering.refusals import refusal
+from posttrain.data.row_options import check_settings, tools_of, with_read_tools
 from posttrain.errors import ConfigError, DataError
 from posttrain.remote import check_model_name, model_failure
 
 _READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-
-# Arguments of `apply_chat_template` that training gives
-_NO_SETTINGS = (
-    *("add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors", "padding"),
-    *("return_assistant_tokens_mask", "truncation", "max_length", "tokenizer", "processing_class", "tools"),
-    *("conversation", "messages"),
-)
 
 
 class TokenSequence(NamedTuple):
@@ -83,7 +76,7 @@ def as_rendered(dataset, processing_class, learned: bool = True, name: str = "")
     if not hasattr(dataset, "column_names"):
         # what is no data set is refused where it is used
         return dataset
-    dataset = _with_read_tools(objects.restored(dataset), name)
+    dataset = with_read_tools(objects.restored(dataset), name)
     dataset = applied.without_doubles(dataset, tokenizer_of(processing_class), learned)
     return continued.joined(dataset)
 
@@ -213,91 +206,6 @@ def _renderer(processing_class, place: str):
 
 def _ids_of(messages: list, row: Mapping, processing_class, place: str, **options) -> list[int]:
     return render(messages, row, processing_class, place, **options)
-
-
-def tools_of(row: Mapping, place: str = "the row") -> list | None:
-    """Return the tools of a row, which a column may hold as JSON text, or as a list of JSON texts.
-
-    None where it has none.
-
-    A blank text, null and an empty list are none. Raises DataError with `place` for a text that is no JSON, and for
-    tools that are no objects.
-    """
-    tools = _read_json(row.get("tools"), place)
-    if not tools:
-        return None
-    tools = [tools] if isinstance(tools, Mapping) else tools
-    read = [_read_json(tool, place) for tool in tools] if isinstance(tools, list) else [tools]
-    others = [tool for tool in read if not isinstance(tool, Mapping)]
-    if others:
-        raise DataError(
-            f"{place}: the column tools holds {str(others[0])[:60]!r}, which is no tool; each is an object such as "
-            '{"type": "function", "function": {"name": ..., "parameters": ...}}. Mend it, or leave it empty.'
-        )
-    return read
-
-
-def _read_json(value, place: str):
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except ValueError as error:
-        raise DataError(
-            f"{place}: the column tools holds {value[:60]!r}, which is no JSON ({error}). Mend it, or leave it empty "
-            "for none."
-        ) from None
-
-
-def _with_read_tools(dataset, name: str):
-    """Return a data set whose column `tools` TRL can read: blank texts are null, and lists of texts are one text."""
-    features = dataset.features or {}
-    for column in ("tools", "chat_template_kwargs"):
-        if getattr(features.get(column), "dtype", None) == "null":
-            dataset = dataset.remove_columns(column)
-    if "tools" not in objects.names_of(dataset):
-        return dataset
-    if not hasattr(dataset, "__len__"):
-        return dataset.map(_read_tools)
-    if dataset.format["type"] == "custom":
-        return dataset
-    given, prefix = dataset.with_format(None)["tools"][:], f"{name}, " if name else ""
-    made = [_read_tools({"tools": value}, f"{prefix}row {number}")["tools"] for number, value in enumerate(given, 1)]
-    if made == given:
-        return dataset
-    form = dataset.format
-    dataset = dataset.with_format(None).remove_columns("tools")
-    if any(value is not None for value in made):
-        dataset = dataset.add_column("tools", made)
-    return dataset.with_format(form["type"], **form["format_kwargs"])
-
-
-def _read_tools(row: Mapping, place: str = "a row") -> dict:
-    value = row["tools"]
-    texts = isinstance(value, list) and value and all(isinstance(tool, str) for tool in value)
-    if not isinstance(value, str) and not texts:
-        return {"tools": value}
-    tools = tools_of(row, place)
-    if isinstance(value, str) and tools and tools == json.loads(value):
-        return {"tools": value}
-    return {"tools": json.dumps(tools) if tools else None}
-
-
-def check_settings(settings: Mapping | None, place: str) -> None:
-    """Raise DataError for settings of the chat template that are arguments of its call."""
-    settings = settings if isinstance(settings, Mapping) else {}
-    given = [name for name, value in settings.items() if name in _NO_SETTINGS and value is not None]
-    if given:
-        remedy = "Give tools in a column of their own." if "tools" in given else "Leave it out."
-        raise DataError(
-            f"{place}: chat_template_kwargs holds {given[0]}, which is no setting of a chat template: training sets it "
-            f"itself. {remedy}"
-        )
-
-
-def template_kwargs_of(row: Mapping) -> dict:
-    """Return the settings of the chat template in a row's column chat_template_kwargs, without those that are null."""
-    return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
 
 
 def render_text(messages: list, row: Mapping, processing_class, **options) -> str:

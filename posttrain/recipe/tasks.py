@@ -179,7 +179,7 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
 
 
 def _rendered(row, tokenizer, args) -> str:
-    from posttrain.data.tokens import template_kwargs_of, tools_of
+    from posttrain.data.row_options import template_kwargs_of, tools_of
 
     prompt = row["prompt"]
     if isinstance(prompt, str):

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from posttrain.checks import check_integer, check_number, shorten
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import DataError
 from posttrain.log import get_logger
 from posttrain.rewards.golds import is_missing
 from posttrain.rewards.pool import WorkerPool
@@ -238,12 +238,3 @@ def check_missing_golds(rewards, dataset, name: str) -> None:
 
 def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-
-
-def check_choice(name: str, value, allowed) -> None:
-    import difflib
-
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")

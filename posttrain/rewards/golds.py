@@ -14,8 +14,8 @@ def gold_text(value, column: str, place: str = "") -> str:
     """
     if is_missing(value) or not isinstance(value, str | int | float | Decimal) or not _is_finite(value):
         raise DataError(
-            f"{f'{place}: ' if place else ''}{column!r}, the gold answer, is {_described(value)}; it must be a text or "
-            "a number. Mend the row, or leave it out."
+            f"{f'{place}: ' if place else ''}{column!r}, the gold answer, is {_missing_kind(value)}; it must be a text "
+            "or a number. Mend the row, or leave it out."
         )
     return str(value).strip()
 
@@ -31,7 +31,7 @@ def _is_finite(value) -> bool:
     return isinstance(value, str | int) or math.isfinite(value)
 
 
-def _described(value) -> str:
+def _missing_kind(value) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):

@@ -39,7 +39,7 @@ def main() -> None:
     try:
         module = importlib.import_module(sys.argv[-1])
     except Exception as error:
-        reply(failed=describe(error))
+        reply(failed=error_text(error))
         return
     reply()
     with contextlib.suppress(BrokenPipeError):
@@ -59,7 +59,7 @@ def serve(module, function: str, arguments: dict, timeout: float) -> dict:
     except Overtime:
         return {"timed_out": True}
     except Exception as error:
-        outcome = {"error": describe(error)}
+        outcome = {"error": error_text(error)}
     with contextlib.suppress(Exception, Overtime):
         accepts = getattr(module, "accepts_gold", None)
         if function == "score" and accepts is not None:
@@ -75,7 +75,7 @@ def _in_time(seconds: float, call):
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 

@@ -136,7 +136,7 @@ def test_a_hub_data_set_is_asked_for_its_config_and_mapped(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = load_demonstrations("openai/gsm8k", split="test", config="main", limit=1)
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert asked == [(("openai/gsm8k",), {"name": "main", "split": "test"})]
     assert rows["gold"][:] == ["1200"]
 
 

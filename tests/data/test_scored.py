@@ -309,7 +309,7 @@ def test_baselines_and_what_they_say():
         baselines.column_of_values(rows_of({"v": 1.0}, {"v": None}), "v", "x")
     with pytest.raises(DataError, match=r"x, answer 2: theirs, the value, is 1e\+30; numbers beyond 1e\+18"):
         baselines.column_of_values(rows_of({"v": 1.0}, {"v": 1e30}), "v", "x", "theirs")
-    found = baselines.describe([0.3, 0.15, -0.2, 0.0], [0.3, 0.15, 0.0, 0.0])
+    found = baselines.summarise([0.3, 0.15, -0.2, 0.0], [0.3, 0.15, 0.0, 0.0])
     assert (found.rows, found.kept, found.positive) == (4, 2, 0.5)
     # (.45)^2 / (.09 + .0225)
     assert found.effective == pytest.approx(1.8) and found.quantiles == [-0.2, 0.0, 0.15, 0.15, 0.3]

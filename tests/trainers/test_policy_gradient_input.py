@@ -97,7 +97,7 @@ REWARDS = [
     ),
     (returns(lambda n: [-INF] * n), DataError, "gave -inf for 16 of 16 completions of step 1; a reward is a finite"),
     ("maths_anser", PosttrainError, "reward_funcs: 'maths_anser' is no reward's name (maths_answer, exact_match"),
-    ("exact_match?nothing=1", ConfigError, "exact_match has no setting `nothing`"),
+    ("exact_match?nothing=1", ConfigError, "exact_match has no setting 'nothing'"),
     (3, ConfigError, "reward_funcs: 3 is neither a reward's name nor a function"),
 ]
 

@@ -30,7 +30,7 @@ class Source:
 
         quiet.quiet_libraries()
         from posttrain.data import formats, shapes, turns
-        from posttrain.data.columns import first_with_system, say_system
+        from posttrain.data.columns import first_with_system, log_system_messages
         from posttrain.data.formats import detect
         from posttrain.data.rows import columns_of
         from posttrain.data.sources import read_rows
@@ -49,7 +49,7 @@ class Source:
         with_system = first_with_system(self.rows)
         # alpaca's and sharegpt's is read with their rows
         if with_system is not None and not self.format.kind.startswith(("alpaca", "sharegpt")):
-            say_system(with_system, args.source)
+            log_system_messages(with_system, args.source)
 
     def _read_tasks(self, conversational: bool) -> None:
         """Make rows of tasks as the recipes with rewards make them; others, and those they would refuse, stay."""

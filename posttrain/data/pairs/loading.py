@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from posttrain.data import formats, generators, objects, shapes, turns
-from posttrain.data.columns import READ, SYSTEM, place_system, say_left_out
+from posttrain.data.columns import READ, SYSTEM, log_left_out_columns, place_system
 from posttrain.data.parquet import read_parquet
 from posttrain.data.sources import (
     SUFFIXES,
@@ -62,7 +62,7 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
         dataset = formats.convert(dataset, places or [f"{source}, row {row}" for row in range(1, len(dataset) + 1)])
     names = dataset.column_names
     dataset = objects.restored(dataset.select_columns([name for name in (*COLUMNS, *SYSTEM) if name in names]))
-    say_left_out(names, COLUMNS, source)
+    log_left_out_columns(names, COLUMNS, source)
     dataset = place_system(dataset, source)
     dataset = dataset.select_columns([name for name in COLUMNS if name in names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
@@ -95,7 +95,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
         raise DataError(f"{path} holds no rows.")
     names = dict.fromkeys(name for row in rows for name in row)
     columns = _columns_to_read(set(names), rows[0])
-    say_left_out(names, columns, str(path))
+    log_left_out_columns(names, columns, str(path))
     if "prompt" in columns:
         for place, row in zip(places, rows, strict=True):
             if row.get("prompt") is None:
@@ -137,7 +137,7 @@ def _read_parquet(path: Path, convert: bool):
     if not {"chosen", "rejected"} <= set(names):
         raise formats.without_sides(names, path, first or None)
     columns = _columns_to_read(set(names), first)
-    say_left_out(names, columns, str(path))
+    log_left_out_columns(names, columns, str(path))
     return table.select_columns(columns)
 
 

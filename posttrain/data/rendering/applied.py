@@ -204,7 +204,7 @@ class ControlTokens:
 
     def say(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
         """Collect warnings and notes about what was counted in the `rows` of a data set."""
-        warnings, notes = self._say_own(name, rows, unit, is_text, tokenizer)
+        warnings, notes = self._own_findings(name, rows, unit, is_text, tokenizer)
         if self.foreign:
             often = ", ".join(f"{token!r}" for token, _ in self.foreign_tokens.most_common(4))
             more = f" and {len(self.foreign_tokens) - 4} others" if len(self.foreign_tokens) > 4 else ""
@@ -215,7 +215,7 @@ class ControlTokens:
             )
         return warnings, notes
 
-    def _say_own(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
+    def _own_findings(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
         if not self.rows:
             return [], []
         often = ", ".join(f"{token!r}" for token, _ in self.tokens.most_common(4))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from posttrain.data.rendering.marks import REASONING
-from posttrain.data.tokens import tools_of
+from posttrain.data.row_options import tools_of
 
 # Where the objects of a list of reasoning hold their text
 _OF_THOUGHTS = ("text", "summary", "thinking")

@@ -10,7 +10,8 @@ from posttrain.data.rendering.applied import ControlTokens, adds_end
 from posttrain.data.rendering.looks import rows_to_render
 from posttrain.data.rendering.probes import Probe
 from posttrain.data.rendering.survey import Survey
-from posttrain.data.tokens import as_rendered, check_settings, render, tokenized_pairs, tokenizer_of, tools_of
+from posttrain.data.row_options import check_settings, tools_of
+from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 

@@ -8,7 +8,7 @@ from posttrain.data.rendering.looks import look_of
 from posttrain.data.rendering.marks import REASONING, switch_of
 from posttrain.data.rendering.probes import answers_of, prompt_of
 from posttrain.data.rendering.repeats import BEGINS, TRANSCRIPT, repeats
-from posttrain.data.tokens import tools_of
+from posttrain.data.row_options import tools_of
 from posttrain.errors import DataError
 
 # Characters that prompts must have together before answers that begin with them are no chance.

@@ -109,7 +109,7 @@ class Advantages:
         )
 
 
-def describe(advantages: Sequence[float], weights: Sequence[float]) -> Advantages:
+def summarise(advantages: Sequence[float], weights: Sequence[float]) -> Advantages:
     """Describe advantages for the log; `weights`: the factor of each answer on its gradient.
 
     0 for one that is dropped.

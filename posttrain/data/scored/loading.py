@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from posttrain.data import formats, generators, objects, shapes, sources, turns
-from posttrain.data.columns import first_with_system, say_left_out, say_system, system_in_front
+from posttrain.data.columns import first_with_system, log_left_out_columns, log_system_messages, system_in_front
 from posttrain.data.formats import described, is_empty, style_of
 from posttrain.data.generated import reversed_share
 from posttrain.data.pairs import sides
@@ -83,7 +83,7 @@ def load_scored(
         wanted = dict.fromkeys((*COLUMNS, *sorted(others)))
         kept += [name for name in wanted if name in scored[0] and name not in kept]
         if needs_reward:
-            say_left_out(columns_of(renamed), _read_columns(columns_of(renamed), wanted), one)
+            log_left_out_columns(columns_of(renamed), _read_columns(columns_of(renamed), wanted), one)
     if not same_scale:
         check_scales(rewards)
     return _dataset([{name: row.get(name) for name in kept} for row in rows], ", ".join(sources))
@@ -126,7 +126,7 @@ def as_scored(
         rows = [{**row, "reward": value} for row, value in zip(rows, scorer(rows), strict=True)]
     wanted = dict.fromkeys(("prompt", "completion", "reward", "tools", "chat_template_kwargs", *keep))
     if scorer is None:
-        say_left_out(columns, _read_columns(columns, wanted), name)
+        log_left_out_columns(columns, _read_columns(columns, wanted), name)
     return _dataset([{column: row[column] for column in wanted if column in row} for row in rows], name)
 
 
@@ -142,7 +142,7 @@ def unroll(
         row = _converted(row, place)
         row = {column: objects.flattened(value) for column, value in row.items()}
         if not said and first_with_system([row]):
-            said = say_system(row, name) or True
+            said = log_system_messages(row, name) or True
         row = {**row, **system_in_front(row, place)}
         _check_columns(list(row), name, needs_reward, place)
         others = {column: row[column] for column in ("tools", "chat_template_kwargs", *keep) if column in row}

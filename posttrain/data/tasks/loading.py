@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.data import formats, generators, objects, shapes, sources, turns
-from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
+from posttrain.data.columns import SYSTEM, first_with_system, log_left_out_columns, log_system_messages, system_in_front
 from posttrain.data.rows import columns_of
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
@@ -96,14 +96,14 @@ def load_demonstrations(
     taken = {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS and ours != theirs}
     if taken and columns is None:
         get_logger().info("%s: %s", source, ", ".join(f"{theirs} is the {ours}" for ours, theirs in taken.items()))
-    say_left_out(found, shape.values(), source)
+    log_left_out_columns(found, shape.values(), source)
     rows = rows if keep_notes else _without_notes(rows, shape, source)
     made = [
         _row(row, place, shape, conversational, need_demonstrations) for row, place in zip(rows, places, strict=True)
     ]
     with_system = first_with_system(rows)
     if with_system is not None:
-        say_system({**with_system, "prompt": made[0]["prompt"]}, source)
+        log_system_messages({**with_system, "prompt": made[0]["prompt"]}, source)
     try:
         return objects.exact(made, places=places)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:

@@ -5,7 +5,7 @@ from datasets import Dataset
 from posttrain.checks import shorten
 from posttrain.data.rendering.ends import Closing
 from posttrain.data.rendering.refusals import refusal
-from posttrain.data.tokens import template_kwargs_of, tools_of
+from posttrain.data.row_options import template_kwargs_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 

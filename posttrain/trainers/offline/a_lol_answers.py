@@ -107,7 +107,7 @@ class ALoLAnswers(Answers):
         if name == "train_dataset":
             baselines.check_positive(advantages, args.value, name, self.lost)
             baselines.check_weights(weights, name)
-            self.advantages = baselines.describe(advantages, weights)
+            self.advantages = baselines.summarise(advantages, weights)
             get_logger().info("%s: %s", name, self.advantages.summary())
         return dataset.add_column("advantage", advantages).add_column("weight", weights)
 

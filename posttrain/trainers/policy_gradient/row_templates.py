@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 
-from posttrain.data.tokens import template_kwargs_of, tools_of
+from posttrain.data.row_options import template_kwargs_of, tools_of
 from posttrain.errors import ConfigError
 
 
