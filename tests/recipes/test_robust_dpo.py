@@ -121,7 +121,7 @@ def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path, pairs
         (["--model_name_or_path", "embedded:tiny"], "error: dataset_name is not set;"),
         (
             ["--model_name_or_path", "embedded:tiny", "--dataset_name", "PAIRS", "--eval_strategy", "epoch"],
-            'has no splits. Set eval_dataset_name to another file, or eval_strategy: "no".',
+            "has no splits. Set eval_dataset_name to another file, or test_split_size to",
         ),
     ],
 )
