@@ -14,7 +14,7 @@ from posttrain.data.sources import read_rows
 from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError
-from tests.data.test_rendering import trl_template
+from tests.data.conversations import trl_template
 
 USER = [{"role": "user", "content": "Weather in Lyon?"}]
 NO = [{"role": "assistant", "content": "No idea."}]

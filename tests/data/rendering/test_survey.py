@@ -7,7 +7,7 @@ import pytest
 from posttrain.data import objects
 from posttrain.data.rendering import looks, row_checks
 from posttrain.errors import DataError
-from tests.data.test_rendering import TOOL, pair, said, says, trl_template, user
+from tests.data.conversations import TOOL, pair, said, says, trl_template, user
 
 IMAGE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": "u"}]
 

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def rlvr(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     return importlib.import_module("bench.rlvr")
 

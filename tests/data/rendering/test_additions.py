@@ -8,7 +8,7 @@ from posttrain.data import objects
 from posttrain.data.rendering import looks, row_checks
 from posttrain.data.rendering.additions import added, misreads
 from posttrain.errors import DataError
-from tests.data.test_rendering import CALL, TEMPLATES, TOOL, pair, plain, says, trl_template, user
+from tests.data.conversations import CALL, TEMPLATES, TOOL, pair, plain, says, trl_template, user
 
 THOUGHT = "<think>\nFrance has it.\n</think>\n\nThe Loire."
 TOKENS = ("<|im_start|>", "<|im_end|>")
