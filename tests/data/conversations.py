@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import pytest
 import trl
 
 from posttrain.data import objects
@@ -10,11 +11,22 @@ from posttrain.data.rendering import row_checks
 from posttrain.models import byte_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+# templates that differ most in turns, calls and thoughts; the others are slow cases
+KINDS = (
+    "deepseekv3", "gemma3", "glm4moe", "gptoss", "llama3_1", "nemotron_3_nano", "phi3", "qwen2_5", "qwen3", "smolvlm",
+)  # fmt: skip
 CALL = [{"id": "call_1234", "type": "function", "function": {"name": "weather", "arguments": {"town": "Lyon"}}}]
 TOOL = {
     "type": "function",
     "function": {"name": "weather", "description": "Now.", "parameters": {"type": "object", "properties": {}}},
 }
+
+
+def every_template(training=True):
+    """The names of TRL's templates, with those for training or without, those that are not of `KINDS` as slow cases."""
+    names = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+    names = [name for name in names if training or not name.endswith("_training")]
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def user(content="Name a river.", **keys):

@@ -18,8 +18,8 @@ from posttrain.models import byte_tokenizer
 from tests.data.conversations import (
     CALL,
     PLAIN,
-    TEMPLATES,
     TOOL,
+    every_template,
     pair,
     plain,
     said,
@@ -48,7 +48,7 @@ ORDINARY = {
 _OF_IMAGES = ("idefics3", "smolvlm", "llava_next")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+@pytest.mark.parametrize("name", every_template())
 def test_ordinary_rows_raise_no_alarm_under_the_templates_of_trl(name):
     tokenizer = trl_template(name)
     if name.startswith(_OF_IMAGES):
@@ -596,7 +596,7 @@ def test_a_template_that_trims_the_ends_raises_no_alarm(body):
         assert said(rows, plain(body)) == []
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+@pytest.mark.parametrize("name", every_template())
 def test_code_and_lists_raise_no_alarm_under_the_templates_of_trl(name):
     if name.startswith(_OF_IMAGES):
         return

@@ -30,9 +30,8 @@ def many_looks(count=600):
         (pair(user("x"), chosen=[says("France", thinking="because it is")]), "reasoning in thinking"),
     ],
 )
-@pytest.mark.parametrize("at", [333, 401])
-def test_one_row_unlike_hundreds_that_are_unlike_each_other_is_seen(odd, message, at):
-    rows = many_looks()
+def test_one_row_unlike_hundreds_that_are_unlike_each_other_is_seen(odd, message):
+    rows, at = many_looks(), 333
     rows[at] = odd
     try:
         told = " ".join(said(rows, trl_template("llama3_1" if "thinking" in message else "qwen3")))
