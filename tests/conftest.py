@@ -1,7 +1,6 @@
 import gc
 import os
 import random
-import resource
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,12 +17,6 @@ def pytest_collection_finish(session):
     """Each run ends in a full collection, which need not go over all that was imported again and again."""
     gc.collect()
     gc.freeze()
-
-
-def cpu_seconds_of_children() -> float:
-    """Of those that have ended: how long an answer takes wherever a core is free, which a clock cannot tell here."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch".split()

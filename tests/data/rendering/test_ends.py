@@ -2,11 +2,9 @@
 
 import copy
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import trl
 from datasets import Dataset
 
 from posttrain.data.pairs.schema import examine_preferences
@@ -16,8 +14,8 @@ from posttrain.data.tasks import task_rows, tokens
 from posttrain.data.tokens import generation_stop_ids
 from posttrain.errors import DataError
 from tests.conftest import make_pairs
+from tests.data.conversations import TEMPLATES
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PROMPT = [{"role": "user", "content": "2+2?"}]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Knows `-c CODE` (as the real one) and `-m venv FOLDER`, whose programs write their arguments to $CALLS.
 PYTHON = """#!/bin/bash

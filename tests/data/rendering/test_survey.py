@@ -7,7 +7,7 @@ import pytest
 from posttrain.data import objects
 from posttrain.data.rendering import looks, row_checks
 from posttrain.errors import DataError
-from tests.data.test_rendering import TOOL, pair, said, says, trl_template, user
+from tests.data.conversations import TOOL, pair, said, says, trl_template, user
 
 IMAGE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": "u"}]
 
@@ -30,9 +30,9 @@ def many_looks(count=600):
         (pair(user("x"), chosen=[says("France", thinking="because it is")]), "reasoning in thinking"),
     ],
 )
-@pytest.mark.parametrize("at", [333, 401])
-def test_one_row_unlike_hundreds_that_are_unlike_each_other_is_seen(odd, message, at):
-    rows = many_looks()
+def test_one_row_unlike_hundreds_that_are_unlike_each_other_is_seen(odd, message):
+    # more looks than are rendered one by one
+    rows, at = many_looks(looks.UNLIKE + 44), looks.UNLIKE + 21
     rows[at] = odd
     try:
         told = " ".join(said(rows, trl_template("llama3_1" if "thinking" in message else "qwen3")))

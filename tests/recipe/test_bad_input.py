@@ -105,9 +105,16 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("given", "message"), SETTINGS, ids=lambda value: "" if isinstance(value, str) else str(value))
-@pytest.mark.parametrize("mode", ["train", "dry run"])
-def test_a_setting_that_cannot_be_ends_with_code_2(recipe, tmp_path, given, message, mode):
-    code, said = recipe(**given, **({"dry_run": "true"} if mode == "dry run" else {}))
+def test_a_setting_that_cannot_be_ends_with_code_2(recipe, tmp_path, given, message):
+    code, said = recipe(**given)
+    assert code == 2 and message in said
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+# one of each place that refuses: config, parser, adapter, folder, model, optimiser
+@pytest.mark.parametrize(("given", "message"), [SETTINGS[i] for i in (0, 7, 15, 18, 19, -3)])
+def test_a_dry_run_refuses_a_setting_in_the_same_words(recipe, tmp_path, given, message):
+    code, said = recipe(**given, dry_run="true")
     assert code == 2 and message in said
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 

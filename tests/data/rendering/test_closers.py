@@ -13,7 +13,7 @@ from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError
 from posttrain.models import byte_tokenizer
 from tests import scored, training
-from tests.data.test_rendering import TEMPLATES
+from tests.data.conversations import TEMPLATES
 
 OTHERS = ("<eos>", "<end_of_turn>", "<start_of_turn>", "<over>")
 CLOSED_OVER = "{%- for m in messages -%}{{ m.role }}: {{ m.content }}<over>\n{%- endfor -%}"

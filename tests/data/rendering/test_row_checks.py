@@ -3,10 +3,8 @@
 import copy
 import json
 import re
-from pathlib import Path
 
 import pytest
-import trl
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
@@ -17,53 +15,19 @@ from posttrain.data.rendering import looks, row_checks
 from posttrain.data.tokens import tokenized_pairs
 from posttrain.errors import DataError
 from posttrain.models import byte_tokenizer
-
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-CALL = [{"id": "call_1234", "type": "function", "function": {"name": "weather", "arguments": {"town": "Lyon"}}}]
-TOOL = {
-    "type": "function",
-    "function": {"name": "weather", "description": "Now.", "parameters": {"type": "object", "properties": {}}},
-}
-
-
-def user(content="Name a river.", **keys):
-    return {"role": "user", "content": content, **keys}
-
-
-def says(content="The Loire.", **keys):
-    return {"role": "assistant", "content": content, **keys}
-
-
-def pair(*prompt, chosen=None, rejected=None, **columns):
-    sides = {"chosen": chosen or [says()], "rejected": rejected or [says("Paris.")]}
-    return {"prompt": list(prompt) or [user()], **sides, **columns}
-
-
-def templated(text):
-    tokenizer = byte_tokenizer("<|pad|>")
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    tokenizer.chat_template = text
-    return tokenizer
-
-
-def trl_template(name):
-    return templated((TEMPLATES / f"{name}.jinja").read_text())
-
-
-def said(rows, tokenizer, **options) -> list[str]:
-    return row_checks.check(objects.exact(rows), tokenizer, "data", **options).warnings
-
-
-# renders roles and contents of any kind as they come
-PLAIN = (
-    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+from tests.data.conversations import (
+    CALL,
+    PLAIN,
+    TOOL,
+    every_template,
+    pair,
+    plain,
+    said,
+    says,
+    templated,
+    trl_template,
+    user,
 )
-
-
-def plain(body="m.content"):
-    return templated(PLAIN.replace("BODY", body))
-
 
 ORDINARY = {
     "one turn": [pair(user(f"Name river {i}.")) for i in range(3)],
@@ -84,7 +48,7 @@ ORDINARY = {
 _OF_IMAGES = ("idefics3", "smolvlm", "llava_next")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+@pytest.mark.parametrize("name", every_template())
 def test_ordinary_rows_raise_no_alarm_under_the_templates_of_trl(name):
     tokenizer = trl_template(name)
     if name.startswith(_OF_IMAGES):
@@ -632,7 +596,7 @@ def test_a_template_that_trims_the_ends_raises_no_alarm(body):
         assert said(rows, plain(body)) == []
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+@pytest.mark.parametrize("name", every_template())
 def test_code_and_lists_raise_no_alarm_under_the_templates_of_trl(name):
     if name.startswith(_OF_IMAGES):
         return

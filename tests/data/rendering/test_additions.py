@@ -8,7 +8,7 @@ from posttrain.data import objects
 from posttrain.data.rendering import looks, row_checks
 from posttrain.data.rendering.additions import added, misreads
 from posttrain.errors import DataError
-from tests.data.test_rendering import CALL, TEMPLATES, TOOL, pair, plain, says, trl_template, user
+from tests.data.conversations import CALL, TOOL, every_template, pair, plain, says, trl_template, user
 
 THOUGHT = "<think>\nFrance has it.\n</think>\n\nThe Loire."
 TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -149,7 +149,7 @@ WELL_FORMED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in TEMPLATES.glob("*.jinja") if "training" not in p.stem))
+@pytest.mark.parametrize("name", every_template(training=False))
 def test_nothing_but_tags_of_reasoning_is_found_in_the_templates_of_trl(name):
     tokenizer = trl_template(name)
     for row in WELL_FORMED.values():

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def rlvr(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     return importlib.import_module("bench.rlvr")
 
