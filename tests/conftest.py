@@ -1,4 +1,6 @@
+import functools
 import gc
+import importlib.metadata
 import os
 import random
 import resource
@@ -12,6 +14,9 @@ os.environ.setdefault("POSTTRAIN_LOG", "warning")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# accelerate reads a package's whole metadata each time it asks whether a model is PEFT's: a fifth of a tiny run
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
 def pytest_collection_finish(session):
@@ -76,12 +81,23 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
 
 
+@functools.cache
+def _commit_of(folder: str) -> str | None:
+    from posttrain.environment import git_commit
+
+    return git_commit()
+
+
 @pytest.fixture(autouse=True)
-def no_curves(request, monkeypatch):
-    """Drawing them takes longer than a tiny run does. Tests that want them ask for `curves`."""
+def quick_reports(request, monkeypatch):
+    """Curves take longer to draw than a tiny run does; tests that want them ask for `curves`. The commit of a folder is
+    looked up once."""
     # not imported for this alone, which takes seconds
     reporting = sys.modules.get("posttrain.run.report")
-    if reporting and "curves" not in request.fixturenames:
+    if not reporting:
+        return
+    monkeypatch.setattr(reporting, "git_commit", lambda: _commit_of(os.getcwd()))
+    if "curves" not in request.fixturenames:
         monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
 
 
