@@ -75,6 +75,16 @@ def tiny_folder(tmp_path_factory, tokenizer):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def warm():
+    """Starts runs that are processes of their own, without an import each."""
+    from tests.warm import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
