@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from posttrain.run import checkpoints
 from tests.interruption.child import STEPS
 
+
 def log_of(out: Path) -> Path:
     return out.with_suffix(".log")
 
