@@ -19,6 +19,24 @@ import pytest
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """`@pytest.mark.core("a", "b")`: of a test's cases those whose ids begin so are core tests, others slow ones."""
+    named, met = {}, set()
+    for item in items:
+        if marker := item.get_closest_marker("core"):
+            found = {start for start in marker.args if item.callspec.id.startswith(start)}
+            named.setdefault((item.path, item.function), set(marker.args))
+            met |= {(item.path, item.function, start) for start in found}
+            if not found:
+                item.add_marker(pytest.mark.slow)
+    if any("::" in argument for argument in config.args):
+        return
+    for (path, function), starts in named.items():
+        if missing := [start for start in starts if (path, function, start) not in met]:
+            raise pytest.UsageError(f"{path}, {function.__name__}: no case begins with {', '.join(missing)}")
+
+
 def pytest_collection_finish(session):
     """Each run ends in a full collection, which need not go over all that was imported again and again."""
     gc.collect()
