@@ -1,4 +1,6 @@
+import functools
 import gc
+import importlib.metadata
 import os
 import random
 import sys
@@ -11,6 +13,27 @@ os.environ.setdefault("POSTTRAIN_LOG", "warning")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# accelerate reads a package's whole metadata each time it asks whether a model is PEFT's: a fifth of a tiny run
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """`@pytest.mark.core("a", "b")`: of a test's cases those whose ids begin so are core tests, others slow ones."""
+    named, met = {}, set()
+    for item in items:
+        if marker := item.get_closest_marker("core"):
+            found = {start for start in marker.args if item.callspec.id.startswith(start)}
+            named.setdefault((item.path, item.function), set(marker.args))
+            met |= {(item.path, item.function, start) for start in found}
+            if not found:
+                item.add_marker(pytest.mark.slow)
+    if any("::" in argument for argument in config.args):
+        return
+    for (path, function), starts in named.items():
+        if missing := [start for start in starts if (path, function, start) not in met]:
+            raise pytest.UsageError(f"{path}, {function.__name__}: no case begins with {', '.join(missing)}")
 
 
 def pytest_collection_finish(session):
@@ -63,18 +86,39 @@ def tiny_folder(tmp_path_factory, tokenizer):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def warm():
+    """Starts runs that are processes of their own, without an import each."""
+    from tests.warm import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
 
 
+@functools.cache
+def _commit_of(folder: str) -> str | None:
+    from posttrain.environment import git_commit
+
+    return git_commit()
+
+
 @pytest.fixture(autouse=True)
-def no_curves(request, monkeypatch):
-    """Drawing them takes longer than a tiny run does. Tests that want them ask for `curves`."""
+def quick_reports(request, monkeypatch):
+    """Curves take longer to draw than a tiny run does; tests that want them ask for `curves`. The commit of a folder is
+    looked up once."""
     # not imported for this alone, which takes seconds
     reporting = sys.modules.get("posttrain.run.report")
-    if reporting and "curves" not in request.fixturenames:
+    if not reporting:
+        return
+    monkeypatch.setattr(reporting, "git_commit", lambda: _commit_of(os.getcwd()))
+    if "curves" not in request.fixturenames:
         monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
 
 

@@ -3,11 +3,10 @@
 import random
 
 from datasets import Dataset
-from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, PolicyGradientTrainer, QAEConfig, QAETrainer
-from tests.training import trainable
+from tests.runs import SETTINGS, entries, fit, lora, trainable  # noqa: F401
 
 SUCCESS, FAILURE = ord("A"), ord("b")
 
@@ -40,26 +39,17 @@ def success(completion_ids, **columns) -> list[float]:
 
 def settings(output_dir, **overrides) -> dict:
     base = dict(
-        output_dir=str(output_dir),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
         num_generations=4,
         max_completion_length=12,
         learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        max_steps=2,
         shuffle_dataset=False,
-        seed=3,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
     )
-    return base | overrides
+    return SETTINGS | dict(output_dir=str(output_dir)) | base | overrides
 
 
 def train(
@@ -74,6 +64,7 @@ def train(
     before=lambda trainer: None,
     snapshot=trainable,
     preset=None,
+    resume=None,
     **overrides,
 ):
     """(change of the trainable parameters, the trainer)."""
@@ -83,19 +74,12 @@ def train(
         reward,
         config_class(**settings(output_dir, **overrides)),
         data if data is not None else prompts([1, 0, 4, 2, 0, 3, 0, 1]),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if peft else None,
+        peft_config=lora() if peft else None,
         rollout_func=rollouts if made_up else None,
     )
     before(trainer)
-    start = snapshot(trainer.model)
-    trainer.train()
-    end = snapshot(trainer.model)
-    return {name: end[name] - start[name] for name in start}, trainer
+    return fit(trainer, snapshot, resume)
 
 
 PRESETS = {"qae": (QAETrainer, QAEConfig), "hpt": (HPTTrainer, HPTConfig)}
 PARENT = dict(trainer_class=GRPOTrainer, config_class=GRPOConfig)
-
-
-def entries(trainer) -> list[dict]:
-    return [row for row in trainer.state.log_history if "loss" in row]

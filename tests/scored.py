@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from posttrain import ALoLConfig, ALoLTrainer
 from tests.conftest import WORDS
-from tests.training import lora, trainable
+from tests.runs import SETTINGS, entries, fit, lora, trainable  # noqa: F401
 
 
 def make_scored(n: int, seed: int = 0, prompts: int | None = None, length: int | None = None, **columns) -> Dataset:
@@ -36,22 +36,13 @@ def make_scored(n: int, seed: int = 0, prompts: int | None = None, length: int |
 
 def settings(output_dir, **overrides) -> dict:
     base = dict(
-        output_dir=str(output_dir),
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
         learning_rate=0.01,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        max_steps=2,
-        seed=3,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
         max_length=256,
         prefix_sharing="never",
     )
-    return base | overrides
+    return SETTINGS | dict(output_dir=str(output_dir)) | base | overrides
 
 
 def build(folder, output_dir, rows=None, peft=True, trainer_class=ALoLTrainer, config_class=ALoLConfig, **overrides):
@@ -70,12 +61,4 @@ def build(folder, output_dir, rows=None, peft=True, trainer_class=ALoLTrainer, c
 
 
 def train(folder, output_dir, rows=None, resume=None, snapshot=trainable, **overrides):
-    trainer = build(folder, output_dir, rows, **overrides)
-    before = snapshot(trainer.model)
-    trainer.train(resume_from_checkpoint=resume)
-    after = snapshot(trainer.model)
-    return {name: after[name] - before[name] for name in before}, trainer
-
-
-def entries(trainer) -> list[dict]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return fit(build(folder, output_dir, rows, **overrides), snapshot, resume)

@@ -1,36 +1,14 @@
-"""Short SGD runs on tiny models whose changes of the parameters can be compared."""
-
-import torch
-from peft import LoraConfig
+"""Short SGD runs on preference pairs."""
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from tests.conftest import make_pairs
+from tests.runs import SETTINGS, distance, fit, lora, losses, trainable  # noqa: F401
 
 
 def settings(output_dir, **overrides) -> dict:
     # learning rate and beta are high on purpose: after one step the pairs' losses must really differ
-    base = dict(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
-        learning_rate=0.05,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        max_steps=2,
-        beta=1.0,
-        seed=3,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        max_length=256,
-    )
-    return base | overrides
-
-
-def lora():
-    # biases are not adapted, so every change is a LoRA matrix's; A starts random, B at zero
-    return LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+    more = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=0.05, beta=1.0)
+    return SETTINGS | dict(output_dir=str(output_dir), max_length=256) | more | overrides
 
 
 def train(
@@ -41,31 +19,17 @@ def train(
     pairs=None,
     peft=True,
     collator=None,
+    snapshot=trainable,
+    resume=None,
+    held_out=None,
     **overrides,
 ):
     trainer = trainer_class(
         model=folder,
         args=config_class(**settings(output_dir, **overrides)),
         train_dataset=pairs if pairs is not None else make_pairs(16),
+        eval_dataset=held_out,
         peft_config=lora() if peft else None,
         data_collator=collator,
     )
-    before = trainable(trainer.model)
-    trainer.train()
-    after = trainable(trainer.model)
-    return {name: after[name] - before[name] for name in before}, trainer
-
-
-def trainable(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def distance(change, reference) -> float:
-    """||d - d_ref|| / ||d_ref||; infinite where nothing changed."""
-    norm = sum(value.double().square().sum() for value in reference.values()).sqrt()
-    gap = sum((change[name].double() - value.double()).square().sum() for name, value in reference.items()).sqrt()
-    return (gap / norm).item() if norm > 0 else float("inf")
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return fit(trainer, snapshot, resume)

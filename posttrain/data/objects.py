@@ -80,7 +80,8 @@ def restored(dataset, columns: Iterable[str] = COLUMNS):
     if dataset.format["type"] == "custom" or not len(dataset):
         return dataset
     looked_at = [name for name in columns if name in names and _is_nested(features[name])]
-    changed = [name for name in looked_at if _may_be_padded(features[name]) or _has_blocks(dataset, name)]
+    changed = [name for name in looked_at if _may_be_padded(features[name])]
+    changed += _with_blocks(dataset, [name for name in looked_at if name not in changed])
     return _mended(dataset, {name: features[name] for name in changed}) if changed else dataset
 
 
@@ -319,13 +320,17 @@ def _holds_images(feature) -> bool:
     return _item(feature) is not None and _holds_images(_item(feature))
 
 
-def _has_blocks(dataset, name: str) -> bool:
-    """Tell whether a column that Arrow did not fill up has content to flatten, or a null to replace."""
-    for batch in dataset.with_format(None).select_columns([name]).iter(1000):
-        for value in batch[name]:
-            if flattened(value) is not value or (value is None and name == "chat_template_kwargs"):
-                return True
-    return False
+def _with_blocks(dataset, names: Sequence[str]) -> list[str]:
+    """Return those of the columns, none of which Arrow filled up, with content to flatten or a null to replace."""
+    found, left = set(), list(names)
+    for batch in dataset.with_format(None).select_columns(left).iter(1000) if left else ():
+        for name in left:
+            is_settings = name == "chat_template_kwargs"
+            if any(flattened(value) is not value or (value is None and is_settings) for value in batch[name]):
+                found.add(name)
+        if len(found) == len(left):
+            break
+    return [name for name in names if name in found]
 
 
 def _mended(dataset, changed: Mapping):

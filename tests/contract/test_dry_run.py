@@ -33,6 +33,7 @@ def taken(trainer) -> int:
     return trainer.state.max_steps
 
 
+@pytest.mark.core("split2")
 @pytest.mark.parametrize("split", SPLITS)
 def test_of_pairs(split, tiny_folder, tmp_path):
     args = RobustDPOConfig(**training.settings(tmp_path, max_steps=-1, max_length=64, **split))
@@ -53,6 +54,7 @@ def test_of_pairs(split, tiny_folder, tmp_path):
     assert told["steps"] == taken(trainer)
 
 
+@pytest.mark.core("split3")
 @pytest.mark.parametrize("split", SPLITS)
 def test_of_scored_answers(split, tiny_folder, tmp_path):
     args = ALoLConfig(**scored.settings(tmp_path, **{"max_steps": -1, **split}))
@@ -65,6 +67,7 @@ def test_of_scored_answers(split, tiny_folder, tmp_path):
     assert told["steps"] == taken(trainer)
 
 
+@pytest.mark.core("split1")
 @pytest.mark.parametrize(
     "split",
     [
@@ -84,6 +87,7 @@ def test_of_tasks(split, tiny_folder, tmp_path):
     assert told["steps"] == taken(trainer)
 
 
+@pytest.mark.core("True-embedding", "True-saved head", "False-tokens")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")

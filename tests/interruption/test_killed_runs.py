@@ -1,9 +1,6 @@
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,22 +11,13 @@ from safetensors.torch import load_file
 from posttrain.run import checkpoints
 from tests.interruption.child import STEPS
 
-ROOT = Path(__file__).parents[2]
-
-
-def start(folder, out, method):
-    command = [sys.executable, "-m", "tests.interruption.child", folder, str(out), method]
-    with log_of(out).open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-
 
 def log_of(out: Path) -> Path:
     return out.with_suffix(".log")
 
 
 def finish(process, out):
-    process.wait(timeout=300)
-    assert process.returncode == 0, log_of(out).read_text()[-4000:]
+    assert process.wait() == 0, log_of(out).read_text()[-4000:]
 
 
 def logged(out: Path) -> list[dict]:
@@ -38,14 +26,20 @@ def logged(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in rows]
 
 
+def has_logged(out: Path, rows: int) -> bool:
+    path = out / "metrics.jsonl"
+    return path.exists() and path.read_bytes().count(b"\n") >= rows
+
+
 def kill_when(process, condition) -> bool:
     """SIGKILL once `condition` holds; False if the process ended before."""
-    while process.poll() is None:
+    looks = 0
+    while looks % 64 or process.poll() is None:
         if condition():
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.0005)
+            process.kill()
+            return process.returncode == -signal.SIGKILL
+        looks += 1
+        time.sleep(0.001)
     return False
 
 
@@ -54,7 +48,10 @@ def steps_of(rows):
 
 
 @pytest.mark.parametrize("method", [pytest.param("dpo", marks=pytest.mark.slow), "dr_dpo"])
-def test_a_run_killed_several_times_ends_as_the_one_left_alone(tiny_folder, tmp_path, method):
+def test_a_run_killed_several_times_ends_as_the_one_left_alone(warm, tiny_folder, tmp_path, method):
+    def start(folder, out, method):
+        return warm.start("tests.interruption.child:main", folder, str(out), method, log=log_of(out))
+
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(tiny_folder, whole, method), whole)
     expected = steps_of(logged(whole))
@@ -66,10 +63,10 @@ def test_a_run_killed_several_times_ends_as_the_one_left_alone(tiny_folder, tmp_
     half_saved = broken / "checkpoint-6"
     moments = [
         # in the middle of a step, after a step picked at random
-        lambda: (broken / "metrics.jsonl").exists() and len(logged(broken)) >= early,
+        lambda: has_logged(broken, early),
         # while a checkpoint is written
         lambda: half_saved.exists() and not (half_saved / checkpoints.MARKER).exists(),
-        lambda: len(logged(broken)) >= late,
+        lambda: has_logged(broken, late),
         lambda: (broken / "checkpoint-10").exists(),
     ]
     for moment in moments:

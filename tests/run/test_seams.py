@@ -90,6 +90,7 @@ def test_a_methods_forward_is_the_backpropagated_one_and_no_other(family, tiny_f
     assert outside and not any(outside)
 
 
+@pytest.mark.core("offline")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_methods_state_and_adapter_come_back_on_resume(family, tiny_folder, tmp_path):
     trainer = build(family, tiny_folder, tmp_path)
@@ -104,6 +105,7 @@ def test_a_methods_state_and_adapter_come_back_on_resume(family, tiny_folder, tm
     assert json.loads((tmp_path / "method.json").read_text()) == {"in_checkpoint": False}
 
 
+@pytest.mark.core("policy_gradient")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_without_a_folder_leaves_nothing_but_what_is_saved(family, tiny_folder, tmp_path):
     base = build(family, tiny_folder, tmp_path / "with", save_strategy="no")

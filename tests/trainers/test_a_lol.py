@@ -53,6 +53,7 @@ def same_metrics(ours, theirs, **tolerance):
                 assert own[name] == pytest.approx(other[name], **tolerance), name
 
 
+@pytest.mark.core("lora")
 @pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
 def test_nll_is_sft_bit_for_bit_at_a_rate_times_the_tokens_of_an_answer(tiny_folder, tmp_path, peft):
     # 7 bytes and the end of the turn: 8 tokens, a power of two, so that the scaling is exact
@@ -93,6 +94,7 @@ METHODS = {
 }
 
 
+@pytest.mark.core("a_lol", "r_lol", "wbc")
 @pytest.mark.parametrize("variant", METHODS)
 def test_a_run_is_that_of_the_pure_function_on_full_logits(tiny_folder, tmp_path, variant):
     rows, steps = make_scored(8), 2
@@ -135,45 +137,6 @@ SPLITS = {
     "a_lol_seq": dict(variant="a_lol_seq"),
     "sample_and_weight": dict(variant="a_lol", advantage_weighting="sample_and_weight"),
 }
-
-
-@pytest.mark.parametrize("method", SPLITS)
-@pytest.mark.parametrize("rows", [16, 13], ids=["full", "short-last-window"])
-def test_the_update_does_not_depend_on_the_batch_split(tiny_folder, tmp_path, method, rows):
-    # values below all rewards: every row is kept
-    data = make_scored(rows, baseline=[-0.1] * rows)
-    method = SPLITS[method] | dict(value="column", learning_rate=0.003)
-    reference, whole = train(tiny_folder, tmp_path / "whole", data, **method)
-    for micro, steps in ((2, 4), (1, 8)):
-        split = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=steps)
-        change, trainer = train(tiny_folder, tmp_path / "split", data, **split, **method)
-        assert distance(change, reference) <= 1e-5
-        same_metrics(trainer, whole, rel=1e-4, abs=1e-6)
-
-
-def test_padding_changes_nothing(tiny_folder, tmp_path):
-    reference, whole = train(tiny_folder, tmp_path / "a")
-    change, padded = train(tiny_folder, tmp_path / "b", pad_to_multiple_of=128)
-    assert distance(change, reference) <= 1e-5
-    same_metrics(padded, whole, rel=1e-4, abs=1e-6)
-    shares = [entries(trainer)[0]["tokens/padding_share"] for trainer in (whole, padded)]
-    assert shares[1] > shares[0] + 0.1
-
-
-def test_a_mean_of_means_is_told_apart(tiny_folder, tmp_path, monkeypatch):
-    # 13 rows: the second step holds 5, in micro-batches of 4 and 1
-    rows, split = make_scored(13), dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, variant="nll")
-    whole, _ = train(tiny_folder, tmp_path / "whole", rows, variant="nll")
-    window = ALoLTrainer.get_batch_samples
-
-    def forgetful(self, *args):
-        batches, items = window(self, *args)
-        return [{k: v for k, v in batch.items() if k != "window_rows"} for batch in batches], items
-
-    monkeypatch.setattr(ALoLTrainer, "get_batch_samples", forgetful)
-    monkeypatch.setattr(ALoLTrainer, "loss_is_scaled_for_ga", False)
-    wrong, _ = train(tiny_folder, tmp_path / "wrong", rows, **split)
-    assert distance(wrong, whole) > 1e-3, "more than ten times the tolerance of the exact form"
 
 
 def test_rows_without_gradient_are_dropped_before_their_reference_is_computed(tiny_folder, tmp_path, forwards):
@@ -287,24 +250,6 @@ def test_sampling_draws_by_weight_and_counts_every_row_alike(tiny_folder, tmp_pa
     both.model.train()
     assert both.sequence_losses(logps, mask, {"advantages": weights[:2]}).tolist() == pytest.approx(held_out.tolist())
     assert list(both._get_train_sampler()) == drawn, "the stream is the seed's"
-
-
-@pytest.mark.parametrize("weighting", ["weight", "sample", "sample_and_weight"])
-def test_a_resumed_run_is_the_straight_one_bit_for_bit(tiny_folder, tmp_path, weighting):
-    # 8 rows kept of 16 or so: an epoch is 4 steps of 2, and the run goes on within the second
-    more = dict(advantage_weighting=weighting, per_device_train_batch_size=2, learning_rate=1e-3, optim="adamw_torch")
-    more |= dict(max_steps=7, value="column", lr_scheduler_type="linear")
-    rows = make_scored(8, baseline=[-0.1] * 8)
-    _, straight = train(tiny_folder, tmp_path, rows, save_strategy="steps", save_steps=5, **more)
-    _, resumed = train(tiny_folder, tmp_path, rows, resume=str(tmp_path / "checkpoint-5"), **more)
-    weights = [
-        {n: p for n, p in trainer.model.named_parameters() if p.requires_grad} for trainer in (straight, resumed)
-    ]
-    assert identical(*weights)
-    last = [[entry["loss"] for entry in entries(trainer)][5:] for trainer in (straight, resumed)]
-    assert last[0] == last[1] and len(last[0]) == 2
-    with pytest.raises(ConfigError, match="clip: 0.9 there, 0.5 here"):
-        build(tiny_folder, tmp_path, rows, **more, clip=0.5)
 
 
 def test_a_checkpoint_of_other_rows_is_not_resumed(tiny_folder, tmp_path):
@@ -486,6 +431,7 @@ def share_of_vowels(prompts, completions, mark, **columns):
     return [sum(text.count(letter) for letter in "aeiou") / max(len(text), 1) for text in texts]
 
 
+@pytest.mark.slow
 def test_heads_learn_from_the_models_own_generations(tiny_folder, tmp_path, tokenizer, monkeypatch):
     seen, call = [], UserReward.__call__
 
@@ -699,6 +645,7 @@ def test_bad_data_is_refused_before_the_model_loads(tiny_folder, tmp_path, unloa
     assert message in str(error.value)
 
 
+@pytest.mark.core("column")
 @pytest.mark.parametrize("value", ["mean", "per_prompt", "column"])
 def test_answers_lost_to_max_length_have_no_part_in_values_counts_or_rows(tiny_folder, tmp_path, value, logged):
     rows = make_scored(12, prompts=4)
@@ -720,6 +667,7 @@ def test_answers_lost_to_max_length_have_no_part_in_values_counts_or_rows(tiny_f
     assert len(held_out.eval_dataset) == 12 and "eval_dataset: of 15 rows, max_length 100 leaves nothing" in logged.text
 
 
+@pytest.mark.slow
 def test_rewards_for_evaluation_may_be_said_to_be_on_one_scale(tiny_folder, tmp_path):
     far = make_scored(40, seed=1).map(lambda row: {"reward": 50 + 50 * row["reward"]})
     trainer = ALoLTrainer(
@@ -728,6 +676,7 @@ def test_rewards_for_evaluation_may_be_said_to_be_on_one_scale(tiny_folder, tmp_
     assert min(trainer.eval_dataset["advantage"]) > 40
 
 
+@pytest.mark.core("weight", "ref_logps")
 @pytest.mark.parametrize("name", ["weight", "advantage", "labels", "input_ids", "ref_logps"])
 def test_a_column_of_values_may_have_any_name(tiny_folder, tmp_path, name):
     more = dict(value="column", variant="a_lol_ref_free")
@@ -787,6 +736,7 @@ def test_which_adapters_start_as_the_identity():
     assert not reference.starts_as_identity(PromptTuningConfig(num_virtual_tokens=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["wbc", "r_gold", "a_lol", "a_lol_seq"])
 def test_sharing_prompts_leaves_the_update(tiny_folder, tmp_path, variant):
     # four prompts of four answers each
@@ -810,6 +760,7 @@ def test_prompts_are_shared_by_default(tiny_folder, tmp_path):
         ALoLConfig(str(tmp_path), prefix_sharing="on")
 
 
+@pytest.mark.slow
 def test_reference_values_of_shared_and_padded_rows_are_kept_apart(tiny_folder, tmp_path):
     keys = {build(tiny_folder, tmp_path / name, prefix_sharing=name).reference_key for name in ("never", "auto")}
     assert len(keys) == 2

@@ -96,6 +96,7 @@ def reloaded(base, folder):
 INITS = [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "mica", "corda", "lora_ga", "eva"]
 
 
+@pytest.mark.core("True-policy_gradient", "pissa-preference", "eva-offline", "mica-preference")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", INITS)
 def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, tiny_folder, tokenizer, tmp_path):
@@ -122,6 +123,7 @@ def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, 
         assert abs(training.losses(trainer)[0] - 0.6931472) < 1e-5
 
 
+@pytest.mark.core("preference-pissa")
 @pytest.mark.parametrize(
     ("family", "how"),
     [*((family, "pissa") for family in FAMILIES), *(("preference", how) for how in ("pissa_niter_4", "olora", False)),
@@ -185,6 +187,7 @@ def test_the_best_checkpoint_of_a_converted_adapter_is_loaded_back(tiny_folder, 
     torch.testing.assert_close(logits(trainer.model), logits(reloaded(tiny_folder, best)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.core("settings3")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -276,6 +279,7 @@ def test_the_copy_of_a_given_adapter_has_its_embedding_too(tiny_folder, tokenize
     assert next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry) < 1e-9
 
 
+@pytest.mark.core("prefix")
 @pytest.mark.parametrize("how", ["prompt", "prefix", "p"])
 def test_learned_prompts_are_not_held_to_the_zero_margin(how, tiny_folder, tokenizer, tmp_path):
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
@@ -304,6 +308,7 @@ ON_EMBEDDINGS = {
 }
 
 
+@pytest.mark.core("tied-pissa")
 @pytest.mark.parametrize("how", ["gaussian", "pissa", "olora"])
 def test_a_start_on_linear_layers_and_an_embedding_is_saved_whole(how, base, tokenizer, tmp_path):
     adapter = config(how, target_modules=["q_proj", "embed_tokens"])
@@ -323,6 +328,7 @@ def test_a_start_on_linear_layers_and_an_embedding_is_saved_whole(how, base, tok
     assert torch.equal(logits(again.model), trained)
 
 
+@pytest.mark.core("all-linear")
 @pytest.mark.parametrize("targets", [["c_attn"], ["c_proj"], "all-linear"])
 def test_olora_on_transposed_weights_is_refused_and_pissa_is_not(targets, tokenizer, tmp_path):
     from posttrain.models import tiny_model
@@ -411,6 +417,7 @@ def base(request, tmp_path_factory, tokenizer):
     return str(folder)
 
 
+@pytest.mark.core("tied-offline-head", "untied-preference-tokens", "tied-policy_gradient-lora")
 @pytest.mark.parametrize("which", ON_EMBEDDINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_on_embeddings_train_save_and_merge(family, which, base, tokenizer, tmp_path):
@@ -440,6 +447,7 @@ def test_an_adapter_on_the_head_is_refused(family, tokenizer, tmp_path):
         build(family, "no/such-model", config(target_modules=["q_proj", "lm_head"]), tmp_path, tokenizer)
 
 
+@pytest.mark.core("tied-list", "untied-head")
 @pytest.mark.parametrize("family", ["preference", "offline"])
 @pytest.mark.parametrize("kind", ["list", "dictionary", "alone", "head"])
 def test_tokens_to_train_that_no_row_holds_are_named(family, kind, base, tokenizer, tmp_path, logged):

@@ -256,6 +256,7 @@ def test_a_save_over_our_own_checkpoint_keeps_no_file_of_the_earlier_one(tiny_fo
 # what lies where a run would save
 
 
+@pytest.mark.core("overrides2-trl", "overrides3-link", "overrides0-file")
 @pytest.mark.parametrize("what", ["trl", "file", "link", "unmarked"])
 @pytest.mark.parametrize("overrides", [{}, dict(overwrite=True), dict(check_resume=False), dict(max_steps=-1)])
 def test_what_is_not_ours_is_not_written_over(tiny_folder, trl_run, our_run, tmp_path, what, overrides):
@@ -287,6 +288,7 @@ def test_it_is_known_before_the_model_loads_where_the_steps_are(tmp_path):
         build("./no-such-model", tmp_path)
 
 
+@pytest.mark.core("overrides3")
 @pytest.mark.parametrize(
     "overrides",
     [dict(max_steps=3), dict(save_steps=3, max_steps=6), dict(save_strategy="no"), dict(save_steps=0.5, max_steps=10)],
@@ -403,6 +405,7 @@ def weights_run(tiny_folder, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_weights_alone_is_not_resumed_from_without_a_word(tiny_folder, weights_run, tmp_path):
     given = dict(save_only_model=True, lr_scheduler_type="cosine")
     lacking = "has no optimizer.pt, scheduler.pt, rng_state.pth .* `resume_weights_only: true` goes on from its weights"
@@ -459,6 +462,7 @@ def test_a_rank_whose_random_state_was_deleted_is_missed(tmp_path):
     assert checkpoints.find(tmp_path, "auto") is None
 
 
+@pytest.mark.core("weights alone")
 @pytest.mark.parametrize("source", ["weights alone", "whole"])
 def test_weights_alone_go_on_with_a_new_optimizer_at_the_rate_of_their_step(
     tiny_folder, weights_run, our_run, tmp_path, logged, source
@@ -512,6 +516,7 @@ def test_overwrite_replaces_what_the_earlier_run_wrote_and_nothing_else(
     assert (out / "metrics.jsonl").read_text().count('"loss"') == 1
 
 
+@pytest.mark.slow
 def test_overwrite_and_auto_go_on_with_the_same_run_and_replace_another(tiny_folder, our_run, tmp_path, logged):
     out = shutil.copytree(our_run[0], tmp_path / "run")
     (out / "checkpoint-4" / "optimizer.pt").unlink()
@@ -548,6 +553,7 @@ def test_a_run_that_was_interrupted_and_saved_by_hand_may_start_again(tiny_folde
         build(tiny_folder, tmp_path, beta=0.2)
 
 
+@pytest.mark.core("error3")
 @pytest.mark.parametrize(
     ("error", "told"),
     [

@@ -180,6 +180,7 @@ def test_loss_types_are_pair_losses_in_either_config(tmp_path, fields, pair_loss
         assert (again.pair_loss, again.flip_rate) == (pair_loss, flip_rate)
 
 
+@pytest.mark.core("robust")
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust"])
 def test_each_loss_type_is_trls_own(tiny_folder, tmp_path, loss_type):
     given = dict(train_dataset=make_pairs(16), peft_config=lora())

@@ -50,6 +50,7 @@ def test_lora_dropout_is_used(tiny_folder, tmp_path):
         assert losses(trainer)[0] == pytest.approx(0.6931472, abs=1e-5), "a new adapter is the identity all the same"
 
 
+@pytest.mark.slow
 def test_without_lora_dropout_nothing_drops_out_and_the_run_is_the_parents(tiny_folder, tmp_path):
     plain = dict(use_cpu=True, bf16=False, gradient_checkpointing=False)
     for number, config in enumerate((adapter(0.0), LoraConfig(r=4, target_modules="all-linear"))):
@@ -63,6 +64,7 @@ def test_a_recipes_adapter_drops_nothing_out_unless_asked():
     assert parse((ModelArguments,), ["--lora_dropout", "0.1"])[0].lora_dropout == 0.1
 
 
+@pytest.mark.core("given")
 @pytest.mark.parametrize("start", ["new", "given"])
 def test_reference_and_evaluation_are_clean_of_it(tiny_folder, tmp_path, tokenizer, start):
     config = adapter(0.5)
@@ -159,6 +161,7 @@ def small(kind, tmp_path, tokenizer, **fields):
     return str(folder)
 
 
+@pytest.mark.core("opt")
 @pytest.mark.parametrize("kind", FUNCTIONAL)
 def test_dropout_by_a_function_is_named_by_its_field_at_construction(kind, tmp_path, tokenizer):
     fields, rates = FUNCTIONAL[kind]

@@ -65,6 +65,7 @@ def quiet(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
+@pytest.mark.core("dpo")
 @pytest.mark.parametrize("family", [dpo, a_lol, policy])
 def test_each_set_has_its_metrics_under_its_name_wherever_they_are_told(tiny_folder, tmp_path, family):
     trainer, name, as_expected = family(
@@ -84,6 +85,7 @@ def test_each_set_has_its_metrics_under_its_name_wherever_they_are_told(tiny_fol
     assert trainer._metrics["eval"] == {}
 
 
+@pytest.mark.core("hard_rewards")
 @pytest.mark.parametrize("best, step", [("hard_rewards/accuracies", 1), ("eval_easy_rewards/accuracies", 3)])
 def test_the_best_model_is_that_of_the_set_that_is_named(tiny_folder, tmp_path, monkeypatch, best, step):
     pairs = make_pairs(16)
@@ -181,6 +183,7 @@ def test_full_batches_are_handed_to_compute_metrics_as_trl_hands_them(tiny_folde
         assert np.array_equal(mine, theirs)
 
 
+@pytest.mark.core("3")
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_compute_metrics_sees_both_answers_of_every_pair(tiny_folder, tmp_path, rows):
     pairs = make_pairs(rows, seed=2)
@@ -195,6 +198,7 @@ def test_compute_metrics_sees_both_answers_of_every_pair(tiny_folder, tmp_path, 
     assert found == sorted([id for id in ids if id != pad] for ids in wanted)
 
 
+@pytest.mark.slow
 def test_batches_and_lists_of_compute_metrics_are_whole_too(tiny_folder, tmp_path):
     pairs = make_pairs(5, seed=2)
     metrics, seen, _ = rows_of(tiny_folder, tmp_path / "a", pairs, batch_eval_metrics=True)

@@ -31,6 +31,7 @@ def resuming(folder, step):
     return before
 
 
+@pytest.mark.core("4-1")
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("steps_per_generation", [1, 4])
 def test_a_run_resumed_in_a_later_epoch_has_its_order(tiny_folder, tmp_path, steps_per_generation, num_iterations):

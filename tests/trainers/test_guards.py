@@ -23,6 +23,7 @@ def build(folder, out, pairs=None, **overrides):
     )
 
 
+@pytest.mark.core("nan")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_before_the_optimiser_step(tiny_folder, tmp_path, value):
     trainer = build(tiny_folder, tmp_path, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)

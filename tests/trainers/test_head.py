@@ -35,6 +35,7 @@ def adapter():
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 
 
+@pytest.mark.core("recurrent_gemma-auto", "modernbert-decoder-never")
 @pytest.mark.parametrize("setting", ["auto", "never"])
 def test_pairs_are_scored_by_the_models_own_logits(folder, tmp_path, setting):
     args = training.settings(tmp_path, pair_loss="dpo", prefix_sharing=setting)
@@ -49,6 +50,7 @@ def test_pairs_are_scored_by_the_models_own_logits(folder, tmp_path, setting):
     torch.testing.assert_close(found, own.sum(1), atol=1e-3, rtol=0)
 
 
+@pytest.mark.core("modernbert")
 def test_answers_are_scored_by_the_models_own_logits(folder, tmp_path):
     args = scored.settings(tmp_path, prefix_sharing="auto")
     trainer = ALoLTrainer(folder, args=ALoLConfig(**args), train_dataset=scored.make_scored(8), peft_config=adapter())
@@ -61,6 +63,7 @@ def test_answers_are_scored_by_the_models_own_logits(folder, tmp_path):
     torch.testing.assert_close(logps, own, atol=1e-3, rtol=0)
 
 
+@pytest.mark.core("recurrent_gemma")
 def test_rollouts_are_scored_by_the_models_own_logits_at_the_temperature(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     args = rollouts.settings(tmp_path, temperature=0.8, max_steps=1)

@@ -126,6 +126,7 @@ FUNCTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.core("0", "5")
 @pytest.mark.parametrize("function", FUNCTIONS, ids=range(len(FUNCTIONS)))
 def test_a_users_function_is_given_the_tokens_that_it_names(tmp_path, function):
     row = entries(run(tmp_path, function))[0]

@@ -149,6 +149,7 @@ def long_pairs(words=40):
     return Dataset.from_list(rows)
 
 
+@pytest.mark.core("gpt2")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_rows_longer_than_a_table_of_positions_are_refused(table, tmp_path):
     message = "train_dataset: a sequence of .* tokens, and the model has 64 positions, each with a row of its own"
@@ -218,6 +219,7 @@ def test_scaled_positions_count_as_they_are_scaled(tmp_path):
     assert (limits.positions, limits.has_table) == (64, False)
 
 
+@pytest.mark.core("pairs")
 @pytest.mark.parametrize("family", ["pairs", "answers"])
 def test_new_tokens_that_an_adapter_leaves_frozen_are_said(tmp_path, tokenizer, logged, family):
     changed = copy.deepcopy(tokenizer)

@@ -45,6 +45,7 @@ def preference(folder, output_dir, trainer_class=RobustDPOTrainer, config_class=
     return {name: after[name] - before[name] for name in before}, trainer
 
 
+@pytest.mark.core("olmoe-True")
 @pytest.mark.parametrize("peft", [True, False])
 def test_the_auxiliary_loss_is_the_parents_bit_for_bit(experts, tmp_path, peft):
     plain = dict(use_cpu=True, bf16=False, gradient_checkpointing=False)
@@ -61,6 +62,7 @@ def test_the_auxiliary_loss_is_the_parents_bit_for_bit(experts, tmp_path, peft):
     assert peft or distance(without, change) > 1e-2, "without the auxiliary loss the update is another"
 
 
+@pytest.mark.core("olmoe")
 def test_pairs_are_padded_while_the_auxiliary_loss_is_on(experts, tmp_path, logged):
     logged.set_level("INFO", logger="posttrain")
     trainer = preference(experts, tmp_path / "on", max_steps=1)[1]
@@ -71,6 +73,7 @@ def test_pairs_are_padded_while_the_auxiliary_loss_is_on(experts, tmp_path, logg
         preference(experts, tmp_path / "always", prefix_sharing="always")
 
 
+@pytest.mark.core("qwen2_moe")
 def test_only_a_loss_that_weighs_pairs_is_refused(experts, tmp_path):
     with pytest.raises(ConfigError, match="router_aux_loss_coef is 0.5 and Dr. DPO weighs the pairs of a step"):
         preference(experts, tmp_path / "weighs", reduction="dr_dpo")
@@ -96,6 +99,7 @@ def offline(folder, output_dir, trainer_class=ALoLTrainer, config_class=ALoLConf
     return {name: after[name] - before[name] for name in before}, trainer
 
 
+@pytest.mark.core("mixtral")
 def test_answers_train_with_the_auxiliary_loss_averaged_over_the_window(experts, tmp_path):
     # all answers have equally many tokens, n, so that SFT's mean over tokens is the mean over answers, over n
     split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, learning_rate=0.01)
@@ -112,6 +116,7 @@ def test_answers_train_with_the_auxiliary_loss_averaged_over_the_window(experts,
     assert aux == pytest.approx([row["aux_loss"] for row in theirs.state.log_history if "aux_loss" in row], rel=1e-5)
 
 
+@pytest.mark.core("qwen2_moe")
 def test_weighed_answers_train_with_the_auxiliary_loss(experts, tmp_path):
     change, _ = offline(experts, tmp_path / "on", variant="a_lol", max_steps=1)
     without, _ = offline(experts, tmp_path / "off", variant="a_lol", max_steps=1, router_aux_loss_coef=0.0)

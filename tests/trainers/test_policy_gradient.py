@@ -39,23 +39,6 @@ def identical(change, other):
     return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
 
 
-@pytest.mark.parametrize(
-    ("parent", "ours"),
-    [
-        ({}, {}),
-        (dict(beta=0.05), {}),
-        (dict(num_iterations=2), {}),
-        (dict(epsilon_high=0.28), dict(trainer_class=QAETrainer, config_class=QAEConfig, quantile=None)),
-        (dict(loss_type="dr_grpo", scale_rewards="none"), dict(gamma=None)),
-    ],
-    ids=["default", "kl", "two-iterations", "quantile-null", "gamma-null"],
-)
-def test_neutral_settings_are_the_parent_bit_for_bit(tiny_folder, tmp_path, parent, ours):
-    reference, _ = train(tiny_folder, tmp_path / "trl", **PARENT, **parent)
-    change, _ = train(tiny_folder, tmp_path / "ours", **OFF, **parent, **ours)
-    assert identical(change, reference)
-
-
 def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):
     def even(completion_ids, **columns):
         return [float(sum(ids) % 2) for ids in completion_ids]
@@ -70,6 +53,7 @@ def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):
 QUICK = ("grpo", "bnpo", "dapo", "gspo")
 
 
+@pytest.mark.core("bnpo-2", "dapo-2", "gspo-8")
 @pytest.mark.parametrize("size", [1, 2, 8])
 @pytest.mark.parametrize(
     "loss", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
@@ -85,15 +69,7 @@ def test_leaving_out_dead_rows_leaves_the_update(tiny_folder, tmp_path, loss, si
     assert sum(row["rows/forwarded"] for row in logs) < len(logs) * size or size == 1
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
-def test_sharing_prefixes_leaves_the_update(tiny_folder, tmp_path, loss):
-    run = LOSSES[loss] | dict(num_iterations=2, max_steps=4)
-    padded, _ = train(tiny_folder, tmp_path / "padded", **OFF, **run)
-    shared, trainer = train(tiny_folder, tmp_path / "shared", prefix_sharing="always", **run)
-    assert trainer._sharing.active
-    assert distance(shared, padded) <= 1e-4
-
-
+@pytest.mark.core("extra0")
 @pytest.mark.parametrize("extra", [dict(beta=0.1), dict(entropy_coef=0.01), dict(top_entropy_quantile=0.5)])
 def test_terms_of_their_own_keep_all_rows(tiny_folder, tmp_path, extra):
     whole, _ = train(tiny_folder, tmp_path / "whole", **OFF, **extra)
@@ -148,6 +124,7 @@ def sft_gradient(folder, rows, weight):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.core("stale-log-probs-unified", "fresh-token", "fresh-prompt")
 @pytest.mark.parametrize(
     ("normalization", "weight"),
     [
@@ -219,16 +196,6 @@ def test_the_demonstration_of_an_open_prompt_plays_no_part(tiny_folder, tmp_path
     changed[4]["demonstration"] = "zzzzz"
     third, _ = train(tiny_folder, tmp_path / "c", **HPT, **WHOLE, data=type(data).from_list(changed))
     assert distance(third, first) > 1e-3
-
-
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_hpt_does_not_depend_on_the_split(tiny_folder, tmp_path, size):
-    split = dict(per_device_train_batch_size=size, gradient_accumulation_steps=32 // size)
-    whole, _ = train(
-        tiny_folder, tmp_path / "whole", **HPT, per_device_train_batch_size=32, gradient_accumulation_steps=1
-    )
-    change, _ = train(tiny_folder, tmp_path / "split", **HPT, **split)
-    assert distance(change, whole) <= 1e-5
 
 
 def test_a_soft_gate_mixes_by_the_number_of_successes(tiny_folder, tmp_path):
@@ -379,6 +346,7 @@ def test_generations_without_gradient_stop_the_run_with_the_cause(tiny_folder, t
         train(tiny_folder, tmp_path, data=prompts([0] * 8), max_steps_without_gradient=2, max_steps=5)
 
 
+@pytest.mark.core("kl", "soft_gate")
 @pytest.mark.parametrize(
     "term",
     [
@@ -446,34 +414,6 @@ def test_presets_carry_the_methods_settings(tmp_path):
     assert PolicyGradientConfig(str(tmp_path)).gamma is None
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(tiny_folder, tmp_path, said):
-    def odd(completion_ids, **columns):
-        return [float(sum(ids) % 2) for ids in completion_ids]
-
-    # four optimiser steps a generation; a save is due after each third step
-    run = dict(made_up=False, reward=odd, max_steps=12, save_strategy="steps", save_steps=3, optim="adamw_torch")
-    run |= dict(learning_rate=1e-2, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2)
-    run |= dict(shuffle_dataset=True, logging_strategy="steps")
-    _, whole = train(tiny_folder, tmp_path / "run", **run)
-    saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
-    assert saved == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
-
-    def resume(trainer):
-        inner = trainer.train
-        trainer.train = lambda: inner(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-
-    _, resumed = train(tiny_folder, tmp_path / "resumed", before=resume, **run)
-    clock = ("runtime", "per_second", "step_time")
-    rows = [
-        [{k: v for k, v in row.items() if not any(part in k for part in clock)} for row in entries(trainer)]
-        for trainer in (whole, resumed)
-    ]
-    assert len(rows[0]) == 12 and rows[0] == rows[1]
-    assert len({row["loss"] for row in rows[0]}) > 6
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-
-
 def test_success_is_logged_by_rollout_and_by_prompt(tiny_folder, tmp_path):
     _, trainer = train(tiny_folder, tmp_path, gradient_accumulation_steps=8, max_steps=1)
     log = entries(trainer)[0]
@@ -516,6 +456,7 @@ def test_evaluation_answers_each_prompt_once_without_sampling(tiny_folder, tmp_p
     assert "eval_greedy_success" not in trainer.evaluate(data)
 
 
+@pytest.mark.slow
 def test_the_greedy_pass_is_on_by_itself_where_it_adds_little(tiny_folder, tmp_path):
     data = prompts([0, 1], demonstrations=False)
     calls = []
@@ -564,6 +505,7 @@ def test_a_gradient_that_is_no_number_is_skipped_where_asked_for(tiny_folder, tm
         train(tiny_folder, tmp_path / "b", before=broken, max_grad_norm=1.0)
 
 
+@pytest.mark.core("1")
 @pytest.mark.parametrize("size", [1, 8])
 def test_the_demonstrations_likelihood_is_a_mean_over_their_tokens(tiny_folder, tmp_path, size):
     split = dict(per_device_train_batch_size=size, gradient_accumulation_steps=32 // size)
@@ -573,6 +515,7 @@ def test_the_demonstrations_likelihood_is_a_mean_over_their_tokens(tiny_folder, 
     assert entries(trainer)[0]["hpt/sft_nll"] == pytest.approx(entries(whole)[0]["hpt/sft_nll"], rel=1e-5)
 
 
+@pytest.mark.core("dapo-prompt")
 @pytest.mark.parametrize("normalization", ["prompt", "token"])
 @pytest.mark.parametrize("loss", [dict(loss_type="grpo"), dict(loss_type="dapo")], ids=["grpo", "dapo"])
 def test_a_demonstration_weighs_the_same_under_every_loss(tiny_folder, tmp_path, loss, normalization):

@@ -196,6 +196,7 @@ def test_a_reward_model_stays_one(tiny_folder, tmp_path):
     assert entries(trainer)[0]["reward_std"] > 0
 
 
+@pytest.mark.core("0.5")
 @pytest.mark.parametrize("value", [0.5, -1.0, 2.0])
 def test_success_is_not_guessed_from_rewards_of_other_values(tiny_folder, tmp_path, value):
     def graded(completion_ids, **columns):
@@ -329,6 +330,7 @@ def named_twice():
     }  # fmt: skip
 
 
+@pytest.mark.core("partials")
 @pytest.mark.parametrize("which", named_twice())
 def test_rewards_of_one_name_are_numbered_and_logged_apart(tiny_folder, tmp_path, which):
     functions, names, means = named_twice()[which]

@@ -41,20 +41,7 @@ def save(folder, model):
     return str(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
-def test_five_steps_end_where_padded_ones_end(tiny_folder, tmp_path, method, peft):
-    run = dict(METHODS[method], **ACCUMULATE, peft=peft, pairs=make_pairs(20), max_steps=5)
-    # full fine-tuning at the higher rate diverges, and rounding with it
-    run["learning_rate"] = 0.05 if peft else 0.02
-    padded, first = train(tiny_folder, tmp_path / "padded", prefix_sharing="never", **run)
-    shared, second = train(tiny_folder, tmp_path / "shared", prefix_sharing="always", **run)
-    assert distance(shared, padded) <= 1e-4
-    assert losses(second) == pytest.approx(losses(first), rel=1e-4)
-    plain, _ = train(tiny_folder, tmp_path / "other", prefix_sharing="never", **run | dict(beta_prime=1.0, beta=0.9))
-    assert distance(plain, padded) > 1e-3, "the tolerance tells runs apart"
-
-
+@pytest.mark.core("truncation_mode")
 @pytest.mark.parametrize(
     "extra",
     [
@@ -79,6 +66,7 @@ def test_with_every_setting_that_touches_the_forward(tiny_folder, tmp_path, extr
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_bf16_stays_close(tiny_folder, tmp_path):
     padded, _ = train(tiny_folder, tmp_path / "padded", prefix_sharing="never", bf16=True, pair_loss="dpo")
     shared, _ = train(tiny_folder, tmp_path / "shared", prefix_sharing="always", bf16=True, pair_loss="dpo")
@@ -107,6 +95,7 @@ def test_evaluation_and_reference_are_shared_as_well(tiny_folder, tmp_path, monk
     assert results["always", "packed"] == [True, True] and results["never", "packed"] == [False, False]
 
 
+@pytest.mark.slow
 def test_what_is_padded_and_how_fast_is_logged(tiny_folder, tmp_path):
     shares = {}
     for setting in ("never", "auto"):
@@ -217,6 +206,7 @@ def test_one_token_answers_and_rows_without_an_end(tmp_path, tiny_folder):
     assert distance(shared, padded) <= 1e-4
 
 
+@pytest.mark.slow
 def test_cached_reference_values_are_told_apart(tiny_folder, tmp_path):
     # equal to rounding only, and `never` promises TRL's bits
     for setting in ("always", "never", "always"):
@@ -230,6 +220,7 @@ def test_cached_reference_values_are_told_apart(tiny_folder, tmp_path):
     assert len([path for path in (tmp_path / "cache").iterdir()]) == 2
 
 
+@pytest.mark.slow
 def test_the_references_window_counts_too(tmp_path, tiny_folder, said):
     narrow = tiny_model("mistral", sliding_window=48, seed=3)
     runs = {}
@@ -263,6 +254,7 @@ def test_what_else_the_model_is_given_pads_the_batch(tiny_folder, tmp_path, said
         with_positions("always").train()
 
 
+@pytest.mark.slow
 def test_pairs_stay_where_they_are_under_length_dependent_rotary_factors(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     folder = save(tmp_path / "model", tiny_model(max_position_embeddings=32, rope_parameters=rope))
@@ -299,6 +291,7 @@ def test_a_batch_is_packed_once_for_all_passes(tiny_folder, tmp_path, monkeypatc
     assert len(calls) == 2 * 2, "micro-batches, though each has two policy passes and one of the reference"
 
 
+@pytest.mark.slow
 def test_a_collator_that_pads_on_the_left_trains_the_same(tiny_folder, tmp_path):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 

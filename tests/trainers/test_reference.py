@@ -54,6 +54,7 @@ def test_a_second_run_and_a_flipped_set_need_no_reference_forward(tiny_folder, t
     assert sum(forwards) == 10, "only the rows that the cache lacks"
 
 
+@pytest.mark.core("weights", "rope")
 @pytest.mark.parametrize("change", ["weights", "max_length", "ld_alpha", "rope", "precision"])
 def test_whatever_affects_a_reference_value_is_in_its_key(tiny_folder, tmp_path, forwards, change):
     build(tiny_folder, tmp_path, precompute_ref_log_probs=True)
@@ -79,6 +80,7 @@ def test_the_adapters_seed_is_not_in_the_key(tiny_folder, tmp_path, forwards):
     assert sum(forwards) == 8
 
 
+@pytest.mark.slow
 def test_a_cached_reference_trains_like_a_live_one(tiny_folder, tmp_path):
     live, _ = train(tiny_folder, tmp_path, reduction="dr_dpo", beta_prime=0.3)
     cold, _ = train(tiny_folder, tmp_path, reduction="dr_dpo", beta_prime=0.3, precompute_ref_log_probs=True)
@@ -229,6 +231,7 @@ def test_settings_of_another_trainer_are_refused(tiny_folder, tmp_path):
         RobustDPOTrainer(tiny_folder, args=args, train_dataset=make_pairs(4))
 
 
+@pytest.mark.core("0.5-keep_end")
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("ld_alpha", [None, 0.5])
@@ -281,6 +284,7 @@ def test_a_sequence_is_known_by_the_tokens_that_the_cut_leaves():
     assert sequence_digest([3, 4], [5], 2, keep_end=True) != sequence_digest([3], [4, 5], 2, keep_end=True)
 
 
+@pytest.mark.core("keep_end")
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 @pytest.mark.parametrize("first", ["keep_start", "keep_end"])
 def test_values_of_one_end_are_not_served_to_the_other(tiny_folder, tmp_path, forwards, first):

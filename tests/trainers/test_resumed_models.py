@@ -44,6 +44,7 @@ def checkpoint(base, tmp_path_factory):
     return out / "checkpoint-1"
 
 
+@pytest.mark.core("changes0", "changes5")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -84,6 +85,7 @@ def test_a_marker_that_does_not_tell_the_modules_is_held_against_the_tensors(bas
     assert same.state.global_step == 2
 
 
+@pytest.mark.core("<lambda>3")
 @pytest.mark.parametrize(
     "peft",
     [

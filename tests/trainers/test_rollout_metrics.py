@@ -19,6 +19,7 @@ def split(size, rows=16):
     return dict(per_device_train_batch_size=size, gradient_accumulation_steps=rows // size)
 
 
+@pytest.mark.core("2-sequence")
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_means_are_over_the_kept_rows_whatever_the_split(tiny_folder, tmp_path, size, level):
@@ -34,6 +35,7 @@ def test_means_are_over_the_kept_rows_whatever_the_split(tiny_folder, tmp_path, 
     assert entries(whole)[1]["clip_ratio/region_mean"] > 0.1
 
 
+@pytest.mark.core("cispo")
 @pytest.mark.parametrize("loss", ["cispo", "vespo"])
 def test_the_other_losses_means_too(tiny_folder, tmp_path, loss):
     run = dict(data=prompts([1, 0, 4, 2]), num_iterations=2, max_steps=2, loss_type=loss, learning_rate=2.0)
@@ -51,6 +53,7 @@ def test_an_update_without_rows_has_no_means(tiny_folder, tmp_path):
     assert row["rows/kept_share"] == 0 and not set(row) & {"entropy", *CLIPS}
 
 
+@pytest.mark.slow
 def test_with_all_rows_in_the_update_the_means_are_the_parents(tiny_folder, tmp_path):
     stale = {name: value for name, value in STALE.items() if name != "check_gradients"}
     off = dict(prefix_sharing="never", drop_zero_advantage_rows=False)

@@ -86,6 +86,7 @@ def test_a_run_goes_on_only_with_the_reference_that_it_was_given(tiny_folder, tm
     assert not same(after(on, checkpoint), whole), "another reference is another run"
 
 
+@pytest.mark.slow
 def test_a_reference_that_comes_later_is_told_and_older_checkpoints_are_let_pass(tiny_folder, tmp_path):
     out = tmp_path / "plain"
     whole = after(build(tiny_folder, out))
@@ -98,6 +99,7 @@ def test_a_reference_that_comes_later_is_told_and_older_checkpoints_are_let_pass
     assert same(after(build(tiny_folder, out), str(out / "checkpoint-2")), whole)
 
 
+@pytest.mark.core("0.6")
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_a_synced_reference_goes_on_as_it_was(tiny_folder, tmp_path, alpha):
     sync = dict(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=alpha)
@@ -129,6 +131,7 @@ def test_a_reference_that_stays_is_in_no_checkpoint(tiny_folder, tmp_path):
     assert not (tmp_path / "still/checkpoint-2" / REFERENCE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
 def test_a_synced_reference_of_rollouts_goes_on_as_it_was(tiny_folder, tmp_path):
     def run(resume=None):
@@ -211,6 +214,7 @@ def test_an_adapter_on_a_4bit_base_goes_on_bit_for_bit_and_on_no_other_base(tiny
         build(tiny_folder, tmp_path / "new").train(str(out / "checkpoint-2"))
 
 
+@pytest.mark.slow
 def test_16_bit_adapters_go_on_in_16_bits(tiny_folder, tmp_path):
     def adapted():
         base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
@@ -252,6 +256,7 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.core("save_model")
 @pytest.mark.parametrize("act", ["train", "evaluate", "save_model"])
 def test_a_folder_that_another_run_took_meanwhile_is_refused(tiny_folder, tmp_path, act):
     out = tmp_path / "two"
@@ -266,6 +271,7 @@ def test_a_folder_that_another_run_took_meanwhile_is_refused(tiny_folder, tmp_pa
     assert [checkpoints.step_of(folder) for folder in checkpoints.complete(out)] == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_run_took_may_be_taken_where_that_is_asked(tiny_folder, tmp_path):
     out = tmp_path / "two"
     first = build(tiny_folder, out)

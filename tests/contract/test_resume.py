@@ -1,0 +1,26 @@
+"""A run that goes on from a checkpoint is the one that was never stopped, bit for bit; another run's is refused."""
+
+import pytest
+
+from posttrain.errors import ConfigError
+from tests.families import METHODS
+from tests.runs import entries, identical, trainable
+
+CLOCK = ("runtime", "per_second", "step_time", "step_seconds")
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_resumed_run_is_the_straight_one_bit_for_bit(method, tiny_folder, tmp_path):
+    settings, step, (other, said) = method.resumed
+    _, straight = method.train(tiny_folder, tmp_path, **settings)
+    checkpoint = str(tmp_path / f"checkpoint-{step}")
+    _, resumed = method.train(tiny_folder, tmp_path, resume=checkpoint, **settings | dict(save_strategy="no"))
+    assert identical(trainable(resumed.model), trainable(straight.model))
+    ours, theirs = (
+        [{k: v for k, v in row.items() if not any(part in k for part in CLOCK)} for row in entries(trainer)]
+        for trainer in (resumed, straight)
+    )
+    assert ours == theirs and len(ours) == settings["max_steps"]
+    assert len({row["loss"] for row in ours[step:]}) > 1, "the losses must differ to tell anything"
+    with pytest.raises(ConfigError, match=said):
+        method.train(tiny_folder, tmp_path, **settings | other)

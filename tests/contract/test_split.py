@@ -1,0 +1,52 @@
+"""An update is that of its rows: how a step is split into micro-batches, whether the last one is short, and how rows
+are padded plays no part. A variant that is known to be wrong is told apart."""
+
+import pytest
+
+from tests.contract.conftest import cases
+from tests.families import METHODS
+from tests.runs import distance, entries, losses, same_metrics
+
+
+@pytest.mark.parametrize(("method", "name"), cases("cases"))
+def test_the_update_does_not_depend_on_the_batch_split(method, name, tiny_folder, tmp_path):
+    case = method.cases[name]
+    reference, whole = method.train(tiny_folder, tmp_path / "whole", **case, **method.split(method.step))
+    change, trainer = method.train(tiny_folder, tmp_path / "split", **case, **method.split(2))
+    assert distance(change, reference) <= method.tolerance
+    same_metrics(entries(trainer), entries(whole), method.compared, **method.metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_nor_on_any_other_split(method, micro, tiny_folder, tmp_path):
+    case = next(iter(method.cases.values()))
+    reference, whole = method.train(tiny_folder, tmp_path / "whole", **case, **method.split(method.step))
+    change, trainer = method.train(tiny_folder, tmp_path / "split", **case, **method.split(micro))
+    assert distance(change, reference) <= method.tolerance
+    if not method.compared:
+        assert losses(trainer) == pytest.approx(losses(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_variant_that_is_known_to_be_wrong_is_told_apart(method, tiny_folder, tmp_path, monkeypatch):
+    wrong = {} if callable(method.wrong) else method.wrong
+    case = wrong or next(iter(method.cases.values()))
+    reference, _ = method.train(tiny_folder, tmp_path / "whole", **case, **method.split(method.step))
+    if callable(method.wrong):
+        case = case | method.wrong(monkeypatch)
+    change, _ = method.train(tiny_folder, tmp_path / "split", **case, **method.split(4))
+    assert distance(change, reference) > 10 * method.tolerance
+
+
+@pytest.mark.parametrize("name", ["robust_dpo", "a_lol"])
+def test_padding_changes_nothing(name, tiny_folder, tmp_path):
+    method = METHODS[name]
+    case = dict(prefix_sharing="never") | next(iter(method.cases.values()))
+    reference, whole = method.train(tiny_folder, tmp_path / "a", **case)
+    change, padded = method.train(tiny_folder, tmp_path / "b", pad_to_multiple_of=128, **case)
+    assert distance(change, reference) <= method.tolerance
+    same_metrics(entries(padded), entries(whole), **method.metrics)
+    shares = [entries(trainer)[0]["tokens/padding_share"] for trainer in (whole, padded)]
+    assert shares[1] > shares[0] + 0.1

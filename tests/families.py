@@ -1,0 +1,253 @@
+"""One record a method: what the contract tests, and two ranks, need to know of it. A new method adds a record."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from posttrain import ALoLTrainer, QAEConfig, QAETrainer
+from tests import rollouts, runs, scored, training
+from tests.conftest import make_pairs
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as the contract tests see it.
+
+    Attributes:
+        train: `train(folder, output_dir, **settings)` gives the change of the parameters and the trainer. `rows` is
+            how many rows or prompts there are, `peft` whether an adapter is trained.
+        parent: settings with which `train` trains TRL's own class.
+        neutral: pairs of settings, ours and TRL's beside `parent`, that are to be equal bit for bit. The hardest first.
+        step: rows that a step takes in, on one process and in one batch.
+        cases: settings whose update may not depend on how a step is split. The hardest first.
+        wrong: what makes the update depend on the split, by settings, or by what is done to the class.
+        resumed: settings of a run that saves, the step it goes on from, and another setting with what is then said.
+        shared: settings of runs that share prefixes, and end where padded ones do. The hardest first.
+        tolerance: of changes in the parameters; a known wrong variant departs by more than ten times as much.
+        compared: names of means to compare; all by default.
+        outcome: what else two ranks are to have in common with one.
+        ranks: cases of two ranks beside `cases`, under DDP.
+        sharded: names of the cases that ZeRO runs in the core suite.
+        plain: how one process that takes the batch whole departs from a case on two ranks.
+    """
+
+    name: str
+    train: Callable
+    parent: Mapping
+    neutral: Mapping[str, tuple[Mapping, Mapping]]
+    step: int
+    cases: Mapping[str, Mapping]
+    wrong: Mapping | Callable
+    resumed: tuple[Mapping, int, tuple[Mapping, str]]
+    shared: Mapping[str, Mapping]
+    tolerance: float = 1e-4
+    compared: tuple[str, ...] | None = None
+    metrics: Mapping = field(default_factory=lambda: dict(rel=1e-3, abs=1e-5))
+    outcome: Callable = lambda trainer: []
+    ranks: Mapping[str, Mapping] = field(default_factory=dict)
+    sharded: tuple[str, ...] = ()
+    plain: Mapping = field(default_factory=dict)
+
+    def split(self, micro: int) -> dict:
+        return dict(per_device_train_batch_size=micro, gradient_accumulation_steps=self.step // micro)
+
+
+def _pairs(folder, output_dir, rows: int = 16, **settings):
+    return training.train(folder, output_dir, pairs=make_pairs(rows), **settings)
+
+
+def _scored(folder, output_dir, rows: int = 16, prompts=None, length=None, baseline=None, **settings):
+    columns = {} if baseline is None else dict(baseline=[baseline] * rows)
+    answers = scored.make_scored(rows, prompts=prompts, length=length, **columns)
+    return scored.train(folder, output_dir, answers, **settings)
+
+
+def _rollouts(folder, output_dir, rows: int = 8, **settings):
+    successes = ([1, 0, 4, 2, 0, 3, 0, 1] * rows)[:rows]
+    return rollouts.train(folder, output_dir, data=rollouts.prompts(successes), **settings)
+
+
+def _odd(completion_ids, **columns) -> list[float]:
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def _mean_of_means(monkeypatch) -> dict:
+    """Each micro-batch counts alike, however many rows it has."""
+    window = ALoLTrainer.get_batch_samples
+
+    def forgetful(self, *args):
+        batches, items = window(self, *args)
+        return [{k: v for k, v in batch.items() if k != "window_rows"} for batch in batches], items
+
+    monkeypatch.setattr(ALoLTrainer, "get_batch_samples", forgetful)
+    monkeypatch.setattr(ALoLTrainer, "loss_is_scaled_for_ga", False)
+    return {}
+
+
+DR_DPO = dict(reduction="dr_dpo", beta_prime=0.3)
+RDPO = dict(pair_loss="rdpo", flip_rate=0.2)
+DPO = dict(pair_loss="dpo")
+PADDED = dict(prefix_sharing="never")
+_SPLIT = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+# 13 rows: the second step holds 5
+_SHORT = dict(rows=13)
+
+robust_dpo = Method(
+    name="robust_dpo",
+    train=_pairs,
+    parent=dict(trainer_class=DPOTrainer, config_class=DPOConfig, **runs.PARENT),
+    neutral={
+        "rdpo": (PADDED | _SPLIT | dict(pair_loss="rdpo", flip_rate=0.0), _SPLIT),
+        "dr_dpo": (PADDED | _SPLIT | dict(reduction="dr_dpo", beta_prime="inf"), _SPLIT),
+        "full": (PADDED | dict(pair_loss="rdpo", flip_rate=0.0, peft=False), dict(peft=False)),
+        "dpo": (PADDED | _SPLIT | DPO, _SPLIT),
+        "cdpo": (PADDED | _SPLIT | dict(pair_loss="cdpo", flip_rate=0.0), _SPLIT),
+        "hinge": (PADDED | _SPLIT | dict(pair_loss="hinge"), _SPLIT | dict(loss_type="hinge")),
+        "ipo": (PADDED | _SPLIT | dict(pair_loss="ipo"), _SPLIT | dict(loss_type="ipo")),
+        "ld_alpha": (PADDED | _SPLIT | DPO | dict(ld_alpha=0.5), _SPLIT | dict(ld_alpha=0.5)),
+        "cached": (
+            PADDED | _SPLIT | DPO | dict(precompute_ref_log_probs=True),
+            _SPLIT | dict(precompute_ref_log_probs=True),
+        ),
+    },
+    step=8,
+    cases={
+        "dr_dpo": DR_DPO | _SHORT,
+        "rdpo": RDPO | _SHORT,
+        "dr_dpo-rescale": DR_DPO | _SHORT | dict(dr_dpo_window="rescale"),
+        "dr_dpo-whole-steps": DR_DPO | dict(rows=16),
+        "dpo": DPO | _SHORT,
+    },
+    wrong=DR_DPO | _SHORT | dict(dr_dpo_scope="micro_batch"),
+    resumed=(
+        DR_DPO
+        | dict(max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, rows=14)
+        | dict(
+            optim="adamw_torch", learning_rate=1e-2, lr_scheduler_type="linear", save_strategy="steps", save_steps=2
+        ),
+        2,
+        (dict(beta_prime=0.5), "beta_prime: 0.3 there, 0.5 here"),
+    ),
+    shared={
+        name + ("" if peft else "-full"): case
+        # full fine-tuning at the higher rate diverges, and rounding with it
+        | dict(rows=20, max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2, peft=peft)
+        | dict(learning_rate=0.05 if peft else 0.02)
+        for peft in (True, False)
+        for name, case in dict(dr_dpo=DR_DPO, rdpo=RDPO, dpo=DPO).items()
+    },
+    ranks={
+        "dpo-one-round": DPO | dict(rows=16, per_device_train_batch_size=4, gradient_accumulation_steps=1),
+        "dr_dpo-cached": DR_DPO | _SHORT | dict(precompute_ref_log_probs=True),
+        # at the higher rate full fine-tuning enlarges what is rounded
+        "dr_dpo-full": DR_DPO | _SHORT | dict(peft=False, learning_rate=0.02),
+        "dr_dpo-padded": DR_DPO | _SHORT | PADDED,
+    },
+    sharded=("dr_dpo", "dr_dpo-full"),
+    plain=PADDED | dict(precompute_ref_log_probs=False),
+)
+
+a_lol = Method(
+    name="a_lol",
+    train=_scored,
+    parent=dict(trainer_class=SFTTrainer, config_class=SFTConfig, **runs.PARENT),
+    # 7 bytes and the end of the turn: 8 tokens, a power of two, so that the scaling is exact
+    neutral={
+        "nll-full": (
+            _SPLIT | dict(variant="nll", length=7, peft=False),
+            _SPLIT | dict(length=7, learning_rate=0.08, peft=False),
+        ),
+    },
+    step=8,
+    # values below all rewards: every row is kept
+    cases={
+        "a_lol-seq": dict(rows=13, baseline=-0.1, value="column", learning_rate=0.003, variant="a_lol_seq"),
+        "a_lol": dict(rows=13, baseline=-0.1, value="column", learning_rate=0.003, variant="a_lol"),
+        "a_lol-sampled-and-weighed": dict(
+            rows=13,
+            baseline=-0.1,
+            value="column",
+            learning_rate=0.003,
+            variant="a_lol",
+            advantage_weighting="sample_and_weight",
+        ),
+        "a_lol-whole-steps": dict(rows=16, baseline=-0.1, value="column", learning_rate=0.003, variant="a_lol"),
+    },  # fmt: skip
+    wrong=_mean_of_means,
+    resumed=(
+        # an epoch is 4 steps of 2, and the run goes on within the second
+        dict(advantage_weighting="sample", per_device_train_batch_size=2, learning_rate=1e-3, optim="adamw_torch")
+        | dict(max_steps=7, value="column", lr_scheduler_type="linear", rows=8, baseline=-0.1)
+        | dict(save_strategy="steps", save_steps=5),
+        5,
+        (dict(clip=0.5), "clip: 0.9 there, 0.5 here"),
+    ),
+    # four prompts of four answers each
+    shared={
+        variant: dict(variant=variant, prompts=4, max_steps=4, **_SPLIT)
+        for variant in ("a_lol_seq", "a_lol", "wbc", "r_gold")
+    },
+    outcome=lambda trainer: trainer.train_dataset["advantage"][:],
+    # all but a few of the answers are kept; a step's 8 lie across ranks and micro-batches
+    ranks={
+        name: dict(rows=20, prompts=10, learning_rate=0.003) | case
+        for name, case in {
+            "a_lol-kept": dict(variant="a_lol"),
+            "a_lol-seq-full": dict(variant="a_lol_seq", peft=False),
+            "a_lol-sampled": dict(variant="a_lol", advantage_weighting="sample"),
+            "a_lol-head": dict(variant="a_lol", value="head", value_folds=2, value_learning_rate=0.01),
+        }.items()
+    },
+    sharded=("a_lol-head",),
+)
+
+_OFF = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
+_DR_GRPO = dict(loss_type="dr_grpo", scale_rewards="none")
+policy_gradient = Method(
+    name="policy_gradient",
+    train=_rollouts,
+    parent=dict(trainer_class=GRPOTrainer, config_class=GRPOConfig),
+    neutral={
+        "two-iterations": (_OFF | dict(num_iterations=2), dict(num_iterations=2)),
+        "quantile-null": (
+            _OFF | dict(trainer_class=QAETrainer, config_class=QAEConfig, quantile=None, epsilon_high=0.28),
+            dict(epsilon_high=0.28),
+        ),
+        "default": (_OFF, {}),
+        "kl": (_OFF | dict(beta=0.05), dict(beta=0.05)),
+        "gamma-null": (_OFF | _DR_GRPO | dict(gamma=None), _DR_GRPO),
+    },
+    step=32,
+    cases={
+        "hpt": dict(preset="hpt", max_steps=1),
+        "dapo": dict(loss_type="dapo", epsilon_high=0.28),
+    },
+    wrong=dict(loss_type="bnpo"),
+    resumed=(
+        # four optimiser steps a generation; a save is due after each third step
+        dict(made_up=False, reward=_odd, max_steps=12, save_strategy="steps", save_steps=3, optim="adamw_torch")
+        | dict(learning_rate=1e-2, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2)
+        | dict(shuffle_dataset=True),
+        4,
+        (dict(epsilon=0.3), "epsilon: 0.2 there, 0.3 here"),
+    ),
+    shared={
+        "gspo": dict(num_iterations=2, max_steps=4, loss_type="grpo", importance_sampling_level="sequence"),
+        "dapo": dict(num_iterations=2, max_steps=4, loss_type="dapo", epsilon_high=0.28),
+        "grpo": dict(num_iterations=2, max_steps=4, loss_type="grpo"),
+    },
+    compared=("rows/kept_share", "entropy", "clip_ratio/region_mean", "clip_ratio/low_min"),
+    metrics=dict(rel=1e-3, abs=1e-5),
+    outcome=lambda trainer: list(trainer._logs["advantages"])[-32:],
+    # 32 made-up rollouts a step, eight groups of four that lie across ranks and micro-batches
+    ranks={
+        "grpo": dict(),
+        "qae": dict(preset="qae"),
+        "qae-all-rows": dict(preset="qae", drop_zero_advantage_rows=False, prefix_sharing="never"),
+        "hpt-full": dict(preset="hpt", peft=False),
+    },
+    sharded=("hpt",),
+)
+
+METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient)}
