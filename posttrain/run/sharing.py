@@ -12,7 +12,8 @@ from posttrain.run.checks import evaluating
 
 def check_setting(args, config, peft_config=None) -> None:
     """Raise where `prefix_sharing: always` cannot be had, as far as the model's config tells."""
-    if args.prefix_sharing != "always":
+    # a family without sharing has no such setting
+    if getattr(args, "prefix_sharing", "never") != "always":
         return
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     reason = prefix_sharing.unsupported_reason(config, attention=attention, peft_config=peft_config)

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import objects, rows, tokens
+from posttrain.data import rows, tokens
 from posttrain.data.limits import Limits
 from posttrain.data.scored import answer_tokens
-from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.run import new_tokens
@@ -103,14 +102,6 @@ class OfflineMixin(SFTMixin):
         if not self.args.needs_reference:
             return dataset
         return reference_logps.precompute(self, dataset, name, self.args.per_device_eval_batch_size)
-
-    # stands on SFTTrainer._prepare_dataset
-    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
-        if "input_ids" not in objects.names_of(dataset):
-            dataset = as_rendered(dataset, processing_class)
-        return as_learned(
-            super()._prepare_dataset(dataset, processing_class, *args, **kwargs), processing_class, "a row"
-        )
 
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
