@@ -83,7 +83,6 @@ class EmbeddingNoise:
         self._batch = None
         if not torch.is_grad_enabled():
             return
-        self._entered = True
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if input_ids is None or input_ids.dim() != 2:
@@ -98,6 +97,7 @@ class EmbeddingNoise:
                     f"the batch's {name} is {shape}, of which the lengths of sequences cannot be read; noise needs one "
                     "number for each token. Use TRL's collator, or set `embedding_noise: none`."
                 )
+        self._entered = True
         self._batch = input_ids, draws.sequences(input_ids, mask, positions)
 
     def _add(self, module, args, output: Tensor) -> Tensor:
