@@ -110,6 +110,7 @@ def test_what_is_padded_and_how_fast_is_logged(tiny_folder, tmp_path):
     assert packed.tokens < batch["attention_mask"].sum()
 
 
+@pytest.mark.slow
 @KEEP_END
 def test_sides_cut_at_different_places_are_counted(tiny_folder, tmp_path, said):
     pairs = make_pairs(16)
@@ -196,6 +197,7 @@ def test_the_check_leaves_modes_and_random_state_alone(tiny_folder, tmp_path):
     assert trainer.model.training and not frozen.training
 
 
+@pytest.mark.slow
 def test_one_token_answers_and_rows_without_an_end(tmp_path, tiny_folder):
     # plain text: no end-of-turn is added to what already holds tokens
     rows = [{"prompt": "a", "chosen": "b", "rejected": c} for c in ("c", "dd", "eee", "b c")]
@@ -267,6 +269,7 @@ def test_pairs_stay_where_they_are_under_length_dependent_rotary_factors(tmp_pat
     assert distance(runs["always"], runs["never"]) <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_model_whose_code_trips_over_packed_rows_is_padded(tiny_folder, tmp_path, said, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaModel
 
