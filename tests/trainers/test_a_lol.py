@@ -16,14 +16,11 @@ from posttrain.objectives import offline
 from posttrain.rewards import UserReward
 from posttrain.run import reference, watches
 from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
+from tests.runs import identical
 from tests.scored import build, entries, make_scored, settings, train
 from tests.training import distance, lora
 
 PARENT = dict(trainer_class=SFTTrainer, config_class=SFTConfig, use_cpu=True, bf16=False, gradient_checkpointing=False)
-
-
-def identical(change, other):
-    return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
 
 
 @pytest.fixture
@@ -38,19 +35,6 @@ def forwards(monkeypatch):
 
     monkeypatch.setattr(ALoLTrainer, "score", counted)
     return calls
-
-
-# how a batch is laid out in rows, and how fast it runs
-LAYOUT = ("tokens/",)
-
-
-def same_metrics(ours, theirs, **tolerance):
-    for own, other in zip(entries(ours), entries(theirs), strict=True):
-        for name in other:
-            if name.startswith(LAYOUT):
-                continue
-            if "/" in name or name in ("loss", "num_tokens", "entropy", "mean_token_accuracy"):
-                assert own[name] == pytest.approx(other[name], **tolerance), name
 
 
 @pytest.mark.core("lora")
@@ -130,13 +114,6 @@ def test_a_run_is_that_of_the_pure_function_on_full_logits(tiny_folder, tmp_path
         first, second = entries(trainer)
         assert first["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
         assert second["ratio/mean"] != pytest.approx(1.0, abs=1e-2), "the ratio plays a part"
-
-
-SPLITS = {
-    "a_lol": dict(variant="a_lol"),
-    "a_lol_seq": dict(variant="a_lol_seq"),
-    "sample_and_weight": dict(variant="a_lol", advantage_weighting="sample_and_weight"),
-}
 
 
 def test_rows_without_gradient_are_dropped_before_their_reference_is_computed(tiny_folder, tmp_path, forwards):

@@ -8,6 +8,7 @@ from posttrain.log import get_logger
 from posttrain.models import tiny_model
 from posttrain.objectives import advantages
 from tests.rollouts import PARENT, entries, prompts, settings, success, train
+from tests.runs import identical
 from tests.training import distance
 
 OFF = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
@@ -33,10 +34,6 @@ def quiet(monkeypatch):
 def said(caplog, monkeypatch):
     monkeypatch.setattr(get_logger(), "propagate", True)
     return lambda: caplog.text
-
-
-def identical(change, other):
-    return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
 
 
 def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):

@@ -12,11 +12,6 @@ from posttrain.models import byte_tokenizer, tiny_model
 from tests.conftest import make_pairs
 from tests.training import distance, lora, losses, settings, train
 
-METHODS = {
-    "dpo": dict(pair_loss="dpo"),
-    "rdpo": dict(pair_loss="rdpo", flip_rate=0.2),
-    "dr_dpo": dict(reduction="dr_dpo", beta_prime=0.3),
-}
 # TRL is giving it up
 KEEP_END = pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
 ACCUMULATE = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)

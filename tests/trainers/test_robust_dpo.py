@@ -14,25 +14,11 @@ PARENT = dict(trainer_class=DPOTrainer, config_class=DPOConfig, use_cpu=True, bf
 DR_DPO = dict(reduction="dr_dpo", beta_prime=0.3)
 
 
-def identical(change, other):
-    return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
-
-
 def test_rdpo_is_trl_robust(tiny_folder, tmp_path):
     reference, parent = train(tiny_folder, tmp_path / "trl", loss_type="robust", label_smoothing=0.2, **PARENT)
     change, trainer = train(tiny_folder, tmp_path / "ours", pair_loss="rdpo", flip_rate=0.2, prefix_sharing="never")
     assert losses(trainer) == pytest.approx(losses(parent), abs=1e-6)
     assert distance(change, reference) < 1e-5
-
-
-# how a batch is laid out in rows, and how fast it runs
-LAYOUT = ("tokens/", "prefix_sharing/")
-METHODS = {
-    "dpo": dict(pair_loss="dpo"),
-    "rdpo": dict(pair_loss="rdpo", flip_rate=0.2),
-    "dr_dpo": DR_DPO,
-    "dr_dpo_rescale": dict(DR_DPO, dr_dpo_window="rescale"),
-}
 
 
 @pytest.mark.slow
