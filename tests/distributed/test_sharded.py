@@ -25,9 +25,7 @@ from tests.runs import distance, entries, same_metrics
 
 ROOT = Path(__file__).parents[2]
 # a case of generated rollouts, and cases whose update depends on where rows lie
-GENERATED = {
-    "policy_gradient/generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)
-}
+GENERATED = {"policy_gradient/generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)}
 WRONG = {f"{name}/wrong-{name}": m.wrong for name, m in METHODS.items() if isinstance(m.wrong, Mapping)}
 EQUAL = {f"{name}/{key}": case for name, m in METHODS.items() for key, case in (m.cases | m.ranks).items()}
 # cases of which the other ones under DDP show all
