@@ -81,9 +81,9 @@ class KeptTokens:
             else:
                 completions[i][0]["content"] = self.text(ids)
         if self._users and not self._said:
-            self._say_left_out(completion_ids)
+            self._warn_of_left_out(completion_ids)
 
-    def _say_left_out(self, completion_ids: list[list[int]]) -> None:
+    def _warn_of_left_out(self, completion_ids: list[list[int]]) -> None:
         """Say, once, what completions hold that rewards do not see."""
         hidden = self._special.keys() - self._kept - self._ends - {self._tokenizer.pad_token_id}
         seen = {id for ids in completion_ids for id in ids if id in hidden}

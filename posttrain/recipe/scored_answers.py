@@ -92,7 +92,7 @@ def describe(
         score=data_args.reward_func is None,
     )  # fmt: skip
     shown = _as_learned(ready.facts["first"], processing_class, args, name)
-    facts, rows, living = {}, ready.train_dataset, None
+    facts, rows, with_gradient = {}, ready.train_dataset, None
     if answers.has_head and data_args.reward_func is not None:
         answers.check_value_prompts(len(set(baselines.prompt_keys(rows))), name)
     elif answers.weighed_late and not answers.has_head and data_args.reward_func is None:
@@ -107,11 +107,11 @@ def describe(
         if part in ready.facts:
             facts[part] = "\n" + tables.histogram(ready.facts[part])
     if answers.has_head:
-        living = "known once the value head has learned"
+        with_gradient = "known once the value head has learned"
     elif answers.needs_rewards and data_args.reward_func is not None:
-        living = f"known once {data_args.reward_func} has scored the answers"
+        with_gradient = f"known once {data_args.reward_func} has scored the answers"
     elif not answer_tokens.tokenised_before_loading(args):
-        living = f"at most {kept}"
+        with_gradient = f"at most {kept}"
     else:
         answer_rows.check_fills_a_batch(args, kept)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -120,9 +120,9 @@ def describe(
         "processes": args.world_size,
         "scored answers": ready.facts["answers"],
         "of them within max_length": fits,
-        "of them with a gradient": kept if living is None else living,
+        "of them with a gradient": kept if with_gradient is None else with_gradient,
         "answers per step": batch,
-        "steps": f"at most {taken}" if living is not None and args.max_steps <= 0 else taken,
+        "steps": f"at most {taken}" if with_gradient is not None and args.max_steps <= 0 else taken,
         **dry_run.sizes(config, args, peft_config),
         **facts,
         **shown,

@@ -212,7 +212,7 @@ def planned_steps(folder: Path) -> int:
     return int(_trainer_state(folder)["max_steps"])
 
 
-def say_random_state(folder: Path, ranks: int) -> None:
+def warn_of_missing_random_state(folder: Path, ranks: int) -> None:
     """Warn where a checkpoint holds no random state for each of these ranks: upstream goes on without a word."""
     wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     lost = [name for name in wanted if not (folder / name).is_file()]

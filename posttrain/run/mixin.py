@@ -262,7 +262,7 @@ class RunMixin:
             # one that is converted on saving has twice the rank there
             check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)
             if not self.args.check_resume and not self.args.resume_weights_only:
-                checkpoints.say_random_state(checkpoint, self.args.world_size)
+                checkpoints.warn_of_missing_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
             synced_reference.load(self, checkpoint)
         if checkpoint is not None and self.args.ignore_data_skip:

@@ -27,7 +27,7 @@ def at_their_start(weight: Tensor, ids: list[int]) -> list[int]:
     return [index for index, is_start in zip(ids, start.tolist(), strict=True) if is_start]
 
 
-def say_absent(model, dataset, columns: tuple[str, ...], processing_class) -> None:
+def warn_of_absent(model, dataset, columns: tuple[str, ...], processing_class) -> None:
     """Warn of tokens that the adapter is to train and no row holds. Under a tied head they train as wrong answers."""
     if not is_peft_model(model) or not hasattr(dataset, "__len__"):
         return
@@ -47,7 +47,7 @@ def say_absent(model, dataset, columns: tuple[str, ...], processing_class) -> No
         )  # fmt: skip
 
 
-def say_frozen(model, dataset, columns: tuple[str, ...], processing_class) -> None:
+def warn_of_frozen(model, dataset, columns: tuple[str, ...], processing_class) -> None:
     """Warn of special tokens in the rows whose embedding is where new ones start, and stays there under an adapter."""
     if not is_peft_model(model) or not hasattr(dataset, "__len__"):
         return

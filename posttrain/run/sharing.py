@@ -86,7 +86,7 @@ class PrefixSharing:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
             packed = batch["packed"] = self.pack_rows(batch["input_ids"], batch["attention_mask"], labels, groups)
             if packed is not None and packed.unshared:
-                self._say(
+                self._log_once(
                     "some pairs' prompts differ between the sides (truncation_mode keep_end cuts them at different "
                     "places); these run unshared, counted as prefix_sharing/unshared"
                 )
@@ -110,10 +110,10 @@ class PrefixSharing:
             *gaps, trouble = prefix_sharing.compare_padded_and_packed(model, config, device, self._left_padded)
         # a rank of which the model tripped still has to meet the others here
         gathered = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device))
-        (largest, mean, _), blind = gathered.amax(0).tolist(), gathered[:, 2].min().item()
+        (largest, mean, _), if_ignored = gathered.amax(0).tolist(), gathered[:, 2].min().item()
         dtypes = {parameter.dtype for parameter in model.parameters()}
         half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
-        reason = trouble or prefix_sharing.mismatch_reason(largest, mean, blind, half)
+        reason = trouble or prefix_sharing.mismatch_reason(largest, mean, if_ignored, half)
         if reason:
             self._give_up(reason)
 
@@ -121,7 +121,7 @@ class PrefixSharing:
         """A batch is padded although sharing goes on: said once, an error with `always`."""
         if self._setting == "always":
             raise _refusal(f"a batch must be padded, as {reason}")
-        self._say(f"a batch is padded, not shared: {reason}; so will others be")
+        self._log_once(f"a batch is padded, not shared: {reason}; so will others be")
 
     def _check_lengths(self, trainer) -> None:
         limit = getattr(trainer.args, "max_length", None)
@@ -143,10 +143,10 @@ class PrefixSharing:
     def _give_up(self, reason: str) -> None:
         if self._setting == "always":
             raise _refusal(reason)
-        self._say(f"prefix sharing is not used: {reason}")
+        self._log_once(f"prefix sharing is not used: {reason}")
         self.active = False
 
-    def _say(self, text: str) -> None:
+    def _log_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             get_logger().info(text)

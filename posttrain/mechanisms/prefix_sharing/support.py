@@ -89,16 +89,16 @@ def attention_cost(config) -> float:
 _LARGEST_FP32, _MEAN_HALF, _NOISE_HALF = 2e-3, 0.25, 0.02
 
 
-def mismatch_reason(largest: float, mean: float, blind: float, half: bool) -> str | None:
+def mismatch_reason(largest: float, mean: float, if_ignored: float, half: bool) -> str | None:
     """Return an error text if packed and padded log-probs disagree by more than rounding; None if they agree.
 
     Args:
-        largest, mean, blind: what `self_check` returns.
+        largest, mean, if_ignored: what `self_check` returns.
         half: whether the model computes in half precision.
     """
     good = largest <= _LARGEST_FP32
     if half:
-        good = mean <= _NOISE_HALF or mean <= min(_MEAN_HALF, blind / 2)
+        good = mean <= _NOISE_HALF or mean <= min(_MEAN_HALF, if_ignored / 2)
     return None if good else f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens"
 
 
@@ -144,8 +144,8 @@ def self_check(model, vocab_size: int, device, left: bool = False) -> tuple[floa
     scored = scored[:, 1:].to(device)
     with torch.no_grad():
         padded = model(**batch, use_cache=False, fused_lm_head=True).log_probs
-        gap, *blind = (
+        gap, *if_ignored = (
             (padded - model(**batch, use_cache=False, fused_lm_head=True, packed=form).log_probs).float().abs()[scored]
             for form in (packed, maskless, placeless)
         )
-    return gap.max().item(), gap.mean().item(), min(one.mean().item() for one in blind)
+    return gap.max().item(), gap.mean().item(), min(one.mean().item() for one in if_ignored)

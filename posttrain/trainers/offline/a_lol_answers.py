@@ -102,7 +102,7 @@ class ALoLAnswers(Answers):
         rewards = dataset["reward"][:]
         if args.weighs_by == "rewards":
             return dataset.add_column("weight", rewards)
-        advantages = baselines.advantages_of(rewards, self._values(dataset, rewards, name, trainer))
+        advantages = baselines.advantages_of(rewards, self._expected_rewards(dataset, rewards, name, trainer))
         weights = weights_of(advantages, args)
         if name == "train_dataset":
             baselines.check_positive(advantages, args.value, name, self.lost)
@@ -111,7 +111,7 @@ class ALoLAnswers(Answers):
             get_logger().info("%s: %s", name, self.advantages.summary())
         return dataset.add_column("advantage", advantages).add_column("weight", weights)
 
-    def _values(self, dataset, rewards: list[float], name: str, trainer) -> list[float]:
+    def _expected_rewards(self, dataset, rewards: list[float], name: str, trainer) -> list[float]:
         """The expected reward of each row's prompt.
 
         Of held-out rows from what the training rows taught for `mean` and `head`; `per_prompt` and `column` read

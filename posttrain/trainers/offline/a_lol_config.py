@@ -154,7 +154,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
             )
         self._check_head()
         self._check_weighting()
-        self._say_what_has_no_effect()
+        self._warn_of_settings_without_effect()
         self._refuse_settings_without_effect()
 
     @property
@@ -239,7 +239,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
                 },
             )
 
-    def _say_what_has_no_effect(self):
+    def _warn_of_settings_without_effect(self):
         """Settings that a sweep over variants may keep for all of them: said, not refused."""
         fields = type(self).__dataclass_fields__
         by_advantage, head = self.weighs_by == "advantages", self.value == "head"

@@ -31,16 +31,16 @@ def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
 def with_gradient(dataset, args):
     """The training rows that have a gradient; refused where there are none, or too few for a batch."""
     weights = dataset["weight"][:]
-    alive = [i for i, weight in enumerate(weights) if weight != 0]
-    if not alive:
+    kept = [i for i, weight in enumerate(weights) if weight != 0]
+    if not kept:
         raise DataError(f"train_dataset: the weight of all {len(weights)} answers is 0; none would be learned from.")
-    check_fills_a_batch(args, len(alive))
-    if len(alive) == len(weights):
+    check_fills_a_batch(args, len(kept))
+    if len(kept) == len(weights):
         return dataset
     get_logger().info(
-        "train_dataset: %d of %d rows have no gradient and are left out", len(weights) - len(alive), len(weights)
+        "train_dataset: %d of %d rows have no gradient and are left out", len(weights) - len(kept), len(weights)
     )
-    return dataset.select(alive)
+    return dataset.select(kept)
 
 
 def check_rows_left(dataset, args) -> None:

@@ -72,8 +72,8 @@ class OfflineMixin(SFTMixin):
         self._head, self._sharing = TrueHead(self), PrefixSharing(self)
         self.data_collator = answer_rows.AnswerColumns(self.data_collator, self.extra_columns)
         named = rows.by_name(self.eval_dataset)
-        new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
-        new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        new_tokens.warn_of_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        new_tokens.warn_of_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         if not answer_tokens.tokenised_before_loading(self.args):
             limits = Limits(self.model, self.model.config)
             for name, dataset in {"train_dataset": self.train_dataset, **named}.items():

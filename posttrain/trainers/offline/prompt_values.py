@@ -35,7 +35,7 @@ def of_head(trainer, dataset, rewards: list[float], name: str) -> list[float]:
         trainer.value_heads = _heads(trainer, distinct, prompts, _means(keys, distinct, rewards), dataset, keys)
     predicted = _predict(trainer, distinct, prompts)
     values = [predicted[key] for key in keys]
-    _say_quality(values, rewards, name)
+    _log_quality(values, rewards, name)
     return values
 
 
@@ -265,7 +265,7 @@ def _key(trainer, distinct: list[str], prompts: dict, targets: tuple) -> str:
     return digest.hexdigest()
 
 
-def _say_quality(values: list[float], rewards: list[float], name: str) -> None:
+def _log_quality(values: list[float], rewards: list[float], name: str) -> None:
     mean = baselines.mean(rewards)
     error = math.fsum((value - reward) ** 2 for value, reward in zip(values, rewards, strict=True)) / len(rewards)
     spread = math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)

@@ -1,4 +1,4 @@
-"""The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
+"""The mixin of the policy gradient trainers: advantages, demonstrations, rows of zero advantage, rollout health."""
 
 import contextlib
 import math
@@ -84,7 +84,7 @@ class PolicyGradientMixin(RunMixin):
         self._reference_is_given, self._reference_checked = False, False
         self._rows = None
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
-        self._dead_generations, self._skipped = 0, False
+        self._generations_without_gradient, self._skipped = 0, False
 
     def _place(self, ready) -> None:
         if self.args.success_reward is not None and self.args.success_reward not in self.reward_func_names:
@@ -146,7 +146,7 @@ class PolicyGradientMixin(RunMixin):
             if self.log_completions:
                 completion_log.show_demonstrations(self, batch)
         if training:
-            self._watch_dead_generations(batch, rewards)
+            self._watch_generations_without_gradient(batch, rewards)
         return batch
 
     # stands on GRPOTrainer._tokenize_prompts, which renders all prompts with the same tools and settings
@@ -218,20 +218,20 @@ class PolicyGradientMixin(RunMixin):
             log.pop()
         log.extend(values.tolist())
 
-    def _watch_dead_generations(self, batch: dict, rewards: Tensor) -> None:
-        alive = self.accelerator.gather(group_rewards.living_rows(batch).float())
-        self._metrics["train"]["rows/kept_share"].append(alive.mean().item())
+    def _watch_generations_without_gradient(self, batch: dict, rewards: Tensor) -> None:
+        kept = self.accelerator.gather(group_rewards.rows_with_gradient(batch).float())
+        self._metrics["train"]["rows/kept_share"].append(kept.mean().item())
         # the loss itself is near 0 while the policy is the one that sampled, however much there is to learn
         sizes = self.accelerator.gather(batch["advantages"].abs())
         self._metrics["train"]["loss/abs_advantage"].append(sizes.mean().item())
-        self._dead_generations = 0 if alive.any() else self._dead_generations + 1
+        self._generations_without_gradient = 0 if kept.any() else self._generations_without_gradient + 1
         limit = self.args.max_steps_without_gradient
-        if limit and self._learns_from_advantages_alone and self._dead_generations >= limit:
+        if limit and self._learns_from_advantages_alone and self._generations_without_gradient >= limit:
             scored = rewards[~torch.isnan(rewards)]
             last = f"last between {scored.min().item():g} and {scored.max().item():g}" if len(scored) else "no score"
             raise DivergedError(
-                f"no rollout of the last {self._dead_generations} generations had a gradient: all rewards of a prompt "
-                f"were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts or a higher "
+                f"no rollout of the last {self._generations_without_gradient} generations had a gradient: all rewards "
+                f"of a prompt were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts or a higher "
                 "temperature help; completions/clipped_ratio near 1 says that max_completion_length is too short. "
                 "`max_steps_without_gradient: 0` goes on all the same."
             )
@@ -242,7 +242,7 @@ class PolicyGradientMixin(RunMixin):
         return self.beta == 0.0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
 
     @property
-    def _drops_dead_rows(self) -> bool:
+    def _drops_zero_advantage_rows(self) -> bool:
         """Whether a row of zero advantage has no part in the loss."""
         return (
             self.args.drop_zero_advantage_rows
@@ -253,7 +253,7 @@ class PolicyGradientMixin(RunMixin):
     @property
     def _leaves_out_rows(self) -> bool:
         """Whether rows may have no part in the update, so that means over it are kept as sums and counts."""
-        return self._drops_dead_rows or self.args.learns_from_demonstrations
+        return self._drops_zero_advantage_rows or self.args.learns_from_demonstrations
 
     # stands on GRPOTrainer._prepare_inputs, which refills the buffer once per generation
     def _prepare_inputs(self, generation_batch):
@@ -261,7 +261,7 @@ class PolicyGradientMixin(RunMixin):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return inputs
-        if self._buffered_inputs is not before and self._drops_dead_rows and "pixel_values" not in inputs:
+        if self._buffered_inputs is not before and self._drops_zero_advantage_rows and "pixel_values" not in inputs:
             self._pack_buffer()
         inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         self._metrics["train"]["rows/forwarded"].append(float(inputs["completion_ids"].size(0)))
@@ -274,10 +274,12 @@ class PolicyGradientMixin(RunMixin):
         self._buffered_inputs = [
             batch
             for start in range(0, len(buffer), size)
-            for batch in group_rewards.pack_living(buffer[start : start + size], self.loss_type, self._largest)
+            for batch in group_rewards.pack_kept_rows(
+                buffer[start : start + size], self.loss_type, self._max_over_ranks
+            )
         ]
 
-    def _largest(self, number: int) -> int:
+    def _max_over_ranks(self, number: int) -> int:
         """The largest of a number over ranks; all of them call it."""
         if self.accelerator.num_processes == 1:
             return number
@@ -369,7 +371,7 @@ class PolicyGradientMixin(RunMixin):
 
     @property
     def step_moved(self) -> bool:
-        return not self._dead_generations and not self._skipped
+        return not self._generations_without_gradient and not self._skipped
 
     def skips_step(self, model, norm) -> bool:
         limit = self.args.skip_grad_norm

@@ -7,7 +7,7 @@ from posttrain.trainers.policy_gradient.mixin import PolicyGradientMixin
 
 
 class PolicyGradientTrainer(PolicyGradientMixin, GRPOTrainer):
-    """`trl.GRPOTrainer` with any advantage of a group's rewards, demonstrations, and updates without dead rows.
+    """`trl.GRPOTrainer` with any advantage of a group's rewards, demonstrations, updates without zero-advantage rows.
 
     Takes what `trl.GRPOTrainer` takes, with a `PolicyGradientConfig` as `args`.
 

@@ -101,8 +101,8 @@ class PreferenceMixin(WindowMixin):
 
     def _complete(self, ready) -> None:
         if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
-            new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
-            new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+            new_tokens.warn_of_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+            new_tokens.warn_of_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = ExtraColumns(self.data_collator, self.extra_columns)
         get_logger().info("reference: %s", describe_reference(self))
