@@ -12,12 +12,12 @@ from posttrain.mechanisms.window import real_rows
 
 
 def forget(trainer) -> None:
-    """Drop what an evaluation that was broken off, or a hand-made pass, has left."""
+    """Drop the metrics that an interrupted evaluation, or a forward by hand, has left."""
     trainer._metrics["eval"].clear()
 
 
 def take_metrics(trainer, prefix: str) -> dict[str, float | None]:
-    """The means of an evaluation's metrics as `<prefix>_<name>`, which TRL's `log` would all name `eval_<name>`.
+    """Return the means of an evaluation's metrics as `<prefix>_<name>`; TRL's `log` would name all `eval_<name>`.
 
     NaN entries are left out; `trainer.no_value` stands where nothing else is there.
     """

@@ -63,7 +63,7 @@ _FORMER_ARGUMENTS = {
 
 
 class RunMixin:
-    """The part of each mixin that does not depend on its family. Stands on `transformers.Trainer`.
+    """Run any family's trainer: construct, train, resume, save, push. Stands on `transformers.Trainer`.
 
     The order of a constructor stands once, in `_build`. A family fills in its steps: `_begin` before the parent's
     constructor, `_place` behind it, `_complete` at the end. A method has these seams, whatever its family:
@@ -103,10 +103,10 @@ class RunMixin:
         """Set up what belongs to the model and the batches, now that both are there."""
 
     def _complete(self, ready: Prepared) -> None:
-        """Do what may take long, once the run is known to be allowed."""
+        """Do what may take long, once the run folder is known to be free."""
 
     def _check_settings(self, model, args, peft_config):
-        """The model (an id resolved to what can be loaded), the settings and the model's config, all checked."""
+        """Check and return the model (an id resolved to what can be loaded), the settings and the model's config."""
         self._start, self._peft_config, self._has_folder = None, peft_config, not _FOLDERLESS.get()
         output_dir = self._default_folder(model) if args is None else None
         args = upstream_configs.check_args(args, self._config_class, output_dir)
@@ -127,7 +127,7 @@ class RunMixin:
         return model, args, config
 
     def _live_reference(self, args) -> bool:
-        """Whether the reference of a run with an adapter is the model itself, with its adapter off or replaced."""
+        """Return whether an adapter's reference is the policy itself, with its adapter off or replaced."""
         return False
 
     def _note_start(self) -> None:
@@ -137,13 +137,13 @@ class RunMixin:
 
     @classmethod
     def _default_folder(cls, model) -> str:
-        """The output folder where no settings are given, as TRL names it: MODEL-DPO."""
+        """Return the output folder where no settings are given, as TRL names it: MODEL-DPO."""
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         parent = next(kind for kind in cls.__mro__ if kind.__module__.startswith("trl."))
         return f"{(embedded_name(name) or name).split('/')[-1].split(':')[-1]}-{parent._name}"
 
     def _by_name(self, rest: tuple, kwargs: dict) -> dict:
-        """`kwargs` with what was given by position behind the processing class, under TRL's names."""
+        """Return `kwargs` with the arguments given by position behind `processing_class`, under TRL's names."""
         parent = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("trl."))
         known = list(inspect.signature(parent.__init__).parameters)
         names = known[known.index("processing_class") + 1 :]
@@ -163,13 +163,13 @@ class RunMixin:
         return kwargs | given
 
     def _preflight(self, model, args):
-        """Where the run will be pushed to; None where it will not."""
+        """Return the hub repository that the run will be pushed to; None where it will not."""
         if not self._has_folder:
             return None
         return preflight(args, model, is_adapter=self._peft_config is not None or isinstance(model, PeftModel))
 
     def _begin_run(self, hub_destination, args) -> None:
-        """Before the parent's constructor."""
+        """Set the attributes of a run, before the parent's constructor."""
         start.begin(self._peft_config, args)
         self.hub_destination = hub_destination
         self._schedule = schedule.Current()
@@ -177,7 +177,7 @@ class RunMixin:
         self._finite_loss, self._live_gradients = FiniteLoss(), None
 
     def _with_aux_loss(self, loss, aux_loss, mode: str, steps: int = 1):
-        """A loss with a mixture of experts' load-balancing loss; of each micro-batch's tokens, as TRL has it."""
+        """Add a mixture of experts' load-balancing loss to a micro-batch's; of its own tokens, as TRL has it."""
         if aux_loss is None:
             if not self._said_no_aux_loss:
                 get_logger().warning(
@@ -208,16 +208,16 @@ class RunMixin:
         return {}
 
     def load_method_state(self, state: dict) -> None:
-        """Take up what `method_state` returned when the checkpoint was written; empty where it was another method's."""
+        """Restore what `method_state` returned when the checkpoint was written; empty if another method wrote it."""
 
     def attach_adapter(self) -> None:
-        """Do what a method does to the adapter's modules, after construction and once a checkpoint's weights are in."""
+        """Change the adapter's modules as a method needs, after construction and after a checkpoint's weights load."""
 
     def save_beside(self, folder: Path, in_checkpoint: bool) -> None:
         """Write a method's own files beside a saved model or adapter; called on the main rank."""
 
     def _finish_construction(self) -> None:
-        """After the parent's constructor."""
+        """Note the policy's start and add the callbacks, after the parent's constructor."""
         start.check_trains(self.model)
         self._note_start()
         keep_4bit_weights_trainable(self.model)
@@ -325,7 +325,7 @@ class RunMixin:
         return set()
 
     def _check_folder(self) -> None:
-        """Refuse the run folder once more before the first write: another run may have begun there since."""
+        """Refuse the run folder of another run that may have begun there since construction; before the first write."""
         if not self._folder_is_ours:
             run_folder.check_free(self)
             self._folder_is_ours = True
@@ -337,7 +337,7 @@ class RunMixin:
 
     @property
     def step_moved(self) -> bool:
-        """Whether the last optimiser step could move the weights."""
+        """Return whether the last optimiser step could move the weights."""
         return True
 
     # stands on Trainer.create_scheduler, which is called with the number of steps once a checkpoint's state is there
@@ -488,10 +488,10 @@ class RunMixin:
         return output
 
     def finish_evaluation(self, dataloader, description: str) -> None:
-        """Put what was measured beside TRL's metrics of an evaluation; all ranks call it."""
+        """Add a family's own metrics to TRL's at the end of an evaluation; all ranks call it."""
 
     def skips_step(self, model, norm) -> bool:
-        """Whether a step is left out for its gradient's norm before clipping; the gradients are gone then."""
+        """Return whether the optimiser step is left out for its gradient norm before clipping, its gradients dropped."""
         return False
 
     def _watch_gradients(self) -> None:

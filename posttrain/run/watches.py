@@ -49,7 +49,7 @@ def stop(trainer, what: str) -> None:
 
 
 class LiveGradients:
-    """Stops a run of which some adapter tensor gets no gradient in its first two steps.
+    """Stops a run in which some adapter tensor gets no gradient in its first two steps.
 
     Gradient checkpointing over frozen embeddings, or target modules that the forward never reaches, leave adapters
     untrained without a word. Watches the gradients themselves, as weight decay alone also moves weights.
@@ -74,12 +74,12 @@ class LiveGradients:
         self._seen[name] = has_gradient if known is None else known | has_gradient
 
     def before_step(self, trainer) -> None:
-        """Note the rate of the step to come."""
+        """Note the learning rate of the step to come."""
         self._learning_rate = trainer.optimizer.param_groups[0]["lr"]
         self._begun = trainer.state.global_step
 
     def after_step(self, trainer) -> bool:
-        """Count a step; after two that could move weights, decide. Returns whether the watch is over.
+        """Count a step; after two that could move weights, stop or pass. Returns whether the watch is over.
 
         Raises:
             DivergedError: some tensor's gradient was zero throughout, on all ranks.
