@@ -25,7 +25,7 @@ LOSS_TYPES = _BY_ROWS | _BY_TOKENS | {"dapo", "cispo", "vespo"}
 
 
 def weighted_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
-    """(N, F) rewards of F functions, NaN where one gave none, as (N,) weighted sums; NaN where all gave none."""
+    """Sum the (N, F) rewards of F functions, NaN where one gave none, by weight to (N,); NaN where all gave none."""
     rewards = (per_function * weights.to(per_function.device).unsqueeze(0)).nansum(dim=1)
     rewards[torch.isnan(per_function).all(dim=1)] = torch.nan
     return rewards
@@ -37,7 +37,7 @@ def group_advantages(
     advantage: Callable[[Tensor], Tensor],
     name: str = "the advantage function",
 ) -> Tensor:
-    """(N,) advantages of (N,) rewards whose rows are in groups of `group_size`.
+    """Compute (N,) advantages of (N,) rewards whose rows are in groups of `group_size`.
 
     Args:
         advantage: (prompts, group_size) -> (prompts, group_size); NaN rewards are unscorable, their advantage is 0.
@@ -68,7 +68,7 @@ def group_advantages(
 
 
 def rows_with_gradient(batch: dict) -> Tensor:
-    """(B,) bool: rows of a rollout batch that have a gradient."""
+    """Return which rows (B,) of a rollout batch have a gradient."""
     advantages, mask = batch["advantages"], batch["completion_mask"]
     if "tool_mask" in batch:
         mask = mask * batch["tool_mask"]
@@ -78,13 +78,13 @@ def rows_with_gradient(batch: dict) -> Tensor:
 
 
 def loss_tokens(batch: dict) -> Tensor:
-    """(B,) tokens of each row of a rollout batch that are in the loss."""
+    """Count the tokens of each row (B,) of a rollout batch that are in the loss."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).sum(dim=1)
 
 
 def pack_kept_rows(batches: list[dict], loss_type: str, max_over_ranks: Callable[[int], int] = int) -> list[dict]:
-    """The micro-batches of one optimiser step with the rows that have a gradient, in as few of them as they fit.
+    """Pack an optimiser step's rows that have a gradient into as few of its micro-batches as they fit.
 
     Args:
         batches: rollout micro-batches of equal size, tensors (B, P) left-padded for prompts and (B, T) right-padded for
@@ -120,7 +120,7 @@ def pack_kept_rows(batches: list[dict], loss_type: str, max_over_ranks: Callable
 
 
 def _counts(kept: int, size: int, batches: int) -> list[int]:
-    """Rows of each micro-batch: full ones, the rest, then single rows that only keep ranks in step."""
+    """Return the rows of each micro-batch: full ones, the rest, then single rows that only keep ranks in step."""
     counts = [min(size, kept - size * i) for i in range(batches) if kept > size * i]
     return counts + [1] * (batches - len(counts))
 
@@ -145,7 +145,7 @@ def _stack(batches: list[dict]) -> dict:
 
 
 def _take(rows: dict, own: Tensor, count: int) -> dict:
-    """Rows `own`, then copies of the first row without completion and all but a token of its prompt; trimmed."""
+    """Take rows `own`, and fill up to `count` with copies without completion and all but a prompt token; trimmed."""
     index = torch.cat([own, own.new_zeros(count - len(own))])
     filled = torch.arange(count, device=index.device) < len(own)
     batch = {key: value[index].clone() for key, value in rows.items()}

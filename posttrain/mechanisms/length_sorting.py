@@ -55,6 +55,6 @@ def _index(places: list[int], device) -> Tensor:
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
-    """(R, L) tensors below each other, each as wide as the widest."""
+    """Stack (R, L) tensors, each padded to the widest."""
     widest = max(part.size(1) for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, widest - part.size(1))) for part in parts])

@@ -28,7 +28,7 @@ def under_deepspeed(args) -> bool:
 
 @dataclass
 class CommonConfig:
-    """Add to TRL's configs what all trainers here share: defaults that fit the machine, watches over a run.
+    """Adds to TRL's configs what all trainers here share: defaults that fit the machine, watches over a run.
 
     TRL's configs ask for bf16 and gradient checkpointing, and raise where there is no accelerator. Here a field left
     at None is chosen: with an accelerator as TRL has it, without one plain fp32 on the CPU.

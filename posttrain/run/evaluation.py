@@ -49,7 +49,7 @@ def check_best_metric(args, eval_dataset) -> None:
 
 
 class GroupRows:
-    """Gather an evaluation batch over ranks, whole groups of rows at a time; stands in for `Trainer.gather_function`.
+    """Gathers an evaluation batch over ranks, whole groups of rows at a time; replaces `Trainer.gather_function`.
 
     A pair is a group of two rows. Upstream cuts the last batch to as many rows as there are groups left, so that
     rejected rows would be missing from `compute_metrics`.

@@ -63,7 +63,7 @@ _FORMER_ARGUMENTS = {
 
 
 class RunMixin:
-    """Run any family's trainer: construct, train, resume, save, push. Stands on `transformers.Trainer`.
+    """Runs any family's trainer: construct, train, resume, save, push. Stands on `transformers.Trainer`.
 
     The order of a constructor stands once, in `_build`. A family fills in its steps: `_begin` before the parent's
     constructor, `_place` behind it, `_complete` at the end. A method has these seams, whatever its family:
@@ -491,7 +491,7 @@ class RunMixin:
         """Add a family's own metrics to TRL's at the end of an evaluation; all ranks call it."""
 
     def skips_step(self, model, norm) -> bool:
-        """Return whether the optimiser step is left out for its gradient norm before clipping, its gradients dropped."""
+        """Return whether a step is left out for its gradient norm before clipping; the gradients are gone then."""
         return False
 
     def _watch_gradients(self) -> None:

@@ -199,7 +199,7 @@ class Start:
         initial_adapter.load(self._model, state)
 
     def resume(self, checkpoint: str | Path, started: bool) -> None:
-        """Check before a resumption that the base is the one under the checkpoint's adapter.
+        """Move the base, before a run resumes, to the one that the checkpoint's adapter was trained on.
 
         `started`: whether the model is already past its start.
         """

@@ -13,7 +13,7 @@ _LAYERS = {"full_attention", "sliding_attention"}
 
 
 def unsupported_reason(config, model=None, attention: str | None = None, peft_config=None) -> str | None:
-    """Why prefix sharing cannot work, or None.
+    """Return why prefix sharing cannot work for a model, or None.
 
     Args:
         config: the model's config; enough to know before the weights are loaded.
@@ -53,7 +53,7 @@ def unsupported_reason(config, model=None, attention: str | None = None, peft_co
 
 
 def sliding_window(config) -> int | None:
-    """How many tokens back the shortest-sighted layer looks; None where all look back to the start."""
+    """Return the least number of tokens that a layer looks back; None where all look back to the start."""
     text = config.get_text_config()
     types = getattr(text, "layer_types", None)
     if types is not None and "sliding_attention" not in types:
@@ -62,7 +62,7 @@ def sliding_window(config) -> int | None:
 
 
 def scales_with_length(config) -> bool:
-    """Whether rotary factors depend on the longest row of a batch, so that it matters which rows are in one."""
+    """Return whether rotary factors depend on the longest row of a batch, so that its grouping matters."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
@@ -70,7 +70,7 @@ def scales_with_length(config) -> bool:
 
 
 def attention_cost(config) -> float:
-    """What one attended position costs a token, as a share of the multiplications of its linear layers."""
+    """Return the cost of one attended position to a token, as a share of its linear layers' multiplications."""
     text = config.get_text_config()
     try:
         hidden, heads = text.hidden_size, text.num_attention_heads
@@ -103,7 +103,7 @@ def mismatch_reason(largest: float, mean: float, if_ignored: float, half: bool) 
 
 
 def compare_padded_and_packed(model, config, device, left: bool = False) -> tuple[float, float, float, str | None]:
-    """`self_check`, where a model's own code may trip over packed rows: infinite differences then, and what it said."""
+    """Run `self_check`; if the model's own code fails on packed rows, return infinite differences and the error."""
     try:
         return *self_check(model, config.get_text_config().vocab_size, device, left), None
     except Exception as error:
@@ -112,7 +112,7 @@ def compare_padded_and_packed(model, config, device, left: bool = False) -> tupl
 
 
 def self_check(model, vocab_size: int, device, left: bool = False) -> tuple[float, float, float]:
-    """(largest, mean) difference in nats between the padded and the packed log-probs of a few made-up tokens.
+    """Measure the (largest, mean) difference in nats between padded and packed log-probs of a few made-up tokens.
 
     The third number is the mean difference that a model would have if it ignored the mask, or, if that is less, the
     positions.

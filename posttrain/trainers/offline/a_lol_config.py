@@ -159,7 +159,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
 
     @property
     def weighs_by(self) -> str | None:
-        """What weighs an answer: "rewards", "advantages" or None."""
+        """Return by what an answer is weighed: "rewards", "advantages" or None."""
         return offline.weight_of(self.variant)
 
     @property
@@ -240,7 +240,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
             )
 
     def _warn_of_settings_without_effect(self):
-        """Settings that a sweep over variants may keep for all of them: said, not refused."""
+        """Warn of settings without effect that a sweep over variants may keep for all of them."""
         fields = type(self).__dataclass_fields__
         by_advantage, head = self.weighs_by == "advantages", self.value == "head"
         for name, used, why in (
