@@ -23,7 +23,7 @@ _B = (".lora_B.weight", ".lora_embedding_B")
 
 
 def initialisation(config) -> str | bool | None:
-    """Return the name of a LoRA config's initialisation; None for one that is no LoRA."""
+    """Return a LoRA config's init_lora_weights, names in lower case; None for a config that is no LoRA's."""
     value = getattr(config, "init_lora_weights", None)
     return value.lower() if isinstance(value, str) else value
 

@@ -25,7 +25,7 @@ BATCH = 32
 
 
 class ValueHead(nn.Module):
-    """V(x) = reward_max sigmoid(linear(attention(query, states)))
+    """Predicts a prompt's value, V(x) = reward_max sigmoid(linear(attention(query, states))).
 
     One learned query attends to the states of the prompt's tokens with 8 heads (or as many up to 8 as divide the
     width); dropout 0.1 before and after. 4 hidden_size^2 parameters.
@@ -45,7 +45,7 @@ class ValueHead(nn.Module):
         self.linear = nn.Linear(hidden_size, 1)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """(B,) values from states (B, T, hidden_size) and a mask (B, T), true at tokens; at least one in each row."""
+        """Return (B,) values from states (B, T, hidden_size) and a mask (B, T), true at one token or more of each row."""
         states = torch.where(mask.unsqueeze(-1), states.to(self.query.dtype), 0.0)
         states = self.dropout(states)
         query = self.query.expand(len(states), -1, -1)

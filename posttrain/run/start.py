@@ -153,7 +153,7 @@ def begin(peft_config, args) -> None:
 
 
 def _is_apart(config) -> bool:
-    """Return whether a LoRA starts elsewhere than the base with the adapter off."""
+    """Return whether a LoRA's start differs from the base with the adapter off."""
     return initial_adapter.initialisation(config) is not None and not initial_adapter.begins_as_base(config)
 
 

@@ -412,7 +412,7 @@ def _is_weight(value) -> bool:
 
 @dataclass
 class QAEConfig(PolicyGradientConfig):
-    """`PolicyGradientConfig` with the settings of quantile advantage estimation (arXiv 2509.22611) on DAPO.
+    """Settings of `PolicyGradientConfig` preset to quantile advantage estimation (arXiv 2509.22611) on DAPO.
 
     Clip range and group size are DAPO's and inferred; the quantile is the published code's.
     """
@@ -425,7 +425,7 @@ class QAEConfig(PolicyGradientConfig):
 
 @dataclass
 class HPTConfig(PolicyGradientConfig):
-    """`PolicyGradientConfig` with the settings of hybrid post-training (arXiv 2509.04419).
+    """Settings of `PolicyGradientConfig` preset to hybrid post-training (arXiv 2509.04419).
 
     Dr. GRPO's sum over tokens, no scaling of rewards, no clipping; a prompt whose rollouts all fail learns from its
     demonstration.
