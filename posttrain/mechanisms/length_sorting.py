@@ -9,7 +9,7 @@ from posttrain.mechanisms.row_groups import CHOSEN, REJECTED, RowGroups
 
 
 def sort_groups(batches: list[dict], groups: Sequence[RowGroups], sides: Mapping[str, int]) -> list[dict]:
-    """Sort the groups of an accumulation window by length into its micro-batches, as many to each micro-batch as before.
+    """Sort the groups of an accumulation window by length into its micro-batches, as many in each as before.
 
     The optimiser step sees the same groups, so its gradient is the same to rounding wherever a group's weight does not
     hang on the micro-batch it is in.

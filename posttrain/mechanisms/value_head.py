@@ -45,7 +45,7 @@ class ValueHead(nn.Module):
         self.linear = nn.Linear(hidden_size, 1)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Return (B,) values from states (B, T, hidden_size) and a mask (B, T), true at one token or more of each row."""
+        """Return (B,) values from states (B, T, hidden_size) and a mask (B, T), true at one token or more a row."""
         states = torch.where(mask.unsqueeze(-1), states.to(self.query.dtype), 0.0)
         states = self.dropout(states)
         query = self.query.expand(len(states), -1, -1)
