@@ -285,7 +285,7 @@ def complete_or_not_there(trainer, folder: Path):
 
 
 def keep_best_alone(trainer, output_dir: Path) -> None:
-    """Delete all of our checkpoints but the best at the end of training with `save_total_limit: 1`, as upstream does."""
+    """Delete our checkpoints but for the best at the end of training with `save_total_limit: 1`, as upstream does."""
     best = trainer.state.best_model_checkpoint
     if trainer.args.save_total_limit != 1 or best is None or not trainer.args.should_save:
         return

@@ -231,8 +231,8 @@ class PolicyGradientMixin(RunMixin):
             last = f"last between {scored.min().item():g} and {scored.max().item():g}" if len(scored) else "no score"
             raise DivergedError(
                 f"no rollout of the last {self._generations_without_gradient} generations had a gradient: all rewards "
-                f"of a prompt were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts or "
-                "a higher temperature help; completions/clipped_ratio near 1 says that max_completion_length is too "
+                f"of a prompt were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts "
+                "or a higher temperature help; completions/clipped_ratio near 1 says that max_completion_length is too "
                 "short. `max_steps_without_gradient: 0` goes on all the same."
             )
 
