@@ -71,7 +71,7 @@ def test_leaving_out_dead_rows_leaves_the_update(tiny_folder, tmp_path, loss, si
 def test_terms_of_their_own_keep_all_rows(tiny_folder, tmp_path, extra):
     whole, _ = train(tiny_folder, tmp_path / "whole", **OFF, **extra)
     change, trainer = train(tiny_folder, tmp_path / "ours", prefix_sharing="never", **extra)
-    assert not trainer._drops_dead_rows and identical(change, whole)
+    assert not trainer._drops_zero_advantage_rows and identical(change, whole)
 
 
 def test_quantile_advantages_are_what_trains(tiny_folder, tmp_path):
