@@ -9,7 +9,7 @@ from posttrain.mechanisms.row_groups import CHOSEN, REJECTED, RowGroups
 
 
 def sort_groups(batches: list[dict], groups: Sequence[RowGroups], sides: Mapping[str, int]) -> list[dict]:
-    """Deal the groups of an accumulation window out again by length, as many to each micro-batch as before.
+    """Sort the groups of an accumulation window by length into its micro-batches, as many in each as before.
 
     The optimiser step sees the same groups, so its gradient is the same to rounding wherever a group's weight does not
     hang on the micro-batch it is in.
@@ -55,6 +55,6 @@ def _index(places: list[int], device) -> Tensor:
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
-    """(R, L) tensors below each other, each as wide as the widest."""
+    """Stack (R, L) tensors, each padded to the widest."""
     widest = max(part.size(1) for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, widest - part.size(1))) for part in parts])

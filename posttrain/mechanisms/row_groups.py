@@ -16,7 +16,7 @@ CHOSEN, REJECTED = 1, -1
 
 @dataclass(frozen=True)
 class RowGroups:
-    """The group and the side of each row of a batch.
+    """Holds the group and the side of each row of a batch.
 
     It is kept on the host, so that no operation waits for the device. Below, R is the number of rows, G that of
     groups, C and D those of chosen and of rejected rows.
@@ -50,12 +50,12 @@ class RowGroups:
 
     @cached_property
     def count(self) -> int:
-        """The number of groups, G."""
+        """Return the number of groups, G."""
         return max(self.numbers, default=-1) + 1
 
     @cached_property
     def are_pairs(self) -> bool:
-        """Whether the rows are pairs in TRL's order, of which every operation is a view or a plain copy."""
+        """Return whether rows are pairs in TRL's order, of which every operation is a view or a plain copy."""
         half = len(self.numbers) // 2
         return (
             self.numbers[:half] == self.numbers[half:] == tuple(range(half)) and self.signs[:half] == (CHOSEN,) * half
@@ -122,7 +122,7 @@ class RowGroups:
         return RowGroups(tuple(groups), tuple(signs))
 
     def _members(self, sign: int | None) -> list[list[int]]:
-        """The rows of each group, of one side or of both."""
+        """Return the rows of each group, of one side or of both."""
         members = [[] for _ in range(self.count)]
         for row, (group, own) in enumerate(zip(self.numbers, self.signs, strict=True)):
             if sign in (None, own):

@@ -11,7 +11,7 @@ from posttrain.models import resolve_model
 
 
 def named_model(data_args: DataArguments, model_args: ModelArguments, training_args):
-    """The model's id or folder and the adapter's config (or None); how to load the model goes into `training_args`.
+    """Return the model's id or folder and the adapter's config (or None); puts how to load it into `training_args`.
 
     Raises ConfigError where model_name_or_path, or dataset_name and datasets, are missing.
     """
@@ -28,7 +28,7 @@ def named_model(data_args: DataArguments, model_args: ModelArguments, training_a
 
 
 def load_splits(load: Callable, data_args: DataArguments, evaluate: bool, seed: int = 42):
-    """The training rows, and those for evaluation (or None) if some are named or `evaluate` asks for them.
+    """Load the training rows, and those for evaluation (or None) if some are named or `evaluate` asks for them.
 
     Args:
         load: `load(name, split, limit)` reads one data set; it takes `convert=False` where rows are to be read as they

@@ -10,7 +10,7 @@ from posttrain.recipe import dry_run
 
 @dataclass
 class TaskArguments(DataArguments):
-    """Where tasks come from, and what scores the answers to them."""
+    """Settings of where tasks come from, and what scores the answers to them."""
 
     dataset_name: str | None = field(
         default=None,
@@ -55,7 +55,7 @@ class TaskArguments(DataArguments):
 
     @property
     def columns(self) -> dict[str, str] | None:
-        """The columns as `load_demonstrations` takes them; None where they are to be found by their known names."""
+        """Map columns as `load_demonstrations` takes them; None where they are found by their known names."""
         named = {"prompt": self.prompt_column, "demonstration": self.demonstration_column, "gold": self.gold_column}
         if not any(named.values()):
             return None
@@ -63,7 +63,7 @@ class TaskArguments(DataArguments):
 
 
 def load_tasks(task_args: TaskArguments, training_args):
-    """The training tasks, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    """Load the training tasks, and those for evaluation if named or asked for by `eval_strategy`."""
     from posttrain.data.tasks.loading import load_demonstrations
 
     learns = training_args.learns_from_demonstrations
@@ -88,7 +88,7 @@ def load_tasks(task_args: TaskArguments, training_args):
 
 
 def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:
-    """What can be told before a model loads: gold answers that can be scored against, known names.
+    """Check, before a model loads, that gold answers can be scored against and that names are known.
 
     Raises ConfigError or DataError. Rewards with workers start them.
     """
@@ -105,7 +105,7 @@ def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:
 
 
 def run(trainer_class, config_class) -> None:
-    """The whole of a recipe: settings, tasks, rewards, training, evaluation, card, hub."""
+    """Run a whole recipe: settings, tasks, rewards, training, evaluation, card, hub."""
     from posttrain.rewards import get_rewards
     from posttrain.run.report import RunReport
 
@@ -138,7 +138,7 @@ def run(trainer_class, config_class) -> None:
 
 
 def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_config=None, eval_dataset=None) -> dict:
-    """Rollouts, steps, parameters, tokens and checkpoint size of a run, and its first task as the model sees it.
+    """Describe a run: rollouts, steps, parameters, tokens, checkpoint size, and its first task as the model sees it.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, and the model is built without memory
     for its weights.

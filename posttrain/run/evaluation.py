@@ -12,12 +12,12 @@ from posttrain.mechanisms.window import real_rows
 
 
 def forget(trainer) -> None:
-    """Drop what an evaluation that was broken off, or a hand-made pass, has left."""
+    """Drop the metrics that an interrupted evaluation, or a forward by hand, has left."""
     trainer._metrics["eval"].clear()
 
 
 def take_metrics(trainer, prefix: str) -> dict[str, float | None]:
-    """The means of an evaluation's metrics as `<prefix>_<name>`, which TRL's `log` would all name `eval_<name>`.
+    """Return the means of an evaluation's metrics as `<prefix>_<name>`; TRL's `log` would name all `eval_<name>`.
 
     NaN entries are left out; `trainer.no_value` stands where nothing else is there.
     """
@@ -49,7 +49,7 @@ def check_best_metric(args, eval_dataset) -> None:
 
 
 class GroupRows:
-    """Gather an evaluation batch over ranks, whole groups of rows at a time; stands in for `Trainer.gather_function`.
+    """Gathers an evaluation batch over ranks, whole groups of rows at a time; replaces `Trainer.gather_function`.
 
     A pair is a group of two rows. Upstream cuts the last batch to as many rows as there are groups left, so that
     rejected rows would be missing from `compute_metrics`.

@@ -213,17 +213,17 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
 
     @property
     def token_weight_parts(self) -> dict | None:
-        """The estimator's parts where they weigh tokens; None where TRL's settings say all of them."""
+        """Return the estimator's parts where they weigh tokens; None where TRL's settings express all of them."""
         return asdict(self.parts) if self.weighs_tokens else None
 
     @property
     def learns_from_demonstrations(self) -> bool:
-        """Whether a `demonstration` column is needed."""
+        """Return whether a `demonstration` column is needed."""
         return self.gamma is not None or self.soft_gate is not None
 
     @property
     def least_success(self) -> float:
-        """The least reward of a success."""
+        """Return the least reward of a success."""
         return 1.0 if self.success_threshold is None else self.success_threshold
 
     def _check_rewards(self) -> None:
@@ -282,7 +282,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
 
     @property
     def sampling(self) -> dict:
-        """What rollouts are drawn with."""
+        """Return the settings with which rollouts are sampled."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         return {name: getattr(self, name) for name in names} | (self.generation_kwargs or {})
 
@@ -412,7 +412,7 @@ def _is_weight(value) -> bool:
 
 @dataclass
 class QAEConfig(PolicyGradientConfig):
-    """`PolicyGradientConfig` with the settings of quantile advantage estimation (arXiv 2509.22611) on DAPO.
+    """Settings of `PolicyGradientConfig` preset to quantile advantage estimation (arXiv 2509.22611) on DAPO.
 
     Clip range and group size are DAPO's and inferred; the quantile is the published code's.
     """
@@ -425,7 +425,7 @@ class QAEConfig(PolicyGradientConfig):
 
 @dataclass
 class HPTConfig(PolicyGradientConfig):
-    """`PolicyGradientConfig` with the settings of hybrid post-training (arXiv 2509.04419).
+    """Settings of `PolicyGradientConfig` preset to hybrid post-training (arXiv 2509.04419).
 
     Dr. GRPO's sum over tokens, no scaling of rewards, no clipping; a prompt whose rollouts all fail learns from its
     demonstration.

@@ -35,7 +35,7 @@ _SIDES = {"ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED}
 
 @dataclass
 class PairLogps:
-    """What one forward says about a batch of pairs, or of other groups of chosen and rejected rows.
+    """Holds one forward's results on a batch of pairs, or of other groups of chosen and rejected rows.
 
     Attributes:
         chosen_logps, rejected_logps: summed log-probabilities of the completions in nats, fp32: (C,) of the chosen
@@ -51,7 +51,7 @@ class PairLogps:
 
 
 class PreferenceMixin(WindowMixin):
-    """Preference training in four seams: `score`, `pair_losses`, `reduce_pairs`, `extra_metrics`.
+    """Trains on preferences, in four seams: `score`, `pair_losses`, `reduce_pairs`, `extra_metrics`.
 
     Every pass over the model (policy, reference, precompute, window scoring, evaluation) goes through `score`. The
     mean over pairs is taken over the optimiser step's global batch, whatever its split; metrics are kept as sums and
@@ -101,14 +101,14 @@ class PreferenceMixin(WindowMixin):
 
     def _complete(self, ready) -> None:
         if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
-            new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
-            new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+            new_tokens.warn_of_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+            new_tokens.warn_of_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = ExtraColumns(self.data_collator, self.extra_columns)
         get_logger().info("reference: %s", describe_reference(self))
 
     def groups_of(self, batch) -> RowGroups:
-        """Return which rows of a batch belong together, and which of them are chosen."""
+        """Return which rows of a batch form a group, and which of them are chosen."""
         groups = batch.get("row_groups")
         return groups if groups is not None else RowGroups.pairs(batch["input_ids"].size(0) // 2)
 
@@ -120,7 +120,7 @@ class PreferenceMixin(WindowMixin):
 
     # stands on DPOTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `trl.DPOTrainer.evaluate`; a data set given here is checked as the constructor's are.
+        """Evaluate as `trl.DPOTrainer.evaluate` does; a data set given here is checked as the constructor's are.
 
         Raises DataError and ConfigError as the constructor does.
         """
@@ -216,7 +216,7 @@ class PreferenceMixin(WindowMixin):
             self._sharing = PrefixSharing(self)
 
     def _packed(self, model, batch):
-        """The batch with a pair's completions behind their prompt, or None where it is to be padded."""
+        """Return a batch with each pair's completions behind their prompt; None where it must be padded."""
         extras = self.model_inputs(batch).keys() - {"input_ids", "attention_mask"}
         if extras and self._sharing.active:
             self._sharing.decline(f"it holds {', '.join(sorted(extras))} for the model")
@@ -226,7 +226,7 @@ class PreferenceMixin(WindowMixin):
 
     # stands on DPOTrainer.compute_ref_log_probs, which the precompute pass and users call
     def compute_ref_log_probs(self, model, inputs) -> tuple[Tensor, Tensor]:
-        """The reference's summed log-probabilities of one padded batch: chosen (C,), rejected (D,), in nats."""
+        """Return the reference's summed log-probs of one padded batch: chosen (C,), rejected (D,), in nats."""
         reference = self.ref_model if self.ref_model is not None else model
         adapter = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
@@ -252,7 +252,7 @@ class PreferenceMixin(WindowMixin):
         return reference_logps.precompute(self, dataset, name, batch_size)
 
     def sorted_window(self, batches: list[dict]) -> list[dict]:
-        """Like lengths together, where no result hangs on which micro-batch a pair is in."""
+        """Sort a step's pairs by length into micro-batches, where the loss does not depend on the grouping."""
         whole = all(batch["real_rows"] == self.rows_in(batch) for batch in batches)
         # a user's collator may pad on the left, where columns cannot be cut off
         whole = whole and all(bool(batch["attention_mask"][:, 0].all()) for batch in batches)
@@ -263,7 +263,7 @@ class PreferenceMixin(WindowMixin):
 
     @property
     def split_matters(self) -> bool:
-        """Whether the loss depends on which pairs share a micro-batch."""
+        """Return whether the loss depends on which pairs share a micro-batch."""
         return False
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
@@ -292,7 +292,7 @@ class PreferenceMixin(WindowMixin):
         return loss
 
     def reduce_pairs(self, losses: Tensor, inputs: dict, mode: str) -> Tensor:
-        """The loss of a micro-batch: the mean over pairs, with the window's coefficients in training."""
+        """Return a micro-batch's loss: the mean over pairs, in training with the window's coefficients."""
         if mode == "train" and "pair_coefficients" in inputs:
             return (losses * inputs["pair_coefficients"]).mean()
         # A rank whose last batch only fills up has no row that counts; its value is cut off by the Trainer's gather
@@ -365,7 +365,7 @@ class PreferenceMixin(WindowMixin):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
-        """The loss of each pair, (B,), from log-ratios in nats: (C,) of chosen and (D,) of rejected rows.
+        """Return the loss of each pair, (B,), from log-ratios in nats: (C,) of chosen and (D,) of rejected rows.
 
         Of pairs both are (B,); `groups_of(inputs)` averages the rows of larger groups.
         """

@@ -53,7 +53,7 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
 
 
 def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[list[float]]:
-    """The log-probabilities of each row's chosen answers, then of its rejected ones; from all ranks."""
+    """Compute the log-probs of each row's chosen answers, then of its rejected ones; from all ranks."""
     model = trainer.ref_model if trainer.ref_model is not None else trainer.model
     if trainer.ref_model is None and trainer.is_deepspeed_enabled:
         # The policy is not prepared yet: an inference engine places its weights, or gathers them under ZeRO-3
@@ -74,12 +74,12 @@ def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[list[fl
 
 
 def length_of(row: dict) -> int:
-    """The tokens of a tokenised row: those of its prompt, once, and of its answers."""
-    return len(row["prompt_ids"]) + sum(map(len, _answers(row)))
+    """Count the tokens of a tokenised row: those of its prompt, once, and of its answers."""
+    return len(row["prompt_ids"]) + sum(map(len, _answer_ids(row)))
 
 
-def _answers(row: dict) -> list[list]:
-    """The token ids of a row's answers: the chosen ones, then the rejected ones."""
+def _answer_ids(row: dict) -> list[list]:
+    """Return the token ids of a row's answers: the chosen ones, then the rejected ones."""
     sides = row["chosen_ids"], row["rejected_ids"]
     return [answer for ids in sides for answer in (ids if _are_several(ids) else [ids])]
 
@@ -89,7 +89,7 @@ def _are_several(ids: list) -> bool:
 
 
 def _row_digests(row: dict, args) -> tuple[bytes, ...]:
-    prompt, answers = row["prompt_ids"], _answers(row)
+    prompt, answers = row["prompt_ids"], _answer_ids(row)
     keep_end, extra = args.truncation_mode == "keep_end", ""
     if args.ld_alpha is not None:
         # an answer's value depends on how many tokens of the others are scored; the first of a sequence never is

@@ -17,7 +17,7 @@ from posttrain.trainers.preference.robust_dpo_config import NEEDS_FLIP_RATE, Rob
 
 
 class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
-    """`trl.DPOTrainer` for noisy labels: rDPO (arXiv 2403.00409), Dr. DPO (arXiv 2407.07880), cDPO, hinge, IPO.
+    """Trains `trl.DPOTrainer` on noisy labels: rDPO (arXiv 2403.00409), Dr. DPO (arXiv 2407.07880), cDPO, hinge, IPO.
 
     Takes what `trl.DPOTrainer` takes, with a `RobustDPOConfig` as `args`. The loss is a mean, or Dr. DPO's soft
     minimum, over the pairs of the optimiser step's global batch: it does not depend on micro-batches, ranks or padding.
@@ -105,7 +105,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
             batch["pair_weights"] = part
 
     def _global_weights(self, losses: Tensor, real: Tensor) -> Tensor:
-        """Dr. DPO's weights (R,) of this rank's rows among all rows of the step, 0 for rows that only fill up.
+        """Return Dr. DPO's weights (R,) of this rank's rows among all rows of the step, 0 for repeats that fill up.
 
         Notes the step's objective, and its metrics, on the way.
         """
@@ -119,7 +119,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     @torch.no_grad()
     def _score_window(self, batches: list[dict]) -> Tensor:
-        """The pair losses of this rank's micro-batches, (R,). Leaves the reference log-probs in the batches.
+        """Compute the pair losses (R,) of this rank's micro-batches; leaves the reference log-probs in the batches.
 
         Dropout is drawn as the training pass will draw it again: weights are of the losses that are trained on.
         """

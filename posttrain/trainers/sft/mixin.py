@@ -16,7 +16,7 @@ from posttrain.trainers.sft.prepare import prepare
 
 
 class RenderedRows:
-    """Rows whose texts begin and end once, and whose prompts end where the row's do, however TRL gets them."""
+    """Tokenises rows so that texts begin and end once and prompts end where the row's do, however TRL gets them."""
 
     # stands on SFTTrainer._prepare_dataset
     def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
@@ -28,7 +28,7 @@ class RenderedRows:
 
 
 class InstructionMixin(RenderedRows, RunMixin):
-    """A method on TRL's SFTTrainer that keeps its loss, the mean over the tokens of the optimiser step.
+    """Trains a method on TRL's SFTTrainer that keeps its loss, the mean over the tokens of the optimiser step.
 
     Its forward is the policy's: what a method puts around that goes into `around_policy_forward`.
     """
@@ -61,8 +61,8 @@ class InstructionMixin(RenderedRows, RunMixin):
         self._build(model, args, kwargs.get("peft_config"), ready, construct)
 
     def _place(self, ready) -> None:
-        new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
-        new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        new_tokens.warn_of_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        new_tokens.warn_of_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
 
     # stands on SFTTrainer.compute_loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -74,7 +74,7 @@ class InstructionMixin(RenderedRows, RunMixin):
 
 
 class SFTMixin(RenderedRows, WindowMixin):
-    """A method on TRL's SFTTrainer in two seams: `sequence_losses` and `extra_metrics`.
+    """Trains a method on TRL's SFTTrainer, in two seams: `sequence_losses` and `extra_metrics`.
 
     Every pass over the model goes through `score`. The mean over rows is taken over the optimiser step's global batch,
     whatever its split.
@@ -84,26 +84,26 @@ class SFTMixin(RenderedRows, WindowMixin):
     loss_is_scaled_for_ga = True
 
     def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:
-        """The loss of each sequence, (B,), from its tokens' log-probabilities (B, T) in nats."""
+        """Return the loss of each sequence, (B,), from its tokens' log-probabilities (B, T) in nats."""
         raise NotImplementedError
 
     def extra_metrics(self, means: MeanMetrics, logps: Tensor, mask: Tensor, inputs: dict, real: Tensor) -> None:
         """Add a method's own metrics; `real` (B,) says which rows are data."""
 
     def check_first(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
-        """Look at a micro-batch before the first step, for what the method expects of its start."""
+        """Check a micro-batch before the first step, for what the method expects of its start."""
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         for batch in batches:
             batch["window_rows"] = window.rows
 
     def score(self, model, batch) -> tuple[Tensor, Tensor]:
-        """The log-probabilities of a padded batch's tokens (B, L - 1), in nats, and which of them are the answers'."""
+        """Return a padded batch's token log-probs (B, L - 1), in nats, and which of them are the answers'."""
         outputs = self.scored_forward(model, batch)
         return outputs.log_probs, outputs.label_mask
 
     def scored_forward(self, model, batch, aux_loss: bool = False):
-        """The fused head's outputs on a padded batch, answers to one prompt computed behind it where that can be.
+        """Run the fused head on a padded batch; answers to one prompt share its forward where that is possible.
 
         `aux_loss`: ask a mixture of experts for its load-balancing loss.
         """
