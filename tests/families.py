@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from posttrain import ALoLTrainer, QAEConfig, QAETrainer
+from posttrain import ALoLTrainer, NoisySFTConfig, NoisySFTTrainer, QAEConfig, QAETrainer
+from posttrain.mechanisms.noise import draws
 from tests import rollouts, runs, scored, training
 from tests.conftest import make_pairs
 
@@ -66,6 +68,24 @@ def _scored(folder, output_dir, rows: int = 16, prompts=None, length=None, basel
 def _rollouts(folder, output_dir, rows: int = 8, **settings):
     successes = ([1, 0, 4, 2, 0, 3, 0, 1] * rows)[:rows]
     return rollouts.train(folder, output_dir, data=rollouts.prompts(successes), **settings)
+
+
+def _instructions(folder, output_dir, rows: int = 16, **settings):
+    answers = scored.make_scored(rows).remove_columns("reward")
+    ours = dict(trainer_class=NoisySFTTrainer, config_class=NoisySFTConfig)
+    return scored.train(folder, output_dir, answers, **ours | settings)
+
+
+def _width_for_length(monkeypatch) -> dict:
+    """Noise goes by the width of the padded batch."""
+    bounds = draws.bounds
+
+    def flat(kind, alpha, found, size):
+        widest = torch.full_like(found.lengths, int(found.place.max()) + 1)
+        return bounds(kind, alpha, found._replace(lengths=widest), size)
+
+    monkeypatch.setattr(draws, "bounds", flat)
+    return {}
 
 
 def _odd(completion_ids, **columns) -> list[float]:
@@ -250,4 +270,32 @@ policy_gradient = Method(
     sharded=("hpt",),
 )
 
-METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient)}
+NEFTUNE = dict(embedding_noise="neftune", noise_alpha=5.0)
+noisy_sft = Method(
+    name="noisy_sft",
+    train=_instructions,
+    parent=dict(trainer_class=SFTTrainer, config_class=SFTConfig, **runs.PARENT),
+    neutral={
+        "packed": (dict(packing=True, max_length=128) | _SPLIT, dict(packing=True, max_length=128) | _SPLIT),
+        "alpha-zero": (NEFTUNE | _SPLIT | dict(noise_alpha=0.0), _SPLIT),
+        "full": (dict(peft=False), dict(peft=False)),
+    },
+    step=8,
+    cases={
+        "neftune": NEFTUNE | _SHORT,
+        "uniform": dict(embedding_noise="uniform") | _SHORT,
+    },
+    wrong=_width_for_length,
+    resumed=(
+        NEFTUNE | dict(max_steps=4, save_strategy="steps", save_steps=2, peft=False),
+        2,
+        (dict(noise_alpha=4.0), "noise: neftune 5 there, neftune 4 here"),
+    ),
+    shared={},
+    # TRL's other means are means of micro-batches' means
+    compared=("loss", "noise/ratio"),
+    ranks={"neftune-full": NEFTUNE | _SHORT | dict(peft=False)},
+    sharded=("neftune",),
+)
+
+METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft)}

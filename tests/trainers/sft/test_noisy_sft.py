@@ -1,5 +1,6 @@
 """Noise in supervised fine-tuning: none is `trl.SFTTrainer`, and the split of a batch changes no update."""
 
+import functools
 import json
 
 import pytest
@@ -222,7 +223,12 @@ def test_fields_declare_their_meaning_and_only_noise_that_is_there_counts(tmp_pa
     ],
 )
 def test_rows_are_refused_before_the_model_loads(rows, error, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(SFTTrainer, "__init__", None)
+
+    @functools.wraps(SFTTrainer.__init__)
+    def loads(*args, **kwargs):
+        pytest.fail("the parent's constructor was called")
+
+    monkeypatch.setattr(SFTTrainer, "__init__", loads)
     with pytest.raises(error, match=text):
         build(tmp_path, rows=Dataset.from_list(rows), max_length=32, assistant_only_loss="text" in rows[0])
 
