@@ -1,6 +1,7 @@
 import functools
 import gc
 import importlib.metadata
+import json
 import os
 import random
 import sys
@@ -40,6 +41,24 @@ def pytest_collection_finish(session):
     """Each run ends in a full collection, which need not go over all that was imported again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Where POSTTRAIN_TEST_CPU names a file: the processor seconds of each test, for `tests.budget`."""
+    table = os.environ.get("POSTTRAIN_TEST_CPU")
+    before = cpu_seconds() if table else 0.0
+    yield_value = yield
+    if table:
+        with open(table, "a") as file:
+            file.write(json.dumps([item.nodeid, round(cpu_seconds() - before, 3)]) + "\n")
+    return yield_value
+
+
+def cpu_seconds() -> float:
+    """Of this process, of its children that have ended, and of the warm process with its own."""
+    warm = sys.modules.get("tests.warm")
+    return sum(os.times()[:4]) + (sum(server.cpu_seconds() for server in warm.SERVERS) if warm else 0.0)
 
 
 WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch".split()

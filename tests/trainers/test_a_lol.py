@@ -16,14 +16,11 @@ from posttrain.objectives import offline
 from posttrain.rewards import UserReward
 from posttrain.run import reference, watches
 from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
+from tests.runs import identical
 from tests.scored import build, entries, make_scored, settings, train
 from tests.training import distance, lora
 
 PARENT = dict(trainer_class=SFTTrainer, config_class=SFTConfig, use_cpu=True, bf16=False, gradient_checkpointing=False)
-
-
-def identical(change, other):
-    return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
 
 
 @pytest.fixture
@@ -38,19 +35,6 @@ def forwards(monkeypatch):
 
     monkeypatch.setattr(ALoLTrainer, "score", counted)
     return calls
-
-
-# how a batch is laid out in rows, and how fast it runs
-LAYOUT = ("tokens/",)
-
-
-def same_metrics(ours, theirs, **tolerance):
-    for own, other in zip(entries(ours), entries(theirs), strict=True):
-        for name in other:
-            if name.startswith(LAYOUT):
-                continue
-            if "/" in name or name in ("loss", "num_tokens", "entropy", "mean_token_accuracy"):
-                assert own[name] == pytest.approx(other[name], **tolerance), name
 
 
 @pytest.mark.core("lora")
@@ -132,13 +116,6 @@ def test_a_run_is_that_of_the_pure_function_on_full_logits(tiny_folder, tmp_path
         assert second["ratio/mean"] != pytest.approx(1.0, abs=1e-2), "the ratio plays a part"
 
 
-SPLITS = {
-    "a_lol": dict(variant="a_lol"),
-    "a_lol_seq": dict(variant="a_lol_seq"),
-    "sample_and_weight": dict(variant="a_lol", advantage_weighting="sample_and_weight"),
-}
-
-
 def test_rows_without_gradient_are_dropped_before_their_reference_is_computed(tiny_folder, tmp_path, forwards):
     rows = make_scored(16)
     mean = sum(rows["reward"]) / 16
@@ -188,6 +165,7 @@ def test_the_reference_is_the_start_and_there_is_no_second_model(tiny_folder, tm
         assert list(trainer.model.peft_config) == ["default"]
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_trained_adapter_is_that_adapter(tiny_folder, tmp_path, tokenizer):
     _, first = train(tiny_folder, tmp_path / "first", variant="nll", learning_rate=0.05)
     first.save_model(str(tmp_path / "adapter"))
@@ -205,6 +183,7 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(tiny_folder, tmp_pat
     assert entries(trainer)[0]["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_wrong_reference_stops_the_run_before_the_first_step(tiny_folder, tmp_path):
     trainer = build(tiny_folder, tmp_path)
     for name, parameter in trainer.model.named_parameters():
@@ -224,6 +203,7 @@ def test_a_4bit_base_trains(tiny_folder, tmp_path):
     assert entries(trainer)[0]["ratio/mean"] == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_precompute_leaves_the_random_state_alone(tiny_folder, tmp_path):
     build(tiny_folder, tmp_path)
     warm = torch.random.get_rng_state()
@@ -252,6 +232,7 @@ def test_sampling_draws_by_weight_and_counts_every_row_alike(tiny_folder, tmp_pa
     assert list(both._get_train_sampler()) == drawn, "the stream is the seed's"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_rows_is_not_resumed(tiny_folder, tmp_path):
     train(tiny_folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     rows = make_scored(16)
@@ -321,6 +302,7 @@ def test_evaluation_counts_every_row_once_whatever_its_batch_size(tiny_folder, t
     assert kept[0]["eval_advantages/positive_share"] == pytest.approx(sum(a > 0 for a in advantages) / 11)
 
 
+@pytest.mark.slow
 def test_held_out_rows_come_before_full_fine_tuning_begins(tiny_folder, tmp_path):
     _, trainer = train(tiny_folder, tmp_path, peft=False, max_steps=1, eval_dataset={"a": make_scored(4, seed=8)})
     assert trainer.evaluate()["eval_a_loss"] > 0
@@ -389,6 +371,7 @@ def test_heads_that_could_not_be_kept_stop_the_run_before_the_model_loads(tiny_f
         build(tiny_folder, tmp_path, make_scored(4), **head(value_head_dir=str(tmp_path / "file" / "heads")))
 
 
+@pytest.mark.slow
 def test_a_best_metric_that_is_none_is_named_with_those_there_are(tiny_folder, tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "accuracy"}
     trainer = build(tiny_folder, tmp_path, make_scored(6), eval_dataset=make_scored(3, seed=4), **best)
@@ -676,7 +659,7 @@ def test_rewards_for_evaluation_may_be_said_to_be_on_one_scale(tiny_folder, tmp_
     assert min(trainer.eval_dataset["advantage"]) > 40
 
 
-@pytest.mark.core("weight", "ref_logps")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weight", "advantage", "labels", "input_ids", "ref_logps"])
 def test_a_column_of_values_may_have_any_name(tiny_folder, tmp_path, name):
     more = dict(value="column", variant="a_lol_ref_free")
@@ -685,6 +668,7 @@ def test_a_column_of_values_may_have_any_name(tiny_folder, tmp_path, name):
     assert named.train_dataset.to_list() == plain.train_dataset.to_list()
 
 
+@pytest.mark.slow
 def test_evaluation_of_single_answers_by_their_own_reward_is_told(tiny_folder, tmp_path, logged):
     more = dict(value="per_prompt", variant="a_lol_ref_free")
     rows, single = make_scored(12, prompts=4), make_scored(5, seed=2)

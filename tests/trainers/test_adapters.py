@@ -123,7 +123,7 @@ def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, 
         assert abs(training.losses(trainer)[0] - 0.6931472) < 1e-5
 
 
-@pytest.mark.core("preference-pissa")
+@pytest.mark.core("preference-pissa_niter")
 @pytest.mark.parametrize(
     ("family", "how"),
     [*((family, "pissa") for family in FAMILIES), *(("preference", how) for how in ("pissa_niter_4", "olora", False)),
@@ -162,6 +162,7 @@ def test_a_base_that_came_out_otherwise_is_moved_to_the_checkpoint(tiny_folder, 
     torch.testing.assert_close(logits(other.model), straight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_a_converted_adapter_is_loaded_back(tiny_folder, tokenizer, tmp_path):
     trainer = RobustDPOTrainer(
         tiny_folder,
@@ -207,6 +208,7 @@ def test_a_converted_adapter_keeps_its_scale_and_other_weights(settings, tiny_fo
     assert gap < 1e-5 and (trained - begun).abs().max() > 100 * gap
 
 
+@pytest.mark.slow
 def test_a_merged_converted_adapter_is_the_model_that_was_trained(tiny_folder, tokenizer, tmp_path):
     trainer = build("offline", tiny_folder, config("olora"), tmp_path / "run", tokenizer)
     trainer.train()
@@ -256,6 +258,7 @@ def test_trained_biases_under_a_live_reference_are_refused(family, tiny_folder, 
         build(family, tiny_folder, config(bias="all"), tmp_path, tokenizer)
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_its_reference_is_refused_in_policy_gradients_too(tiny_folder, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.lm_head.weight.data.mul_(3)
@@ -308,7 +311,7 @@ ON_EMBEDDINGS = {
 }
 
 
-@pytest.mark.core("tied-pissa")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gaussian", "pissa", "olora"])
 def test_a_start_on_linear_layers_and_an_embedding_is_saved_whole(how, base, tokenizer, tmp_path):
     adapter = config(how, target_modules=["q_proj", "embed_tokens"])
@@ -376,6 +379,7 @@ def test_multitask_prompts_are_refused(given, tiny_folder, tokenizer, tmp_path):
         build("preference", model, adapter, tmp_path, tokenizer)
 
 
+@pytest.mark.slow
 def test_the_rank_of_other_adapters_is_theirs(tiny_folder, tokenizer, tmp_path):
     from peft import IA3Config, LoHaConfig, OFTConfig
 

@@ -48,6 +48,7 @@ def test_without_settings_the_output_folder_is_named_as_trl_names_it(ours, confi
     assert ours._default_folder(model) == f"{name}-{theirs._name}"
 
 
+@pytest.mark.slow
 def test_a_trainer_without_settings_writes_where_trls_does(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = dict(train_dataset=make_pairs(4), peft_config=training.lora())
@@ -135,6 +136,7 @@ def pushes(monkeypatch):
     return done
 
 
+@pytest.mark.core("offline")
 @pytest.mark.parametrize("family", ["preference", "offline"])
 def test_a_model_saved_by_the_user_is_pushed_once_as_trl_pushes_it(tiny_folder, tmp_path, pushes, family):
     given = dict(push_to_hub=True, hub_model_id="me/run", hub_revision="dev")
@@ -177,6 +179,7 @@ def test_a_run_that_is_not_to_be_pushed_is_not(tiny_folder, tmp_path, pushes):
     assert pushes == []
 
 
+@pytest.mark.slow
 def test_a_recipe_pushes_once_at_its_end(tiny_folder, tmp_path, pushes):
     from posttrain import recipe
     from posttrain.config import DataArguments

@@ -81,6 +81,7 @@ def finished(folder, *names):
 # rotation
 
 
+@pytest.mark.slow
 def test_a_first_save_leaves_trls_checkpoints_as_they_are(tiny_folder, trl_run, tmp_path):
     shutil.copytree(trl_run[0], tmp_path / "run")
     before = state_of(tmp_path / "run" / "checkpoint-2") | state_of(tmp_path / "run" / "checkpoint-4")
@@ -89,6 +90,7 @@ def test_a_first_save_leaves_trls_checkpoints_as_they_are(tiny_folder, trl_run, 
     assert [path.name for path in checkpoints.complete(tmp_path / "run")] == ["checkpoint-3"]
 
 
+@pytest.mark.core("True")
 @pytest.mark.parametrize("best", [True, False])
 def test_the_best_alone_is_left_of_our_checkpoints_and_everything_of_others(tiny_folder, trl_run, tmp_path, best):
     out = tmp_path / "run"
@@ -333,6 +335,7 @@ def test_a_checkpoint_of_trl_is_resumed_from_when_told_to(tiny_folder, trl_run, 
     assert state_of(folder) and not (folder / MARKER).exists()
 
 
+@pytest.mark.slow
 def test_no_checkpoint_of_another_library_is_taken_by_itself(tiny_folder, trl_run, tmp_path, logged):
     out = shutil.copytree(trl_run[0], tmp_path / "run")
     for wanted in (None, "auto"):
@@ -416,6 +419,7 @@ def test_a_checkpoint_of_weights_alone_is_not_resumed_from_without_a_word(tiny_f
         RobustDPOConfig(**settings(weights_run, resume_from_checkpoint="true"))
 
 
+@pytest.mark.slow
 def test_auto_says_which_checkpoints_it_passed_over(tiny_folder, our_run, tmp_path, logged):
     out = shutil.copytree(our_run[0], tmp_path / "run")
     (out / "checkpoint-4" / "optimizer.pt").unlink()
@@ -462,7 +466,7 @@ def test_a_rank_whose_random_state_was_deleted_is_missed(tmp_path):
     assert checkpoints.find(tmp_path, "auto") is None
 
 
-@pytest.mark.core("weights alone")
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["weights alone", "whole"])
 def test_weights_alone_go_on_with_a_new_optimizer_at_the_rate_of_their_step(
     tiny_folder, weights_run, our_run, tmp_path, logged, source
@@ -546,6 +550,7 @@ def test_overwrite_does_not_delete_the_model_that_the_run_starts_from(tiny_folde
     assert build(str(base), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_and_saved_by_hand_may_start_again(tiny_folder, tmp_path):
     build(tiny_folder, tmp_path, save_strategy="no").save_model()
     assert build(tiny_folder, tmp_path)

@@ -208,6 +208,7 @@ def test_a_flip_rate_is_called_what_it_is(weightless, tmp_path, rate, what):
         prepare.check_flip_rates(args, mended, None)
 
 
+@pytest.mark.core("system")
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
 def test_streams_without_column_names_train_on_their_system_messages(tiny_folder, tmp_path, column):
     row = {column: "Be short.", "prompt": [ASKED], "chosen": [SAID], "rejected": [OTHER], "gold": "1"}

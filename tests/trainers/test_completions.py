@@ -20,6 +20,7 @@ def hpt(folder, output_dir, **overrides):
     return train(folder, output_dir, **run | overrides)[1]
 
 
+@pytest.mark.slow
 def test_a_demonstration_stands_where_it_trained(tiny_folder, tmp_path):
     pandas = pytest.importorskip("pandas")
     hpt(tiny_folder, tmp_path, data=prompts(SUCCESSES))

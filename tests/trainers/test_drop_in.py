@@ -42,6 +42,7 @@ def parity(completion_ids, **columns) -> list[float]:
     return [float(ids[0] % 2) for ids in completion_ids]
 
 
+@pytest.mark.slow
 def test_swapping_the_class_alone_changes_nothing(tiny_folder, tmp_path, logged):
     given = dict(train_dataset=make_pairs(16), peft_config=lora())
     theirs, _ = run(DPOTrainer, tiny_folder, DPOConfig(**settings(tmp_path / "a", use_cpu=True, bf16=False)), **given)
@@ -180,7 +181,7 @@ def test_loss_types_are_pair_losses_in_either_config(tmp_path, fields, pair_loss
         assert (again.pair_loss, again.flip_rate) == (pair_loss, flip_rate)
 
 
-@pytest.mark.core("robust")
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust"])
 def test_each_loss_type_is_trls_own(tiny_folder, tmp_path, loss_type):
     given = dict(train_dataset=make_pairs(16), peft_config=lora())

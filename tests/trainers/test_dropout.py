@@ -120,6 +120,7 @@ def test_dr_dpo_weighs_the_losses_that_are_trained_on(tiny_folder, tmp_path):
     assert distance(changes("two_pass", 0.0), rescale) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_resumes_exactly(tiny_folder, tmp_path):
     def end(resume=None):
         trainer = build(
@@ -133,6 +134,7 @@ def test_a_run_with_dropout_resumes_exactly(tiny_folder, tmp_path):
     assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
+@pytest.mark.slow
 def test_the_card_tells_the_dropout_that_was_used(tiny_folder, tmp_path):
     trainer = build(tiny_folder, tmp_path, adapter(0.25))
     run(trainer)
@@ -176,6 +178,7 @@ def test_dropout_by_a_function_is_named_by_its_field_at_construction(kind, tmp_p
     assert losses(trainer)[0] == pytest.approx(0.6931472, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_by_a_function_may_be_kept(tmp_path, tokenizer):
     base = small("opt", tmp_path, tokenizer, ffn_dim=128)
     trainer = build(base, tmp_path / "1", LoraConfig(r=4, target_modules=["q_proj"]), disable_dropout=False)

@@ -120,6 +120,7 @@ def test_an_environment_may_own_prompts_and_rewards(tmp_path, counter, kind, dat
     assert row["grad_norm"] > 0 and row["rows/kept_share"] > 0
 
 
+@pytest.mark.slow
 def test_dead_rows_of_several_turns_are_dropped_without_a_change_of_the_gradient(tmp_path, counter):
     norms = []
     for name, fields in (
@@ -195,6 +196,7 @@ def test_greedy_evaluation_resets_environments_and_leaves_nothing_behind(tmp_pat
     assert trainer.num_generations_eval == 4 and trainer.generation_config.do_sample
 
 
+@pytest.mark.slow
 def test_several_environments_are_told_apart_by_row(tmp_path, counter):
     class Other(Counter):
         def reset(self, **row) -> str:

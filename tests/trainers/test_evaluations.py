@@ -138,6 +138,7 @@ def test_a_set_given_to_evaluate_and_a_prediction_carry_their_prefix(tiny_folder
     assert trainer.evaluate(swapped(pairs))["eval_logps/chosen"] == pytest.approx(found["test_logps/rejected"])
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_breaks_off_leaves_nothing_for_the_next(tiny_folder, tmp_path, monkeypatch):
     pairs = make_pairs(4, seed=9)
     trainer = build(tiny_folder, tmp_path, None)
@@ -226,6 +227,7 @@ def test_compute_metrics_sees_every_scored_answer(tiny_folder, tmp_path):
     np.testing.assert_allclose(seen[0].predictions, seen[1].predictions, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_preprocessed_predictions_keep_a_row_for_each_answer(tiny_folder, tmp_path):
     pairs, seen = make_pairs(3, seed=2), []
     trainer = build(tiny_folder, tmp_path, pairs, seen=lambda prediction: seen.append(prediction) or {})

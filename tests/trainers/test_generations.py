@@ -23,14 +23,6 @@ def rewards_that_note(seen):
     return odd
 
 
-def resuming(folder, step):
-    def before(trainer):
-        inner = trainer.train
-        trainer.train = lambda: inner(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-
-    return before
-
-
 @pytest.mark.core("4-1")
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("steps_per_generation", [1, 4])
@@ -49,8 +41,8 @@ def test_a_run_resumed_in_a_later_epoch_has_its_order(tiny_folder, tmp_path, ste
     generation = max(1, steps_per_generation * num_iterations // 2)
     for step in (epoch, 2 * epoch + generation):
         again = []
-        before = resuming(tmp_path / "run", step)
-        _, resumed = train(tiny_folder, tmp_path / f"at-{step}", reward=rewards_that_note(again), before=before, **run)
+        checkpoint, reward = str(tmp_path / "run" / f"checkpoint-{step}"), rewards_that_note(again)
+        _, resumed = train(tiny_folder, tmp_path / f"at-{step}", reward=reward, resume=checkpoint, **run)
         assert again == seen[len(seen) - len(again) :] and len(again) == len(seen) * (3 * epoch - step) // (3 * epoch)
         for name, value in whole.model.state_dict().items():
             assert value.equal(resumed.model.state_dict()[name]), name
@@ -63,7 +55,7 @@ def test_a_checkpoint_inside_a_generation_is_said_and_not_resumed_from(tiny_fold
     train(tiny_folder, tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **run)
     assert "the checkpoint of step 3 lies inside a generation" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
-    longer = run | dict(max_steps=6, before=resuming(tmp_path, 3))
+    longer = run | dict(max_steps=6, resume=str(tmp_path / "checkpoint-3"))
     with pytest.raises(ConfigError, match=r"step 3 lies inside a generation \(2 of its 4 micro-batches are used\)"):
         train(tiny_folder, tmp_path, **longer)
     _, trainer = train(tiny_folder, tmp_path, **longer, check_resume=False)

@@ -69,6 +69,7 @@ def test_adapters_without_gradient_stop_the_run(tiny_folder, tmp_path):
     trainer.train()
 
 
+@pytest.mark.slow
 def test_a_warm_up_from_zero_is_no_false_alarm(tiny_folder, tmp_path):
     trainer = build(tiny_folder, tmp_path, max_steps=4, warmup_steps=2, lr_scheduler_type="linear")
     trainer.train()
@@ -89,6 +90,7 @@ def test_adapters_that_the_loss_cannot_reach_are_named(tiny_folder, tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_resuming_another_run_is_refused_by_name(tiny_folder, tmp_path):
     saving = dict(save_strategy="steps", save_steps=2)
     build(tiny_folder, tmp_path, **saving).train()
@@ -161,6 +163,7 @@ def test_a_damaged_checkpoint_is_named_with_its_file(tiny_folder, tmp_path):
         (folder / name).write_bytes(kept)
 
 
+@pytest.mark.slow
 def test_a_disk_that_torch_finds_full_is_said_as_one(tiny_folder, tmp_path, monkeypatch):
     def full(self, output_dir):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
@@ -223,6 +226,7 @@ def test_adapters_that_cannot_be_are_refused_and_leave_nothing_behind(tiny_folde
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_the_embedded_model_works_by_its_name(tmp_path):
     trainer = build("embedded:tiny", tmp_path / "out", max_steps=1)
     trainer.train()

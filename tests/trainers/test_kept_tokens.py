@@ -146,6 +146,7 @@ def test_what_no_reward_names_is_left_out_and_said_once(tmp_path, logged):
     assert "left out" not in logged.text
 
 
+@pytest.mark.slow
 def test_the_end_and_the_padding_are_never_kept_unasked(tmp_path):
     def strips(completions, **columns):
         return [float(len(one[0]["content"].replace("<|im_end|>", "").replace("<|pad|>", ""))) for one in completions]

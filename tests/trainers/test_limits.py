@@ -103,6 +103,7 @@ def test_an_embedding_that_was_resized_in_memory_counts_and_not_its_config(tmp_p
     assert Limits(model, model.config).beyond(changed) == {}
 
 
+@pytest.mark.slow
 def test_a_padding_token_that_the_embedding_lacks_is_refused(tmp_path, tokenizer):
     folder = saved(tmp_path / "pad", tokenizer, tiny_model(), ["[PAD]"], pad_token="[PAD]")
     with pytest.raises(ConfigError, match=r"the tokenizer's pad_token '\[PAD\]' has the id 259"):
@@ -177,6 +178,7 @@ def test_a_rollout_that_would_leave_a_table_of_positions_is_refused(table, tmp_p
         rollouts.train(table, tmp_path / "run", data=Dataset.from_list([{"prompt": "1 " + "p" * 80}] * 8))
 
 
+@pytest.mark.slow
 def test_rows_longer_than_computed_positions_are_said_once(tmp_path, tokenizer, logged):
     folder = saved(tmp_path / "short", tokenizer, tiny_model(max_position_embeddings=64))
     dpo(folder, tmp_path / "run", long_pairs(), max_length=None)

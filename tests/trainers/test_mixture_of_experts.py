@@ -73,7 +73,7 @@ def test_pairs_are_padded_while_the_auxiliary_loss_is_on(experts, tmp_path, logg
         preference(experts, tmp_path / "always", prefix_sharing="always")
 
 
-@pytest.mark.core("qwen2_moe")
+@pytest.mark.slow
 def test_only_a_loss_that_weighs_pairs_is_refused(experts, tmp_path):
     with pytest.raises(ConfigError, match="router_aux_loss_coef is 0.5 and Dr. DPO weighs the pairs of a step"):
         preference(experts, tmp_path / "weighs", reduction="dr_dpo")
@@ -116,7 +116,7 @@ def test_answers_train_with_the_auxiliary_loss_averaged_over_the_window(experts,
     assert aux == pytest.approx([row["aux_loss"] for row in theirs.state.log_history if "aux_loss" in row], rel=1e-5)
 
 
-@pytest.mark.core("qwen2_moe")
+@pytest.mark.slow
 def test_weighed_answers_train_with_the_auxiliary_loss(experts, tmp_path):
     change, _ = offline(experts, tmp_path / "on", variant="a_lol", max_steps=1)
     without, _ = offline(experts, tmp_path / "off", variant="a_lol", max_steps=1, router_aux_loss_coef=0.0)

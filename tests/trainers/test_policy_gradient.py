@@ -8,6 +8,7 @@ from posttrain.log import get_logger
 from posttrain.models import tiny_model
 from posttrain.objectives import advantages
 from tests.rollouts import PARENT, entries, prompts, settings, success, train
+from tests.runs import identical
 from tests.training import distance
 
 OFF = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
@@ -33,10 +34,6 @@ def quiet(monkeypatch):
 def said(caplog, monkeypatch):
     monkeypatch.setattr(get_logger(), "propagate", True)
     return lambda: caplog.text
-
-
-def identical(change, other):
-    return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
 
 
 def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):
@@ -69,7 +66,7 @@ def test_leaving_out_dead_rows_leaves_the_update(tiny_folder, tmp_path, loss, si
     assert sum(row["rows/forwarded"] for row in logs) < len(logs) * size or size == 1
 
 
-@pytest.mark.core("extra0")
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [dict(beta=0.1), dict(entropy_coef=0.01), dict(top_entropy_quantile=0.5)])
 def test_terms_of_their_own_keep_all_rows(tiny_folder, tmp_path, extra):
     whole, _ = train(tiny_folder, tmp_path / "whole", **OFF, **extra)
@@ -165,6 +162,7 @@ def test_the_gate_splits_prompts_by_their_successes(tiny_folder, tmp_path):
     assert shown[3].tolist() == [0.5, 0.5, -0.5, -0.5]
 
 
+@pytest.mark.slow
 def test_a_closed_gate_is_dr_grpo_and_a_wide_one_is_sft(tiny_folder, tmp_path):
     dr_grpo = dict(loss_type="dr_grpo", scale_rewards="none", epsilon=1e9, max_steps=1)
     parent, _ = train(tiny_folder, tmp_path / "a", **PARENT, **dr_grpo, **WHOLE)
@@ -209,6 +207,7 @@ def test_a_soft_gate_mixes_by_the_number_of_successes(tiny_folder, tmp_path):
     assert shown[1].tolist() == [1, 0, 0, 0] and shown[3].tolist() == [0.5, 0.5, -0.5, -0.5]
 
 
+@pytest.mark.slow
 def test_an_off_policy_row_is_weighed_by_its_likelihood(tiny_folder, tmp_path):
     changes = {}
     for loss in ("sft", "luffy", "srft"):
@@ -222,6 +221,7 @@ def test_an_off_policy_row_is_weighed_by_its_likelihood(tiny_folder, tmp_path):
     assert norms["luffy"] / norms["sft"] == pytest.approx(0.75 * 0.1 * p / (p + 0.1) ** 2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_norm_beyond_the_limit_skips_the_step(tiny_folder, tmp_path, said):
     change, _ = train(tiny_folder, tmp_path, skip_grad_norm=1e-9, max_grad_norm=1.0)
     assert not any(value.any() for value in change.values())
@@ -273,6 +273,7 @@ def test_vllm_is_asked_for_before_the_model_loads(tiny_folder, tmp_path):
         train(tiny_folder, tmp_path, use_vllm=True)
 
 
+@pytest.mark.slow
 def test_sampling_settings_are_kept_with_the_rollouts(tiny_folder, tmp_path, said):
     pandas = pytest.importorskip("pandas")
     sampled = dict(temperature=0.7, top_p=0.9, generation_kwargs={"min_p": 0.01})
@@ -364,6 +365,7 @@ def test_a_run_with_another_gradient_goes_on(tiny_folder, tmp_path, term):
     assert trainer.state.global_step == 5
 
 
+@pytest.mark.slow
 def test_an_auxiliary_loss_keeps_a_run_going(tokenizer, tmp_path):
     tiny_model("mixtral", output_router_logits=True).save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
@@ -380,6 +382,7 @@ def test_demonstrations_of_no_weight_are_no_gradient(tiny_folder, tmp_path):
         train(tiny_folder, tmp_path, **run, sft_coef=0.0)
 
 
+@pytest.mark.slow
 def test_unscorable_rewards_are_counted_and_weigh_nothing(tiny_folder, tmp_path):
     def some(completion_ids, **columns):
         return [None if ids[-2] % 2 else float(ids[0] == 65) for ids in completion_ids]
@@ -515,7 +518,7 @@ def test_the_demonstrations_likelihood_is_a_mean_over_their_tokens(tiny_folder, 
     assert entries(trainer)[0]["hpt/sft_nll"] == pytest.approx(entries(whole)[0]["hpt/sft_nll"], rel=1e-5)
 
 
-@pytest.mark.core("dapo-prompt")
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["prompt", "token"])
 @pytest.mark.parametrize("loss", [dict(loss_type="grpo"), dict(loss_type="dapo")], ids=["grpo", "dapo"])
 def test_a_demonstration_weighs_the_same_under_every_loss(tiny_folder, tmp_path, loss, normalization):
@@ -531,6 +534,7 @@ def test_an_evaluation_batch_without_a_score_goes_on(tiny_folder, tmp_path):
     assert "eval_loss" in trainer.evaluate(prompts([0, 1]))
 
 
+@pytest.mark.slow
 def test_a_window_narrower_than_the_rows_cannot_always_share(tokenizer, tmp_path):
     for window in (16, 64):
         tiny_model("mistral", sliding_window=window).save_pretrained(tmp_path / f"{window}")
@@ -541,6 +545,7 @@ def test_a_window_narrower_than_the_rows_cannot_always_share(tokenizer, tmp_path
         train(str(tmp_path / "16"), tmp_path / "b", prefix_sharing="always")
 
 
+@pytest.mark.core("trips")
 @pytest.mark.parametrize("kind", ["counts positions", "trips over packed rows"])
 def test_a_model_that_is_found_unfit_for_sharing_is_padded_from_the_first_forward_on(
     kind, tokenizer, tmp_path, monkeypatch
@@ -579,6 +584,7 @@ def test_an_argument_that_trainers_do_not_have_is_answered_with_what_to_write(ti
         QAETrainer(tiny_folder, success, QAEConfig(**settings(tmp_path)), prompts([1] * 4), **{given: 1})
 
 
+@pytest.mark.slow
 def test_a_run_may_start_anew_in_its_folder(tiny_folder, tmp_path):
     run = HPT | dict(save_strategy="steps", save_steps=1)
     train(tiny_folder, tmp_path, **run)

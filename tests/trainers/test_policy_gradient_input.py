@@ -148,6 +148,7 @@ def test_a_verifier_that_fails_on_every_answer_ends_the_run_too(tiny_folder, tmp
         train(tiny_folder, tmp_path, reward=[success, Broken()], max_steps=4)
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_after_it_worked_is_given_three_calls(tiny_folder, tmp_path):
     def breaks(completions, **columns):
         calls.append(None)
@@ -167,6 +168,7 @@ def test_reward_weights_that_are_no_numbers_are_refused_in_the_settings(tmp_path
         PolicyGradientConfig(**settings(tmp_path, reward_weights=weights))
 
 
+@pytest.mark.slow
 def test_reward_weights_are_as_many_as_the_functions(tiny_folder, tmp_path):
     with pytest.raises(ConfigError, match="reward_weights has 1 weights for 2 reward functions"):
         train(tiny_folder, tmp_path, reward=[success, raises], reward_weights=[1.0])
@@ -222,6 +224,7 @@ def out_of_place(rewards):
     return rewards - rewards.mean(dim=1, keepdim=True)
 
 
+@pytest.mark.slow
 def test_an_advantage_that_works_in_place_leaves_the_gate_as_it_is(tiny_folder, tmp_path):
     logs, changes = [], []
     for name in ("in_place", "out_of_place"):

@@ -12,11 +12,6 @@ from posttrain.models import byte_tokenizer, tiny_model
 from tests.conftest import make_pairs
 from tests.training import distance, lora, losses, settings, train
 
-METHODS = {
-    "dpo": dict(pair_loss="dpo"),
-    "rdpo": dict(pair_loss="rdpo", flip_rate=0.2),
-    "dr_dpo": dict(reduction="dr_dpo", beta_prime=0.3),
-}
 # TRL is giving it up
 KEEP_END = pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
 ACCUMULATE = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
@@ -110,6 +105,7 @@ def test_what_is_padded_and_how_fast_is_logged(tiny_folder, tmp_path):
     assert packed.tokens < batch["attention_mask"].sum()
 
 
+@pytest.mark.slow
 @KEEP_END
 def test_sides_cut_at_different_places_are_counted(tiny_folder, tmp_path, said):
     pairs = make_pairs(16)
@@ -196,6 +192,7 @@ def test_the_check_leaves_modes_and_random_state_alone(tiny_folder, tmp_path):
     assert trainer.model.training and not frozen.training
 
 
+@pytest.mark.slow
 def test_one_token_answers_and_rows_without_an_end(tmp_path, tiny_folder):
     # plain text: no end-of-turn is added to what already holds tokens
     rows = [{"prompt": "a", "chosen": "b", "rejected": c} for c in ("c", "dd", "eee", "b c")]
@@ -267,6 +264,7 @@ def test_pairs_stay_where_they_are_under_length_dependent_rotary_factors(tmp_pat
     assert distance(runs["always"], runs["never"]) <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_model_whose_code_trips_over_packed_rows_is_padded(tiny_folder, tmp_path, said, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaModel
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -62,6 +63,7 @@ def test_an_evaluation_in_eval_mode_leaves_the_gradients_right(tiny_folder, tmp_
     assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_packed_pairs_score_as_padded_ones(tiny_folder, tmp_path):
     scores = {}
     for setting in ("never", "always"):

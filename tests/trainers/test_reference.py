@@ -74,6 +74,7 @@ def test_whatever_affects_a_reference_value_is_in_its_key(tiny_folder, tmp_path,
     assert sum(forwards) > 8
 
 
+@pytest.mark.slow
 def test_the_adapters_seed_is_not_in_the_key(tiny_folder, tmp_path, forwards):
     build(tiny_folder, tmp_path, precompute_ref_log_probs=True, seed=1)
     build(tiny_folder, tmp_path, precompute_ref_log_probs=True, seed=2)
@@ -89,6 +90,7 @@ def test_a_cached_reference_trains_like_a_live_one(tiny_folder, tmp_path):
     assert all(torch.equal(warm[name], cold[name]) for name in cold)
 
 
+@pytest.mark.slow
 def test_precompute_leaves_the_global_random_state_alone(tiny_folder, tmp_path):
     build(tiny_folder, tmp_path, precompute_ref_log_probs=True)
     warm = torch.random.get_rng_state()
@@ -206,6 +208,7 @@ def test_missing_columns_are_named(tiny_folder, tmp_path, drop, message):
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_rows_that_are_tokenised_already_train_alike(tiny_folder, tmp_path):
     change, trainer = train(tiny_folder, tmp_path / "text", pair_loss="dpo")
     tokens = trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])

@@ -63,6 +63,7 @@ def test_another_adapter_does_not_go_on(base, checkpoint, tmp_path, changes, nam
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.core("spelled0")
 @pytest.mark.parametrize("spelled", [["v_proj", "q_proj"], r".*\.(q|v)_proj"])
 def test_the_same_modules_in_other_words_go_on(base, checkpoint, tmp_path, spelled):
     trainer = build(base, tmp_path, qv(target_modules=spelled))
@@ -70,6 +71,7 @@ def test_the_same_modules_in_other_words_go_on(base, checkpoint, tmp_path, spell
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_a_marker_that_does_not_tell_the_modules_is_held_against_the_tensors(base, tmp_path):
     build(base, tmp_path / "then", qv(), max_steps=1).train()
     checkpoint = tmp_path / "then" / "checkpoint-1"
@@ -120,6 +122,7 @@ def test_another_base_of_the_same_name_is_refused_and_a_moved_one_taken(base, ch
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_a_whole_model_of_another_depth_does_not_go_on(base, tmp_path):
     build(base, tmp_path / "run", None, max_steps=1).train()
     tiny_model("llama", num_hidden_layers=3).save_pretrained(tmp_path / "base")

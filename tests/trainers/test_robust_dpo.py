@@ -14,10 +14,6 @@ PARENT = dict(trainer_class=DPOTrainer, config_class=DPOConfig, use_cpu=True, bf
 DR_DPO = dict(reduction="dr_dpo", beta_prime=0.3)
 
 
-def identical(change, other):
-    return all(torch.equal(change[name], other[name]) for name in other) and any(v.any() for v in other.values())
-
-
 def test_rdpo_is_trl_robust(tiny_folder, tmp_path):
     reference, parent = train(tiny_folder, tmp_path / "trl", loss_type="robust", label_smoothing=0.2, **PARENT)
     change, trainer = train(tiny_folder, tmp_path / "ours", pair_loss="rdpo", flip_rate=0.2, prefix_sharing="never")
@@ -25,16 +21,7 @@ def test_rdpo_is_trl_robust(tiny_folder, tmp_path):
     assert distance(change, reference) < 1e-5
 
 
-# how a batch is laid out in rows, and how fast it runs
-LAYOUT = ("tokens/", "prefix_sharing/")
-METHODS = {
-    "dpo": dict(pair_loss="dpo"),
-    "rdpo": dict(pair_loss="rdpo", flip_rate=0.2),
-    "dr_dpo": DR_DPO,
-    "dr_dpo_rescale": dict(DR_DPO, dr_dpo_window="rescale"),
-}
-
-
+@pytest.mark.slow
 def test_two_pass_and_rescale_agree(tiny_folder, tmp_path):
     split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
     two_pass, first = train(tiny_folder, tmp_path / "a", **split, **DR_DPO)
@@ -43,6 +30,7 @@ def test_two_pass_and_rescale_agree(tiny_folder, tmp_path):
     assert losses(second) == pytest.approx(losses(first), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mean_of_means_over_weighs_a_short_last_micro_batch(tiny_folder, tmp_path):
     # 13 rows: the second step holds 5, in micro-batches of 4 and 1. TRL averages the two means.
     pairs, split = make_pairs(13), dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
@@ -86,6 +74,7 @@ def test_flip_rates_per_row_come_from_their_column(tiny_folder, tmp_path):
     assert distance(mixed, constant) > 1e-2
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_its_batch_size(tiny_folder, tmp_path):
     _, trainer = train(tiny_folder, tmp_path, **DR_DPO)
     held_out = make_pairs(11, seed=10)
@@ -115,6 +104,7 @@ def test_rescale_says_so_when_all_weights_underflow(tiny_folder, tmp_path):
     assert all(torch.isfinite(value).all() for value in change.values())
 
 
+@pytest.mark.slow
 def test_one_dominant_pair_is_warned_about_after_ten_logs(tiny_folder, tmp_path, logged):
     train(tiny_folder, tmp_path, reduction="dr_dpo", beta_prime=1e-5, max_steps=14)
     assert "drdpo/effective_pairs was below 2 for 10 logs running" in logged.text
@@ -255,6 +245,7 @@ def test_full_fine_tuning_of_a_nameless_model_asks_for_its_reference(tokenizer, 
     assert RobustDPOTrainer(tiny_model(), ref_model=tiny_model(), **given)
 
 
+@pytest.mark.slow
 def test_batches_may_be_grouped_by_length(tiny_folder, tmp_path):
     _, trainer = train(tiny_folder, tmp_path, train_sampling_strategy="group_by_length", max_steps=2)
     lengths = trainer.train_dataset["length"]
@@ -263,6 +254,7 @@ def test_batches_may_be_grouped_by_length(tiny_folder, tmp_path):
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_a_flip_rate_column_that_nothing_reads_is_said(tiny_folder, tmp_path, logged):
     pairs = make_pairs(8).add_column("flip_rate", [0.1] * 8)
     train(tiny_folder, tmp_path, pairs=pairs, pair_loss="dpo", max_steps=1)

@@ -71,6 +71,7 @@ def test_the_size_of_advantages_stands_beside_a_loss_of_nothing(tiny_folder, tmp
     assert entries(trainer)[0]["loss/abs_advantage"] == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_a_step_without_demonstrations_has_no_likelihood_of_them(tiny_folder, tmp_path):
     run = dict(preset="hpt", num_generations=4, max_steps=1)
     _, trainer = train(tiny_folder, tmp_path / "none", data=prompts([2, 1, 3, 2]), **run, **split(4))

@@ -83,6 +83,7 @@ def test_pairs_are_trained_on_as_they_were_written(tiny_folder, tmp_path, tools_
     assert given["eval_logps/chosen"] == pytest.approx(trainer.evaluate(rows().select([2]))["eval_logps/chosen"])
 
 
+@pytest.mark.slow
 def test_a_row_whose_words_fill_max_length_is_dropped_as_any_other(tiny_folder, tmp_path, tools_tokenizer):
     length = len(next(tokenized_pairs(rows().select([2]), tools_tokenizer))["prompt_ids"])
     for max_length, kept in ((length, 1), (length + 1, 2)):

@@ -164,6 +164,7 @@ def test_files_of_others_are_kept_before_training_writes(tiny_folder, tmp_path, 
     assert len(list(tmp_path.glob("*.before.*"))) == len(mine) and logged.text.count("metrics.before.csv") == 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_before_training_leaves_nothing_that_seems_foreign(tiny_folder, tmp_path, logged):
     trainer = build(tiny_folder, tmp_path, eval_dataset=make_pairs(4, seed=1))
     trainer.evaluate()
@@ -172,6 +173,7 @@ def test_an_evaluation_before_training_leaves_nothing_that_seems_foreign(tiny_fo
     assert not list(tmp_path.glob("*.before.*")) and "is kept as" not in logged.text
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_nothing_yet_may_change_its_settings(tiny_folder, tmp_path):
     build(tiny_folder, tmp_path).train()
     build(tiny_folder, tmp_path, learning_rate=0.01).train()
@@ -213,6 +215,7 @@ def test_an_adapter_that_someone_put_into_a_checkpoint_is_named(tiny_folder, fin
         build(tiny_folder, tmp_path / "new", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_skipping_no_rows_on_resumption_is_told(tiny_folder, finished, tmp_path, logged):
     again = build(tiny_folder, tmp_path, max_steps=2, ignore_data_skip=True)
     again.train(resume_from_checkpoint=str(finished / "checkpoint-1"))

@@ -126,6 +126,7 @@ def test_a_synced_reference_goes_on_as_it_was(tiny_folder, tmp_path, alpha):
     assert not same(after(lost, str(checkpoint)), whole)
 
 
+@pytest.mark.slow
 def test_a_reference_that_stays_is_in_no_checkpoint(tiny_folder, tmp_path):
     build(tiny_folder, tmp_path / "still", peft=False, max_steps=2).train()
     assert not (tmp_path / "still/checkpoint-2" / REFERENCE).exists()
@@ -256,7 +257,7 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.core("save_model")
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["train", "evaluate", "save_model"])
 def test_a_folder_that_another_run_took_meanwhile_is_refused(tiny_folder, tmp_path, act):
     out = tmp_path / "two"

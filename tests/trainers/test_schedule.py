@@ -148,6 +148,7 @@ def run(folder, out, resume, **overrides):
     return {row["step"]: row for row in trainer.state.log_history if "loss" in row}
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_without_a_jump_and_a_run_killed_then_resumes_bit_for_bit(tiny_folder, tmp_path, logged):
     first = run(tiny_folder, tmp_path, None, num_train_epochs=1)
     longer = run(tiny_folder, tmp_path, str(tmp_path / "checkpoint-2"), num_train_epochs=3)

@@ -65,6 +65,7 @@ def test_adapters_with_a_forward_of_their_own_are_refused(family, config, tiny_f
         build(family, tiny_folder, tmp_path, config)
 
 
+@pytest.mark.core("offline")
 @pytest.mark.parametrize("family", ["preference", "offline"])
 def test_experts_without_an_auxiliary_loss_train_and_that_is_said(family, tmp_path, tokenizer, logged):
     model = tiny_model(
