@@ -48,12 +48,6 @@ def recipe(tiny_folder, tmp_path, monkeypatch, capsys):
 
 SETTINGS = [
     (dict(flip_rate=0.5), "flip_rate is 0.5; it must lie in [0, 0.5)"),
-    (dict(flip_rate=-0.1), "flip_rate is -0.1; it must lie in [0, 0.5)"),
-    (dict(flip_rate="nan"), "flip_rate is nan; it must lie in [0, 0.5)"),
-    (dict(reduction="dr_dpo", beta_prime=0), "beta_prime is 0; it must be above 0"),
-    (dict(reduction="dr_dpo", beta_prime=-1), "beta_prime is -1; it must be above 0"),
-    (dict(reduction="dr_dpo", beta_prime="nan"), "beta_prime is nan; it must be above 0"),
-    (dict(pair_loss="rpdo"), "pair_loss is 'rpdo'; it must be one of dpo, cdpo, rdpo, hinge, ipo. Did you mean rdpo?"),
     (dict(learning_rate="fast"), "command line: `learning_rate` is 'fast'; it takes a number."),
     (dict(learning_rat=0.1), "unknown key `learning_rat`; did you mean `learning_rate` (RobustDPOConfig)?"),
     (dict(warmup_ratio=0.1), "`warmup_ratio` is not a setting any more: write `warmup_steps: 0.1`"),
@@ -112,7 +106,7 @@ def test_a_setting_that_cannot_be_ends_with_code_2(recipe, tmp_path, given, mess
 
 
 # one of each place that refuses: config, parser, adapter, folder, model, optimiser
-@pytest.mark.parametrize(("given", "message"), [SETTINGS[i] for i in (0, 7, 15, 18, 19, -3)])
+@pytest.mark.parametrize(("given", "message"), [SETTINGS[i] for i in (0, 1, 9, 12, 13, -3)])
 def test_a_dry_run_refuses_a_setting_in_the_same_words(recipe, tmp_path, given, message):
     code, said = recipe(**given, dry_run="true")
     assert code == 2 and message in said
