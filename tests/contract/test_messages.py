@@ -11,50 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from posttrain import ALoLConfig, PolicyGradientConfig, RobustDPOConfig
 from posttrain.config import parse
 from posttrain.errors import PosttrainError
 from tests.families import METHODS
 from tests.test_config import Toy
 
 APPROVED = Path(__file__).with_name("messages.txt")
-CONFIGS = {"robust_dpo": RobustDPOConfig, "a_lol": ALoLConfig, "policy_gradient": PolicyGradientConfig}
-NAN, INF = float("nan"), float("inf")
-OFF_POLICY = [[0, 1, 0]] * 5
-
-SETTINGS = {
-    "robust_dpo": [
-        dict(flip_rate=-0.1),
-        dict(flip_rate=0.5),
-        dict(flip_rate=NAN),
-        dict(reduction="dr_dpo", beta_prime=0),
-        dict(reduction="dr_dpo", beta_prime=-1),
-        dict(reduction="dr_dpo", beta_prime=NAN),
-        dict(pair_loss="rpdo"),
-    ],
-    "a_lol": [dict(variant="a_lol_sq"), dict(clip=NAN)],
-    "policy_gradient": [
-        dict(gamma=0.0, demonstration_loss="luffy"),
-        dict(demonstration_loss="srft"),
-        dict(soft_gate=[[1, 0, 1]] * 5, demonstration_loss="luffy"),
-        dict(soft_gate=OFF_POLICY),
-        dict(soft_gate=[[0, 0, "a"]] * 5),
-        dict(soft_gate=[[0, 0, None]] * 5),
-        dict(soft_gate=[[0, 0, INF]] * 5),
-        dict(soft_gate="x"),
-        dict(success_threshold=NAN),
-        dict(success_threshold="a"),
-        dict(sft_coef=INF),
-        dict(beta=-1.0),
-        dict(advantage=None),
-        dict(advantage="quantile"),
-        dict(estimator="ppo"),
-        dict(estimator={"preset": "grpo", "clip": 1}),
-        dict(estimator={"preset": "grpo", "stability": "ppo"}),
-        dict(estimator="dapo", loss_type="grpo"),
-        dict(estimator="grpo", epsilon=0.3),
-    ],
-}
 
 FILES = [
     "rate: 0.1\nstep: 3",
@@ -99,7 +61,7 @@ COMMAND_LINES = [
 
 def _config(method: str, fields: dict, folder: Path):
     rollouts = dict(num_generations=4, per_device_train_batch_size=16) if method == "policy_gradient" else {}
-    CONFIGS[method](str(folder), use_cpu=True, bf16=False, **rollouts | fields)
+    METHODS[method].config(str(folder), use_cpu=True, bf16=False, **rollouts | fields)
 
 
 def _file(text: str, folder: Path):
@@ -113,7 +75,7 @@ def _command_line(arguments: list[str], folder: Path):
 
 
 CASES = [
-    *((method, fields, partial(_config, method)) for method, table in SETTINGS.items() for fields in table),
+    *((method, fields, partial(_config, method)) for method in METHODS for fields in METHODS[method].refused),
     *(("config file", text, _file) for text in FILES),
     *(("command line", arguments, _command_line) for arguments in COMMAND_LINES),
 ]
@@ -160,7 +122,7 @@ def test_a_changed_text_is_shown_as_a_difference(tmp_path):
             raise type(error)(str(error).replace("flip_rate", "flips")) from error
 
     approved = APPROVED.read_text(encoding="utf-8")
-    said = written([("robust_dpo", SETTINGS["robust_dpo"][0], renamed), *CASES[1:]], tmp_path)
+    said = written([("robust_dpo", METHODS["robust_dpo"].refused[0], renamed), *CASES[1:]], tmp_path)
     assert "-ConfigError: flip_rate is" in difference(approved, said)
     assert "+ConfigError: flips is" in difference(approved, said)
 
@@ -171,7 +133,7 @@ def test_a_setting_that_is_taken_is_no_refusal(tmp_path):
 
 
 def test_each_method_has_refusals():
-    assert SETTINGS.keys() == METHODS.keys() and all(SETTINGS.values())
+    assert all(method.refused for method in METHODS.values())
 
 
 if __name__ == "__main__":

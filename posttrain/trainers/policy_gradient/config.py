@@ -200,8 +200,9 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         for name, value in settings.items():
             given = getattr(self, name)
             if given not in (defaults[name], value):
+                shown = f"{value:.6g}" if isinstance(value, float) else repr(value)
                 raise ExcludedSetting(
-                    f"{name} is {given!r}, and estimator {self.estimator!r} sets it to {value!r}. Leave one of "
+                    f"{name} is {given!r}, and estimator {self.estimator!r} sets it to {shown}. Leave one of "
                     "them out, or change the part: `estimator: {preset: ..., ...}`.",
                     {name: ("estimator",)},
                 )

@@ -181,26 +181,6 @@ def test_a_resumed_run_draws_the_noise_of_the_uninterrupted_one(peft_config, tmp
         )
 
 
-REFUSED = [
-    (dict(neftune_noise_alpha=5.0), "Use embedding_noise instead: `embedding_noise: neftune`"),
-    (dict(embedding_noise="gaussian"), "embedding_noise is 'gaussian'; it must be one of none, neftune, uniform"),
-    (dict(embedding_noise="neftune", noise_alpha=-1.0), "noise_alpha is -1.0; it must be a number of 0 or more"),
-    (dict(noise_alpha=7.0), "noise_alpha is 7, which has no effect on embedding_noise: none"),
-    (dict(NOISE, packing=True, packing_strategy="wrapped"), "packing_strategy is wrapped with embedding_noise"),
-    (dict(NOISE, torch_compile=True), "torch_compile is true with embedding_noise"),
-    (dict(padding_free=True, max_length=64), "padding_free is true, where nothing cuts rows"),
-    (dict(packing=True, max_length=None), "packing is true, and max_length is null"),
-]
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"), REFUSED, ids=[next(iter(s)) + str(i) for i, (s, _) in enumerate(REFUSED)]
-)
-def test_settings_are_refused_by_name(settings, text, tmp_path):
-    with pytest.raises(ConfigError, match=text):
-        NoisySFTConfig(str(tmp_path), **settings)
-
-
 def test_fields_declare_their_meaning_and_only_noise_that_is_there_counts(tmp_path):
     def made(**settings):
         return NoisySFTConfig(str(tmp_path), **settings)
