@@ -14,6 +14,8 @@ _MODULES = {
     "ALoLTrainer": "posttrain.trainers.offline.a_lol",
     "HPTConfig": "posttrain.trainers.policy_gradient.trainers",
     "HPTTrainer": "posttrain.trainers.policy_gradient.trainers",
+    "NoisySFTConfig": "posttrain.trainers.sft.noisy_sft",
+    "NoisySFTTrainer": "posttrain.trainers.sft.noisy_sft",
     "PolicyGradientConfig": "posttrain.trainers.policy_gradient.trainers",
     "PolicyGradientTrainer": "posttrain.trainers.policy_gradient.trainers",
     "QAEConfig": "posttrain.trainers.policy_gradient.trainers",

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from urllib.parse import unquote
 
 from posttrain.errors import ConfigError
 
@@ -21,8 +22,41 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
 
 
+def check_option(owner: str, option: str, known: Sequence[str], noun: str = "option") -> None:
+    """Raise ConfigError unless an option of `owner` is one of those it has, with the nearest of them."""
+    if option not in known:
+        close = near(option, known)
+        hint = f"; did you mean {close!r}?" if close else "."
+        raise ConfigError(f"{owner} has no {noun} {option!r} (it has {', '.join(known)}){hint}")
+
+
+def parse_query(query: str, owner: str, noun: str = "options") -> dict[str, str]:
+    """Parse `key=value&key=value`, as it follows the `?` of a name, into texts; a + stays one.
+
+    Raises:
+        ConfigError: a part without `=`; the message begins with `owner`.
+    """
+    parsed = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"{owner}: write {noun} as key=value, joined by &.")
+        parsed[key] = unquote(value)
+    return parsed
+
+
+def parse_scalar(text: str):
+    """Parse a text of a query: a number, true, false or null where it is one of these, else the text itself."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "null": None}.get(text, text)
+
+
 def shorten(value, length: int = 80) -> str:
-    """A value for a message."""
+    """Shorten a value for a message."""
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 10]}...{text[-7:]}"
 

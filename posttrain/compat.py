@@ -115,7 +115,7 @@ def keep_4bit_weights_trainable(model) -> None:
 
 
 def missing_names() -> list[str]:
-    """What of `PRIVATE_NAMES` the installed releases no longer have, a sentence each."""
+    """Tell what of `PRIVATE_NAMES` the installed releases no longer have, a sentence each."""
     missing = []
     for module_name, path, parameters in PRIVATE_NAMES:
         target = importlib.import_module(module_name)

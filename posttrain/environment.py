@@ -18,7 +18,7 @@ _LIBRARIES = "posttrain torch transformers trl peft accelerate datasets deepspee
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of this library and of those it stands on, where installed."""
+    """Return the versions of this library and of those it stands on, where installed."""
     found = {}
     for name in _LIBRARIES:
         try:
@@ -32,7 +32,7 @@ def library_versions() -> dict[str, str]:
 
 
 def device_name(device) -> str:
-    """A torch device in words: its type and, for an accelerator, the card's name."""
+    """Describe a torch device in words: its type and, for an accelerator, the card's name."""
     import torch
 
     if device.type == "cpu":
@@ -43,7 +43,7 @@ def device_name(device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit checked out in the working folder, with `-dirty` where files differ; None outside a
+    """Return the commit checked out in the working folder, with `-dirty` where files differ; None outside a
     checkout."""
     try:
         described = subprocess.run(

@@ -8,7 +8,7 @@ _TOKEN = re.compile(r"(?<![\w./-])hf_[\w-]{4,}(?![\w-]|[./]\w)")
 
 
 def hide_tokens(text: str) -> str:
-    """`text` with every token of the hub as `hf_***`."""
+    """Return `text` with every token of the hub as `hf_***`."""
     return _TOKEN.sub("hf_***", text)
 
 

@@ -23,7 +23,7 @@ class PairScores(NamedTuple):
 
 
 def score_pairs(model, tokenizer, dataset, batch_size: int = 16, progress=None) -> PairScores:
-    """The log-probability of the chosen and rejected answer of each pair, given its prompt, summed over its
+    """Return the log-probability of the chosen and rejected answer of each pair, given its prompt, summed over its
     tokens.
 
     Tokens are TRL's own for DPO: the chat template and the end-of-turn token included. Pairs are sorted

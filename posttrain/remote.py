@@ -11,12 +11,14 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def reads_as_path(name: str) -> bool:
-    """Whether a name can only be a path of this machine: it is no hub id, which is NAME or OWNER/NAME."""
+    """Tell whether a name can only be a path of this machine: it is no hub id, which is NAME or OWNER/NAME."""
     return not _HUB_ID.fullmatch(name) or ".." in name
 
 
 def out_of_reach(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that the hub could not be reached or would not answer now."""
+    """Tell whether an error, or one that it came from, says that the hub could not be reached or would not answer
+    now.
+    """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     seen = set()
@@ -35,7 +37,7 @@ def out_of_reach(error: BaseException | None) -> bool:
 
 
 def offline_reason() -> str:
-    """Why the hub may be out of reach, in a sentence."""
+    """Tell why the hub may be out of reach, in a sentence."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set: unset it"
     return "Mend the connection"
@@ -57,7 +59,7 @@ def check_model_name(name: str) -> None:
 
 
 def model_failure(name: str, error: Exception, what: str = "cannot be loaded") -> PosttrainError:
-    """The error to raise where a model, or a part of it, could not be loaded under `name` for `error`.
+    """Return the error to raise where a model, or a part of it, could not be loaded under `name` for `error`.
 
     EnvironmentIssue where the hub cannot be reached, ConfigError where the name, or the folder, is wrong.
     """

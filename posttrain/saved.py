@@ -9,7 +9,7 @@ from posttrain.errors import DataError
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; DataError where it is not UTF-8 or cannot be read."""
+    """Return the text of a file; DataError where it is not UTF-8 or cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; DataError where there is none."""
+    """Return the object in a JSON file; DataError where there is none."""
     try:
         content = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_yaml(path: Path) -> dict:
-    """The names and values in a YAML file, none where it is empty; DataError where it holds something else."""
+    """Return the names and values in a YAML file, none where it is empty; DataError where it holds something else."""
     try:
         content = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError) as error:
@@ -37,7 +37,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def check_safetensors(path: Path) -> set[str]:
-    """The names of the tensors in a file; DataError where it is damaged: cut off, or another kind of file."""
+    """Return the names of the tensors in a file; DataError where it is damaged: cut off, or another kind of file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -8,7 +8,7 @@ _BAR = 40
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share: `successes` of `n` trials, both ends in [0, 1].
+    """Compute Wilson's score interval of a share: `successes` of `n` trials, both ends in [0, 1].
 
     Unlike the normal interval it keeps its width at shares of 0 and 1. Raises ValueError unless 0 <=
     successes <= n and n > 0.
@@ -24,7 +24,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A markdown table with aligned columns: the first to the left, the others to the right."""
+    """Draw a markdown table with aligned columns: the first to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
@@ -37,16 +37,22 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def histogram(values: Sequence[float], bins: int = 8) -> str:
-    """Counts over equal spans as lines of text: the span, the count, a bar."""
+    """Draw counts over equal spans as lines of text: the span, the count, a bar."""
     low, high = min(values), max(values)
     width = high / bins - low / bins
     if not width:
-        return f"  {low:9.3g}  {len(values):>7} {'#' * _BAR}"
+        return bars([(low, low, len(values))])
     counts = [0] * bins
     for value in values:
         counts[min(int((value - low) / width), bins - 1)] += 1
+    return bars([(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)])
+
+
+def bars(spans: Sequence[tuple[float, float, int]]) -> str:
+    """Draw a line for each span: its ends, one number where they are equal, its count and a bar."""
+    most = max(count for _, _, count in spans)
     lines = []
-    for i, count in enumerate(counts):
-        bar = "#" * math.ceil(_BAR * count / max(counts))
-        lines.append(f"  {low + i * width:9.3g} to {low + (i + 1) * width:9.3g}  {count:>7} {bar}")
-    return "\n".join(line.rstrip() for line in lines)
+    for low, high, count in spans:
+        span = f"{low:9.3g}" if low == high else f"{low:9.3g} to {high:9.3g}"
+        lines.append(f"  {span}  {count:>7} {'#' * math.ceil(_BAR * count / most)}".rstrip())
+    return "\n".join(lines)

@@ -22,7 +22,7 @@ def main():
     data_args, model_args, training_args = parse((DataArguments, ModelArguments, RobustDPOConfig))
     model, peft_config = recipe.named_model(data_args, model_args, training_args)
     evaluate = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = recipe.load_splits(load_preferences, data_args, evaluate)
+    train_dataset, eval_dataset = recipe.load_splits(load_preferences, data_args, evaluate, training_args.seed)
     if training_args.dry_run:
         facts = preferences.describe(model, training_args, train_dataset, peft_config, eval_dataset=eval_dataset)
         return dry_run.show(facts)

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import random
-import resource
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,12 +59,6 @@ def cpu_seconds() -> float:
     """Of this process, of its children that have ended, and of the warm process with its own."""
     warm = sys.modules.get("tests.warm")
     return sum(os.times()[:4]) + (sum(server.cpu_seconds() for server in warm.SERVERS) if warm else 0.0)
-
-
-def cpu_seconds_of_children() -> float:
-    """Of those that have ended: how long an answer takes wherever a core is free, which a clock cannot tell here."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch".split()

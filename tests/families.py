@@ -1,11 +1,22 @@
 """One record a method: what the contract tests, and two ranks, need to know of it. A new method adds a record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from posttrain import ALoLTrainer, QAEConfig, QAETrainer
+from posttrain import (
+    ALoLConfig,
+    ALoLTrainer,
+    NoisySFTConfig,
+    NoisySFTTrainer,
+    PolicyGradientConfig,
+    QAEConfig,
+    QAETrainer,
+    RobustDPOConfig,
+)
+from posttrain.mechanisms.noise import draws
 from tests import rollouts, runs, scored, training
 from tests.conftest import make_pairs
 
@@ -15,6 +26,7 @@ class Method:
     """A method as the contract tests see it.
 
     Attributes:
+        config: the class of its settings. refused: settings that it refuses, with texts in `contract/messages.txt`.
         train: `train(folder, output_dir, **settings)` gives the change of the parameters and the trainer. `rows` is
             how many rows or prompts there are, `peft` whether an adapter is trained.
         parent: settings with which `train` trains TRL's own class.
@@ -33,6 +45,8 @@ class Method:
     """
 
     name: str
+    config: type
+    refused: Sequence[Mapping]
     train: Callable
     parent: Mapping
     neutral: Mapping[str, tuple[Mapping, Mapping]]
@@ -68,6 +82,24 @@ def _rollouts(folder, output_dir, rows: int = 8, **settings):
     return rollouts.train(folder, output_dir, data=rollouts.prompts(successes), **settings)
 
 
+def _instructions(folder, output_dir, rows: int = 16, **settings):
+    answers = scored.make_scored(rows).remove_columns("reward")
+    ours = dict(trainer_class=NoisySFTTrainer, config_class=NoisySFTConfig)
+    return scored.train(folder, output_dir, answers, **ours | settings)
+
+
+def _width_for_length(monkeypatch) -> dict:
+    """Noise goes by the width of the padded batch."""
+    bounds = draws.bounds
+
+    def flat(kind, alpha, found, size):
+        widest = torch.full_like(found.lengths, int(found.place.max()) + 1)
+        return bounds(kind, alpha, found._replace(lengths=widest), size)
+
+    monkeypatch.setattr(draws, "bounds", flat)
+    return {}
+
+
 def _odd(completion_ids, **columns) -> list[float]:
     return [float(sum(ids) % 2) for ids in completion_ids]
 
@@ -85,6 +117,8 @@ def _mean_of_means(monkeypatch) -> dict:
     return {}
 
 
+NAN, INF = float("nan"), float("inf")
+OFF_POLICY = [[0, 1, 0]] * 5
 DR_DPO = dict(reduction="dr_dpo", beta_prime=0.3)
 RDPO = dict(pair_loss="rdpo", flip_rate=0.2)
 DPO = dict(pair_loss="dpo")
@@ -95,6 +129,16 @@ _SHORT = dict(rows=13)
 
 robust_dpo = Method(
     name="robust_dpo",
+    config=RobustDPOConfig,
+    refused=(
+        dict(flip_rate=-0.1),
+        dict(flip_rate=0.5),
+        dict(flip_rate=NAN),
+        dict(reduction="dr_dpo", beta_prime=0),
+        dict(reduction="dr_dpo", beta_prime=-1),
+        dict(reduction="dr_dpo", beta_prime=NAN),
+        dict(pair_loss="rpdo"),
+    ),
     train=_pairs,
     parent=dict(trainer_class=DPOTrainer, config_class=DPOConfig, **runs.PARENT),
     neutral={
@@ -150,6 +194,11 @@ robust_dpo = Method(
 
 a_lol = Method(
     name="a_lol",
+    config=ALoLConfig,
+    refused=(
+        dict(variant="a_lol_sq"),
+        dict(clip=NAN),
+    ),
     train=_scored,
     parent=dict(trainer_class=SFTTrainer, config_class=SFTConfig, **runs.PARENT),
     # 7 bytes and the end of the turn: 8 tokens, a power of two, so that the scaling is exact
@@ -206,6 +255,28 @@ _OFF = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
 _DR_GRPO = dict(loss_type="dr_grpo", scale_rewards="none")
 policy_gradient = Method(
     name="policy_gradient",
+    config=PolicyGradientConfig,
+    refused=(
+        dict(gamma=0.0, demonstration_loss="luffy"),
+        dict(demonstration_loss="srft"),
+        dict(soft_gate=[[1, 0, 1]] * 5, demonstration_loss="luffy"),
+        dict(soft_gate=OFF_POLICY),
+        dict(soft_gate=[[0, 0, "a"]] * 5),
+        dict(soft_gate=[[0, 0, None]] * 5),
+        dict(soft_gate=[[0, 0, INF]] * 5),
+        dict(soft_gate="x"),
+        dict(success_threshold=NAN),
+        dict(success_threshold="a"),
+        dict(sft_coef=INF),
+        dict(beta=-1.0),
+        dict(advantage=None),
+        dict(advantage="quantile"),
+        dict(estimator="ppo"),
+        dict(estimator={"preset": "grpo", "clip": 1}),
+        dict(estimator={"preset": "grpo", "stability": "ppo"}),
+        dict(estimator="dapo", loss_type="grpo"),
+        dict(estimator="grpo", epsilon=0.3),
+    ),
     train=_rollouts,
     parent=dict(trainer_class=GRPOTrainer, config_class=GRPOConfig),
     neutral={
@@ -250,4 +321,44 @@ policy_gradient = Method(
     sharded=("hpt",),
 )
 
-METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient)}
+NEFTUNE = dict(embedding_noise="neftune", noise_alpha=5.0)
+noisy_sft = Method(
+    name="noisy_sft",
+    config=NoisySFTConfig,
+    refused=(
+        dict(neftune_noise_alpha=5.0),
+        dict(embedding_noise="gaussian"),
+        dict(embedding_noise="neftune", noise_alpha=-1.0),
+        dict(noise_alpha=7.0),
+        NEFTUNE | dict(packing=True, packing_strategy="wrapped"),
+        NEFTUNE | dict(torch_compile=True),
+        dict(padding_free=True, max_length=64),
+        dict(packing=True, max_length=None),
+    ),
+    train=_instructions,
+    parent=dict(trainer_class=SFTTrainer, config_class=SFTConfig, **runs.PARENT),
+    neutral={
+        "packed": (dict(packing=True, max_length=128) | _SPLIT, dict(packing=True, max_length=128) | _SPLIT),
+        "alpha-zero": (NEFTUNE | _SPLIT | dict(noise_alpha=0.0), _SPLIT),
+        "full": (dict(peft=False), dict(peft=False)),
+    },
+    step=8,
+    cases={
+        # a last step that is short has rows twice on two ranks, as TRL's has
+        "neftune": NEFTUNE | dict(rows=16),
+        "uniform": dict(embedding_noise="uniform", rows=16),
+    },
+    wrong=_width_for_length,
+    resumed=(
+        NEFTUNE | dict(max_steps=4, save_strategy="steps", save_steps=2, peft=False),
+        2,
+        (dict(noise_alpha=4.0), "noise: neftune 5 there, neftune 4 here"),
+    ),
+    shared={},
+    # TRL's other means are means of micro-batches' means
+    compared=("loss", "noise/ratio"),
+    ranks={"neftune-full": NEFTUNE | dict(rows=16, peft=False)},
+    sharded=("neftune",),
+)
+
+METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft)}

@@ -159,6 +159,7 @@ def smollm2(tmp_path_factory):
     shutil.rmtree(path)
 
 
+@pytest.mark.slow
 def test_embedded_smollm2_is_an_ordinary_unquantised_checkpoint(smollm2):
     config, tokenizer = AutoConfig.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
     assert not hasattr(config, "quantization_config")
@@ -176,6 +177,7 @@ def test_embedded_smollm2_is_an_ordinary_unquantised_checkpoint(smollm2):
     ]
 
 
+@pytest.mark.slow
 def test_embedded_smollm2_answers_and_stops(smollm2):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]

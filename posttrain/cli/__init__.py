@@ -19,7 +19,7 @@ _EPILOG = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code."""
+    """Run one verb and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="posttrain",
         description="Post-training for data that is noisy, scarce or private.",

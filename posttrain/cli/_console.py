@@ -4,14 +4,14 @@ import sys
 
 
 def progress_bar(total: int, label: str, unit: str):
-    """A tqdm bar on stderr that vanishes when done; nothing where stderr is no terminal."""
+    """Make a tqdm bar on stderr that vanishes when done; nothing where stderr is no terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=label, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
 
 def training_bar(bar):
-    """A trainer callback that moves `bar` a step at a time and shows the last loss."""
+    """Make a trainer callback that moves `bar` a step at a time and shows the last loss."""
     from transformers import TrainerCallback
 
     class TrainingBar(TrainerCallback):

@@ -299,6 +299,6 @@ def _table(results: list[dict]) -> str:
 
 
 def _task_check(results: list[dict]) -> bool | None:
-    """Whether DPO on clean labels reached its mark; None if it was not among the methods."""
+    """Tell whether DPO on clean labels reached its mark; None if it was not among the methods."""
     reached = [result["accuracy"] >= REQUIRED_ACCURACY for result in results if result["method"] == "dpo_clean"]
     return reached[0] if reached else None

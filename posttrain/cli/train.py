@@ -47,7 +47,7 @@ def run(args) -> int:
 
 
 def _threads(launch: Path) -> list[str]:
-    """Threads of a process for a launch file that names a number: OMP_NUM_THREADS, or the cores there are."""
+    """Count the threads of a process for a launch file that names a number: OMP_NUM_THREADS, or the cores there are."""
     import psutil
     import yaml
 
@@ -64,12 +64,12 @@ def _threads(launch: Path) -> list[str]:
 
 
 def methods() -> list[str]:
-    """The recipes there are."""
+    """Return the recipes there are."""
     return sorted(path.stem for path in recipes_dir().glob("*.py"))
 
 
 def _printable(line: Iterable[str]) -> str:
-    """The launch line without the hub token."""
+    """Return the launch line without the hub token."""
     words, hidden = [], False
     for word in line:
         name, sign, _ = word.partition("=")

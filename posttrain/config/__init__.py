@@ -17,14 +17,17 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
-from trl import ModelConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
+from trl.scripts.utils import DatasetConfig
 
 from posttrain.checks import near
 from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
+from posttrain.config.mixture import check_datasets
 from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError
 from posttrain.log import get_logger
 
@@ -56,6 +59,8 @@ REMOVED = {
     "overwrite_output_dir": "write `overwrite: {value}`; `resume_from_checkpoint` continues an earlier run",
     "logging_dir": "leave it out; TENSORBOARD_LOGGING_DIR in the shell sets TensorBoard's folder",
     "save_safetensors": "leave it out; weights are always saved as safetensors",
+    "more_datasets": "write `datasets:`, a list with an entry `- path: FILE` for each of them and for that of "
+    "`dataset_name`, which is left out then",
     "tokenizer": "leave it out; the tokenizer comes with `model_name_or_path`",
     "tokenizer_name": "leave it out; the tokenizer comes with `model_name_or_path`",
     "tokenizer_name_or_path": "leave it out; the tokenizer comes with `model_name_or_path`",
@@ -63,12 +68,26 @@ REMOVED = {
 
 
 @dataclass
-class DataArguments:
-    """Where the rows come from. The names are TRL's."""
+class DataArguments(DatasetMixtureConfig):
+    """Where the rows come from: one data set, or a mixture of several. The names are TRL's."""
+
+    # the command line's wins over the file's
+    replaces: ClassVar = {"datasets": ("dataset_name",), "dataset_name": ("datasets",)}
 
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Hub id, local .json, .jsonl, .jsonl.gz or .parquet, or generated:reverse_list."},
+    )
+    datasets: list[DatasetConfig] | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets to train on, in the place of dataset_name: a list of path, and of name, "
+            "data_dir, data_files, split, columns and fraction where needed."
+        },
+    )
+    streaming: bool = field(default=False, metadata={"help": "Not supported: rows are checked before the first step."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share of the training rows, drawn by the seed, to evaluate on instead."}
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_dataset_name: str | None = field(
@@ -86,20 +105,47 @@ class DataArguments:
         },
     )
 
+    # stands on DatasetMixtureConfig.__post_init__, which makes the entries without checks
     def __post_init__(self):
+        if self.datasets is not None:
+            self.datasets = check_datasets(self.datasets)
+            if self.dataset_name is not None:
+                raise ConfigError(
+                    f"dataset_name is {self.dataset_name!r} beside datasets; make it an entry of datasets, or leave "
+                    "one of the two out."
+                )
+        if self.streaming:
+            raise ConfigError(
+                "streaming is True: all rows are read and checked before the model loads. Leave it out; in Python a "
+                "trainer takes a stream as train_dataset where its method can."
+            )
+        size = self.test_split_size
+        if size is not None and not 0 < size < 1:
+            raise ConfigError(f"test_split_size is {size}; it must be a share above 0 and below 1.")
+        if size is not None and self.eval_dataset_name is not None:
+            raise ConfigError(
+                f"test_split_size is {size} beside eval_dataset_name {self.eval_dataset_name!r}; leave one of them out."
+            )
         for name in ("max_train_rows", "max_eval_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more, or left out for all rows.")
 
     @property
-    def is_local(self) -> bool:
-        """Whether the data set's name means something on this machine only."""
-        return self.dataset_name.startswith(("generated:", "gym:")) or Path(self.dataset_name).exists()
+    def sources(self) -> list[DatasetConfig]:
+        """The data sets to train on, one or several."""
+        if self.datasets is not None:
+            return self.datasets
+        return [DatasetConfig(self.dataset_name, split=self.dataset_train_split)] if self.dataset_name else []
+
+
+def is_local(dataset_name: str) -> bool:
+    """Tell whether a data set's name means something on this machine only: a file, a folder, or one that is made."""
+    return dataset_name.startswith(("generated:", "gym:")) or Path(dataset_name).exists()
 
 
 def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple:
-    """One instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
+    """Make one instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
 
     Raises ConfigError, with the file and line of the setting, for a file that cannot be read, an unknown,
     removed or repeated key, a value of the wrong type, and whatever a dataclass refuses in `__post_init__`.
@@ -108,7 +154,10 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
 
 
 def get_peft_config(model_args: ModelConfig):
-    """TRL's: the adapter that the LoRA settings describe; None without `use_peft`. ConfigError where PEFT refuses."""
+    """Return TRL's config of the adapter that the LoRA settings describe.
+
+    None without `use_peft`. ConfigError where PEFT refuses.
+    """
     targets = model_args.lora_target_modules
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
         # TRL unpacks a list of one, and PEFT would match a text with the whole path of a module
@@ -121,7 +170,7 @@ def get_peft_config(model_args: ModelConfig):
 
 
 def run_main(main: Callable[[], object]) -> int:
-    """Runs `main` and returns the process's exit code: 0, or that of the PosttrainError it ended in.
+    """Run `main` and return the process's exit code: 0, or that of the PosttrainError it ended in.
 
     The error is printed as one message, once per machine; after Ctrl-C the code is 130. After a distributed run that
     went well the process ends here.
@@ -186,7 +235,7 @@ class PosttrainParser(TrlParser):
         return tuple(self._build(kind, values) for kind in self.dataclass_types)
 
     def error(self, message: str):
-        """What argparse has to say, as a ConfigError."""
+        """Raise what argparse has to say, as a ConfigError."""
         raise ConfigError(f"{COMMAND_LINE}: {message}")
 
     def _read_defaults(self, path: str) -> None:
@@ -245,7 +294,7 @@ class PosttrainParser(TrlParser):
                 raise self._placed(error) from error
 
     def _leave_out(self, yields: dict[str, tuple[str, ...]], written: list[str], values) -> bool:
-        """Whether a setting of the file could be left out of `written` for one of the command line; says so."""
+        """Tell whether a setting of the file could be left out of `written` for one of the command line; says so."""
         for name, by in yields.items():
             winners = [other for other in by if self._places.get(other) == COMMAND_LINE]
             if name in written and winners and self._places[name] != COMMAND_LINE:
@@ -262,14 +311,14 @@ class PosttrainParser(TrlParser):
         return False
 
     def _placed(self, error: ValueError) -> ConfigError:
-        """The error with the places of the settings that it names."""
+        """Return the error with the places of the settings that it names."""
         named = [name for name in self._places if re.search(rf"(?<!\w){name}(?!\w)", str(error))]
         places = ", ".join(f"{name}: {self._places[name]}" for name in named)
         return ConfigError(f"{error} ({places})" if places else str(error))
 
 
 def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
-    """The settings of a YAML file, and the line of each key."""
+    """Return the settings of a YAML file, and the line of each key."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         if not text.strip():
@@ -334,7 +383,7 @@ def _check_keys(node, path: str, outer: tuple = ()) -> None:
 
 
 def _split_config(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without `--config FILE`, and FILE."""
+    """Return the arguments without `--config FILE`, and FILE."""
     rest, path, stream = [], None, iter(arguments)
     for argument in stream:
         if _flag(argument) != "config":
@@ -349,11 +398,11 @@ def _split_config(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def _as_words(value) -> str:
-    """A value as the command line has it."""
+    """Write a value as the command line has it."""
     texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
     return " ".join(value) if texts else shown(value)
 
 
 def _flag(argument: str) -> str | None:
-    """`learning_rate` from `--learning-rate=1e-4`; None for what is no flag."""
+    """Return `learning_rate` from `--learning-rate=1e-4`; None for what is no flag."""
     return argument[2:].partition("=")[0].replace("-", "_") if argument.startswith("--") else None

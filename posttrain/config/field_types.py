@@ -4,6 +4,7 @@ import contextlib
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from enum import Enum
 
 import yaml
@@ -26,6 +27,8 @@ class FieldType:
         self.mapping = any(m is dict or typing.get_origin(m) is dict for m in members)
         items = [typing.get_args(m) for m in members if typing.get_origin(m) is list]
         self.list = bool(items)
+        # of mappings, such as TRL's `datasets`; their owner reads them
+        self.records = any(is_dataclass(kind) for kind in (items[0] if items else ()))
         plain = [m for m in members if isinstance(m, type) and m is not type(None)]
         # argparse gives a list to a field that takes nothing but lists.
         self.only_list = self.list and not plain
@@ -35,7 +38,9 @@ class FieldType:
         self.choices = list(choices or enums or (literals if not self.kinds else ()))
 
     def from_yaml(self, value):
-        """A value as YAML reads it."""
+        """Convert a value as YAML reads it."""
+        if self.records and value is not None:
+            return value
         if value is None and self.optional:
             return None
         if isinstance(value, list) and self.list:
@@ -45,7 +50,11 @@ class FieldType:
         return [self.from_scalar(value)] if self.only_list else self.from_scalar(value)
 
     def from_scalar(self, value):
-        """A scalar of YAML, or text of the command line."""
+        """Convert a scalar of YAML, or text of the command line."""
+        if self.records:
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+            return value
         text = shown(value)
         # lists within lists come from a command line as one text
         if self.list and not self.only_list and text.lstrip().startswith("["):
@@ -79,7 +88,7 @@ class FieldType:
         raise BadValue(f"`{self.name}` is {text!r}; {self.wanted()}.{hint}")
 
     def wanted(self) -> str:
-        """What it takes, in words."""
+        """Tell what it takes, in words."""
         if self.choices:
             words = [shown(choice) for choice in self.choices]
         else:
@@ -100,7 +109,7 @@ def _boolean(text: str) -> bool:
 
 
 def _integer(text: str) -> int:
-    """Also 1e3, which YAML reads as text."""
+    """Read a whole number, also 1e3, which YAML reads as text."""
     number = float(text)
     if not number.is_integer():
         raise ValueError(text)
@@ -112,7 +121,7 @@ _CONVERSIONS = {bool: _boolean, int: _integer, float: float, str: str}
 
 
 def shown(value) -> str:
-    """A value as one would write it in YAML."""
+    """Write a value as one would in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -37,7 +37,7 @@ _KNOWN_ELSEWHERE = (
 
 
 def place_system(dataset, name: str):
-    """A data set, or a stream, with each row's column `system` in front of its messages, which is said.
+    """Put each row's column `system` of a data set, or a stream, in front of its messages, which is said.
 
     The column stays, for those who read it. Raises as `system_in_front`.
     """
@@ -53,7 +53,11 @@ def place_system(dataset, name: str):
     rows = list(objects.unpadded(dataset.with_format(None).select_columns(read)))
     first = first_with_system(rows)
     # rows that are yet to be converted get theirs then
-    if first is None or formats.detect(columns, first).kind in formats.CONVERTED_PAIRS or not say_system(first, name):
+    if (
+        first is None
+        or formats.detect(columns, first).kind in formats.CONVERTED_PAIRS
+        or not log_system_messages(first, name)
+    ):
         return dataset
     placed = [{**row, **system_in_front(row, f"{name}, row {number}")} for number, row in enumerate(rows, 1)]
     made, form = objects.exact(placed, parts), dataset.format
@@ -62,18 +66,18 @@ def place_system(dataset, name: str):
 
 
 def prepare(given, name: str, read: Iterable[str] | None = None):
-    """A data set, several by name or None, each with its system messages placed.
+    """Place the system messages of a data set, of several by name or of None.
 
     `read`: the columns that are read, where others of known names are to be said.
     """
     if isinstance(given, Mapping):
         return type(given)({one: prepare(dataset, str(one), read) for one, dataset in given.items()})
     if read is not None:
-        say_left_out(objects.names_of(given), read, name)
+        log_left_out_columns(objects.names_of(given), read, name)
     return place_system(turns.read(objects.without_empty_images(given, name), name), name)
 
 
-def say_system(row: Mapping, name: str) -> bool:
+def log_system_messages(row: Mapping, name: str) -> bool:
     """Say what becomes of a data set's system messages, going by a row that has one; whether they can be placed."""
     column = system_column(row)
     if any(formats.is_messages(row.get(part)) for part in ("prompt", "chosen")):
@@ -87,11 +91,11 @@ def say_system(row: Mapping, name: str) -> bool:
 
 
 def first_with_system(rows: Iterable[Mapping]) -> Mapping | None:
-    """The first row that has a system message."""
+    """Return the first row that has a system message."""
     return next((row for row in rows if system_column(row)), None)
 
 
-def say_left_out(columns: Iterable[str], read: Iterable[str], name: str) -> list[str]:
+def log_left_out_columns(columns: Iterable[str], read: Iterable[str], name: str) -> list[str]:
     """Say which columns are not read though a known format uses their name; returns them."""
     known = {*READ, *_KNOWN_ELSEWHERE} - {*read, *SYSTEM}
     left_out = [column for column in columns if column in known]

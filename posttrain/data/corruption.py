@@ -36,12 +36,12 @@ def flip_preferences(dataset, rate: float, seed: int = 0):
 
 
 def rows_to_flip(count: int, rate: float, seed: int) -> set[int]:
-    """Exactly `round(rate * count)` of the numbers below `count`."""
+    """Draw exactly `round(rate * count)` of the numbers below `count`."""
     return set(random.Random(seed).sample(range(count), count)[: round(rate * count)])
 
 
 def lone_columns(rows: Iterable[Mapping]) -> list[str]:
-    """What swapping these rows does to columns named after one side alone, a sentence each."""
+    """Tell what swapping these rows does to columns named after one side alone, a sentence each."""
     emptied, left, said = set(), set(), []
     for row in rows:
         found = swapped_with_gaps(row)
@@ -61,5 +61,5 @@ def lone_columns(rows: Iterable[Mapping]) -> list[str]:
 
 
 def flip_row(row: Mapping, swap: bool) -> dict:
-    """The row with its column `flipped`, and its sides swapped where `swap` says so."""
+    """Return the row with its column `flipped`, and its sides swapped where `swap` says so."""
     return (swapped(row) if swap else dict(row)) | {"flipped": bool(row.get("flipped")) != swap}

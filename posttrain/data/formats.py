@@ -65,7 +65,7 @@ class Format:
 
 
 def detect(columns: Iterable[str], row: Mapping | None = None) -> Format:
-    """The kind of a data set with these columns; `row`, any of its rows, tells texts from messages.
+    """Return the kind of a data set with these columns; `row`, any of its rows, tells texts from messages.
 
     Columns beside those of a kind change nothing. Where several kinds fit, the one with more columns is taken.
     """
@@ -97,7 +97,7 @@ def detect(columns: Iterable[str], row: Mapping | None = None) -> Format:
 
 
 def renames(columns: Iterable[str]) -> dict[str, str]:
-    """Which columns seem to be prompt, chosen or rejected under another name: that name to ours."""
+    """Tell which columns seem to be prompt, chosen or rejected under another name: that name to ours."""
     columns, names = list(columns), {}
     for needed, others in _OTHER_NAMES.items():
         other = next((other for other in others if other in columns), None)
@@ -107,7 +107,7 @@ def renames(columns: Iterable[str]) -> dict[str, str]:
 
 
 def without_sides(columns: Iterable[str], name: str, row: Mapping | None = None, is_loaded: bool = False) -> DataError:
-    """The error for rows that are no pairs: what was found, what is needed, what they are instead, and the fix.
+    """Return the error for rows that are no pairs: what was found, what is needed, what they are instead, and the fix.
 
     `name` says where the rows are. `is_loaded`: they are a `datasets.Dataset` at hand, which can be mended as one.
     """
@@ -134,7 +134,7 @@ def without_sides(columns: Iterable[str], name: str, row: Mapping | None = None,
 
 
 def convert(dataset, places: Sequence[str] = ()):
-    """An alpaca or sharegpt data set (a `datasets.Dataset`) in TRL's conversational type; others as they are.
+    """Convert an alpaca or sharegpt data set (a `datasets.Dataset`) to TRL's conversational type; others as they are.
 
     alpaca: instruction, and input below it, become the user's message, after a system message and `history` where the
     row has them. sharegpt: `human` becomes user, `gpt` assistant, `observation` tool; messages with role and content
@@ -159,7 +159,7 @@ def convert(dataset, places: Sequence[str] = ()):
 
 
 def convert_row(row: Mapping, found: Format, place: str = NO_PLACE) -> dict:
-    """The columns that `convert` makes of one row of the kind `found`, which says where it is in errors."""
+    """Return the columns that `convert` makes of one row of the kind `found`, which says where it is in errors."""
     if found.kind in (ALPACA, ALPACA_PREFERENCE):
         prompt = []
         for question, answer in row.get("history") or ():
@@ -220,7 +220,10 @@ def _message(role: str, content) -> list[dict]:
 
 
 def _behind_prompt(row: Mapping, prompt: list[dict], place: str) -> dict:
-    """The prompt of an alpaca row and its two answers; whole conversations that begin with the prompt are cut there."""
+    """Return the prompt of an alpaca row and its two answers.
+
+    Whole conversations that begin with the prompt are cut there.
+    """
     sides = {side: _answer(row[side], side, place) for side in ("chosen", "rejected")}
     systems = ("system", "developer")
     if sides["chosen"][0]["role"] in systems and prompt[0]["role"] not in systems:
@@ -240,7 +243,7 @@ def _behind_prompt(row: Mapping, prompt: list[dict], place: str) -> dict:
 
 
 def _begins_with(messages: list[dict], prompt: list[dict]) -> bool:
-    """Whether a conversation begins with the messages of a prompt, up to blanks around them, and goes on."""
+    """Tell whether a conversation begins with the messages of a prompt, up to blanks around them, and goes on."""
 
     def said(turns: list[dict]) -> list:
         contents = [turn.get("content") for turn in turns]
@@ -262,7 +265,7 @@ def _answer(value, side: str, place: str) -> list[dict]:
 
 
 def messages_of(turns: list, column: str, place: str) -> list[dict]:
-    """The messages of turns with from and value, or role and content. Raises DataError with the place."""
+    """Return the messages of turns with from and value, or role and content. Raises DataError with the place."""
     messages = []
     for turn in turns:
         if not isinstance(turn, Mapping):
@@ -286,7 +289,7 @@ def messages_of(turns: list, column: str, place: str) -> list[dict]:
 
 
 def style_of(value, column: str, place: str) -> str:
-    """`a text` or `a list of messages`; DataError for anything else."""
+    """Return `a text` or `a list of messages`; DataError for anything else."""
     if isinstance(value, str):
         return "a text"
     problem = None
@@ -325,7 +328,7 @@ def message_problem(message) -> str | None:
 
 
 def is_empty(side) -> bool:
-    """Whether a side says nothing: of messages, the last one counts."""
+    """Tell whether a side says nothing: of messages, the last one counts."""
     if isinstance(side, str):
         return not side.strip()
     content = side[-1].get("content")
@@ -339,7 +342,7 @@ def is_empty(side) -> bool:
 
 
 def described(value) -> str:
-    """A value of the wrong type in a few words."""
+    """Describe a value of the wrong type in a few words."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):

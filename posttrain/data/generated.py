@@ -23,7 +23,7 @@ SYSTEM_PROMPT = "Reverse the list."
 
 
 def reverse_list_pairs(n: int, seed: int, words: int = 3, exclude: Iterable[dict] = ()):
-    """`n` conversational preference pairs about reversing a list of `words` distinct words.
+    """Make `n` conversational preference pairs about reversing a list of `words` distinct words.
 
     The chosen answer is the list in reverse; the rejected one another order of the same words, uniform over
     the wrong orders. Both sides hold the same words, so their order alone tells them apart. No two lists of
@@ -63,7 +63,7 @@ def reverse_list_pairs(n: int, seed: int, words: int = 3, exclude: Iterable[dict
 
 
 def reversed_share(prompt: list[dict], answer: list[dict]) -> float:
-    """The share of a list's words that an answer has in their place of the reversed list."""
+    """Return the share of a list's words that an answer has in their place of the reversed list."""
     right = prompt[-1]["content"].split(", ")[::-1]
     given = answer[-1]["content"].split(", ")
     return sum(one == other for one, other in zip(given, right, strict=False)) / len(right)
@@ -96,7 +96,7 @@ def arithmetic_tasks(
     conversational: bool = True,
     exclude: Iterable[dict] = (),
 ):
-    """`n` sums such as 12 + 7 - 3 with their solution worked step by step.
+    """Make `n` sums such as 12 + 7 - 3 with their solution worked step by step.
 
     Args:
         operands: fewest and most numbers in a task, at least 2; uniform between.
@@ -151,7 +151,7 @@ def modular_sum_tasks(
     conversational: bool = False,
     exclude: Iterable[dict] = (),
 ):
-    """`n` sums modulo a number, easy when short and hard when long: for small models trained from nothing.
+    """Make `n` sums modulo a number, easy when short and hard when long: for small models trained from nothing.
 
     As text, `7+5+9=` with the worked demonstration `7 2 1`: the running sums, the last of which is the answer. The
     characters are those of MODULAR_SUM_CHARACTERS. Without steps a guess is right once in `modulus` times, however
@@ -193,7 +193,7 @@ def modular_sum_tasks(
 
 
 def _distinct_tasks(n, name, draw, row, available, exclude, pattern, advice):
-    """`n` rows of different tasks. `pattern` finds the task in a prompt; spaces do not count."""
+    """Draw `n` rows of different tasks. `pattern` finds the task in a prompt; spaces do not count."""
     from datasets import Dataset
 
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -225,7 +225,7 @@ def _number(generator: random.Random, digits: int) -> int:
 
 
 def _work_out(parts: list[str]) -> tuple[list[str], str, int]:
-    """The steps as lines, the answer, and the columns of digits worked on."""
+    """Return the steps as lines, the answer, and the columns of digits worked on."""
     steps, difficulty = [], 0
     while len(parts) > 1:
         at = parts.index("*") if "*" in parts else 1

@@ -3,9 +3,8 @@
 import re
 from collections.abc import Callable, Iterable
 from inspect import signature
-from urllib.parse import unquote
 
-from posttrain.checks import near
+from posttrain.checks import check_option, parse_query, parse_scalar
 from posttrain.data.generated import arithmetic_tasks, modular_sum_tasks, reverse_list_pairs
 from posttrain.data.tasks.gym import gym_tasks
 from posttrain.errors import ConfigError
@@ -42,7 +41,7 @@ def make(source: str, split: str = "train", kind: str | None = None, conversatio
     made, function = _MADE.get(name, (None, None)) if family == "generated" else (TASKS, gym_tasks)
     if made is None or kind not in (None, made):
         raise ConfigError(f"{source!r} {_what(made)}; {_known(kind)}.")
-    options = _options(query, source)
+    options = {key: _value(key, text) for key, text in parse_query(query, repr(source)).items()}
     n, seed = options.pop("n", 256), options.pop("seed", 0)
     for key, value in (("n", n), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -79,32 +78,13 @@ def _known(kind: str | None) -> str:
 def _check_options(source: str, options: dict, function: Callable) -> None:
     known = ["n", "seed", *(name for name in signature(function).parameters if name not in ("n", "seed", "exclude"))]
     for option in options:
-        if option not in known:
-            close = near(option, known)
-            hint = f"; did you mean {close!r}?" if close else "."
-            raise ConfigError(f"{source!r} has no option {option!r} (it has {', '.join(known)}){hint}")
+        check_option(repr(source), option, known)
 
 
-def _options(query: str, source: str) -> dict:
-    options = {}
-    for part in filter(None, query.split("&")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ConfigError(f"{source!r}: write options as key=value, joined by &.")
-        # + is an operator here, not a space as in web addresses
-        options[key] = _scalar(key, unquote(value))
-    return options
-
-
-def _scalar(key: str, text: str):
+def _value(key: str, text: str):
     span = re.fullmatch(r"(\d+)-(\d+)", text)
     if span and key in _RANGES:
         return int(span[1]), int(span[2])
     if key in _RANGES and text.isdigit():
         return int(text), int(text)
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text, text)
+    return parse_scalar(text)

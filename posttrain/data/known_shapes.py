@@ -54,14 +54,14 @@ def _said(role: str, text) -> dict:
 
 
 def _pair(prompt, better, worse, **others) -> list[dict]:
-    """A pair of a prompt, which is a text or messages, and two answers, which are texts or messages."""
+    """Make a pair of a prompt, which is a text or messages, and two answers, which are texts or messages."""
     prompt = prompt if isinstance(prompt, list) else [_said("user", prompt)]
     sides = [side if isinstance(side, list) else [_said("assistant", side)] for side in (better, worse)]
     return [{"prompt": prompt, "chosen": sides[0], "rejected": sides[1], **others}]
 
 
 def _split(chosen: list, rejected: list) -> list[dict]:
-    """A pair of two whole conversations: what they share up to a turn of the user is the prompt."""
+    """Make a pair of two whole conversations: what they share up to a turn of the user is the prompt."""
     if not is_messages(chosen) or not is_messages(rejected):
         raise TypeError("a side is no conversation")
     unanswered = without_answer(chosen, rejected)
@@ -78,7 +78,9 @@ def _split(chosen: list, rejected: list) -> list[dict]:
 
 
 def transcript(text: str) -> list[dict]:
-    """The messages of a text like `\\n\\nHuman: Hello\\n\\nAssistant: Hi`; turns of one speaker in a row are joined.
+    """Return the messages of a text like `\\n\\nHuman: Hello\\n\\nAssistant: Hi`.
+
+    Turns of one speaker in a row are joined.
 
     An open turn of the assistant at the end is left out. Raises ValueError for a text that does not begin so.
     """
@@ -96,13 +98,13 @@ def transcript(text: str) -> list[dict]:
 
 
 def _open_transcript(text: str) -> list[dict]:
-    """The messages of a transcript that ends where the assistant is to speak."""
+    """Return the messages of a transcript that ends where the assistant is to speak."""
     messages = transcript(text)
     return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
 
 
 def _behind(prompt: str, answer: str) -> str:
-    """An answer without the prompt, which some copies put in front of it once more."""
+    """Return an answer without the prompt, which some copies put in front of it once more."""
     return answer.strip().removeprefix(prompt.strip()).strip()
 
 
@@ -113,7 +115,7 @@ def _is_transcript(value, is_open: bool = False) -> bool:
 
 
 def _whole(row: Mapping) -> bool:
-    """Whether both sides are conversations that begin with the prompt."""
+    """Tell whether both sides are conversations that begin with the prompt."""
     return all(is_messages(row[side]) and len(row[side]) > 1 for side in ("chosen", "rejected"))
 
 
@@ -136,7 +138,7 @@ def _messages_answer_a_text(row: Mapping) -> bool:
 
 
 def _is_answer(side) -> bool:
-    """Whether a side is a text, or messages that begin with the assistant's."""
+    """Tell whether a side is a text, or messages that begin with the assistant's."""
     return isinstance(side, str) or (is_messages(side) and side[0]["role"] == "assistant")
 
 
@@ -145,7 +147,7 @@ def _are_texts(*columns: str) -> Callable[[Mapping], bool]:
 
 
 def _number(value, name: str) -> float:
-    """A score; a text of digits counts. Raises DataError for null, NaN and what is no number."""
+    """Read a score; a text of digits counts. Raises DataError for null, NaN and what is no number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -157,7 +159,7 @@ def _number(value, name: str) -> float:
 
 
 def _has_score(one: Mapping) -> bool:
-    """Whether an answer of UltraFeedback's has a score: of some, the judge gave none, or N/A."""
+    """Tell whether an answer of UltraFeedback's has a score: of some, the judge gave none, or N/A."""
     return not is_missing(one["overall_score"]) and one["overall_score"] != "N/A"
 
 
@@ -173,7 +175,7 @@ def _scored_completions(row: Mapping, least: int = 2) -> list[tuple[float, str]]
 
 
 def _best_and_worst(prompt, answers: Sequence[tuple[float, str]], is_rank: bool = False) -> list[dict]:
-    """The pair of the best and the worst answer; `is_rank`: the least number is the best."""
+    """Return the pair of the best and the worst answer; `is_rank`: the least number is the best."""
     ordered = sorted(answers, key=lambda answer: answer[0] if is_rank else -answer[0])
     (best, better), (worst, worse) = ordered[0], ordered[-1]
     if best == worst:
@@ -183,7 +185,7 @@ def _best_and_worst(prompt, answers: Sequence[tuple[float, str]], is_rank: bool 
 
 
 def _by_index(row: Mapping, names: Sequence[str], better, scores: Sequence[str] = ()) -> list[dict]:
-    """The pair of two columns of which `better` (0 or 1) says which one is chosen."""
+    """Return the pair of two columns of which `better` (0 or 1) says which one is chosen."""
     if better not in (0, 1):
         raise ValueError(f"the better answer is {better!r}, not 0 or 1")
     order = (int(better), 1 - int(better))
@@ -209,12 +211,12 @@ def _by_score(row: Mapping, prompt: str, names: Sequence[str], scores: Sequence[
 
 
 def _asked(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Mapping], list[dict]]:
-    """Pairs whose prompt is a column of its own."""
+    """Read pairs whose prompt is a column of its own."""
     return lambda row: _pair(row[column], row[chosen], row[rejected])
 
 
 def _of_helpsteer(text: str) -> list[dict]:
-    """HelpSteer's prompts: further turns stand behind marks in the text."""
+    """Read HelpSteer's prompts: further turns stand behind marks in the text."""
     first, *parts = re.split(r"\n?<extra_id_1>(User|Assistant)\n", text)
     turns = [_said(_SPEAKERS[who], said) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     while turns and not turns[-1]["content"]:

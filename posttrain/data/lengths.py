@@ -15,7 +15,7 @@ QUANTILES = {"50%": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
 
 
 def quantiles(values: Sequence[int]) -> dict[str, int]:
-    """The median, the 90% and 99% quantiles and the maximum: each the smallest value that covers that share."""
+    """Return the median, the 90% and 99% quantiles and the maximum: each the smallest value that covers that share."""
     ordered = sorted(values)
     return {name: ordered[max(math.ceil(share * len(ordered)), 1) - 1] for name, share in QUANTILES.items()}
 
@@ -58,7 +58,10 @@ class Lengths:
 
 
 def said_of_prompts(found: Lengths, name: str) -> str:
-    """A sentence about prompts that lose their end before an answer; empty where none does. `name`: of the data set."""
+    """Return a sentence about prompts that lose their end before an answer.
+
+    Empty where none does. `name`: of the data set.
+    """
     if not found.shortened_prompts:
         return ""
     return (
@@ -105,12 +108,14 @@ def measure(dataset, processing_class, places: Sequence[str], max_length: int | 
 
 
 def end_of_turn_tokens(tokenizer) -> set[int]:
-    """Token ids that can end a turn: eos, and those that were added to the vocabulary, as TRL's own check has it."""
+    """Return the token ids that can end a turn: eos, and those that were added to the vocabulary, as TRL's own check
+    has it.
+    """
     return {*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id} - {None}
 
 
 def last_token(ids: list[int], tokenizer, blanks: dict[int, bool] | None = None) -> int | None:
-    """The last token that is not blank; None if there is none. `blanks` remembers which ids are."""
+    """Return the last token that is not blank; None if there is none. `blanks` remembers which ids are."""
     blanks = {} if blanks is None else blanks
     for token in reversed(ids):
         if token not in blanks:

@@ -59,7 +59,7 @@ class Limits:
         return False
 
     def beyond(self, tokenizer) -> dict[int, str]:
-        """The tokenizer's tokens that the embedding has no row for."""
+        """Return the tokenizer's tokens that the embedding has no row for."""
         return {index: token for token, index in tokenizer.get_vocab().items() if index >= self.vocabulary}
 
     def check_tokenizer(self, processing_class) -> None:
@@ -99,13 +99,13 @@ class Limits:
                 rows = tokenized_pairs(datasets[name], processing_class)
                 self.check_ids((itertools.chain(*row.values()) for row in rows), processing_class, name)
             self.check_length(min(report.lengths.longest, most or math.inf), name, _SHORTER)
-            self._say_unused(tokenizer_of(processing_class))
+            self._log_unused_tokens(tokenizer_of(processing_class))
 
     def check_answers(self, dataset, processing_class, args, name: str) -> None:
         """As `check`, of scored answers with the column input_ids."""
         self.check_tokenizer(processing_class)
         self.check(dataset, (("input_ids",),), processing_class, name, args.max_length)
-        self._say_unused(tokenizer_of(processing_class))
+        self._log_unused_tokens(tokenizer_of(processing_class))
 
     def check_prompts(self, dataset, processing_class, args, name: str) -> None:
         """As `check`, of prompts with rollouts of up to `max_completion_length` tokens behind them.
@@ -142,7 +142,7 @@ class Limits:
             ids = render(row["prompt"], row, tokenizer, place, add_generation_prompt=True, **kwargs)
             self._check_row(ids, tokenizer, place)
             longest = max(longest, len(ids))
-        self._say_unused(tokenizer)
+        self._log_unused_tokens(tokenizer)
         self.check_length(
             longest + args.max_completion_length,
             name,
@@ -172,7 +172,7 @@ class Limits:
             self._said.add(name)
             get_logger().warning("%s; it was not trained on further ones. %s", found, advice)
 
-    def _say_unused(self, tokenizer) -> None:
+    def _log_unused_tokens(self, tokenizer) -> None:
         """Say that the tokenizer has tokens that the embedding lacks, and that no row holds."""
         beyond = self.beyond(tokenizer)
         if beyond and "tokenizer" not in self._said:
@@ -207,7 +207,7 @@ def _embedding_rows(model) -> int | None:
 
 
 def _positions(config) -> float:
-    """The positions of a model's config, scaled as it says; infinite where it says none."""
+    """Return the positions of a model's config, scaled as it says; infinite where it says none."""
     given = getattr(config, "max_position_embeddings", None)
     if not isinstance(given, int) or given <= 0:
         return math.inf
@@ -221,7 +221,7 @@ def _positions(config) -> float:
 
 
 def _extent(dataset, sequences: Sequence[Sequence[str]]) -> tuple[int, int]:
-    """The largest id and the longest sequence, without a Python number for every id."""
+    """Return the largest id and the longest sequence, without a Python number for every id."""
     import pyarrow.compute as pc
 
     names = list(dict.fromkeys(column for columns in sequences for column in columns))

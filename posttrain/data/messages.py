@@ -11,12 +11,12 @@ SYSTEM = ("system", "system_prompt")
 
 
 def is_messages(value) -> bool:
-    """Whether a value is a conversation as TRL takes it: a list of objects with a role."""
+    """Tell whether a value is a conversation as TRL takes it: a list of objects with a role."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
 def without_open_turn(prompt):
-    """A prompt without empty turns of the assistant at its end; the value itself where there is none.
+    """Return a prompt without empty turns of the assistant at its end; the value itself where there is none.
 
     A turn with a call or a thought is not empty.
     """
@@ -29,7 +29,7 @@ def without_open_turn(prompt):
 
 
 def system_column(row: Mapping) -> str | None:
-    """The column that holds a row's system message; None where there is none."""
+    """Return the column that holds a row's system message; None where there is none."""
     for column in SYSTEM:
         value = row.get(column)
         if value is not None and not (isinstance(value, str) and not value.strip()):
@@ -38,7 +38,7 @@ def system_column(row: Mapping) -> str | None:
 
 
 def system_in_front(row: Mapping, place: str) -> dict:
-    """The columns of a row that change where its system message is put in front of its conversation.
+    """Return the columns of a row that change where its system message is put in front of its conversation.
 
     That is the prompt, or without one both sides. Nothing changes in rows of texts, in those without a system message,
     and in those that begin with it. Raises DataError for a system message that is no text, and for a conversation that
@@ -54,7 +54,7 @@ def system_in_front(row: Mapping, place: str) -> dict:
 
 
 def with_system(row: Mapping, messages: list, name: str, place: str) -> list:
-    """Messages with the system message of their row in front, the list itself where that changes nothing.
+    """Put the system message of their row in front of messages, the list itself where that changes nothing.
 
     `name`: what the messages are called in errors. Raises as `system_in_front`.
     """
@@ -83,7 +83,7 @@ def _system_of(row: Mapping, column: str, place: str) -> str:
 
 
 def _text(content) -> str:
-    """The text of a message's content, blocks of text joined."""
+    """Return the text of a message's content, blocks of text joined."""
     if isinstance(content, list):
         return "".join(block.get("text") or "" for block in content if isinstance(block, Mapping))
     return content or ""

@@ -26,7 +26,7 @@ _PLAIN = ({"role", "content"}, {"from", "value"})
 
 
 def exact(rows: Sequence[Mapping], names: Iterable[str] | None = None, places: Sequence[str] = ()):
-    """A `datasets.Dataset` of rows whose nested values come out as they went in.
+    """Make a `datasets.Dataset` of rows whose nested values come out as they went in.
 
     Columns of texts, numbers and messages that all have the same keys, with texts, are what `Dataset.from_list` makes
     of them; others are stored as JSON (`datasets.Json`).
@@ -56,7 +56,8 @@ def exact(rows: Sequence[Mapping], names: Iterable[str] | None = None, places: S
 
 
 def restored(dataset, columns: Iterable[str] = COLUMNS):
-    """A data set with its messages, tools and template settings as the rows had them, and blocks of text as text.
+    """Return a data set with its messages, tools and template settings as the rows had them, and blocks of text as
+    text.
 
     What Arrow filled up with null is left out again; a null that a row really had in an object goes with it, as the
     two cannot be told apart. Columns that are stored as JSON hold their nulls. Null for `chat_template_kwargs` becomes
@@ -85,7 +86,7 @@ def restored(dataset, columns: Iterable[str] = COLUMNS):
 
 
 def without_empty_images(dataset, name: str):
-    """A data set without columns of images that are empty in all rows, which is said; `name`: what it is called.
+    """Return a data set without columns of images that are empty in all rows, which is said; `name`: what it is called.
 
     Trainers go by the column alone, and take its rows for images.
     """
@@ -107,7 +108,7 @@ def _is_empty_column(dataset, column: str) -> bool:
 
 
 def names_of(dataset) -> list[str]:
-    """The names of a data set's columns; of a stream that does not know them, those of its first row.
+    """Return the names of a data set's columns; of a stream that does not know them, those of its first row.
 
     Empty for what is no data set.
     """
@@ -119,7 +120,7 @@ def names_of(dataset) -> list[str]:
 
 
 def unpadded(dataset) -> Iterator[dict]:
-    """The rows of a `datasets.Dataset` without the nulls that Arrow filled their objects up with."""
+    """Return the rows of a `datasets.Dataset` without the nulls that Arrow filled their objects up with."""
     features = dataset.features
     nested = [name for name, feature in features.items() if _is_nested(feature)]
     for row in dataset:
@@ -127,12 +128,15 @@ def unpadded(dataset) -> Iterator[dict]:
 
 
 def as_json(value: list | None) -> list[str] | None:
-    """Messages as the JSON texts that a column of `List(Json())` takes: `datasets` would write fewer digits itself."""
+    """Write messages as the JSON texts that a column of `List(Json())` takes: `datasets` would write fewer digits
+    itself.
+    """
     return value and [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value]
 
 
 def flattened(value):
-    """Messages as templates expect them: lists of nothing but blocks of text joined, and without calls that are none.
+    """Return messages as templates expect them: lists of nothing but blocks of text joined, and without calls that
+    are none.
 
     Null, `[]` and `{}` for `tool_calls` or `function_call` are no call, though many templates look for the key alone.
     Where nothing is to be done the value itself is returned.
@@ -154,7 +158,7 @@ def _calls_nothing(message) -> bool:
 
 
 def quietly_mapped(dataset, function, **kwargs):
-    """`dataset.map`, without a bar."""
+    """Call `dataset.map`, without a bar."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
@@ -175,7 +179,7 @@ def _is_text_blocks(message) -> bool:
 
 
 def _kind(values: list) -> str | None:
-    """How a column is to be stored: None where Arrow keeps it as it is."""
+    """Tell how a column is to be stored: None where Arrow keeps it as it is."""
     there = [value for value in values if value is not None]
     if there and all(isinstance(value, Mapping) for value in there):
         return _OBJECTS
@@ -202,7 +206,7 @@ def _may_be_said(item: Mapping) -> bool:
 
 
 def _as_json(values: list, name: str, places: Sequence[str] = ()) -> list | None:
-    """The objects of a column as JSON texts; None where they hold what JSON does not have."""
+    """Return the objects of a column as JSON texts; None where they hold what JSON does not have."""
     from datasets.features.features import Json
 
     read, made, rounded = Json().decode_example, [], None
@@ -257,7 +261,10 @@ def _restored(value, name: str, feature):
 
 
 def _unpadded(value, feature):
-    """A value without the null entries of its objects, as far as they are Arrow's; a message keeps its content."""
+    """Return a value without the null entries of its objects, as far as they are Arrow's.
+
+    A message keeps its content.
+    """
     from datasets.features.features import Json
 
     if isinstance(feature, Json):
@@ -284,7 +291,7 @@ def _item(feature):
 
 
 def _is_nested(feature) -> bool:
-    """Whether a column holds objects, or lists of them."""
+    """Tell whether a column holds objects, or lists of them."""
     from datasets.features.features import Json
 
     feature = feature if _item(feature) is None else _item(feature)
@@ -292,7 +299,7 @@ def _is_nested(feature) -> bool:
 
 
 def _may_be_padded(feature) -> bool:
-    """Whether a column's objects have more than a role and a text."""
+    """Tell whether a column's objects have more than a role and a text."""
     from datasets.features.features import Json, Value
 
     item = _item(feature)
@@ -314,7 +321,7 @@ def _holds_images(feature) -> bool:
 
 
 def _with_blocks(dataset, names: Sequence[str]) -> list[str]:
-    """Those of the columns, none of which Arrow filled up, that have content to flatten or a null to replace."""
+    """Return those of the columns, none of which Arrow filled up, with content to flatten or a null to replace."""
     found, left = set(), list(names)
     for batch in dataset.with_format(None).select_columns(left).iter(1000) if left else ():
         for name in left:
@@ -327,7 +334,7 @@ def _with_blocks(dataset, names: Sequence[str]) -> list[str]:
 
 
 def _mended(dataset, changed: Mapping):
-    """The data set with the columns `changed`, of these features, restored and stored as JSON."""
+    """Return the data set with the columns `changed`, of these features, restored and stored as JSON."""
     from datasets import Features, Json, List
 
     kinds = {name: Json() if _item(feature) is None else List(Json()) for name, feature in changed.items()}

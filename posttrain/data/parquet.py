@@ -8,7 +8,7 @@ from posttrain.log import get_logger
 
 
 def read_parquet(path: Path, needed: Iterable[str] = ()):
-    """A parquet file as a `datasets.Dataset`, without the columns of types that this cannot hold, which is said.
+    """Read a parquet file as a `datasets.Dataset`, without the columns of types that this cannot hold, which is said.
 
     Such are maps, and extension types like UUIDs. `needed`: names of columns that are not left out. Raises DataError
     for a file that cannot be read, and for one of those columns of such a type.

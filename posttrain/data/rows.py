@@ -11,12 +11,12 @@ read_rows = sources.read_rows
 
 
 def columns_of(rows: Iterable[dict]) -> list[str]:
-    """The names that any row has, in the order in which they come up."""
+    """Return the names that any row has, in the order in which they come up."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def as_dataset(rows: list[dict], source: str):
-    """A `datasets.Dataset` of the columns that some kind of data set has; null where a row lacks one.
+    """Make a `datasets.Dataset` of the columns that some kind of data set has; null where a row lacks one.
 
     Nested values are kept as the rows have them.
 
@@ -35,7 +35,8 @@ def as_dataset(rows: list[dict], source: str):
 
 
 def cells(rows: list[dict], places: list[str]):
-    """A `datasets.Dataset` of the same rows with every value as JSON text, and null where a row lacks the column.
+    """Make a `datasets.Dataset` of the same rows with every value as JSON text, and null where a row lacks the
+    column.
 
     Whatever the values are, they come out of `rows_of` as they went in. A bool column `flipped` stays one. Raises
     DataError for a value that JSON cannot hold, with one of the `places`.
@@ -56,21 +57,21 @@ def cells(rows: list[dict], places: list[str]):
 
 
 def rows_of(dataset) -> Iterable[dict]:
-    """The rows of a data set that `cells` made."""
+    """Return the rows of a data set that `cells` made."""
     for row in dataset:
         there = {name: value for name, value in row.items() if value is not None}
         yield {name: value if name == "flipped" else json.loads(value) for name, value in there.items()}
 
 
 def refuse_splits(train_dataset) -> None:
-    """DataError for several data sets by name in the place of the one to train on."""
+    """Raise DataError for several data sets by name in the place of the one to train on."""
     if isinstance(train_dataset, Mapping):
         splits = ", ".join(map(str, train_dataset))
         raise DataError(f"train_dataset is a {type(train_dataset).__name__}; give one of its splits: {splits}.")
 
 
 def by_name(eval_dataset) -> dict:
-    """No, one or several data sets by their names."""
+    """Name the data sets of no, one or several by their names."""
     if eval_dataset is None:
         return {}
     return dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}

@@ -19,7 +19,7 @@ __all__ = [
 
 
 def find(columns: Iterable[str], row: Mapping, kinds: Sequence[str] = KINDS, name: str = "the data set"):
-    """The shape of a data set whose first row is `row`: of the first of the `kinds` that has one; else None.
+    """Return the shape of a data set whose first row is `row`: of the first of the `kinds` that has one; else None.
 
     Raises DataError where two shapes of a kind fit.
     """
@@ -46,7 +46,7 @@ def find(columns: Iterable[str], row: Mapping, kinds: Sequence[str] = KINDS, nam
 
 
 def of_any_kind(columns: Sequence[str], row: Mapping, kind: str | None, name: str) -> Shape:
-    """The shape of rows that are to be converted to one `kind`, or to the only one that they can be.
+    """Return the shape of rows that are to be converted to one `kind`, or to the only one that they can be.
 
     Raises DataError where there is none, or where rows can be of several kinds and none is named.
     """
@@ -69,7 +69,7 @@ def of_any_kind(columns: Sequence[str], row: Mapping, kind: str | None, name: st
 
 
 def as_ours(rows: list, places: list[str], shape: Shape | None, name: str) -> tuple[list[dict], list[str]]:
-    """Rows of a shape, or without one as they are, with their system messages in front of the conversation."""
+    """Convert rows of a shape, or without one as they are, with their system messages in front of the conversation."""
     if shape is not None:
         found = list(_read_as(shape, zip(places, rows, strict=True), name))
         rows, places = [row for _, row in found], [place for place, _ in found]
@@ -78,7 +78,7 @@ def as_ours(rows: list, places: list[str], shape: Shape | None, name: str) -> tu
 
 
 def read(found: Iterable[tuple[str, object]], kinds: Sequence[str], name: str) -> Iterator[tuple[str, object]]:
-    """Rows with their places, converted where the first of them is of a known shape, which is said.
+    """Read rows with their places, converted where the first of them is of a known shape, which is said.
 
     Raises DataError with its place for a row that lacks what the shape has, and where all rows are left out.
     """
@@ -121,7 +121,10 @@ def read_all(rows: Sequence, places: Sequence[str], kinds: Sequence[str], name: 
 
 
 def convert_row(row, shape: Shape, place: str = "the row") -> list[dict]:
-    """The rows that a row becomes; columns that take no part stay. Raises DataError with its place, and LeftOut."""
+    """Return the rows that a row becomes.
+
+    Columns that take no part stay. Raises DataError with its place, and LeftOut.
+    """
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: a row must be an object.")
     missing = [column for column in shape.columns if row.get(column) is None]
@@ -144,7 +147,9 @@ def convert_row(row, shape: Shape, place: str = "the row") -> list[dict]:
 
 
 def convert(dataset, name: str = "the data set", kinds: Sequence[str] = (PAIRS,)):
-    """A `datasets.Dataset` of a known shape as rows of ours; alpaca and sharegpt as `formats.convert`; others as are.
+    """Convert a `datasets.Dataset` of a known shape to rows of ours.
+
+    Alpaca and sharegpt as `formats.convert`; others as are.
 
     `kinds`: what is wanted: PAIRS, ANSWERS, TASKS; of several, the first that the shape has. Raises as `read`.
     """

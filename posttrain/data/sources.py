@@ -10,7 +10,7 @@ from pathlib import Path
 from posttrain.data import generators, objects
 from posttrain.data.columns import READ
 from posttrain.data.parquet import read_parquet
-from posttrain.errors import DataError, EnvironmentIssue
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.remote import offline_reason, out_of_reach, reads_as_path
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
@@ -25,7 +25,7 @@ def is_file_name(source: str) -> bool:
 
 
 def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exception) -> DataError:
-    """The error to raise where the values of some column have no common type, which pyarrow said as `error`."""
+    """Return the error to raise where the values of some column have no common type, which pyarrow said as `error`."""
     seen: dict[str, tuple[str, str]] = {}
     for place, row in zip(places, rows, strict=True):
         half = _half_character(row)
@@ -45,13 +45,13 @@ def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exce
 
 
 def _half_character(row: dict) -> str | None:
-    """A lone surrogate, which JSON can write and a text cannot hold."""
+    """Find a lone surrogate, which JSON can write and a text cannot hold."""
     found = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str))
     return found and found.group()
 
 
 def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
-    """What kind of value a column holds, and each part of it; null may stand for any."""
+    """Tell what kind of value a column holds, and each part of it; null may stand for any."""
     if value is None:
         return
     names = {
@@ -70,7 +70,7 @@ def _kinds(value, name: str) -> Iterator[tuple[str, str]]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Each row with the words that say where it is."""
+    """Read each row with the words that say where it is."""
     opener = gzip.open if path.suffix == ".gz" else open
     number = 1
     try:
@@ -115,7 +115,11 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def load_hub(source: str, split: str):
+def load_hub(source: str, split: str, **given):
+    """Load a split of a hub data set, or of a folder that `datasets` reads or wrote.
+
+    `given`: `name`, `data_dir` and `data_files` of `datasets.load_dataset`, as far as they are set.
+    """
     from datasets import load_dataset
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetsError
@@ -123,7 +127,7 @@ def load_hub(source: str, split: str):
     if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
         return load_saved(source, split)
     try:
-        return load_dataset(source, split=split)
+        return load_dataset(source, split=split, **given)
     except EmptyDatasetError:
         raise DataError(
             f"the data set {source!r} is a folder without data files that can be read; give a file "
@@ -135,11 +139,19 @@ def load_hub(source: str, split: str):
                 f"the data set {source!r} is no file or folder here, and the hub cannot be reached. "
                 f"{offline_reason()}, or give a local file."
             ) from None
-        raise DataError(f"the data set {source!r} (split {split!r}) cannot be loaded: {error}") from None
+        what = ", ".join(f"{name} {value!r}" for name, value in (*given.items(), ("split", split)))
+        raise DataError(f"the data set {source!r} ({what}) cannot be loaded: {error}") from None
+
+
+def refuse_hub_settings(source: str, given: dict) -> None:
+    """Refuse settings of `load_hub` for a local file."""
+    if given and is_file_name(source):
+        name = next(iter(given))
+        raise ConfigError(f"{source}: {name} is {given[name]!r}, which is for data sets of the hub; leave it out.")
 
 
 def load_saved(source: str, split: str):
-    """What `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
+    """Tell what `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -158,16 +170,17 @@ def kind_of(value) -> str:
     return names.get(type(value), repr(value))
 
 
-def read_rows(source: str, split: str = "train", limit: int | None = None) -> tuple[list[dict], list[str]]:
-    """The rows of a source as plain objects, and the words that say where each one is.
+def read_rows(source: str, split: str = "train", limit: int | None = None, **given) -> tuple[list[dict], list[str]]:
+    """Return the rows of a source as plain objects, and the words that say where each one is.
 
     `source`: what `load_preferences` takes: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub id, or what
-    `generators.make` makes. `limit`: the first rows only.
+    `generators.make` makes. `limit`: the first rows only. `given`: as in `load_hub`, for hub data sets alone.
 
     Raises DataError for a missing file, an unknown kind of file, broken JSON (with the line), rows that are no objects
     and empty data; EnvironmentIssue where the hub cannot be reached.
     """
     path = Path(source).expanduser()
+    refuse_hub_settings(source, given)
     if not generators.is_made(source) and is_file_name(source):
         if not path.exists():
             raise DataError(f"{path} does not exist (working folder: {Path.cwd()}).")
@@ -175,8 +188,8 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> tu
             raise DataError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}.")
         found = _parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     else:
-        load = generators.make if generators.is_made(source) else load_hub
-        found = objects.unpadded(load(source, split))
+        made = generators.is_made(source)
+        found = objects.unpadded(generators.make(source, split) if made else load_hub(source, split, **given))
         found = ((f"{source}, row {number}", row) for number, row in enumerate(found, 1))
     rows, places = [], []
     for place, row in found:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,17 +10,11 @@ from posttrain.data import formats, objects
 from posttrain.data.pairs import faults
 from posttrain.data.rendering import applied, closers, continued
 from posttrain.data.rendering.refusals import refusal
+from posttrain.data.row_options import check_settings, tools_of, with_read_tools
 from posttrain.errors import ConfigError, DataError
 from posttrain.remote import check_model_name, model_failure
 
 _READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-
-# Arguments of `apply_chat_template` that training gives
-_NO_SETTINGS = (
-    *("add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors", "padding"),
-    *("return_assistant_tokens_mask", "truncation", "max_length", "tokenizer", "processing_class", "tools"),
-    *("conversation", "messages"),
-)
 
 
 class TokenSequence(NamedTuple):
@@ -33,7 +26,7 @@ class TokenSequence(NamedTuple):
 
 
 def load_processing_class(model: str, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer (or processor) of a model: a hub id or a local folder.
+    """Return the tokenizer (or processor) of a model: a hub id or a local folder.
 
     Raises ConfigError where there is none, EnvironmentIssue where the hub would have to be asked and cannot be reached.
     """
@@ -47,7 +40,8 @@ def load_processing_class(model: str, revision: str | None = None, trust_remote_
 
 
 def processing_class_for(model, processing_class, args):
-    """The tokenizer or processor of a run with the training arguments `args`: the one given, else the model's own.
+    """Return the tokenizer or processor of a run with the training arguments `args`: the one given, else the model's
+    own.
 
     `model`: a hub id or folder, or a model. Raises as `load_processing_class`, and ConfigError for a model without a
     name.
@@ -63,14 +57,14 @@ def processing_class_for(model, processing_class, args):
 
 
 def tokenizer_of(processing_class):
-    """The tokenizer in a processor; a tokenizer as it is."""
+    """Return the tokenizer in a processor; a tokenizer as it is."""
     from transformers import ProcessorMixin
 
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def as_rendered(dataset, processing_class, learned: bool = True, name: str = ""):
-    """A data set as the chat template and the tokenizer are to see it, in training and in every check.
+    """Return a data set as the chat template and the tokenizer are to see it, in training and in every check.
 
     Nested values are as the rows had them, blocks of text are text (`objects.restored`), and texts with the template
     already applied begin and end once (`applied.without_doubles`). Words of the assistant at the end of a prompt are
@@ -82,13 +76,14 @@ def as_rendered(dataset, processing_class, learned: bool = True, name: str = "")
     if not hasattr(dataset, "column_names"):
         # what is no data set is refused where it is used
         return dataset
-    dataset = _with_read_tools(objects.restored(dataset), name)
+    dataset = with_read_tools(objects.restored(dataset), name)
     dataset = applied.without_doubles(dataset, tokenizer_of(processing_class), learned)
     return continued.joined(dataset)
 
 
 def as_learned(dataset, processing_class, place: str):
-    """A data set that TRL tokenised of what `as_rendered` made: prompts end where the row's do, and turns end once.
+    """Return a data set that TRL tokenised of what `as_rendered` made: prompts end where the row's do, and turns end
+    once.
 
     `place`: what the data set is called in errors.
     """
@@ -98,7 +93,7 @@ def as_learned(dataset, processing_class, place: str):
 
 
 def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> Iterator[dict]:
-    """The columns prompt_ids, chosen_ids and rejected_ids of each row, as `trl.DPOTrainer` makes them.
+    """Return the columns prompt_ids, chosen_ids and rejected_ids of each row, as `trl.DPOTrainer` makes them.
 
     Nothing is cut, dropped, cached, shown or written. `dataset`: a `datasets.Dataset` of preference rows, or of rows
     that are tokenised already. `places`: where each row is, for errors; default: its number, from 1. Raises DataError
@@ -149,13 +144,13 @@ def tokenized_pairs(dataset, processing_class, places: Sequence[str] = ()) -> It
 
 
 def _whole(row: Mapping, side: str) -> list | None:
-    """The messages of a row with one of its sides; None for texts."""
+    """Return the messages of a row with one of its sides; None for texts."""
     prompt, answer = row.get("prompt") or [], row.get(side)
     return [*prompt, *answer] if isinstance(prompt, list) and isinstance(answer, list) else None
 
 
 def sequences(row: Mapping, found: formats.Format, processing_class, place: str = "the row") -> list[TokenSequence]:
-    """What training would see of one row of the kind `found`; `place` says where it is, for errors.
+    """Tell what training would see of one row of the kind `found`; `place` says where it is, for errors.
 
     Preference rows give the sequences chosen and rejected; the tokens after the prompt are supervised. Of messages,
     the assistant's tokens are (as with TRL's `assistant_only_loss`) where the template marks them, or TRL has a form
@@ -197,7 +192,8 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
 
 
 def render(value, row: Mapping, processing_class, place: str, **options) -> list[int]:
-    """The token ids of a text, or of messages through the chat template with the row's tools and template settings.
+    """Return the token ids of a text, or of messages through the chat template with the row's tools and template
+    settings.
 
     `options` go to the template. Raises DataError for what the template or the tokenizer refuses.
     """
@@ -212,91 +208,8 @@ def _ids_of(messages: list, row: Mapping, processing_class, place: str, **option
     return render(messages, row, processing_class, place, **options)
 
 
-def tools_of(row: Mapping, place: str = "the row") -> list | None:
-    """The tools of a row, which a column may hold as JSON text, or as a list of JSON texts; None where it has none.
-
-    A blank text, null and an empty list are none. Raises DataError with `place` for a text that is no JSON, and for
-    tools that are no objects.
-    """
-    tools = _read_json(row.get("tools"), place)
-    if not tools:
-        return None
-    tools = [tools] if isinstance(tools, Mapping) else tools
-    read = [_read_json(tool, place) for tool in tools] if isinstance(tools, list) else [tools]
-    others = [tool for tool in read if not isinstance(tool, Mapping)]
-    if others:
-        raise DataError(
-            f"{place}: the column tools holds {str(others[0])[:60]!r}, which is no tool; each is an object such as "
-            '{"type": "function", "function": {"name": ..., "parameters": ...}}. Mend it, or leave it empty.'
-        )
-    return read
-
-
-def _read_json(value, place: str):
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except ValueError as error:
-        raise DataError(
-            f"{place}: the column tools holds {value[:60]!r}, which is no JSON ({error}). Mend it, or leave it empty "
-            "for none."
-        ) from None
-
-
-def _with_read_tools(dataset, name: str):
-    """A data set whose column `tools` TRL can read: blank texts are null, and lists of texts are one text."""
-    features = dataset.features or {}
-    for column in ("tools", "chat_template_kwargs"):
-        if getattr(features.get(column), "dtype", None) == "null":
-            dataset = dataset.remove_columns(column)
-    if "tools" not in objects.names_of(dataset):
-        return dataset
-    if not hasattr(dataset, "__len__"):
-        return dataset.map(_read_tools)
-    if dataset.format["type"] == "custom":
-        return dataset
-    given, prefix = dataset.with_format(None)["tools"][:], f"{name}, " if name else ""
-    made = [_read_tools({"tools": value}, f"{prefix}row {number}")["tools"] for number, value in enumerate(given, 1)]
-    if made == given:
-        return dataset
-    form = dataset.format
-    dataset = dataset.with_format(None).remove_columns("tools")
-    if any(value is not None for value in made):
-        dataset = dataset.add_column("tools", made)
-    return dataset.with_format(form["type"], **form["format_kwargs"])
-
-
-def _read_tools(row: Mapping, place: str = "a row") -> dict:
-    value = row["tools"]
-    texts = isinstance(value, list) and value and all(isinstance(tool, str) for tool in value)
-    if not isinstance(value, str) and not texts:
-        return {"tools": value}
-    tools = tools_of(row, place)
-    if isinstance(value, str) and tools and tools == json.loads(value):
-        return {"tools": value}
-    return {"tools": json.dumps(tools) if tools else None}
-
-
-def check_settings(settings: Mapping | None, place: str) -> None:
-    """Raise DataError for settings of the chat template that are arguments of its call."""
-    settings = settings if isinstance(settings, Mapping) else {}
-    given = [name for name, value in settings.items() if name in _NO_SETTINGS and value is not None]
-    if given:
-        remedy = "Give tools in a column of their own." if "tools" in given else "Leave it out."
-        raise DataError(
-            f"{place}: chat_template_kwargs holds {given[0]}, which is no setting of a chat template: training sets it "
-            f"itself. {remedy}"
-        )
-
-
-def template_kwargs_of(row: Mapping) -> dict:
-    """The settings of the chat template in a row's column chat_template_kwargs, without those that are null."""
-    return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
-
-
 def render_text(messages: list, row: Mapping, processing_class, **options) -> str:
-    """Messages through the chat template, as a text. Raises whatever the template raises."""
+    """Render messages through the chat template, as a text. Raises whatever the template raises."""
     from transformers import ProcessorMixin
     from trl.data_utils import prepare_multimodal_messages
 
@@ -352,7 +265,7 @@ def _template_options(row: Mapping) -> dict:
 
 
 def generation_stop_ids(model, revision: str | None = None) -> set[int]:
-    """The token ids at which a model's generation stops; empty where it does not say.
+    """Return the token ids at which a model's generation stops; empty where it does not say.
 
     `model`: a hub id or folder, of which the weights are not read, or a model.
     """
@@ -374,7 +287,7 @@ def generation_stop_ids(model, revision: str | None = None) -> set[int]:
 
 
 def template_facts(processing_class) -> dict[str, bool | None]:
-    """What TRL's checks say of a chat template; None where there is none, or it cannot be asked.
+    """Tell what TRL's checks say of a chat template; None where there is none, or it cannot be asked.
 
     `prefix_preserving`: earlier messages are rendered alike whatever follows. `stop_token_trained`: of a whole
     conversation, training on the assistant's tokens takes in the end of the turn (asked of templates that mark them).

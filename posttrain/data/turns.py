@@ -64,7 +64,7 @@ class Turns:
         self.written = [column for column in self.columns if 2 * lists.get(column, 0) > texts.get(column, 0)]
 
     def changed(self, row: Mapping, place: str) -> dict:
-        """The columns of a row that change: messages for their JSON, and prompts without an open turn.
+        """Return the columns of a row that change: messages for their JSON, and prompts without an open turn.
 
         Raises DataError for a text that is no JSON of messages in a column that holds them.
         """
@@ -108,7 +108,7 @@ class Turns:
 
 
 def read_all(rows: Sequence, places: Sequence[str], name: str, columns: Mapping[str, str] | None = None) -> list:
-    """Rows with messages for their JSON, and without open turns at the end of prompts, which is said.
+    """Return rows with messages for their JSON, and without open turns at the end of prompts, which is said.
 
     Args and errors as of `Turns`.
     """
@@ -157,7 +157,7 @@ def read(dataset, name: str):
 
 
 def messages_in(text: str) -> list | None:
-    """The messages whose JSON a text is, of role and content or of from and value; None for any other text."""
+    """Return the messages whose JSON a text is, of role and content or of from and value; None for any other text."""
     if not _BEGINS.match(text):
         return None
     try:
@@ -168,7 +168,7 @@ def messages_in(text: str) -> list | None:
 
 
 def _ends_open(column: str, columns) -> bool:
-    """Whether a column holds prompts, of these columns of a row."""
+    """Tell whether a column holds prompts, of these columns of a row."""
     if column in ("prompt", "context"):
         return True
     answered = {"chosen", "rejected"} <= set(columns) and "prompt" not in columns
@@ -182,7 +182,7 @@ def _is_turn(turn) -> bool:
 
 
 def _is_written(row: Mapping, column: str) -> bool:
-    """Whether a text of a row is the JSON of its messages, and no chat that the model is to write as JSON."""
+    """Tell whether a text of a row is the JSON of its messages, and no chat that the model is to write as JSON."""
     read = messages_in(row[column])
     prompt = row.get("prompt")
     if read is None or column not in _ANSWERS or not isinstance(prompt, str) or messages_in(prompt) is not None:
@@ -194,7 +194,7 @@ def _is_written(row: Mapping, column: str) -> bool:
 
 
 def _may_change(dataset, column: str) -> bool:
-    """Whether a column holds a text that begins as messages do, or conversations."""
+    """Tell whether a column holds a text that begins as messages do, or conversations."""
     batches = dataset.with_format(None).select_columns([column]).iter(1000)
     values = (value for batch in batches for value in batch[column])
     if getattr(dataset.features[column], "dtype", None) in ("string", "large_string"):
@@ -203,7 +203,7 @@ def _may_change(dataset, column: str) -> bool:
 
 
 def _is_of_turns(value, column: str, row: Mapping) -> bool:
-    """Whether a value of a stream's first row tells that rows of it may change."""
+    """Tell whether a value of a stream's first row tells that rows of it may change."""
     if isinstance(value, str):
         return messages_in(value) is not None or bool(_PRINTED.match(value))
     return isinstance(value, list) and _ends_open(column, row)

@@ -7,35 +7,36 @@ from pathlib import Path
 import yaml
 
 from posttrain.errors import ConfigError
+from posttrain.hub.metadata import license_fields, read_metadata
 from posttrain.models import SMOLLM2, TINY, embedded_name
 from posttrain.saved import read_json, read_yaml
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
 # What a checkpoint of ours, and a run, say that they are; a trainer's state is in every checkpoint
 _MARKER, _NOTE, _STATE = "posttrain_complete.json", "posttrain_run.json", "trainer_state.json"
-_LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether the name reads as a hub id and is no local file or folder."""
+    """Tell whether the name reads as a hub id and is no local file or folder."""
     return bool(name) and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def base_name(name: str | None) -> str | None:
-    """What to call a base model given as a name or path: a hub id, an `embedded:` name, or None for a local one."""
+    """Tell what to call a base model given as a name or path: a hub id, an `embedded:` name, or None for a local
+    one.
+    """
     return embedded_name(name) or (name if is_hub_id(name) else None)
 
 
 def adapter_config(model):
-    """The PEFT config of a model's own adapter; None where it has none."""
+    """Return the PEFT config of a model's own adapter; None where it has none."""
     configs = getattr(model, "peft_config", None)
     return configs.get("default", next(iter(configs.values()))) if configs else None
 
 
 def loaded_from(model) -> str | None:
-    """The name or path that a model, or the base under its adapter, was loaded from."""
+    """Return the name or path that a model, or the base under its adapter, was loaded from."""
     if isinstance(model, str):
         return model
     adapter = adapter_config(model)
@@ -44,7 +45,7 @@ def loaded_from(model) -> str | None:
 
 
 def hub_base(given: str | None, name: str | None, setting: str = "base_model_id") -> str:
-    """The hub id of the base model: the one that was given, or `name` where that is one.
+    """Return the hub id of the base model: the one that was given, or `name` where that is one.
 
     Raises:
         ConfigError: neither is a hub id.
@@ -62,7 +63,7 @@ def hub_base(given: str | None, name: str | None, setting: str = "base_model_id"
 
 
 def noted_base(folder: str | Path) -> tuple[str | None, str | None]:
-    """What a saved run says of its base model: the `base_model_id` it was given, and the name it was loaded from.
+    """Tell what a saved run says of its base model: the `base_model_id` it was given, and the name it was loaded from.
 
     Raises:
         DataError: its settings or its adapter's config cannot be read.
@@ -77,12 +78,12 @@ def noted_base(folder: str | Path) -> tuple[str | None, str | None]:
     if adapter.is_file():
         name = read_json(adapter).get("base_model_name_or_path")
     elif card.is_file():
-        name = split_front_matter(card.read_text(encoding="utf-8", errors="replace"))[0].get("base_model")
+        name = read_metadata(card).get("base_model")
     return tuple(value if isinstance(value, str) and value else None for value in (given, name))
 
 
 def run_of(folder: str | Path) -> Path:
-    """The run that a folder belongs to: itself, or the one around a checkpoint.
+    """Return the run that a folder belongs to: itself, or the one around a checkpoint.
 
     A folder named `checkpoint-N` is one where it holds a trainer's state, or our marker, and the folder around it is
     noted as a run: the marker's run, where there is a marker. Any other stands alone, and nothing beside it is read.
@@ -103,7 +104,7 @@ def run_of(folder: str | Path) -> Path:
 
 
 def _settings_in(note: Path) -> dict:
-    """Identity and update settings in a marker or a note; none where it is damaged."""
+    """Read the identity and update settings in a marker or a note; none where it is damaged."""
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
         return content["identity"] | content.get("update", {})
@@ -112,7 +113,10 @@ def _settings_in(note: Path) -> dict:
 
 
 def _settings_resolved(run: Path) -> dict:
-    """The training settings in the resolved settings of a run of ours; none in anyone else's file of that name."""
+    """Return the training settings in the resolved settings of a run of ours.
+
+    None in anyone else's file of that name.
+    """
     try:
         content = yaml.safe_load((run / "resolved_config.yaml").read_text(encoding="utf-8"))
         ours = "output_dir" in content["training"] and "posttrain" in content["versions"] and "processes" in content
@@ -122,7 +126,7 @@ def _settings_resolved(run: Path) -> dict:
 
 
 def check_repo_id(setting: str, name: str) -> str:
-    """`name`; ConfigError unless it may be the id of a repository."""
+    """Return `name`; ConfigError unless it may be the id of a repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -138,7 +142,7 @@ def check_repo_id(setting: str, name: str) -> str:
 
 
 def base_license(name: str | None) -> dict[str, str]:
-    """The license fields of a base model's own card, as far as they can be known without the hub; else empty."""
+    """Return the license fields of a base model's own card, as far as they can be known without the hub; else empty."""
     if base_name(name) == SMOLLM2:
         return {"license": "apache-2.0"}
     if not name or base_name(name) == TINY:
@@ -150,29 +154,4 @@ def base_license(name: str | None) -> dict[str, str]:
         card = try_to_load_from_cache(name, "README.md")
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return {}
-    return license_fields(split_front_matter(Path(card).read_text(encoding="utf-8", errors="replace"))[0])
-
-
-def license_fields(metadata: dict) -> dict[str, str]:
-    """The license of a card's metadata in the hub's three fields, without a link into the base's own repository."""
-    fields = {key: metadata[key] for key in _LICENSE_KEYS if isinstance(metadata.get(key), str)}
-    if "://" not in fields.get("license_link", "://"):
-        del fields["license_link"]
-    return fields if fields.get("license") else {}
-
-
-def split_front_matter(text: str) -> tuple[dict, str]:
-    """A card's metadata and the text below it; no metadata where it cannot be read."""
-    match = _FRONT_MATTER.match(text)
-    if not match:
-        return {}, text
-    try:
-        metadata = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        metadata = None
-    return (metadata if isinstance(metadata, dict) else {}), text[match.end() :]
-
-
-def join_front_matter(metadata: dict, body: str) -> str:
-    """A card of its metadata and the text below it."""
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
+    return license_fields(read_metadata(Path(card)))

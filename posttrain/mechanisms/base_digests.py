@@ -63,7 +63,7 @@ def base_digests(
 
 
 def quantisation(model) -> dict:
-    """How the weights of a model are quantised: the method, None where they are not, and its settings by name."""
+    """Return how a model's weights are quantised, by name: the method, None where they are not, and its settings."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return {"quantisation": None}
@@ -77,7 +77,7 @@ def quantisation(model) -> dict:
 
 
 def plain(value):
-    """As JSON will hold it: an enumeration by its value, a set sorted."""
+    """Convert a value to plain JSON: an enumeration to its value, a set to a sorted list."""
     return json.loads(json.dumps(getattr(value, "value", value), default=_as_json))
 
 

@@ -68,7 +68,7 @@ def _base(model):
 
 @torch.no_grad()
 def _is_random(model) -> bool:
-    """Whether two forwards of made-up tokens in training mode differ, with every `nn.Dropout` switched off."""
+    """Return whether two forwards of made-up tokens in training mode differ, with every `nn.Dropout` switched off."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (2, 32), generator=generator).to(device)

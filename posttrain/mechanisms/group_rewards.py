@@ -1,12 +1,12 @@
-"""What GRPO-style trainers are given here: advantages by any function of a group's rewards, steps without dead rows.
+"""What GRPO-style trainers are given here: advantages by any function of a group, steps without zero-advantage rows.
 
 TRL computes advantages inline. The trainers keep the gathered reward matrix as TRL returns it, and replace the
 advantages afterwards; the functions here are the arithmetic in between.
 
-A row whose advantage is zero has no gradient, as long as the loss has no KL, entropy or auxiliary term. `pack_living`
-moves the others of an optimiser step into the fewest micro-batches. What is left of the step's micro-batches is a
-single row of a few tokens, so that all ranks run the same number of forwards, and TRL's division by rows or tokens is
-undone in the advantages, so that the gradient is what it was.
+A row whose advantage is zero has no gradient, as long as the loss has no KL, entropy or auxiliary term.
+`pack_kept_rows` moves the others of an optimiser step into the fewest micro-batches. What is left of the
+step's micro-batches is a single row of a few tokens, so that all ranks run the same number of forwards, and TRL's
+division by rows or tokens is undone in the advantages, so that the gradient is what it was.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ LOSS_TYPES = _BY_ROWS | _BY_TOKENS | {"dapo", "cispo", "vespo"}
 
 
 def weighted_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
-    """(N, F) rewards of F functions, NaN where one gave none, as (N,) weighted sums; NaN where all gave none."""
+    """Sum the (N, F) rewards of F functions, NaN where one gave none, by weight to (N,); NaN where all gave none."""
     rewards = (per_function * weights.to(per_function.device).unsqueeze(0)).nansum(dim=1)
     rewards[torch.isnan(per_function).all(dim=1)] = torch.nan
     return rewards
@@ -37,7 +37,7 @@ def group_advantages(
     advantage: Callable[[Tensor], Tensor],
     name: str = "the advantage function",
 ) -> Tensor:
-    """(N,) advantages of (N,) rewards whose rows are in groups of `group_size`.
+    """Compute (N,) advantages of (N,) rewards whose rows are in groups of `group_size`.
 
     Args:
         advantage: (prompts, group_size) -> (prompts, group_size); NaN rewards are unscorable, their advantage is 0.
@@ -67,8 +67,8 @@ def group_advantages(
     return values.masked_fill(~scorable, 0.0).view(-1)
 
 
-def living_rows(batch: dict) -> Tensor:
-    """(B,) bool: rows of a rollout batch that have a gradient."""
+def rows_with_gradient(batch: dict) -> Tensor:
+    """Return which rows (B,) of a rollout batch have a gradient."""
     advantages, mask = batch["advantages"], batch["completion_mask"]
     if "tool_mask" in batch:
         mask = mask * batch["tool_mask"]
@@ -78,13 +78,13 @@ def living_rows(batch: dict) -> Tensor:
 
 
 def loss_tokens(batch: dict) -> Tensor:
-    """(B,) tokens of each row of a rollout batch that are in the loss."""
+    """Count the tokens of each row (B,) of a rollout batch that are in the loss."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).sum(dim=1)
 
 
-def pack_living(batches: list[dict], loss_type: str, max_over_ranks: Callable[[int], int] = int) -> list[dict]:
-    """The micro-batches of one optimiser step with the rows that have a gradient, in as few of them as they fit.
+def pack_kept_rows(batches: list[dict], loss_type: str, max_over_ranks: Callable[[int], int] = int) -> list[dict]:
+    """Pack an optimiser step's rows that have a gradient into as few of its micro-batches as they fit.
 
     Args:
         batches: rollout micro-batches of equal size, tensors (B, P) left-padded for prompts and (B, T) right-padded for
@@ -99,14 +99,14 @@ def pack_living(batches: list[dict], loss_type: str, max_over_ranks: Callable[[i
         raise ValueError(f"loss_type {loss_type!r} is not one of {', '.join(sorted(LOSS_TYPES))}")
     size = batches[0]["completion_ids"].size(0)
     rows = _stack(batches)
-    living = living_rows(rows).nonzero().squeeze(1)
-    counts = _counts(max_over_ranks(len(living)), size, len(batches))
+    kept = rows_with_gradient(rows).nonzero().squeeze(1)
+    counts = _counts(max_over_ranks(len(kept)), size, len(batches))
     tokens = loss_tokens(rows)
     # what a row's loss was divided by, beside the number of micro-batches
     before = torch.cat([loss_tokens(batch).sum().clamp(min=1).expand(size) for batch in batches])
     packed, start = [], 0
     for number, count in enumerate(counts):
-        own = living[start : start + count]
+        own = kept[start : start + count]
         start += len(own)
         batch = _take(rows, own, count)
         scale = torch.ones(count, dtype=rows["advantages"].dtype, device=tokens.device)
@@ -119,9 +119,9 @@ def pack_living(batches: list[dict], loss_type: str, max_over_ranks: Callable[[i
     return packed
 
 
-def _counts(living: int, size: int, batches: int) -> list[int]:
-    """Rows of each micro-batch: full ones, the rest, then single rows that only keep ranks in step."""
-    counts = [min(size, living - size * i) for i in range(batches) if living > size * i]
+def _counts(kept: int, size: int, batches: int) -> list[int]:
+    """Return the rows of each micro-batch: full ones, the rest, then single rows that only keep ranks in step."""
+    counts = [min(size, kept - size * i) for i in range(batches) if kept > size * i]
     return counts + [1] * (batches - len(counts))
 
 
@@ -145,7 +145,7 @@ def _stack(batches: list[dict]) -> dict:
 
 
 def _take(rows: dict, own: Tensor, count: int) -> dict:
-    """Rows `own`, then copies of the first row without completion and all but a token of its prompt; trimmed."""
+    """Take rows `own`, and fill up to `count` with copies without completion and all but a prompt token; trimmed."""
     index = torch.cat([own, own.new_zeros(count - len(own))])
     filled = torch.arange(count, device=index.device) < len(own)
     batch = {key: value[index].clone() for key, value in rows.items()}

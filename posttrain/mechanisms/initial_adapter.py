@@ -23,19 +23,19 @@ _B = (".lora_B.weight", ".lora_embedding_B")
 
 
 def initialisation(config) -> str | bool | None:
-    """How an adapter of this config begins; None for one that is no LoRA."""
+    """Return a LoRA config's init_lora_weights, names in lower case; None for a config that is no LoRA's."""
     value = getattr(config, "init_lora_weights", None)
     return value.lower() if isinstance(value, str) else value
 
 
 def changes_base(config) -> bool:
-    """Whether making an adapter of this config takes its first weights out of the base's."""
+    """Return whether making an adapter of this config takes its first weights out of the base's."""
     value = initialisation(config)
     return isinstance(value, str) and value.startswith(("pissa", "olora", "corda", "lora_ga", "loftq"))
 
 
 def begins_as_base(config) -> bool:
-    """Whether a LoRA of this config changes nothing before its first step, and leaves the base as it is."""
+    """Return whether a LoRA of this config changes nothing before its first step, and leaves the base as it is."""
     value = initialisation(config)
     return value is not None and value is not False and not changes_base(config)
 
@@ -49,8 +49,10 @@ def settle(config) -> None:
 
 
 def add_reference(model) -> None:
-    """Give a PeftModel the adapter `ref`, a frozen copy of its own as it is; random state and own adapter are left
-    alone. Does nothing but copy where there is one."""
+    """Add the adapter `ref` to a PeftModel, a frozen copy of its own as it is; refresh the copy if it is there.
+
+    Random state and own adapter stay as they are.
+    """
     own = model.active_adapters[0]
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     if REFERENCE not in model.peft_config:
@@ -80,7 +82,7 @@ def drop_nothing_in_reference(model) -> None:
 
 
 def matrices(model) -> dict[str, Tensor]:
-    """The LoRA matrices A and B of a PeftModel's adapter, by their names on disk, on the CPU."""
+    """Return the LoRA matrices A and B of a PeftModel's adapter, by their names on disk, on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
     return {name: value.detach().cpu().clone() for name, value in state.items() if name.endswith(_A + _B)}
 
@@ -120,7 +122,7 @@ def _replace(path: Path, write) -> None:
 
 
 def halves(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `convert` put together: the adapter's own state, and the matrices it was trained from."""
+    """Split an adapter that `convert` wrote into its trained state and the matrices it was trained from."""
     own, initial = load_file(Path(folder) / WEIGHTS), {}
     for name, value in own.items():
         if name.endswith(_A + _B):
@@ -130,5 +132,5 @@ def halves(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def load(model, state: dict[str, Tensor]) -> None:
-    """Put an adapter's state, by its names on disk, into a PeftModel."""
+    """Load an adapter's state, by its names on disk, into a PeftModel."""
     set_peft_model_state_dict(model, dict(state), adapter_name=model.active_adapters[0])

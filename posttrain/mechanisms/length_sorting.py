@@ -1,42 +1,60 @@
 """Rows of similar length into the same micro-batch, within one optimiser step."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+from posttrain.mechanisms.row_groups import CHOSEN, REJECTED, RowGroups
 
-def sort_pairs(batches: list[dict]) -> list[dict]:
-    """Deal the pairs of an accumulation window out again by length, as many to each micro-batch as before.
 
-    The optimiser step sees the same pairs, so its gradient is the same to rounding wherever a pair's weight does not
+def sort_groups(batches: list[dict], groups: Sequence[RowGroups], sides: Mapping[str, int]) -> list[dict]:
+    """Sort the groups of an accumulation window by length into its micro-batches, as many in each as before.
+
+    The optimiser step sees the same groups, so its gradient is the same to rounding wherever a group's weight does not
     hang on the micro-batch it is in.
 
     Args:
-        batches: padded on the right. Tensors (2B, L), chosen rows first, and (B,), a number a pair; anything else must
-            be the same in all batches of one size, and stays.
+        batches: padded on the right. Tensors (R, L) of rows, and vectors: a number a group, or a row of one side;
+            anything else must be the same in all batches of one size, and stays.
+        groups: of each batch; a `RowGroups` in a batch is replaced.
+        sides: names of the vectors that have a number for each row of a side, and its sign.
     """
-    counts = [batch["input_ids"].size(0) // 2 for batch in batches]
+    counts = [own.count for own in groups]
     if len(batches) < 2 or max(counts) < 2:
         return batches
-    merged = {}
+    merged, values = RowGroups.merged(groups), {}
     for key, value in batches[0].items():
         if isinstance(value, Tensor):
             parts = [batch[key] for batch in batches]
-            merged[key] = _stack_pairs(parts) if value.dim() == 2 else torch.cat(parts)
-    lengths = merged["attention_mask"].sum(dim=2).sum(dim=1)
-    order = torch.argsort(lengths, descending=True, stable=True)
-    sorted_batches = []
-    for batch, own in zip(batches, order.split(counts), strict=True):
-        width = int(merged["attention_mask"][own].sum(dim=2).max())
+            values[key] = _stack(parts) if value.dim() == 2 else torch.cat(parts)
+    row_lengths = values["attention_mask"].sum(dim=1).tolist()
+    lengths = [0] * merged.count
+    for number, length in zip(merged.numbers, row_lengths, strict=True):
+        lengths[number] += length
+    order = sorted(range(merged.count), key=lambda number: -lengths[number])
+    place = {sign: {row: at for at, row in enumerate(merged.rows_of(sign))} for sign in (CHOSEN, REJECTED)}
+    sorted_batches, device = [], values["attention_mask"].device
+    for batch, count in zip(batches, counts, strict=True):
+        own, order = order[:count], order[count:]
+        selected, rows = merged.select(own)
+        width = max(row_lengths[row] for row in rows)
+        row_index, group_index = _index(rows, device), _index(own, device)
+        side_index = {sign: _index([at[row] for row in rows if row in at], device) for sign, at in place.items()}
         new = {}
-        for key, value in merged.items():
-            rows = value[own]
-            new[key] = rows[:, :, :width].transpose(0, 1).flatten(0, 1) if value.dim() == 3 else rows
+        for key, value in values.items():
+            index = row_index if value.dim() == 2 else side_index[sides[key]] if key in sides else group_index
+            new[key] = value[index, :width] if value.dim() == 2 else value[index]
+        new |= {key: selected for key, value in batch.items() if isinstance(value, RowGroups)}
         sorted_batches.append(batch | new)
     return sorted_batches
 
 
-def _stack_pairs(parts: list[Tensor]) -> Tensor:
-    """(2B, L) tensors, chosen rows first, as one (pairs, 2, widest L)."""
+def _index(places: list[int], device) -> Tensor:
+    return torch.tensor(places).to(device, non_blocking=True)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """Stack (R, L) tensors, each padded to the widest."""
     widest = max(part.size(1) for part in parts)
-    padded = [torch.nn.functional.pad(part, (0, widest - part.size(1))) for part in parts]
-    return torch.cat([part.unflatten(0, (2, -1)).transpose(0, 1) for part in padded])
+    return torch.cat([torch.nn.functional.pad(part, (0, widest - part.size(1))) for part in parts])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class MeanMetrics:
-    """Running sums and counts by name; `reduce` gives the means over all ranks and starts anew.
+    """Keeps running sums and counts by name; `reduce` gives the means over all ranks and starts anew.
 
     Nothing is moved off the device and no rank waits for another before `reduce`.
     """
@@ -31,11 +31,11 @@ class MeanMetrics:
         self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def clear(self) -> None:
-        """Start anew, without the sums so far."""
+        """Drop the sums so far."""
         self._sums = {}
 
     def reduce(self, accelerator) -> dict[str, tuple[float, float]]:
-        """(sum, count) of each name over all ranks, in one collective; all ranks must call it."""
+        """Return (sum, count) of each name over all ranks, in one collective; all ranks must call it."""
         local = {name: entry.tolist() for name, entry in self._sums.items()}
         self._sums = {}
         if accelerator.num_processes == 1:

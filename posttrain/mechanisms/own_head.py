@@ -25,7 +25,7 @@ _FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 class Comparison(NamedTuple):
-    """What a few made-up tokens say of a fused head.
+    """Compares a fused head to the model's own logits on a few made-up tokens.
 
     Attributes:
         gap: mean |log p| difference to the model's own logits, in nats; infinite where one is no number.
@@ -43,14 +43,14 @@ class Comparison(NamedTuple):
 
 
 def is_adapted(model) -> bool:
-    """Whether an adapter sits on the output embedding, whose weight the fused head reads past it."""
+    """Return whether an adapter sits on the output embedding, whose weight the fused head reads past it."""
     # a trained copy (modules_to_save) hands over the weight that is active
     return isinstance(model.get_output_embeddings(), BaseTunerLayer | TrainableTokensWrapper)
 
 
 @torch.no_grad()
 def compare(model, vocab_size: int, device, temperature: float = 1.0) -> Comparison:
-    """The fused head's log-probabilities of made-up tokens beside those of the model's own logits.
+    """Compare the fused head's log-probabilities of made-up tokens to those of the model's own logits.
 
     `model` has a fused head or is one around it, and should be in eval mode. The global random state is left alone.
     """
@@ -70,7 +70,7 @@ def compare(model, vocab_size: int, device, temperature: float = 1.0) -> Compari
 
 
 class Head:
-    """Which head answers `fused_lm_head=True` of a model: TRL's fused one, or the model's own.
+    """Answers `fused_lm_head=True` of a model, by TRL's fused head or the model's own.
 
     Wraps `model.forward`; any other call is as before. The model is the causal language model itself, to which
     `trl.trainer.utils.add_fused_lm_head` was applied.
@@ -120,7 +120,7 @@ class Head:
 
     @staticmethod
     def _head_parameters(model) -> list[Tensor]:
-        """What may stand between backbone and logits, the output embedding's weight apart."""
+        """Return the parameters between backbone and logits, the output embedding's weight apart."""
         model = model.get_base_model() if is_peft_model(model) else model
         known = {id(parameter) for parameter in model.base_model.parameters()}
         known.add(id(getattr(model.get_output_embeddings(), "weight", None)))
@@ -129,7 +129,7 @@ class Head:
 
 @contextlib.contextmanager
 def _stirred(parameters: list[Tensor]):
-    """Parameters moved at random inside: a part of a head that starts as zero or as one shows only then.
+    """Move parameters at random inside: only then does a part of a head that starts as zero or one show.
 
     Yields whether any could be moved; quantised ones and those that are spread over ranks cannot.
     """
@@ -169,7 +169,7 @@ def _wrap(model, head: Head) -> None:
 
 
 def _own(model, inner, head: Head, *args, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
-    """The fused head's output, from the model's own logits."""
+    """Compute the fused head's output from the model's own logits."""
     kwargs["use_cache"] = False
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
@@ -200,12 +200,12 @@ def _own(model, inner, head: Head, *args, labels=None, shift_labels=None, num_it
 
 
 def _is_partitioned(model) -> bool:
-    """Whether ZeRO-3 spreads the weights, which a recomputed tile would find gone."""
+    """Return whether ZeRO-3 spreads the weights, which a recomputed tile would find gone."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _in_tiles(logits_of, states: Tensor, targets: Tensor, head: Head, tile: int) -> list[Tensor]:
-    """The fields (N,) of N scored positions; their logits are recomputed in the backward where there are many."""
+    """Compute the fields (N,) of N scored positions; many have their logits recomputed in the backward."""
 
     def scored(states, targets):
         return _fields(logits_of(states), targets, head.fields, head.temperature)
@@ -235,7 +235,7 @@ def _fields(logits: Tensor, targets: Tensor, fields, temperature: float) -> tupl
 
 
 class _Known(nn.Module):
-    """Stands where the backbone is, with its outputs known; what else is asked of it the backbone answers."""
+    """Replaces the backbone, whose outputs are known; other attributes are the backbone's."""
 
     def __init__(self, backbone, outputs) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def _backbone_known(model, outputs):
 
 
 def _logits(model, inner, outputs, states: Tensor) -> Tensor:
-    """The model's own logits (N, V) of N states of its backbone."""
+    """Compute the model's own logits (N, V) of N states of its backbone."""
     known = copy.copy(outputs)
     known["last_hidden_state"] = states.unsqueeze(0)
     ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
@@ -271,7 +271,7 @@ def _logits(model, inner, outputs, states: Tensor) -> Tensor:
 
 
 def _aux_loss(model, inner, outputs, attention_mask):
-    """The load-balancing loss as the model itself makes it of its router's logits; its head sees one position."""
+    """Compute the load-balancing loss of the router's logits by the model itself; its head sees one position."""
     known = copy.copy(outputs)
     known["last_hidden_state"] = outputs.last_hidden_state[:1, :1]
     ids = torch.zeros(1, 1, dtype=torch.long, device=outputs.last_hidden_state.device)

@@ -5,7 +5,7 @@ import contextlib
 
 @contextlib.contextmanager
 def same_precision(model):
-    """Around the loading of weights: each parameter keeps its dtype. PEFT makes 16-bit adapters fp32 on loading."""
+    """Keep each parameter's dtype while weights are loaded inside; PEFT makes 16-bit adapters fp32 on loading."""
     before = {name: value.dtype for name, value in model.named_parameters()}
     yield
     for name, value in model.named_parameters():

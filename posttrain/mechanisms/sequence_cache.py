@@ -22,7 +22,7 @@ _DIGEST_BYTES = 16
 
 
 class ReferenceCache:
-    """Sequence digests -> summed log-probabilities in nats, kept in one safetensors file.
+    """Maps sequence digests to summed log-probabilities in nats, in one safetensors file.
 
     Args:
         directory: folder of the cache; made when first written to.
@@ -33,7 +33,7 @@ class ReferenceCache:
         self.path = Path(directory) / f"{key}.safetensors"
 
     def load(self) -> dict[bytes, float]:
-        """All entries; empty where the file is missing or cannot be read."""
+        """Read all entries; empty where the file is missing or cannot be read."""
         if not self.path.exists():
             return {}
         try:
@@ -67,7 +67,7 @@ class ReferenceCache:
 
 
 class TokenCache(ReferenceCache):
-    """Sequence digests -> (T,) fp32 log-probabilities of the answer's tokens in nats, in a file beside the sums'."""
+    """Maps sequence digests to the answer's token log-probabilities (T,) in nats, fp32, in a file beside the sums'."""
 
     def __init__(self, directory: str | Path, key: str) -> None:
         super().__init__(directory, f"{key}-tokens")
@@ -82,7 +82,7 @@ class TokenCache(ReferenceCache):
 def forwarded(
     prompt_ids: list[int], completion_ids: list[int], max_length: int | None, keep_end: bool = False
 ) -> tuple[list[int], int]:
-    """The tokens of a sequence that the model sees, and how many of them are the prompt's.
+    """Return the tokens of a sequence that the model sees, and how many of them are the prompt's.
 
     Args:
         prompt_ids, completion_ids: of the whole sequence.
@@ -104,7 +104,7 @@ def sequence_digest(
     extra: str = "",
     keep_end: bool = False,
 ) -> bytes:
-    """A digest of a sequence as `forwarded` cuts it, of where its prompt ends, and of `extra`."""
+    """Digest a sequence as `forwarded` cuts it, where its prompt ends, and `extra`."""
     ids, prompt = forwarded(prompt_ids, completion_ids, max_length, keep_end)
     content = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     content.update(f"{prompt}|{extra}|".encode())
@@ -113,7 +113,7 @@ def sequence_digest(
 
 
 def weights_digest(model: torch.nn.Module, skip_adapters: Iterable[str] = ()) -> str:
-    """A digest of the weights and buffers of `model` as this rank holds them.
+    """Digest the weights and buffers of `model` as this rank holds them.
 
     Args:
         model: any module; of a parameter that ZeRO-3 has partitioned, this rank's partition counts.

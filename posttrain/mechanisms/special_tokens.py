@@ -48,7 +48,7 @@ class KeptTokens:
                 get_logger().info("%s is a special token that reward %s looks for: completions keep it", token, reward)
 
     def _named(self, functions: list) -> dict[str, str]:
-        """The special tokens that rewards look for, and the first reward that does."""
+        """Return the special tokens that rewards look for, each with the first reward that does."""
         tokenizer = self._tokenizer
         frame = {tokenizer.convert_ids_to_tokens(id) for id in self._ends}
         frame |= {getattr(tokenizer, f"{kind}_token", None) for kind in _FRAME}
@@ -65,7 +65,7 @@ class KeptTokens:
         return found
 
     def text(self, ids: list[int]) -> str:
-        """A completion's text."""
+        """Decode a completion."""
         if self._kept.isdisjoint(ids):
             return self._tokenizer.decode(ids, skip_special_tokens=True)
         ids = [id for id in ids if id not in self._special or id in self._kept]
@@ -81,10 +81,10 @@ class KeptTokens:
             else:
                 completions[i][0]["content"] = self.text(ids)
         if self._users and not self._said:
-            self._say_left_out(completion_ids)
+            self._warn_of_left_out(completion_ids)
 
-    def _say_left_out(self, completion_ids: list[list[int]]) -> None:
-        """Say, once, what completions hold that rewards do not see."""
+    def _warn_of_left_out(self, completion_ids: list[list[int]]) -> None:
+        """Warn, once, of special tokens in completions that rewards do not see."""
         hidden = self._special.keys() - self._kept - self._ends - {self._tokenizer.pad_token_id}
         seen = {id for ids in completion_ids for id in ids if id in hidden}
         if seen:
@@ -97,11 +97,11 @@ class KeptTokens:
 
 
 def parses_messages(tokenizer) -> bool:
-    """Whether conversations get their answers parsed by a response template."""
+    """Return whether a response template parses the answers of conversations."""
     return any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
 
 
 def _special(tokenizer) -> dict[int, str]:
-    """What decoding leaves out as special: ids and tokens."""
+    """Return the tokens that decoding leaves out as special, by id."""
     found = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return found | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))

@@ -25,7 +25,7 @@ BATCH = 32
 
 
 class ValueHead(nn.Module):
-    """V(x) = reward_max sigmoid(linear(attention(query, states)))
+    """Predicts a prompt's value, V(x) = reward_max sigmoid(linear(attention(query, states))).
 
     One learned query attends to the states of the prompt's tokens with 8 heads (or as many up to 8 as divide the
     width); dropout 0.1 before and after. 4 hidden_size^2 parameters.
@@ -45,7 +45,7 @@ class ValueHead(nn.Module):
         self.linear = nn.Linear(hidden_size, 1)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """(B,) values from states (B, T, hidden_size) and a mask (B, T), true at tokens; at least one in each row."""
+        """Return (B,) values from states (B, T, hidden_size) and a mask (B, T), true at one token or more a row."""
         states = torch.where(mask.unsqueeze(-1), states.to(self.query.dtype), 0.0)
         states = self.dropout(states)
         query = self.query.expand(len(states), -1, -1)
@@ -54,7 +54,7 @@ class ValueHead(nn.Module):
 
 
 def folds_of(keys: Sequence[str], folds: int) -> list[int]:
-    """The fold of each distinct key, 0 to folds - 1: even in size, whatever the order in which they come."""
+    """Assign a fold, 0 to folds - 1, to each distinct key: even in size, whatever the order of the keys."""
     order = sorted(range(len(keys)), key=lambda i: hashlib.blake2b(keys[i].encode(), digest_size=16).digest())
     found = [0] * len(keys)
     for position, i in enumerate(order):
@@ -72,7 +72,7 @@ def fit(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> ValueHead:
-    """A head trained on prompts by the squared error to their answers' rewards; in eval mode.
+    """Train a head on prompts by the squared error to their answers' rewards; returns it in eval mode.
 
     Args:
         states: of each prompt, (T, hidden_size), T of 1 or more.
@@ -100,7 +100,7 @@ def fit(
 
 @torch.no_grad()
 def predict(head: ValueHead, states: Sequence[Tensor], device: torch.device | str = "cpu") -> list[float]:
-    """The values of prompts from their states."""
+    """Predict the values of prompts from their states."""
     values: list[float] = []
     for start in range(0, len(states), BATCH):
         values += head(*pad(states[start : start + BATCH], device)).tolist()
@@ -108,7 +108,7 @@ def predict(head: ValueHead, states: Sequence[Tensor], device: torch.device | st
 
 
 def pad(states: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """States (T_i, h) as (B, T, h) fp32 and the mask (B, T) of what is no padding."""
+    """Pad states (T_i, h) to (B, T, h) fp32; returns the mask (B, T) of tokens as well."""
     lengths = torch.tensor([len(one) for one in states])
     padded = nn.utils.rnn.pad_sequence([one.float() for one in states], batch_first=True)
     return padded.to(device), (torch.arange(padded.size(1)) < lengths.unsqueeze(1)).to(device)
@@ -140,7 +140,7 @@ def save(heads: Sequence[ValueHead], folder: str | Path, key: str) -> Path:
 
 
 def load(folder: str | Path, key: str | None = None, device: torch.device | str = "cpu") -> list[ValueHead] | None:
-    """The heads that `save` wrote, in eval mode; None where there are none, or ones of another key."""
+    """Load the heads that `save` wrote, in eval mode; None where there are none, or only ones of another key."""
     names = (FILE,) if key is None else (FILE, _keyed(key))
     paths = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
     path = next((path for path in paths if (facts := _facts(path)) and key in (None, facts["key"])), None)
@@ -168,7 +168,7 @@ def _keyed(key: str) -> str:
 
 
 def _facts(path: Path) -> dict:
-    """What `save` wrote of the heads in a file; empty where it cannot be read."""
+    """Read what `save` noted of the heads in a file; empty where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get("value_head", "{}"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """The extent of one optimiser step.
+    """Describes the extent of one optimiser step.
 
     Attributes:
         micro_batches: micro-batches of this step on this rank.
@@ -38,7 +38,7 @@ class Window:
 
 
 def real_rows(accelerator, batch_rows: int) -> int:
-    """How many of the first rows of the batch just drawn are data; the others only fill up the last step of an epoch.
+    """Count the first rows of the batch just drawn that are data; the others only fill up an epoch's last step.
 
     With several ranks, accelerate completes the last round of an epoch by repeating rows from its start. The
     concatenation over ranks then holds `remainder` rows of data first, the same fact that `gather_for_metrics` uses.
@@ -50,7 +50,7 @@ def real_rows(accelerator, batch_rows: int) -> int:
 
 
 def count_rows(accelerator, local_rows: int) -> int:
-    """The sum of `local_rows` over ranks."""
+    """Sum `local_rows` over ranks."""
     if accelerator.num_processes == 1:
         return local_rows
     return int(accelerator.reduce(torch.tensor(local_rows, device=accelerator.device), reduction="sum").item())

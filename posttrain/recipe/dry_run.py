@@ -9,7 +9,7 @@ TEXTS = ("prompt", "chosen", "rejected", "completion", "reward", "demonstration"
 
 
 def check(model_id: str, args, peft_config):
-    """What every trainer checks before anything loads; returns the model's config."""
+    """Check what every trainer checks before anything loads; returns the model's config."""
     from posttrain.run import checks, run_folder
 
     run_folder.check_args(args, None)
@@ -20,7 +20,7 @@ def check(model_id: str, args, peft_config):
 
 
 def sizes(config, args, peft_config) -> dict[str, int]:
-    """Parameters and checkpoint bytes of a model that is built without memory for its weights."""
+    """Count parameters and checkpoint bytes of a model that is built without memory for its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

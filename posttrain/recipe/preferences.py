@@ -8,7 +8,7 @@ from posttrain.recipe.dry_run import SAMPLE_ROWS, check, sizes
 def describe(
     model_id: str, args, train_dataset, peft_config=None, processes: int | None = None, eval_dataset=None
 ) -> dict:
-    """Effective batch, steps, parameters, tokens and checkpoint size of a preference run, and one rendered pair.
+    """Describe a preference run: effective batch, steps, parameters, tokens, checkpoint size, and one rendered pair.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, up to 64 rows are tokenised, and the
     model is built without memory for its weights.

@@ -9,13 +9,10 @@ from posttrain.recipe import dry_run
 
 @dataclass
 class ScoredArguments(DataArguments):
-    """Where scored answers come from: rows of prompt, completion and reward, or pairs with a reward for each side."""
+    """Settings of where scored answers come from: rows of prompt, completion and reward, or pairs with rewards."""
 
-    more_datasets: list[str] | None = field(
-        default=None, metadata={"help": "Further files or hub ids of scored answers, added to the training rows."}
-    )
     same_scale: bool = field(
-        default=False, metadata={"help": "The rewards of several files are on one scale, whatever it looks like."}
+        default=False, metadata={"help": "The rewards of several data sets are on one scale, whatever it looks like."}
     )
     prompt_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: prompt."})
     completion_column: str | None = field(default=None, metadata={"help": "Your column's name. Default: completion."})
@@ -30,13 +27,13 @@ class ScoredArguments(DataArguments):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Your columns to ours, as `load_scored` takes them."""
+        """Map your columns to ours, as `load_scored` takes them."""
         named = {"prompt": self.prompt_column, "completion": self.completion_column, "reward": self.reward_column}
         return {yours: ours for ours, yours in named.items() if yours is not None and yours != ours}
 
 
 def load_answers(data_args: ScoredArguments, training_args):
-    """The scored answers to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    """Load the scored answers to train on, and those for evaluation if named or asked for by `eval_strategy`."""
     from posttrain.data.scored.loading import load_scored
     from posttrain.data.scored.scales import check_scales
     from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
@@ -44,18 +41,19 @@ def load_answers(data_args: ScoredArguments, training_args):
     needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
     keep, rewards = tuple(ALoLAnswers(training_args).kept_columns()), {}
 
-    def load(name, split, limit, convert=True):
-        training = name == data_args.dataset_name and split == data_args.dataset_train_split
-        sources = [name, *(data_args.more_datasets or [])] if training else [name]
+    def load(source, split, limit, convert=True, **given):
         found = load_scored(
-            sources, split, limit, data_args.columns, data_args.same_scale,
-            needs_reward=needs_reward, keep=keep, convert=convert,
+            source, split, limit, data_args.columns, data_args.same_scale,
+            needs_reward=needs_reward, keep=keep, convert=convert, **given,
         )  # fmt: skip
         if needs_reward:
-            rewards[f"{', '.join(sources)} ({'training' if training else 'evaluation'})"] = found["reward"][:]
+            part = "training" if len(rewards) < len(data_args.sources) else "evaluation"
+            name = ", ".join([source, *(f"{key} {value}" for key, value in given.items())])
+            name = f"{name} ({part})"
+            rewards[f"{name}, {len(rewards)}" if name in rewards else name] = found["reward"][:]
         return found
 
-    datasets = recipe.load_splits(load, data_args, training_args.eval_strategy != "no")
+    datasets = recipe.load_splits(load, data_args, training_args.eval_strategy != "no", training_args.seed)
     if not data_args.same_scale:
         check_scales(rewards, "data sets")
     return datasets
@@ -64,7 +62,7 @@ def load_answers(data_args: ScoredArguments, training_args):
 def describe(
     model_id: str, args, data_args: ScoredArguments, train_dataset, peft_config=None, eval_dataset=None
 ) -> dict:
-    """Answers, steps, parameters and checkpoint size of a run, what the rewards say, and the first answer.
+    """Describe a run: answers, steps, parameters and checkpoint size, statistics of the rewards, the first answer.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, every answer is tokenised, and the
     model is built without memory for its weights. Answers that fit `max_length` are weighed; those that will have no
@@ -94,7 +92,7 @@ def describe(
         score=data_args.reward_func is None,
     )  # fmt: skip
     shown = _as_learned(ready.facts["first"], processing_class, args, name)
-    facts, rows, living = {}, ready.train_dataset, None
+    facts, rows, with_gradient = {}, ready.train_dataset, None
     if answers.has_head and data_args.reward_func is not None:
         answers.check_value_prompts(len(set(baselines.prompt_keys(rows))), name)
     elif answers.weighed_late and not answers.has_head and data_args.reward_func is None:
@@ -109,11 +107,11 @@ def describe(
         if part in ready.facts:
             facts[part] = "\n" + tables.histogram(ready.facts[part])
     if answers.has_head:
-        living = "known once the value head has learned"
+        with_gradient = "known once the value head has learned"
     elif answers.needs_rewards and data_args.reward_func is not None:
-        living = f"known once {data_args.reward_func} has scored the answers"
+        with_gradient = f"known once {data_args.reward_func} has scored the answers"
     elif not answer_tokens.tokenised_before_loading(args):
-        living = f"at most {kept}"
+        with_gradient = f"at most {kept}"
     else:
         answer_rows.check_fills_a_batch(args, kept)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -122,9 +120,9 @@ def describe(
         "processes": args.world_size,
         "scored answers": ready.facts["answers"],
         "of them within max_length": fits,
-        "of them with a gradient": kept if living is None else living,
+        "of them with a gradient": kept if with_gradient is None else with_gradient,
         "answers per step": batch,
-        "steps": f"at most {taken}" if living is not None and args.max_steps <= 0 else taken,
+        "steps": f"at most {taken}" if with_gradient is not None and args.max_steps <= 0 else taken,
         **dry_run.sizes(config, args, peft_config),
         **facts,
         **shown,
@@ -133,7 +131,7 @@ def describe(
 
 
 def _as_learned(row, processing_class, args, name: str) -> dict[str, str]:
-    """The prompt and the answer of a data set of one row, as their tokens have them."""
+    """Render the prompt and the answer of a one-row data set from their tokens."""
     from posttrain.data.scored import answer_tokens
     from posttrain.data.tokens import tokenizer_of
 

@@ -10,7 +10,7 @@ from posttrain.recipe import dry_run
 
 @dataclass
 class TaskArguments(DataArguments):
-    """Where tasks come from, and what scores the answers to them."""
+    """Settings of where tasks come from, and what scores the answers to them."""
 
     dataset_name: str | None = field(
         default=None,
@@ -44,12 +44,18 @@ class TaskArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.datasets is not None and self.dataset_config is not None:
+            raise ConfigError(
+                f"dataset_config is {self.dataset_config!r} beside datasets; write it as `name` into the entry of the "
+                "data set that has it."
+            )
         if not self.reward_funcs:
-            self.reward_funcs = ["gym"] if (self.dataset_name or "").startswith("gym:") else ["maths_answer"]
+            of_gym = [source.path.startswith("gym:") for source in self.sources]
+            self.reward_funcs = ["gym"] if of_gym and all(of_gym) else ["maths_answer"]
 
     @property
     def columns(self) -> dict[str, str] | None:
-        """The columns as `load_demonstrations` takes them; None where they are to be found by their known names."""
+        """Map columns as `load_demonstrations` takes them; None where they are found by their known names."""
         named = {"prompt": self.prompt_column, "demonstration": self.demonstration_column, "gold": self.gold_column}
         if not any(named.values()):
             return None
@@ -57,7 +63,7 @@ class TaskArguments(DataArguments):
 
 
 def load_tasks(task_args: TaskArguments, training_args):
-    """The training tasks, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    """Load the training tasks, and those for evaluation if named or asked for by `eval_strategy`."""
     from posttrain.data.tasks.loading import load_demonstrations
 
     learns = training_args.learns_from_demonstrations
@@ -65,9 +71,9 @@ def load_tasks(task_args: TaskArguments, training_args):
     if learns and columns is not None:
         columns = {"demonstration": "demonstration", **columns}
 
-    def load(name, split, limit, convert=True):
+    def load(source, split, limit, convert=True, **given):
         return load_demonstrations(
-            name,
+            source,
             split,
             limit,
             columns=columns,
@@ -75,13 +81,14 @@ def load_tasks(task_args: TaskArguments, training_args):
             conversational=task_args.conversational,
             need_demonstrations=learns and training_args.empty_demonstrations == "error",
             convert=convert,
+            **given,
         )
 
-    return recipe.load_splits(load, task_args, training_args.eval_strategy != "no")
+    return recipe.load_splits(load, task_args, training_args.eval_strategy != "no", training_args.seed)
 
 
 def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:
-    """What can be told before a model loads: gold answers that can be scored against, known names.
+    """Check, before a model loads, that gold answers can be scored against and that names are known.
 
     Raises ConfigError or DataError. Rewards with workers start them.
     """
@@ -98,7 +105,7 @@ def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:
 
 
 def run(trainer_class, config_class) -> None:
-    """The whole of a recipe: settings, tasks, rewards, training, evaluation, card, hub."""
+    """Run a whole recipe: settings, tasks, rewards, training, evaluation, card, hub."""
     from posttrain.rewards import get_rewards
     from posttrain.run.report import RunReport
 
@@ -131,7 +138,7 @@ def run(trainer_class, config_class) -> None:
 
 
 def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_config=None, eval_dataset=None) -> dict:
-    """Rollouts, steps, parameters, tokens and checkpoint size of a run, and its first task as the model sees it.
+    """Describe a run: rollouts, steps, parameters, tokens, checkpoint size, and its first task as the model sees it.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, and the model is built without memory
     for its weights.
@@ -172,7 +179,7 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
 
 
 def _rendered(row, tokenizer, args) -> str:
-    from posttrain.data.tokens import template_kwargs_of, tools_of
+    from posttrain.data.row_options import template_kwargs_of, tools_of
 
     prompt = row["prompt"]
     if isinstance(prompt, str):

@@ -8,7 +8,7 @@ from posttrain.rewards.gym import decode_task
 
 
 def score(answer: str, gold: str) -> float:
-    """The verifier's score of an answer to the encoded task."""
+    """Return the verifier's score of an answer to the encoded task."""
     name, entry = _entry(gold)
     return float(_verifier(name)(answer, entry))
 
@@ -18,7 +18,7 @@ def accepts_gold(gold: str) -> bool:
 
 
 def gold_error(gold) -> str | None:
-    """Why a task cannot be used, None if it can."""
+    """Tell why a task cannot be used, None if it can."""
     try:
         if accepts_gold(gold):
             return None

@@ -19,7 +19,7 @@ _MARKED = re.compile(r"\$|\\\(|\\\[|\\boxed")
 
 
 def score(answer: str, alone: bool, gold: str) -> float:
-    """1.0 where the answer equals the gold one as an expression, 0.0 otherwise."""
+    """Return 1.0 where the answer equals the gold one as an expression, 0.0 otherwise."""
     wanted = _gold(gold)
     if not wanted:
         raise ValueError(f"the gold answer {gold!r} cannot be parsed")
@@ -32,7 +32,7 @@ def accepts_gold(gold: str) -> bool:
 
 
 def gold_error(gold: str) -> str | None:
-    """Why a gold answer cannot be used, None if it can."""
+    """Tell why a gold answer cannot be used, None if it can."""
     try:
         if _gold(gold) and accepts_gold(gold):
             return None
@@ -48,7 +48,7 @@ def _gold(gold: str) -> list:
 
 
 def _expressions(text: str) -> list:
-    """Of a text that is an answer and nothing else; empty where it is ordinary words."""
+    """Parse the expressions of a text that is an answer and nothing else; empty where it is ordinary words."""
     number = read_number(text)
     if number is not None and "%" not in text:
         return _parse(f"${_latex(number)}$")

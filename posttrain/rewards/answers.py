@@ -48,7 +48,7 @@ class Answer(NamedTuple):
 
 
 def final_answer(text: str, answer_in: str = "auto") -> Answer | None:
-    """The answer in a completion's text, None where there is none. `answer_in`: see the module."""
+    """Return the answer in a completion's text, None where there is none. `answer_in`: see the module."""
     text = _after_thinking(text)
     if text is None or not text.strip():
         return None
@@ -67,7 +67,7 @@ def final_answer(text: str, answer_in: str = "auto") -> Answer | None:
 
 
 def answer_number(answer: Answer | None) -> Fraction | None:
-    """The number that an answer is, or, in a text that is not just the answer, its last one."""
+    """Return the number that an answer is, or, in a text that is not just the answer, its last one."""
     if answer is None:
         return None
     if answer.alone:
@@ -77,7 +77,10 @@ def answer_number(answer: Answer | None) -> Fraction | None:
 
 
 def read_number(text: str) -> Fraction | None:
-    """The one number of a text, which may have units; None where there is none, several, or other mathematics."""
+    """Return the one number of a text, which may have units.
+
+    None where there is none, several, or other mathematics.
+    """
     matches = list(_NUMBER.finditer(text))
     if len(matches) != 1:
         return None
@@ -89,7 +92,7 @@ def read_number(text: str) -> Fraction | None:
 
 
 def gold_answer(value) -> Answer | None:
-    """A gold answer: a number, an expression, or a worked solution that marks its answer by a box or ####."""
+    """Read a gold answer: a number, an expression, or a worked solution that marks its answer by a box or ####."""
     if value is None or isinstance(value, bool):
         return None
     answer = final_answer(str(value))
@@ -133,7 +136,7 @@ def _in_tag(text: str) -> str | None:
 
 
 def _in_box(text: str) -> str | None:
-    """Of the last box that is closed."""
+    """Return the content of the last box that is closed."""
     opened, found = [], None
     for brace in _BRACE.finditer(text):
         if brace.group().endswith("{") and brace.group() != r"\{":

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from posttrain.checks import check_integer, check_number, shorten
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import DataError
 from posttrain.log import get_logger
 from posttrain.rewards.golds import is_missing
 from posttrain.rewards.pool import WorkerPool
@@ -61,7 +61,7 @@ class Reward:
         """End the worker processes, where the reward has any. They also end with this process."""
 
     def gold_errors(self, values: list) -> list[str | None]:
-        """For each gold answer, why it cannot be scored against; None if it can. The reward may need no gold."""
+        """Tell for each gold answer why it cannot be scored against; None if it can. The reward may need no gold."""
         return [None] * len(values)
 
     def _scored(self, scores: list[float | None]) -> list[float | None]:
@@ -134,7 +134,7 @@ class PooledReward(Reward):
 
 
 def completion_text(completion) -> str:
-    """The text of a completion: a text, or the content of the last message of a list."""
+    """Return the text of a completion: a text, or the content of the last message of a list."""
     if isinstance(completion, str):
         return completion
     content = (completion[-1].get("content") if completion else "") or ""
@@ -144,7 +144,10 @@ def completion_text(completion) -> str:
 
 
 def reasoning_of(completion) -> str:
-    """The reasoning that a chat template has parsed out of the last message's content; empty where there is none."""
+    """Return the reasoning that a chat template has parsed out of the last message's content.
+
+    Empty where there is none.
+    """
     if isinstance(completion, str) or not completion:
         return ""
     found = completion[-1].get("reasoning_content") or completion[-1].get("thinking") or ""
@@ -152,7 +155,7 @@ def reasoning_of(completion) -> str:
 
 
 def column_of(columns: dict, name: str, reward: Reward, setting: str) -> list:
-    """The values of the column that a reward reads. Raises DataError where it is missing."""
+    """Return the values of the column that a reward reads. Raises DataError where it is missing."""
     if columns.get(name) is None:
         found = sorted(key for key in columns if key not in ("trainer_state", "log_extra", "log_metric"))
         raise DataError(
@@ -235,12 +238,3 @@ def check_missing_golds(rewards, dataset, name: str) -> None:
 
 def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-
-
-def check_choice(name: str, value, allowed) -> None:
-    import difflib
-
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")

@@ -3,9 +3,10 @@ r"""A reward for the form of a completion, whatever it says."""
 import re
 from dataclasses import dataclass
 
+from posttrain.checks import check_choice
 from posttrain.errors import ConfigError
 from posttrain.rewards.answers import final_answer
-from posttrain.rewards.base import Reward, check_choice, completion_text, reasoning_of
+from posttrain.rewards.base import Reward, completion_text, reasoning_of
 from posttrain.rewards.reads import ANSWER_TAGS
 
 # Text without any of the tags, so that each tag comes once. Every character is looked at once: no backtracking.

@@ -7,21 +7,21 @@ from posttrain.errors import DataError
 
 
 def gold_text(value, column: str, place: str = "") -> str:
-    """The text of a gold answer, which is a text or a number.
+    """Return the text of a gold answer, which is a text or a number.
 
     `column`: what it is called in errors. Raises DataError for a list, an object, and a missing value: null, a blank
     text, or the NaN that pandas writes; with `place` where it is given.
     """
     if is_missing(value) or not isinstance(value, str | int | float | Decimal) or not _is_finite(value):
         raise DataError(
-            f"{f'{place}: ' if place else ''}{column!r}, the gold answer, is {_described(value)}; it must be a text or "
-            "a number. Mend the row, or leave it out."
+            f"{f'{place}: ' if place else ''}{column!r}, the gold answer, is {_missing_kind(value)}; it must be a text "
+            "or a number. Mend the row, or leave it out."
         )
     return str(value).strip()
 
 
 def is_missing(value) -> bool:
-    """Whether a value stands for none: null, NaN, or a blank text."""
+    """Tell whether a value stands for none: null, NaN, or a blank text."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
@@ -31,7 +31,7 @@ def _is_finite(value) -> bool:
     return isinstance(value, str | int) or math.isfinite(value)
 
 
-def _described(value) -> str:
+def _missing_kind(value) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):

@@ -62,12 +62,12 @@ class GymScore(PooledReward):
 
 
 def encode_task(name: str, entry: dict) -> str:
-    """A task as one text, from which `decode_task` makes an equal one."""
+    """Encode a task as one text, from which `decode_task` makes an equal one."""
     return json.dumps([name, _encode(entry)])
 
 
 def decode_task(task: str) -> tuple[str, dict]:
-    """The data set's name, and the task as its verifier takes it."""
+    """Return the data set's name, and the task as its verifier takes it."""
     name, entry = json.loads(task)
     return name, _decode(entry)
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from posttrain.checks import check_choice
 from posttrain.errors import ConfigError, require
 from posttrain.log import get_logger
 from posttrain.rewards.answers import PLACES, answer_number, final_answer, gold_answer
 from posttrain.rewards.base import (
     PooledReward,
     Reward,
-    check_choice,
     column_of,
     completion_text,
 )

@@ -187,7 +187,7 @@ class _Worker:
         return True
 
     def read(self) -> list[dict] | None:
-        """The replies that have come in whole; None at the end of the process."""
+        """Return the replies that have come in whole; None at the end of the process."""
         part = os.read(self.process.stdout.fileno(), 1 << 16)
         if not part:
             return None

@@ -14,7 +14,7 @@ _DEPTH, _LARGEST = 3, 1000
 
 
 def texts_of(function) -> set[str]:
-    """Every text in a function's code, defaults, closure and own attributes, and in the globals that it names.
+    """Collect every text in a function's code, defaults, closure and own attributes, and in the globals that it names.
 
     A compiled pattern counts as its text. Functions that it refers to are followed, but for those of Python's own
     library; other objects are not. A text that is put together at run time is not found.
@@ -56,7 +56,7 @@ def _look(value, found: set[str], seen: set[int], depth: int) -> None:
 
 
 def _parts(function: FunctionType) -> Iterable:
-    """What a function's code holds and names; its docstring is no text that it looks for."""
+    """Tell what a function's code holds and names; its docstring is no text that it looks for."""
     codes = [function.__code__]
     for code in codes:
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]

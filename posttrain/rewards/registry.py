@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
-from urllib.parse import unquote
 
-from posttrain.checks import near
+from posttrain.checks import check_option, near, parse_query, parse_scalar
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.rewards.base import Reward
 from posttrain.rewards.format import Format
@@ -29,7 +28,7 @@ _USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def get_reward(name: str, **settings) -> Reward:
-    """The reward of a name, with its settings.
+    """Return the reward of a name, with its settings.
 
     Args:
         name: one of maths_answer, exact_match, format, length and gym, or `module:function` for one of your own, found
@@ -40,7 +39,7 @@ def get_reward(name: str, **settings) -> Reward:
     Raises ConfigError, naming the nearest name, for what does not exist, and as the reward does for its settings.
     """
     name, _, query = name.partition("?")
-    settings = {**_options(name, query), **settings}
+    settings = {**_settings(name, query), **settings}
     if ":" in name:
         return _users_reward(_import(name), settings)
     if name not in BUILT_IN:
@@ -53,10 +52,7 @@ def get_reward(name: str, **settings) -> Reward:
     kind = BUILT_IN[name]
     known = [field.name for field in fields(kind)]
     for setting in settings:
-        if setting not in known:
-            close = near(setting, known)
-            hint = f"; did you mean `{close}`?" if close else "."
-            raise ConfigError(f"reward_funcs: {name} has no setting `{setting}` (it has {', '.join(known)}){hint}")
+        check_option(f"reward_funcs: {name}", setting, known, "setting")
     try:
         return kind(**settings)
     except ConfigError as error:
@@ -64,7 +60,7 @@ def get_reward(name: str, **settings) -> Reward:
 
 
 def get_rewards(specs: Iterable) -> list[Reward]:
-    """Rewards from what a config's `reward_funcs` lists.
+    """Make the rewards of what a config's `reward_funcs` lists.
 
     Each is a name as in `get_reward`, a mapping of one name to its settings (`length: {max_length: 512, cache: 128}`),
     a function, or a reward. Raises ConfigError as `get_reward` does.
@@ -98,23 +94,9 @@ def _users_reward(found: Callable, settings: dict) -> Reward:
     return found if isinstance(found, Reward) else UserReward(found)
 
 
-def _options(name: str, query: str) -> dict:
-    settings = {}
-    for part in filter(None, query.split("&")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ConfigError(f"reward_funcs: {name}?{query}: write settings as key=value, joined by &.")
-        settings[key] = _scalar(unquote(value))
-    return settings
-
-
-def _scalar(text: str):
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False, "null": None}.get(text, text)
+def _settings(name: str, query: str) -> dict:
+    parsed = parse_query(query, f"reward_funcs: {name}?{query}", "settings")
+    return {key: parse_scalar(text) for key, text in parsed.items()}
 
 
 def _import(name: str) -> Callable:

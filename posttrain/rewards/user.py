@@ -121,7 +121,7 @@ def _inner(function):
 
 
 def _named_arguments(function) -> list[str] | None:
-    """The names of a function's arguments; None where it takes any."""
+    """Return the names of a function's arguments; None where it takes any."""
     try:
         parameters = signature(function).parameters.values()
     except (TypeError, ValueError):

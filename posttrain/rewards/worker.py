@@ -39,7 +39,7 @@ def main() -> None:
     try:
         module = importlib.import_module(sys.argv[-1])
     except Exception as error:
-        reply(failed=describe(error))
+        reply(failed=error_text(error))
         return
     reply()
     with contextlib.suppress(BrokenPipeError):
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def serve(module, function: str, arguments: dict, timeout: float) -> dict:
-    """The fields of an Outcome: value, timed_out, or error and answer_at_fault."""
+    """Return the fields of an Outcome: value, timed_out, or error and answer_at_fault."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     # The kernel ends a worker that computes on, deaf to alarms, after its parent was killed.
     _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + 2 * timeout) + 5)
@@ -59,7 +59,7 @@ def serve(module, function: str, arguments: dict, timeout: float) -> dict:
     except Overtime:
         return {"timed_out": True}
     except Exception as error:
-        outcome = {"error": describe(error)}
+        outcome = {"error": error_text(error)}
     with contextlib.suppress(Exception, Overtime):
         accepts = getattr(module, "accepts_gold", None)
         if function == "score" and accepts is not None:
@@ -75,7 +75,7 @@ def _in_time(seconds: float, call):
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
@@ -92,7 +92,7 @@ def _limit(kind: int, amount: int) -> None:
 
 
 def _own_pipes():
-    """The pipes to the parent, out of the reach of a library that prints."""
+    """Return the pipes to the parent, out of the reach of a library that prints."""
     requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -56,14 +56,14 @@ _WRITTEN = (
 
 
 def mark(folder: Path, content: dict, name: str = MARKER) -> None:
-    """Write the marker at once, so that it is never half there."""
+    """Write a marker or note at once, so that it is never half there."""
     partial = folder / _partial(name)
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, folder / name)
 
 
 def content_of(path: Path) -> dict:
-    """What a marker or a note says; ConfigError if it is damaged."""
+    """Read a marker or a note; ConfigError if it is damaged."""
     try:
         content = json.loads(path.read_text())
         if isinstance(content["identity"], dict):
@@ -78,7 +78,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def is_half_left(folder: Path, identity: dict | None = None) -> bool:
-    """Whether a save of ours, or of the run with this identity, began there and was not finished."""
+    """Return whether a save of ours, or of the run with this identity, began there and was not finished."""
     if is_complete(folder):
         return False
     if not (folder / SAVING).is_file():
@@ -91,7 +91,7 @@ def is_half_left(folder: Path, identity: dict | None = None) -> bool:
 
 
 def is_occupied(folder: Path) -> bool:
-    """Whether a save there would write over what is not ours: a file, a link, a checkpoint of another library."""
+    """Return whether a save there would write over a file, a link or a checkpoint that is not ours."""
     if folder.is_symlink():
         return True
     if not folder.is_dir():
@@ -100,14 +100,14 @@ def is_occupied(folder: Path) -> bool:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether it is a checkpoint that another library wrote, or one that lost its marker."""
+    """Return whether a folder is a checkpoint that another library wrote, or one that lost its marker."""
     if is_complete(folder) or is_half_left(folder) or not (folder / TRAINER_STATE).is_file():
         return False
     return any((folder / name).is_file() for name in ADAPTER + MODEL) or has(folder, "global_step*/*")
 
 
 def files_in(folder: Path) -> set[str]:
-    """The paths of all files in a folder, relative to it."""
+    """Return the paths of all files in a folder, relative to it."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
 
 
@@ -116,13 +116,13 @@ def has(folder: Path, *patterns: str) -> bool:
 
 
 def sizes(folder: Path, others: set[str]) -> dict[str, int]:
-    """Bytes of each file that a save wrote, which a resumption looks for again; `others` were there before it."""
+    """Return the bytes of each file that a save wrote, to compare on resumption; `others` were there before it."""
     names = sorted(files_in(folder) - others - {MARKER, SAVING})
     return {name: (folder / name).stat().st_size for name in names}
 
 
 def begin(folder: Path, identity: dict) -> set[str]:
-    """Make a folder ready for a save: the note first, then what an earlier save of ours left there goes.
+    """Prepare a folder for a save: write the note, then delete what an earlier save of ours left there.
 
     Returns the files that are not ours.
     """
@@ -154,7 +154,7 @@ def remove(folder: Path, own: set[str] | None = None) -> bool:
 
 
 def own_files(folder: Path) -> set[str]:
-    """The files of a folder that a save of ours wrote."""
+    """Return the files of a folder that a save of ours wrote."""
     there = files_in(folder)
     try:
         if is_complete(folder):
@@ -165,7 +165,7 @@ def own_files(folder: Path) -> set[str]:
 
 
 def missing_state(folder: Path) -> list[str]:
-    """The files of optimizer, schedule and random state that a checkpoint lacks, so that no run can go on from it."""
+    """Return the files of optimizer, schedule and random state that a checkpoint lacks to be resumed from."""
     there = files_in(folder)
     lost = [name for name, forms in _STATE.items() if not any(_matches(found, forms) for found in there)]
     if is_complete(folder):
@@ -178,12 +178,12 @@ def missing_state(folder: Path) -> list[str]:
 
 
 def is_state(name: str) -> bool:
-    """Whether a file holds optimizer, schedule or random state."""
+    """Return whether a file holds optimizer, schedule or random state."""
     return any(_matches(name, forms) for forms in _STATE.values())
 
 
 def check_adapter_fits(model, folder: Path, shapes: bool = True) -> None:
-    """Refuse a checkpoint whose weights are not those that the run trains: upstream loads what fits without a word.
+    """Refuse a checkpoint whose weights are not those that the run trains: upstream loads whatever matches.
 
     `shapes`: compare them too; they cannot be read where weights are partitioned.
 

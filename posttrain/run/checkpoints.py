@@ -23,7 +23,7 @@ _FOLDER = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
 
 def folders(output_dir: str | Path) -> list[Path]:
-    """All that is named as a checkpoint is, oldest step first, whatever it is."""
+    """Return all paths named as checkpoints are, oldest step first, whatever they hold."""
     root = Path(output_dir)
     if not root.is_dir():
         return []
@@ -35,7 +35,7 @@ def step_of(folder: Path) -> int:
 
 
 def complete(output_dir: str | Path) -> list[Path]:
-    """The checkpoints with a marker, oldest step first."""
+    """Return the checkpoints with a marker, oldest step first."""
     return list(filter(files.is_complete, folders(output_dir)))
 
 
@@ -63,7 +63,7 @@ def rotate(output_dir: str | Path, keep: int | None, best: str | None, identity:
 
 
 def clear(folder: Path) -> None:
-    """Delete a checkpoint of ours, saying so where files of others stay."""
+    """Delete a checkpoint of ours; log where files of others stay in it."""
     try:
         if not files.remove(folder):
             get_logger().info("%s stays for the files in it that no run wrote", folder)
@@ -74,7 +74,7 @@ def clear(folder: Path) -> None:
 def find(
     output_dir: str | Path, wanted: str | bool | None, check: bool = True, weights_only: bool = False
 ) -> Path | None:
-    """The checkpoint to resume from.
+    """Find the checkpoint to resume from.
 
     Args:
         output_dir: the run folder.
@@ -124,13 +124,13 @@ def find(
 
 
 def passed_over(output_dir: str | Path, taken: Path | None) -> str:
-    """What stands in a run folder behind the checkpoint that was taken and was not, and why; empty for nothing."""
+    """List the later checkpoints of a run folder that were not resumed from, each with the reason; empty for none."""
     first = step_of(taken) if taken is not None else -1
     return " ".join(f"{folder.name} {reason}" for folder, reason in _reasons(output_dir) if step_of(folder) > first)
 
 
 def _others(output_dir: str | Path) -> str:
-    """What stands in the place of checkpoints to resume from, in words."""
+    """Describe what an output_dir without a complete checkpoint holds instead, for an error message."""
     found = _reasons(output_dir)
     incomplete = [folder.name for folder, reason in found if reason == _INCOMPLETE]
     told = [f"{folder.name} {reason}" for folder, reason in found if reason != _INCOMPLETE]
@@ -143,7 +143,7 @@ _INCOMPLETE = "is not complete."
 
 
 def _reasons(output_dir: str | Path) -> list[tuple[Path, str]]:
-    """The folders that cannot be resumed from as they are, each with the reason."""
+    """Return the checkpoint folders that cannot be resumed from as they are, each with the reason."""
     found = []
     for folder in filter(Path.is_dir, folders(output_dir)):
         lost = files.missing_state(folder) if files.is_complete(folder) else []
@@ -166,7 +166,7 @@ def _without_state(lost: list[str]) -> str:
 
 
 def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
-    """The marker's content; ConfigError for a checkpoint that is damaged, or of other settings than `now`.
+    """Read a checkpoint's marker; ConfigError if the checkpoint is damaged, or of other settings than `now`.
 
     Of a checkpoint that another library wrote, what its own state tells.
 
@@ -203,17 +203,17 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
 
 
 def settings_of(content: dict) -> dict:
-    """Identity and update settings of a checkpoint's run."""
+    """Return the identity and the update settings of a checkpoint's run."""
     return content["identity"] | content.get("update", {})
 
 
 def planned_steps(folder: Path) -> int:
-    """How many steps the run had that wrote a checkpoint."""
+    """Return how many steps the run that wrote a checkpoint was to take."""
     return int(_trainer_state(folder)["max_steps"])
 
 
-def say_random_state(folder: Path, ranks: int) -> None:
-    """Warn where a checkpoint holds no random state for each of these ranks: upstream goes on without a word."""
+def warn_of_missing_random_state(folder: Path, ranks: int) -> None:
+    """Warn where a checkpoint lacks the random state of one of these ranks, which upstream passes over in silence."""
     wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     lost = [name for name in wanted if not (folder / name).is_file()]
     if lost:
@@ -238,7 +238,7 @@ def _trainer_state(folder: Path) -> dict:
 
 @contextlib.contextmanager
 def complete_or_not_there(trainer, folder: Path):
-    """Around the saving of a checkpoint by all ranks: a note first, the marker last, then rotation.
+    """Save a checkpoint by all ranks, inside: write the note first, the marker last, then rotate.
 
     Raises:
         EnvironmentIssue: the disk is full or cannot be written to, or what is not ours came to lie there; the last
@@ -285,7 +285,7 @@ def complete_or_not_there(trainer, folder: Path):
 
 
 def keep_best_alone(trainer, output_dir: Path) -> None:
-    """With `save_total_limit: 1`, leave only the best checkpoint of ours at the end of training, as upstream does."""
+    """Delete our checkpoints but for the best at the end of training with `save_total_limit: 1`, as upstream does."""
     best = trainer.state.best_model_checkpoint
     if trainer.args.save_total_limit != 1 or best is None or not trainer.args.should_save:
         return
@@ -295,7 +295,7 @@ def keep_best_alone(trainer, output_dir: Path) -> None:
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether a disk that is full or cannot be written to is behind it; torch.save has a RuntimeError for that."""
+    """Return whether an error comes of a full or unwritable disk; torch.save raises a RuntimeError for that."""
     if isinstance(error, EnvironmentIssue) and error.__cause__ is not None:
         # the model's part of a checkpoint, which says so by itself
         return is_write_error(error.__cause__)
@@ -303,7 +303,7 @@ def is_write_error(error: Exception) -> bool:
 
 
 def write_reason(error: Exception) -> str:
-    """Why something could not be written, in words; torch.save names a place in its own source."""
+    """Say why a file could not be written; torch.save names a place in its own source."""
     if isinstance(error, EnvironmentIssue) and error.__cause__ is not None:
         return write_reason(error.__cause__)
     if not isinstance(error, RuntimeError):

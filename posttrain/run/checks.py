@@ -29,7 +29,7 @@ _NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
 
 def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
-    """Refuse a folder that cannot be written to, or made; nothing is left behind. `name`: of the setting."""
+    """Refuse a folder that cannot be made or written to; leaves nothing behind. `name`: of the setting."""
     folder = Path(output_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -124,7 +124,7 @@ def check_optimiser(args) -> None:
 
 @contextlib.contextmanager
 def upstream_refusals(what: str = "the trainer cannot be built with these settings"):
-    """What TRL, PEFT or transformers refuse while something is built is a setting of the user's: say it as one."""
+    """Raise as ConfigError what TRL, PEFT or transformers refuse inside: a user's setting caused it."""
     try:
         yield
     except PosttrainError:
@@ -136,7 +136,7 @@ def upstream_refusals(what: str = "the trainer cannot be built with these settin
 
 
 def load_config(model_id: str, args):
-    """The model's config, read before its weights.
+    """Load the model's config, before its weights.
 
     Raises ConfigError where there is no such model, EnvironmentIssue where the hub cannot be reached.
     """
@@ -219,7 +219,7 @@ def check_parallelism(accelerator) -> None:
 
 @contextlib.contextmanager
 def evaluating(model):
-    """`model` in eval mode inside, each of its modules in its own mode again afterwards."""
+    """Put `model` into eval mode inside, and each of its modules back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

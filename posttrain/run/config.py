@@ -22,13 +22,13 @@ from posttrain.run.checks import check_optimiser, check_reporters
 
 
 def under_deepspeed(args) -> bool:
-    """Whether a run with these training arguments goes through DeepSpeed."""
+    """Return whether a run with these training arguments goes through DeepSpeed."""
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 @dataclass
 class CommonConfig:
-    """What every config here has in front of TRL's: defaults that fit the machine, and the watches over a run.
+    """Adds to TRL's configs what all trainers here share: defaults that fit the machine, watches over a run.
 
     TRL's configs ask for bf16 and gradient checkpointing, and raise where there is no accelerator. Here a field left
     at None is chosen: with an accelerator as TRL has it, without one plain fp32 on the CPU.

@@ -1,4 +1,4 @@
-"""An evaluation's results: each set under its own name, each pair's two rows in `compute_metrics`."""
+"""An evaluation's results: each set under its own name, all rows of each group in `compute_metrics`."""
 
 import math
 
@@ -7,16 +7,17 @@ from accelerate.utils import recursively_apply
 from torch import Tensor
 
 from posttrain.errors import ConfigError
+from posttrain.mechanisms.row_groups import RowGroups
 from posttrain.mechanisms.window import real_rows
 
 
 def forget(trainer) -> None:
-    """Drop what an evaluation that was broken off, or a hand-made pass, has left."""
+    """Drop the metrics that an interrupted evaluation, or a forward by hand, has left."""
     trainer._metrics["eval"].clear()
 
 
 def take_metrics(trainer, prefix: str) -> dict[str, float | None]:
-    """The means of an evaluation's metrics as `<prefix>_<name>`, which TRL's `log` would all name `eval_<name>`.
+    """Return the means of an evaluation's metrics as `<prefix>_<name>`; TRL's `log` would name all `eval_<name>`.
 
     NaN entries are left out; `trainer.no_value` stands where nothing else is there.
     """
@@ -47,30 +48,37 @@ def check_best_metric(args, eval_dataset) -> None:
     )
 
 
-class PairRows:
-    """Gathers an evaluation batch of pairs over ranks; stands in for `Trainer.gather_function`.
+class GroupRows:
+    """Gathers an evaluation batch over ranks, whole groups of rows at a time; replaces `Trainer.gather_function`.
 
-    Tensors have two rows a pair, all chosen before all rejected. Upstream cuts the last batch to as many rows as there
-    are pairs left, so that rejected rows would be missing from `compute_metrics`.
+    A pair is a group of two rows. Upstream cuts the last batch to as many rows as there are groups left, so that
+    rejected rows would be missing from `compute_metrics`.
     """
 
     def __init__(self, accelerator) -> None:
-        self._accelerator, self._keep, self._losses_next = accelerator, None, False
+        self._accelerator, self._keep, self._losses_next, self._unequal = accelerator, None, False, False
 
-    def begin(self, pairs: int, device) -> None:
-        """Note the batch just computed, of `pairs` rows on this rank; all ranks call it."""
-        self._losses_next = True
-        real = torch.arange(pairs, device=device) < real_rows(self._accelerator, pairs)
-        keep = self._accelerator.gather(real.repeat(2).int()).bool()
+    def begin(self, groups: RowGroups, device, unequal: bool = False) -> None:
+        """Note the batch just computed, of `groups` on this rank; all ranks call it.
+
+        `unequal`: ranks may differ in their rows; the same on all of them.
+        """
+        self._losses_next, self._unequal = True, unequal
+        real = torch.arange(groups.count, device=device) < real_rows(self._accelerator, groups.count)
+        keep = self._gather(groups.to_rows(real).int()).bool()
         self._keep = None if keep.all() else keep
 
     def __call__(self, data):
         if self._losses_next:
-            # the loop gathers the losses first, which are one a pair
+            # the loop gathers the losses first, which are one a group
             self._losses_next = False
             return self._accelerator.gather_for_metrics(data)
         return recursively_apply(self._rows, data)
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        gathered = self._accelerator.gather(tensor)
+        gathered = self._gather(tensor)
         return gathered if self._keep is None else gathered[self._keep]
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        # rows that are filled up with zeros are not kept
+        return self._accelerator.gather(self._accelerator.pad_across_processes(tensor) if self._unequal else tensor)

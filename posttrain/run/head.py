@@ -9,8 +9,10 @@ from posttrain.run import checks
 
 
 class TrueHead:
-    """Decides for each model once: at construction, or under DeepSpeed, which places weights later, before its first
-    forward."""
+    """Decides for each model whether TRL's fused head is used: at construction, or before its first forward.
+
+    The first forward is the moment under DeepSpeed, which places the weights later.
+    """
 
     def __init__(self, trainer) -> None:
         self._accelerator, self._chosen = trainer.accelerator, set()
@@ -22,7 +24,7 @@ class TrueHead:
                 self.check(model)
 
     def check(self, model) -> None:
-        """Before a forward; all ranks call it."""
+        """Compare the model's fused head with its own logits before a forward; all ranks call it."""
         inner = self._innermost(model)
         head = self._heads.get(id(inner))
         if head is None or id(inner) in self._chosen:

@@ -72,7 +72,7 @@ def fingerprint(dataset, read: Collection[str] = ()) -> str | None:
 
 
 def identity(trainer) -> dict:
-    """What a run must share with the one it resumes, or else goes on with other numbers."""
+    """Return what a run must share with the one it resumes, so that it goes on with the same numbers."""
     args, source, adapter = trainer.args, loaded_from(trainer.model), adapter_config(trainer.model)
     return {
         "method": type(trainer).__name__,
@@ -91,7 +91,7 @@ def identity(trainer) -> dict:
 
 
 def reference_digest(trainer) -> dict[str, str | None]:
-    """A digest of the reference that a trainer was given: None where it is the run's start; of some trainers nothing.
+    """Digest the `ref_model` that a trainer was given: None for the run's start, {} where a trainer has none.
 
     Call it at construction: `sync_ref_model` moves the reference later.
     """
@@ -104,7 +104,7 @@ def reference_digest(trainer) -> dict[str, str | None]:
 
 
 def update_settings(trainer) -> dict:
-    """What else a run must share with the checkpoint it goes on from, or with the folder that it writes into."""
+    """Return what else a run must share with the checkpoint it resumes, or the folder that it writes into."""
     adapter = adapter_settings(trainer.model) if adapter_config(trainer.model) else {}
     return adapter | update_of(trainer.args)
 
@@ -123,7 +123,7 @@ def _is_aside(name: str) -> bool:
 
 
 def adapter_settings(model) -> dict:
-    """What decides the adapter of a PeftModel, of any kind, as plain JSON: its config, and the modules that it took."""
+    """Return what decides the adapter of a PeftModel as plain JSON: its config, and the modules that it took."""
     settings = {name: value for name, value in adapter_config(model).to_dict().items() if name not in _NOT_THE_ADAPTER}
     tuner = model.base_model
     for name, kind in (("target_modules", "targeted_module_names"), ("target_parameters", "targeted_parameter_names")):
@@ -137,7 +137,7 @@ def adapter_settings(model) -> dict:
 
 
 def differing(now: dict, then: dict) -> str:
-    """What of two identities differs, in words; empty if nothing does. What one of them does not say is not told."""
+    """Say in which entries two identities differ; empty for none. Entries that one of them lacks are passed over."""
     names = [name for name in sorted(now.keys() & then) if plain(now[name]) != plain(then[name])]
     # digests say nothing to a reader
     words = {

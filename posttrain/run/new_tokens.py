@@ -14,7 +14,7 @@ _NEAR = 0.1
 
 
 def at_their_start(weight: Tensor, ids: list[int]) -> list[int]:
-    """Those of the rows `ids` of an embedding (V, d) that are its mean, where `resize_token_embeddings` starts.
+    """Return those rows `ids` of an embedding (V, d) that are its mean, where `resize_token_embeddings` starts.
 
     A row of zeros, as padding has it, is none of them.
     """
@@ -27,8 +27,8 @@ def at_their_start(weight: Tensor, ids: list[int]) -> list[int]:
     return [index for index, is_start in zip(ids, start.tolist(), strict=True) if is_start]
 
 
-def say_absent(model, dataset, columns: tuple[str, ...], processing_class) -> None:
-    """Warn of tokens that the adapter is to train and no row holds. Under a tied head they train as wrong answers."""
+def warn_of_absent(model, dataset, columns: tuple[str, ...], processing_class) -> None:
+    """Warn of tokens that the adapter is to train and no row holds; under a tied head they train as wrong answers."""
     if not is_peft_model(model) or not hasattr(dataset, "__len__"):
         return
     if model.get_base_model().config.get_text_config().tie_word_embeddings:
@@ -47,8 +47,8 @@ def say_absent(model, dataset, columns: tuple[str, ...], processing_class) -> No
         )  # fmt: skip
 
 
-def say_frozen(model, dataset, columns: tuple[str, ...], processing_class) -> None:
-    """Warn of special tokens in the rows whose embedding is where new ones start, and stays there under an adapter."""
+def warn_of_frozen(model, dataset, columns: tuple[str, ...], processing_class) -> None:
+    """Warn of special tokens in the rows whose embedding is where new ones start, and frozen under the adapter."""
     if not is_peft_model(model) or not hasattr(dataset, "__len__"):
         return
     embedding = model.get_input_embeddings()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Prepared:
-    """What `prepare` of a family hands to the trainer's constructor and to the dry run.
+    """Holds what a family's `prepare` hands to the trainer's constructor and to the dry run.
 
     Attributes:
         train_dataset, eval_dataset: as the parent trainer takes them; the latter one, several by name, or None.

@@ -27,7 +27,7 @@ ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16
 
 
 def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> str:
-    """A digest of everything but the rows that affects a reference log-probability; all ranks call it.
+    """Digest everything but the rows that affects a reference log-probability; all ranks call it.
 
     Args:
         model: the one that is forwarded, without the adapters of `skip_adapters`.
@@ -51,7 +51,7 @@ def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> 
 
 
 def cached(trainer, cache, digests: Sequence[bytes]) -> dict:
-    """Read from a cache the values of the rows with these digests; all ranks call it and get what rank 0 sees.
+    """Read the values of the rows with these digests from a cache; all ranks call it and get what rank 0 sees.
 
     Ranks may not share a disk, and may see it at different moments.
     """
@@ -64,7 +64,7 @@ def cached(trainer, cache, digests: Sequence[bytes]) -> dict:
 
 
 def add_to_cache(trainer, cache, fresh: dict) -> None:
-    """Write values by their digests into a cache, from rank 0; a disk that takes none is said in the log."""
+    """Write values by their digests into a cache, from rank 0; a disk that refuses them is logged."""
     if not trainer.accelerator.is_main_process:
         return
     try:
@@ -74,7 +74,7 @@ def add_to_cache(trainer, cache, fresh: dict) -> None:
 
 
 def with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
-    """Add columns to a data set, in the place of those that it has by their names."""
+    """Add columns to a data set, replacing those of the same names."""
     for name, values in columns.items():
         if name in dataset.column_names:
             dataset = dataset.remove_columns(name)
@@ -83,7 +83,7 @@ def with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
 
 
 def starts_as_identity(peft_config) -> bool:
-    """Whether a new adapter of these settings changes nothing before its first step, and leaves the base alone."""
+    """Return whether a new adapter of these settings leaves outputs and base as they are until its first step."""
     return (
         initial_adapter.begins_as_base(peft_config)
         and initial_adapter.initialisation(peft_config) in (True, "gaussian", "mica")
@@ -94,7 +94,7 @@ def starts_as_identity(peft_config) -> bool:
 
 @contextlib.contextmanager
 def frozen(trainer):
-    """Hand over the starting model to forward: in eval mode, without gradient, a new adapter off.
+    """Yield the starting model for forwards: in eval mode, without gradient, a new adapter off.
 
     Under DeepSpeed it is an engine that places or gathers the weights.
     """
@@ -107,7 +107,7 @@ def frozen(trainer):
 
 
 def batches_of(trainer, rows: Dataset, what: str, batch_size: int):
-    """This rank's padded batches of tokenised rows, in order, on its device."""
+    """Yield this rank's padded batches of tokenised rows, in order, on its device."""
     # An own generator: a DataLoader otherwise draws from the global one
     loader = DataLoader(rows, batch_size, collate_fn=trainer.data_collator, generator=torch.Generator())
     hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
@@ -136,12 +136,12 @@ def end_engine(trainer) -> None:
 
 
 def may_be_identity(model) -> bool:
-    """Whether an adapter can be without effect; one of learned prompts or prefixes never is."""
+    """Return whether an adapter can be without effect; one of learned prompts or prefixes never is."""
     return not (is_peft_model(model) and model.active_peft_config.is_prompt_learning)
 
 
 def zero_margin_tolerance(model, accelerator) -> tuple[float, str]:
-    """What rounding may make of |log pi - log pi_ref| per token of equal weights, in nats, and the type computed in."""
+    """Return the rounding of |log pi - log pi_ref| per token of equal weights, in nats, and the computing dtype."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         dtype = torch.bfloat16
@@ -166,7 +166,7 @@ def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
 
 
 def _initialised(model) -> str:
-    """What an adapter's own initialisation has to do with it, for the message."""
+    """Say in an error message what part an adapter's own initialisation has in it."""
     if not is_peft_model(model):
         return ""
     config = model.active_peft_config
@@ -178,7 +178,7 @@ def _initialised(model) -> str:
 
 
 def describe_reference(trainer) -> str:
-    """One line that says which weights the reference is."""
+    """Say in one line which weights the reference is."""
     if trainer._reference_is_given:
         return "the given ref_model"
     if is_peft_model(trainer.model):

@@ -25,7 +25,7 @@ _MOST_PANELS = 12
 
 
 class RunReport(TrainerCallback):
-    """Writes the run's report into `output_dir`, from the main process.
+    """Writes metrics, curves and the resolved settings of a run into `output_dir`, from the main process.
 
     - `metrics.jsonl`: a line per log, with step, epoch and every number logged. A resumed run drops the lines
     beyond
@@ -90,7 +90,7 @@ def _writing(folder: Path):
 
 
 def write_resolved_config(args, path: Path, sections: dict | None = None) -> None:
-    """Write what the run has been given: training arguments, `sections`, versions, device, git commit."""
+    """Write the settings of the run: training arguments, `sections`, versions, device, git commit."""
     import yaml
 
     training = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
@@ -108,7 +108,7 @@ def write_resolved_config(args, path: Path, sections: dict | None = None) -> Non
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """A table of all rows, a column per name in the order of its first appearance."""
+    """Write all rows as a table, with a column per name in the order of its first appearance."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="") as file:
         table = csv.DictWriter(file, names)
@@ -117,8 +117,7 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def plot_curves(rows: list[dict], path: Path) -> None:
-    """A picture with a panel per metric over the steps; `eval_...`, of one set or several, shares the panel of
-    its training metric."""
+    """Plot a panel per metric over the steps; `eval_...`, of any set, shares the panel of its training metric."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -149,7 +148,7 @@ def plot_curves(rows: list[dict], path: Path) -> None:
 
 
 def _panel_of(name: str, trained: set[str]) -> tuple[str, str]:
-    """The panel and the label of a metric: those of several evaluation sets are `eval_<set>_<metric>`."""
+    """Return the panel and the label of a metric: those of several evaluation sets are `eval_<set>_<metric>`."""
     if not name.startswith("eval_"):
         return name, "train"
     rest = name.removeprefix("eval_")
@@ -160,7 +159,7 @@ def _panel_of(name: str, trained: set[str]) -> tuple[str, str]:
 
 
 def _rank(name: str) -> int:
-    """Which panels come first, and stay where there are too many: the loss, rewards, a method's own metrics."""
+    """Rank a metric's panel, as only the first are plotted: the loss, rewards, a method's own metrics, others."""
     if name == "loss":
         return 0
     if name.startswith("rewards/"):
@@ -185,7 +184,7 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _plain(value):
-    """`value` in YAML's own types, without secrets."""
+    """Convert `value` to YAML's own types, without secrets."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items() if not _SECRET_NAME.search(str(name))}
     if isinstance(value, list | tuple | set):

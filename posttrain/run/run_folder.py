@@ -36,7 +36,7 @@ _COMPLETIONS = "completions/completions_*.parquet"
 
 
 def check_args(args, method: str | None) -> None:
-    """Refuse the run folder that settings name, as far as they tell, before data and model are there.
+    """Refuse the run folder of another run, as far as the settings tell, before data and model are loaded.
 
     Args:
         args: the trainer's config.
@@ -87,7 +87,7 @@ def check_folder(output_dir: str | Path, now: dict) -> None:
 
 
 def check_way(args, begun: int, steps: int, save_steps: int | None = None, any_step: bool = False) -> None:
-    """Refuse a run folder where something that is not ours lies where this run is going to save.
+    """Refuse a run folder where something that is not ours lies in the place of a checkpoint to come.
 
     Args:
         args: the trainer's config.
@@ -175,7 +175,7 @@ def check_free(trainer) -> None:
 
 
 def claim(folder: Path, trainer) -> None:
-    """Before anything is written into a run folder, by the main process: keep what others left, note whose it is.
+    """Take a run folder before the first write, on the main process: keep others' files, note whose run it is.
 
     Raises:
         EnvironmentIssue: the folder cannot be written to.
@@ -211,7 +211,7 @@ def check_not_anothers(folder: Path, trainer) -> None:
 
 
 def begin_note(folder: Path, trainer) -> set[str]:
-    """Note in a run folder whose model is going to be saved there; returns the files that are there before."""
+    """Note in a run folder whose model is about to be saved; returns the files that are there before."""
     folder.mkdir(parents=True, exist_ok=True)
     keep_others(folder)
     before = _top_files(folder)
@@ -240,7 +240,7 @@ def keep_others(folder: Path) -> None:
 
 
 def note_model(folder: Path, trainer, before: set[str]) -> None:
-    """Note in a run folder whose model lies there: all files that were not there `before`, or were noted already."""
+    """Note in a run folder which run's model lies there: all files not there `before`, or noted already."""
     there = _top_files(folder)
     _note(folder, trainer, there & (_noted(folder) | (there - before)))
 
@@ -285,7 +285,7 @@ def _top_files(folder: Path) -> set[str]:
 
 
 def _weights(folder: Path) -> str | None:
-    """The name of a model's or an adapter's weights in a folder."""
+    """Return the file name of a model's or an adapter's weights in a folder."""
     if not folder.is_dir():
         return None
     known = next((name for name in files.ADAPTER + files.MODEL if (folder / name).is_file()), None)

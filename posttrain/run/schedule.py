@@ -25,7 +25,7 @@ _POINTS = 1000
 
 @dataclass(frozen=True)
 class Schedule:
-    """A curve over a number of steps, and where on it each step of the run lies.
+    """Maps each step of a run to a place on a learning rate curve over `total` steps.
 
     Attributes:
         total: the steps that the curve is drawn over.
@@ -37,11 +37,11 @@ class Schedule:
 
     @property
     def end(self) -> int:
-        """The number of steps of the run."""
+        """Return the number of steps of the run."""
         return self.knots[-1][0] if self.knots else self.total
 
     def place(self, step: int) -> float:
-        """Where on the curve a step lies."""
+        """Return where on the curve a step lies."""
         if not self.knots:
             return step
         for (before, start), (after, stop) in itertools.pairwise(((0, 0.0), *self.knots)):
@@ -50,7 +50,7 @@ class Schedule:
         return self.knots[-1][1]
 
     def up_to(self, step: int, end: int) -> "Schedule":
-        """The same up to a step, the rest of the curve over the steps from there to `end`."""
+        """Return the same schedule up to `step`, with the rest of the curve spread over the steps to `end`."""
         place = self.place(step)
         kept = tuple(knot for knot in self.knots if knot[0] < step)
         here = ((step, place),) if step else ()
@@ -66,7 +66,7 @@ class Schedule:
 
 @dataclass
 class Current:
-    """The schedule of the run that wrote the checkpoint a run goes on from, and its own. Copies of a trainer share it.
+    """Holds a run's schedule, and that of the run whose checkpoint it resumes. Copies of a trainer share it.
 
     Attributes:
         resumed: None where a run starts anew.
@@ -82,7 +82,7 @@ class Current:
 
 
 def continued(args, then: Schedule, done: int, steps: int) -> Schedule:
-    """The schedule of a run that goes on, and what it means, said.
+    """Return the schedule of a resumed run whose number of steps may have changed, and log what it means.
 
     Args:
         args: the trainer's config.
@@ -139,7 +139,7 @@ def continued(args, then: Schedule, done: int, steps: int) -> Schedule:
 
 
 def curve(args, total: int):
-    """The factor on the learning rate by the place on a schedule of `total` steps; None where it is no curve."""
+    """Return the learning rate factor by the place on a schedule of `total` steps; None where it is no curve."""
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     with warnings.catch_warnings():
         # upstream says it where the run's own scheduler is made
@@ -155,13 +155,13 @@ def curve(args, total: int):
 
 
 def bend(scheduler, schedule: Schedule) -> None:
-    """Have a scheduler over the schedule's curve follow its places."""
+    """Make a scheduler follow the places of a schedule over the curve."""
     if schedule.knots and isinstance(scheduler, LambdaLR):
         scheduler.lr_lambdas = [functools.partial(bent, factor, schedule) for factor in scheduler.lr_lambdas]
 
 
 def move_to(scheduler, step: int) -> None:
-    """Set a scheduler, and the rates of its optimiser, to a step; one that is no curve over steps stays as it is."""
+    """Set a scheduler, and the rates of its optimiser, to a step; one that is no LambdaLR stays as it is."""
     if not isinstance(scheduler, LambdaLR):
         return
     scheduler.last_epoch, scheduler._step_count = step, step + 1
@@ -175,7 +175,7 @@ def move_to(scheduler, step: int) -> None:
 
 
 def bent(factor, schedule: Schedule, step: int) -> float:
-    """The factor on the learning rate at a step: of a place between two whole ones, what lies between their factors."""
+    """Return the learning rate factor at a step, interpolated where its place is between two whole ones."""
     place = schedule.place(step)
     low = math.floor(place)
     between = place - low
@@ -183,6 +183,6 @@ def bent(factor, schedule: Schedule, step: int) -> float:
 
 
 def _spread(first: int, last: int) -> list[int]:
-    """Some whole numbers from `first` to before `last`, both ends among them."""
+    """Return evenly spread whole numbers from `first` to before `last`, both ends among them."""
     number = min(max(last - first, 1), _POINTS)
     return sorted({first + i * max(last - 1 - first, 0) // max(number - 1, 1) for i in range(number)})

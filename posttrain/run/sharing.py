@@ -11,8 +11,9 @@ from posttrain.run.checks import evaluating
 
 
 def check_setting(args, config, peft_config=None) -> None:
-    """Raise where `prefix_sharing: always` cannot be had, as far as the model's config tells."""
-    if args.prefix_sharing != "always":
+    """Raise where `prefix_sharing: always` is impossible, as far as the model's config tells."""
+    # a family without sharing has no such setting
+    if getattr(args, "prefix_sharing", "never") != "always":
         return
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     reason = prefix_sharing.unsupported_reason(config, attention=attention, peft_config=peft_config)
@@ -38,7 +39,7 @@ def record_padding(means, attention_mask, packed) -> None:
 
 
 class PrefixSharing:
-    """Decides at construction; `pack` then gives each batch its packed form, or None where it is to be padded.
+    """Decides at construction whether batches run packed; `pack` returns a batch's packed form, or None to pad it.
 
     Attributes:
         active: whether batches are packed at all.
@@ -46,7 +47,7 @@ class PrefixSharing:
     """
 
     def __init__(self, trainer, left_padded: bool = False) -> None:
-        """`left_padded`: the trainer's batches have padding in front of the prompts."""
+        """Decide for the models of `trainer`; `left_padded`: its batches have padding in front of the prompts."""
         self._left_padded = left_padded
         self._setting, self._accelerator = trainer.args.prefix_sharing, trainer.accelerator
         self._said: set[str] = set()
@@ -79,21 +80,21 @@ class PrefixSharing:
             self._check_lengths(trainer)
 
     def pack(self, batch: dict, groups: list[int]):
-        """The packed form of a padded batch, from `batch["packed"]` if it is there; None where it must be padded."""
+        """Return the packed form of a padded batch, kept in `batch["packed"]`; None where it must be padded."""
         if not self.active:
             return None
         if "packed" not in batch:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
             packed = batch["packed"] = self.pack_rows(batch["input_ids"], batch["attention_mask"], labels, groups)
             if packed is not None and packed.unshared:
-                self._say(
+                self._log_once(
                     "some pairs' prompts differ between the sides (truncation_mode keep_end cuts them at different "
                     "places); these run unshared, counted as prefix_sharing/unshared"
                 )
         return batch["packed"]
 
     def pack_rows(self, input_ids, attention_mask, labels, groups: list[int] | None = None):
-        """The packed form of padded rows (B, L); without `groups`, rows of equal prompts share them."""
+        """Return padded rows (B, L) in packed form; without `groups`, rows of equal prompts share them."""
         wide = self._window and input_ids.size(1) > self._window
         if wide and attention_mask.sum(dim=1).max() > self._window:
             self.decline(f"it has rows longer than the sliding window of {self._window}")
@@ -101,7 +102,7 @@ class PrefixSharing:
         return prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple)
 
     def check(self, model) -> None:
-        """At the first forward of each model: a few made-up tokens through both forms. All ranks call it."""
+        """Compare packed and padded log-probs of made-up tokens at each model's first forward; all ranks call it."""
         if not self.active or id(model) in self._checked:
             return
         self._checked.add(id(model))
@@ -110,18 +111,18 @@ class PrefixSharing:
             *gaps, trouble = prefix_sharing.compare_padded_and_packed(model, config, device, self._left_padded)
         # a rank of which the model tripped still has to meet the others here
         gathered = self._accelerator.gather(torch.tensor([gaps], device=self._accelerator.device))
-        (largest, mean, _), blind = gathered.amax(0).tolist(), gathered[:, 2].min().item()
+        (largest, mean, _), if_ignored = gathered.amax(0).tolist(), gathered[:, 2].min().item()
         dtypes = {parameter.dtype for parameter in model.parameters()}
         half = dtypes != {torch.float32} or self._accelerator.mixed_precision != "no"
-        reason = trouble or prefix_sharing.mismatch_reason(largest, mean, blind, half)
+        reason = trouble or prefix_sharing.mismatch_reason(largest, mean, if_ignored, half)
         if reason:
             self._give_up(reason)
 
     def decline(self, reason: str) -> None:
-        """A batch is padded although sharing goes on: said once, an error with `always`."""
+        """Log once that a batch is padded although others are shared; an error with `always`."""
         if self._setting == "always":
             raise _refusal(f"a batch must be padded, as {reason}")
-        self._say(f"a batch is padded, not shared: {reason}; so will others be")
+        self._log_once(f"a batch is padded, not shared: {reason}; so will others be")
 
     def _check_lengths(self, trainer) -> None:
         limit = getattr(trainer.args, "max_length", None)
@@ -143,10 +144,10 @@ class PrefixSharing:
     def _give_up(self, reason: str) -> None:
         if self._setting == "always":
             raise _refusal(reason)
-        self._say(f"prefix sharing is not used: {reason}")
+        self._log_once(f"prefix sharing is not used: {reason}")
         self.active = False
 
-    def _say(self, text: str) -> None:
+    def _log_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             get_logger().info(text)

@@ -147,25 +147,25 @@ def _check_layers(model, peft_config) -> None:
 
 
 def begin(peft_config, args) -> None:
-    """Before the model is made: a start that is drawn by chance comes from the run's seed, so that it can resume."""
+    """Seed from the run's seed before the model is made, where an adapter's start is random, so that it can resume."""
     if _is_apart(peft_config):
         set_seed(args.seed)
 
 
 def _is_apart(config) -> bool:
-    """Whether a LoRA's start is not the base with the adapter off."""
+    """Return whether a LoRA's start differs from the base with the adapter off."""
     return initial_adapter.initialisation(config) is not None and not initial_adapter.begins_as_base(config)
 
 
 class Start:
-    """The policy's adapter as the run begins.
+    """Holds the policy's adapter as the run begins.
 
     Attributes:
         converts: whether the saved adapter is made one for the base as it was.
     """
 
     def __init__(self, trainer, peft_config, live_reference: bool) -> None:
-        """After the model is made, before its first forward or step. `live_reference`: as in `check_adapter`."""
+        """Note the start, before the model's first forward or step. `live_reference`: as in `check_adapter`."""
         self._model, self.converts = trainer.model, False
         if not is_peft_model(self._model):
             return
@@ -188,18 +188,18 @@ class Start:
         self.converts, self._matrices = True, initial_adapter.matrices(self._model)
 
     def saved(self, folder: str | Path) -> None:
-        """After the adapter was written into `folder`, on the main process."""
+        """Convert the adapter just saved into `folder` for the untouched base, on the main process."""
         if self.converts and (Path(folder) / initial_adapter.WEIGHTS).is_file():
             initial_adapter.convert(folder, self._matrices)
             initial_adapter.remove_reference(folder)
 
     def load(self, folder: str | Path) -> None:
-        """Put the adapter of a checkpoint that `saved` wrote into the model."""
+        """Load into the model the adapter of a checkpoint that `saved` wrote."""
         state, _ = initial_adapter.halves(folder)
         initial_adapter.load(self._model, state)
 
     def resume(self, checkpoint: str | Path, started: bool) -> None:
-        """Before a run goes on from a checkpoint: the base must be the one that the checkpoint's adapter left.
+        """Move the base, before a run resumes, to the one that the checkpoint's adapter was trained on.
 
         `started`: whether the model is already past its start.
         """
@@ -233,7 +233,7 @@ class Start:
 
 
 def use_adapter_dropout(model) -> None:
-    """Give a LoRA adapter the dropout of its config again, which TRL's disable_dropout turns off with the base's."""
+    """Restore a LoRA adapter's dropout from its config, which TRL's disable_dropout turns off with the base's."""
     if not is_peft_model(model):
         return
     for name in model.active_adapters:

@@ -11,7 +11,7 @@ from posttrain.saved import check_safetensors
 
 
 def save(trainer, folder: Path) -> None:
-    """Write the reference as it has become into a checkpoint; all ranks call it.
+    """Write the synced reference model into a checkpoint; all ranks call it.
 
     Where an engine spreads the weights over processes, there is no file, and `load` says so.
     """
@@ -20,7 +20,7 @@ def save(trainer, folder: Path) -> None:
 
 
 def load(trainer, checkpoint: Path) -> None:
-    """Put the reference of a checkpoint into a run that goes on from it.
+    """Load a checkpoint's synced reference model into the run that resumes from it.
 
     Raises:
         ConfigError: the checkpoint has none, so that the run would go on with another reference; with

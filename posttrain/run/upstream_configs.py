@@ -10,7 +10,7 @@ from posttrain.run.config import CommonConfig
 
 
 def as_own(args, config_class: type):
-    """`args` as a `config_class`, with every value kept, those that TRL resolved included; says so in the log.
+    """Convert `args` to a `config_class`, keeping every value, those that TRL resolved included; logs that it did.
 
     Args:
         args: a `config_class`, or the TRL config that it extends, or a subclass of that; for A-LoL also a plain
@@ -49,7 +49,7 @@ def _default(entry):
 
 
 def check_args(args, config_class: type, output_dir: str | None = None):
-    """`args` as a `config_class`, or the class's defaults. `output_dir`: where the defaults are to write.
+    """Return `args` as a `config_class`, or the class's defaults. `output_dir`: where the defaults are to write.
 
     Raises TypeError for another trainer's settings.
     """

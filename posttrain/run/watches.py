@@ -49,7 +49,7 @@ def stop(trainer, what: str) -> None:
 
 
 class LiveGradients:
-    """Stops a run of which some adapter tensor gets no gradient in its first two steps.
+    """Stops a run in which some adapter tensor gets no gradient in its first two steps.
 
     Gradient checkpointing over frozen embeddings, or target modules that the forward never reaches, leave adapters
     untrained without a word. Watches the gradients themselves, as weight decay alone also moves weights.
@@ -69,17 +69,17 @@ class LiveGradients:
         self._begun = 0
 
     def _note(self, name: str, gradient: torch.Tensor) -> None:
-        alive = gradient.detach().ne(0).any()
+        has_gradient = gradient.detach().ne(0).any()
         known = self._seen[name]
-        self._seen[name] = alive if known is None else known | alive
+        self._seen[name] = has_gradient if known is None else known | has_gradient
 
     def before_step(self, trainer) -> None:
-        """Note the rate of the step to come."""
+        """Note the learning rate of the step to come."""
         self._learning_rate = trainer.optimizer.param_groups[0]["lr"]
         self._begun = trainer.state.global_step
 
     def after_step(self, trainer) -> bool:
-        """Count a step; after two that could move weights, decide. Returns whether the watch is over.
+        """Count a step; after two that could move weights, stop or pass. Returns whether the watch is over.
 
         Raises:
             DivergedError: some tensor's gradient was zero throughout, on all ranks.
@@ -92,14 +92,14 @@ class LiveGradients:
         for hook in self._hooks:
             hook.remove()
         device = trainer.accelerator.device
-        local = [float(alive) if alive is not None else 0.0 for alive in self._seen.values()]
-        alive = trainer.accelerator.reduce(torch.tensor(local, device=device), reduction="sum")
-        dead = [name for name, value in zip(self._seen, alive.tolist(), strict=True) if value == 0]
-        if dead:
-            shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+        local = [float(seen) if seen is not None else 0.0 for seen in self._seen.values()]
+        seen = trainer.accelerator.reduce(torch.tensor(local, device=device), reduction="sum")
+        untrained = [name for name, value in zip(self._seen, seen.tolist(), strict=True) if value == 0]
+        if untrained:
+            shown = ", ".join(untrained[:3]) + (f" and {len(untrained) - 3} more" if len(untrained) > 3 else "")
             raise DivergedError(
-                f"{len(dead)} of {len(self._seen)} adapter tensors got no gradient in the first two steps: {shown}. "
-                "They would never train. With gradient checkpointing, the inputs must require gradients "
+                f"{len(untrained)} of {len(self._seen)} adapter tensors got no gradient in the first two steps: {shown}"
+                ". They would never train. With gradient checkpointing, the inputs must require gradients "
                 "(`model.enable_input_require_grads()`); otherwise leave these modules out of lora_target_modules. "
                 "If this is intended, set `check_gradients: false`."
             )

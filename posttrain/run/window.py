@@ -15,7 +15,7 @@ from posttrain.run.mixin import RunMixin
 
 
 class ExtraColumns:
-    """Hand over columns of the rows that TRL's collator does not know, each as a tensor (B,) of floats.
+    """Collates columns that TRL's collator does not know, each into a tensor (B,) of floats.
 
     Args:
         collator: TRL's, or a user's.
@@ -34,7 +34,7 @@ class ExtraColumns:
 
 
 class WindowMixin(RunMixin):
-    """The part of a family's mixin that takes means over the optimiser step's global batch, whatever its split.
+    """Takes means over the optimiser step's global batch, whatever its split into micro-batches.
 
     A subclass says in `extra_columns` which columns of its rows reach the batch beside the tokens, in `rows_in` how
     many rows a batch has, and gives them their weights in `prepare_window`.
@@ -44,7 +44,7 @@ class WindowMixin(RunMixin):
     extra_columns: dict[str, str] = {}
 
     def _begin_window(self) -> None:
-        """Before the parent's constructor."""
+        """Set the running means, before the parent's constructor."""
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._clock, self._input_names = None, None
 
@@ -53,11 +53,11 @@ class WindowMixin(RunMixin):
         return batch["input_ids"].size(0)
 
     def is_real(self, batch) -> Tensor:
-        """Tell the rows of a batch (B,) that are data from those that only fill it up."""
+        """Return which rows (B,) of a batch are data, and not repeats that fill it up."""
         return torch.arange(self.rows_in(batch), device=batch["input_ids"].device) < batch["real_rows"]
 
     def model_inputs(self, batch) -> dict:
-        """Return what of a batch is the model's, by the names that its forward has; all else stays with the loss."""
+        """Return the entries of a batch that the model's forward takes by name; the others are the loss's."""
         if self._input_names is None:
             model = self.accelerator.unwrap_model(self.model)
             model = model.get_base_model() if is_peft_model(model) else model
@@ -66,10 +66,10 @@ class WindowMixin(RunMixin):
         return {name: value for name, value in batch.items() if name in self._input_names}
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
-        """Put into each micro-batch of an optimiser step what its loss needs to know of the others."""
+        """Add to each micro-batch of an optimiser step what its loss needs to know of the others."""
 
     def sorted_window(self, batches: list[dict]) -> list[dict]:
-        """Return the micro-batches of a step with their rows dealt out anew, where no result hangs on that."""
+        """Return a step's micro-batches with their rows regrouped, where no result depends on the grouping."""
         return batches
 
     # stands on Trainer.get_batch_samples: the whole accumulation window, before its first backward
@@ -135,7 +135,7 @@ class WindowMixin(RunMixin):
         """Derive metrics from the reduced ones, in place; `mode`: train or eval."""
 
     def finish_loss(self, loss: Tensor, aux_loss: Tensor | None, mode: str, aux_steps: int = 1) -> Tensor:
-        """Return a micro-batch's loss with that of its experts, once the run was stopped where it is not finite.
+        """Add the experts' auxiliary loss to a micro-batch's, and stop the run if the loss is not finite.
 
         Args:
             loss: (), the method's. aux_loss: (), a mixture of experts' load-balancing loss of these tokens, or None

@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +47,8 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
     assert main(["recipes", "copy", "robust_dpo", str(tmp_path)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["recipes", "copy", "nothing", str(tmp_path)]) == 2
-    assert "method is 'nothing'; it must be one of a_lol, hpt, qae, robust_dpo" in capsys.readouterr().err
+    names = ", ".join(sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+    assert f"method is 'nothing'; it must be one of {names}" in capsys.readouterr().err
 
 
 def test_recipes_are_not_copied_where_nothing_can_be_written(tmp_path, capsys):
@@ -65,23 +63,15 @@ def test_env_tells_tested_versions(capsys):
     assert facts["posttrain"] and facts["torch"] and facts["cache"]
 
 
-def test_train_prints_its_line_and_passes_the_recipes_exit_code_on(tmp_path):
-    command = [sys.executable, "-m", "posttrain", "train", "robust_dpo", "--flip_rate", "0.7"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert done.stdout.startswith("accelerate launch --quiet --config_file ")
-    assert "recipes/robust_dpo.py --config " in done.stdout and done.stdout.strip().endswith("--flip_rate 0.7")
-    assert "error: flip_rate is 0.7; it must lie in [0, 0.5)" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_train_prints_its_line_without_the_hub_token(capfd):
+def test_train_prints_its_line_without_the_hub_token_and_passes_the_recipes_exit_code_on(capfd):
     token = "hf_" + "aB3" * 11
     given = ["--hub_token", "secret", f"--hub-token={token}", token, "--dataset_name", "hf_org/my pairs.jsonl"]
     assert main(["train", "robust_dpo", *given]) == 2
     said = capfd.readouterr()
     assert said.out.rstrip().endswith("--hub_token *** --hub-token=*** hf_*** --dataset_name 'hf_org/my pairs.jsonl'")
+    assert said.out.startswith("accelerate launch --quiet --config_file ")
+    assert "recipes/robust_dpo.py --config " in said.out
+    assert "Traceback" not in said.err
     assert token not in said.out + said.err and "`hf_***` follows no key" in said.err
 
 

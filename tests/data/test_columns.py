@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from posttrain.data import columns
-from posttrain.data.columns import place_system, say_left_out, system_in_front
+from posttrain.data.columns import log_left_out_columns, place_system, system_in_front
 from posttrain.data.corruption import flip_preferences
 from posttrain.data.pairs import sides
 from posttrain.data.pairs.loading import load_preferences
@@ -133,7 +133,10 @@ def test_columns_that_are_left_out_under_a_known_name_are_said(tmp_path, logged)
     assert "left out: column messages" in logged.text
     logged.clear()
     assert (
-        say_left_out(["prompt", "chosen", "rejected", "source", "system"], ["prompt", "chosen", "rejected"], "d") == []
+        log_left_out_columns(
+            ["prompt", "chosen", "rejected", "source", "system"], ["prompt", "chosen", "rejected"], "d"
+        )
+        == []
     )
     assert logged.text == ""
 

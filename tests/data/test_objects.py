@@ -14,7 +14,7 @@ from posttrain.data.sources import read_rows
 from posttrain.data.tasks.loading import load_demonstrations
 from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError
-from tests.data.test_rendering import trl_template
+from tests.data.conversations import trl_template
 
 USER = [{"role": "user", "content": "Weather in Lyon?"}]
 NO = [{"role": "assistant", "content": "No idea."}]
@@ -196,8 +196,10 @@ def test_unicode_line_separators_are_part_of_a_text(tmp_path, text, end):
 NO_CALLS = [{"tool_calls": []}, {"tool_calls": None}, {"function_call": None}, {"tool_calls": [], "function_call": {}}]
 
 
-@pytest.mark.parametrize("keys", NO_CALLS)
-@pytest.mark.parametrize("name", ["llama3_1", "gptoss", "deepseekv3", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [*(("llama3_1", keys) for keys in NO_CALLS), *((name, NO_CALLS[0]) for name in ("gptoss", "deepseekv3", "qwen3"))],
+)
 def test_an_empty_list_of_calls_is_none(tmp_path, keys, name):
     tokenizer = trl_template(name)
     answers = [{"role": "assistant", "content": text} for text in ("The Loire.", "Paris.")]

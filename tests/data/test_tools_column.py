@@ -8,7 +8,8 @@ from datasets import Dataset
 from posttrain.data import formats
 from posttrain.data.pairs.faults import scan_pairs
 from posttrain.data.rendering import row_checks
-from posttrain.data.tokens import sequences, tokenized_pairs, tools_of
+from posttrain.data.row_options import tools_of
+from posttrain.data.tokens import sequences, tokenized_pairs
 from posttrain.errors import DataError
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

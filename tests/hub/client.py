@@ -3,16 +3,20 @@
 `python -m tests.hub.client` with HF_ENDPOINT and the rest already set. Each line is {"call": NAME, "kwargs": {...}}.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 from transformers.utils import PushInProgress
 
-from posttrain import hub
+from posttrain import cli, hub
 from posttrain.errors import PosttrainError
 from posttrain.log import get_logger
 
@@ -51,6 +55,18 @@ def push_checkpoints(folder, checkpoints, always=False, **settings):
     if running.push_in_progress:
         running.push_in_progress.wait_until_done()
     return isinstance(running.push_in_progress, PushInProgress)
+
+
+def command(arguments, token=None):
+    """The command line, with this token in the place of the environment's."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        if token:
+            stack.enter_context(mock.patch.dict(os.environ, HF_TOKEN=token))
+        code = cli.main(arguments)
+    return {"returncode": code, "stdout": out.getvalue(), "stderr": err.getvalue()}
 
 
 def arguments(**settings):
@@ -92,7 +108,7 @@ class _Lines(logging.Handler):
 
 
 def main():
-    calls = {call.__name__: call for call in (push, preflight, push_run, push_checkpoints)}
+    calls = {call.__name__: call for call in (push, preflight, push_run, push_checkpoints, command)}
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         request = json.loads(line)

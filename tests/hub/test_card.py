@@ -47,7 +47,7 @@ def card_of(trainer, **kwargs):
 def test_card_of_a_local_base_leaks_no_path_and_names_no_base(trained):
     card, metadata = card_of(trained, dataset_name=trained.args.output_dir)
     assert "runs" not in card.content and "/tmp" not in card.content and "None" not in card.content
-    assert set(metadata) == {"library_name", "pipeline_tag", "tags"}
+    assert set(metadata) == {"library_name", "model-index", "pipeline_tag", "tags"}
     assert metadata["library_name"] == "peft"
     assert {"robust_dpo", "lora"} <= set(metadata["tags"])
     assert "# my-adapter\n" in card.text

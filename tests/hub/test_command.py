@@ -2,27 +2,28 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from types import SimpleNamespace
+
+import pytest
 
 import posttrain.cli
-from tests.hub.conftest import ROOT
 from tests.hub.fake_hub import TOKEN
 
 
-def command(environment, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "posttrain", "push", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture
+def command(client):
+    """`posttrain push` in the process whose hub is the fake one."""
+
+    def run(*arguments, token=None):
+        answer = client("command", arguments=["push", *map(str, arguments)], token=token)
+        assert answer.error is None, answer.error
+        return SimpleNamespace(**answer.value)
+
+    return run
 
 
-def test_a_run_is_pushed_and_the_commit_named(client_environment, hub, saved_run):
-    done = command(client_environment, saved_run.folder, "me/run", "--base-model-id", "org/base", "--private")
+def test_a_run_is_pushed_and_the_commit_named(command, hub, saved_run):
+    done = command(saved_run.folder, "me/run", "--base-model-id", "org/base", "--private")
     assert done.returncode == 0, done.stderr
     repository = hub.repositories["me/run"]
     assert repository.private and repository.commits[0]["message"] == "Upload by posttrain"
@@ -33,8 +34,8 @@ def test_a_run_is_pushed_and_the_commit_named(client_environment, hub, saved_run
     assert done.stdout.endswith(f"{hub.endpoint}/me/run/commit/{1:040x}\n")
 
 
-def test_a_merged_run_is_pushed_and_told_to_scripts(client_environment, hub, saved_run):
-    done = command(client_environment, saved_run.folder, "whole", "--merged", "--json", "--base-model-id", "org/base")
+def test_a_merged_run_is_pushed_and_told_to_scripts(command, hub, saved_run):
+    done = command(saved_run.folder, "whole", "--merged", "--json", "--base-model-id", "org/base")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts == {
@@ -47,10 +48,8 @@ def test_a_merged_run_is_pushed_and_told_to_scripts(client_environment, hub, sav
     assert "model.safetensors" in facts["files"] and "adapter_config.json" not in facts["files"]
 
 
-def test_a_refusing_hub_ends_the_command_with_its_reason(client_environment, hub, saved_run):
-    done = command(
-        client_environment | {"HF_TOKEN": "hf_wrong"}, saved_run.folder, "me/run", "--base-model-id", "org/base"
-    )
+def test_a_refusing_hub_ends_the_command_with_its_reason(command, hub, saved_run):
+    done = command(saved_run.folder, "me/run", "--base-model-id", "org/base", token="hf_wrong")
     assert done.returncode == 4
     assert "posttrain push: error: the hub does not accept the token (401)." in done.stderr
     assert "The same command pushes it again" in done.stderr and "Traceback" not in done.stderr
@@ -105,11 +104,11 @@ def test_merging_what_is_no_adapter_is_refused(capsys, saved_run):
     assert f"--merged is set, but {saved_run.base} holds a whole model. Leave --merged out." in capsys.readouterr().err
 
 
-def test_a_merge_that_fails_makes_no_repository(client_environment, hub, saved_run, tmp_path):
+def test_a_merge_that_fails_makes_no_repository(command, hub, saved_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved_run.folder, run)
     config = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
-    done = command(client_environment, run, "me/whole", "--merged", "--base-model-id", "org/base")
+    done = command(run, "me/whole", "--merged", "--base-model-id", "org/base")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert str(tmp_path / "gone") in done.stderr and not hub.repositories

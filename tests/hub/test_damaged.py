@@ -101,6 +101,7 @@ DAMAGE = {
     "resolved_config.yaml is no valid YAML": lambda run: (run / "resolved_config.yaml").write_text("a: [1,\n b: {"),
     "resolved_config.yaml holds a list": lambda run: (run / "resolved_config.yaml").write_text("- a\n"),
     "README.md is not UTF-8 text": lambda run: (run / "README.md").write_bytes(b"\xff\xfe\x00bad"),
+    "README.md, between its two lines": lambda run: (run / "README.md").write_text("---\na: [1,\n---\nmine\n"),
     "adapter_model.safetensors is damaged": lambda run: cut(run / "adapter_model.safetensors"),
     "adapter_model.safetensors is damaged, ": lambda run: (run / "adapter_model.safetensors").write_bytes(b""),
     "adapter_model.safetensors is damaged, or": lambda run: (run / "adapter_model.safetensors").write_text("weights"),

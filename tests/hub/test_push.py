@@ -93,6 +93,18 @@ def test_the_card_names_the_base_its_license_and_the_repository(client, hub, sav
         "base_model": "org/base",
         "license": "apache-2.0",
         "tags": ["trl", "posttrain", "robust_dpo", "dpo", "lora"],
+        "model-index": [
+            {
+                "name": "run",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "Local or generated data", "type": "unknown"},
+                        "metrics": [{"type": "rewards/accuracies", "name": "eval_rewards/accuracies", "value": 0.75}],
+                    }
+                ],
+            }
+        ],
     }
     text = content.decode()
     assert "It belongs onto [org/base](https://huggingface.co/org/base)." in text

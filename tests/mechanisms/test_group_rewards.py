@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from posttrain.mechanisms.group_rewards import group_advantages, living_rows, pack_living, weighted_rewards
+from posttrain.mechanisms.group_rewards import group_advantages, pack_kept_rows, rows_with_gradient, weighted_rewards
 
 LOSSES = {
     # TRL's reductions of one micro-batch, before the division by the number of micro-batches
@@ -64,24 +64,24 @@ def gradient(batches, loss_type, vocabulary=2000):
 def test_packing_leaves_the_gradient_as_it_was(size, loss_type, form):
     batches = rollouts(size, 16 // size, two_dimensional=form == "tokens", tools=form == "tools")
     before = gradient(batches, loss_type)
-    packed = pack_living(batches, loss_type)
+    packed = pack_kept_rows(batches, loss_type)
     assert before.abs().max() > 0
     torch.testing.assert_close(gradient(packed, loss_type), before, rtol=1e-5, atol=1e-8)
     assert len(packed) == len(batches)
-    kept = sum(int(living_rows(batch).sum()) for batch in packed)
-    assert kept == sum(int(living_rows(batch).sum()) for batch in batches) < 16
+    kept = sum(int(rows_with_gradient(batch).sum()) for batch in packed)
+    assert kept == sum(int(rows_with_gradient(batch).sum()) for batch in batches) < 16
     forwarded = sum(batch["completion_ids"].size(0) for batch in packed)
-    assert forwarded == kept + sum(not living_rows(batch).any() for batch in packed)
+    assert forwarded == kept + sum(not rows_with_gradient(batch).any() for batch in packed)
 
 
 def test_without_the_scaling_the_gradient_would_be_another():
     batches = rollouts(8, 2)
-    packed = pack_living(batches, "dapo")
+    packed = pack_kept_rows(batches, "dapo")
     assert (gradient(packed, "grpo") - gradient(batches, "grpo")).norm() > 0.1 * gradient(batches, "grpo").norm()
 
 
 def test_a_step_without_a_living_row_forwards_a_few_tokens():
-    packed = pack_living(rollouts(4, 3, dead=1.1), "grpo")
+    packed = pack_kept_rows(rollouts(4, 3, dead=1.1), "grpo")
     for batch in packed:
         # two: values of width 1 would be a row's in TRL's metrics
         assert batch["completion_ids"].shape == (1, 2) and batch["prompt_ids"].shape == (1, 1)
@@ -90,8 +90,8 @@ def test_a_step_without_a_living_row_forwards_a_few_tokens():
 
 def test_ranks_agree_on_the_rows_of_each_micro_batch():
     batches = rollouts(4, 3, dead=0.8)
-    living = sum(int(living_rows(batch).sum()) for batch in batches)
-    alone, beside = pack_living(batches, "grpo"), pack_living(batches, "grpo", max_over_ranks=lambda own: own + 3)
+    living = sum(int(rows_with_gradient(batch).sum()) for batch in batches)
+    alone, beside = pack_kept_rows(batches, "grpo"), pack_kept_rows(batches, "grpo", max_over_ranks=lambda own: own + 3)
     assert [len(b["advantages"]) for b in alone] != [len(b["advantages"]) for b in beside]
     assert sum(len(b["advantages"]) for b in beside if len(b["advantages"]) > 1) >= living + 3
     torch.testing.assert_close(gradient(beside, "grpo"), gradient(batches, "grpo"), rtol=1e-5, atol=1e-8)
@@ -103,7 +103,7 @@ def test_prompts_of_other_widths_keep_their_padding_on_the_left():
         first[key] = torch.nn.functional.pad(first[key], (3, 0))
     for key in ("completion_ids", "completion_mask", "old_per_token_logps"):
         second[key] = torch.nn.functional.pad(second[key], (0, 4))
-    packed = pack_living([first, second], "grpo")
+    packed = pack_kept_rows([first, second], "grpo")
     tokens = torch.cat([batch["completion_ids"][batch["completion_mask"].bool()] for batch in packed])
     expected = torch.cat([batch["completion_ids"][batch["completion_mask"].bool()] for batch in (first, second)])
     assert torch.equal(tokens, expected)
@@ -112,7 +112,7 @@ def test_prompts_of_other_widths_keep_their_padding_on_the_left():
 
 def test_an_unknown_loss_type_is_refused():
     with pytest.raises(ValueError, match="loss_type 'ppo' is not one of bnpo"):
-        pack_living(rollouts(2, 1), "ppo")
+        pack_kept_rows(rollouts(2, 1), "ppo")
 
 
 def test_rewards_are_weighted_and_unscorable_ones_stay_so():

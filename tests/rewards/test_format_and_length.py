@@ -60,7 +60,7 @@ def test_long_completions_take_no_long_time():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"template": "think_anwser"}, "template='think_anwser' is not one of.*did you mean 'think_answer'"),
+        ({"template": "think_anwser"}, "template is 'think_anwser'; it must be one of.*Did you mean think_answer"),
         ({"pattern": "("}, r"pattern='\(' is no regular expression: missing \)"),
         ({"template": "hash", "pattern": "a"}, "exclude each other"),
     ],

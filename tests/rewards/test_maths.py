@@ -156,8 +156,8 @@ def test_without_math_verify_numbers_are_compared_and_asking_for_it_names_the_ex
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"engine": "math-verify"}, "engine='math-verify' is not one of 'auto', .*did you mean 'math_verify'"),
-        ({"answer_in": "box"}, "answer_in='box' is not one of .*did you mean 'boxed'"),
+        ({"engine": "math-verify"}, "engine is 'math-verify'; it must be one of auto, .*Did you mean math_verify"),
+        ({"answer_in": "box"}, "answer_in is 'box'; it must be one of .*Did you mean boxed"),
         ({"timeout": 0}, "timeout=0 must be a number above 0"),
         ({"timeout": float("inf")}, "timeout=inf must be a number above 0"),
         ({"workers": 0}, "workers=0 must be an integer of at least 1"),

@@ -73,7 +73,7 @@ def test_a_module_in_the_working_folder_is_found(tmp_path, monkeypatch):
     [
         ("math_answer", "'math_answer' is not known. Did you mean 'maths_answer'"),
         ("sentiment", "'sentiment' is not known. There are maths_answer, .*module:function"),
-        ("length?max_lenght=3", "length has no setting `max_lenght`.*did you mean `max_length`"),
+        ("length?max_lenght=3", "length has no setting 'max_lenght'.*did you mean 'max_length'"),
         ("length?max_length", "write settings as key=value"),
         ("length", "reward_funcs: length: max_length and cache must be given, in tokens"),
         ("a b:c", "'a b:c' must be module:function"),

@@ -22,7 +22,7 @@ from posttrain import (
 )
 from posttrain.errors import ConfigError
 from posttrain.hub import Destination
-from posttrain.run import mixin
+from posttrain.run import construction, saving
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 
@@ -127,10 +127,12 @@ def pushes(monkeypatch):
     """A hub that takes everything: what was pushed, in order."""
     done = []
     monkeypatch.setattr(
-        mixin, "preflight", lambda args, model, **_: Destination("me/run", "org/base") if args.push_to_hub else None
+        construction,
+        "preflight",
+        lambda args, model, **_: Destination("me/run", "org/base") if args.push_to_hub else None,
     )
-    monkeypatch.setattr(mixin, "push_run", lambda trainer, message, **kwargs: done.append((message, kwargs)))
-    monkeypatch.setattr(mixin, "push_checkpoint", lambda trainer, folder: done.append(("checkpoint", folder)))
+    monkeypatch.setattr(saving, "push_run", lambda trainer, message, **kwargs: done.append((message, kwargs)))
+    monkeypatch.setattr(saving, "push_checkpoint", lambda trainer, folder: done.append(("checkpoint", folder)))
     return done
 
 

@@ -77,25 +77,6 @@ def test_presets_of_other_data_are_refused_by_name(tmp_path):
         PolicyGradientConfig(str(tmp_path), estimator={"preset": "grpo", "reference": "frozen"})
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (dict(estimator="ppo"), "estimator is 'ppo'; it must be one of sft, reinforce, grpo"),
-        (
-            dict(estimator={"preset": "grpo", "clip": 1}),
-            "estimator has no part 'clip'; its parts are preset",
-        ),
-        (dict(estimator={"preset": "grpo", "stability": "ppo"}), "estimator: stability is 'ppo'; allowed are"),
-        (dict(estimator="dapo", loss_type="grpo"), "loss_type is 'grpo', and estimator 'dapo' sets it to 'dapo'"),
-        (dict(estimator="grpo", epsilon=0.3), "epsilon is 0.3, and estimator 'grpo' sets it to"),
-    ],
-)
-def test_impossible_parts_are_refused(tmp_path, fields, message):
-    with pytest.raises(ConfigError) as error:
-        PolicyGradientConfig(str(tmp_path), **fields)
-    assert message in str(error.value)
-
-
 def test_an_estimators_advantage_and_gate_mix(tmp_path):
     args = PolicyGradientConfig(str(tmp_path), estimator="qae", gamma=0.0)
     assert (args.advantage, args.quantile, args.loss_type, args.gamma) == ("quantile", 0.4, "dapo", 0.0)

@@ -79,7 +79,7 @@ def test_rows_stay_in_the_optimiser_step_that_they_were_generated_for(tiny_folde
 def test_terms_of_their_own_keep_all_rows(tiny_folder, tmp_path, extra):
     whole, _ = train(tiny_folder, tmp_path / "whole", **OFF, **extra)
     change, trainer = train(tiny_folder, tmp_path / "ours", prefix_sharing="never", **extra)
-    assert not trainer._drops_dead_rows and identical(change, whole)
+    assert not trainer._drops_zero_advantage_rows and identical(change, whole)
 
 
 def test_quantile_advantages_are_what_trains(tiny_folder, tmp_path):

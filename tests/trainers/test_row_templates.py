@@ -12,7 +12,7 @@ from posttrain.models import tiny_model
 from posttrain.trainers.policy_gradient import row_templates
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
-from tests.data import test_ends
+from tests.data.rendering import test_ends
 
 TEMPLATE = (
     "{%- if tools -%}<|im_start|>tools {{ tools | map(attribute='function') | map(attribute='name') | join(' ') }}"

@@ -13,7 +13,7 @@ OUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
 def output_file(args) -> Path:
-    """The file to write; ConfigError for one of another kind, or that is there already."""
+    """Return the file to write; ConfigError for one of another kind, or that is there already."""
     out = Path(args.out).expanduser()
     if not out.name.endswith(OUT_SUFFIXES):
         raise ConfigError(f"OUT is {args.out}; its name must end in {' or '.join(OUT_SUFFIXES)}.")
@@ -23,7 +23,7 @@ def output_file(args) -> Path:
 
 
 def write_lines(path: Path, rows) -> None:
-    """A JSON line per row, all of them or no file; equal rows give equal bytes."""
+    """Write a JSON line per row, all of them or no file; equal rows give equal bytes."""
     target = path.resolve()
     temporary = None
     try:

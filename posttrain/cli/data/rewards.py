@@ -3,13 +3,14 @@
 import math
 
 from posttrain.errors import ConfigError, DataError
+from posttrain.tables import bars
 
 VALUES = ("mean", "per_prompt", "column")
 BINS = 8
 
 
 def add_options(parser) -> None:
-    """The options of `data stats` about rewards."""
+    """Add the options of `data stats` about rewards."""
     parser.add_argument(
         "--reward-column", "--reward_column", metavar="NAME", help="the column of rewards, if not reward"
     )
@@ -20,7 +21,9 @@ def add_options(parser) -> None:
 
 
 def facts(args, columns: list[str], first: dict) -> dict:
-    """Rewards, and advantages over a value, of a source that holds scored answers; empty where it holds none.
+    """Describe the rewards, and the advantages over a value, of a source that holds scored answers.
+
+    Empty where it holds none.
 
     Returns: rewards and advantages (counts, means, quartiles, histograms as [low, high, count]), or a warning under
     `not_drawn` where a reward or value is none.
@@ -62,8 +65,8 @@ def facts(args, columns: list[str], first: dict) -> dict:
     positive = sum(advantage > 0 for advantage in advantages)
     named = {"value": args.value} | ({"column": column} if column else {})
     return {
-        "rewards": _described(rewards),
-        "advantages": named | _described(advantages) | {"positive_share": positive / len(advantages)},
+        "rewards": _distribution(rewards),
+        "advantages": named | _distribution(advantages) | {"positive_share": positive / len(advantages)},
     }
 
 
@@ -73,17 +76,17 @@ def draw(found: dict) -> None:
         return
     rewards, advantages = found["rewards"], found["advantages"]
     print("\nOf all rows, whatever max_length leaves of them:", end="")
-    print(f"\nrewards of {rewards['answers']} answers, mean {rewards['mean']:.3g}:\n{_bars(rewards['histogram'])}")
+    print(f"\nrewards of {rewards['answers']} answers, mean {rewards['mean']:.3g}:\n{bars(rewards['histogram'])}")
     what = {
         "mean": "their mean",
         "per_prompt": "the mean of the prompt's answers",
         "column": f"the column {advantages.get('column')}",
     }[advantages["value"]]
     share = advantages["positive_share"]
-    print(f"advantages over {what}, {share:.1%} of them above 0:\n{_bars(advantages['histogram'])}")
+    print(f"advantages over {what}, {share:.1%} of them above 0:\n{bars(advantages['histogram'])}")
 
 
-def _described(values: list[float]) -> dict:
+def _distribution(values: list[float]) -> dict:
     import numpy as np
 
     counts, edges = np.histogram(values, bins=1 if min(values) == max(values) else BINS)
@@ -99,12 +102,3 @@ def _described(values: list[float]) -> dict:
         "quartiles": quartiles,
         "histogram": spans,
     }
-
-
-def _bars(spans: list[list]) -> str:
-    most = max(count for _, _, count in spans)
-    lines = []
-    for low, high, count in spans:
-        span = f"{low:9.3g}" if low == high else f"{low:9.3g} to {high:9.3g}"
-        lines.append(f"  {span}  {count:>7} {'#' * math.ceil(40 * count / most)}".rstrip())
-    return "\n".join(lines)

@@ -30,7 +30,7 @@ class Source:
 
         quiet.quiet_libraries()
         from posttrain.data import formats, shapes, turns
-        from posttrain.data.columns import first_with_system, say_system
+        from posttrain.data.columns import first_with_system, log_system_messages
         from posttrain.data.formats import detect
         from posttrain.data.rows import columns_of
         from posttrain.data.sources import read_rows
@@ -49,10 +49,10 @@ class Source:
         with_system = first_with_system(self.rows)
         # alpaca's and sharegpt's is read with their rows
         if with_system is not None and not self.format.kind.startswith(("alpaca", "sharegpt")):
-            say_system(with_system, args.source)
+            log_system_messages(with_system, args.source)
 
     def _read_tasks(self, conversational: bool) -> None:
-        """Rows of tasks as the recipes with rewards make them; others, and those they would refuse, stay."""
+        """Make rows of tasks as the recipes with rewards make them; others, and those they would refuse, stay."""
         from posttrain.data import formats, shapes
         from posttrain.data.known_shapes import anything
         from posttrain.data.rows import columns_of
@@ -103,7 +103,10 @@ class Source:
         return processing_class
 
     def findings(self, processing_class, rows: int | None = None) -> list[str]:
-        """What the rows' rendering shows, a sentence each; DataError where the model would learn something else."""
+        """Tell what the rows' rendering shows, a sentence each.
+
+        DataError where the model would learn something else.
+        """
         from posttrain.data import formats
         from posttrain.data.rendering import row_checks
         from posttrain.data.rows import as_dataset
@@ -129,7 +132,7 @@ class Source:
         return found.notes + found.warnings
 
     def pair_facts(self, max_length: int) -> dict:
-        """Counts, lengths and warnings of preference pairs; DataError where they cannot be trained on."""
+        """Collect counts, lengths and warnings of preference pairs; DataError where they cannot be trained on."""
         from posttrain.data import tokens
         from posttrain.data.pairs import faults, schema
         from posttrain.data.rows import as_dataset
@@ -162,7 +165,7 @@ class Source:
         return facts | {"report": report.to_dict()}
 
     def other_facts(self, max_length: int) -> dict:
-        """Lengths of rows that are no preference pairs."""
+        """Measure the lengths of rows that are no preference pairs."""
         from posttrain.data import formats, tokens
         from posttrain.data.lengths import quantiles
         from posttrain.data.pairs import schema
@@ -198,7 +201,7 @@ class Source:
 
 
 def characters(value) -> int:
-    """The length of the texts in a value, of messages without their roles."""
+    """Return the length of the texts in a value, of messages without their roles."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

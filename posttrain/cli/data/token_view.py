@@ -10,7 +10,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def visible(text: str) -> str:
-    """`text` with control characters, invisible ones and lone surrogates written out; newlines and tabs stay."""
+    """Return `text` with control characters, invisible ones and lone surrogates written out; newlines and tabs stay."""
     return "".join(_visible(character) for character in text)
 
 
@@ -22,7 +22,7 @@ def _visible(character: str) -> str:
 
 
 def pieces(ids: Sequence[int], supervised: Sequence[bool], tokenizer) -> list[tuple[str, bool]]:
-    """The text of each token with whether it is supervised.
+    """Return the text of each token with whether it is supervised.
 
     Tokens that hold parts of one character come as one piece. The texts together are the decoded sequence.
     """
@@ -45,7 +45,7 @@ def _decode(tokenizer, ids: list[int]) -> str:
 
 
 def colour_is_wanted() -> bool:
-    """Whether stdout is a terminal, and NO_COLOR is not set."""
+    """Tell whether stdout is a terminal, and NO_COLOR is not set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 

@@ -66,14 +66,14 @@ def scan_pairs(rows: Iterable[tuple[str, Mapping]], name: str) -> tuple[Counter,
 
 
 def read_values(dataset) -> Iterable[dict]:
-    """The rows of a `datasets.Dataset` with the columns that `scan_pairs` looks at."""
+    """Return the rows of a `datasets.Dataset` with the columns that `scan_pairs` looks at."""
     for batch in dataset.select_columns([name for name in COLUMNS if name in dataset.column_names]).iter(1000):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 
 
 def faults(row: Mapping, place: str, styles: dict | None = None) -> list[str]:
-    """The faults of a row of preference pairs that are counted; DataError for one that TRL would fall over.
+    """Return the faults of a row of preference pairs that are counted; DataError for one that TRL would fall over.
 
     `styles` remembers, from row to row, what kind of value each column holds.
     """
@@ -133,7 +133,7 @@ def faults(row: Mapping, place: str, styles: dict | None = None) -> list[str]:
 
 
 def without_answer(chosen: list, rejected: list) -> str | None:
-    """Which of two conversations that begin with their prompt says nothing behind it; None where both do."""
+    """Tell which of two conversations that begin with their prompt says nothing behind it; None where both do."""
     shorter = min(len(chosen), len(rejected))
     if chosen[:shorter] == rejected[:shorter] and (shorter == 1 or chosen[shorter - 1]["role"] in _ASKING):
         return "both" if len(chosen) == len(rejected) else "chosen" if len(chosen) < len(rejected) else "rejected"

@@ -5,17 +5,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from posttrain.data import formats, generators, objects, shapes, turns
-from posttrain.data.columns import READ, SYSTEM, place_system, say_left_out
+from posttrain.data.columns import READ, SYSTEM, log_left_out_columns, place_system
 from posttrain.data.parquet import read_parquet
-from posttrain.data.sources import SUFFIXES, is_file_name, json_rows, kind_of, load_hub, mixed_types
+from posttrain.data.sources import (
+    SUFFIXES,
+    is_file_name,
+    json_rows,
+    kind_of,
+    load_hub,
+    mixed_types,
+    refuse_hub_settings,
+)
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
 COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_kwargs")
 
 
-def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True):
-    """Preference pairs as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
+def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True, **given):
+    """Load preference pairs as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     `source` is one of
     - a local file: .json (a list of rows), .jsonl, .jsonl.gz or .parquet, whatever the `split`;
@@ -25,7 +33,7 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
 
     Every row needs `chosen` and `rejected`, texts or lists of messages; `prompt` may be missing where both
     sides begin with it, as TRL allows. `flip_rate` is optional, the other kept columns are TRL's. `limit`:
-    the first rows only.
+    the first rows only. `given`: `name`, `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
 
     alpaca and sharegpt rows with both sides are converted to messages, and so are those of `posttrain.data.shapes`
     (UltraFeedback, HH-RLHF and others) unless `convert` is False, which is said. A column `system` is put in front of
@@ -36,13 +44,14 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} must be at least 1, or left out for all rows.")
+    refuse_hub_settings(source, given)
     places: list[str] = []
     if generators.is_made(source):
         dataset = generators.make(source, split, generators.PAIRS)
     elif is_file_name(source):
         dataset, places = _read_file(Path(source).expanduser(), limit, convert)
     else:
-        dataset = _converted(turns.read(load_hub(source, split), source), source, convert)
+        dataset = _converted(turns.read(load_hub(source, split, **given), source), source, convert)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
         raise formats.without_sides(dataset.column_names, source, dataset[0] if len(dataset) else None)
     if len(dataset) == 0:
@@ -53,20 +62,20 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
         dataset = formats.convert(dataset, places or [f"{source}, row {row}" for row in range(1, len(dataset) + 1)])
     names = dataset.column_names
     dataset = objects.restored(dataset.select_columns([name for name in (*COLUMNS, *SYSTEM) if name in names]))
-    say_left_out(names, COLUMNS, source)
+    log_left_out_columns(names, COLUMNS, source)
     dataset = place_system(dataset, source)
     dataset = dataset.select_columns([name for name in COLUMNS if name in names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def _converted(dataset, source: str, convert: bool):
-    """A data set of a known shape as pairs; others as they are."""
+    """Convert a data set of a known shape to pairs; others as they are."""
     known = convert and len(dataset) and shapes.find(dataset.column_names, dataset[0], (shapes.PAIRS,), source)
     return shapes.convert(dataset, source) if known else dataset
 
 
 def _read_file(path: Path, limit: int | None, convert: bool):
-    """The rows of a file, and where each one is; no places where that is its number."""
+    """Return the rows of a file, and where each one is; no places where that is its number."""
     from datasets.exceptions import DatasetGenerationError
 
     if not path.exists():
@@ -86,7 +95,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
         raise DataError(f"{path} holds no rows.")
     names = dict.fromkeys(name for row in rows for name in row)
     columns = _columns_to_read(set(names), rows[0])
-    say_left_out(names, columns, str(path))
+    log_left_out_columns(names, columns, str(path))
     if "prompt" in columns:
         for place, row in zip(places, rows, strict=True):
             if row.get("prompt") is None:
@@ -101,7 +110,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
 
 
 def _as_messages(found: Iterator[tuple[str, object]], limit: int | None, name: str):
-    """Rows with their places as `turns.Turns` reads them, told by the first `limit`."""
+    """Read rows with their places as `turns.Turns` reads them, told by the first `limit`."""
     first = list(itertools.islice(found, limit))
     places, rows = [place for place, _ in first], [row for _, row in first]
     read = turns.Turns(rows, places, name)
@@ -113,7 +122,7 @@ def _as_messages(found: Iterator[tuple[str, object]], limit: int | None, name: s
 
 
 def _columns_to_read(names: set[str], row: dict) -> list[str]:
-    """The columns that pairs have, and of rows that are yet to be converted those that this takes."""
+    """Return the columns that pairs have, and of rows that are yet to be converted those that this takes."""
     wanted = (*COLUMNS, *SYSTEM)
     if formats.detect(names, row).kind in formats.CONVERTED_PAIRS:
         wanted = dict.fromkeys((*wanted, *formats.CONVERTED_COLUMNS))
@@ -128,7 +137,7 @@ def _read_parquet(path: Path, convert: bool):
     if not {"chosen", "rejected"} <= set(names):
         raise formats.without_sides(names, path, first or None)
     columns = _columns_to_read(set(names), first)
-    say_left_out(names, columns, str(path))
+    log_left_out_columns(names, columns, str(path))
     return table.select_columns(columns)
 
 

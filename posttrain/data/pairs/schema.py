@@ -61,7 +61,7 @@ class PairReport:
         return self.lengths is not None and self.lengths.rows < self.rows
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Describe it in one line for the log."""
         parts = [f"{self.name}: {self.rows} pairs ({self.format})"]
         if self.lengths is not None:
             of = f" in {self.lengths.rows} of them" if self.is_sample else ""
@@ -75,7 +75,7 @@ class PairReport:
         return "; ".join(parts)
 
     def to_dict(self) -> dict:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         values = asdict(self)
         if self.lengths is not None:
             for name in ("last_tokens", "trained_last_tokens", "cut_ends"):
@@ -196,7 +196,10 @@ def examine_preferences(
 
 
 def check_columns(columns: Sequence[str], name: str, row: Mapping | None = None) -> Format:
-    """The format of preference pairs; DataError with the found and needed columns and a fix for anything else."""
+    """Return the format of preference pairs.
+
+    DataError with the found and needed columns and a fix for anything else.
+    """
     found = detect(columns, row)
     if found.kind in formats.PAIR_KINDS:
         return found

@@ -50,7 +50,7 @@ class Swapped(NamedTuple):
 
 
 def swapped(row: Mapping) -> dict:
-    """A pair with its two answers swapped, and all that belongs to one of them.
+    """Swap a pair's two answers, and all that belongs to one of them.
 
     - Two columns whose names differ in the side only are swapped, whatever else they say: chosen_reward and
       rejected_reward, chosen_prob, chosen-rating, score_w and score_l, pos_score and neg_score, score_good and
@@ -86,7 +86,7 @@ def swapped_with_gaps(row: Mapping) -> Swapped:
 
 
 def scores_of(columns: Sequence[str]) -> tuple[str, str] | None:
-    """The two columns that hold the scores of both answers; None where there are none."""
+    """Return the two columns that hold the scores of both answers; None where there are none."""
     return next((names for names in PAIR_REWARDS if set(names) <= set(columns)), None)
 
 
@@ -114,7 +114,7 @@ def _swapped_names(row: Mapping, emptied: list[str], left: list[str], path: str 
 
 
 def _other_side(name: str, row: Mapping) -> str | None:
-    """The column that the other side has in the place of this one; None where there is none."""
+    """Return the column that the other side has in the place of this one; None where there is none."""
     other = next((other for other in _counterparts(name) if other in row), None)
     # of three columns two are a pair
     back = other and next((one for one in _counterparts(other) if one in row), None)
@@ -126,7 +126,10 @@ def _words(name: str) -> list[str]:
 
 
 def _counterparts(name: str) -> list[str]:
-    """The names with the other side's word in the place of one's, in its own capitals; the most telling first."""
+    """Return the names with the other side's word in the place of one's, in its own capitals.
+
+    The most telling first.
+    """
     found = []
     of_answers = any(re.fullmatch(f"{_OF_SCORES}|{_OF_ANSWERS}", word) for word in _words(name))
     for one, two in (*_PAIRS, *(_PAIRS_OF_ANSWERS if of_answers else ())):
@@ -153,13 +156,13 @@ def _is_score_of_one(name: str) -> bool:
 
 
 def _is_of_one(name: str) -> bool:
-    """Whether a name is that of one side, and no difference between the two."""
+    """Tell whether a name is that of one side, and no difference between the two."""
     words = _words(name)
     return sum(word in _SIDES for word in words) == 1 and not set(words) & set(_DIFFERENCE)
 
 
 def _is_difference(name: str) -> bool:
-    """Whether a name says a margin between the sides: of scores, or of nothing else."""
+    """Tell whether a name says a margin between the sides: of scores, or of nothing else."""
     words = _words(name)
     rest = [word for word in words if word not in _DIFFERENCE]
     sides = ("chosen", "rejected", "minus", "of", "between", "and", "vs")
@@ -171,7 +174,7 @@ def _is_number(value) -> bool:
 
 
 def _is_of_both(value) -> bool:
-    """Whether a list holds a number, or a list of numbers, for each of two sides."""
+    """Tell whether a list holds a number, or a list of numbers, for each of two sides."""
     if not isinstance(value, list) or len(value) != 2:
         return False
     lists = all(isinstance(item, list) and item and all(map(_is_number, item)) for item in value)

@@ -32,7 +32,7 @@ class _Own(NamedTuple):
 
 
 def added(learned: str, answer: list[Mapping], control: Iterable[str] = ()) -> list[str]:
-    """The texts in what is learned of an answer that are neither the answer's own nor the marks of a turn.
+    """Return the texts in what is learned of an answer that are neither the answer's own nor the marks of a turn.
 
     Blanks, control tokens, who speaks, and the tags around the answer's own reasoning are none. Of an answer with
     tool calls, whose syntax is the template's, only tags of reasoning are. Empty where a text of the answer is not
@@ -72,7 +72,7 @@ def added(learned: str, answer: list[Mapping], control: Iterable[str] = ()) -> l
 def faults(
     prompt: list, answers: Mapping[str, list], learned: Mapping[str, str], control: Iterable[str], rendered: Callable
 ) -> Iterator[Fault]:
-    """What a template writes into the answers of a row, and what it makes of tags that enclose no thought.
+    """Tell what a template writes into the answers of a row, and what it makes of tags that enclose no thought.
 
     Args:
         prompt: the messages before the answers. answers: the messages of each, by its column. learned: the tokens of
@@ -102,7 +102,10 @@ def faults(
 
 
 def misreads(content: str) -> str | None:
-    """How a text with tags of reasoning is none that begins with a thought: `mentions` or `unclosed`; else None."""
+    """Tell how a text with tags of reasoning is none that begins with a thought: `mentions` or `unclosed`.
+
+    Else None.
+    """
     if "</think>" not in content:
         return "unclosed" if content.lstrip().startswith("<think>") else None
     thought = _THOUGHT.match(content)
@@ -143,7 +146,7 @@ def _misread_faults(answer: list, learned: str, texts: list[str]) -> Iterator[Fa
 
 
 def _remedy(text: str, prompt: list, answers: Mapping[str, list], rendered: Callable) -> str | None:
-    """What to set so that the template puts a text into the prompt, or leaves it out; None where nothing does."""
+    """Tell what to set so that the template puts a text into the prompt, or leaves it out; None where nothing does."""
     for setting in ("enable_thinking", "thinking"):
         try:
             begun = rendered(prompt, setting, add_generation_prompt=True)
@@ -160,7 +163,7 @@ def _remedy(text: str, prompt: list, answers: Mapping[str, list], rendered: Call
 
 
 def _own(answer: list[Mapping]) -> list[_Own]:
-    """The texts of an answer in the order in which they are said."""
+    """Return the texts of an answer in the order in which they are said."""
     found = []
     for turn in answer:
         found += [_Own(True, turn[key]) for key in REASONING if isinstance(turn.get(key), str) and turn[key].strip()]
@@ -171,7 +174,7 @@ def _own(answer: list[Mapping]) -> list[_Own]:
 
 
 def _last(hay: str, wanted: str, end: int, fixed: list[tuple[int, int]]) -> int | None:
-    """Where a text stands last before `end`, cutting through no token and no tag."""
+    """Find where a text stands last before `end`, cutting through no token and no tag."""
     begin = hay.rfind(wanted, 0, end)
     while begin >= 0:
         stop = begin + len(wanted)
@@ -182,7 +185,9 @@ def _last(hay: str, wanted: str, end: int, fixed: list[tuple[int, int]]) -> int 
 
 
 def _parts(between: str, known: re.Pattern, is_first: bool) -> list[str]:
-    """The texts between tokens, without who speaks: behind a token, or where what is learned begins, before one."""
+    """Return the texts between tokens, without who speaks: behind a token, or where what is learned begins, before
+    one.
+    """
     parts, at = [], 0
     for match in [*known.finditer(between), None]:
         part = between[at : match.start() if match else len(between)]

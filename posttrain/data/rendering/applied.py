@@ -23,32 +23,35 @@ _WELL_KNOWN_ENDS = re.compile(rf"(?:{_WELL_KNOWN.pattern}|</s>|<eos>)\s*$")
 
 
 def control_tokens(tokenizer) -> list[str]:
-    """The texts that the tokenizer reads as one token with a meaning of its own, wherever they stand; longest first."""
+    """Return the texts that the tokenizer reads as one token with a meaning of its own, wherever they stand.
+
+    Longest first.
+    """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
 
 
 def added_beginning(tokenizer) -> str | None:
-    """The token that the tokenizer itself puts in front of a text; None where it puts none."""
+    """Return the token that the tokenizer itself puts in front of a text; None where it puts none."""
     if tokenizer.bos_token_id is None:
         return None
     return tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
 
 
 def adds_end(tokenizer) -> bool:
-    """Whether the tokenizer itself puts the end of sequence behind a text."""
+    """Tell whether the tokenizer itself puts the end of sequence behind a text."""
     return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def without_beginning(text: str, beginning: str | None) -> str:
-    """A text without the token that the tokenizer puts in front of it anyway; None: it puts none."""
+    """Return a text without the token that the tokenizer puts in front of it anyway; None: it puts none."""
     if beginning and text.lstrip().startswith(beginning):
         return text.lstrip().removeprefix(beginning)
     return text
 
 
 def without_doubles(dataset, tokenizer, marks: bool = True):
-    """Texts that begin and end once, where the template was applied to them before.
+    """Make texts begin and end once, where the template was applied to them before.
 
     TRL appends the end of sequence to answers that do not end with it: blanks behind it are left out, so that it is
     found there, and answers that end with an end of turn are named in a column, for `closers.parted` to take off what
@@ -80,12 +83,12 @@ def without_doubles(dataset, tokenizer, marks: bool = True):
 
 
 def clean_row(row: Mapping, tokenizer) -> dict:
-    """One row as `without_doubles` leaves it, with the names of the texts that end with an end of turn."""
+    """Return one row as `without_doubles` leaves it, with the names of the texts that end with an end of turn."""
     return _marked(row, _ends(tokenizer), added_beginning(tokenizer), adds_end(tokenizer))
 
 
 def _ends(tokenizer) -> tuple[str, ...]:
-    """The end of sequence, and behind it the ends of turns; none where there is no end of sequence to append."""
+    """Return the end of sequence, and behind it the ends of turns; none where there is no end of sequence to append."""
     if not tokenizer.eos_token:
         return ()
     return (tokenizer.eos_token, *closers.closers(tokenizer, control_tokens(tokenizer)))
@@ -143,7 +146,7 @@ class ControlTokens:
 
     @classmethod
     def of(cls, tokenizer) -> "ControlTokens":
-        """A count of none yet of a tokenizer's control tokens."""
+        """Return a count of none yet of a tokenizer's control tokens."""
         tokens = control_tokens(tokenizer)
         added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
@@ -191,7 +194,7 @@ class ControlTokens:
             self.foreign_tokens.update(found)
 
     def _without_end(self, text: str) -> str:
-        """A text without the control tokens and blanks at its end."""
+        """Return a text without the control tokens and blanks at its end."""
         end = len(text.rstrip())
         for match in reversed(list(self.pattern.finditer(text))):
             if match.end() != end:
@@ -200,8 +203,8 @@ class ControlTokens:
         return text[:end]
 
     def say(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
-        """Warnings and notes about what was counted in the `rows` of a data set."""
-        warnings, notes = self._say_own(name, rows, unit, is_text, tokenizer)
+        """Collect warnings and notes about what was counted in the `rows` of a data set."""
+        warnings, notes = self._own_findings(name, rows, unit, is_text, tokenizer)
         if self.foreign:
             often = ", ".join(f"{token!r}" for token, _ in self.foreign_tokens.most_common(4))
             more = f" and {len(self.foreign_tokens) - 4} others" if len(self.foreign_tokens) > 4 else ""
@@ -212,7 +215,7 @@ class ControlTokens:
             )
         return warnings, notes
 
-    def _say_own(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
+    def _own_findings(self, name: str, rows: int, unit: str, is_text: bool, tokenizer) -> tuple[list[str], list[str]]:
         if not self.rows:
             return [], []
         often = ", ".join(f"{token!r}" for token, _ in self.tokens.most_common(4))
@@ -242,7 +245,9 @@ class ControlTokens:
 
 
 def _known(tokenizer) -> set[str]:
-    """Of the well-known tokens those that the tokenizer has in its vocabulary or its chat template, special or not."""
+    """Return those of the well-known tokens that the tokenizer has in its vocabulary or its chat template, special
+    or not.
+    """
     template = _WELL_KNOWN_ENDS.pattern.removesuffix(r"\s*$")
     written = re.findall(template, str(getattr(tokenizer, "chat_template", None) or ""))
     return {*written, *(token for token in tokenizer.get_vocab() if _WELL_KNOWN_ENDS.fullmatch(token))}

@@ -19,7 +19,8 @@ _MARK = "qzanswerzq"
 
 
 def closers(tokenizer, control: list[str]) -> tuple[str, ...]:
-    """The control tokens, other than the end of sequence, that end a turn: in the chat template, or by their name.
+    """Return the control tokens, other than the end of sequence, that end a turn: in the chat template, or by their
+    name.
 
     `control`: all control tokens, longest first.
     """
@@ -37,7 +38,7 @@ def closers(tokenizer, control: list[str]) -> tuple[str, ...]:
 
 
 def ended(row: Mapping, closers: tuple[str, ...], twice: bool = False) -> str:
-    """The names of the row's texts that end with an end of turn, with commas; empty where none does.
+    """Return the names of the row's texts that end with an end of turn, with commas; empty where none does.
 
     `twice`: the tokenizer appends the end of sequence as TRL does; all texts are then named, marked so.
     """
@@ -47,7 +48,7 @@ def ended(row: Mapping, closers: tuple[str, ...], twice: bool = False) -> str:
 
 
 def parted(dataset, eos: int | None):
-    """The data set that TRL tokenised, without the end of sequence that it appended behind ends of turns.
+    """Return the data set that TRL tokenised, without the end of sequence that it appended behind ends of turns.
 
     `eos`: the id of the end of sequence.
     """
@@ -63,7 +64,9 @@ def parted(dataset, eos: int | None):
 
 
 def without_appended(row: Mapping, eos: int) -> dict:
-    """A tokenised row without the end of sequence behind the texts that `ended` named, and without their names."""
+    """Return a tokenised row without the end of sequence behind the texts that `ended` named, and without their
+    names.
+    """
     row = dict(row)
     for name in filter(None, (row.pop(COLUMN, None) or "").split(",")):
         appended = [eos, eos] if name.endswith(_TWICE) else [eos]

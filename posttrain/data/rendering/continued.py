@@ -16,7 +16,7 @@ _SIDES = ("chosen", "rejected", "completion")
 
 
 def joined(dataset):
-    """The data set with the words at the end of prompts moved to the beginning of the answers.
+    """Return the data set with the words at the end of prompts moved to the beginning of the answers.
 
     Where no prompt ends with the assistant's words, and for streams, it is the data set itself.
     """
@@ -39,7 +39,9 @@ def joined(dataset):
 
 
 def parted(dataset, part):
-    """The tokenised data set with the words back in its prompts; `part` is `part_pair` or `part_labels` with a model's.
+    """Return the tokenised data set with the words back in its prompts.
+
+    `part` is `part_pair` or `part_labels` with a model's.
 
     The columns of messages are as they were.
     """
@@ -50,7 +52,10 @@ def parted(dataset, part):
 
 
 def part_pair(row: Mapping, render) -> dict:
-    """A tokenised pair whose prompt ends with the words. `render`: ids of messages, with options of the template."""
+    """Return a tokenised pair whose prompt ends with the words.
+
+    `render`: ids of messages, with options of the template.
+    """
     row = dict(row)
     words = row.pop(COLUMN, None)
     if not words:
@@ -66,7 +71,7 @@ def part_pair(row: Mapping, render) -> dict:
 
 
 def part_labels(row: Mapping, render) -> dict:
-    """A tokenised answer (input_ids, labels) of which the words are not learned."""
+    """Return a tokenised answer (input_ids, labels) of which the words are not learned."""
     row = dict(row)
     words = row.pop(COLUMN, None)
     if not words:
@@ -83,7 +88,7 @@ def part_labels(row: Mapping, render) -> dict:
 
 
 def words_of(prompt) -> str | None:
-    """The assistant's words that a prompt ends with; None where it ends with another's, or with a tool call."""
+    """Return the assistant's words that a prompt ends with; None where it ends with another's, or with a tool call."""
     last = prompt[-1] if isinstance(prompt, list) and prompt else None
     if not isinstance(last, Mapping) or last.get("role") != "assistant" or last.get("tool_calls"):
         return None
@@ -92,7 +97,7 @@ def words_of(prompt) -> str | None:
 
 
 def _with_prompt(dataset):
-    """Pairs without a column for the prompt get one, as TRL finds it, where a prompt ends with such words."""
+    """Give pairs a column for the prompt where they have none, as TRL finds it, where a prompt ends with such words."""
     columns = set(getattr(dataset, "column_names", None) or ())
     if "prompt" in columns or not {"chosen", "rejected"} <= columns or not hasattr(dataset, "__len__"):
         return dataset
@@ -109,7 +114,7 @@ def _with_prompt(dataset):
 
 
 def _share_words(chosen: list, rejected: list) -> bool:
-    """Whether two sides differ first behind a turn of the assistant's, with another of it."""
+    """Tell whether two sides differ first behind a turn of the assistant's, with another of it."""
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     following = {side[same].get("role") for side in (chosen, rejected)} if same else set()
     return following == {"assistant"} and bool(words_of(chosen[:same]))
@@ -168,7 +173,7 @@ def _check(length: int, start: int) -> None:
 
 
 def _as_given(row: Mapping, prompt: list, words: str) -> dict:
-    """The messages as they were before `joined`."""
+    """Return the messages as they were before `joined`."""
     made = {"prompt": prompt}
     for side in _SIDES:
         if side in row:

@@ -17,7 +17,7 @@ _FEW = 0.1
 
 
 def check_ends(report, tokenizer, stop_ids: Iterable[int] = (), end_of_turn: str = "warn") -> None:
-    """Whether the answers' trained tokens end with one that ends the turn, and whether generation stops at it.
+    """Check whether the answers' trained tokens end with one that ends the turn, and whether generation stops at it.
 
     Args:
         report: a `PairReport` with `lengths`; its `ended`, `end_of_turn` and `warnings` are filled in.
@@ -47,7 +47,7 @@ def check_ends(report, tokenizer, stop_ids: Iterable[int] = (), end_of_turn: str
 
 
 def _fault(report, tokenizer, is_cut: bool) -> str:
-    """A sentence about answers that are trained without their end; empty where there are none."""
+    """Return a sentence about answers that are trained without their end; empty where there are none."""
     name, lengths = report.name, report.lengths
     if report.ended == 1:
         return ""
@@ -102,7 +102,10 @@ class Closing:
         self._closers = closers(tokenizer, control_tokens(tokenizer))
 
     def text(self, ids: Sequence[int]) -> list[int]:
-        """The tokens of a plain text, up to the first of the stop tokens at its end; to others eos is appended."""
+        """Return the tokens of a plain text, up to the first of the stop tokens at its end.
+
+        To others eos is appended.
+        """
         ids, eos = list(ids), self.tokenizer.eos_token_id
         stops, end = self.stop_ids | {eos}, None
         for i in reversed(range(len(ids))):
@@ -116,7 +119,8 @@ class Closing:
     def messages(
         self, ids: Sequence[int], prompt: list, tools, kwargs: Mapping, calling: Mapping | None = None
     ) -> list[int]:
-        """The tokens that a template renders of an answer behind `prompt`, up to the one at which generation stops.
+        """Return the tokens that a template renders of an answer behind `prompt`, up to the one at which generation
+        stops.
 
         That is the first stop token behind the answer's text. Where none are known it is the template's own end of
         turn: the last of the first unbroken run of special tokens there. What a template writes behind it (a line
@@ -144,7 +148,7 @@ class Closing:
         return ids[: start + stop + 1]
 
     def _tail(self, ids: Sequence[int], prompt: list, tools, kwargs: Mapping, calling: Mapping | None) -> list[int]:
-        """What the template writes behind an answer: the common end of two made-up ones."""
+        """Tell what the template writes behind an answer: the common end of two made-up ones."""
         key = repr((sorted(kwargs.items(), key=repr), tools, calling is None))
         tail = self._tails.get(key)
         if tail is None or list(ids[max(len(ids) - len(tail), 0) :]) != tail:
@@ -166,7 +170,7 @@ class Closing:
 
 
 def _with_call(message: Mapping, name: str) -> dict:
-    """A message whose last tool call is one of a made-up function, in the form of the call that was there."""
+    """Return a message whose last tool call is one of a made-up function, in the form of the call that was there."""
     *others, last = message["tool_calls"]
     function = last.get("function", last)
     arguments = {name: name} if isinstance(function.get("arguments"), Mapping) else json.dumps({name: name})

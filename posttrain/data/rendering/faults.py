@@ -22,5 +22,5 @@ class Fault(NamedTuple):
 
 
 def short(text: str) -> str:
-    """A text as messages show it, cut where it is long."""
+    """Return a text as messages show it, cut where it is long."""
     return text if len(text) <= 60 else text[:57] + "..."

@@ -15,7 +15,7 @@ _FEW_SHARE, _FEW = 0.01, 8
 
 
 def rows_to_render(looks: Mapping[tuple, list[int]], rows: int) -> list[int]:
-    """The rows to render, in order.
+    """Return the rows to render, in order.
 
     They are spread over the data set; those whose whole look few rows have, and one of each look, both up to UNLIKE;
     and of each feature of a look (a role, a key, a type of block, what stands last, two of them together) some, those
@@ -57,7 +57,7 @@ def _of_features(looks: Mapping[tuple, list[int]], chosen: set[int]) -> set[int]
 
 
 def look_of(row: Mapping) -> tuple:
-    """What a row looks like, beside its texts."""
+    """Tell what a row looks like, beside its texts."""
     found = []
     for name, value in row.items():
         if name == "tools":
@@ -74,7 +74,8 @@ def look_of(row: Mapping) -> tuple:
 
 
 def _features(look: tuple) -> Iterator[tuple]:
-    """The features of a look, each behind its rank: 0 for one thing, 1 for a whole turn and where it stands, 2 for two.
+    """Return the features of a look, each behind its rank: 0 for one thing, 1 for a whole turn and where it stands,
+    2 for two.
 
     A turn's whole look counts by its column, at the end and at the beginning, behind the one before, and beside the
     tools and the settings of the template.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from posttrain.data.rendering.marks import REASONING
-from posttrain.data.tokens import tools_of
+from posttrain.data.row_options import tools_of
 
 # Where the objects of a list of reasoning hold their text
 _OF_THOUGHTS = ("text", "summary", "thinking")
@@ -21,7 +21,9 @@ class Piece(NamedTuple):
 
 
 def marked(messages: list, tools) -> tuple[tuple[list, object], list[Piece], dict[str, str]]:
-    """The messages and tools with a marker in the place of each text, the pieces, and the markers of tools' names."""
+    """Return the messages and tools with a marker in the place of each text, the pieces, and the markers of tools'
+    names.
+    """
     pieces: list[Piece] = []
     names: dict[str, str] = {}
     of_tools: dict[str, str] = {}
@@ -72,7 +74,7 @@ def marked(messages: list, tools) -> tuple[tuple[list, object], list[Piece], dic
 
 
 def _marked_thought(part, key: str, index: int, marker):
-    """A part of a message's reasoning, which some give as a list of objects."""
+    """Return a part of a message's reasoning, which some give as a list of objects."""
     if not isinstance(part, Mapping):
         return part
     return {

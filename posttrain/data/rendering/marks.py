@@ -15,7 +15,10 @@ _SWITCHES = _LEARNED | _LEFT_OUT
 
 
 def switch_of(turn) -> str | None:
-    """The key by which a message says that it is not learned, or with a weight of its own; None where it says none."""
+    """Return the key by which a message says that it is not learned, or with a weight of its own.
+
+    None where it says none.
+    """
     for key, neutral in _SWITCHES.items():
         value = turn.get(key) if isinstance(turn, Mapping) else None
         if isinstance(value, bool | int | float | str) and value != "" and value not in neutral:

@@ -22,12 +22,12 @@ _ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "te
 
 
 def prompt_of(row: Mapping):
-    """The prompt of a row, its own or the one that both sides begin with; None where it has none."""
+    """Return the prompt of a row, its own or the one that both sides begin with; None where it has none."""
     return _split(row)[0]
 
 
 def answers_of(row: Mapping) -> dict:
-    """The answers of a row by their columns, without the prompt where they begin with it."""
+    """Return the answers of a row by their columns, without the prompt where they begin with it."""
     return _split(row)[1]
 
 
@@ -42,7 +42,7 @@ class Probe:
         self.row["chat_template_kwargs"] = {**(settings or {}), **(row.get("chat_template_kwargs") or {})}
 
     def faults(self, learned: Mapping[str, str]) -> Iterator[Fault]:
-        """What the rendering does to the row; `learned`: the texts of its tokens, of `prompt` and each answer."""
+        """Tell what the rendering does to the row; `learned`: the texts of its tokens, of `prompt` and each answer."""
         conversations = self.answers or {"prompt": None}
         for name, answer in conversations.items():
             if isinstance(self.prompt, str) or isinstance(answer, str):
@@ -52,14 +52,14 @@ class Probe:
         yield from self._added_faults(learned)
 
     def _added_faults(self, learned: Mapping) -> Iterator[Fault]:
-        """What the template writes into the learned answers; of whole conversations no answer is told apart."""
+        """Tell what the template writes into the learned answers; of whole conversations no answer is told apart."""
         answers = {name: answer for name, answer in self.answers.items() if name not in ("messages", "text")}
         if isinstance(self.prompt, list) and all(isinstance(answer, list) for answer in answers.values()):
             control = control_tokens(tokenizer_of(self.processing_class))
             yield from additions.faults(self.prompt, answers, learned, control, self._rendered_with)
 
     def _rendered_with(self, messages: list, setting: str, **options) -> str:
-        """Messages rendered with a setting of the template off."""
+        """Render messages with a setting of the template off."""
         kwargs = {**self.row["chat_template_kwargs"], setting: False}
         return render_text(messages, {**self.row, "chat_template_kwargs": kwargs}, self.processing_class, **options)
 
@@ -242,7 +242,9 @@ class Probe:
                 return
 
     def _value_faults(self, messages: list, index: int, message: Mapping, text: str, options) -> Iterator[Fault]:
-        """Content that is no text, and the arguments of tool calls: Python's print of them in the place of a text."""
+        """Find content that is no text, and the arguments of tool calls: Python's print of them in the place of a
+        text.
+        """
         content = message.get("content")
         if isinstance(content, list) and content and _bare(str(content)) in _bare(text):
             yield _printed("a list of blocks", content, "Write the content as a text, or use a template for blocks.")
@@ -274,7 +276,7 @@ class Probe:
                     )  # fmt: skip
 
     def _argument_faults(self, messages: list, index: int, call: Mapping, options) -> Iterator[Fault]:
-        """Values among the arguments of a call that the template writes as Python does, each told by a marker."""
+        """Find values among the arguments of a call that the template writes as Python does, each told by a marker."""
         given = self._as_given(messages, options)
         for value, changed in _with_markers(call):
             calls = [changed if one is call else one for one in messages[index]["tool_calls"]]
@@ -294,7 +296,7 @@ class Probe:
                 return
 
     def _takes_blocks(self, messages: list, index: int, options) -> bool:
-        """Whether the template, which drops the text of a message, renders it as a block in the same place."""
+        """Tell whether the template, which drops the text of a message, renders it as a block in the same place."""
         message = {**messages[index], "content": [{"type": "text", "text": "qzblockzq"}]}
         try:
             changed = [*messages[:index], message, *messages[index + 1 :]]
@@ -316,7 +318,7 @@ class Probe:
         return render_text(messages, {**self.row, "tools": tools}, self.processing_class, **options)
 
     def _find(self, hay: str, text: str, start: int, in_answer: bool = False) -> int | None:
-        """Where a text ends in what was learned, from `start` on or else anywhere; None where it is not.
+        """Find where a text ends in what was learned, from `start` on or else anywhere; None where it is not.
 
         `in_answer`: it has to end behind the prompt.
         """
@@ -332,7 +334,7 @@ class Probe:
         return self._find(_bare(hay), text, 0) is not None
 
     def _round_trip(self, text: str) -> str:
-        """What the tokenizer itself makes of a text: some know no capitals, or only one kind of blank."""
+        """Tell what the tokenizer itself makes of a text: some know no capitals, or only one kind of blank."""
         tokenizer = tokenizer_of(self.processing_class)
         return _bare(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
@@ -351,7 +353,9 @@ def _split(row: Mapping) -> tuple:
 
 
 def _with_markers(call: Mapping) -> Iterator[tuple[object, dict]]:
-    """Each value among the arguments of a call that Python prints in its own way, and the call with a marker there."""
+    """Find each value among the arguments of a call that Python prints in its own way, and the call with a marker
+    there.
+    """
     function = call.get("function", call)
 
     def each(value, put):

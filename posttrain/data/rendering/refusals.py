@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 
 def refusal(error: Exception, conversations: Iterable[list], render: Callable[[list], object]) -> str:
-    """A sentence about a row that the template refuses, with the remedy where writing it in another form is one.
+    """Return a sentence about a row that the template refuses, with the remedy where writing it in another form is one.
 
     Args:
         error: what the template raised. conversations: the messages of the row, with each of its answers.
@@ -38,7 +38,7 @@ def _with_texts(messages: list) -> list:
 
 
 def _with_functions(messages: list) -> list:
-    """Messages whose calls have their name and arguments under the key function."""
+    """Make messages whose calls have their name and arguments under the key function."""
     made = []
     for message in messages:
         calls = message.get("tool_calls") if isinstance(message, Mapping) else None
@@ -56,7 +56,7 @@ def _wrapped(call):
 
 
 def _without_system(messages: list) -> list:
-    """Messages whose system text stands at the beginning of the turn behind it."""
+    """Make messages whose system text stands at the beginning of the turn behind it."""
     first = messages[0] if messages else None
     if not isinstance(first, Mapping) or first.get("role") not in ("system", "developer") or len(messages) < 2:
         return messages
@@ -67,7 +67,7 @@ def _without_system(messages: list) -> list:
 
 
 def _with_joined_turns(messages: list) -> list:
-    """Messages in which no role speaks twice in a row."""
+    """Make messages in which no role speaks twice in a row."""
     made: list = []
     for message in messages:
         before = made[-1] if made else {}

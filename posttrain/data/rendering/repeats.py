@@ -16,7 +16,7 @@ BEGINS, TRANSCRIPT, QUOTES = "begins", "transcript", "quotes"
 
 
 def repeats(prompt, answer) -> str | None:
-    """How an answer repeats a prompt: BEGINS with it, as a TRANSCRIPT with labels around it, or QUOTES it early.
+    """Tell how an answer repeats a prompt: BEGINS with it, as a TRANSCRIPT with labels around it, or QUOTES it early.
 
     Blanks make no difference. Of messages it is the last question, within the first text of the answer, which can only
     be a transcript or a quote. None: it does not, or the prompt is too short to tell.

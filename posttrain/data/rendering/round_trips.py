@@ -18,7 +18,8 @@ class Change(NamedTuple):
 
 
 def changes(text: str, tokenizer) -> list[Change]:
-    """What a tokenizer changes of a text: unknown tokens, characters, line breaks, indentation, tabs, runs of blanks.
+    """Tell what a tokenizer changes of a text: unknown tokens, characters, line breaks, indentation, tabs, runs of
+    blanks.
 
     Blanks at both ends, and more of them than there were, are no change, and neither is how an accent is written.
     """
@@ -39,7 +40,7 @@ def changes(text: str, tokenizer) -> list[Change]:
 
 
 def loses_lines(text: str, rendered: str) -> bool:
-    """Whether a text stands in a rendering, and nowhere with its inner line breaks and indentation.
+    """Tell whether a text stands in a rendering, and nowhere with its inner line breaks and indentation.
 
     What stands around the tags of reasoning does not count: templates write it in their own way.
     """
@@ -47,7 +48,7 @@ def loses_lines(text: str, rendered: str) -> bool:
 
 
 def loses_blanks(text: str, rendered: str) -> bool:
-    """Whether a text stands in a rendering, and nowhere with its tabs, runs of blanks, and blanks between words.
+    """Tell whether a text stands in a rendering, and nowhere with its tabs, runs of blanks, and blanks between words.
 
     A single blank beside a punctuation mark does not count, nor what stands around the tags of reasoning.
     """
@@ -55,7 +56,7 @@ def loses_blanks(text: str, rendered: str) -> bool:
 
 
 def _loses(text: str, rendered: str, counts, keeps) -> bool:
-    """Whether each place where a text stands in a rendering has a gap that `counts`, and is not kept there."""
+    """Tell whether each place where a text stands in a rendering has a gap that `counts`, and is not kept there."""
     wanted = bare(text)
     hay, there = _read(rendered)
     tags = {end for match in _TAG.finditer(wanted) for end in match.span()}
@@ -75,18 +76,18 @@ def _loses(text: str, rendered: str, counts, keeps) -> bool:
 
 
 def bare(text: str) -> str:
-    """A text without blanks, which templates trim and add."""
+    """Return a text without blanks, which templates trim and add."""
     return "".join(unicodedata.normalize("NFC", text).split())
 
 
 @functools.lru_cache(maxsize=2)
 def _read(rendered: str) -> tuple[str, dict[int, str]]:
-    """A rendering without blanks, and its blanks; kept, as one is read for each of its messages."""
+    """Return a rendering without blanks, and its blanks; kept, as one is read for each of its messages."""
     return bare(rendered), dict(_gaps(rendered))
 
 
 def _gaps(text: str) -> list[tuple[int, str]]:
-    """The blanks of a text, each with the number of other characters before it."""
+    """Return the blanks of a text, each with the number of other characters before it."""
     place, found = 0, []
     for piece in re.findall(r"\s+|\S+", unicodedata.normalize("NFC", text).replace("\r\n", "\n")):
         if piece.isspace():

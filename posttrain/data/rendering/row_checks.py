@@ -10,7 +10,8 @@ from posttrain.data.rendering.applied import ControlTokens, adds_end
 from posttrain.data.rendering.looks import rows_to_render
 from posttrain.data.rendering.probes import Probe
 from posttrain.data.rendering.survey import Survey
-from posttrain.data.tokens import as_rendered, check_settings, render, tokenized_pairs, tokenizer_of, tools_of
+from posttrain.data.row_options import check_settings, tools_of
+from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 
@@ -146,13 +147,13 @@ class _Faults:
                 raise DataError(self._sentence(fault, place))
 
     def warnings(self) -> list[str]:
-        """A sentence about each of the others, without the notes."""
+        """Return a sentence about each of the others, without the notes."""
         found = [(fault, place) for fault, place in self.first.values() if not fault.is_note]
         # a tokenizer that loses line breaks loses blanks, as a rule
         return [self._sentence(*one) for one in found if one[0].key != ("blanks",) or ("lines",) not in self.first]
 
     def notes(self) -> list[str]:
-        """A sentence about each that is a template's design."""
+        """Return a sentence about each that is a template's design."""
         return [self._sentence(fault, place) for fault, place in self.first.values() if fault.is_note]
 
     def _sentence(self, fault, place: str) -> str:
@@ -170,7 +171,7 @@ def _rows(dataset) -> Iterator[dict]:
 
 
 def _tokens(rows, processing_class, places: Sequence[str], settings: Mapping | None) -> Iterator[dict[str, str]]:
-    """What is learned of each row as text: of its prompt (`prompt`) and of each answer, as the tokens have it."""
+    """Tell what is learned of each row as text: of its prompt (`prompt`) and of each answer, as the tokens have it."""
     tokenizer, names = tokenizer_of(processing_class), set(rows.column_names)
     pairs = rows
     sides = ("chosen", "rejected")
@@ -194,7 +195,7 @@ def _tokens(rows, processing_class, places: Sequence[str], settings: Mapping | N
 
 
 def _without_answers(rows, processing_class, places: Sequence[str], settings: Mapping | None) -> Iterator[dict]:
-    """Rows of whole conversations or texts, and prompts, to which the model will say something."""
+    """Return rows of whole conversations or texts, and prompts, to which the model will say something."""
     tokenizer = tokenizer_of(processing_class)
     for row, place in zip(rows, places, strict=True):
         part = next(name for name in ("prompt", "messages", "text") if name in row)

@@ -8,7 +8,7 @@ from posttrain.data.rendering.looks import look_of
 from posttrain.data.rendering.marks import REASONING, switch_of
 from posttrain.data.rendering.probes import answers_of, prompt_of
 from posttrain.data.rendering.repeats import BEGINS, TRANSCRIPT, repeats
-from posttrain.data.tokens import tools_of
+from posttrain.data.row_options import tools_of
 from posttrain.errors import DataError
 
 # Characters that prompts must have together before answers that begin with them are no chance.
@@ -124,7 +124,7 @@ class Survey:
                 )
 
     def warnings(self) -> list[str]:
-        """A sentence about each fault that is only said."""
+        """Return a sentence about each fault that is only said."""
         said = []
         if self.plainly_repeated and not self._are_repeated:
             said.append(
@@ -160,7 +160,7 @@ class Survey:
 
 
 def _texts(value) -> Iterator[str]:
-    """The texts that someone wrote in a prompt or an answer: contents, reasoning, names and calls of tools."""
+    """Return the texts that someone wrote in a prompt or an answer: contents, reasoning, names and calls of tools."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -171,7 +171,7 @@ def _texts(value) -> Iterator[str]:
 
 
 def _strings(value) -> Iterator[str]:
-    """All texts in nested lists and mappings, their keys among them."""
+    """Collect all texts in nested lists and mappings, their keys among them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -184,7 +184,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def _begins_with(answer, prompt) -> bool:
-    """Whether an answer begins with the prompt, or with the end of it."""
+    """Tell whether an answer begins with the prompt, or with the end of it."""
     if isinstance(prompt, str) or isinstance(answer, str):
         both = isinstance(prompt, str) and isinstance(answer, str) and bool(prompt.strip())
         return both and answer.strip().startswith(prompt.strip())

@@ -1,13 +1,12 @@
 """Scored answers as tokens before anything is weighed: whether they end their turn, and what `max_length` leaves."""
 
-from types import SimpleNamespace
-
 from posttrain.data import formats
+from posttrain.data.instructions.tokens import as_trained
 from posttrain.data.lengths import measure, quantiles, said_of_prompts
 from posttrain.data.pairs.schema import PairReport
 from posttrain.data.rendering import row_checks
 from posttrain.data.rendering.ends import check_ends
-from posttrain.data.tokens import as_learned, as_rendered, tokenizer_of
+from posttrain.data.tokens import tokenizer_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 
@@ -70,27 +69,11 @@ def drop_overlong(dataset, processing_class, args, name: str, stop_ids=()):
 
 
 def tokenise(dataset, processing_class, args, name: str):
-    """The columns input_ids and labels beside the others, nothing cut. Raises DataError for what cannot be rendered."""
-    from trl import SFTTrainer
+    """Return the columns input_ids and labels beside the others, nothing cut.
 
-    # the method reads no more of the trainer
-    trainer = SimpleNamespace(_tokenizer=tokenizer_of(processing_class), chat_template=None, completion_only_loss=True)
-    plain = SimpleNamespace(
-        dataset_num_proc=args.dataset_num_proc,
-        dataset_text_field=args.dataset_text_field,
-        assistant_only_loss=False,
-        max_length=None,
-        shuffle_dataset=False,
-    )
-    try:
-        dataset = as_rendered(dataset, processing_class)
-        dataset = SFTTrainer._prepare_dataset(trainer, dataset, processing_class, plain, False, None, name)
-        return as_learned(dataset, processing_class, name)
-    except DataError:
-        raise
-    # a chat template is a program that came with the model: anything can come out of it
-    except Exception as error:
-        raise DataError(f"{name}: a row cannot be turned into tokens: {type(error).__name__}: {error}") from error
+    Raises DataError for what cannot be rendered.
+    """
+    return as_trained(dataset, processing_class, args, name, completion_only=True)
 
 
 def check_template(dataset, processing_class) -> None:

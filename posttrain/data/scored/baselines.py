@@ -18,7 +18,7 @@ _SMALLEST = 1e-12
 
 
 def prompt_keys(dataset) -> list[str]:
-    """A text for each row that equal prompts share, and no others."""
+    """Return a text for each row that equal prompts share, and no others."""
     # what the template renders beside the messages belongs to the prompt
     also = [name for name in ("tools", "chat_template_kwargs") if name in dataset.column_names]
     if not also:
@@ -30,17 +30,17 @@ def prompt_keys(dataset) -> list[str]:
 
 
 def prompt_key(prompt) -> str:
-    """A text for a prompt, given as text or as messages."""
+    """Return a text for a prompt, given as text or as messages."""
     return json.dumps(prompt, sort_keys=True)
 
 
 def mean(rewards: Sequence[float]) -> float:
-    """The mean; of equal rewards exactly that one, so that rounding makes no advantage of nothing."""
+    """Return the mean; of equal rewards exactly that one, so that rounding makes no advantage of nothing."""
     return min(max(math.fsum(rewards) / len(rewards), min(rewards)), max(rewards))
 
 
 def mean_per_prompt(keys: Sequence[str], rewards: Sequence[float]) -> list[float]:
-    """The mean reward of all answers to a row's prompt, its own included."""
+    """Return the mean reward of all answers to a row's prompt, its own included."""
     grouped = defaultdict(list)
     for key, reward in zip(keys, rewards, strict=True):
         grouped[key].append(reward)
@@ -49,7 +49,7 @@ def mean_per_prompt(keys: Sequence[str], rewards: Sequence[float]) -> list[float
 
 
 def column_of_values(dataset, column: str, name: str, called: str | None = None) -> list[float]:
-    """A column of values; DataError for one that is no finite number, or beyond 1e18, with its row.
+    """Read a column of values; DataError for one that is no finite number, or beyond 1e18, with its row.
 
     `called`: its name in the data set as given; default: `column`.
     """
@@ -63,7 +63,7 @@ def column_of_values(dataset, column: str, name: str, called: str | None = None)
 
 
 def values_of(dataset, value: str, column: str | None, name: str) -> list[float]:
-    """The value of each row, of those that need no model: mean, per_prompt or column."""
+    """Return the value of each row, of those that need no model: mean, per_prompt or column."""
     if value == "column":
         return column_of_values(dataset, column, name)
     rewards = dataset["reward"][:]
@@ -73,7 +73,10 @@ def values_of(dataset, value: str, column: str | None, name: str) -> list[float]
 
 
 def advantages_of(rewards: Sequence[float], values: Sequence[float]) -> list[float]:
-    """Reward minus value of each answer; 0 where that is only rounding, at most 1e-6 of the larger of the two."""
+    """Compute the reward minus the value of each answer.
+
+    0 where that is only rounding, at most 1e-6 of the larger of the two.
+    """
     return [
         0.0 if abs(reward - value) <= ROUNDING * max(abs(reward), abs(value)) else reward - value
         for reward, value in zip(rewards, values, strict=True)
@@ -98,7 +101,7 @@ class Advantages:
     effective: float
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Describe it in one line for the log."""
         spread = ", ".join(f"{value:.3g}" for value in self.quantiles)
         return (
             f"{self.kept} of {self.rows} answers have a gradient; {self.positive:.1%} beat their value; advantages: "
@@ -106,8 +109,11 @@ class Advantages:
         )
 
 
-def describe(advantages: Sequence[float], weights: Sequence[float]) -> Advantages:
-    """`weights`: the factor of each answer on its gradient; 0 for one that is dropped."""
+def summarise(advantages: Sequence[float], weights: Sequence[float]) -> Advantages:
+    """Describe advantages for the log; `weights`: the factor of each answer on its gradient.
+
+    0 for one that is dropped.
+    """
     ordered, rows = sorted(advantages), len(advantages)
     quartiles = [ordered[min(round(share * (rows - 1)), rows - 1)] for share in (0, 0.25, 0.5, 0.75, 1)]
     total, squares = math.fsum(map(abs, weights)), math.fsum(weight * weight for weight in weights)

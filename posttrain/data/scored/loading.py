@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from posttrain.data import formats, generators, objects, shapes, sources, turns
-from posttrain.data.columns import first_with_system, say_left_out, say_system, system_in_front
+from posttrain.data.columns import first_with_system, log_left_out_columns, log_system_messages, system_in_front
 from posttrain.data.formats import described, is_empty, style_of
 from posttrain.data.generated import reversed_share
 from posttrain.data.pairs import sides
@@ -39,8 +39,9 @@ def load_scored(
     needs_reward: bool = True,
     keep: Iterable[str] = (),
     convert: bool = True,
+    **given,
 ):
-    """Scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
+    """Load scored answers as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     Args:
         source: what `posttrain.data.sources.read_rows` reads: a local .json, .jsonl, .jsonl.gz or .parquet file, a hub
@@ -52,6 +53,7 @@ def load_scored(
         needs_reward: False where a reward function is to score the answers; all columns are kept for it.
         keep: further columns to keep.
         convert: rows of the shapes in `posttrain.data.shapes`, which is said.
+        given: `name`, `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
 
     Raises:
         DataError: what cannot be read; missing columns; a reward that is missing, no number, NaN or beyond 1e18, with
@@ -63,7 +65,7 @@ def load_scored(
     sources = [source] if isinstance(source, str) else list(source)
     rows, rewards, kept = [], {}, []
     for one in sources:
-        found, places = read_rows(one, split, limit)
+        found, places = read_rows(one, split, limit, **given)
         found = turns.read_all(found, places, one, columns)
         if convert and not columns:
             found, places = shapes.read_all(found, places, (shapes.ANSWERS, shapes.PAIRS, shapes.WHOLE), one)
@@ -81,7 +83,7 @@ def load_scored(
         wanted = dict.fromkeys((*COLUMNS, *sorted(others)))
         kept += [name for name in wanted if name in scored[0] and name not in kept]
         if needs_reward:
-            say_left_out(columns_of(renamed), _read_columns(columns_of(renamed), wanted), one)
+            log_left_out_columns(columns_of(renamed), _read_columns(columns_of(renamed), wanted), one)
     if not same_scale:
         check_scales(rewards)
     return _dataset([{name: row.get(name) for name in kept} for row in rows], ", ".join(sources))
@@ -94,7 +96,8 @@ def as_scored(
     needs_reward: bool = True,
     scorer: Callable[[list[dict]], list[float]] | None = None,
 ):
-    """A `datasets.Dataset` of scored answers, or of pairs with two scores, as rows of prompt, completion and reward.
+    """Read a `datasets.Dataset` of scored answers, or of pairs with two scores, as rows of prompt, completion and
+    reward.
 
     Args:
         name: of the data set, for messages.
@@ -123,20 +126,23 @@ def as_scored(
         rows = [{**row, "reward": value} for row, value in zip(rows, scorer(rows), strict=True)]
     wanted = dict.fromkeys(("prompt", "completion", "reward", "tools", "chat_template_kwargs", *keep))
     if scorer is None:
-        say_left_out(columns, _read_columns(columns, wanted), name)
+        log_left_out_columns(columns, _read_columns(columns, wanted), name)
     return _dataset([{column: row[column] for column in wanted if column in row} for row in rows], name)
 
 
 def unroll(
     rows: Iterable[Mapping], places: Sequence[str], name: str, keep: Sequence[str] = (), needs_reward: bool = True
 ) -> list[dict]:
-    """Rows of prompt, completion and reward; a pair becomes two, chosen first. Raises DataError with a row's place."""
+    """Make rows of prompt, completion and reward.
+
+    A pair becomes two, chosen first. Raises DataError with a row's place.
+    """
     made, styles, empty, said = [], {}, 0, False
     for row, place in zip(rows, places, strict=True):
         row = _converted(row, place)
         row = {column: objects.flattened(value) for column, value in row.items()}
         if not said and first_with_system([row]):
-            said = say_system(row, name) or True
+            said = log_system_messages(row, name) or True
         row = {**row, **system_in_front(row, place)}
         _check_columns(list(row), name, needs_reward, place)
         others = {column: row[column] for column in ("tools", "chat_template_kwargs", *keep) if column in row}
@@ -162,7 +168,7 @@ def unroll(
 
 
 def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64) -> list[float]:
-    """The score of each row of prompt, completion and further columns, by a reward function.
+    """Return the score of each row of prompt, completion and further columns, by a reward function.
 
     With a cache, an answer whose row was scored before, by this function, is not scored again; values are rounded to
     fp32 either way. What the function reads beside its arguments (a file, a server) is not part of an entry's key.
@@ -206,7 +212,7 @@ def check_reward(reward) -> None:
 
 
 def reward_key(reward) -> str | None:
-    """A digest of a reward function's code and settings; None where it has parts that cannot be read."""
+    """Digest a reward function's code and settings; None where it has parts that cannot be read."""
     from datasets.fingerprint import Hasher
 
     try:
@@ -255,7 +261,7 @@ def _check_kind(dataset, name: str) -> None:
 
 
 def _answers(row: Mapping, place: str, needs_reward: bool) -> list[tuple[str, float | None]]:
-    """The columns of a row that hold answers, each with its reward."""
+    """Return the columns of a row that hold answers, each with its reward."""
     if "completion" in row:
         column = "reward" if "reward" in row or type(row.get("label")) is not bool else "label"
         return [("completion", _number(row, column, place) if needs_reward else None)]
@@ -266,7 +272,7 @@ def _answers(row: Mapping, place: str, needs_reward: bool) -> list[tuple[str, fl
 
 
 def _read_columns(columns: Sequence[str], kept: Iterable[str]) -> set[str]:
-    """The columns of scored answers, or of pairs, that are read."""
+    """Return the columns of scored answers, or of pairs, that are read."""
     read = {*kept, "label"} if "completion" in columns else {*kept, "chosen", "rejected"}
     if not {"prompt", "completion"} <= set(columns):
         # alpaca and sharegpt rows
@@ -318,7 +324,7 @@ def _renaming(columns: Sequence[str]) -> str:
 
 
 def _converted(row: Mapping, place: str) -> Mapping:
-    """alpaca and sharegpt rows as messages."""
+    """Read alpaca and sharegpt rows as messages."""
     if {"prompt", "completion"} <= set(row):
         return row
     found = formats.detect(row, row)
@@ -330,7 +336,7 @@ def _converted(row: Mapping, place: str) -> Mapping:
 
 
 def _split(row: Mapping, place: str) -> Mapping:
-    """A pair of whole conversations, parted where its sides do."""
+    """Part a pair of whole conversations where its sides do."""
     shape = shapes.find(row, row, (shapes.WHOLE,), place)
     try:
         return row if shape is None else shapes.convert_row(row, shape, place)[0]

@@ -67,13 +67,13 @@ def _repeats(values: list[float]) -> bool:
 
 
 def _far_wider(a: list[float], b: list[float]) -> bool:
-    """Whether `a` reaches out of `b` by more than ten times its width, or its size where it has none."""
+    """Tell whether `a` reaches out of `b` by more than ten times its width, or its size where it has none."""
     reach = _FAR_WIDER * (b[-1] - b[0] or abs(b[0]) or math.inf)
     return a[0] < b[0] - reach or a[-1] > b[-1] + reach
 
 
 def _of_other_sizes(a: list[float], b: list[float]) -> bool:
-    """Of few rewards: whether the spans do not even touch, and one is far off and of another size."""
+    """Tell, of few rewards, whether the spans do not even touch, and one is far off and of another size."""
     small, large = sorted((a, b), key=_size)
     apart = a[0] > b[-1] or b[0] > a[-1]
     far = max(small[0] - large[0], large[-1] - small[-1]) > small[-1] - small[0]
@@ -98,7 +98,7 @@ def _apart(low: float, high: float, other_low: float, other_high: float) -> bool
 
 
 def _negative_in_one(a: list[float], b: list[float]) -> bool:
-    """Whether `a` has negative rewards of some size and `b`, by chance, might not have none."""
+    """Tell whether `a` has negative rewards of some size and `b`, by chance, might not have none."""
     together = max(a[-1], b[-1]) - a[0]
     negative = sum(value < -0.1 * together for value in a)
     if b[0] < 0 or b[0] == b[-1] or not negative:

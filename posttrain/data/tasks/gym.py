@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import fields
 
-from posttrain.checks import near
+from posttrain.checks import check_option, near
 from posttrain.errors import ConfigError, DataError, require
 from posttrain.rewards.gym import encode_task
 
 
 def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conversational: bool = True, **options):
-    """`n` tasks of a reasoning-gym data set such as `chain_sum`.
+    """Make `n` tasks of a reasoning-gym data set such as `chain_sum`.
 
     Args:
         name: of the data set. options: fields of its config, its difficulty among them.
@@ -59,10 +59,7 @@ def _create(name: str, seed: int, size: int, options: dict):
         raise ConfigError(f"reasoning-gym has no data set {name!r}. {hint}")
     known = [field.name for field in fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
     for option in options:
-        if option not in known:
-            close = near(option, known)
-            hint = f"; did you mean {close!r}?" if close else "."
-            raise ConfigError(f"gym:{name} has no option {option!r} (it has {', '.join(known)}){hint}")
+        check_option(f"gym:{name}", option, known)
     try:
         return create_dataset(name, seed=seed, size=size, **options)
     except (TypeError, ValueError, AssertionError) as error:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.data import formats, generators, objects, shapes, sources, turns
-from posttrain.data.columns import SYSTEM, first_with_system, say_left_out, say_system, system_in_front
+from posttrain.data.columns import SYSTEM, first_with_system, log_left_out_columns, log_system_messages, system_in_front
 from posttrain.data.rows import columns_of
 from posttrain.data.sources import read_rows
-from posttrain.errors import ConfigError, DataError, EnvironmentIssue
+from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.rewards.golds import gold_text
 
@@ -47,8 +47,9 @@ def load_demonstrations(
     keep_notes: bool = False,
     need_demonstrations: bool = True,
     convert: bool = True,
+    **given,
 ):
-    """Tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
+    """Load tasks as a `datasets.Dataset` with the columns prompt, demonstration and gold.
 
     A column `system` is put in front of prompts that are messages. `tools` (as JSON text) and `chat_template_kwargs`
     are kept, and rendered with their row.
@@ -71,6 +72,7 @@ def load_demonstrations(
             shape (question, answer that ends in `#### N`), and said to be. Other texts keep all they have.
         need_demonstrations: False lets demonstrations be empty, or their column be missing where there is one for gold.
         convert: rows of the shapes in `posttrain.data.shapes`, which is said.
+        given: `name` (as `config`), `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
 
     Raises DataError for what cannot be read, missing columns, an empty prompt or demonstration, and a row without a
     gold answer, each with its place; ConfigError for wrong options; EnvironmentIssue where the hub cannot be reached
@@ -83,7 +85,8 @@ def load_demonstrations(
     if generators.is_made(source):
         made = generators.make(source, split, generators.TASKS, conversational)
         return made if limit is None else made.select(range(min(limit, len(made))))
-    rows, places = _read(source, split, limit, config)
+    given |= {} if config is None or Path(source).expanduser().exists() else {"name": config}
+    rows, places = read_rows(source, split, limit, **given)
     named = {theirs: ours for ours, theirs in (columns or {}).items() if ours != "gold"}
     rows = turns.read_all(rows, places, source, named)
     if convert and columns is None:
@@ -93,14 +96,14 @@ def load_demonstrations(
     taken = {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS and ours != theirs}
     if taken and columns is None:
         get_logger().info("%s: %s", source, ", ".join(f"{theirs} is the {ours}" for ours, theirs in taken.items()))
-    say_left_out(found, shape.values(), source)
+    log_left_out_columns(found, shape.values(), source)
     rows = rows if keep_notes else _without_notes(rows, shape, source)
     made = [
         _row(row, place, shape, conversational, need_demonstrations) for row, place in zip(rows, places, strict=True)
     ]
     with_system = first_with_system(rows)
     if with_system is not None:
-        say_system({**with_system, "prompt": made[0]["prompt"]}, source)
+        log_system_messages({**with_system, "prompt": made[0]["prompt"]}, source)
     try:
         return objects.exact(made, places=places)
     except (TypeError, ValueError, OverflowError, DatasetGenerationError) as error:
@@ -109,7 +112,7 @@ def load_demonstrations(
 
 
 def as_tasks(rows: list[dict], places: list[str], name: str, conversational: bool = True):
-    """Rows of tasks as `load_demonstrations` makes them, and the columns' names there: ours to theirs.
+    """Make rows of tasks as `load_demonstrations` makes them, and the columns' names there: ours to theirs.
 
     None where the columns are those of no task. Raises DataError for a row that has no prompt or no gold answer.
     """
@@ -122,30 +125,8 @@ def as_tasks(rows: list[dict], places: list[str], name: str, conversational: boo
     return made, {ours: theirs for ours, theirs in shape.items() if ours in COLUMNS}
 
 
-def _read(source: str, split: str, limit: int | None, config: str | None) -> tuple[list[dict], list[str]]:
-    if config is None or Path(source).expanduser().exists():
-        return read_rows(source, split, limit)
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        found = load_dataset(source, config, split=split)
-    except ConnectionError as error:
-        raise EnvironmentIssue(
-            f"the data set {source!r} is not a local file, and the hub cannot be reached: {error}"
-        ) from None
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"the data set {source!r} (config {config!r}, split {split!r}) cannot be loaded: {error}"
-        ) from None
-    found = found if limit is None else found.select(range(min(limit, len(found))))
-    if len(found) == 0:
-        raise DataError(f"{source} (split {split!r}) holds no rows.")
-    return list(objects.unpadded(found)), [f"{source}, row {number}" for number in range(1, len(found) + 1)]
-
-
 def _shape(found: list[str], columns: Mapping[str, str] | None, source: str, need: bool) -> dict[str, str]:
-    """The source's column for each of ours, ours that are not there left out."""
+    """Return the source's column for each of ours, ours that are not there left out."""
     if columns is not None:
         unknown = sorted(set(columns) - set(COLUMNS))
         if unknown:
@@ -225,7 +206,7 @@ def _is_message(message) -> bool:
 
 
 def _without_notes(rows: list[dict], shape: dict[str, str], source: str) -> list[dict]:
-    """Rows of GSM8K's shape without calculator notes in their answers, which is said; others as they are."""
+    """Return rows of GSM8K's shape without calculator notes in their answers, which is said; others as they are."""
     if (shape["prompt"], shape.get("demonstration"), "gold" in shape) != ("question", "answer", False):
         return rows
     made, removed = [], 0

@@ -50,7 +50,10 @@ def _check(dataset, processing_class, args, name: str) -> None:
 
 
 def _answer(prompt, given):
-    """A demonstration in the form of its prompt; None where it says nothing, or is none, which tokenising refuses."""
+    """Write a demonstration in the form of its prompt.
+
+    None where it says nothing, or is none, which tokenising refuses.
+    """
     if isinstance(given, str) and given.strip():
         return [{"role": "assistant", "content": given}] if isinstance(prompt, list) else given
     turn = given[0] if isinstance(given, list) and len(given) == 1 else None

@@ -5,7 +5,7 @@ from datasets import Dataset
 from posttrain.checks import shorten
 from posttrain.data.rendering.ends import Closing
 from posttrain.data.rendering.refusals import refusal
-from posttrain.data.tokens import template_kwargs_of, tools_of
+from posttrain.data.row_options import template_kwargs_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 
@@ -122,13 +122,13 @@ def _ids(prompt, demonstration, tokenizer, template_kwargs: dict, tools=None, cl
 
 
 def _calls(demonstration) -> list | None:
-    """The tool calls of a demonstration; None where it makes none."""
+    """Return the tool calls of a demonstration; None where it makes none."""
     turn = demonstration[-1] if isinstance(demonstration, list) and demonstration else None
     return (turn.get("tool_calls") or None) if isinstance(turn, dict) else None
 
 
 def _answer(demonstration) -> str:
-    """The text of a demonstration, empty where there is none."""
+    """Return the text of a demonstration, empty where there is none."""
     if not demonstration:
         return ""
     if isinstance(demonstration, str):

@@ -25,7 +25,7 @@ _PADDING_SHARE = 0.1
 
 @dataclass
 class PackedBatch:
-    """A batch in packed form, with what it takes to get its results back into the caller's form.
+    """Holds a batch in packed form, and how its results map back to the padded one.
 
     R packed rows of W tokens hold N tokens that are predicted and scored. The caller's batch has B rows of L tokens.
 
@@ -57,17 +57,17 @@ class PackedBatch:
 
     @property
     def forwarded(self) -> int:
-        """Tokens that the model computes, padding included."""
+        """Count the tokens that the model computes, padding included."""
         return self.input_ids.numel()
 
     def to(self, device, **kwargs) -> "PackedBatch":
-        """The same batch on another device."""
+        """Copy the batch to another device."""
         names = ("input_ids", "position_ids", "blocks", "branches", "sources", "labels", "targets")
         moved = {name: getattr(self, name).to(device, **kwargs) for name in names}
         return PackedBatch(**moved, **{n: getattr(self, n) for n in ("shape", "tokens", "unshared", "longest")})
 
     def visible(self) -> Tensor:
-        """(R, 1, W, W) bool: whether the token of the row (third dimension) sees that of the column."""
+        """Return (R, 1, W, W) bool: whether the token of the row (third dimension) sees that of the column."""
         if "bool" not in self._masks:
             blocks, branches = self.blocks, self.branches
             mask = blocks[:, :, None] == blocks[:, None, :]
@@ -76,7 +76,7 @@ class PackedBatch:
         return self._masks["bool"]
 
     def attention_mask(self, implementation: str, dtype: torch.dtype):
-        """The mask in the form that an attention implementation takes; built once and kept.
+        """Return the mask in the form that an attention implementation takes; built once and kept.
 
         Args:
             implementation: sdpa (bool), eager (`dtype`, added to the scores: there a bool mask would be silently wrong)
@@ -108,12 +108,12 @@ class PackedBatch:
         return create_block_mask(sees, rows, None, width, width, device=blocks.device)
 
     def unpack(self, values: Tensor) -> Tensor:
-        """(N,) values of the scored tokens as (B, L - 1), the place of a token's predictor; zero elsewhere."""
+        """Scatter (N,) values of the scored tokens to (B, L - 1), each at its predictor's place; zero elsewhere."""
         rows, columns = self.shape
         return values.new_zeros(rows * columns).index_put((self.targets,), values).view(rows, columns)
 
     def per_answer(self, values: Tensor) -> list[Tensor]:
-        """(N,) values of the scored tokens as one tensor per row of the caller's batch, in its order."""
+        """Split (N,) values of the scored tokens into one tensor per row of the padded batch, in its order."""
         order = torch.argsort(self.targets)
         counts = torch.bincount(self.targets // self.shape[1], minlength=self.shape[0])
         return list(values[order].split(counts.tolist()))
@@ -308,7 +308,7 @@ def _cost(tokens: int, attention_cost: float) -> float:
 
 
 def _split(members: list[int], rows, prompt_lengths, attention_cost: float) -> list[list[int]]:
-    """Into how many blocks a group goes: a prompt is worth repeating where sharing it makes a row too long."""
+    """Split a group into blocks at the least cost: repeating a prompt pays where sharing it makes a row too long."""
     best, best_cost = [members], math.inf
     for count in range(1, len(members) + 1):
         bounds = [round(k * len(members) / count) for k in range(count + 1)]

@@ -13,7 +13,7 @@ _LAYERS = {"full_attention", "sliding_attention"}
 
 
 def unsupported_reason(config, model=None, attention: str | None = None, peft_config=None) -> str | None:
-    """Why prefix sharing cannot work, or None.
+    """Return why prefix sharing cannot work for a model, or None.
 
     Args:
         config: the model's config; enough to know before the weights are loaded.
@@ -53,7 +53,7 @@ def unsupported_reason(config, model=None, attention: str | None = None, peft_co
 
 
 def sliding_window(config) -> int | None:
-    """How many tokens back the shortest-sighted layer looks; None where all look back to the start."""
+    """Return the least number of tokens that a layer looks back; None where all look back to the start."""
     text = config.get_text_config()
     types = getattr(text, "layer_types", None)
     if types is not None and "sliding_attention" not in types:
@@ -62,7 +62,7 @@ def sliding_window(config) -> int | None:
 
 
 def scales_with_length(config) -> bool:
-    """Whether rotary factors depend on the longest row of a batch, so that it matters which rows are in one."""
+    """Return whether rotary factors depend on the longest row of a batch, so that its grouping matters."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
@@ -70,7 +70,7 @@ def scales_with_length(config) -> bool:
 
 
 def attention_cost(config) -> float:
-    """What one attended position costs a token, as a share of the multiplications of its linear layers."""
+    """Return the cost of one attended position to a token, as a share of its linear layers' multiplications."""
     text = config.get_text_config()
     try:
         hidden, heads = text.hidden_size, text.num_attention_heads
@@ -89,21 +89,21 @@ def attention_cost(config) -> float:
 _LARGEST_FP32, _MEAN_HALF, _NOISE_HALF = 2e-3, 0.25, 0.02
 
 
-def mismatch_reason(largest: float, mean: float, blind: float, half: bool) -> str | None:
+def mismatch_reason(largest: float, mean: float, if_ignored: float, half: bool) -> str | None:
     """Return an error text if packed and padded log-probs disagree by more than rounding; None if they agree.
 
     Args:
-        largest, mean, blind: what `self_check` returns.
+        largest, mean, if_ignored: what `self_check` returns.
         half: whether the model computes in half precision.
     """
     good = largest <= _LARGEST_FP32
     if half:
-        good = mean <= _NOISE_HALF or mean <= min(_MEAN_HALF, blind / 2)
+        good = mean <= _NOISE_HALF or mean <= min(_MEAN_HALF, if_ignored / 2)
     return None if good else f"packed log-probs differ from padded ones by up to {largest:.3g} nats on made-up tokens"
 
 
 def compare_padded_and_packed(model, config, device, left: bool = False) -> tuple[float, float, float, str | None]:
-    """`self_check`, where a model's own code may trip over packed rows: infinite differences then, and what it said."""
+    """Run `self_check`; if the model's own code fails on packed rows, return infinite differences and the error."""
     try:
         return *self_check(model, config.get_text_config().vocab_size, device, left), None
     except Exception as error:
@@ -112,7 +112,7 @@ def compare_padded_and_packed(model, config, device, left: bool = False) -> tupl
 
 
 def self_check(model, vocab_size: int, device, left: bool = False) -> tuple[float, float, float]:
-    """(largest, mean) difference in nats between the padded and the packed log-probs of a few made-up tokens.
+    """Measure the (largest, mean) difference in nats between padded and packed log-probs of a few made-up tokens.
 
     The third number is the mean difference that a model would have if it ignored the mask, or, if that is less, the
     positions.
@@ -144,8 +144,8 @@ def self_check(model, vocab_size: int, device, left: bool = False) -> tuple[floa
     scored = scored[:, 1:].to(device)
     with torch.no_grad():
         padded = model(**batch, use_cache=False, fused_lm_head=True).log_probs
-        gap, *blind = (
+        gap, *if_ignored = (
             (padded - model(**batch, use_cache=False, fused_lm_head=True, packed=form).log_probs).float().abs()[scored]
             for form in (packed, maskless, placeless)
         )
-    return gap.max().item(), gap.mean().item(), min(one.mean().item() for one in blind)
+    return gap.max().item(), gap.mean().item(), min(one.mean().item() for one in if_ignored)

@@ -27,7 +27,7 @@ _NAMES = {
 
 
 class ALoLTrainer(OfflineMixin, SFTTrainer):
-    """`trl.SFTTrainer` for answers with a score each: A-LoL (arXiv 2305.14718) and the methods it is compared with.
+    """Trains `trl.SFTTrainer` on scored answers: A-LoL (arXiv 2305.14718) and the methods it is compared with.
 
     Takes what `trl.SFTTrainer` takes, with an `ALoLConfig` as `args`. Data sets have the columns prompt, completion and
     reward, as texts or as lists of messages, or are pairs with a reward for each side. The loss is the mean over the
@@ -74,7 +74,7 @@ class ALoLTrainer(OfflineMixin, SFTTrainer):
 
     @property
     def advantages(self) -> baselines.Advantages | None:
-        """What the training rows' advantages are like; None where a variant has none."""
+        """Summarise the training rows' advantages; None where a variant has none."""
         return self.answers.advantages
 
     def save_beside(self, folder, in_checkpoint: bool) -> None:

@@ -14,7 +14,7 @@ from posttrain.trainers.offline.prepare import Answers
 
 
 class ALoLAnswers(Answers):
-    """The rows of a run of A-LoL.
+    """Checks and weighs the rows of an A-LoL run.
 
     Attributes:
         advantages: what the training rows' advantages are like; None before they are known, or where none are.
@@ -35,11 +35,11 @@ class ALoLAnswers(Answers):
 
     @property
     def has_head(self) -> bool:
-        """Whether the values of prompts are learned."""
+        """Return whether the values of prompts are learned by a value head."""
         return self.args.weighs_by == "advantages" and self.args.value == "head"
 
     def kept_columns(self) -> dict[str, str]:
-        """The column of values, by a name of ours: theirs may be one that tokenising or training gives a meaning to."""
+        """Return the user's column of values under a name of ours; theirs may mean something to TRL."""
         if self.args.value != "column" or self.args.weighs_by != "advantages":
             return {}
         _check_value_column(self.args.value_column)
@@ -67,7 +67,7 @@ class ALoLAnswers(Answers):
             prompt_values.check_heads_can_be_kept(args, self.reward_func)
 
     def check_left(self, dataset) -> None:
-        """Refuse rewards, of rows that fit `max_length`, that teach nothing."""
+        """Refuse training rewards from which nothing can be learned, of rows that fit `max_length`."""
         args, name = self.args, "train_dataset"
         if args.weighs_by == "rewards":
             rewards = dataset["reward"][:]
@@ -82,7 +82,7 @@ class ALoLAnswers(Answers):
             self.check_value_prompts(len(set(baselines.prompt_keys(dataset))), name)
 
     def check_value_prompts(self, prompts: int, name: str) -> None:
-        """Refuse fewer prompts than folds, and say where the head will learn from few."""
+        """Refuse fewer prompts than folds, and warn where the value head will learn from few."""
         args = self.args
         if prompts < args.value_folds:
             raise DataError(
@@ -102,17 +102,17 @@ class ALoLAnswers(Answers):
         rewards = dataset["reward"][:]
         if args.weighs_by == "rewards":
             return dataset.add_column("weight", rewards)
-        advantages = baselines.advantages_of(rewards, self._values(dataset, rewards, name, trainer))
+        advantages = baselines.advantages_of(rewards, self._expected_rewards(dataset, rewards, name, trainer))
         weights = weights_of(advantages, args)
         if name == "train_dataset":
             baselines.check_positive(advantages, args.value, name, self.lost)
             baselines.check_weights(weights, name)
-            self.advantages = baselines.describe(advantages, weights)
+            self.advantages = baselines.summarise(advantages, weights)
             get_logger().info("%s: %s", name, self.advantages.summary())
         return dataset.add_column("advantage", advantages).add_column("weight", weights)
 
-    def _values(self, dataset, rewards: list[float], name: str, trainer) -> list[float]:
-        """The expected reward of each row's prompt.
+    def _expected_rewards(self, dataset, rewards: list[float], name: str, trainer) -> list[float]:
+        """Return the expected reward V(x) of each row's prompt.
 
         Of held-out rows from what the training rows taught for `mean` and `head`; `per_prompt` and `column` read
         these rows' own.
@@ -130,13 +130,13 @@ class ALoLAnswers(Answers):
 
 
 def weights_of(advantages: list[float], args) -> list[float]:
-    """The factor of each answer on its gradient."""
+    """Return the factor of each answer on its gradient."""
     advantages = torch.tensor(advantages, dtype=torch.float64)
     return offline.gradient_weights(args.variant, advantages, args.kl_beta, args.keep_negative_advantages).tolist()
 
 
 def _check_value_column(column: str) -> None:
-    """Refuse a column that holds something else than values."""
+    """Refuse the name of a column that holds something else than values."""
     if column == "reward":
         raise ConfigError(
             "value_column is 'reward': every answer's value would be its own reward, and no answer could beat it. Name "

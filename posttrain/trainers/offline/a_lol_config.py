@@ -154,12 +154,12 @@ class ALoLConfig(CommonConfig, SFTConfig):
             )
         self._check_head()
         self._check_weighting()
-        self._say_what_has_no_effect()
+        self._warn_of_settings_without_effect()
         self._refuse_settings_without_effect()
 
     @property
     def weighs_by(self) -> str | None:
-        """What weighs an answer: "rewards", "advantages" or None."""
+        """Return by what an answer is weighed: "rewards", "advantages" or None."""
         return offline.weight_of(self.variant)
 
     @property
@@ -239,8 +239,8 @@ class ALoLConfig(CommonConfig, SFTConfig):
                 },
             )
 
-    def _say_what_has_no_effect(self):
-        """Settings that a sweep over variants may keep for all of them: said, not refused."""
+    def _warn_of_settings_without_effect(self):
+        """Warn of settings without effect that a sweep over variants may keep for all of them."""
         fields = type(self).__dataclass_fields__
         by_advantage, head = self.weighs_by == "advantages", self.value == "head"
         for name, used, why in (

@@ -13,7 +13,7 @@ from posttrain.trainers.offline.reference_logps import COLUMN
 
 
 def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
-    """The reward function's scores, found by one rank for all: it may be slow, or chance may be in it."""
+    """Score rows by the reward function, on one rank for all: it may be slow or random."""
     found = [None]
     if args.process_index == 0:
         key = loading.reward_key(reward_func)
@@ -29,22 +29,22 @@ def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
 
 
 def with_gradient(dataset, args):
-    """The training rows that have a gradient; refused where there are none, or too few for a batch."""
+    """Return the training rows that have a gradient; refuse none, or too few for a batch."""
     weights = dataset["weight"][:]
-    alive = [i for i, weight in enumerate(weights) if weight != 0]
-    if not alive:
+    kept = [i for i, weight in enumerate(weights) if weight != 0]
+    if not kept:
         raise DataError(f"train_dataset: the weight of all {len(weights)} answers is 0; none would be learned from.")
-    check_fills_a_batch(args, len(alive))
-    if len(alive) == len(weights):
+    check_fills_a_batch(args, len(kept))
+    if len(kept) == len(weights):
         return dataset
     get_logger().info(
-        "train_dataset: %d of %d rows have no gradient and are left out", len(weights) - len(alive), len(weights)
+        "train_dataset: %d of %d rows have no gradient and are left out", len(weights) - len(kept), len(weights)
     )
-    return dataset.select(alive)
+    return dataset.select(kept)
 
 
 def check_rows_left(dataset, args) -> None:
-    """Refuse a data set of which `max_length` left nothing."""
+    """Refuse a data set of which no row has an answer left within `max_length`."""
     if not len(dataset):
         raise DataError(f"train_dataset: max_length {args.max_length} leaves nothing of any answer. Set a larger one.")
 
@@ -69,7 +69,7 @@ def check_scales(train_dataset, named: dict) -> None:
 
 
 class AnswerColumns(ExtraColumns):
-    """Hand over, beside columns of one number a row, the reference's log-probabilities of each token (B, L - 1)."""
+    """Collates, beside columns of one number a row, the reference's token log-probabilities (B, L - 1)."""
 
     def __call__(self, examples: list[dict]) -> dict:
         batch = super().__call__(examples)
@@ -92,7 +92,7 @@ def check_stream(args, dataset) -> None:
 
 
 def refuse(model, peft_config, kwargs: dict) -> None:
-    """Refuse what SFTTrainer takes and this trainer does not."""
+    """Refuse arguments that SFTTrainer takes and this trainer does not."""
     for name in ("compute_loss_func", "formatting_func"):
         if kwargs.get(name) is not None:
             raise ConfigError(f"{name} is given, which this trainer does not use. Leave it out.")

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import objects, rows, tokens
+from posttrain.data import rows, tokens
 from posttrain.data.limits import Limits
 from posttrain.data.scored import answer_tokens
-from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.run import new_tokens
@@ -22,7 +21,7 @@ from posttrain.trainers.sft.mixin import SFTMixin
 
 
 class OfflineMixin(SFTMixin):
-    """Training on logged answers in three seams: `Answers`, `sequence_losses`, `extra_metrics`.
+    """Trains on logged answers, in three seams: `Answers`, `sequence_losses`, `extra_metrics`.
 
     Before training, in this order: rows are checked and scored, those of which `max_length` leaves no answer are left
     out, `Answers.weigh` gives each its weight on the gradient, rows of weight 0 are dropped, and the starting model's
@@ -72,8 +71,8 @@ class OfflineMixin(SFTMixin):
         self._head, self._sharing = TrueHead(self), PrefixSharing(self)
         self.data_collator = answer_rows.AnswerColumns(self.data_collator, self.extra_columns)
         named = rows.by_name(self.eval_dataset)
-        new_tokens.say_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
-        new_tokens.say_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        new_tokens.warn_of_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        new_tokens.warn_of_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         if not answer_tokens.tokenised_before_loading(self.args):
             limits = Limits(self.model, self.model.config)
             for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
@@ -96,21 +95,13 @@ class OfflineMixin(SFTMixin):
 
     @property
     def has_trained(self) -> bool:
-        """Whether the weights may have left their start."""
+        """Return whether the weights may have left their start."""
         return self.state.global_step > 0
 
     def _with_reference(self, dataset, name: str):
         if not self.args.needs_reference:
             return dataset
         return reference_logps.precompute(self, dataset, name, self.args.per_device_eval_batch_size)
-
-    # stands on SFTTrainer._prepare_dataset
-    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
-        if "input_ids" not in objects.names_of(dataset):
-            dataset = as_rendered(dataset, processing_class)
-        return as_learned(
-            super()._prepare_dataset(dataset, processing_class, *args, **kwargs), processing_class, "a row"
-        )
 
     # stands on SFTTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
@@ -129,7 +120,7 @@ class OfflineMixin(SFTMixin):
         return WeightedSampler(weights, len(weights), seed, lambda: int((self.state.epoch or 0) + 1e-6))
 
     def check_first(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
-        """Before the first step every importance ratio is 1, or the reference is not the policy's start."""
+        """Check before the first step that all importance ratios are 1, so that the reference is the policy's start."""
         if self._start_checked or not self.model.training:
             return
         self._start_checked = True
@@ -144,7 +135,7 @@ class OfflineMixin(SFTMixin):
 
     # stands on SFTTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `trl.SFTTrainer.evaluate`; a data set given here is scored, weighed and tokenised first."""
+        """Evaluate as `trl.SFTTrainer.evaluate` does; a data set given here is scored, weighed and tokenised first."""
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._prepared(dataset, name) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None and not isinstance(eval_dataset, str):

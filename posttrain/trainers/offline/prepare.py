@@ -13,7 +13,7 @@ from posttrain.trainers.offline import answer_rows
 
 
 class Answers:
-    """The rows of a run and what a method makes of them; a method's own class fills in the hooks.
+    """Scores, checks, cuts and weighs the rows of a run; a method's own class fills in the hooks.
 
     Args:
         args: the trainer's config.
@@ -31,12 +31,12 @@ class Answers:
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether rows need a reward."""
+        """Return whether rows need a reward."""
         return True
 
     @property
     def weighed_late(self) -> bool:
-        """Whether `weigh` has to wait for the model, and gets tokenised rows."""
+        """Return whether `weigh` has to wait for the model, and gets tokenised rows."""
         return not answer_tokens.tokenised_before_loading(self.args)
 
     def kept_columns(self) -> dict[str, str]:
@@ -47,7 +47,7 @@ class Answers:
         """Refuse rows that the method cannot take."""
 
     def check_left(self, dataset) -> None:
-        """Refuse training rows that teach nothing together, of those that `max_length` leaves."""
+        """Refuse training rows from which nothing can be learned, of those that `max_length` leaves."""
 
     def weigh(self, dataset, name: str, trainer=None):
         """Add the column `weight`, each answer's factor on its gradient, and `advantage` where there is one.

@@ -21,7 +21,7 @@ from posttrain.trainers.offline import reference_logps
 
 
 def of_head(trainer, dataset, rewards: list[float], name: str) -> list[float]:
-    """The value of each tokenised row's prompt.
+    """Return the value of each tokenised row's prompt, by the value heads.
 
     Of training prompts it comes from the head of their fold, which saw none of its answers' rewards; of others it is
     the mean over all heads.
@@ -35,12 +35,12 @@ def of_head(trainer, dataset, rewards: list[float], name: str) -> list[float]:
         trainer.value_heads = _heads(trainer, distinct, prompts, _means(keys, distinct, rewards), dataset, keys)
     predicted = _predict(trainer, distinct, prompts)
     values = [predicted[key] for key in keys]
-    _say_quality(values, rewards, name)
+    _log_quality(values, rewards, name)
     return values
 
 
 def _means(keys: list[str], distinct: list[str], rewards: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean reward of each distinct prompt, and of how many answers."""
+    """Average the rewards of each distinct prompt; returns the means and the numbers of answers."""
     mean_of = dict(zip(keys, baselines.mean_per_prompt(keys, rewards), strict=True))
     counts = dict.fromkeys(distinct, 0)
     for key in keys:
@@ -49,7 +49,7 @@ def _means(keys: list[str], distinct: list[str], rewards: list[float]) -> tuple[
 
 
 def _prompts(dataset, keys: list[str], name: str) -> dict[str, list[int]]:
-    """The tokens of each distinct prompt."""
+    """Return the tokens of each distinct prompt."""
     found: dict[str, list[int]] = {}
     for number, (key, row) in enumerate(zip(keys, dataset.select_columns(["input_ids", "labels"]), strict=True), 1):
         if key in found:
@@ -65,7 +65,7 @@ def _prompts(dataset, keys: list[str], name: str) -> dict[str, list[int]]:
 
 
 def _heads(trainer, distinct, prompts: dict, targets: tuple, dataset, keys) -> list[value_head.ValueHead]:
-    """A trained head for each fold, found in the run's folder where the same were trained before."""
+    """Train a value head for each fold, or load those in the run's folder that were trained on the same."""
     args, device = trainer.args, trainer.accelerator.device
     if trainer.reference_key is None:
         trainer.reference_key = reference_logps._reference_key(trainer)
@@ -117,7 +117,7 @@ def _heads(trainer, distinct, prompts: dict, targets: tuple, dataset, keys) -> l
 
 
 def _shared(trainer, heads: list | None) -> list[value_head.ValueHead]:
-    """The main rank's heads on every rank."""
+    """Broadcast the main rank's heads to every rank."""
     if trainer.accelerator.num_processes == 1:
         return heads
     states = [None]
@@ -140,7 +140,7 @@ def _sample(number: int, most: int, seed: int) -> list[int]:
 
 
 def _states(trainer, prompts: list[list[int]], what: str) -> list[torch.Tensor]:
-    """The frozen model's last hidden states of each prompt, (T, hidden_size) on the CPU, on every rank."""
+    """Compute the frozen model's last hidden states of each prompt, (T, hidden_size) on the CPU, on every rank."""
     accelerator, found = trainer.accelerator, []
     for states, mask in _hidden(trainer, prompts, what):
         states = accelerator.pad_across_processes(states, dim=1)
@@ -183,7 +183,7 @@ def _hidden(trainer, prompts: list[list[int]], what: str):
 
 
 def _rewards_of_generations(trainer, prompts: list[tuple]) -> list[float]:
-    """The reward of the frozen model's own greedy answer to each (prompt, token ids)."""
+    """Score the frozen model's own greedy answer to each (prompt, token ids)."""
     texts = _generate(trainer, [ids for _, ids in prompts])
     rows = []
     for (prompt, _), text in zip(prompts, texts, strict=True):
@@ -200,7 +200,7 @@ def _rewards_of_generations(trainer, prompts: list[tuple]) -> list[float]:
 
 
 def _generate(trainer, prompts: list[list[int]]) -> list[str]:
-    """Greedy answers; each rank writes its share."""
+    """Generate greedy answers; each rank writes its share."""
     accelerator, args, tokenizer = trainer.accelerator, trainer.args, trainer._tokenizer
     own = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
     own.sort(key=lambda i: len(prompts[i]))
@@ -226,7 +226,7 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
 
 
 def check_heads_can_be_kept(args, reward_func) -> None:
-    """Raise ConfigError where the heads could not be kept, or `value_targets: generations` cannot be had."""
+    """Raise ConfigError where no folder can hold the heads, or `value_targets: generations` is impossible."""
     if args.value_head_dir is not None:
         checks.check_output_dir(args.value_head_dir, "value_head_dir")
     if args.value_targets != "generations":
@@ -245,7 +245,7 @@ def check_heads_can_be_kept(args, reward_func) -> None:
 
 
 def _key(trainer, distinct: list[str], prompts: dict, targets: tuple) -> str:
-    """What the heads depend on: the frozen weights, the prompts with their rewards, the settings."""
+    """Digest what the heads depend on: the frozen weights, the prompts with their rewards, the settings."""
     args = trainer.args
     names = (
         "reward_max",
@@ -265,7 +265,7 @@ def _key(trainer, distinct: list[str], prompts: dict, targets: tuple) -> str:
     return digest.hexdigest()
 
 
-def _say_quality(values: list[float], rewards: list[float], name: str) -> None:
+def _log_quality(values: list[float], rewards: list[float], name: str) -> None:
     mean = baselines.mean(rewards)
     error = math.fsum((value - reward) ** 2 for value, reward in zip(values, rewards, strict=True)) / len(rewards)
     spread = math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)

@@ -27,7 +27,7 @@ COLUMN = "ref_logps"
 
 
 def describe(trainer) -> str:
-    """One line that says which weights the reference is."""
+    """Say in one line which weights the reference is."""
     if trainer.adapter_is_new:
         return "the base model, with the adapter off"
     if is_peft_model(trainer.model):

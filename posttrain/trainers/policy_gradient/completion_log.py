@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 
 def show_demonstrations(trainer, batch: dict) -> None:
-    """Write demonstrations over the rollouts whose place they took; all ranks call it.
+    """Show demonstrations in the table of completions, over the rollouts they replace; all ranks call it.
 
     A demonstration has no reward. The column `kind` tells the rows apart.
     """
@@ -57,7 +57,7 @@ def of_evaluation(trainer, prefix: str):
 
 
 def empty_logs(trainer) -> dict:
-    """The table of completions as it is before its first row."""
+    """Return the table of completions as it is before its first row."""
     return {name: _emptied(rows) for name, rows in trainer._logs.items()}
 
 

@@ -12,7 +12,7 @@ from posttrain.trainers.policy_gradient.rollout_log import success_rewards
 
 
 def place(batch: dict, rows: list[int], demonstrations: list[list[int]], pad: int) -> None:
-    """Put demonstrations in the place of the completions of `rows`, widening the batch where they are longer."""
+    """Replace the completions of `rows` by demonstrations, widening the batch where they are longer."""
     if not rows:
         return
     gap = max(len(ids) for ids in demonstrations) - batch["completion_ids"].size(1)
@@ -33,7 +33,7 @@ def place(batch: dict, rows: list[int], demonstrations: list[list[int]], pad: in
 
 
 def insert(trainer, batch: dict, inputs: list[dict], rewards: Tensor, size: int) -> None:
-    """Put demonstrations into a scored batch where the gates of their prompts say so.
+    """Replace rollouts of a scored batch by demonstrations where the gates of their prompts say so.
 
     Args:
         batch: this rank's rollouts with their advantages; changed in place. `demonstrations` (B,) flags the rows that

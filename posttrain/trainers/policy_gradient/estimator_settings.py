@@ -12,7 +12,7 @@ _ADVANTAGES = ("group_mean", "quantile", "leave_one_out", "reward")
 
 
 def resolve(value: str | dict) -> Estimator:
-    """The estimator of that name, or of those parts: `{preset: grpo, stability: clamp, ratio_max: 3.0}`."""
+    """Build the estimator of that name, or of those parts: `{preset: grpo, stability: clamp, ratio_max: 3.0}`."""
     parts = dict(value) if isinstance(value, dict) else {"preset": value}
     name = parts.pop("preset", "grpo")
     if name not in PRESETS:
@@ -28,7 +28,7 @@ def resolve(value: str | dict) -> Estimator:
 
 
 def compile_parts(parts: Estimator) -> tuple[dict, bool]:
-    """(settings of a `PolicyGradientConfig`, whether tokens are weighed by `gradient_weight` as well).
+    """Translate parts to settings of a `PolicyGradientConfig`, and whether `gradient_weight` weighs tokens as well.
 
     Raises:
         ConfigError: parts that rollouts cannot give, by name.

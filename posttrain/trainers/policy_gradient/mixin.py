@@ -1,4 +1,4 @@
-"""The mixin of the policy gradient trainers: advantages, demonstrations, dead rows, prefix sharing, rollout health."""
+"""The mixin of the policy gradient trainers: advantages, demonstrations, rows of zero advantage, rollout health."""
 
 import contextlib
 import math
@@ -34,7 +34,7 @@ from posttrain.trainers.policy_gradient.resumption import SaveBetweenGenerations
 
 
 class PolicyGradientMixin(RunMixin):
-    """Policy gradients on `trl.GRPOTrainer`: any advantage of a group's rewards, demonstrations beside rollouts.
+    """Trains `trl.GRPOTrainer` by any advantage of a group's rewards, with demonstrations beside rollouts.
 
     TRL generates, scores and computes the loss. The seams are the gathered rewards, the scored batch, the buffer of
     micro-batches and the per-token log-probs.
@@ -84,7 +84,7 @@ class PolicyGradientMixin(RunMixin):
         self._reference_is_given, self._reference_checked = False, False
         self._rows = None
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
-        self._dead_generations, self._skipped = 0, False
+        self._generations_without_gradient, self._skipped = 0, False
 
     def _place(self, ready) -> None:
         if self.args.success_reward is not None and self.args.success_reward not in self.reward_func_names:
@@ -146,7 +146,7 @@ class PolicyGradientMixin(RunMixin):
             if self.log_completions:
                 completion_log.show_demonstrations(self, batch)
         if training:
-            self._watch_dead_generations(batch, rewards)
+            self._watch_generations_without_gradient(batch, rewards)
         return batch
 
     # stands on GRPOTrainer._tokenize_prompts, which renders all prompts with the same tools and settings
@@ -156,7 +156,7 @@ class PolicyGradientMixin(RunMixin):
         return row_templates.tokenise(self, prompts, super()._tokenize_prompts)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """TRL's evaluation on sampled rollouts, and the success of one answer a prompt without sampling.
+        """Evaluate as TRL does on sampled rollouts, and measure the success of one greedy answer a prompt.
 
         With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
         """
@@ -173,7 +173,7 @@ class PolicyGradientMixin(RunMixin):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _checked(self, dataset):
-        """A data set for evaluation as the constructor's are: checked, and as the chat template is to see it."""
+        """Check a data set for evaluation as the constructor's are; returns it as the chat template will see it."""
         # of several by name, each comes here on its own
         if isinstance(dataset, dict) or not hasattr(dataset, "column_names"):
             return dataset
@@ -197,13 +197,13 @@ class PolicyGradientMixin(RunMixin):
         return self.args.eval_greedy and not self.use_vllm
 
     def score_rollouts(self, rows: list[dict]) -> Tensor:
-        """Answer and score `rows`, one rollout each, as TRL does; the rewards (N, F) of all ranks."""
+        """Answer and score `rows`, one rollout each, as TRL does; returns the rewards (N, F) of all ranks."""
         with row_templates.of_rows(self, rows):
             super()._generate_and_score_completions(rows)
         return self._rewards
 
     def group_advantage(self, rewards: Tensor) -> Tensor:
-        """Advantages (P, G) of a group's rewards (P, G), of the kind that the settings ask for."""
+        """Return the advantages (P, G) of a group's rewards (P, G), as the settings ask for them."""
         if self._advantage_function is not None:
             return self._advantage_function(rewards)
         return advantages.group_mean_advantage(rewards, scale=self.scale_rewards)
@@ -218,32 +218,32 @@ class PolicyGradientMixin(RunMixin):
             log.pop()
         log.extend(values.tolist())
 
-    def _watch_dead_generations(self, batch: dict, rewards: Tensor) -> None:
-        alive = self.accelerator.gather(group_rewards.living_rows(batch).float())
-        self._metrics["train"]["rows/kept_share"].append(alive.mean().item())
+    def _watch_generations_without_gradient(self, batch: dict, rewards: Tensor) -> None:
+        kept = self.accelerator.gather(group_rewards.rows_with_gradient(batch).float())
+        self._metrics["train"]["rows/kept_share"].append(kept.mean().item())
         # the loss itself is near 0 while the policy is the one that sampled, however much there is to learn
         sizes = self.accelerator.gather(batch["advantages"].abs())
         self._metrics["train"]["loss/abs_advantage"].append(sizes.mean().item())
-        self._dead_generations = 0 if alive.any() else self._dead_generations + 1
+        self._generations_without_gradient = 0 if kept.any() else self._generations_without_gradient + 1
         limit = self.args.max_steps_without_gradient
-        if limit and self._learns_from_advantages_alone and self._dead_generations >= limit:
+        if limit and self._learns_from_advantages_alone and self._generations_without_gradient >= limit:
             scored = rewards[~torch.isnan(rewards)]
             last = f"last between {scored.min().item():g} and {scored.max().item():g}" if len(scored) else "no score"
             raise DivergedError(
-                f"no rollout of the last {self._dead_generations} generations had a gradient: all rewards of a prompt "
-                f"were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts or a higher "
-                "temperature help; completions/clipped_ratio near 1 says that max_completion_length is too short. "
-                "`max_steps_without_gradient: 0` goes on all the same."
+                f"no rollout of the last {self._generations_without_gradient} generations had a gradient: all rewards "
+                f"of a prompt were equal, or None ({last}). Easier prompts, a reward with more levels, more rollouts "
+                "or a higher temperature help; completions/clipped_ratio near 1 says that max_completion_length is too "
+                "short. `max_steps_without_gradient: 0` goes on all the same."
             )
 
     @property
     def _learns_from_advantages_alone(self) -> bool:
-        """Whether the loss has no KL, entropy or auxiliary term, which have a gradient in rows of zero advantage."""
+        """Return whether the loss has no KL, entropy or auxiliary term, which zero-advantage rows would learn from."""
         return self.beta == 0.0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
 
     @property
-    def _drops_dead_rows(self) -> bool:
-        """Whether a row of zero advantage has no part in the loss."""
+    def _drops_zero_advantage_rows(self) -> bool:
+        """Return whether rows of zero advantage are left out of the loss."""
         return (
             self.args.drop_zero_advantage_rows
             and self._learns_from_advantages_alone
@@ -252,8 +252,8 @@ class PolicyGradientMixin(RunMixin):
 
     @property
     def _leaves_out_rows(self) -> bool:
-        """Whether rows may have no part in the update, so that means over it are kept as sums and counts."""
-        return self._drops_dead_rows or self.args.learns_from_demonstrations
+        """Return whether rows may be left out of the update, so that its means are kept as sums and counts."""
+        return self._drops_zero_advantage_rows or self.args.learns_from_demonstrations
 
     # stands on GRPOTrainer._prepare_inputs, which refills the buffer once per generation
     def _prepare_inputs(self, generation_batch):
@@ -261,7 +261,7 @@ class PolicyGradientMixin(RunMixin):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return inputs
-        if self._buffered_inputs is not before and self._drops_dead_rows and "pixel_values" not in inputs:
+        if self._buffered_inputs is not before and self._drops_zero_advantage_rows and "pixel_values" not in inputs:
             self._pack_buffer()
         inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         self._metrics["train"]["rows/forwarded"].append(float(inputs["completion_ids"].size(0)))
@@ -274,11 +274,13 @@ class PolicyGradientMixin(RunMixin):
         self._buffered_inputs = [
             batch
             for start in range(0, len(buffer), size)
-            for batch in group_rewards.pack_living(buffer[start : start + size], self.loss_type, self._largest)
+            for batch in group_rewards.pack_kept_rows(
+                buffer[start : start + size], self.loss_type, self._max_over_ranks
+            )
         ]
 
-    def _largest(self, number: int) -> int:
-        """The largest of a number over ranks; all of them call it."""
+    def _max_over_ranks(self, number: int) -> int:
+        """Return the largest `number` of all ranks; all of them call it."""
         if self.accelerator.num_processes == 1:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
@@ -318,7 +320,7 @@ class PolicyGradientMixin(RunMixin):
         return result
 
     def _check_first_kl(self, inputs: dict, logps: Tensor) -> None:
-        """Before the first step the policy is its reference, or another model is taken for its start."""
+        """Check before the first step that the policy is its reference."""
         if self._reference_checked or not self.model.training:
             return
         self._reference_checked = True
@@ -333,7 +335,7 @@ class PolicyGradientMixin(RunMixin):
         check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))
 
     def _weigh_tokens(self, inputs: dict, logps: Tensor) -> None:
-        """The parts that TRL's loss has no setting for, as weights on an unclipped loss of ratio 1."""
+        """Weigh tokens on an unclipped loss of ratio 1, for the parts that TRL's loss has no setting for."""
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
@@ -369,7 +371,7 @@ class PolicyGradientMixin(RunMixin):
 
     @property
     def step_moved(self) -> bool:
-        return not self._dead_generations and not self._skipped
+        return not self._generations_without_gradient and not self._skipped
 
     def skips_step(self, model, norm) -> bool:
         limit = self.args.skip_grad_norm
@@ -382,7 +384,7 @@ class PolicyGradientMixin(RunMixin):
 
 
 class _Sharing:
-    """The model, with each batch packed."""
+    """Wraps the model so that each batch is packed."""
 
     def __init__(self, sharing: PrefixSharing, model) -> None:
         self._sharing, self._model = sharing, model

@@ -79,7 +79,7 @@ def check_generation(args, train_dataset) -> None:
 
 
 def advantage_function(args):
-    """(prompts, G) -> (prompts, G), or None where TRL's own advantages are the ones asked for."""
+    """Return the function from rewards (prompts, G) to advantages (prompts, G); None for TRL's own."""
     if ":" in args.advantage:
         module, _, name = args.advantage.partition(":")
         try:
@@ -104,14 +104,14 @@ def advantage_function(args):
 
 
 def _all_rendered(datasets, tokenizer):
-    """One data set, several by name, or None, as the chat template is to see them."""
+    """Prepare a data set, several by name, or None for the chat template."""
     if isinstance(datasets, dict):
         return {name: as_rendered(dataset, tokenizer, False, name) for name, dataset in datasets.items()}
     return None if datasets is None else as_rendered(datasets, tokenizer, False, "eval_dataset")
 
 
 def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
-    """Refuse rows without a prompt, but where an environment has them."""
+    """Refuse rows without a prompt, except where an environment provides them."""
     refuse_splits(train_dataset)
     environment = given.get("environment_factory") is not None
     in_turns = environment or bool(given.get("tools"))

@@ -13,7 +13,7 @@ from posttrain.log import get_logger
 
 
 class SaveBetweenGenerations(TrainerCallback):
-    """Moves a save that falls among the steps of one generation to the step after which new rollouts are drawn.
+    """Delays a save within a generation to the step after which new rollouts are drawn.
 
     A run resumed in between would draw new rollouts for half-used prompts, and be out of step with its data from
     there on. The save at the end of training cannot wait: what it leaves is the final model, and a longer run is
@@ -24,7 +24,7 @@ class SaveBetweenGenerations(TrainerCallback):
         self._trainer, self._due, self._said = trainer, False, False
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Bring a resumed run to where its checkpoint was written.
+        """Advance a resumed run to where its checkpoint was written.
 
         Raises:
             ConfigError: the checkpoint lies inside a generation, and `check_resume` is set.

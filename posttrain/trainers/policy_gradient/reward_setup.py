@@ -14,7 +14,7 @@ from posttrain.run import checks
 
 
 def reward_functions(specs, args) -> list | None:
-    """Functions, guarded as `UserReward`; built-in rewards by their names; reward models and their ids as they are.
+    """Resolve rewards: functions guarded as `UserReward`, built-in ones by name, reward models and ids unchanged.
 
     Raises:
         ConfigError, EnvironmentIssue: a name that is neither a reward's nor a model's that can be loaded.
@@ -25,7 +25,7 @@ def reward_functions(specs, args) -> list | None:
 
 
 def numbered(functions: list) -> list:
-    """`functions` with a name each: of rewards that share one, the first keeps it, the others are NAME_2, NAME_3, ...
+    """Name `functions` uniquely: of rewards that share a name, the first keeps it, the others are NAME_2, NAME_3, ...
 
     TRL keeps metrics and completions by name, so two of one name would be logged as their mixture. Reward models and
     their ids stay as they are.
@@ -60,7 +60,7 @@ def _reward(spec, args):
 
 
 def check_weights(args, functions: list | None) -> None:
-    """Refuse another number of `reward_weights` than there are reward functions; an environment's own has weight 1."""
+    """Refuse another number of `reward_weights` than of reward functions; an environment's own has weight 1."""
     count = len(functions or ())
     if args.reward_weights is not None and len(args.reward_weights) != count:
         raise ConfigError(
@@ -69,7 +69,7 @@ def check_weights(args, functions: list | None) -> None:
 
 
 def check_scores(trainer, rewards: Tensor) -> None:
-    """Refuse scores (N, F) of all ranks that come from a fault. A generation without any score teaches nothing.
+    """Refuse infinite scores (N, F) of all ranks, and a generation without any where a reward function raised.
 
     Raises:
         DataError: an infinite score; in training, no score at all where a function has raised.
@@ -119,7 +119,7 @@ def _check_working(trainer, rewards: Tensor) -> None:
 
 
 def check_success(args, scores: Tensor) -> None:
-    """Refuse scores (P, G) that success cannot be told from by the default threshold.
+    """Refuse scores (P, G) in which the default threshold cannot tell success.
 
     Raises:
         ConfigError: `success_threshold` was not set, and a score is neither 0 nor 1.

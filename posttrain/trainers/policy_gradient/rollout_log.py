@@ -38,7 +38,7 @@ def record(trainer, rewards: Tensor, size: int, mode: str) -> None:
 
 
 def record_quantile(trainer, rewards: Tensor, values: Tensor, mode: str) -> None:
-    """Log on which side of the quantile prompts lie: `rewards` (P, G), advantages `values` (N,)."""
+    """Log on which side of the quantile prompts lie, by `rewards` (P, G) and advantages `values` (N,)."""
     args, metrics = trainer.args, trainer._metrics[mode]
     above = advantages.quantile_advantage(
         rewards, args.quantile, scale="none", interpolation=args.quantile_interpolation
@@ -53,7 +53,7 @@ def record_quantile(trainer, rewards: Tensor, values: Tensor, mode: str) -> None
 
 
 def take_means(trainer, scored: dict) -> None:
-    """Turn what TRL has just logged of a training micro-batch into sums and counts over its tokens or rows.
+    """Turn TRL's latest metrics of a training micro-batch into sums and counts over its tokens or rows.
 
     TRL takes a mean over a micro-batch on all ranks and averages those: a micro-batch without tokens counts as 0
     there, and one of few tokens as much as one of many.
@@ -83,7 +83,7 @@ def take_means(trainer, scored: dict) -> None:
 
 
 def put_means(trainer) -> None:
-    """Put the means since the last log among TRL's metrics. All ranks call it."""
+    """Log the means since the last log with TRL's metrics; all ranks call it."""
     metrics = trainer._metrics["train"]
     means = trainer._means["train"].reduce(trainer.accelerator)
     for name, (total, count) in means.items():
@@ -102,7 +102,7 @@ def put_means(trainer) -> None:
 
 
 def greedy_success(trainer, dataset: Dataset) -> float:
-    """The share of prompts whose most likely answer succeeds. All ranks call it."""
+    """Return the share of prompts whose greedy answer succeeds; all ranks call it."""
     size, ranks = trainer.args.per_device_eval_batch_size, trainer.accelerator.num_processes
     successes = 0
     with _without_chance(trainer):
@@ -118,7 +118,7 @@ def greedy_success(trainer, dataset: Dataset) -> float:
 
 @contextlib.contextmanager
 def _without_chance(trainer):
-    """One most likely answer a prompt, of which the trainer's metrics, logs and rewards keep nothing."""
+    """Decode greedily, one answer a prompt, inside; keep its metrics, logs and rewards out of the trainer's."""
     generation = trainer.generation_config
     if generation is not None:
         generation = copy.deepcopy(generation)

@@ -4,13 +4,13 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 
-from posttrain.data.tokens import template_kwargs_of, tools_of
+from posttrain.data.row_options import template_kwargs_of, tools_of
 from posttrain.errors import ConfigError
 
 
 @contextlib.contextmanager
 def of_rows(trainer, rows: list[Mapping]):
-    """Within, the trainer's prompts are those of `rows`; nothing changes where none has tools or settings."""
+    """Render prompts by the templates of `rows`, inside; nothing changes where none has tools or settings."""
     own = any(tools_of(row) or template_kwargs_of(row) for row in rows)
     trainer._rows = rows if own else None
     try:
@@ -20,7 +20,7 @@ def of_rows(trainer, rows: list[Mapping]):
 
 
 def tokenise(trainer, prompts: list, upstream: Callable):
-    """What `upstream` gives for all prompts, each rendered with its row's columns `tools` and `chat_template_kwargs`.
+    """Tokenise all prompts by `upstream`, each rendered with its row's `tools` and `chat_template_kwargs`.
 
     A row's settings go over the run's. Tools that the trainer was given, which it can call, stay those that are shown.
     Raises ConfigError for prompts with images.

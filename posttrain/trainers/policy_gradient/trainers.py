@@ -7,7 +7,7 @@ from posttrain.trainers.policy_gradient.mixin import PolicyGradientMixin
 
 
 class PolicyGradientTrainer(PolicyGradientMixin, GRPOTrainer):
-    """`trl.GRPOTrainer` with any advantage of a group's rewards, demonstrations, and updates without dead rows.
+    """Trains `trl.GRPOTrainer` by any advantage of a group's rewards, by demonstrations, without zero-advantage rows.
 
     Takes what `trl.GRPOTrainer` takes, with a `PolicyGradientConfig` as `args`.
 
@@ -23,7 +23,7 @@ class PolicyGradientTrainer(PolicyGradientMixin, GRPOTrainer):
 
 
 class QAETrainer(PolicyGradientMixin, GRPOTrainer):
-    """Quantile advantage estimation (arXiv 2509.22611): the group's quantile is the baseline, not its mean."""
+    """Trains by quantile advantage estimation (arXiv 2509.22611): a group's quantile is the baseline, not its mean."""
 
     _config_class = QAEConfig
     _name = "QAE"
@@ -40,7 +40,7 @@ class QAETrainer(PolicyGradientMixin, GRPOTrainer):
 
 
 class HPTTrainer(PolicyGradientMixin, GRPOTrainer):
-    """Hybrid post-training (arXiv 2509.04419): a prompt whose rollouts fail learns from its demonstration."""
+    """Trains by hybrid post-training (arXiv 2509.04419): prompts whose rollouts fail learn from a demonstration."""
 
     _config_class = HPTConfig
     _name = "HPT"

@@ -1,4 +1,4 @@
-"""What the trainers of a family share. Each public trainer is (one of these mixins, TRL's trainer)."""
+"""What preference trainers share; each is (this mixin, TRL's DPOTrainer)."""
 
 import contextlib
 from collections.abc import Mapping
@@ -17,8 +17,9 @@ from posttrain.data.pairs import schema
 from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.log import get_logger
 from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
-from posttrain.mechanisms.length_sorting import sort_pairs
+from posttrain.mechanisms.length_sorting import sort_groups
 from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.mechanisms.row_groups import CHOSEN, REJECTED, RowGroups
 from posttrain.mechanisms.window import Window
 from posttrain.run import checks, evaluation, new_tokens, start
 from posttrain.run.head import TrueHead
@@ -28,16 +29,19 @@ from posttrain.run.window import ExtraColumns, WindowMixin
 from posttrain.trainers.preference import prepare, reference_logps
 
 _SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
+# a batch's vectors that have a number for each row of a side; all others have one for each group
+_SIDES = {"ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED}
 
 
 @dataclass
 class PairLogps:
-    """What one forward says about a batch of pairs.
+    """Holds one forward's results on a batch of pairs, or of other groups of chosen and rejected rows.
 
     Attributes:
-        chosen_logps, rejected_logps: (B,) summed log-probabilities of the completions in nats, fp32.
-        outputs: the fused head's per-token fields, (2B, L - 1), chosen rows first.
-        shift_mask: (2B, L - 1) 1 where the next token belongs to the completion.
+        chosen_logps, rejected_logps: summed log-probabilities of the completions in nats, fp32: (C,) of the chosen
+            rows, (D,) of the rejected ones. Of B pairs both are (B,).
+        outputs: the fused head's per-token fields, (R, L - 1), in the batch's order.
+        shift_mask: (R, L - 1) 1 where the next token belongs to the completion.
     """
 
     chosen_logps: Tensor
@@ -47,11 +51,14 @@ class PairLogps:
 
 
 class PreferenceMixin(WindowMixin):
-    """Preference training in four seams: `score`, `pair_losses`, `reduce_pairs`, `extra_metrics`.
+    """Trains on preferences, in four seams: `score`, `pair_losses`, `reduce_pairs`, `extra_metrics`.
 
     Every pass over the model (policy, reference, precompute, window scoring, evaluation) goes through `score`. The
     mean over pairs is taken over the optimiser step's global batch, whatever its split; metrics are kept as sums and
     counts and reduced once per log.
+
+    What is said of pairs below holds for groups of any size: a batch is one of B pairs, 2B rows with the chosen ones
+    first, unless its collator has put a `RowGroups` into it as `row_groups`.
     """
 
     extra_columns = {"flip_rate": "flip_rate"}
@@ -94,21 +101,26 @@ class PreferenceMixin(WindowMixin):
 
     def _complete(self, ready) -> None:
         if set(formats.TOKEN_COLUMNS) <= set(getattr(self.train_dataset, "column_names", None) or ()):
-            new_tokens.say_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
-            new_tokens.say_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+            new_tokens.warn_of_frozen(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
+            new_tokens.warn_of_absent(self.model, self.train_dataset, formats.TOKEN_COLUMNS, self.processing_class)
         self._set_up_sharing()
         self.data_collator = ExtraColumns(self.data_collator, self.extra_columns)
         get_logger().info("reference: %s", describe_reference(self))
 
+    def groups_of(self, batch) -> RowGroups:
+        """Return which rows of a batch form a group, and which of them are chosen."""
+        groups = batch.get("row_groups")
+        return groups if groups is not None else RowGroups.pairs(batch["input_ids"].size(0) // 2)
+
     def rows_in(self, batch) -> int:
-        return pairs_in(batch)
+        return self.groups_of(batch).count
 
     def _live_reference(self, args) -> bool:
         return not self._reference_is_given
 
     # stands on DPOTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `trl.DPOTrainer.evaluate`; a data set given here is checked as the constructor's are.
+        """Evaluate as `trl.DPOTrainer.evaluate` does; a data set given here is checked as the constructor's are.
 
         Raises DataError and ConfigError as the constructor does.
         """
@@ -165,9 +177,9 @@ class PreferenceMixin(WindowMixin):
         return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": args.max_length})
 
     def score(self, model, batch, aux_loss: bool = False) -> PairLogps:
-        """Run `model` on a padded batch of pairs (chosen rows first) and sum the log-probabilities of each completion.
+        """Run `model` on a padded batch and sum the log-probabilities of each completion.
 
-        With `ld_alpha`, tokens beyond the shorter completion of a pair count `ld_alpha` (LD-DPO). `aux_loss`: ask a
+        With `ld_alpha`, tokens beyond the shortest completion of a pair count `ld_alpha` (LD-DPO). `aux_loss`: ask a
         mixture of experts for its load-balancing loss, in `outputs`.
         """
         mask = batch["completion_mask"]
@@ -180,17 +192,17 @@ class PreferenceMixin(WindowMixin):
         if aux_loss:
             kwargs["output_router_logits"] = True
         outputs = model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
-        shift_mask = mask[:, 1:]
+        shift_mask, groups = mask[:, 1:], self.groups_of(batch)
         # Prompt-learning adapters put virtual tokens in front
         per_token_logps = outputs.log_probs[:, -shift_mask.size(1) :]
         if self.ld_alpha is None:
             logps = per_token_logps.sum(dim=1)
         else:
             position = shift_mask.cumsum(dim=1)
-            shared = torch.minimum(*shift_mask.sum(dim=1).chunk(2)).repeat(2).unsqueeze(1)
+            shared = groups.to_rows(groups.smallest(shift_mask.sum(dim=1))).unsqueeze(1)
             common = (per_token_logps * ((position > 0) & (position <= shared))).sum(dim=1)
             logps = common + self.ld_alpha * (per_token_logps * (position > shared)).sum(dim=1)
-        return PairLogps(*logps.chunk(2), outputs, shift_mask)
+        return PairLogps(*groups.split(logps), outputs, shift_mask)
 
     def _set_up_sharing(self) -> None:
         # TRL's constructor precomputes reference log-probs before it returns, so whoever comes first
@@ -204,17 +216,17 @@ class PreferenceMixin(WindowMixin):
             self._sharing = PrefixSharing(self)
 
     def _packed(self, model, batch):
-        """The batch with chosen and rejected behind their prompt, or None where it is to be padded."""
+        """Return a batch with each pair's completions behind their prompt; None where it must be padded."""
         extras = self.model_inputs(batch).keys() - {"input_ids", "attention_mask"}
         if extras and self._sharing.active:
             self._sharing.decline(f"it holds {', '.join(sorted(extras))} for the model")
             return None
         self._sharing.check(model)
-        return self._sharing.pack(batch, 2 * list(range(pairs_in(batch))))
+        return self._sharing.pack(batch, self.groups_of(batch).numbers)
 
     # stands on DPOTrainer.compute_ref_log_probs, which the precompute pass and users call
     def compute_ref_log_probs(self, model, inputs) -> tuple[Tensor, Tensor]:
-        """The reference's summed log-probabilities of one padded batch: chosen (B,), rejected (B,), in nats."""
+        """Return the reference's summed log-probs of one padded batch: chosen (C,), rejected (D,), in nats."""
         reference = self.ref_model if self.ref_model is not None else model
         adapter = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
@@ -240,22 +252,24 @@ class PreferenceMixin(WindowMixin):
         return reference_logps.precompute(self, dataset, name, batch_size)
 
     def sorted_window(self, batches: list[dict]) -> list[dict]:
-        """Like lengths together, where no result hangs on which micro-batch a pair is in."""
-        whole = all(batch["real_rows"] == pairs_in(batch) for batch in batches)
+        """Sort a step's pairs by length into micro-batches, where the loss does not depend on the grouping."""
+        whole = all(batch["real_rows"] == self.rows_in(batch) for batch in batches)
         # a user's collator may pad on the left, where columns cannot be cut off
         whole = whole and all(bool(batch["attention_mask"][:, 0].all()) for batch in batches)
         sharing = self._sharing.active and self._sharing.may_sort
-        return sort_pairs(batches) if sharing and whole and not self.split_matters else batches
+        if not sharing or not whole or self.split_matters:
+            return batches
+        return sort_groups(batches, [self.groups_of(batch) for batch in batches], _SIDES)
 
     @property
     def split_matters(self) -> bool:
-        """Whether the loss depends on which pairs share a micro-batch."""
+        """Return whether the loss depends on which pairs share a micro-batch."""
         return False
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""
         for batch in batches:
-            batch["pair_coefficients"] = self.is_real(batch) * window.rescale(pairs_in(batch))
+            batch["pair_coefficients"] = self.is_real(batch) * window.rescale(self.rows_in(batch))
 
     # stands on DPOTrainer._compute_loss
     def _compute_loss(self, model, inputs, return_outputs=False):
@@ -278,7 +292,7 @@ class PreferenceMixin(WindowMixin):
         return loss
 
     def reduce_pairs(self, losses: Tensor, inputs: dict, mode: str) -> Tensor:
-        """The loss of a micro-batch: the mean over pairs, with the window's coefficients in training."""
+        """Return a micro-batch's loss: the mean over pairs, in training with the window's coefficients."""
         if mode == "train" and "pair_coefficients" in inputs:
             return (losses * inputs["pair_coefficients"]).mean()
         # A rank whose last batch only fills up has no row that counts; its value is cut off by the Trainer's gather
@@ -296,69 +310,70 @@ class PreferenceMixin(WindowMixin):
             with torch.no_grad(), checks.evaluating(model), self.plain_forward():
                 scores = self.score(model, inputs)
         tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)
-        logps = torch.cat([scores.chosen_logps, scores.rejected_logps])
-        per_token = (logps - torch.cat(reference)).detach().abs() / tokens
+        groups = self.groups_of(inputs)
+        logps = groups.join(scores.chosen_logps, scores.rejected_logps)
+        per_token = (logps - groups.join(*reference)).detach().abs() / tokens
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
         check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))
 
     def _record(self, mode, scores: PairLogps, chosen_logratios, rejected_logratios, losses, inputs) -> None:
-        means, real = self._means[mode], real_pairs(inputs)
-        chosen_rewards, rejected_rewards = self.beta * chosen_logratios, self.beta * rejected_logratios
+        means, real, groups = self._means[mode], self.is_real(inputs), self.groups_of(inputs)
+        chosen, rejected = groups.mean(chosen_logratios, CHOSEN), groups.mean(rejected_logratios, REJECTED)
+        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
         for name, values in (
             ("rewards/chosen", chosen_rewards),
             ("rewards/rejected", rejected_rewards),
             ("rewards/accuracies", (chosen_rewards > rejected_rewards).float()),
             ("rewards/margins", chosen_rewards - rejected_rewards),
-            ("logps/chosen", scores.chosen_logps),
-            ("logps/rejected", scores.rejected_logps),
+            ("logps/chosen", groups.mean(scores.chosen_logps, CHOSEN)),
+            ("logps/rejected", groups.mean(scores.rejected_logps, REJECTED)),
         ):
             means.add(name, values, real)
-        tokens = scores.shift_mask.bool() & real.repeat(2).unsqueeze(1)
+        real_rows = groups.to_rows(real)
+        tokens = scores.shift_mask.bool() & real_rows.unsqueeze(1)
         width, outputs = tokens.size(1), scores.outputs
-        chosen_tokens, rejected_tokens = tokens.chunk(2)
+        chosen_tokens, rejected_tokens = groups.split(tokens)
         if outputs.entropy is not None:
             means.add("entropy", outputs.entropy[:, -width:], tokens)
         if outputs.mean_logits is not None:
-            chosen_logits, rejected_logits = outputs.mean_logits[:, -width:].chunk(2)
+            chosen_logits, rejected_logits = groups.split(outputs.mean_logits[:, -width:])
             means.add("logits/chosen", chosen_logits, chosen_tokens)
             means.add("logits/rejected", rejected_logits, rejected_tokens)
         if outputs.is_top1 is not None:
-            means.add("mean_token_accuracy", outputs.is_top1[:, -width:].chunk(2)[0].float(), chosen_tokens)
+            chosen_is_top1, _ = groups.split(outputs.is_top1[:, -width:])
+            means.add("mean_token_accuracy", chosen_is_top1.float(), chosen_tokens)
         if mode == "train":
-            means.add_sum("num_tokens", (inputs["attention_mask"].sum(dim=1) * real.repeat(2)).sum().float(), 1)
+            means.add_sum("num_tokens", (inputs["attention_mask"].sum(dim=1) * real_rows).sum().float(), 1)
             packed = inputs.get("packed")
             record_padding(means, inputs["attention_mask"], packed)
             if packed is not None:
                 unshared = torch.full((), packed.unshared, dtype=torch.float32, device=self.accelerator.device)
-                means.add_sum("prefix_sharing/unshared", unshared, pairs_in(inputs))
-        self.extra_metrics(means, losses, chosen_logratios - rejected_logratios, inputs, mode)
+                means.add_sum("prefix_sharing/unshared", unshared, groups.count)
+        self.extra_metrics(means, losses, chosen - rejected, inputs, mode)
 
     # stands on Trainer.evaluation_loop, which puts its own `gather_function` back
     def evaluation_loop(self, *args, **kwargs):
-        self.gather_function = evaluation.PairRows(self.accelerator)
+        self.gather_function = evaluation.GroupRows(self.accelerator)
         return super().evaluation_loop(*args, **kwargs)
 
     # stands on DPOTrainer.prediction_step
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if isinstance(self.gather_function, evaluation.PairRows):
-            self.gather_function.begin(pairs_in(inputs), self.accelerator.device)
+        if isinstance(self.gather_function, evaluation.GroupRows):
+            # the collator decides, which is the same one on every rank
+            unequal = "row_groups" in inputs
+            self.gather_function.begin(self.groups_of(inputs), self.accelerator.device, unequal)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
-        """The loss of each pair, (B,) from log-ratios (B,) in nats."""
+        """Return the loss of each pair, (B,), from log-ratios in nats: (C,) of chosen and (D,) of rejected rows.
+
+        Of pairs both are (B,); `groups_of(inputs)` averages the rows of larger groups.
+        """
         raise NotImplementedError
 
     def extra_metrics(self, means: MeanMetrics, losses: Tensor, margins: Tensor, inputs: dict, mode: str) -> None:
-        """Add a method's own metrics; `losses` and `margins` are (B,)."""
+        """Add a method's own metrics; `losses` (B,) and `margins` (B,), chosen less rejected log-ratios, in nats."""
 
 
 def _is_shorter(ids: list[int], limit: int) -> bool:
     return len(ids) < limit
-
-
-def pairs_in(batch) -> int:
-    return batch["input_ids"].size(0) // 2
-
-
-def real_pairs(batch) -> Tensor:
-    return torch.arange(pairs_in(batch), device=batch["input_ids"].device) < batch["real_rows"]

@@ -44,7 +44,7 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
 
 
 def check_reference_is_loadable(model, ref_model, args, peft_config) -> None:
-    """Refuse full fine-tuning whose reference upstream would load by a name that the model does not have."""
+    """Refuse full fine-tuning whose reference TRL would load by a name that the model does not have."""
     if isinstance(ref_model, str):
         raise ConfigError(
             f"ref_model is {ref_model!r}; it must be a loaded model, such as "

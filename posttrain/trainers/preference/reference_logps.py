@@ -1,10 +1,13 @@
 """Which weights the reference is, and its log-probabilities for a whole dataset, through the cache on disk."""
 
+from itertools import chain
+
 import torch
 from datasets import Dataset
 from trl.models import prepare_deepspeed
 
 from posttrain.log import get_logger
+from posttrain.mechanisms.row_groups import CHOSEN, REJECTED
 from posttrain.mechanisms.sequence_cache import ReferenceCache, forwarded, sequence_digest
 from posttrain.paths import cache_dir
 from posttrain.run.reference import add_to_cache, batches_of, cached, reference_key, with_columns
@@ -13,6 +16,7 @@ from posttrain.run.reference import add_to_cache, batches_of, cached, reference_
 def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset:
     """Add `ref_chosen_logps` and `ref_rejected_logps` to a tokenised dataset, forwarding only what the cache lacks.
 
+    A row has one answer on each side, its token ids, and a number for each; or lists of answers, and lists of numbers.
     Rows keep their order and the global random state is left alone, so a run with a warm cache equals one without.
     """
     if trainer.reference_key is None:
@@ -22,15 +26,14 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
     digests = [
         _row_digests(row, trainer.args) for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     ]
-    known: dict[bytes, float] = cached(trainer, cache, [digest for pair in digests for digest in pair])
-    missing = [i for i, pair in enumerate(digests) if pair[0] not in known or pair[1] not in known]
+    known: dict[bytes, float] = cached(trainer, cache, [*chain(*digests)])
+    missing = [i for i, row in enumerate(digests) if not known.keys() >= set(row)]
     if missing:
         if trainer._sharing.active and trainer._sharing.may_sort:
             missing.sort(key=lambda i: length_of(dataset[i]), reverse=True)
-        chosen, rejected = _forward(trainer, dataset.select(missing), name, batch_size)
-        fresh = {}
-        for i, chosen_logp, rejected_logp in zip(missing, chosen, rejected, strict=True):
-            fresh[digests[i][0]], fresh[digests[i][1]] = chosen_logp, rejected_logp
+        computed, fresh = _forward(trainer, dataset.select(missing), name, batch_size), {}
+        for i, logps in zip(missing, computed, strict=True):
+            fresh.update(zip(digests[i], logps, strict=True))
         known.update(fresh)
         add_to_cache(trainer, cache, fresh)
     get_logger().info(
@@ -39,42 +42,60 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
         len(missing),
         len(dataset),
     )
-    return with_columns(
-        dataset,
-        {
-            "ref_chosen_logps": [known[chosen] for chosen, _ in digests],
-            "ref_rejected_logps": [known[rejected] for _, rejected in digests],
-        },
-    )
+    if len(dataset) and _are_several(dataset[0]["chosen_ids"]):
+        cuts = [len(answers) for answers in dataset["chosen_ids"]]
+        logps = [[known[digest] for digest in row] for row in digests]
+        chosen = [row[:cut] for row, cut in zip(logps, cuts, strict=True)]
+        rejected = [row[cut:] for row, cut in zip(logps, cuts, strict=True)]
+    else:
+        chosen, rejected = [known[chosen] for chosen, _ in digests], [known[rejected] for _, rejected in digests]
+    return with_columns(dataset, {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
 
 
-def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> tuple[list[float], list[float]]:
+def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[list[float]]:
+    """Compute the log-probs of each row's chosen answers, then of its rejected ones; from all ranks."""
     model = trainer.ref_model if trainer.ref_model is not None else trainer.model
     if trainer.ref_model is None and trainer.is_deepspeed_enabled:
         # The policy is not prepared yet: an inference engine places its weights, or gathers them under ZeRO-3
         if trainer._precompute_engine is None:
             trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
         model = trainer._precompute_engine
-    gathered = []
+    gathered, accelerator = [], trainer.accelerator
     for batch in batches_of(trainer, rows, f"Reference log-probs ({name})", batch_size):
-        logps = torch.stack(trainer.compute_ref_log_probs(model, batch), dim=1)
-        gathered.append(trainer.accelerator.gather_for_metrics(logps).float().cpu())
-    chosen, rejected = torch.cat(gathered).unbind(dim=1)
-    return chosen.tolist(), rejected.tolist()
+        sides = trainer.compute_ref_log_probs(model, batch)
+        if "row_groups" in batch:
+            groups = trainer.groups_of(batch)
+            listed = [groups.lists(logps, sign) for logps, sign in zip(sides, (CHOSEN, REJECTED), strict=True)]
+            own = [chosen + rejected for chosen, rejected in zip(*listed, strict=True)]
+            gathered += accelerator.gather_for_metrics(own, use_gather_object=True)
+        else:
+            gathered += accelerator.gather_for_metrics(torch.stack(sides, dim=1)).float().tolist()
+    return gathered
 
 
 def length_of(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+    """Count the tokens of a tokenised row: those of its prompt, once, and of its answers."""
+    return len(row["prompt_ids"]) + sum(map(len, _answer_ids(row)))
 
 
-def _row_digests(row: dict, args) -> tuple[bytes, bytes]:
-    prompt, sides = row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
+def _answer_ids(row: dict) -> list[list]:
+    """Return the token ids of a row's answers: the chosen ones, then the rejected ones."""
+    sides = row["chosen_ids"], row["rejected_ids"]
+    return [answer for ids in sides for answer in (ids if _are_several(ids) else [ids])]
+
+
+def _are_several(ids: list) -> bool:
+    return bool(ids) and isinstance(ids[0], list)
+
+
+def _row_digests(row: dict, args) -> tuple[bytes, ...]:
+    prompt, answers = row["prompt_ids"], _answer_ids(row)
     keep_end, extra = args.truncation_mode == "keep_end", ""
     if args.ld_alpha is not None:
-        # a side's value depends on how many tokens of the other are scored; the first of a sequence never is
-        cut = [forwarded(prompt, side, args.max_length, keep_end) for side in sides]
+        # an answer's value depends on how many tokens of the others are scored; the first of a sequence never is
+        cut = [forwarded(prompt, answer, args.max_length, keep_end) for answer in answers]
         extra = str(min(len(ids) - max(before, 1) for ids, before in cut))
-    return tuple(sequence_digest(prompt, side, args.max_length, extra, keep_end) for side in sides)
+    return tuple(sequence_digest(prompt, answer, args.max_length, extra, keep_end) for answer in answers)
 
 
 def _reference_key(trainer) -> str:

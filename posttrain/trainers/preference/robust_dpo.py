@@ -9,14 +9,15 @@ from trl import DPOTrainer
 from posttrain.errors import DivergedError
 from posttrain.log import get_logger
 from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.mechanisms.row_groups import CHOSEN, REJECTED
 from posttrain.mechanisms.window import Window, gather_rows
 from posttrain.objectives import preference
-from posttrain.trainers.preference.mixin import PreferenceMixin, pairs_in, real_pairs
+from posttrain.trainers.preference.mixin import PreferenceMixin
 from posttrain.trainers.preference.robust_dpo_config import NEEDS_FLIP_RATE, RobustDPOConfig
 
 
 class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
-    """`trl.DPOTrainer` for noisy labels: rDPO (arXiv 2403.00409), Dr. DPO (arXiv 2407.07880), cDPO, hinge, IPO.
+    """Trains `trl.DPOTrainer` on noisy labels: rDPO (arXiv 2403.00409), Dr. DPO (arXiv 2407.07880), cDPO, hinge, IPO.
 
     Takes what `trl.DPOTrainer` takes, with a `RobustDPOConfig` as `args`. The loss is a mean, or Dr. DPO's soft
     minimum, over the pairs of the optimiser step's global batch: it does not depend on micro-batches, ranks or padding.
@@ -74,10 +75,15 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         return self.args.weighs_pairs and self.args.dr_dpo_scope == "micro_batch"
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
-        if self.args.pair_loss == "ipo":
-            chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1.0).chunk(2)
-            return preference.ipo(chosen_logratios / chosen_tokens - rejected_logratios / rejected_tokens, self.beta)
-        z = self.beta * (chosen_logratios - rejected_logratios)
+        groups, ipo = self.groups_of(inputs), self.args.pair_loss == "ipo"
+        if ipo:
+            chosen_tokens, rejected_tokens = groups.split(inputs["completion_mask"].sum(dim=1).clamp(min=1.0))
+            chosen_logratios = chosen_logratios / chosen_tokens
+            rejected_logratios = rejected_logratios / rejected_tokens
+        margins = groups.mean(chosen_logratios, CHOSEN) - groups.mean(rejected_logratios, REJECTED)
+        if ipo:
+            return preference.ipo(margins, self.beta)
+        z = self.beta * margins
         if self.args.pair_loss in NEEDS_FLIP_RATE:
             loss = preference.rdpo if self.args.pair_loss == "rdpo" else preference.cdpo
             return loss(z, inputs.get("flip_rate", self.args.flip_rate))
@@ -94,12 +100,12 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
             self._unscored = batches
 
     def _weigh_window(self, batches: list[dict]) -> None:
-        weights = self._global_weights(self._score_window(batches), torch.cat([real_pairs(b) for b in batches]))
-        for batch, part in zip(batches, weights.split([pairs_in(batch) for batch in batches]), strict=True):
+        weights = self._global_weights(self._score_window(batches), torch.cat([self.is_real(b) for b in batches]))
+        for batch, part in zip(batches, weights.split([self.rows_in(batch) for batch in batches]), strict=True):
             batch["pair_weights"] = part
 
     def _global_weights(self, losses: Tensor, real: Tensor) -> Tensor:
-        """Dr. DPO's weights (R,) of this rank's rows among all rows of the step, 0 for rows that only fill up.
+        """Return Dr. DPO's weights (R,) of this rank's rows among all rows of the step, 0 for repeats that fill up.
 
         Notes the step's objective, and its metrics, on the way.
         """
@@ -113,7 +119,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     @torch.no_grad()
     def _score_window(self, batches: list[dict]) -> Tensor:
-        """The pair losses of this rank's micro-batches, (R,). Leaves the reference log-probs in the batches.
+        """Compute the pair losses (R,) of this rank's micro-batches; leaves the reference log-probs in the batches.
 
         Dropout is drawn as the training pass will draw it again: weights are of the losses that are trained on.
         """
@@ -145,14 +151,14 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         if "pair_coefficients" not in inputs or self.args.dr_dpo_scope == "micro_batch":
             return self._weigh_micro_batch(losses, inputs)
         if self._rescales:
-            weights = torch.exp(-losses.detach() / self.args.beta_prime) * real_pairs(inputs)
+            weights = torch.exp(-losses.detach() / self.args.beta_prime) * self.is_real(inputs)
             self._unscaled_weights.append(weights)
             # `training_step` divides the gradients by the sum of all weights once it is known
             return (weights * losses).sum()
         weights = inputs.get("pair_weights")
         if weights is None:
             # one micro-batch a step: every rank's losses are at hand, and no first pass was needed
-            weights = self._global_weights(losses.detach(), real_pairs(inputs))
+            weights = self._global_weights(losses.detach(), self.is_real(inputs))
         # undoes the Trainer's division by micro-batches and the mean over ranks
         surrogate = (weights * losses).sum() * (self._window.micro_batches * self._window.world_size)
         # The value shown is the objective, the gradient is the surrogate's
@@ -199,7 +205,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         means.add("drdpo/weight_max", weights.max().unsqueeze(0))
 
     def extra_metrics(self, means: MeanMetrics, losses: Tensor, margins: Tensor, inputs: dict, mode: str) -> None:
-        real = real_pairs(inputs)
+        real = self.is_real(inputs)
         if self.args.pair_loss in NEEDS_FLIP_RATE:
             means.add(f"{self.args.pair_loss}/dpo_loss", preference.dpo(self.beta * margins), real)
         if self.args.pair_loss == "rdpo":

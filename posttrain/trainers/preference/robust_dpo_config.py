@@ -96,12 +96,12 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
 
     @property
     def weighs_pairs(self) -> bool:
-        """Whether the pairs of a step count unequally: Dr. DPO, which at beta_prime inf is the plain mean."""
+        """Return whether a step's pairs are weighed unequally: Dr. DPO, which at beta_prime inf is the plain mean."""
         return self.reduction == "dr_dpo" and not math.isinf(self.beta_prime)
 
     @property
     def reads_flip_rate(self) -> bool:
-        """Whether the loss of a pair depends on how likely its label is flipped."""
+        """Return whether the loss of a pair depends on how likely its label is flipped."""
         return self.pair_loss in NEEDS_FLIP_RATE
 
     def _read(self):
@@ -134,7 +134,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         self._check_dr_dpo()
 
     def _read_loss_type(self):
-        """The pair loss by TRL's name for it, where one is given."""
+        """Read the pair loss from TRL's `loss_type`, where that is given."""
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type or ())
         weights = self.loss_weights
         if len(names) != 1 or (weights is not None and list(weights) != [1.0]):

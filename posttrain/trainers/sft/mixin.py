@@ -1,16 +1,80 @@
-"""Training on tokenised rows one by one: the sequences' losses, their mean over the optimiser step, their metrics."""
+"""Training on tokenised rows: one by one, by the sequences' losses; or by TRL's own mean over their tokens."""
 
 import torch
 from torch import Tensor
 
+from posttrain.data import objects
+from posttrain.data.tokens import as_learned, as_rendered
+from posttrain.errors import ConfigError
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window
+from posttrain.run import new_tokens
+from posttrain.run.mixin import RunMixin
 from posttrain.run.sharing import record_padding
 from posttrain.run.window import WindowMixin
+from posttrain.trainers.sft.prepare import prepare
 
 
-class SFTMixin(WindowMixin):
-    """A method on TRL's SFTTrainer in two seams: `sequence_losses` and `extra_metrics`.
+class RenderedRows:
+    """Tokenises rows so that texts begin and end once and prompts end where the row's do, however TRL gets them."""
+
+    # stands on SFTTrainer._prepare_dataset
+    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
+        if "input_ids" not in objects.names_of(dataset):
+            dataset = as_rendered(dataset, processing_class)
+        return as_learned(
+            super()._prepare_dataset(dataset, processing_class, *args, **kwargs), processing_class, "a row"
+        )
+
+
+class InstructionMixin(RenderedRows, RunMixin):
+    """Trains a method on TRL's SFTTrainer that keeps its loss, the mean over the tokens of the optimiser step.
+
+    Its forward is the policy's: what a method puts around that goes into `around_policy_forward`.
+    """
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *rest,
+        **kwargs,
+    ):
+        kwargs = self._by_name(rest, kwargs)
+        if kwargs.get("formatting_func") is not None:
+            raise ConfigError(
+                "formatting_func is given, which this trainer does not use. Leave it out, and make the rows' columns "
+                "with datasets.Dataset.map."
+            )
+
+        def ready(model, args, config):
+            return prepare(model, args, config, processing_class, train_dataset, eval_dataset)
+
+        def construct(model, args, ready):
+            given = (args, data_collator, ready.train_dataset, ready.eval_dataset, processing_class)
+            super(InstructionMixin, self).__init__(model, *given, **kwargs)
+
+        self._build(model, args, kwargs.get("peft_config"), ready, construct)
+
+    def _place(self, ready) -> None:
+        new_tokens.warn_of_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+        new_tokens.warn_of_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
+
+    # stands on SFTTrainer.compute_loss
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with self.policy_forward():
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training and self.is_in_train:
+            self._finite_loss.watch(self, found[0] if return_outputs else found)
+        return found
+
+
+class SFTMixin(RenderedRows, WindowMixin):
+    """Trains a method on TRL's SFTTrainer, in two seams: `sequence_losses` and `extra_metrics`.
 
     Every pass over the model goes through `score`. The mean over rows is taken over the optimiser step's global batch,
     whatever its split.
@@ -20,26 +84,26 @@ class SFTMixin(WindowMixin):
     loss_is_scaled_for_ga = True
 
     def sequence_losses(self, logps: Tensor, mask: Tensor, inputs: dict) -> Tensor:
-        """The loss of each sequence, (B,), from its tokens' log-probabilities (B, T) in nats."""
+        """Return the loss of each sequence, (B,), from its tokens' log-probabilities (B, T) in nats."""
         raise NotImplementedError
 
     def extra_metrics(self, means: MeanMetrics, logps: Tensor, mask: Tensor, inputs: dict, real: Tensor) -> None:
         """Add a method's own metrics; `real` (B,) says which rows are data."""
 
     def check_first(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
-        """Look at a micro-batch before the first step, for what the method expects of its start."""
+        """Check a micro-batch before the first step, for what the method expects of its start."""
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         for batch in batches:
             batch["window_rows"] = window.rows
 
     def score(self, model, batch) -> tuple[Tensor, Tensor]:
-        """The log-probabilities of a padded batch's tokens (B, L - 1), in nats, and which of them are the answers'."""
+        """Return a padded batch's token log-probs (B, L - 1), in nats, and which of them are the answers'."""
         outputs = self.scored_forward(model, batch)
         return outputs.log_probs, outputs.label_mask
 
     def scored_forward(self, model, batch, aux_loss: bool = False):
-        """The fused head's outputs on a padded batch, answers to one prompt computed behind it where that can be.
+        """Run the fused head on a padded batch; answers to one prompt share its forward where that is possible.
 
         `aux_loss`: ask a mixture of experts for its load-balancing loss.
         """

@@ -1,0 +1,1 @@
+"""Instructions to learn from: prompts with a completion, conversations and texts."""

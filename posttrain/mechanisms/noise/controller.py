@@ -1,0 +1,120 @@
+"""Noise on the input embeddings, for as long as a policy's forward lasts, and in no other forward."""
+
+import contextlib
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError
+from posttrain.mechanisms.noise import draws
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """Return the causal language model within its adapter; every forward goes through it, also that of `generate`."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """Return the module that makes vectors of tokens, with its adapter where it has one; ConfigError without one."""
+    try:
+        embedding = innermost(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if embedding is None:
+        raise ConfigError(
+            f"{type(innermost(model)).__name__} has no input embedding to add noise to. Set `embedding_noise: none`."
+        )
+    return embedding
+
+
+class EmbeddingNoise:
+    """Adds noise to the input embeddings within `added_to`; outside, and in forwards without gradient, there is none.
+
+    Whether a forward gets noise is decided where the innermost model is entered. The hooks are there within the context
+    only: a model that is saved, copied or generates from holds none.
+
+    Args:
+        kind: a name in `draws.SPREADS`. alpha: its strength, 0 or more. seed: the run's.
+    """
+
+    def __init__(self, kind: str, alpha: float, seed: int) -> None:
+        self.kind, self.alpha, self.seed = kind, alpha, seed
+        self._batch: tuple[Tensor, draws.Sequences] | None = None
+        self._entered, self._added = False, False
+        # sums of squares of noise and of embeddings, of real tokens
+        self.squares: Tensor | None = None
+
+    @contextlib.contextmanager
+    def added_to(self, model: nn.Module, step: int):
+        """Add the noise of an optimiser step to forwards of a model that have a gradient.
+
+        Args:
+            model: a causal language model, or a PeftModel of one.
+            step: optimiser steps taken so far.
+
+        Raises ConfigError for a batch whose sequences cannot be told apart, and for a model that does not call its
+        input embedding.
+        """
+        embedding, self._step = input_embedding(model), step
+        self._entered = self._added = False
+        hooks = [
+            innermost(model).register_forward_pre_hook(self._enter, with_kwargs=True),
+            embedding.register_forward_hook(self._add),
+        ]
+        try:
+            yield
+            if self._entered and not self._added:
+                raise ConfigError(
+                    f"{type(innermost(model)).__name__} makes its embeddings without calling its input embedding, so "
+                    "no noise was added. Set `embedding_noise: none`."
+                )
+        finally:
+            self._batch = None
+            for hook in hooks:
+                hook.remove()
+
+    def take_squares(self) -> Tensor:
+        """Return the sums of squares of noise and of embeddings (2,) since the last call, and begin anew."""
+        found, self.squares = self.squares, None
+        return torch.zeros(2) if found is None else found
+
+    def _enter(self, model, args, kwargs) -> None:
+        self._batch = None
+        if not torch.is_grad_enabled():
+            return
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if input_ids is None or input_ids.dim() != 2:
+            raise ConfigError(
+                "the batch has no input_ids of two dimensions, by whose sequences noise is drawn. Use TRL's collator, "
+                "or set `embedding_noise: none`."
+            )
+        for name, value in (("attention_mask", mask), ("position_ids", positions)):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if value is not None and shape not in (tuple(input_ids.shape), (1, input_ids.size(1))):
+                raise ConfigError(
+                    f"the batch's {name} is {shape}, of which the lengths of sequences cannot be read; noise needs one "
+                    "number for each token. Use TRL's collator, or set `embedding_noise: none`."
+                )
+        self._entered = True
+        self._batch = input_ids, draws.sequences(input_ids, mask, positions)
+
+    def _add(self, module, args, output: Tensor) -> Tensor:
+        if self._batch is None:
+            return output
+        input_ids, found = self._batch
+        size = output.size(-1)
+        if output.shape != (*input_ids.shape, size):
+            raise ConfigError(
+                f"the input embedding returns {tuple(output.shape)} for tokens {tuple(input_ids.shape)}; noise is for "
+                "models with one vector a token. Set `embedding_noise: none`."
+            )
+        keys = draws.token_keys(input_ids, found, self.seed, self._step)
+        made = draws.noise(keys, draws.bounds(self.kind, self.alpha, found, size), size, output.dtype).view_as(output)
+        self._added = True
+        with torch.no_grad():
+            real = found.real.view(*input_ids.shape, 1)
+            squares = torch.stack([made.float().square().sum(), (output.detach().float() * real).square().sum()])
+            self.squares = squares if self.squares is None else self.squares + squares
+        return output + made

@@ -1,0 +1,61 @@
+"""What the recipes of supervised fine-tuning share: their rows, and a run told without doing it."""
+
+from posttrain import recipe
+from posttrain.config import DataArguments
+from posttrain.recipe import dry_run
+
+
+def load(data_args: DataArguments, training_args):
+    """The rows to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    from posttrain.data.instructions.loading import load_instructions
+
+    return recipe.load_splits(load_instructions, data_args, training_args.eval_strategy != "no")
+
+
+def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=None) -> dict:
+    """Rows, steps, parameters, tokens and checkpoint size of a run, and its first row as it is learned.
+
+    Settings and data are checked as the trainer would. The tokenizer is loaded, every row is tokenised, and the model
+    is built without memory for its weights.
+
+    Raises:
+        ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
+            adapter settings that do not fit the model.
+    """
+    from trl import pack_dataset
+
+    from posttrain.data.instructions.tokens import learned_ends
+    from posttrain.data.tokens import processing_class_for, tokenizer_of
+    from posttrain.run.prepared import micro_batches, steps
+    from posttrain.trainers.sft import prepare
+
+    config = dry_run.check(model_id, args, peft_config)
+    processing_class = processing_class_for(model_id, None, args)
+    ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset)
+    facts = {"processes": args.world_size, "training rows": len(train_dataset)}
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if not prepare.tokenised_before_loading(args):
+        later = "known once the model is loaded (chat_template_path or eos_token change the tokens)"
+        facts |= {"of them within max_length": later, "rows per step": batch}
+        return facts | dry_run.sizes(config, args, peft_config)
+    rows = ready.train_dataset
+    if args.packing:
+        tokens = rows.select_columns(["input_ids", "labels"])
+        kept = len(pack_dataset(tokens, args.max_length, args.packing_strategy, {}))
+        facts["rows packed into"] = kept
+    else:
+        kept = facts["of them within max_length"] = ready.rows
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    learned = sum(label != -100 for labels in rows["labels"] for label in labels)
+    first, tokenizer = rows[0], tokenizer_of(processing_class)
+    start, end = learned_ends(first["labels"])
+    return {
+        **facts,
+        "rows per step": batch,
+        "steps": steps(args, micro_batches(args, kept)),
+        "longest row (tokens)": max(lengths),
+        "share of tokens that are learned": f"{learned / sum(lengths):.1%}",
+        **dry_run.sizes(config, args, peft_config),
+        "prompt": tokenizer.decode(first["input_ids"][:start]),
+        "completion": tokenizer.decode(first["input_ids"][start:end]),
+    }

@@ -1,0 +1,167 @@
+"""How a trainer is built: settings checked first, the parent's constructor in the middle, what may take long last."""
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from trl.trainer.utils import get_config_model_id
+
+from posttrain.compat import keep_4bit_weights_trainable
+from posttrain.hub import preflight
+from posttrain.mechanisms.base_digests import base_digests
+from posttrain.models import embedded_name, resolve_model
+from posttrain.run import checks, run_folder, schedule, start, upstream_configs
+from posttrain.run.identity import reference_digest
+from posttrain.run.prepared import Prepared
+from posttrain.run.report import RunReport
+from posttrain.run.sharing import check_setting
+from posttrain.run.watches import FiniteLoss
+
+_FOLDERLESS = contextvars.ContextVar("folderless", default=False)
+
+
+@contextlib.contextmanager
+def without_folder():
+    """Let trainers that are built inside write no note, card or report: several clients of one process share a run.
+
+    Their `save_strategy` is to be `no`; `save_model` writes the weights alone.
+    """
+    token = _FOLDERLESS.set(True)
+    try:
+        yield
+    finally:
+        _FOLDERLESS.reset(token)
+
+
+# Arguments that TRL's trainers had, and what stands in their place
+_FORMER_ARGUMENTS = {
+    "tokenizer": "write processing_class=...",
+    "max_prompt_length": "leave it out; max_length in args cuts prompt and answer together",
+    "dataset_text_field": "leave it out; the rows have columns of known names",
+    "formatting_func": "leave it out, and make the rows' columns with datasets.Dataset.map",
+}
+
+
+class ConstructionMixin:
+    """Builds a trainer, in the one order that every family keeps, which stands in `_build`.
+
+    A family fills in its steps: `_begin` before the parent's constructor, `_place` behind it, `_complete` at the end.
+    """
+
+    _config_class: type
+
+    def _build(self, model, args, peft_config, prepare: Callable, construct: Callable) -> None:
+        """Construct the trainer, in the one order that every family keeps.
+
+        Args:
+            prepare: called with the model, the settings and the model's config; returns a `Prepared`.
+            construct: called with the model, the settings and that; runs the parent's constructor.
+        """
+        model, args, config = self._check_settings(model, args, peft_config)
+        ready = prepare(model, args, config)
+        self._begin_run(self._preflight(model, args), args)
+        self._begin(ready)
+        with checks.upstream_refusals():
+            construct(model, args, ready)
+        checks.check_parallelism(self.accelerator)
+        self._place(ready)
+        # the run's folder may be another's, which is asked before anything long
+        self._finish_construction()
+        self._complete(ready)
+
+    def _begin(self, ready: Prepared) -> None:
+        """Set a family's attributes, before the parent's constructor calls its methods."""
+
+    def _place(self, ready: Prepared) -> None:
+        """Set up what belongs to the model and the batches, now that both are there."""
+
+    def _complete(self, ready: Prepared) -> None:
+        """Do what may take long, once the run folder is known to be free."""
+
+    def _check_settings(self, model, args, peft_config):
+        """Check and return the model (an id resolved to what can be loaded), the settings and the model's config."""
+        self._start, self._peft_config, self._has_folder = None, peft_config, not _FOLDERLESS.get()
+        output_dir = self._default_folder(model) if args is None else None
+        args = upstream_configs.check_args(args, self._config_class, output_dir)
+        if self._has_folder:
+            run_folder.check_args(args, type(self).__name__)
+            checks.check_output_dir(args.output_dir)
+        if peft_config is not None:
+            checks.check_lora(peft_config)
+        checks.check_here(args)
+        start.check_adapter(model, peft_config, args, self._live_reference(args))
+        if isinstance(model, str):
+            model = resolve_model(model)
+        config = model.config if isinstance(model, torch.nn.Module) else checks.load_config(model, args)
+        checks.check_tying(peft_config, config)
+        if self._has_folder:
+            run_folder.check_start_stays(args, model)
+        check_setting(args, config, peft_config)
+        return model, args, config
+
+    def _live_reference(self, args) -> bool:
+        """Return whether an adapter's reference is the policy itself, with its adapter off or replaced."""
+        return False
+
+    def _note_start(self) -> None:
+        # TRL's constructor may forward the reference before it returns, so whoever comes first
+        if self._start is None:
+            self._start = start.Start(self, self._peft_config, self._live_reference(self.args))
+
+    @classmethod
+    def _default_folder(cls, model) -> str:
+        """Return the output folder where no settings are given, as TRL names it: MODEL-DPO."""
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        parent = next(kind for kind in cls.__mro__ if kind.__module__.startswith("trl."))
+        return f"{(embedded_name(name) or name).split('/')[-1].split(':')[-1]}-{parent._name}"
+
+    def _by_name(self, rest: tuple, kwargs: dict) -> dict:
+        """Return `kwargs` with the arguments given by position behind `processing_class`, under TRL's names."""
+        parent = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("trl."))
+        known = list(inspect.signature(parent.__init__).parameters)
+        names = known[known.index("processing_class") + 1 :]
+        if len(rest) > len(names):
+            raise TypeError(
+                f"{type(self).__name__} takes {len(names)} arguments behind processing_class, not {len(rest)}."
+            )
+        given = dict(zip(names, rest, strict=False))
+        twice = sorted(given.keys() & kwargs)
+        if twice:
+            raise TypeError(f"{type(self).__name__} got {', '.join(twice)} twice, by position and by name.")
+        for name in kwargs.keys() - set(known):
+            remedy = _FORMER_ARGUMENTS.get(name)
+            if remedy is None and name in self._config_class.__dataclass_fields__:
+                remedy = f"it is a setting: {self._config_class.__name__}({name}=...), given as args"
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}; {remedy or f'it has {known[1:]}'}.")
+        return kwargs | given
+
+    def _preflight(self, model, args):
+        """Return the hub repository that the run will be pushed to; None where it will not."""
+        if not self._has_folder:
+            return None
+        return preflight(args, model, is_adapter=self._peft_config is not None or isinstance(model, PeftModel))
+
+    def _begin_run(self, hub_destination, args) -> None:
+        """Set the attributes of a run, before the parent's constructor."""
+        start.begin(self._peft_config, args)
+        self.hub_destination = hub_destination
+        self._schedule = schedule.Current()
+        self._known_identity, self._folder_is_ours = None, False
+        self._finite_loss, self._live_gradients = FiniteLoss(), None
+
+    def _finish_construction(self) -> None:
+        """Note the policy's start and add the callbacks, after the parent's constructor."""
+        start.check_trains(self.model)
+        self._note_start()
+        keep_4bit_weights_trainable(self.model)
+        self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
+        self._base_digests |= reference_digest(self)
+        self.attach_adapter()
+        if not self._has_folder:
+            return
+        if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
+            self.add_callback(RunReport())
+        self.add_callback(run_folder.RunFolder(self))

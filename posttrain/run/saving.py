@@ -1,0 +1,126 @@
+"""What a run writes and loads: checkpoints, the model in its folder, its card, the hub's copy."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from posttrain.errors import EnvironmentIssue
+from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
+from posttrain.mechanisms.precision import same_precision
+from posttrain.run import checkpoints, run_folder, synced_reference
+
+
+class SavingMixin:
+    """Saves checkpoints and models, loads them again and pushes them. Stands on `transformers.Trainer`."""
+
+    def _claim_folder(self) -> None:
+        if not self._has_folder:
+            return
+        self._check_folder()
+        if self.is_world_process_zero():
+            run_folder.claim(Path(self.args.output_dir), self)
+
+    def _check_folder(self) -> None:
+        """Refuse the run folder of another run that may have begun there since construction; before the first write."""
+        if not self._folder_is_ours:
+            run_folder.check_free(self)
+            self._folder_is_ours = True
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the adapter or model, and push it with `push_to_hub: true`, as TRL's trainers do; all ranks call it.
+
+        No local path is left in the card that PEFT writes. In the run folder, a note says whose model it is.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        own = folder.resolve() == Path(self.args.output_dir).resolve()
+        notes = own and self.is_world_process_zero() and self._has_folder
+        if self._has_folder and own:
+            self._check_folder()
+        elif self._has_folder:
+            run_folder.check_not_anothers(folder, self)
+        try:
+            if notes:
+                before = run_folder.begin_note(folder, self)
+            # not upstream's own push from here: it would come before our changes to what lies there
+            super().save_model(output_dir, _internal_call=True)
+            if self.is_world_process_zero():
+                self._start.saved(folder)
+            if notes:
+                run_folder.note_model(folder, self, before)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not checkpoints.is_write_error(error):
+                raise
+            raise EnvironmentIssue(
+                f"the model could not be saved to {folder}: {checkpoints.write_reason(error)}."
+            ) from error
+        if self.is_world_process_zero():
+            self.save_beside(folder, in_checkpoint=_internal_call and output_dir is not None)
+            clean_readme(folder, self.args.base_model_id)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # stands on DPOTrainer._save_checkpoint, and through it on Trainer's
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with checkpoints.complete_or_not_there(self, folder):
+            super()._save_checkpoint(model, trial)
+            synced_reference.save(self, folder)
+
+    # stands on Trainer._finalize_training, which deletes whatever is named as a checkpoint is
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+        checkpoints.keep_best_alone(self, Path(self._get_output_dir(trial)))
+        return output
+
+    # stands on Trainer._load_from_checkpoint
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._start.converts:
+            self._start.load(resume_from_checkpoint)
+        else:
+            with same_precision(model if model is not None else self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.attach_adapter()
+
+    # stands on Trainer._load_best_model
+    def _load_best_model(self):
+        if self._start.converts and not self.is_deepspeed_enabled:
+            return self._start.load(self.state.best_model_checkpoint)
+        with same_precision(self.model):
+            return super()._load_best_model()
+
+    # stands on Trainer.push_to_hub: saves first, on all ranks, and never fails the run
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Save, write the card and push to the hub; a push that fails is a warning with the command that retries.
+
+        `private`: of a repository that is made; `hub_private_repo` by default.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return push_run(self, commit_message, blocking=blocking, token=token, revision=revision, private=private)
+
+    # stands on Trainer.init_hf_repo, which would ask the hub again, once and without another try
+    def init_hf_repo(self, token=None, private=None):
+        self.hub_model_id = self.hub_destination.repo_id
+        self.push_in_progress = None
+
+    # stands on Trainer._push_from_checkpoint
+    def _push_from_checkpoint(self, checkpoint_folder):
+        push_checkpoint(self, checkpoint_folder)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **evaluated):
+        """Write `README.md` into the output folder: what was trained, on what, how, and how to load it.
+
+        `evaluated`: the keywords of `posttrain.hub.write_model_card` that name the rows of the evaluation.
+        """
+        if self.is_world_process_zero():
+            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **evaluated)

@@ -1,0 +1,198 @@
+"""Which settings of the policy gradient trainers are refused: out of range, without effect, or beside each other."""
+
+import math
+
+from posttrain.checks import shorten
+from posttrain.errors import ConfigError, ExcludedSetting
+from posttrain.log import get_logger
+from posttrain.objectives.advantages import order_statistic
+from posttrain.run.config import under_deepspeed
+
+
+def check_rewards(args) -> None:
+    """Refuse reward weights and kept tokens of another type, and greedy evaluation with vLLM."""
+    weights = args.reward_weights
+    if weights is not None and not (isinstance(weights, list | tuple) and all(map(is_number, weights))):
+        raise ConfigError(
+            f"reward_weights is {shorten(weights)}; it must be a list of finite numbers, one for each reward function."
+        )
+    kept = args.kept_tokens
+    if kept is not None and not (isinstance(kept, list | tuple) and all(isinstance(one, str) for one in kept)):
+        raise ConfigError(f"kept_tokens is {shorten(kept)}; it must be a list of tokens, such as ['<think>'].")
+    if args.eval_greedy and args.use_vllm:
+        raise ExcludedSetting(
+            "eval_greedy is true with use_vllm, whose sampling is set once for the run. Leave eval_greedy out.",
+            {"eval_greedy": ("use_vllm",)},
+        )
+
+
+def check_skipping(args) -> None:
+    """Refuse skipping steps by gradient norm where no norm is known before the step."""
+    if not args.skip_grad_norm > 0:
+        raise ConfigError(f"skip_grad_norm is {args.skip_grad_norm}; it must be above 0, or be left out.")
+    if under_deepspeed(args):
+        raise ConfigError(
+            f"skip_grad_norm is {args.skip_grad_norm} under DeepSpeed, which steps before the norm is known here. "
+            "Leave it out; max_grad_norm still clips."
+        )
+    if not args.max_grad_norm > 0:
+        raise ExcludedSetting(
+            f"skip_grad_norm is {args.skip_grad_norm} and max_grad_norm is {args.max_grad_norm}, with which no "
+            "norm is computed. Set max_grad_norm above 0; a large one never clips.",
+            {"skip_grad_norm": ("max_grad_norm",)},
+        )
+
+
+def check_pairs_of_settings(args) -> None:
+    """Refuse settings of TRL's that exclude each other, or that this trainer does not use."""
+    if args.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, which this trainer does not use. Leave it out."
+        )
+    if args.log_completions_hub_repo is not None and not args.log_completions:
+        raise ExcludedSetting(
+            f"log_completions_hub_repo is {args.log_completions_hub_repo} and log_completions is false, so there "
+            "is no table to send. Set `log_completions: true`, or leave log_completions_hub_repo out.",
+            {"log_completions_hub_repo": ("log_completions",)},
+        )
+    # TRL's config sets both from either
+    if not args._resolved_upstream and None not in (args.generation_batch_size, args.steps_per_generation):
+        raise ExcludedSetting(
+            f"generation_batch_size is {args.generation_batch_size} and steps_per_generation is "
+            f"{args.steps_per_generation}; each follows from the other. Leave one of them out.",
+            {
+                "generation_batch_size": ("steps_per_generation",),
+                "steps_per_generation": ("generation_batch_size",),
+            },
+        )
+
+
+def check_sampling(args) -> None:
+    """Refuse sampling whose distribution the trainer's log-probabilities do not have, or warn of it."""
+    if not args.temperature > 0:
+        raise ConfigError(f"temperature is {args.temperature}; it must be above 0, rollouts of a prompt must differ.")
+    if "temperature" in (args.generation_kwargs or {}):
+        raise ConfigError(
+            "generation_kwargs sets temperature, of which the log-probabilities in training would not know. Set "
+            "`temperature` instead."
+        )
+    neutral = {"top_p": (1.0, None), "top_k": (0, None, -1), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+    sampling = args.sampling
+    changed = [f"{name} is {sampling[name]}" for name, values in neutral.items() if sampling[name] not in values]
+    if not changed:
+        return
+    found = f"{', '.join(changed)}, so rollouts are drawn from another distribution than the model's own"
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        raise ConfigError(
+            f"{found}, and the ratio between vLLM's log-probabilities and the trainer's would correct for it token "
+            "by token as if it were an error. Leave it at its default, or set "
+            "`vllm_importance_sampling_correction: false`."
+        )
+    get_logger().warning("%s; the gradient does not account for it", found)
+
+
+def check_quantile(args) -> None:
+    """Refuse a quantile that the advantage does not use, or that lies outside (0, 1)."""
+    if args.quantile is None:
+        # where the preset has a quantile, null was chosen
+        if args.advantage == "quantile" and type(args).quantile is None:
+            raise ConfigError(
+                "advantage is quantile, and quantile is not set. Set `quantile: 0.4`, or `advantage: group_mean`."
+            )
+        return
+    if args.advantage != "quantile":
+        args._has_no_effect(
+            "quantile",
+            None,
+            ("advantage", "estimator"),
+            f"quantile is {args.quantile}, which has no effect on advantage: {args.advantage}. Set "
+            "`advantage: quantile`, or leave quantile out.",
+        )
+        return
+    if isinstance(args.quantile, bool | str) or not 0 < args.quantile < 1:
+        raise ConfigError(
+            f"quantile is {args.quantile!r}; it must lie in (0, 1), 0.4 is usual; null is the group mean."
+        )
+    if args.multi_objective_aggregation != "sum_then_normalize":
+        raise ExcludedSetting(
+            f"multi_objective_aggregation is {args.multi_objective_aggregation} with a quantile of the summed "
+            "reward. Set `multi_objective_aggregation: sum_then_normalize`, or `quantile: null`.",
+            {"multi_objective_aggregation": ("quantile", "advantage", "estimator")},
+        )
+    place = order_statistic(args.quantile, args.num_generations)
+    if place in (1, args.num_generations):
+        get_logger().warning(
+            "quantile %s of %d rollouts is the %s of them, so no advantage is %s",
+            args.quantile,
+            args.num_generations,
+            *(("least", "below 0") if place == 1 else ("greatest", "above 0")),
+        )
+
+
+def check_gate(args) -> None:
+    """Refuse gates for demonstrations that cannot be; a preset's `gamma` gives way to `soft_gate`."""
+    if args.gamma is not None and (isinstance(args.gamma, bool | str) or not 0 <= args.gamma <= 1):
+        raise ConfigError(f"gamma is {args.gamma!r}; it is a share of rollouts, in [0, 1]; null closes the gate.")
+    _check_soft_gate(args)
+    if not args.learns_from_demonstrations:
+        return
+    if args.gamma is not None and args.soft_gate is not None:
+        if "gamma" in args._written:
+            raise ExcludedSetting(
+                "gamma and soft_gate are both set; a prompt has one gate. Leave one of them out.",
+                {"gamma": ("soft_gate",), "soft_gate": ("gamma",)},
+            )
+        # a preset's own
+        args.gamma = None
+    if args.sft_normalization != "unified" and args.loss_type == "bnpo":
+        raise ExcludedSetting(
+            f"sft_normalization is {args.sft_normalization} with loss_type bnpo, whose weight of a token depends "
+            "on the micro-batch. Set `sft_normalization: unified`, or another loss_type.",
+            {"sft_normalization": ("loss_type",), "loss_type": ("sft_normalization",)},
+        )
+    for name, value, neutral, why in (
+        ("top_entropy_quantile", args.top_entropy_quantile, 1.0, "it would mask tokens of demonstrations"),
+        ("off_policy_mask_threshold", args.off_policy_mask_threshold, None, "it would mask demonstrations"),
+        ("importance_sampling_level", args.importance_sampling_level, "token", "demonstrations weigh tokens"),
+    ):
+        if value != neutral:
+            raise ExcludedSetting(
+                f"{name} is {value} with a gate for demonstrations; {why}. Leave {name} out.",
+                {name: ("gamma", "soft_gate")},
+            )
+
+
+def _check_soft_gate(args) -> None:
+    """Refuse a soft gate of another shape, or beside a demonstration loss that it does not reach."""
+    rows = () if args.soft_gate is None else args.soft_gate
+    good = isinstance(rows, list | tuple) and all(
+        isinstance(row, list | tuple) and len(row) == 3 and all(map(is_weight, row)) for row in rows
+    )
+    if not good or (args.soft_gate is not None and len(rows) != args.num_generations + 1):
+        raise ConfigError(
+            f"soft_gate must have {args.num_generations + 1} rows (for 0 to num_generations successes) of "
+            "three finite weights of 0 or more: rollouts, off-policy demonstration, SFT demonstration. It is "
+            f"{shorten(args.soft_gate)}."
+        )
+    off_policy = any(row[1] > 0 for row in rows)
+    if off_policy and args.demonstration_loss == "sft":
+        raise ConfigError(
+            "soft_gate has weights of off-policy demonstrations, and demonstration_loss is sft, which says nothing "
+            "of them. Set `demonstration_loss: luffy` or `srft`, or use the third weight."
+        )
+    if not off_policy and args.demonstration_loss != "sft":
+        raise ExcludedSetting(
+            f"demonstration_loss is {args.demonstration_loss}, which has no effect without off-policy weights in "
+            "soft_gate: a demonstration of gamma is an SFT row. Set such weights, or leave demonstration_loss out.",
+            {"demonstration_loss": ("soft_gate", "gamma")},
+        )
+
+
+def is_number(value) -> bool:
+    """Return whether a setting is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_weight(value) -> bool:
+    """Return whether a setting is a finite number of 0 or more."""
+    return is_number(value) and value >= 0

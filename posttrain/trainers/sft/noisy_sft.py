@@ -1,0 +1,79 @@
+"""Supervised fine-tuning with noise on the embeddings of the forward that is trained: NEFTune."""
+
+import math
+
+from trl import SFTTrainer
+
+from posttrain.errors import ConfigError
+from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.mechanisms.noise.controller import EmbeddingNoise, input_embedding
+from posttrain.trainers.sft.mixin import InstructionMixin
+from posttrain.trainers.sft.noisy_sft_config import NoisySFTConfig
+
+__all__ = ["NoisySFTConfig", "NoisySFTTrainer"]
+
+_NEFTUNE = {
+    "title": "NEFTune: Noisy Embeddings Improve Instruction Finetuning",
+    "id": "2310.05914",
+    "citation": """@inproceedings{jain2024neftune,
+    title     = {{NEFTune: Noisy Embeddings Improve Instruction Finetuning}},
+    author    = {Neel Jain and Ping-yeh Chiang and Yuxin Wen and John Kirchenbauer and Hong-Min Chu and
+                 Gowthami Somepalli and Brian R. Bartoldson and Bhavya Kailkhura and Avi Schwarzschild and
+                 Aniruddha Saha and Micah Goldblum and Jonas Geiping and Tom Goldstein},
+    booktitle = {International Conference on Learning Representations},
+    year      = 2024,
+    eprint    = {arXiv:2310.05914},
+}""",
+}
+
+
+class NoisySFTTrainer(InstructionMixin, SFTTrainer):
+    """`trl.SFTTrainer` with noise on the embeddings of the forward that is trained (NEFTune, arXiv 2310.05914).
+
+    Takes what `trl.SFTTrainer` takes but for `formatting_func` and images, with a `NoisySFTConfig` as `args`. The noise
+    of a token hangs on the run's seed, the optimiser step, the tokens of its sequence and its place there: batch split,
+    ranks, padding, packing, recomputation and resumption change nothing. Evaluation, generation and every other forward
+    are without noise. With `embedding_noise: none` or `noise_alpha: 0` the trainer is `trl.SFTTrainer`.
+
+    Raises:
+        ConfigError, DataError: (ValueErrors) bad settings; columns or values that are missing or cannot be; no row that
+            `max_length` leaves something to learn of. All before the model loads.
+        TypeError: `args` of another class.
+    """
+
+    _config_class = NoisySFTConfig
+    _name = "SFT"
+    _tag_names = ["trl", "posttrain", "noisy_sft", "sft"]
+    _paper = None
+
+    def _begin(self, ready) -> None:
+        self._noise, self._squares = None, MeanMetrics()
+
+    def _place(self, ready) -> None:
+        super()._place(ready)
+        args = self.args
+        if not args.adds_noise:
+            return
+        input_embedding(self.model)
+        for adapter in getattr(self.model, "peft_config", {}).values():
+            if adapter.is_prompt_learning:
+                raise ConfigError(
+                    f"the adapter is {adapter.peft_type.value}, whose virtual tokens are embedded before the model is "
+                    "entered, past its noise. Use LoRA, or set `embedding_noise: none`."
+                )
+        self._noise = EmbeddingNoise(args.embedding_noise, args.noise_alpha, args.seed)
+        # what the card says was run
+        self._name, self._paper = f"SFT with noisy embeddings ({args.embedding_noise})", _NEFTUNE
+
+    def around_policy_forward(self):
+        if self._noise is None:
+            return super().around_policy_forward()
+        return self._noise.added_to(self.accelerator.unwrap_model(self.model), self.state.global_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._noise is not None and self.model.training:
+            self._squares.add_sum("noise/ratio", *self._noise.take_squares())
+            total, count = self._squares.reduce(self.accelerator)["noise/ratio"]
+            if count:
+                logs["noise/ratio"] = math.sqrt(total / count)
+        super().log(logs, start_time)

@@ -1,0 +1,267 @@
+"""Noise in supervised fine-tuning: none is `trl.SFTTrainer`, and the split of a batch changes no update."""
+
+import functools
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from trl import SFTConfig, SFTTrainer
+
+from posttrain import NoisySFTConfig, NoisySFTTrainer
+from posttrain.config.setting import identity_of, told_in_card, undeclared
+from posttrain.errors import ConfigError, DataError
+from posttrain.mechanisms.noise import draws
+from posttrain.models import byte_tokenizer, tiny_model
+from posttrain.recipe import instructions
+from tests.conftest import WORDS
+from tests.training import distance, trainable
+
+NOISE = dict(embedding_noise="neftune", noise_alpha=5.0)
+ONE = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1)
+
+
+def make_rows(n=16):
+    def said(role, *words):
+        return [{"role": role, "content": " ".join(words)}]
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": said("user", WORDS[i % 12], str(i)),
+                "completion": said("assistant", *(WORDS[(3 * i + j) % 12] for j in range(1 + i % 5))),
+            }
+            for i in range(n)
+        ]
+    )
+
+
+def as_messages(rows):
+    return rows.map(lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=rows.column_names)
+
+
+def build(folder, trainer_class=NoisySFTTrainer, rows=None, peft_config=None, **overrides):
+    given = {name: overrides.pop(name) for name in ("eval_dataset", "callbacks", "data_collator") if name in overrides}
+    fields = dict(
+        output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=0.05,
+        lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, max_steps=2, seed=3, logging_steps=1,
+        save_strategy="no", disable_tqdm=True, report_to=[],
+    )  # fmt: skip
+    config_class = SFTConfig if trainer_class is SFTTrainer else NoisySFTConfig
+    return trainer_class(
+        tiny_model(), args=config_class(**{**fields, **ONE, **overrides}),
+        train_dataset=make_rows() if rows is None else rows, processing_class=byte_tokenizer(),
+        peft_config=peft_config, **given,
+    )  # fmt: skip
+
+
+def train(folder, *args, resume=None, **kwargs):
+    trainer = build(folder, *args, **kwargs)
+    before = trainable(trainer.model)
+    trainer.train(resume_from_checkpoint=resume)
+    after = trainable(trainer.model)
+    return {name: after[name] - before[name] for name in before}, trainer
+
+
+def logs_of(trainer):
+    timed = ("train_runtime", "_per_second", "eval_runtime")
+    return [
+        {name: value for name, value in entry.items() if not any(part in name for part in timed)}
+        for entry in trainer.state.log_history
+    ]
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("noisy"), **NOISE)
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear")
+NEUTRAL = {
+    "split": (dict(per_device_train_batch_size=2, gradient_accumulation_steps=4), None, None),
+    "messages": (dict(assistant_only_loss=True), as_messages, None),
+    "packed": (dict(packing=True, max_length=128, per_device_train_batch_size=1), None, None),
+    "adapter": (dict(gradient_checkpointing=True), None, LORA),
+    "every token": (dict(completion_only_loss=False, max_length=24, truncation_mode="keep_start"), None, None),
+}
+
+
+@pytest.mark.parametrize("case", NEUTRAL)
+def test_without_noise_it_is_sft_trainer_bit_for_bit(case, tmp_path):
+    settings, changed, peft_config = NEUTRAL[case]
+    rows = (changed or (lambda rows: rows))(make_rows())
+    settings = dict(settings, eval_strategy="steps", eval_steps=1, eval_dataset=rows.select(range(3)))
+    expected, theirs = train(tmp_path / "theirs", SFTTrainer, rows, peft_config, **settings)
+    for name, neutral in (("none", {}), ("zero", dict(embedding_noise="neftune", noise_alpha=0))):
+        change, ours = train(tmp_path / name, NoisySFTTrainer, rows, peft_config, **settings, **neutral)
+        assert change.keys() == expected.keys() and any(value.any() for value in change.values())
+        assert all(torch.equal(change[key], expected[key]) for key in expected)
+        assert logs_of(ours) == logs_of(theirs)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
+        dict(per_device_train_batch_size=8, padding_free=True, max_length=None),
+        dict(padding_free=True, max_length=None, pad_to_multiple_of=64),
+        dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+        dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
+    ],
+    ids=["split", "padding-free", "filled up", "reentrant", "not reentrant"],
+)
+def test_the_layout_of_a_batch_changes_no_update(layout, noisy, tmp_path):
+    change, trainer = train(tmp_path, **NOISE, **layout)
+    assert distance(change, noisy[0]) < 1e-5
+    told = [entry["noise/ratio"] for entry in trainer.state.log_history if "noise/ratio" in entry]
+    known = [entry["noise/ratio"] for entry in noisy[1].state.log_history if "noise/ratio" in entry]
+    assert told == pytest.approx(known, rel=1e-4) and min(told) > 0
+
+
+def test_packed_sequences_have_the_noise_of_their_own_length(tmp_path, monkeypatch):
+    packed = dict(packing=True, max_length=4096, per_device_train_batch_size=1, max_steps=1)
+    expected, _ = train(tmp_path / "one", **NOISE, per_device_train_batch_size=16, max_steps=1)
+    clean, _ = train(tmp_path / "clean", per_device_train_batch_size=16, max_steps=1)
+    change, trainer = train(tmp_path / "packed", **NOISE, **packed)
+    assert len(trainer.train_dataset) == 1 and distance(change, expected) < 1e-5
+    assert distance(clean, expected) > 0.1
+    # one length for the whole row, as in other implementations
+    own = draws.bounds
+    monkeypatch.setattr(
+        draws, "bounds", lambda kind, alpha, found, size: own(
+            kind, alpha, found._replace(lengths=torch.full_like(found.lengths, found.real.sum().item())), size
+        ),
+    )  # fmt: skip
+    wrong, _ = train(tmp_path / "wrong", **NOISE, **packed)
+    assert distance(wrong, expected) > 1e-2
+
+
+def test_evaluation_and_generation_are_clean_in_a_noisy_run(tmp_path):
+    rows = make_rows()
+    noisy = build(tmp_path / "noisy", **NOISE, learning_rate=0.0, eval_dataset=rows.select(range(5)))
+    seen = []
+
+    class Generates:
+        def __getattr__(self, name):
+            def event(args, state, control, **kwargs):
+                if name == "on_step_end":
+                    assert noisy.model.training
+                    ids = torch.tensor([[65, 66, 67]])
+                    with torch.no_grad():
+                        seen.append(noisy.model(input_ids=ids).logits)
+                return control
+
+            return event
+
+    noisy.callback_handler.callbacks.append(Generates())
+    before = noisy.model(input_ids=torch.tensor([[65, 66, 67]])).logits
+    at_start = noisy.evaluate()["eval_loss"]
+    noisy.train()
+    assert len(seen) == 2 and all(torch.equal(logits, before) for logits in seen)
+    clean = build(tmp_path / "clean", learning_rate=0.0, eval_dataset=rows.select(range(5)))
+    assert noisy.evaluate()["eval_loss"] == clean.evaluate()["eval_loss"] == at_start
+    losses = [entry["loss"] for entry in noisy.state.log_history if "loss" in entry]
+    clean.train()
+    assert losses != [entry["loss"] for entry in clean.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "adapter"])
+def test_a_resumed_run_draws_the_noise_of_the_uninterrupted_one(peft_config, tmp_path):
+    settings = dict(NOISE, max_steps=3, save_strategy="steps", save_steps=1)
+    _, whole = train(tmp_path, None or NoisySFTTrainer, peft_config=peft_config, **settings)
+    weights = trainable(whole.model)
+    resumed = build(tmp_path, peft_config=peft_config, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 3
+    assert all(torch.equal(value, weights[name]) for name, value in trainable(resumed.model).items())
+    with pytest.raises(ConfigError, match="noise: neftune 5 there, neftune 4 here"):
+        build(tmp_path, peft_config=peft_config, **settings | dict(noise_alpha=4)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+
+
+def test_fields_declare_their_meaning_and_only_noise_that_is_there_counts(tmp_path):
+    def made(**settings):
+        return NoisySFTConfig(str(tmp_path), **settings)
+
+    assert undeclared(NoisySFTConfig) == []
+    assert identity_of(made()) == identity_of(made(embedding_noise="neftune", noise_alpha=0))
+    assert len({identity_of(made(**NOISE | dict(noise_alpha=alpha)))["noise"] for alpha in (0, 1, 2)}) == 3
+    assert told_in_card(made(**NOISE)) == NOISE and told_in_card(made()) == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "text"),
+    [
+        ([{"chosen": "a", "rejected": "b"}], DataError, "Needed: prompt and completion, messages, or text"),
+        ([{"prompt": "a", "completion": ""}], DataError, "row 1: completion is empty"),
+        ([{"prompt": "a", "completion": "b", "images": [1]}], DataError, "has the column images"),
+        ([{"instruction": "a", "output": "b"}], DataError, "Convert them first"),
+        ([{"prompt": "a" * 40, "completion": "b"}], DataError, "no row has a token that would be learned"),
+        ([{"text": "a"}], ConfigError, "assistant_only_loss is true, and the rows are texts"),
+    ],
+)
+def test_rows_are_refused_before_the_model_loads(rows, error, text, tmp_path, monkeypatch):
+
+    @functools.wraps(SFTTrainer.__init__)
+    def loads(*args, **kwargs):
+        pytest.fail("the parent's constructor was called")
+
+    monkeypatch.setattr(SFTTrainer, "__init__", loads)
+    with pytest.raises(error, match=text):
+        build(tmp_path, rows=Dataset.from_list(rows), max_length=32, assistant_only_loss="text" in rows[0])
+
+
+def test_virtual_tokens_and_formatting_functions_are_refused(tmp_path):
+    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ConfigError, match="PROMPT_TUNING, whose virtual tokens"):
+        build(tmp_path, peft_config=virtual, **NOISE)
+    with pytest.raises(ConfigError, match="formatting_func is given"):
+        NoisySFTTrainer(tiny_model(), train_dataset=make_rows(), formatting_func=str)
+
+
+def test_a_stream_of_rows_is_trained_on_as_the_rows_are(tmp_path):
+    rows = make_rows()
+    expected, _ = train(tmp_path / "rows", rows=rows, **NOISE, train_sampling_strategy="sequential")
+    change, _ = train(tmp_path / "stream", rows=rows.to_iterable_dataset(), **NOISE)
+    assert distance(change, expected) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [dict(max_steps=-1), dict(max_steps=-1, packing=True, max_length=128)])
+def test_a_dry_run_tells_the_steps_of_the_trainer(settings, tiny_folder, tmp_path):
+    rows = make_rows(13)
+    trainer = build(tmp_path, rows=rows, per_device_train_batch_size=2, **settings)
+    told = instructions.describe(tiny_folder, trainer.args, rows)
+    trainer.train()
+    assert told["steps"] == trainer.state.max_steps
+    assert told.get("rows packed into", told.get("of them within max_length")) == len(trainer.train_dataset)
+    assert told["prompt"].endswith("assistant\n") and told["completion"].startswith("amber")
+
+
+def test_rows_are_read_from_files_of_every_kind(tmp_path):
+    from posttrain.data.instructions.loading import load_instructions
+
+    def read(row):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        return load_instructions(str(tmp_path / "rows.jsonl"))[0]
+
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert read({"prompt": "a", "completion": "b"}) == {"prompt": "a", "completion": "b"}
+    assert read({"text": "ab", "other": 1}) == {"text": "ab"}
+    assert read({"messages": [user, answer]}) == {"messages": [user, answer]}
+    assert read({"instruction": "a", "output": "b"}) == {"prompt": [user], "completion": [answer]}
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert read({"conversations": turns}) == {"messages": [user, answer]}
+    assert read({"question": "a", "answer": "b"}) == {"prompt": [user], "completion": [answer]}
+    system = {"role": "system", "content": "s"}
+    assert read({"messages": [user, answer], "system": "s"}) == {"messages": [system, user, answer]}
+    assert read({"prompt": "a", "completion": "b", "tools": None})["completion"] == "b"
+    for row, text in (
+        ({"prompt": "a", "completion": None}, "line 1: completion is null"),
+        ({"prompt": "a", "completion": [answer]}, "completion is a list of messages, and in .*line 1 it is a text"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Needed: prompt and completion"),
+    ):
+        with pytest.raises(DataError, match=text):
+            read(row)
+    assert set(load_instructions("generated:arithmetic?n=3").column_names) == {"prompt", "completion"}
