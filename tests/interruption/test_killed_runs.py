@@ -65,7 +65,7 @@ def test_a_run_killed_several_times_ends_as_the_one_left_alone(warm, tiny_folder
         # in the middle of a step, after a step picked at random
         lambda: has_logged(broken, early),
         # while a checkpoint is written
-        lambda: half_saved.exists() and not (half_saved / checkpoints.MARKER).exists(),
+        lambda: half_saved.exists() and not (half_saved / "trainer_state.json").exists(),
         lambda: has_logged(broken, late),
         lambda: (broken / "checkpoint-10").exists(),
     ]

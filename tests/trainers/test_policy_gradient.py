@@ -189,7 +189,7 @@ def test_a_closed_gate_is_dr_grpo_and_a_wide_one_is_sft(tiny_folder, tmp_path):
         data=other,
         reward=lambda completion_ids, **_: [0.0] * len(completion_ids),
     )
-    assert distance(everything, again) <= 1e-6, "rewards play no part"
+    assert distance(everything, again) <= 2e-5, "rewards play no part"
 
 
 def test_the_demonstration_of_an_open_prompt_plays_no_part(tiny_folder, tmp_path):
