@@ -12,6 +12,9 @@ from posttrain.run import checkpoints
 from tests.interruption.child import STEPS
 
 
+WEIGHTS = "adapter_model.safetensors"
+
+
 def log_of(out: Path) -> Path:
     return out.with_suffix(".log")
 
@@ -65,7 +68,7 @@ def test_a_run_killed_several_times_ends_as_the_one_left_alone(warm, tiny_folder
         # in the middle of a step, after a step picked at random
         lambda: has_logged(broken, early),
         # while a checkpoint is written
-        lambda: half_saved.exists() and not (half_saved / checkpoints.MARKER).exists(),
+        lambda: (half_saved / WEIGHTS).exists() and not (half_saved / "trainer_state.json").exists(),
         lambda: has_logged(broken, late),
         lambda: (broken / "checkpoint-10").exists(),
     ]
@@ -77,6 +80,6 @@ def test_a_run_killed_several_times_ends_as_the_one_left_alone(warm, tiny_folder
     finish(start(tiny_folder, broken, method), broken)
 
     assert steps_of(logged(broken)) == expected, "every logged number of every step, bit for bit"
-    first, second = (load_file(out / "adapter_model.safetensors") for out in (whole, broken))
+    first, second = (load_file(out / WEIGHTS) for out in (whole, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(checkpoints.complete(broken)) == 2, "save_total_limit counts complete checkpoints"

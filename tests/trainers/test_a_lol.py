@@ -49,10 +49,10 @@ def test_nll_is_sft_bit_for_bit_at_a_rate_times_the_tokens_of_an_answer(tiny_fol
     change, trainer = train(tiny_folder, tmp_path / "ours", rows, learning_rate=0.01, variant="nll", **split)
     assert identical(change, reference)
     for own, theirs in zip(entries(trainer), entries(parent), strict=True):
-        assert own["loss"] == pytest.approx(8 * theirs["loss"], rel=1e-6)
-        assert own["nll/token"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert own["loss"] == pytest.approx(8 * theirs["loss"], rel=1e-5)
+        assert own["nll/token"] == pytest.approx(theirs["loss"], rel=1e-5)
         for name in ("entropy", "mean_token_accuracy", "num_tokens"):
-            assert own[name] == pytest.approx(theirs[name], rel=1e-6)
+            assert own[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
 def test_nll_is_sft_times_tokens_over_answers_whatever_their_lengths(tiny_folder, tmp_path):
@@ -334,7 +334,7 @@ def test_no_value_comes_from_a_head_that_saw_its_reward(tiny_folder, tmp_path):
     for key, fold in one.value_fold.items():
         name = next(name for name in first if f'"{name}"' in key)
         if fold == own:
-            assert second[name] == pytest.approx(first[name], abs=1e-7), "its head never saw the prompt"
+            assert second[name] == pytest.approx(first[name], abs=1e-6), "its head never saw the prompt"
         else:
             assert abs(second[name] - first[name]) > 1e-3
     assert all(0 < value < 1 for value in first.values())
@@ -356,9 +356,9 @@ def test_heads_are_saved_beside_the_adapter_and_reused(tiny_folder, tmp_path, mo
     assert len(value_head.load(tmp_path / "copy", trainer.value_head_key)) == 2
     monkeypatch.setattr(value_head, "fit", lambda *args, **kwargs: pytest.fail("a head was trained"))
     again = build(tiny_folder, tmp_path, rows, **head(per_device_eval_batch_size=2))
-    assert values_of(again) == pytest.approx(values_of(trainer), abs=1e-6), "whatever the batches' padding"
+    assert values_of(again) == pytest.approx(values_of(trainer), abs=1e-5), "whatever the batches' padding"
     elsewhere = build(tiny_folder, tmp_path / "other", rows, **head(value_head_dir=str(tmp_path)))
-    assert values_of(elsewhere) == pytest.approx(values_of(trainer), abs=1e-6)
+    assert values_of(elsewhere) == pytest.approx(values_of(trainer), abs=1e-5)
     with pytest.raises(pytest.fail.Exception, match="a head was trained"):
         build(tiny_folder, tmp_path / "more", make_scored(13), **head(value_head_dir=str(tmp_path)))
 
@@ -436,7 +436,7 @@ def test_heads_learn_from_the_models_own_generations(tiny_folder, tmp_path, toke
     assert trainer.advantages.rows == 8
     again = build(tiny_folder, tmp_path, rows, reward_func=share_of_vowels, **own)
     assert len(seen) == 2, "scores and heads are found again"
-    assert values_of(again) == pytest.approx(values_of(trainer), abs=1e-6)
+    assert values_of(again) == pytest.approx(values_of(trainer), abs=1e-5)
     with pytest.raises(ConfigError, match="value_targets is generations, and no reward function is given"):
         build(tiny_folder, tmp_path / "none", make_scored(8), **own)
 
@@ -732,7 +732,7 @@ def test_sharing_prompts_leaves_the_update(tiny_folder, tmp_path, variant):
     assert trainer._sharing.active and distance(shared, padded) <= 1e-4
     for ours, theirs in zip(entries(trainer), entries(parent), strict=True):
         for name in ("loss", "nll/token", "entropy", "mean_token_accuracy", "num_tokens"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
         assert ours["tokens/padding_share"] <= theirs["tokens/padding_share"]
     ours, theirs = trainer.evaluate(), parent.evaluate()
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)

@@ -118,7 +118,7 @@ def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, 
         assert (begun - untrained).abs().max() < 1e-5, "the start is the base, whoever holds which part of it"
     if family == "policy_gradient":
         kl = next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
-        assert kl < 1e-9, "the reference is the policy's start"
+        assert kl < 1e-8, "the reference is the policy's start"
     if family == "preference":
         assert abs(training.losses(trainer)[0] - 0.6931472) < 1e-5
 
@@ -258,7 +258,6 @@ def test_trained_biases_under_a_live_reference_are_refused(family, tiny_folder, 
         build(family, tiny_folder, config(bias="all"), tmp_path, tokenizer)
 
 
-@pytest.mark.slow
 def test_a_policy_that_is_not_its_reference_is_refused_in_policy_gradients_too(tiny_folder, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.lm_head.weight.data.mul_(3)
@@ -279,7 +278,7 @@ def test_the_copy_of_a_given_adapter_has_its_embedding_too(tiny_folder, tokenize
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     trainer = build("policy_gradient", model, None, tmp_path / "run", tokenizer, max_steps=1)
     trainer.train()
-    assert next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry) < 1e-9
+    assert next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry) < 1e-8
 
 
 @pytest.mark.core("prefix")

@@ -55,7 +55,7 @@ def test_the_auxiliary_loss_is_the_parents_bit_for_bit(experts, tmp_path, peft):
     assert all(torch.equal(change[name], parent[name]) for name in parent)
     names = ("loss", "aux_loss")
     assert [{n: row[n] for n in names} for row in ours.state.log_history if "loss" in row] == [
-        {n: pytest.approx(row[n], rel=1e-6) for n in names} for row in theirs.state.log_history if "loss" in row
+        {n: pytest.approx(row[n], rel=1e-5) for n in names} for row in theirs.state.log_history if "loss" in row
     ]
     assert ours.evaluate()["eval_aux_loss"] == pytest.approx(theirs.evaluate()["eval_aux_loss"], rel=1e-5)
     without, _ = preference(experts, tmp_path / "off", router_aux_loss_coef=0.0, prefix_sharing="never", **shared)

@@ -29,7 +29,7 @@ def test_means_are_over_the_kept_rows_whatever_the_split(tiny_folder, tmp_path, 
     _, trainer = train(tiny_folder, tmp_path / "split", **run, **split(size))
     for row, expected in zip(entries(trainer), entries(whole), strict=True):
         for name in ("entropy", *CLIPS):
-            assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+            assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
         assert row["entropy"] == pytest.approx(5.54, abs=0.1), "an untrained model's"
     assert entries(trainer)[0]["rows/kept_share"] == 0.5
     assert entries(whole)[1]["clip_ratio/region_mean"] > 0.1
