@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from posttrain.run import checkpoints
 from tests.interruption.child import STEPS
 
-
 WEIGHTS = "adapter_model.safetensors"
 
 
