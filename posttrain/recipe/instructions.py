@@ -24,7 +24,7 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
     """
     from trl import pack_dataset
 
-    from posttrain.data.instructions.tokens import learned_ends
+    from posttrain.data.instructions.tokens import learned_ends, tokenised_before_loading
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.run.prepared import micro_batches, steps
     from posttrain.trainers.sft import prepare
@@ -34,7 +34,7 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
     ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset)
     facts = {"processes": args.world_size, "training rows": len(train_dataset)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if not prepare.tokenised_before_loading(args):
+    if not tokenised_before_loading(args):
         later = "known once the model is loaded (chat_template_path or eos_token change the tokens)"
         facts |= {"of them within max_length": later, "rows per step": batch}
         return facts | dry_run.sizes(config, args, peft_config)

@@ -73,7 +73,8 @@ def describe(
             adapter settings that do not fit the model.
     """
     from posttrain import tables
-    from posttrain.data.scored import answer_tokens, baselines, loading
+    from posttrain.data.instructions.tokens import tokenised_before_loading
+    from posttrain.data.scored import baselines, loading
     from posttrain.data.tokens import processing_class_for
     from posttrain.run.prepared import micro_batches, steps
     from posttrain.trainers.offline import answer_rows, prompt_values
@@ -110,7 +111,7 @@ def describe(
         with_gradient = "known once the value head has learned"
     elif answers.needs_rewards and data_args.reward_func is not None:
         with_gradient = f"known once {data_args.reward_func} has scored the answers"
-    elif not answer_tokens.tokenised_before_loading(args):
+    elif not tokenised_before_loading(args):
         with_gradient = f"at most {kept}"
     else:
         answer_rows.check_fills_a_batch(args, kept)

@@ -7,6 +7,11 @@ from posttrain.data.tokens import as_learned, as_rendered, tokenizer_of
 from posttrain.errors import DataError
 
 
+def tokenised_before_loading(args) -> bool:
+    """Return whether rows can be tokenised before the model loads: no chat_template_path, no eos_token."""
+    return args.chat_template_path is None and args.eos_token is None
+
+
 def as_trained(
     dataset, processing_class, args, name: str, completion_only: bool, assistant_only: bool = False, template=None
 ):

@@ -188,7 +188,12 @@ def examine_preferences(
         warnings += checked.warnings
         report.notes += checked.notes
         _check_lengths(report, dataset, places, processing_class, truncation_mode == "keep_start")
-        check_ends(report, tokenizer_of(processing_class), stop_ids, end_of_turn)
+        ends = check_ends(
+            name, report.lengths, max_length, tokenizer_of(processing_class), stop_ids, end_of_turn,
+            is_tokenised=found.kind == formats.TOKENISED,
+        )  # fmt: skip
+        report.ended, report.end_of_turn = ends.ended, ends.end_of_turn
+        warnings += ends.warnings
         if found.style == "conversational":
             facts = template_facts(processing_class)
             report.prefix_preserving, report.stop_token_trained = facts.values()

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from posttrain.data import formats
-from posttrain.data.lengths import end_of_turn_tokens
+from posttrain.data.lengths import Lengths, end_of_turn_tokens
 from posttrain.data.rendering.applied import control_tokens
 from posttrain.data.rendering.closers import closers
 from posttrain.errors import DataError
@@ -16,64 +16,84 @@ CHOICES = ("warn", "require")
 _FEW = 0.1
 
 
-def check_ends(report, tokenizer, stop_ids: Iterable[int] = (), end_of_turn: str = "warn") -> None:
+class Ends(NamedTuple):
+    """How the answers of a data set end.
+
+    Attributes:
+        ended: share of them that end with an end-of-turn token as they are trained, cut to max_length.
+        end_of_turn: the token that most answers end with; None if it is ordinary text.
+        warnings: a sentence each.
+    """
+
+    ended: float
+    end_of_turn: str | None
+    warnings: list[str]
+
+
+def check_ends(
+    name: str,
+    lengths: Lengths,
+    max_length: int | None,
+    tokenizer,
+    stop_ids: Iterable[int] = (),
+    end_of_turn: str = "warn",
+    is_tokenised: bool = False,
+) -> Ends:
     """Check whether the answers' trained tokens end with one that ends the turn, and whether generation stops at it.
 
     Args:
-        report: a `PairReport` with `lengths`; its `ended`, `end_of_turn` and `warnings` are filled in.
+        name: of the data set. lengths: of its rows, cut to `max_length` tokens.
         stop_ids: token ids that end generation. Default: the tokenizer's eos.
         end_of_turn: `require` raises DataError where less than half of the answers keep an end of turn; `warn` says so.
+        is_tokenised: the user gave the rows as token ids.
     """
-    name, lengths, stop_ids = report.name, report.lengths, set(stop_ids)
+    stop_ids = set(stop_ids)
     enders = end_of_turn_tokens(tokenizer) | stop_ids
-    ends = _among(enders, lengths.last_tokens)
-    report.ended = sum(_among(enders, lengths.trained_last_tokens).values()) / max(
-        sum(lengths.trained_last_tokens.values()), 1
-    )
-    if ends:
-        most = max(ends, key=ends.get)
-        report.end_of_turn = tokenizer.decode([most])
-    fault = _fault(report, tokenizer, bool(_among(enders, lengths.cut_ends)))
-    if fault and end_of_turn == "require" and report.ended < 0.5:
+    ends, trained = _among(enders, lengths.last_tokens), lengths.trained_last_tokens
+    most = max(ends, key=ends.get, default=None)
+    ended = sum(_among(enders, trained).values()) / max(sum(trained.values()), 1)
+    found = Ends(ended, tokenizer.decode([most]) if ends else None, [])
+    fault = _fault(name, lengths, max_length, found, tokenizer, bool(_among(enders, lengths.cut_ends)), is_tokenised)
+    if fault and end_of_turn == "require" and ended < 0.5:
         raise DataError(f"{fault} To train all the same, set `end_of_turn: warn`.")
     if fault:
-        report.warnings.append(fault)
+        found.warnings.append(fault)
     stops = stop_ids or {tokenizer.eos_token_id} - {None}
     if ends and most not in stops:
-        report.warnings.append(
-            f"{name}: answers end with {report.end_of_turn!r}, but generation stops at {_names(stops, tokenizer)}. Set "
+        found.warnings.append(
+            f"{name}: answers end with {found.end_of_turn!r}, but generation stops at {_names(stops, tokenizer)}. Set "
             f"`model.generation_config.eos_token_id = {sorted({most, *stops})}`, or it will run on after the answer."
         )
+    return found
 
 
-def _fault(report, tokenizer, is_cut: bool) -> str:
+def _fault(name: str, lengths: Lengths, max_length, found: Ends, tokenizer, is_cut: bool, is_tokenised: bool) -> str:
     """Return a sentence about answers that are trained without their end; empty where there are none."""
-    name, lengths = report.name, report.lengths
-    if report.ended == 1:
+    if found.ended == 1:
         return ""
-    if report.end_of_turn is None:
+    if found.end_of_turn is None:
         text = tokenizer.decode([token for token in lengths.last_tokens if token is not None][:1])
         fault = (
             f"{name}: no answer ends with an end-of-turn token (the first one's last is {text!r}), so the model would "
             "not learn to stop."
         )
-        if report.format.kind == formats.TOKENISED:
+        if is_tokenised:
             return f"{fault} Append the token to chosen_ids and rejected_ids."
         return (
             f"{fault} Some models' chat templates close no turn, and generation stops where the next one opens. For "
             "others use the template of the model's instruct version, or set `tokenizer.chat_template`."
         )
-    end = f"an end-of-turn token such as {report.end_of_turn!r}"
-    if is_cut and 1 - report.ended <= _FEW:
+    end = f"an end-of-turn token such as {found.end_of_turn!r}"
+    if is_cut and 1 - found.ended <= _FEW:
         return ""
     if is_cut:
         return (
-            f"{name}: max_length {report.max_length} cuts off the end of answers: {1 - report.ended:.1%} of those "
+            f"{name}: max_length {max_length} cuts off the end of answers: {1 - found.ended:.1%} of those "
             f"looked at are trained without {end}, and the model learns from them not to stop. max_length "
             f"{lengths.whole_99} keeps 99% of the rows whole."
         )
     return (
-        f"{name}: {1 - report.ended:.1%} of the answers looked at do not end with {end}; the model learns from them "
+        f"{name}: {1 - found.ended:.1%} of the answers looked at do not end with {end}; the model learns from them "
         "not to stop."
     )
 

@@ -3,7 +3,6 @@
 from posttrain.data import formats
 from posttrain.data.instructions.tokens import as_trained
 from posttrain.data.lengths import measure, quantiles, said_of_prompts
-from posttrain.data.pairs.schema import PairReport
 from posttrain.data.rendering import row_checks
 from posttrain.data.rendering.ends import check_ends
 from posttrain.data.tokens import tokenizer_of
@@ -12,11 +11,6 @@ from posttrain.log import get_logger
 
 # Rows of which the end of the answer is looked at
 SAMPLE = 1000
-
-
-def tokenised_before_loading(args) -> bool:
-    """Return whether rows can be tokenised before the model loads: no chat_template_path, no eos_token."""
-    return args.chat_template_path is None and args.eos_token is None
 
 
 def drop_overlong(dataset, processing_class, args, name: str, stop_ids=()):
@@ -28,8 +22,7 @@ def drop_overlong(dataset, processing_class, args, name: str, stop_ids=()):
     none.
 
     Raises DataError where nothing is left, with `end_of_turn: require` where answers do not end the turn, and where a
-    row cannot be rendered; ConfigError for a
-    tokenizer without chat template or eos token.
+    row cannot be rendered; ConfigError for a tokenizer without chat template or eos token.
     """
     check_template(dataset, processing_class)
     _check_sample(dataset, processing_class, args, name, stop_ids)
@@ -95,8 +88,8 @@ def _check_sample(dataset, processing_class, args, name: str, stop_ids) -> None:
     pairs = sample.select_columns([*columns, "completion"]).rename_column("completion", "chosen")
     pairs = pairs.add_column("rejected", sample["completion"][:])
     lengths = measure(pairs, processing_class, places, args.max_length, args.truncation_mode == "keep_start")
-    report = PairReport(name, formats.Format("scored", "", ""), rows, 0, 0, [], args.max_length, lengths)
-    check_ends(report, tokenizer_of(processing_class), stop_ids, getattr(args, "end_of_turn", "warn"))
+    end_of_turn = getattr(args, "end_of_turn", "warn")
+    ends = check_ends(name, lengths, args.max_length, tokenizer_of(processing_class), stop_ids, end_of_turn)
     prompts = said_of_prompts(lengths, name)
-    for warning in [*report.warnings, *([prompts] if prompts else ())]:
+    for warning in [*ends.warnings, *([prompts] if prompts else ())]:
         get_logger().warning("%s", warning)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import rows, tokens
+from posttrain.data.instructions.tokens import tokenised_before_loading
 from posttrain.data.limits import Limits
 from posttrain.data.scored import answer_tokens
 from posttrain.mechanisms.dropout import drops_out
@@ -73,7 +74,7 @@ class OfflineMixin(SFTMixin):
         named = rows.by_name(self.eval_dataset)
         new_tokens.warn_of_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         new_tokens.warn_of_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
-        if not answer_tokens.tokenised_before_loading(self.args):
+        if not tokenised_before_loading(self.args):
             limits = Limits(self.model, self.model.config)
             for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
                 limits.check_answers(dataset, self.processing_class, self.args, name)
@@ -148,7 +149,7 @@ class OfflineMixin(SFTMixin):
             return dataset
         args = self.args
         dataset = self.answers.scored(dataset, name)
-        if answer_tokens.tokenised_before_loading(args):
+        if tokenised_before_loading(args):
             stop_ids = tokens.generation_stop_ids(self.model)
             dataset, _ = answer_tokens.drop_overlong(dataset, self.processing_class, args, name, stop_ids)
             Limits(self.model, self.model.config).check_answers(dataset, self.processing_class, args, name)

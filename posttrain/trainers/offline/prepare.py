@@ -3,6 +3,7 @@
 import functools
 
 from posttrain.data import rows
+from posttrain.data.instructions.tokens import tokenised_before_loading
 from posttrain.data.limits import Limits
 from posttrain.data.scored import answer_tokens, baselines, loading
 from posttrain.data.tokens import generation_stop_ids, processing_class_for
@@ -37,7 +38,7 @@ class Answers:
     @property
     def weighed_late(self) -> bool:
         """Return whether `weigh` has to wait for the model, and gets tokenised rows."""
-        return not answer_tokens.tokenised_before_loading(self.args)
+        return not tokenised_before_loading(self.args)
 
     def kept_columns(self) -> dict[str, str]:
         """Return the columns of the rows that `weigh` reads beside prompt, completion and reward: theirs to ours."""
@@ -84,7 +85,7 @@ class Answers:
         limits, facts = Limits(model, config), {"answers": len(train_dataset), "first": train_dataset.select([0])}
         if scored and self.reward_func is None and not same_scale:
             answer_rows.check_scales(train_dataset, named)
-        if answer_tokens.tokenised_before_loading(args):
+        if tokenised_before_loading(args):
             train_dataset, self.lost = answer_tokens.drop_overlong(
                 train_dataset, tokenizer, args, "train_dataset", stop_ids
             )

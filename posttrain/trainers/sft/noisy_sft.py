@@ -32,8 +32,9 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
 
     Takes what `trl.SFTTrainer` takes but for `formatting_func` and images, with a `NoisySFTConfig` as `args`. The noise
     of a token hangs on the run's seed, the optimiser step, the tokens of its sequence and its place there: batch split,
-    ranks, padding, packing, recomputation and resumption change nothing. Evaluation, generation and every other forward
-    are without noise. With `embedding_noise: none` or `noise_alpha: 0` the trainer is `trl.SFTTrainer`.
+    ranks, padding, packing, recomputation and resumption change nothing of it. Where a last step does not fill all ranks
+    TRL has some of its rows twice, and so has this trainer. Evaluation, generation and every other forward are without
+    noise. With `embedding_noise: none` or `noise_alpha: 0` the trainer is `trl.SFTTrainer`.
 
     Raises:
         ConfigError, DataError: (ValueErrors) bad settings; columns or values that are missing or cannot be; no row that

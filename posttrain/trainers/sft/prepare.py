@@ -1,11 +1,10 @@
 """What a run on instructions needs before any weights are there: settings and rows checked, rows as tokens."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 from posttrain.data import columns, formats, objects, rows
 from posttrain.data.instructions import loading
-from posttrain.data.instructions.tokens import as_trained, learned_ends
+from posttrain.data.instructions.tokens import as_trained, learned_ends, tokenised_before_loading
 from posttrain.data.lengths import Lengths, last_token, quantiles
 from posttrain.data.limits import Limits
 from posttrain.data.rendering import row_checks
@@ -17,11 +16,6 @@ from posttrain.run import evaluation
 from posttrain.run.prepared import Prepared
 
 READ = (*loading.COLUMNS, "label", "input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
-
-
-def tokenised_before_loading(args) -> bool:
-    """Return whether rows can be tokenised before the model loads: no chat_template_path, no eos_token."""
-    return args.chat_template_path is None and args.eos_token is None
 
 
 def prepare(model, args, config, processing_class, train_dataset, eval_dataset) -> Prepared:
@@ -158,11 +152,6 @@ def check_lengths(dataset, processing_class, args, name: str, stop_ids=()) -> in
             "%s: of %d rows, max_length %s cuts %d and leaves nothing to learn of %d; %s.",
             name, len(dataset), limit, found.cut, found.dropped, advice,
         )  # fmt: skip
-    report = SimpleNamespace(
-        name=name, lengths=found, max_length=limit, format=formats.Format("instructions", "", ""), warnings=[],
-        ended=0.0, end_of_turn=None,
-    )  # fmt: skip
-    check_ends(report, tokenizer, stop_ids, args.end_of_turn)
-    for warning in report.warnings:
+    for warning in check_ends(name, found, limit, tokenizer, stop_ids, args.end_of_turn).warnings:
         get_logger().warning("%s", warning)
     return kept
