@@ -8,6 +8,7 @@ The token after a prompt is predicted by the prompt's last token, whatever the a
 answer, so no token has to be repeated in front of an answer and none can be seen twice.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -194,24 +195,24 @@ def pack_padded(
     # one transfer; a mask of halves would round the ids
     parts = [input_ids, attention_mask.to(input_ids.dtype), labels.to(input_ids.dtype)]
     ids, mask, targets = torch.stack(parts).cpu().numpy()
-    rows, scored, starts, prompt_lengths = [], [], [], []
-    for row, valid, label in zip(ids, mask.astype(bool), targets, strict=True):
-        places = np.flatnonzero(valid)
-        if not len(places) or places[-1] - places[0] + 1 != len(places):
-            return None
-        span = slice(places[0], places[-1] + 1)
-        rows.append(row[span])
-        # nothing predicts a row's first token
-        scored.append(label[span] != -100)
-        scored[-1][0] = False
-        starts.append(int(places[0]))
-        labelled = np.flatnonzero(scored[-1])
-        prompt_lengths.append(int(labelled[0]) if len(labelled) else len(places))
-    if not any(part.any() for part in scored):
+    valid, is_scored = mask.astype(bool), targets != -100
+    lengths, starts = valid.sum(axis=1), valid.argmax(axis=1)
+    ends = valid.shape[1] - valid[:, ::-1].argmax(axis=1)
+    if not lengths.all() or (ends - starts != lengths).any():
         return None
+    # nothing predicts a row's first token
+    is_scored &= valid
+    is_scored[np.arange(len(ids)), starts] = False
+    if not is_scored.any():
+        return None
+    prompt_lengths = np.where(is_scored.any(axis=1), is_scored.argmax(axis=1) - starts, lengths).tolist()
+    starts, spans = starts.tolist(), list(map(slice, starts, ends))
+    rows = [row[span] for row, span in zip(ids, spans, strict=True)]
+    scored = [row[span] for row, span in zip(is_scored, spans, strict=True)]
     if groups is None:
+        first: dict[bytes, int] = {}
         prompts = [row[:length].tobytes() for row, length in zip(rows, prompt_lengths, strict=True)]
-        groups = [prompts.index(prompt) for prompt in prompts]
+        groups = [first.setdefault(prompt, number) for number, prompt in enumerate(prompts)]
     width = input_ids.shape[1]
     return pack_rows(rows, scored, starts, prompt_lengths, groups, width, attention_cost, multiple).to(device)
 
@@ -243,8 +244,8 @@ def pack_rows(
         raise ValueError(f"multiple is {multiple}; it must be 1 or more")
     blocks, unshared = [], 0
     for members in _by_group(groups):
-        prompts = {rows[i][: prompt_lengths[i]].tobytes() for i in members}
-        if len(prompts) > 1:
+        first, *others = (rows[i][: prompt_lengths[i]] for i in members)
+        if not all(np.array_equal(first, other) for other in others):
             unshared += 1
             blocks += [[i] for i in members]
         else:
@@ -309,32 +310,107 @@ def _cost(tokens: int, attention_cost: float) -> float:
 
 def _split(members: list[int], rows, prompt_lengths, attention_cost: float) -> list[list[int]]:
     """Split a group into blocks at the least cost: repeating a prompt pays where sharing it makes a row too long."""
-    best, best_cost = [members], math.inf
+    if len(members) == 1:
+        return [members]
+    shared = prompt_lengths[members[0]]
+    # of the first k answers together
+    ends = np.cumsum([0, *(len(rows[i]) - shared for i in members)])
+    best, best_cost = np.array([0, len(members)]), math.inf
     for count in range(1, len(members) + 1):
-        bounds = [round(k * len(members) / count) for k in range(count + 1)]
-        blocks = [members[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
-        cost = sum(_cost(_size(block, rows, prompt_lengths), attention_cost) for block in blocks)
+        tokens = count * shared + int(ends[-1])
+        # no split into so many rows costs less, nor into more of them
+        if tokens > best_cost:
+            break
+        bounds = np.rint(np.arange(count + 1) * len(members) / count).astype(np.int64)
+        cost = sum(_cost(shared + np.diff(ends[bounds]), attention_cost).tolist())
         if cost < best_cost:
-            best, best_cost = blocks, cost
-    return best
+            best, best_cost = bounds, cost
+    return [members[low:high] for low, high in zip(best, best[1:], strict=False)]
 
 
 def _bins(sizes: list[int], attention_cost: float, multiple: int) -> tuple[list[list[int]], int]:
     """Distribute blocks over the number of rows that costs least: few long rows attend more, many pad more.
 
-    Of the ways that pad little, if there are any.
+    Of the ways that pad little, if there are any. Numbers of rows are tried from the least cost that they could have,
+    until no other could be better.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    best, best_width, best_cost = [], 0, (True, math.inf)
-    for count in range(1, len(sizes) + 1):
-        loads, bins = [0] * count, [[] for _ in range(count)]
-        for i in order:
-            emptiest = loads.index(min(loads))
-            loads[emptiest] += sizes[i]
-            bins[emptiest].append(i)
-        width = -(-max(loads) // multiple) * multiple
-        padded = 1 - sum(sizes) / (count * width)
-        cost = (padded > _PADDING_SHARE, count * _cost(width, attention_cost))
-        if cost < best_cost:
-            best, best_width, best_cost = bins, width, cost
-    return best, best_width
+    descending, total = [sizes[i] for i in order], sum(sizes)
+
+    def cost(count: int, width: int) -> tuple[bool, float, int]:
+        width = -(-width // multiple) * multiple
+        # of ways that cost the same, that with the fewest rows
+        return 1 - total / (count * width) > _PADDING_SHARE, count * _cost(width, attention_cost), count
+
+    least = [cost(count, width) for count, width in enumerate(_least_widths(descending), 1)]
+    best, best_cost = 1, (True, math.inf, 0)
+    for bound in sorted(least):
+        if bound >= best_cost:
+            break
+        count = bound[-1]
+        own = cost(count, _longest(descending, count))
+        if own < best_cost:
+            best, best_cost = count, own
+    width, rows = _distribute(descending, best)
+    bins = [[] for _ in range(best)]
+    for block, row in zip(order, rows, strict=True):
+        bins[row].append(block)
+    return bins, -(-width // multiple) * multiple
+
+
+def _distribute(descending: list[int], count: int) -> tuple[int, list[int]]:
+    """Put each block into the emptiest of `count` rows, the first of equals.
+
+    Args:
+        descending: tokens of the blocks, the largest first.
+
+    Returns:
+        The tokens of the longest row, and the row of each block.
+    """
+    # tokens and number of a row in one whole number, whose order is that of the pair
+    heap = [size * count + row for row, size in enumerate(descending[:count])]
+    heapq.heapify(heap)
+    rows, replace = [*range(count)], heapq.heapreplace
+    for size in descending[count:]:
+        rows.append(heap[0] % count)
+        replace(heap, heap[0] + size * count)
+    return max(heap) // count, rows
+
+
+def _longest(descending: list[int], count: int) -> int:
+    """Return the tokens of the longest row of `_distribute`, without saying which block is in which."""
+    second = np.array(descending[count:])
+    if 0 < len(second) <= count:
+        first = np.array(descending[count - len(second) : count])[::-1]
+        pairs = first + second
+        # no row gets a third block while the emptiest is one with a single block
+        if (np.minimum.accumulate(pairs)[:-1] >= first[1:]).all():
+            return max(descending[0], int(pairs.max()))
+    loads, replace = descending[:count], heapq.heapreplace
+    heapq.heapify(loads)
+    for size in descending[count:]:
+        replace(loads, loads[0] + size)
+    return max(loads)
+
+
+def _least_widths(descending: list[int]) -> list[int]:
+    """Return how long the longest of 1, 2, ... rows is at least, however the blocks are distributed.
+
+    Of the k * rows + 1 largest blocks, k + 1 share a row.
+    """
+    n = len(descending)
+    ends = np.cumsum([0, *descending])
+    widths = np.maximum(descending[0], -(-ends[-1] // np.arange(1, n + 1)))
+
+    def raise_to(counts, k):
+        last = counts * k + 1
+        np.maximum.at(widths, counts - 1, ends[last] - ends[last - k - 1])
+
+    # all products of a number of rows and k below n: by k where that is small, and by rows for the rest
+    small = math.isqrt(n)
+    for k in range(1, small + 1):
+        raise_to(np.arange(1, (n - 1) // k + 1), k)
+    for count in range(1, (n - 1) // (small + 1) + 1):
+        k = np.arange(small + 1, (n - 1) // count + 1)
+        raise_to(np.full_like(k, count), k)
+    return widths.tolist()
