@@ -8,8 +8,6 @@ The token after a prompt is predicted by the prompt's last token, whatever the a
 answer, so no token has to be repeated in front of an answer and none can be seen twice.
 """
 
-import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.mechanisms.prefix_sharing import distribution
+
 _TRUNK, _PADDING = 0, -1
 # of a model with 135M parameters; larger ones have less
 ATTENTION_COST = 3e-4
-# more padding than this only where there is no other way
-_PADDING_SHARE = 0.1
 
 
 @dataclass
@@ -249,42 +247,51 @@ def pack_rows(
             unshared += 1
             blocks += [[i] for i in members]
         else:
-            blocks += _split(members, rows, prompt_lengths, attention_cost)
+            shared = prompt_lengths[members[0]]
+            answers = [len(rows[i]) - shared for i in members]
+            blocks += distribution.split(members, shared, answers, attention_cost)
     sizes = [_size(block, rows, prompt_lengths) for block in blocks]
-    bins, packed_width = _bins(sizes, attention_cost, multiple)
+    bins, packed_width = distribution.distribute(sizes, attention_cost, multiple)
     shape = (len(bins), packed_width)
-    input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    block_of, branches = np.full(shape, _PADDING, np.int32), np.full(shape, _TRUNK, np.int32)
-    sources, labels, targets = [], [], []
+    # prompts and answers in the order in which they lie in the packed rows: where each begins, there and in its own
+    # row, its block, its branch, the caller's row, and the place of its prompt's last token
+    parts, tokens, is_scored = [], [], []
     for number, members in enumerate(bins):
-        at = 0
+        at = number * packed_width
         for block in members:
             rows_of_block = blocks[block]
             shared = prompt_lengths[rows_of_block[0]]
-            end = at + sizes[block]
-            block_of[number, at:end] = block
-            input_ids[number, at : at + shared] = rows[rows_of_block[0]][:shared]
-            position_ids[number, at : at + shared] = np.arange(shared)
-            last_of_prompt, at = at + shared - 1, at + shared
+            parts.append((at, 0, block, _TRUNK, 0, 0))
+            tokens.append(rows[rows_of_block[0]][:shared])
+            is_scored.append(np.zeros(shared, bool))
+            at += shared
+            last_of_prompt = at - 1
             for branch, i in enumerate(rows_of_block, 1):
-                answer = rows[i][shared:]
-                span = slice(at, at + len(answer))
-                input_ids[number, span] = answer
-                position_ids[number, span] = np.arange(shared, shared + len(answer))
-                branches[number, span] = branch
-                kept = np.flatnonzero(scored[i][shared:])
-                sources.append(number * packed_width + np.where(kept == 0, last_of_prompt, at + kept - 1))
-                labels.append(answer[kept])
-                targets.append(i * (width - 1) + starts[i] + shared + kept - 1)
-                at += len(answer)
+                parts.append((at, shared, block, branch, i, last_of_prompt))
+                tokens.append(rows[i][shared:])
+                is_scored.append(scored[i][shared:])
+                at += len(tokens[-1])
+    lengths = np.array([len(part) for part in tokens])
+    begins, first_positions, *facts = np.repeat(np.array(parts).T, lengths, axis=1)
+    within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    own_block, own_branch, own_row, last_of_prompt = facts
+    tokens, positions, places = np.concatenate(tokens), first_positions + within, begins + within
+    input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    block_of, branches = np.full(shape, _PADDING, np.int32), np.full(shape, _TRUNK, np.int32)
+    tables, values = (input_ids, position_ids, block_of, branches), (tokens, positions, own_block, own_branch)
+    for table, value in zip(tables, values, strict=True):
+        table.reshape(-1)[places] = value
+    sources = np.where(within == 0, last_of_prompt, places - 1)
+    targets = own_row * (width - 1) + np.asarray(starts)[own_row] + positions - 1
+    kept = np.concatenate(is_scored)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         blocks=torch.from_numpy(block_of),
         branches=torch.from_numpy(branches),
-        sources=torch.from_numpy(np.concatenate(sources)),
-        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-        targets=torch.from_numpy(np.concatenate(targets)),
+        sources=torch.from_numpy(sources[kept]),
+        labels=torch.from_numpy(tokens[kept].astype(np.int64)),
+        targets=torch.from_numpy(targets[kept]),
         shape=(len(rows), width - 1),
         tokens=sum(sizes),
         unshared=unshared,
@@ -302,115 +309,3 @@ def _by_group(groups: Sequence[int]) -> list[list[int]]:
 def _size(block: list[int], rows, prompt_lengths) -> int:
     shared = prompt_lengths[block[0]]
     return shared + sum(len(rows[i]) - shared for i in block)
-
-
-def _cost(tokens: int, attention_cost: float) -> float:
-    return tokens * (1.0 + attention_cost * tokens)
-
-
-def _split(members: list[int], rows, prompt_lengths, attention_cost: float) -> list[list[int]]:
-    """Split a group into blocks at the least cost: repeating a prompt pays where sharing it makes a row too long."""
-    if len(members) == 1:
-        return [members]
-    shared = prompt_lengths[members[0]]
-    # of the first k answers together
-    ends = np.cumsum([0, *(len(rows[i]) - shared for i in members)])
-    best, best_cost = np.array([0, len(members)]), math.inf
-    for count in range(1, len(members) + 1):
-        tokens = count * shared + int(ends[-1])
-        # no split into so many rows costs less, nor into more of them
-        if tokens > best_cost:
-            break
-        bounds = np.rint(np.arange(count + 1) * len(members) / count).astype(np.int64)
-        cost = sum(_cost(shared + np.diff(ends[bounds]), attention_cost).tolist())
-        if cost < best_cost:
-            best, best_cost = bounds, cost
-    return [members[low:high] for low, high in zip(best, best[1:], strict=False)]
-
-
-def _bins(sizes: list[int], attention_cost: float, multiple: int) -> tuple[list[list[int]], int]:
-    """Distribute blocks over the number of rows that costs least: few long rows attend more, many pad more.
-
-    Of the ways that pad little, if there are any. Numbers of rows are tried from the least cost that they could have,
-    until no other could be better.
-    """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    descending, total = [sizes[i] for i in order], sum(sizes)
-
-    def cost(count: int, width: int) -> tuple[bool, float, int]:
-        width = -(-width // multiple) * multiple
-        # of ways that cost the same, that with the fewest rows
-        return 1 - total / (count * width) > _PADDING_SHARE, count * _cost(width, attention_cost), count
-
-    least = [cost(count, width) for count, width in enumerate(_least_widths(descending), 1)]
-    best, best_cost = 1, (True, math.inf, 0)
-    for bound in sorted(least):
-        if bound >= best_cost:
-            break
-        count = bound[-1]
-        own = cost(count, _longest(descending, count))
-        if own < best_cost:
-            best, best_cost = count, own
-    width, rows = _distribute(descending, best)
-    bins = [[] for _ in range(best)]
-    for block, row in zip(order, rows, strict=True):
-        bins[row].append(block)
-    return bins, -(-width // multiple) * multiple
-
-
-def _distribute(descending: list[int], count: int) -> tuple[int, list[int]]:
-    """Put each block into the emptiest of `count` rows, the first of equals.
-
-    Args:
-        descending: tokens of the blocks, the largest first.
-
-    Returns:
-        The tokens of the longest row, and the row of each block.
-    """
-    # tokens and number of a row in one whole number, whose order is that of the pair
-    heap = [size * count + row for row, size in enumerate(descending[:count])]
-    heapq.heapify(heap)
-    rows, replace = [*range(count)], heapq.heapreplace
-    for size in descending[count:]:
-        rows.append(heap[0] % count)
-        replace(heap, heap[0] + size * count)
-    return max(heap) // count, rows
-
-
-def _longest(descending: list[int], count: int) -> int:
-    """Return the tokens of the longest row of `_distribute`, without saying which block is in which."""
-    second = np.array(descending[count:])
-    if 0 < len(second) <= count:
-        first = np.array(descending[count - len(second) : count])[::-1]
-        pairs = first + second
-        # no row gets a third block while the emptiest is one with a single block
-        if (np.minimum.accumulate(pairs)[:-1] >= first[1:]).all():
-            return max(descending[0], int(pairs.max()))
-    loads, replace = descending[:count], heapq.heapreplace
-    heapq.heapify(loads)
-    for size in descending[count:]:
-        replace(loads, loads[0] + size)
-    return max(loads)
-
-
-def _least_widths(descending: list[int]) -> list[int]:
-    """Return how long the longest of 1, 2, ... rows is at least, however the blocks are distributed.
-
-    Of the k * rows + 1 largest blocks, k + 1 share a row.
-    """
-    n = len(descending)
-    ends = np.cumsum([0, *descending])
-    widths = np.maximum(descending[0], -(-ends[-1] // np.arange(1, n + 1)))
-
-    def raise_to(counts, k):
-        last = counts * k + 1
-        np.maximum.at(widths, counts - 1, ends[last] - ends[last - k - 1])
-
-    # all products of a number of rows and k below n: by k where that is small, and by rows for the rest
-    small = math.isqrt(n)
-    for k in range(1, small + 1):
-        raise_to(np.arange(1, (n - 1) // k + 1), k)
-    for count in range(1, (n - 1) // (small + 1) + 1):
-        k = np.arange(small + 1, (n - 1) // count + 1)
-        raise_to(np.full_like(k, count), k)
-    return widths.tolist()
