@@ -29,7 +29,13 @@ GENERATED = {"policy_gradient/generated": dict(preset="hpt", made_up=False, max_
 WRONG = {f"{name}/wrong-{name}": m.wrong for name, m in METHODS.items() if isinstance(m.wrong, Mapping)}
 EQUAL = {f"{name}/{key}": case for name, m in METHODS.items() for key, case in (m.cases | m.ranks).items()}
 # cases of which the other ones under DDP show all
-ALIKE = {"robust_dpo/dr_dpo-whole-steps", "robust_dpo/dpo", "a_lol/a_lol-whole-steps", "a_lol/a_lol"}
+ALIKE = {
+    "robust_dpo/dr_dpo-whole-steps",
+    "robust_dpo/dpo",
+    "a_lol/a_lol-whole-steps",
+    "a_lol/a_lol",
+    "noisy_sft/uniform",
+}
 # what DeepSpeed refuses, as tests/trainers asserts
 DDP_ALONE = {"robust_dpo/dr_dpo-rescale"}
 SHARDED = [f"{name}/{key}" for name, method in METHODS.items() for key in method.sharded]
