@@ -29,13 +29,8 @@ GENERATED = {"policy_gradient/generated": dict(preset="hpt", made_up=False, max_
 WRONG = {f"{name}/wrong-{name}": m.wrong for name, m in METHODS.items() if isinstance(m.wrong, Mapping)}
 EQUAL = {f"{name}/{key}": case for name, m in METHODS.items() for key, case in (m.cases | m.ranks).items()}
 # cases of which the other ones under DDP show all
-ALIKE = {
-    "robust_dpo/dr_dpo-whole-steps",
-    "robust_dpo/dpo",
-    "a_lol/a_lol-whole-steps",
-    "a_lol/a_lol",
-    "noisy_sft/uniform",
-}
+ALIKE = {"robust_dpo/dr_dpo-whole-steps", "robust_dpo/dpo", "a_lol/a_lol-whole-steps", "a_lol/a_lol"}
+ALIKE |= {"a_lol/a_lol-seq", "a_lol/a_lol-sampled", "policy_gradient/grpo", "policy_gradient/qae", "noisy_sft/uniform"}
 # what DeepSpeed refuses, as tests/trainers asserts
 DDP_ALONE = {"robust_dpo/dr_dpo-rescale"}
 SHARDED = [f"{name}/{key}" for name, method in METHODS.items() for key in method.sharded]
@@ -61,7 +56,9 @@ class Launch:
         cases = {key: on_ranks(key, case) for key, case in cases.items()}
         self.cases = set(cases)
         config, log = str(ROOT / f"configs/accelerate/{backend}.yaml"), out / "log"
-        arguments, cache = [model, str(out), json.dumps(cases)], {"POSTTRAIN_CACHE": str(out / "cache")}
+        # a fresh interpreter of each rank builds the model
+        arguments = [model, str(out), json.dumps(cases), "embedded:tiny" if is_whole else ""]
+        cache = {"POSTTRAIN_CACHE": str(out / "cache")}
         if is_whole:
             command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
             command += [str(ROOT / "tests/distributed/worker.py"), *arguments]
@@ -132,6 +129,8 @@ def test_the_engine_is_what_the_config_says(launch):
         assert facts["partitioned"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", FRESH, indirect=True)
 def test_ranks_that_ask_for_an_embedded_model_at_once_get_it_whole(launch):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(launch.results["embedded"])
     folder = next((launch.out / "cache" / "models").glob("tiny-llama-*"))

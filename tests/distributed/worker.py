@@ -90,10 +90,11 @@ def saved(trainer, target: Path) -> dict:
     return results
 
 
-def main(folder: str, out: str, chosen: str) -> None:
+def main(folder: str, out: str, chosen: str, embedded: str) -> None:
     out, results, changes = Path(out), {"history": {}, "outcome": {}}, {}
     # one rank would draw for longer than both of them train
     report.plot_curves = lambda *args: None
+    report.git_commit = lambda: None
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     # what is imported by now need not be gone over at the end of each run
     gc.freeze()
@@ -118,7 +119,7 @@ def main(folder: str, out: str, chosen: str) -> None:
         if "engine" not in results:
             results["engine"] = engine_facts(trainer)
             # while ZeRO-3 is configured: all ranks ask for a model that is not built yet
-            results["embedded"] = sorted(os.listdir(resolve_model("embedded:tiny")))
+            results["embedded"] = embedded and sorted(os.listdir(resolve_model(embedded)))
         if whole_key == EVALUATED:
             results["answers"] = trainer.evaluate()
         if key in SAVED:
