@@ -2,7 +2,7 @@
 
 The command that the pool starts forks at once. The child is the worker, the leader of a process group. The parent, its
 keeper, waits for the first of these: the worker ends, the pool's process ends, the pool sends END. Then it kills the
-worker with all that was started from it, and exits as the worker did. Standard library only.
+worker with all that was started from it, and exits as the worker did. Standard library only, where it has `waitid`.
 
 On Linux the keeper is told of its parent's end by a signal, and inherits the orphans among the worker's descendants, so
 that those in sessions of their own end as well. Elsewhere it looks for its parent every second, and ends the group.
@@ -87,6 +87,11 @@ def _watch(worker: int, parent: int) -> int:
 
 def _has_ended(worker: int) -> bool:
     """Return whether the worker has ended; it is not waited for, so that its number stays its group's."""
+    if not hasattr(os, "waitid"):
+        # macOS before Python 3.13, where no orphans are inherited
+        import psutil
+
+        return psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
     while True:
         ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None or ended.si_pid == worker:

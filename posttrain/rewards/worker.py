@@ -99,6 +99,8 @@ def error_text(error: BaseException) -> str:
 
 def _started() -> set[int]:
     """Return the processes that the worker has started and that run."""
+    if not hasattr(os, "waitid"):
+        return children_of(os.getpid())
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
