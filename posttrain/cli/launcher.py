@@ -1,0 +1,38 @@
+"""`accelerate launch` that leaves it to the ranks what to do at a signal: `python -m posttrain.cli.launcher ...`.
+
+Left alone, it would die of the signal at once, or end the ranks half a minute later, while they save a checkpoint.
+"""
+
+import os
+import signal
+import sys
+
+from posttrain import signals
+
+
+def main() -> None:
+    import psutil
+
+    parent = os.getppid()
+
+    def handle(number: int, frame) -> None:
+        ranks = psutil.Process().children()
+        if not ranks:
+            raise signals.Terminated(number)
+        if os.getppid() != parent:
+            # it was killed, and passes nothing on
+            for rank in ranks:
+                rank.send_signal(number)
+
+    for number in (*signals.ending(), signal.SIGINT):
+        signal.signal(number, handle)
+    # torch's launcher would take the handlers over; it has to be given one signal at least
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    signals.follow_parent(signal.SIGTERM)
+    from accelerate.commands import launch
+
+    launch.launch_command(launch.launch_command_parser().parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
