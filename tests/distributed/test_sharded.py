@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_pairs
-from tests.distributed.worker import HELD_OUT, SAVED
+from tests.distributed.worker import ANSWERS, EVALUATED, HELD_OUT, SAVED
 from tests.families import METHODS
 from tests.runs import distance, entries, same_metrics
 
@@ -101,9 +101,10 @@ def single(tiny_folder, tmp_path_factory):
     def trained(key: str, case: Mapping):
         method, name = method_of(key), json.dumps([key, case], sort_keys=True, default=str)
         if name not in known:
-            whole = case | method.split(method.step) | method.plain
+            whole = case | method.split(method.step) | method.plain | (ANSWERS if key == EVALUATED else {})
             change, trainer = method.train(tiny_folder, tmp_path_factory.mktemp("single"), **whole)
             held_out = trainer.evaluate(make_pairs(**HELD_OUT)) if key.split("/")[1] in SAVED else None
+            held_out = trainer.evaluate() if key == EVALUATED else held_out
             known[name] = change, entries(trainer), method.outcome(trainer), held_out
         return known[name]
 
@@ -194,6 +195,11 @@ def test_evaluation_counts_every_row_once(launch, single):
         for name in expected:
             if "/" in name or name == "eval_loss":
                 assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+def test_an_evaluation_by_tokens_has_no_row_twice(launch, single):
+    expected = single(EVALUATED, EQUAL[EVALUATED])[3]["eval_loss"]
+    assert launch.results["answers"]["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_compute_metrics_sees_both_answers_of_every_pair_once(launch):
