@@ -19,15 +19,15 @@ def main() -> None:
         ranks = psutil.Process().children()
         if not ranks:
             raise signals.Terminated(number)
-        if os.getppid() != parent:
-            # it was killed, and passes nothing on
-            for rank in ranks:
+        for rank in ranks:
+            # torch starts each in a group of its own; nobody signals ours once the parent was killed
+            if os.getpgid(rank.pid) != os.getpgrp() or os.getppid() != parent:
                 rank.send_signal(number)
 
     for number in (*signals.ending(), signal.SIGINT):
         signal.signal(number, handle)
     # torch's launcher would take the handlers over; it has to be given one signal at least
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     signals.follow_parent(signal.SIGTERM)
     from accelerate.commands import launch
 
