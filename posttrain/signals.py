@@ -68,13 +68,16 @@ class Requests:
             raise_terminated(number)
 
 
-def follow_parent(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends; on Linux alone."""
+def follow_parent(number: int, parent: int | None = None) -> None:
+    """Have the kernel send this process a signal when its parent ends; on Linux alone.
+
+    `parent`: its process id, where it is known, as the parent may have ended by now.
+    """
     if not sys.platform.startswith("linux"):
         return
     import ctypes
 
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
@@ -94,11 +97,13 @@ def forks_end_with_us() -> None:
         return
     _FORKS_END_WITH_US = True
 
+    forking = [0]
+
     def in_child() -> None:
         for number in ending():
             signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
-        follow_parent(signal.SIGKILL)
+        follow_parent(signal.SIGKILL, forking[0])
 
-    os.register_at_fork(after_in_child=in_child)
+    os.register_at_fork(before=lambda: forking.__setitem__(0, os.getpid()), after_in_child=in_child)

@@ -3,14 +3,16 @@
 Left alone, it would die of the signal at once, or end the ranks half a minute later, while they save a checkpoint.
 """
 
+import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 from posttrain import signals
 
 
-def main() -> None:
+def main() -> int:
     import psutil
 
     parent = os.getppid()
@@ -30,8 +32,20 @@ def main() -> None:
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     signals.follow_parent(signal.SIGTERM)
     from accelerate.commands import launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    launch.launch_command(launch.launch_command_parser().parse_args())
+    # each rank tells what is wrong with it
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch.launch_command(launch.launch_command_parser().parse_args())
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if not Path(os.environ.get("POSTTRAIN_EXIT_CODE_FILE", "")).is_file():
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            print(f"rank {rank} {how}", file=sys.stderr)
+        return 128 - code if code < 0 else code
+    return 0
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ class StopEarly(TrainerCallback):
             return
         self.reason = self._reason_of(asked, args)
         if control.should_evaluate:
-            get_logger().warning("%s: the evaluation that was due at step %d is left out", self.reason, state.global_step)
+            get_logger().warning(
+                "%s: the evaluation that was due at step %d is left out", self.reason, state.global_step
+            )
         control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
 
     def _asked(self, args) -> int:
