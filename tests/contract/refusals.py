@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig
 
 from posttrain import (
@@ -31,7 +31,7 @@ from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 from tests.families import METHODS
 from tests.recipe.in_process import PAIRS, lines, robust_dpo
-from tests.scored import make_scored
+from tests.scored import beyond, make_scored
 from tests.test_config import Toy
 
 
@@ -343,12 +343,6 @@ PREFERENCE = {
 
 def _a_lol(change, fields: dict, folder: Path):
     scored.build(model(folder), folder / "run", change(make_scored(8)), **fields)
-
-
-def beyond(n: int, reward: float, rows: Dataset) -> Dataset:
-    """Put `n` rows whose prompt has 319 tokens before others."""
-    row = {"prompt": [turn("user", "cat " * 75)], "completion": [SAID]}
-    return concatenate_datasets([Dataset.from_list([row | {"reward": reward}] * n), rows])
 
 
 def changed(number: int, value: float | None):

@@ -21,7 +21,7 @@ APPROVED = Path(__file__).with_name("messages.txt")
 
 def refusal(case: Case, folder: Path) -> str:
     """Give the kind and text of the refusal, with FOLDER for the temporary folder."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     quiet = dict(TRL_EXPERIMENTAL_SILENCE="1", POSTTRAIN_CACHE=str(folder / "cache"))
     try:
         with mock.patch.dict(os.environ, quiet), contextlib.chdir(folder):
