@@ -4,7 +4,6 @@ The models have no weights to load: what is refused was refused before. An adapt
 needs them.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from decimal import Decimal
@@ -77,12 +76,12 @@ def leaves_nothing(build):
 
 
 def model(folder: Path, architecture: str = "llama", special=(), weights: bool = False, **settings) -> str:
-    """Give a folder with a tiny model's config and tokenizer, by default without its weights."""
-    path = folder / "model"
+    """Give a folder with a tiny model's config and tokenizer, by default without its weights. All cases share it."""
+    path = folder.parent / "-".join(["model", architecture, *["longer"] * bool(special), *["weights"] * weights])
     if not path.exists():
         made = tiny_model(architecture, **settings)
         (made if weights else made.config).save_pretrained(path)
-        tokenizer = copy.deepcopy(byte_tokenizer())
+        tokenizer = byte_tokenizer()
         if special:
             tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
         tokenizer.save_pretrained(path)
@@ -511,13 +510,10 @@ def long_pairs(words: int = 40) -> Dataset:
 
 
 def _long_pairs(at, folder: Path):
-    rows = long_pairs()
-    trainer = partial(_dpo, rows=rows, at=at(folder), max_length=None)
-    told = _told(preferences.describe, RobustDPOConfig, training.settings, rows, at=at, max_length=None)
-    alike(trainer, told)(folder)
+    _dpo(folder, long_pairs(), at=at(folder), max_length=None)
 
 
-def _long_pairs_cut(at, folder: Path):
+def _long_pairs_described(at, folder: Path):
     _told(preferences.describe, RobustDPOConfig, training.settings, long_pairs(), at=at, max_length=200)(folder)
 
 
@@ -547,7 +543,7 @@ LIMITS = {
         for name, settings in TABLES.items()
         for what, build in {
             "long pairs": _long_pairs,
-            "long pairs and max_length": _long_pairs_cut,
+            "long pairs in a dry run": _long_pairs_described,
             "long answers": _long_answers,
             "long rollouts": _long_rollouts,
             "long prompts": _long_prompts,
