@@ -1,6 +1,7 @@
 """Ids that a model's embedding lacks and rows longer than its positions are found before it trains."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from posttrain.models import tiny_model
 from posttrain.run.new_tokens import at_their_start
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
-from tests.contract.refusals import TABLES, long_pairs, noted
+from tests.contract.refusals import TABLES, TOO_LONG, long_pairs, model, noted, refused
 
 
 def saved(path, tokenizer, model, special=(), **attributes):
@@ -83,11 +84,22 @@ def test_every_row_is_looked_at_and_not_a_sample_alone(longer, tmp_path, monkeyp
 @pytest.mark.core("gpt2")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("name", TABLES)
-def test_rows_that_are_cut_to_a_table_of_positions_train(tmp_path, tokenizer, name):
+def test_rows_train_that_are_cut_to_a_table_of_positions(tmp_path, tokenizer, name):
     table = saved(tmp_path / name, tokenizer, tiny_model(name, **TABLES[name]))
     # a pair beside the other
     padded = dict(max_length=64, prefix_sharing="never")
     assert dpo(table, tmp_path / "run", long_pairs(), **padded).train().global_step == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refusing", TOO_LONG)
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "gpt2"])
+def test_every_table_of_positions_refuses_longer_rows_alike(tmp_path, name, refusing):
+    found = [
+        str(refused(partial(TOO_LONG[refusing], partial(model, architecture=at, **TABLES[at])), tmp_path / at))
+        for at in ("gpt2", name)
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
