@@ -579,17 +579,24 @@ def _named(name: str, builds: dict) -> list[Case]:
     return [Case(f"{name}: {title}", build) for title, build in builds.items()]
 
 
-CASES = [
-    *(case for name, method in METHODS.items() for case in _listed(name, partial(_config, name), method.refused)),
-    *_listed("config file", _file, FILES),
-    *_listed("command line", _command_line, COMMAND_LINES),
-    *_listed("recipe", _dry_run_too, DRY_RUN_TOO),
-    *_listed("recipe", _recipe_settings, RECIPE_SETTINGS),
-    *_listed("recipe's file", _recipe_file, RECIPE_FILES),
-    *_named("recipe's data", {title: partial(_recipe_data, text) for title, text in RECIPE_DATA.items()}),
-    Case("recipe: a folder without data", _recipe_folder),
-    *_named("robust_dpo", PREFERENCE),
-    *_named("a_lol", {title: partial(_a_lol, *given) for title, given in A_LOL_DATA.items()}),
-    *_named("a_lol is given", A_LOL_GIVEN),
-    *_named("limits", LIMITS),
-]
+# by the parts of `messages.txt`
+CASES = {
+    "settings": [
+        *(case for name, method in METHODS.items() for case in _listed(name, partial(_config, name), method.refused)),
+        *_listed("config file", _file, FILES),
+        *_listed("command line", _command_line, COMMAND_LINES),
+    ],
+    "recipe": [
+        *_listed("recipe", _dry_run_too, DRY_RUN_TOO),
+        *_listed("recipe", _recipe_settings, RECIPE_SETTINGS),
+        *_listed("recipe's file", _recipe_file, RECIPE_FILES),
+        *_named("recipe's data", {title: partial(_recipe_data, text) for title, text in RECIPE_DATA.items()}),
+        Case("recipe's data: a folder without data", _recipe_folder),
+    ],
+    "preference pairs": _named("robust_dpo", PREFERENCE),
+    "scored answers": [
+        *_named("a_lol", {title: partial(_a_lol, *given) for title, given in A_LOL_DATA.items()}),
+        *_named("a_lol is given", A_LOL_GIVEN),
+    ],
+    "limits": _named("limits", LIMITS),
+}

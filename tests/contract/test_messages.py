@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -33,9 +34,16 @@ def refusal(case: Case, folder: Path) -> str:
     return f"{kind}{error}".replace(str(folder), "FOLDER")
 
 
-def written(cases, folder: Path) -> str:
-    """Give the approved file's text for these cases."""
-    return "\n".join(f"{case.title}\n{refusal(case, folder / str(number))}\n" for number, case in enumerate(cases))
+def written(part: str, cases, folder: Path) -> str:
+    """Give the approved file's text for the cases of a part."""
+    blocks = [f"{case.title}\n{refusal(case, folder / str(number))}\n" for number, case in enumerate(cases)]
+    return "\n".join([f"== {part} ==\n", *blocks])
+
+
+def approved(part: str) -> str:
+    """Give the part of the approved file that has this heading."""
+    parts = re.split("\n(?=== )", APPROVED.read_text(encoding="utf-8"))
+    return next((text for text in parts if text.startswith(f"== {part} ==\n")), "")
 
 
 def difference(approved: str, said: str) -> str:
@@ -43,19 +51,25 @@ def difference(approved: str, said: str) -> str:
     return "".join(difflib.unified_diff(approved.splitlines(True), said.splitlines(True), "messages.txt", "said"))
 
 
-def test_refusals_have_their_approved_texts(tmp_path):
-    change = difference(APPROVED.read_text(encoding="utf-8"), written(CASES, tmp_path))
+@pytest.mark.parametrize("part", CASES)
+def test_refusals_have_their_approved_texts(tmp_path, part):
+    change = difference(approved(part), written(part, CASES[part], tmp_path))
     assert not change, f"`python -m tests.contract.test_messages --approve` takes this over:\n{change}"
 
 
-def test_a_changed_text_is_shown_as_a_difference(tmp_path):
-    def renamed(folder):
-        raise type(error := refused(CASES[0].build, folder))(str(error).replace("flip_rate", "flips"))
+def test_the_approved_file_has_these_parts():
+    assert re.findall("^== (.*) ==$", APPROVED.read_text(encoding="utf-8"), re.MULTILINE) == list(CASES)
 
-    said = written([CASES[0]._replace(build=renamed)], tmp_path / "renamed")
-    approved = written(CASES[:1], tmp_path / "as it is")
-    assert "-ConfigError: flip_rate is" in difference(approved, said)
-    assert "+ConfigError: flips is" in difference(approved, said)
+
+def test_a_changed_text_is_shown_as_a_difference(tmp_path):
+    first = CASES["settings"][0]
+
+    def renamed(folder):
+        raise type(error := refused(first.build, folder))(str(error).replace("flip_rate", "flips"))
+
+    said = written("settings", [first._replace(build=renamed)], tmp_path)
+    assert "-ConfigError: flip_rate is" in difference(approved("settings"), said)
+    assert "+ConfigError: flips is" in difference(approved("settings"), said)
 
 
 def test_a_setting_that_is_taken_is_no_refusal(tmp_path):
@@ -67,7 +81,8 @@ def test_a_setting_that_is_taken_is_no_refusal(tmp_path):
 
 
 def test_cases_have_titles_of_their_own():
-    assert len({case.title for case in CASES}) == len(CASES)
+    titles = [case.title for cases in CASES.values() for case in cases]
+    assert len(set(titles)) == len(titles)
 
 
 def test_each_method_has_refusals():
@@ -79,7 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--approve", action="store_true", help="write the file anew")
     approve = parser.parse_args().approve
     with tempfile.TemporaryDirectory() as folder:
-        said = written(CASES, Path(folder))
+        said = "\n".join(written(part, cases, Path(folder) / part) for part, cases in CASES.items())
     print(difference(APPROVED.read_text(encoding="utf-8") if APPROVED.exists() else "", said), end="")
     if approve:
         APPROVED.write_text(said, encoding="utf-8")

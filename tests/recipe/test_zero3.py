@@ -27,7 +27,7 @@ SETTINGS = {
     "robust_dpo": [
         "--dataset_name", "pairs.jsonl", "--eval_dataset_name", "pairs.jsonl", "--max_train_rows", "8",
         "--max_eval_rows", "4", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
-        "--max_length", "128", "--logging_steps", "1",
+        "--max_length", "128",
     ],
     "a_lol": [
         "--dataset_name", "answers.jsonl", "--gradient_accumulation_steps", "1", "--max_length", "64",
@@ -48,7 +48,8 @@ def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path, metho
     command = [
         BIN / "accelerate", "launch", "--config_file", configs_dir() / "accelerate" / "cpu_zero3.yaml",
         recipes_dir() / f"{method}.py", "--config", configs_dir() / method / "zero3.yaml", "--model_name_or_path",
-        "embedded:tiny", "--output_dir", "run", "--max_steps", "2", "--save_steps", "2", *SETTINGS[method],
+        "embedded:tiny", "--output_dir", "run", "--max_steps", "2", "--save_steps", "2",
+        "--logging_steps", "1", *SETTINGS[method],
     ]  # fmt: skip
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(recipes_dir().parent)}
     environment["POSTTRAIN_LOG"] = "info"
@@ -58,6 +59,8 @@ def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path, metho
     assert done.returncode == 0, done.stdout + done.stderr
     assert SAID.get(method, "") in done.stdout + done.stderr
     run = tmp_path / "run"
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in step for step in steps) == 2
     model = AutoModelForCausalLM.from_pretrained(run)
     assert model(torch.arange(1, 9)[None]).logits.isfinite().all()
     base = AutoModelForCausalLM.from_pretrained(resolve_model("embedded:tiny")).state_dict()
