@@ -1,6 +1,6 @@
 """`posttrain env`: versions beside the tested ones, devices and folders, to paste into a report."""
 
-import json
+from posttrain.console import say, say_json
 import platform
 
 
@@ -35,8 +35,8 @@ def run(args) -> int:
     facts["threads"] = torch.get_num_threads()
     facts["cache"] = str(cache_dir())
     if args.json:
-        print(json.dumps(facts, indent=1))
+        say_json(facts, indent=1)
     else:
         for name, value in facts.items():
-            print(f"- {name}: {value}")
+            say(f"- {name}: {value}")
     return 0

@@ -4,8 +4,8 @@
 
 `--config FILE` names the YAML file, whose keys are the fields of the dataclasses; the command line wins over
 it: also where a setting of the file cannot stand beside one of the command line, which is said. A mapping
-`env:` in the file sets environment variables; those that a library reads while it is imported have to be set
-in the shell instead.
+`env:` in the file sets environment variables that no program is run by; those that a library reads while it is imported
+have to be set in the shell instead. What runs code of others is for the command line alone.
 """
 
 import atexit
@@ -23,7 +23,10 @@ from trl import ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
+from posttrain.console import complain, guard_tracebacks, say
+from posttrain import private, yaml_text
 from posttrain.checks import near
+from posttrain.config import strangers
 from posttrain.config.arguments import DataArguments as DataArguments
 from posttrain.config.arguments import ModelArguments as ModelArguments
 from posttrain.config.arguments import is_local as is_local
@@ -90,18 +93,19 @@ def run_main(main: Callable[[], object]) -> int:
     The error is printed as one message, once per machine; after Ctrl-C the code is 130. After a distributed run that
     went well the process ends here.
     """
+    guard_tracebacks()
     try:
         main()
     except PosttrainError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
             if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
                 # `accelerate launch` would turn every code into 1
                 Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).write_text(str(error.exit_code))
         return error.exit_code
     except KeyboardInterrupt:
         # as the shell has it for a program that Ctrl-C ended
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         return 130
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave()
@@ -145,8 +149,13 @@ class PosttrainParser(TrlParser):
         except BadValue as error:
             raise ConfigError(f"{COMMAND_LINE}: {error}") from None
         self._refuse_unknown(unknown)
+        private.remember(vars(values))
         for name in filter(None, map(_flag, arguments)):
             self._places[name if name in self._sections else name.removeprefix("no_")] = COMMAND_LINE
+        if "allow_code" in self._sections:
+            # given by nobody: settings name code, and none of it may run
+            values.allow_code = values.allow_code or []
+            self._places["allow_code"] = COMMAND_LINE
         return tuple(self._build(kind, values) for kind in self.dataclass_types)
 
     def error(self, message: str):
@@ -155,7 +164,9 @@ class PosttrainParser(TrlParser):
 
     def _read_defaults(self, path: str) -> None:
         settings, lines = _read_yaml(path)
+        private.remember(settings)
         for name, value in (settings.pop("env", None) or {}).items():
+            strangers.check_variable(str(name), f"{path}:{lines['env']}")
             try:
                 os.environ[str(name)] = str(value)
             except (OSError, ValueError) as error:
@@ -164,6 +175,7 @@ class PosttrainParser(TrlParser):
             place = self._places[name] = f"{path}:{lines[name]}"
             if name not in self._sections:
                 raise ConfigError(f"{place}: {self._unknown(name, value)}")
+            strangers.check_setting(name, value, place)
             try:
                 settings[name] = self._types[name].from_yaml(value)
             except BadValue as error:
@@ -235,11 +247,10 @@ class PosttrainParser(TrlParser):
 def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
     """Return the settings of a YAML file, and the line of each key."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = yaml_text.read(path).decode("utf-8-sig")
         if not text.strip():
             raise ConfigError(f"the config file {path} is empty; write lines of `key: value`, or leave --config out.")
-        loader = _Loader(text)
-        root = loader.get_single_node()
+        loader, root = yaml_text.compose(text, _Loader)
         _check_keys(root, path)
         settings = None if root is None else loader.construct_document(root)
     except OSError as error:

@@ -14,6 +14,8 @@ from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.remote import offline_reason, out_of_reach, reads_as_path
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+# Characters of a row; bytes of a line of a .json file, which may hold all its rows.
+LONGEST_LINE, LONGEST_JSON = 64 << 20, 512 << 20
 _OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml", ".xlsx")
 
 
@@ -76,12 +78,15 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             if path.suffix == ".json":
+                _check_lines(path)
                 rows = json.load(file)
                 if not isinstance(rows, list):
                     raise DataError(f"{path} must hold a list of rows, not {kind_of(rows)}; rows on lines are .jsonl.")
                 yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
                 return
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
+                if len(line) >= LONGEST_LINE:
+                    raise DataError(f"{path}, line {number}: {_too_long(LONGEST_LINE)}")
                 if line.strip():
                     # without the line's end, after which the parser would count another line
                     yield f"{path}, line {number}", json.loads(line.rstrip())
@@ -95,7 +100,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
     except UnicodeDecodeError as error:
         # the text was decoded in blocks, whose positions say nothing
         with opener(path, "rb") as file:
-            number = next(number for number, line in enumerate(file, 1) if not _is_utf8(line))
+            lines = enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1)
+            number = next(number for number, line in lines if not _is_utf8(line))
         raise DataError(f"{path}, line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read as gzipped UTF-8 text: {error}") from None
@@ -105,6 +111,18 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
         # lists in lists without end, or a number of thousands of digits
         place = path if path.suffix == ".json" else f"{path}, line {number}"
         raise DataError(f"{place}: JSON that cannot be read: {error}.") from None
+
+
+def _too_long(most: int) -> str:
+    return f"longer than {most >> 20} million characters, which is no row. Rows stand on a line each in a .jsonl file."
+
+
+def _check_lines(path: Path) -> None:
+    """Refuse a .json file, which is read as a whole, with a line that would take the memory of many rows."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_JSON), b""), 1):
+            if len(line) >= LONGEST_JSON:
+                raise DataError(f"{path}, line {number}: {_too_long(LONGEST_JSON)}")
 
 
 def _is_utf8(line: bytes) -> bool:

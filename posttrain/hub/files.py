@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from posttrain import yaml_text
 from posttrain.errors import DataError
 from posttrain.hub.base_model import is_hub_id
 from posttrain.hub.metadata import parse_card
@@ -222,7 +223,7 @@ def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
 
 
 def _without_paths_in_yaml(content: bytes) -> bytes:
-    return yaml.safe_dump(_without_folders(yaml.safe_load(content)), sort_keys=False, allow_unicode=True).encode()
+    return yaml.safe_dump(_without_folders(without_secrets(yaml_text.load(content.decode()))), sort_keys=False, allow_unicode=True).encode()
 
 
 def _without_folders(value):

@@ -2,6 +2,7 @@
 
 import math
 
+from posttrain.console import say
 from posttrain.errors import ConfigError, DataError
 from posttrain.tables import bars
 
@@ -75,15 +76,15 @@ def draw(found: dict) -> None:
     if not found or "not_drawn" in found:
         return
     rewards, advantages = found["rewards"], found["advantages"]
-    print("\nOf all rows, whatever max_length leaves of them:", end="")
-    print(f"\nrewards of {rewards['answers']} answers, mean {rewards['mean']:.3g}:\n{bars(rewards['histogram'])}")
+    say("\nOf all rows, whatever max_length leaves of them:", end="")
+    say(f"\nrewards of {rewards['answers']} answers, mean {rewards['mean']:.3g}:\n{bars(rewards['histogram'])}")
     what = {
         "mean": "their mean",
         "per_prompt": "the mean of the prompt's answers",
         "column": f"the column {advantages.get('column')}",
     }[advantages["value"]]
     share = advantages["positive_share"]
-    print(f"advantages over {what}, {share:.1%} of them above 0:\n{bars(advantages['histogram'])}")
+    say(f"advantages over {what}, {share:.1%} of them above 0:\n{bars(advantages['histogram'])}")
 
 
 def _distribution(values: list[float]) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 
+from posttrain.console import say_json
 from posttrain.errors import DataError
 
 
@@ -210,4 +211,4 @@ def characters(value) -> int:
 
 
 def print_json(report: dict) -> None:
-    print(json.dumps(report, indent=1, default=str))
+    say_json(report, indent=1, default=str)

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from posttrain.data import formats, generators, objects, shapes, sources, turns
 from posttrain.data.columns import first_with_system, log_left_out_columns, log_system_messages, system_in_front
@@ -206,9 +206,9 @@ def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64)
     return [known[digest] for digest in digests]
 
 
-def check_reward(reward) -> None:
+def check_reward(reward, allowed: Collection[str] | None = None) -> None:
     """Raise ConfigError for what is no reward function, or several."""
-    _one_reward(reward)
+    _one_reward(reward, allowed)
 
 
 def reward_key(reward) -> str | None:
@@ -360,10 +360,10 @@ def _with_rewards(row: Mapping) -> dict:
     return {**row, "chosen_reward": sides["chosen"], "rejected_reward": sides["rejected"]}
 
 
-def _one_reward(reward: Callable):
+def _one_reward(reward: Callable, allowed: Collection[str] | None = None):
     from posttrain.rewards import get_rewards
 
-    rewards = get_rewards(reward)
+    rewards = get_rewards(reward, allowed)
     if len(rewards) != 1:
         raise ConfigError(f"{len(rewards)} reward functions are given; answers are scored by one.")
     return rewards[0]
