@@ -141,14 +141,12 @@ def hide(text: str) -> str:
     text = hide_forms(_REWARD.sub(_hide_reward, text))
     text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
     text = _FLAG.sub(lambda m: f"--{m[1]}{m[2]}{HIDDEN}" if is_secret_name(m[1]) else m[0], _hide_quoted(text))
-    for pattern, but in ((_ASSIGNED, "key"), (_SAID, None)):
+    # what stands behind the bare word `key` is as often the name of a setting
+    for pattern in (_ASSIGNED, _SAID):
         text = pattern.sub(
-            lambda m, but=but: f"{m[1]}{m[2]}{_in_quotes(m[3])}" if m[1] != but and _hides(m[1], m[3]) else m[0], text
+            lambda m: f"{m[1]}{m[2]}{_in_quotes(m[3])}" if m[1] != "key" and _hides(m[1], m[3]) else m[0], text
         )
-    return _WRITTEN.sub(
-        lambda m: m[0] if _PLACE.fullmatch(m[4]) or not _hides(m[2], m[4]) else f"{m[1]}{m[2]}{m[3]}{_in_quotes(m[4])}",
-        text,
-    )
+    return _WRITTEN.sub(_hide_written, text)
 
 
 def hide_words(words: Iterable[str]) -> list[str]:
@@ -185,7 +183,7 @@ def without_secrets(value, instead: str | None = None):
         return type(value)(without_secrets(item, instead) for item in value)
     if isinstance(value, str):
         whole = _WHOLE_REWARD.fullmatch(value)
-        text = _hide_reward(whole) if whole else hide(value)
+        text = _hide_reward(whole) if whole else hide(value).replace(f"hf_{HIDDEN}", HIDDEN)
         return value if text == value else text
     if isinstance(value, bytes):
         text = value.decode("latin-1")
@@ -274,6 +272,13 @@ def _hide_reward(match: re.Match) -> str:
         keeps = not sign or (_HARMLESS.fullmatch(value) and not is_secret_name(name))
         shown.append(part if keeps else f"{name}={HIDDEN}")
     return f"{match[1]}?{'&'.join(shown)}"
+
+
+def _hide_written(match: re.Match) -> str:
+    before, name, sign, value = match.groups()
+    if name == "key" or _PLACE.fullmatch(value) or not _hides(name, value):
+        return match[0]
+    return f"{before}{name}{sign}{_in_quotes(value)}"
 
 
 def _hide_quoted(text: str) -> str:

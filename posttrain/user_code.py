@@ -70,8 +70,8 @@ def check_allowed(name: str, setting: str, allowed: Collection[str]) -> None:
     by_word = any(module == one or module.startswith(f"{one}.") for one in allowed)
     if not by_word and not _is_beside_the_recipe(module):
         raise ConfigError(
-            f"{setting} names {name.partition('?')[0]!r}, code of the module {module}, which a settings file alone does "
-            f"not run. Where you trust that code, add --allow_code {module} to the command line."
+            f"{setting} names {name.partition('?')[0]!r}, code of the module {module}, which settings alone do not "
+            f"run. Where you trust that code, add --allow_code {module} to the command line."
         )
     why = "allowed by --allow_code" if by_word else "a module beside the recipe"
     get_logger().info("%s: the module %s is imported, and its code runs (%s)", setting, module, why)

@@ -1,7 +1,8 @@
 """`posttrain env`: versions beside the tested ones, devices and folders, to paste into a report."""
 
-from posttrain.console import say, say_json
 import platform
+
+from posttrain.console import say, say_json
 
 
 def add_parser(subparsers) -> None:

@@ -1,13 +1,11 @@
 """`posttrain generate`: what the base and the adapter answer to the same prompts, side by side."""
 
-import json
 import math
 from pathlib import Path
 
 from posttrain.console import say, say_json
 from posttrain.errors import ConfigError, DataError
 from posttrain.visible import one_line
-
 
 # of a file of prompts
 _MOST_BYTES = 64 << 20

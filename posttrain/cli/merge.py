@@ -1,6 +1,5 @@
 """`posttrain merge`: an adapter folded into its base, and a check that the merged model still says the same."""
 
-import json
 from pathlib import Path
 
 from posttrain.console import say, say_json

@@ -1,7 +1,6 @@
 """`posttrain push`: a saved run onto the hub, with its card and without local paths."""
 
 import contextlib
-import json
 from pathlib import Path
 
 from posttrain.console import say, say_json

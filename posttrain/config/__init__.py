@@ -23,7 +23,6 @@ from trl import ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
-from posttrain.console import complain, guard_tracebacks, say
 from posttrain import private, yaml_text
 from posttrain.checks import near
 from posttrain.config import strangers
@@ -31,6 +30,7 @@ from posttrain.config.arguments import DataArguments as DataArguments
 from posttrain.config.arguments import ModelArguments as ModelArguments
 from posttrain.config.arguments import is_local as is_local
 from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
+from posttrain.console import complain, guard_tracebacks, say
 from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError
 from posttrain.log import get_logger
 

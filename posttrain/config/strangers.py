@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from posttrain.checks import near
 from posttrain.errors import ConfigError
 
 # Variables of the number of threads and devices, of notes, of names in a tracker. Not among them: what says where
@@ -25,8 +26,9 @@ def check_variable(name: str, place: str) -> None:
     """Raise ConfigError for a variable of `env:` by which programs, libraries, servers or accounts are chosen."""
     if name not in VARIABLES:
         raise ConfigError(
-            f"{place}: `env` sets {name}, which a settings file may not: it takes {', '.join(sorted(VARIABLES))}. Set "
-            f"others in the shell, as in `{name}=... posttrain train ...`."
+            f"{place}: `env` sets {name}, which a settings file may not: it takes names of threads, devices, offline "
+            f"modes and trackers' projects, such as {near(name, VARIABLES) or 'OMP_NUM_THREADS'}; docs/strangers.md "
+            f"lists them. Set it in the shell: `{name}=... posttrain train ...`."
         )
 
 
@@ -40,9 +42,9 @@ def check_setting(name: str, value, place: str) -> None:
     for key, held in _entries(name, value):
         if key in ("trust_remote_code", "use_kernels") and held not in (None, False, "false", "False", "no", "0", 0):
             raise ConfigError(
-                f"{place}: `{key}: {str(held).lower()}` runs code from the hub or the model's folder, which a settings file "
-                f"alone does not. Where you trust that model, leave it out here and add --{key} true to the command "
-                "line."
+                f"{place}: `{key}: {str(held).lower()}` runs code from the hub or the model's folder, which a settings "
+                f"file alone does not. Where you trust that model, leave it out here and add --{key} true to the "
+                "command line."
             )
         # a hub id in the place of an implementation's name loads compiled code from there
         if key in ("attn_implementation", "experts_implementation") and "/" in str(held):

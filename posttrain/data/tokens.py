@@ -51,7 +51,9 @@ def load_processing_class(model: str, revision: str | None = None, trust_remote_
 
 def _check_template_files(model: str) -> None:
     folder = Path(model)
-    for pattern in ("chat_template*", "additional_chat_templates/*", "tokenizer_config.json") if folder.is_dir() else ():
+    if not folder.is_dir():
+        return
+    for pattern in ("chat_template*", "additional_chat_templates/*", "tokenizer_config.json"):
         for path in folder.glob(pattern):
             if path.is_file() and path.stat().st_size > bounds.LONGEST_TEMPLATE:
                 raise DataError(f"{path} has more than {bounds.LONGEST_TEMPLATE >> 20} MiB, and is no chat template.")

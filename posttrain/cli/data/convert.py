@@ -1,8 +1,8 @@
 """`posttrain data convert`: a copy in the form that training reads."""
 
-from posttrain.console import say
 from posttrain.cli.data.output import output_file, write_lines
 from posttrain.cli.data.source import add_source, print_json
+from posttrain.console import say
 
 
 def add_parser(actions) -> None:

@@ -1,8 +1,8 @@
 """`posttrain data flip`: a copy in which some rows have chosen and rejected swapped."""
 
-from posttrain.console import say
 from posttrain.cli.data.output import output_file, write_lines
 from posttrain.cli.data.source import add_source, print_json
+from posttrain.console import say
 from posttrain.errors import ConfigError, DataError
 
 

@@ -2,8 +2,9 @@
 
 import json
 
-from posttrain.console import say
 from posttrain.cli.data.source import Source, add_as_is, add_source, print_json
+from posttrain.console import say
+from posttrain.visible import one_line, visible
 
 # Of longer sequences the middle is not shown.
 SHOWN_TOKENS = 600
@@ -80,7 +81,7 @@ def _print_values(shown: list[dict]) -> None:
     for example in shown:
         say(f"row {example['row']}")
         for name, value in example["values"].items():
-            say(f"  {visible(name)}: {visible(_cut(_shown(value)))}")
+            say(f"  {one_line(name)}: {_cut(visible(_shown(value)))}")
         say()
     say("With --model MODEL: its tokens, and which of them are supervised.")
 

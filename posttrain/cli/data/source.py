@@ -1,7 +1,5 @@
 """The rows that a verb of `posttrain data` reads, and what they are."""
 
-import json
-
 from posttrain.console import say_json
 from posttrain.errors import DataError
 

@@ -1,8 +1,8 @@
 """`posttrain data stats`: counts, lengths, and what `max_length` leaves of the rows."""
 
-from posttrain.console import say
 from posttrain.cli.data import rewards
 from posttrain.cli.data.source import Source, add_as_is, add_source, print_json
+from posttrain.console import say
 
 
 def add_parser(actions) -> None:

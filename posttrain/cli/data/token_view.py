@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from posttrain.console import say
 from posttrain.visible import visible
 
+
 def pieces(ids: Sequence[int], supervised: Sequence[bool], tokenizer) -> list[tuple[str, bool]]:
     """Return the text of each token with whether it is supervised.
 

@@ -1,6 +1,5 @@
 """What a run on rollouts needs before any weights are there: checks, tokens, steps."""
 
-
 import torch
 from datasets import Dataset
 
