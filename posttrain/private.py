@@ -189,7 +189,8 @@ def without_secrets(value, instead: str | None = None):
         text = value.decode("latin-1")
         return value if hide(text) == text else hide(text).encode("latin-1")
     if isinstance(value, PurePath):
-        return value if hide(str(value)) == str(value) else type(value)(hide(str(value)))
+        text = without_secrets(str(value))
+        return value if text == str(value) else type(value)(text)
     return value
 
 

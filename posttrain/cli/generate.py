@@ -103,6 +103,9 @@ def _answer(model, tokenizer, prompt: str, args) -> str:
         inputs = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        by = "the chat template of the adapter" if tokenizer.chat_template else "the tokenizer"
+        raise DataError(f"the prompt {prompt!r} comes out of {by} as no token at all, so there is nothing to answer.")
     inputs = inputs.to(model.device)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     with torch.no_grad():
