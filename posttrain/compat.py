@@ -32,6 +32,7 @@ PRIVATE_NAMES = (
     ("trl.data_utils", "common_prefix_length", ("ids", "other_ids")),
     ("trl.data_utils", "prepare_multimodal_messages", ("messages",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._tokenize_prompts", ("prompts",)),
+    ("trl.trainer.grpo_trainer", "print_prompt_completions_sample", ("prompts", "completions", "extra")),
     ("trl.trainer.utils", "RepeatSampler", ("data_source", "shuffle", "seed")),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._compute_loss", ("model", "inputs")),
     (

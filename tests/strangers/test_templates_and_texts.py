@@ -148,6 +148,21 @@ def test_nothing_is_printed_past_the_console():
     assert bare == []
 
 
+def test_the_table_of_completions_shows_control_characters_as_text(capsys):
+    from trl.trainer import grpo_trainer
+
+    from posttrain.trainers.policy_gradient.completion_log import printed_as_text
+
+    upstream = grpo_trainer.print_prompt_completions_sample
+    with printed_as_text():
+        grpo_trainer.print_prompt_completions_sample(
+            [[{"role": "user", "content": "p\x1b[2J"}]], ["c\x1b]0;title\x07\u202e"], {"r": [1.0]}, [0.5], 1
+        )
+    assert grpo_trainer.print_prompt_completions_sample is upstream
+    printed = capsys.readouterr().out
+    assert "\\x1b" in printed and not any(character in printed for character in "\x1b\x07\u202e")
+
+
 def test_log_records_of_exceptions_hide_secrets(capsys):
     try:
         raise ValueError("401 for https://me:pw@host/x")
