@@ -135,13 +135,15 @@ def hide(text: str) -> str:
 
     Known are the values of secret names in the settings that `remember` was given, and in the environment.
     """
+    text = hide_forms(_REWARD.sub(_hide_reward, text))
     for known in _known():
         if known in text:
             text = text.replace(known, HIDDEN)
-    text = hide_forms(_REWARD.sub(_hide_reward, text))
     text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
-    text = _FLAG.sub(lambda m: f"--{m[1]}{m[2]}{HIDDEN}" if is_secret_name(m[1]) else m[0], _hide_quoted(text))
-    # what stands behind the bare word `key` is as often the name of a setting
+    # what stands behind the bare word `key` is as often the name of a setting, or `value`
+    text = _FLAG.sub(
+        lambda m: f"--{m[1]}{m[2]}{HIDDEN}" if m[1] != "key" and is_secret_name(m[1]) else m[0], _hide_quoted(text)
+    )
     for pattern in (_ASSIGNED, _SAID):
         text = pattern.sub(
             lambda m: f"{m[1]}{m[2]}{_in_quotes(m[3])}" if m[1] != "key" and _hides(m[1], m[3]) else m[0], text
@@ -257,7 +259,8 @@ def _hide_word(word: str) -> str:
             return hide(word)
         clean = without_secrets(content, HIDDEN)
         return word if clean == content else json.dumps(clean, ensure_ascii=False)
-    return without_secrets(word)
+    whole = _WHOLE_REWARD.fullmatch(word)
+    return _hide_reward(whole) if whole else hide(word)
 
 
 def _hide_query(match: re.Match) -> str:

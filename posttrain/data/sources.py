@@ -151,7 +151,8 @@ def load_hub(source: str, split: str, **given):
             f"the data set {source!r} is a folder without data files that can be read; give a file "
             f"({', '.join(SUFFIXES)}), or a folder of some."
         ) from None
-    except (DatasetsError, OSError, ValueError) as error:
+    # the last of a folder with a script, which is not run
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         if out_of_reach(error):
             raise EnvironmentIssue(
                 f"the data set {source!r} is no file or folder here, and the hub cannot be reached. "

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 from transformers.utils import chat_template_utils
 
@@ -45,10 +46,15 @@ class _Bounded:
         return _checked(text)
 
     def generate(self, *args, **kwargs):
-        with bounded():
-            parts = list(self._template.generate(*args, **kwargs))
-        _checked("".join(parts))
-        return iter(parts)
+        # part by part: who asks for them notes how far the text has come
+        length = 0
+        with bounded() as clock:
+            for part in self._template.generate(*args, **kwargs):
+                length += len(part)
+                _check_length(length)
+                clock.stopped = True
+                yield part
+                clock.stopped = False
 
 
 @contextlib.contextmanager
@@ -61,8 +67,8 @@ def bounded(what: str = "the chat template"):
         EndlessTemplate: it was stopped.
     """
     try:
-        with _in_time(), _in_memory():
-            yield
+        with _in_time() as clock, _in_memory():
+            yield clock
     except _Overtime:
         raise EndlessTemplate(
             f"{what} did not come to an end within {SECONDS:g} s. Use another model's, or mend it."
@@ -95,24 +101,29 @@ def _compiled(inner, chat_template):
 
 
 def _checked(text: str) -> str:
-    if len(text) > LONGEST:
-        raise EndlessTemplate(
-            f"the chat template made a text of {len(text):,} characters of the row. Use another model's, or mend it."
-        )
+    _check_length(len(text))
     return text
+
+
+def _check_length(length: int) -> None:
+    if length > LONGEST:
+        raise EndlessTemplate(
+            f"the chat template made a text of {length:,} characters of the row. Use another model's, or mend it."
+        )
 
 
 @contextlib.contextmanager
 def _in_time():
+    clock = SimpleNamespace(stopped=False)
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
+        yield clock
         return
     began = time.thread_time()
 
     def ring(*_):
         left = SECONDS - (time.thread_time() - began)
-        # the machine, not the template, took the time
-        if left > 0:
+        # the machine, not the template, took the time, or it is another's turn
+        if left > 0 or clock.stopped:
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.05))
             return
         raise _Overtime
@@ -120,7 +131,7 @@ def _in_time():
     before = signal.signal(signal.SIGALRM, ring)
     others = signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        yield
+        yield clock
     finally:
         signal.setitimer(signal.ITIMER_REAL, *others)
         signal.signal(signal.SIGALRM, before)
