@@ -180,6 +180,7 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
 
 
 def _rendered(row, tokenizer, args) -> str:
+    from posttrain.data.rendering.refusals import refusal
     from posttrain.data.row_options import template_kwargs_of, tools_of
 
     prompt = row["prompt"]
@@ -197,3 +198,7 @@ def _rendered(row, tokenizer, args) -> str:
             f"prompts are messages, and the model's tokenizer has no chat template ({error}). Set `conversational: "
             "false` for tasks as plain text, or name a model that has one."
         ) from None
+    # a chat template is a program that came with the model: anything can come out of it
+    except Exception as error:
+        said = refusal(error, [prompt], lambda messages: tokenizer.apply_chat_template(messages, tokenize=False))
+        raise DataError(f"train_dataset, row 1: {said}") from error

@@ -23,6 +23,10 @@ LONGEST = 64 << 20
 LONGEST_TEMPLATE = 16 << 20
 
 
+# templates that were stopped before
+_endless: set[str] = set()
+
+
 class EndlessTemplate(DataError):
     """A chat template that does not come to an end, or takes more memory than a text does."""
 
@@ -34,21 +38,22 @@ class _Overtime(BaseException):
 class _Bounded:
     """A compiled template whose `render` and `generate` are bounded; all else is the template's own."""
 
-    def __init__(self, template) -> None:
-        self._template = template
+    def __init__(self, template, text) -> None:
+        self._template, self._text = template, text
 
     def __getattr__(self, name: str):
         return getattr(self._template, name)
 
     def render(self, *args, **kwargs) -> str:
-        with bounded():
+        with self._bounded():
             text = self._template.render(*args, **kwargs)
-        return _checked(text)
+            _check_length(len(text))
+        return text
 
     def generate(self, *args, **kwargs):
         # part by part: who asks for them notes how far the text has come
         length = 0
-        with bounded() as clock:
+        with self._bounded() as clock:
             for part in self._template.generate(*args, **kwargs):
                 length += len(part)
                 _check_length(length)
@@ -56,10 +61,20 @@ class _Bounded:
                 yield part
                 clock.stopped = False
 
+    @contextlib.contextmanager
+    def _bounded(self):
+        # it is tried in several forms before it is given up, which are not to take their time each
+        try:
+            with bounded(seconds=SECONDS / 20 if self._text in _endless else SECONDS) as clock:
+                yield clock
+        except EndlessTemplate:
+            _endless.add(self._text)
+            raise
+
 
 @contextlib.contextmanager
-def bounded(what: str = "the chat template"):
-    """Stop what runs here after `SECONDS`, and where it takes more than `MEMORY`.
+def bounded(what: str = "the chat template", seconds: float | None = None):
+    """Stop what runs here after `seconds` (default: `SECONDS`), and where it takes more than `MEMORY`.
 
     In other threads than the main one, and on systems without these limits, as far as there are any.
 
@@ -67,7 +82,7 @@ def bounded(what: str = "the chat template"):
         EndlessTemplate: it was stopped.
     """
     try:
-        with _in_time() as clock, _in_memory():
+        with _in_time(SECONDS if seconds is None else seconds) as clock, _in_memory():
             yield clock
     except _Overtime:
         raise EndlessTemplate(
@@ -86,7 +101,7 @@ def install() -> None:
         return
 
     def compiled(chat_template):
-        return _Bounded(_compiled(inner, chat_template))
+        return _Bounded(_compiled(inner, chat_template), chat_template)
 
     compiled.is_bounded = True
     chat_template_utils._compile_jinja_template = compiled
@@ -100,11 +115,6 @@ def _compiled(inner, chat_template):
         return inner(chat_template)
 
 
-def _checked(text: str) -> str:
-    _check_length(len(text))
-    return text
-
-
 def _check_length(length: int) -> None:
     if length > LONGEST:
         raise EndlessTemplate(
@@ -113,7 +123,7 @@ def _check_length(length: int) -> None:
 
 
 @contextlib.contextmanager
-def _in_time():
+def _in_time(seconds: float):
     clock = SimpleNamespace(stopped=False)
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield clock
@@ -121,7 +131,7 @@ def _in_time():
     began = time.thread_time()
 
     def ring(*_):
-        left = SECONDS - (time.thread_time() - began)
+        left = seconds - (time.thread_time() - began)
         # the machine, not the template, took the time, or it is another's turn
         if left > 0 or clock.stopped:
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.05))
@@ -129,7 +139,7 @@ def _in_time():
         raise _Overtime
 
     before = signal.signal(signal.SIGALRM, ring)
-    others = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield clock
     finally:
