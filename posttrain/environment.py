@@ -1,5 +1,6 @@
 """Facts about the machine and the versions of libraries."""
 
+import functools
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
@@ -19,6 +20,11 @@ _LIBRARIES = "posttrain torch transformers trl peft accelerate datasets deepspee
 
 def library_versions() -> dict[str, str]:
     """Return the versions of this library and of those it stands on, where installed."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {}
     for name in _LIBRARIES:
         try:

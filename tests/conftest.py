@@ -43,6 +43,29 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+# they share one warm process, and the process in which pytest runs them
+WARM = ("tests/distributed/", "tests/interruption/")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "warm" if nodeid.startswith(WARM) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a module leaves need not be gone over in each of the next ones' collections either."""
+    if nextitem and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """Where POSTTRAIN_TEST_CPU names a file: the processor seconds of each test, for `tests.budget`."""

@@ -344,9 +344,8 @@ noisy_sft = Method(
     },
     step=8,
     cases={
-        # a last step that is short has rows twice on two ranks, as TRL's has
-        "neftune": NEFTUNE | dict(rows=16),
-        "uniform": dict(embedding_noise="uniform", rows=16),
+        "neftune": NEFTUNE | _SHORT,
+        "uniform": dict(embedding_noise="uniform") | _SHORT,
     },
     wrong=_width_for_length,
     resumed=(
@@ -356,8 +355,12 @@ noisy_sft = Method(
     ),
     shared={},
     # TRL's other means are means of micro-batches' means
-    compared=("loss", "noise/ratio"),
-    ranks={"neftune-full": NEFTUNE | dict(rows=16, peft=False)},
+    compared=("loss", "noise/ratio", "num_tokens"),
+    ranks={
+        "neftune-full": NEFTUNE | _SHORT | dict(peft=False),
+        "neftune-flat": NEFTUNE | _SHORT | dict(padding_free=True, max_length=None),
+    },
+    plain=dict(padding_free=False),
     sharded=("neftune",),
 )
 

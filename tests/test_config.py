@@ -200,6 +200,16 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         run_main(lambda: 1 / 0)
 
 
+@pytest.mark.parametrize("processes, expected", [("2", ["main", "handlers", "exit 0"]), ("1", ["main"])])
+def test_only_a_distributed_run_ends_in_run_main(monkeypatch, processes, expected):
+    done = []
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: done.append("handlers"))
+    monkeypatch.setattr("os._exit", lambda code: done.append(f"exit {code}"))
+    assert run_main(lambda: done.append("main")) == 0 and done == expected
+
+
+@pytest.mark.slow
 def test_a_distributed_run_ends_at_once_with_its_exit_handlers_run():
     # one interpreter imports the libraries, and a child of it is each kind of run
     code = (

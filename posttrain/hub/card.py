@@ -1,5 +1,6 @@
 """The model card: what was trained, on what, how well, and how to load it."""
 
+import dataclasses
 import inspect
 import math
 import os
@@ -198,7 +199,8 @@ def _presets(config: type) -> list[str]:
     from posttrain.config.setting import meanings
 
     own = [kind for kind in config.__mro__ if kind.__module__.startswith("posttrain.")]
-    names = [name for kind in own for name in inspect.get_annotations(kind) if name in config.__dataclass_fields__]
+    known = {entry.name for entry in dataclasses.fields(config)}
+    names = [name for kind in own for name in inspect.get_annotations(kind) if name in known]
     return [name for name in dict.fromkeys(names) if name not in meanings(config)]
 
 

@@ -58,10 +58,16 @@ def command(*arguments, cwd=ROOT, **environment):
     )
 
 
-def test_the_real_command_shows_rows_as_training_sees_them_and_nothing_else(source, tiny_folder):
-    done = command("inspect", source, "--model", tiny_folder)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rows_are_shown_as_training_sees_them_and_nothing_else(source, tiny_folder, data, fresh):
+    given = "inspect", source, "--model", tiny_folder
+    if fresh:
+        done = command(*given)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        code, out, err = data(*given)
+    assert (code, err) == (0, "")
+    assert out == (
         f"{source}: 20 rows; columns prompt, chosen, rejected, score\n"
         "format: standard preference (columns prompt, chosen and rejected, of texts)\n"
         "\n"

@@ -63,6 +63,7 @@ def test_env_tells_tested_versions(capsys):
     assert facts["posttrain"] and facts["torch"] and facts["cache"]
 
 
+@pytest.mark.slow
 def test_train_prints_its_line_without_the_hub_token_and_passes_the_recipes_exit_code_on(capfd):
     token = "hf_" + "aB3" * 11
     given = ["--hub_token", "secret", f"--hub-token={token}", token, "--dataset_name", "hf_org/my pairs.jsonl"]

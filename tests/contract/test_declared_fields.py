@@ -10,8 +10,9 @@ from posttrain.config import parse
 from posttrain.config.setting import identity_of, meanings, told_in_card, undeclared
 from posttrain.errors import ConfigError
 from posttrain.run.identity import update_of
+from tests.families import METHODS
 
-CONFIGS = (RobustDPOConfig, ALoLConfig, PolicyGradientConfig, QAEConfig, HPTConfig)
+CONFIGS = (*(method.config for method in METHODS.values()), QAEConfig, HPTConfig)
 SMALL = dict(num_generations=4, per_device_train_batch_size=4)
 
 

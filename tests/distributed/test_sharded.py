@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_pairs
-from tests.distributed.worker import HELD_OUT, SAVED
+from tests.distributed.worker import ANSWERS, EVALUATED, HELD_OUT, SAVED
 from tests.families import METHODS
 from tests.runs import distance, entries, same_metrics
 
@@ -30,6 +30,7 @@ WRONG = {f"{name}/wrong-{name}": m.wrong for name, m in METHODS.items() if isins
 EQUAL = {f"{name}/{key}": case for name, m in METHODS.items() for key, case in (m.cases | m.ranks).items()}
 # cases of which the other ones under DDP show all
 ALIKE = {"robust_dpo/dr_dpo-whole-steps", "robust_dpo/dpo", "a_lol/a_lol-whole-steps", "a_lol/a_lol"}
+ALIKE |= {"a_lol/a_lol-seq", "a_lol/a_lol-sampled", "policy_gradient/grpo", "policy_gradient/qae", "noisy_sft/uniform"}
 # what DeepSpeed refuses, as tests/trainers asserts
 DDP_ALONE = {"robust_dpo/dr_dpo-rescale"}
 SHARDED = [f"{name}/{key}" for name, method in METHODS.items() for key in method.sharded]
@@ -55,7 +56,9 @@ class Launch:
         cases = {key: on_ranks(key, case) for key, case in cases.items()}
         self.cases = set(cases)
         config, log = str(ROOT / f"configs/accelerate/{backend}.yaml"), out / "log"
-        arguments, cache = [model, str(out), json.dumps(cases)], {"POSTTRAIN_CACHE": str(out / "cache")}
+        # a fresh interpreter of each rank builds the model
+        arguments = [model, str(out), json.dumps(cases), "embedded:tiny" if is_whole else ""]
+        cache = {"POSTTRAIN_CACHE": str(out / "cache")}
         if is_whole:
             command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
             command += [str(ROOT / "tests/distributed/worker.py"), *arguments]
@@ -98,9 +101,10 @@ def single(tiny_folder, tmp_path_factory):
     def trained(key: str, case: Mapping):
         method, name = method_of(key), json.dumps([key, case], sort_keys=True, default=str)
         if name not in known:
-            whole = case | method.split(method.step) | method.plain
+            whole = case | method.split(method.step) | method.plain | (ANSWERS if key == EVALUATED else {})
             change, trainer = method.train(tiny_folder, tmp_path_factory.mktemp("single"), **whole)
             held_out = trainer.evaluate(make_pairs(**HELD_OUT)) if key.split("/")[1] in SAVED else None
+            held_out = trainer.evaluate() if key == EVALUATED else held_out
             known[name] = change, entries(trainer), method.outcome(trainer), held_out
         return known[name]
 
@@ -125,6 +129,8 @@ def test_the_engine_is_what_the_config_says(launch):
         assert facts["partitioned"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", FRESH, indirect=True)
 def test_ranks_that_ask_for_an_embedded_model_at_once_get_it_whole(launch):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(launch.results["embedded"])
     folder = next((launch.out / "cache" / "models").glob("tiny-llama-*"))
@@ -189,6 +195,11 @@ def test_evaluation_counts_every_row_once(launch, single):
         for name in expected:
             if "/" in name or name == "eval_loss":
                 assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+def test_an_evaluation_by_tokens_has_no_row_twice(launch, single):
+    expected = single(EVALUATED, EQUAL[EVALUATED])[3]["eval_loss"]
+    assert launch.results["answers"]["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_compute_metrics_sees_both_answers_of_every_pair_once(launch):

@@ -16,11 +16,15 @@ from posttrain.run import report
 from tests.conftest import make_pairs
 from tests.families import METHODS
 from tests.runs import entries
+from tests.scored import make_scored
 
 # a seed without a pair of equal sides: rounding would decide which of them is the likelier
 HELD_OUT = dict(n=11, seed=10)
 # runs that are saved and evaluated as well: one of an adapter, one of the whole model
 SAVED = {"dr_dpo": "lora", "dr_dpo-full": "full"}
+# a run that is evaluated: a rank has eight of eleven rows, the other three, and five that fill up
+EVALUATED = "noisy_sft/neftune"
+ANSWERS = dict(per_device_eval_batch_size=8, eval_dataset=make_scored(11, seed=10).remove_columns("reward"))
 
 
 def is_deepspeed() -> bool:
@@ -86,15 +90,16 @@ def saved(trainer, target: Path) -> dict:
     return results
 
 
-def main(folder: str, out: str, chosen: str) -> None:
+def main(folder: str, out: str, chosen: str, embedded: str) -> None:
     out, results, changes = Path(out), {"history": {}, "outcome": {}}, {}
     # one rank would draw for longer than both of them train
     report.plot_curves = lambda *args: None
+    report.git_commit = lambda: None
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     # what is imported by now need not be gone over at the end of each run
     gc.freeze()
-    for key, case in json.loads(chosen).items():
-        name, key = key.split("/")
+    for whole_key, case in json.loads(chosen).items():
+        name, key = whole_key.split("/")
         method, target = METHODS[name], out / key
         # a second engine in the process would otherwise find the first one's plugin
         AcceleratorState._reset_state(reset_partial_state=False)
@@ -102,6 +107,8 @@ def main(folder: str, out: str, chosen: str) -> None:
         more = dict(save_strategy="steps", save_steps=2, per_device_eval_batch_size=3) if key in SAVED else {}
         if more:
             more["held_out"] = make_pairs(**HELD_OUT)
+        if whole_key == EVALUATED:
+            more = ANSWERS
         if name == "policy_gradient":
             # use_cpu would have accelerate look past DeepSpeed
             more["use_cpu"] = None
@@ -112,7 +119,9 @@ def main(folder: str, out: str, chosen: str) -> None:
         if "engine" not in results:
             results["engine"] = engine_facts(trainer)
             # while ZeRO-3 is configured: all ranks ask for a model that is not built yet
-            results["embedded"] = sorted(os.listdir(resolve_model("embedded:tiny")))
+            results["embedded"] = embedded and sorted(os.listdir(resolve_model(embedded)))
+        if whole_key == EVALUATED:
+            results["answers"] = trainer.evaluate()
         if key in SAVED:
             results[SAVED[key]] = saved(trainer, target)
             changes[f"logits|{SAVED[key]}"] = logits(trainer)

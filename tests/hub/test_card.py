@@ -72,6 +72,8 @@ def test_card_tells_method_settings_evaluation_versions_and_citations(trained):
         "0.0003",
     )
     assert (rows["lora_r"], rows["lora_alpha"], rows["lora_target_modules"]) == ("4", "8", "q_proj, v_proj")
+    # what a config says of itself to the parser is no setting
+    assert not {"says", "replaces", "renamed"} & rows.keys()
     assert rows["optimiser steps"] == "1" and rows["seed"] == "42"
     assert rows["rows an optimiser step"].startswith("2 (per device 2")
     assert {"python", "trl", "peft", "torch", "posttrain"} <= set(rows)

@@ -61,8 +61,9 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.core("hpt")
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(recipe, tmp_path, curves, method):
+def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(recipe, tmp_path, method):
     rewards = ["maths_answer", "parity_reward:parity"]
     code, out, err = recipe(
         method, *shipped(method, "cpu"), **SMALL, reward_funcs=rewards, allow_code=["parity_reward"]
@@ -85,7 +86,6 @@ def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(recipe, tmp_path
     assert settings["tasks"]["dataset_name"] == TASKS and settings["tasks"]["reward_funcs"] == rewards
     assert settings["model"]["lora_r"] == 16 and settings["training"]["num_generations"] == 4
     assert {"qae": "2509.22611", "hpt": "2509.04419"}[method] in (run / "README.md").read_text()
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("method", METHODS)

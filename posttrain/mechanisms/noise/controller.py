@@ -42,21 +42,22 @@ class EmbeddingNoise:
         self.kind, self.alpha, self.seed = kind, alpha, seed
         self._batch: tuple[Tensor, draws.Sequences] | None = None
         self._entered, self._added = False, False
-        # sums of squares of noise and of embeddings, of real tokens
+        # sums of squares of noise and of embeddings, of real tokens that count
         self.squares: Tensor | None = None
 
     @contextlib.contextmanager
-    def added_to(self, model: nn.Module, step: int):
+    def added_to(self, model: nn.Module, step: int, counted: Tensor | None = None):
         """Add the noise of an optimiser step to forwards of a model that have a gradient.
 
         Args:
             model: a causal language model, or a PeftModel of one.
             step: optimiser steps taken so far.
+            counted: bool, (B, T) or what broadcasts to it: the tokens that count in `squares`; None for all.
 
         Raises ConfigError for a batch whose sequences cannot be told apart, and for a model that does not call its
         input embedding.
         """
-        embedding, self._step = input_embedding(model), step
+        embedding, self._step, self._counted = input_embedding(model), step, counted
         self._entered = self._added = False
         hooks = [
             innermost(model).register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -114,7 +115,8 @@ class EmbeddingNoise:
         made = draws.noise(keys, draws.bounds(self.kind, self.alpha, found, size), size, output.dtype).view_as(output)
         self._added = True
         with torch.no_grad():
-            real = found.real.view(*input_ids.shape, 1)
-            squares = torch.stack([made.float().square().sum(), (output.detach().float() * real).square().sum()])
+            real = found.real.view(input_ids.shape)
+            real = (real if self._counted is None else real & self._counted).unsqueeze(-1)
+            squares = torch.stack([(values.float() * real).square().sum() for values in (made, output.detach())])
             self.squares = squares if self.squares is None else self.squares + squares
         return output + made

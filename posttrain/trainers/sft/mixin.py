@@ -1,15 +1,17 @@
 """Training on tokenised rows: one by one, by the sequences' losses; or by TRL's own mean over their tokens."""
 
+import contextlib
+
 import torch
+from accelerate.utils import find_batch_size
 from torch import Tensor
 
 from posttrain.data import objects
 from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.metrics import MeanMetrics
-from posttrain.mechanisms.window import Window
+from posttrain.mechanisms.window import Window, count_rows
 from posttrain.run import new_tokens
-from posttrain.run.mixin import RunMixin
 from posttrain.run.sharing import record_padding
 from posttrain.run.window import WindowMixin
 from posttrain.trainers.sft.prepare import prepare
@@ -27,11 +29,28 @@ class RenderedRows:
         )
 
 
-class InstructionMixin(RenderedRows, RunMixin):
+class RowLengths:
+    """Collates rows, and adds the number of tokens of each (B,) where the collator has put them all into one row."""
+
+    def __init__(self, collator) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = self.collator(examples)
+        if len(examples) > 1 and find_batch_size(batch) == 1 and "input_ids" in examples[0]:
+            batch["row_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
+        return batch
+
+
+class InstructionMixin(RenderedRows, WindowMixin):
     """Trains a method on TRL's SFTTrainer that keeps its loss, the mean over the tokens of the optimiser step.
 
-    Its forward is the policy's: what a method puts around that goes into `around_policy_forward`.
+    Rows that only fill up the last round of several ranks are forwarded, and nothing is learned or counted of them. Its
+    forward is the policy's: what a method puts around that goes into `around_policy_forward`.
     """
+
+    # which tokens of the batch being trained on are of rows of data, (B, T) or (B, 1); None where all are
+    counted_tokens: Tensor | None = None
 
     def __init__(
         self,
@@ -60,13 +79,67 @@ class InstructionMixin(RenderedRows, RunMixin):
 
         self._build(model, args, kwargs.get("peft_config"), ready, construct)
 
+    def _begin(self, ready) -> None:
+        self._begin_window()
+
     def _place(self, ready) -> None:
+        self.data_collator = RowLengths(self.data_collator)
         new_tokens.warn_of_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         new_tokens.warn_of_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)
 
+    def rows_in(self, batch) -> int:
+        return batch["row_lengths"].size(0) if "row_lengths" in batch else find_batch_size(batch)
+
+    def tokens_of_data(self, batch) -> Tensor | None:
+        """Return which tokens are of rows of data: (B, 1), or (1, T) of rows in one; None where all are."""
+        real = batch["real_rows"]
+        if real == self.rows_in(batch):
+            return None
+        if "row_lengths" not in batch:
+            return self.is_real(batch).unsqueeze(1)
+        place = torch.arange(batch["input_ids"].size(1), device=batch["input_ids"].device)
+        return (place < batch["row_lengths"][:real].sum()).unsqueeze(0)
+
+    def learned_of_data(self, batch) -> dict:
+        """Return a batch without the labels of rows that only fill it up."""
+        counted = self.tokens_of_data(batch)
+        if counted is None or "labels" not in batch:
+            return batch
+        return {**batch, "labels": batch["labels"].masked_fill(~counted, -100)}
+
+    def _counting_rows(self, batches):
+        # before upstream counts the tokens that the step's loss is divided by
+        for batch in super()._counting_rows(batches):
+            yield self.learned_of_data(batch)
+
+    def prepare_window(self, batches: list[dict], window: Window) -> None:
+        # the same on every rank
+        if sum(map(self.rows_in, batches)) * window.world_size > window.rows:
+            # TRL adds the tokens of all rows
+            self._total_train_tokens -= count_rows(self.accelerator, sum(map(self._repeated_tokens, batches)))
+
+    def _repeated_tokens(self, batch) -> int:
+        if "row_lengths" not in batch and "attention_mask" not in batch:
+            return 0
+        lengths = batch["row_lengths"] if "row_lengths" in batch else batch["attention_mask"].sum(dim=1)
+        return int(lengths[batch["real_rows"] :].sum())
+
+    @contextlib.contextmanager
+    def _sums_over_ranks(self):
+        # TRL sums over ranks with gather_for_metrics, which takes the sums for rows at the end of an epoch and cuts
+        # them off; of repeats nothing is in them
+        self.accelerator.gather_for_metrics = self.accelerator.gather
+        try:
+            yield
+        finally:
+            del self.accelerator.gather_for_metrics
+
     # stands on SFTTrainer.compute_loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with self.policy_forward():
+        inputs = self.learned_of_data(self.with_real_rows(inputs, "train" if self.model.training else "eval"))
+        self.counted_tokens = self.tokens_of_data(inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in ("real_rows", "row_lengths")}
+        with self.policy_forward(), self._sums_over_ranks():
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training and self.is_in_train:
             self._finite_loss.watch(self, found[0] if return_outputs else found)

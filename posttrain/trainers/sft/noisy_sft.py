@@ -5,7 +5,6 @@ import math
 from trl import SFTTrainer
 
 from posttrain.errors import ConfigError
-from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.noise.controller import EmbeddingNoise, input_embedding
 from posttrain.trainers.sft.mixin import InstructionMixin
 from posttrain.trainers.sft.noisy_sft_config import NoisySFTConfig
@@ -32,9 +31,9 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
 
     Takes what `trl.SFTTrainer` takes but for `formatting_func` and images, with a `NoisySFTConfig` as `args`. The noise
     of a token hangs on the run's seed, the optimiser step, the tokens of its sequence and its place there: batch split,
-    ranks, padding, packing, recomputation and resumption change nothing of it. Where a last step does not fill all ranks
-    TRL has some of its rows twice, and so has this trainer. Evaluation, generation and every other forward are without
-    noise. With `embedding_noise: none` or `noise_alpha: 0` the trainer is `trl.SFTTrainer`.
+    ranks, padding, packing, recomputation and resumption change nothing of it. Evaluation, generation and every other
+    forward are without noise. With `embedding_noise: none` or `noise_alpha: 0` the trainer is `trl.SFTTrainer`, except
+    that on several ranks rows which fill up an epoch's last step do not count.
 
     Raises:
         ConfigError, DataError: (ValueErrors) bad settings; columns or values that are missing or cannot be; no row that
@@ -48,7 +47,8 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
     _paper = None
 
     def _begin(self, ready) -> None:
-        self._noise, self._squares = None, MeanMetrics()
+        super()._begin(ready)
+        self._noise = None
 
     def _place(self, ready) -> None:
         super()._place(ready)
@@ -69,12 +69,14 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
     def around_policy_forward(self):
         if self._noise is None:
             return super().around_policy_forward()
-        return self._noise.added_to(self.accelerator.unwrap_model(self.model), self.state.global_step)
+        model = self.accelerator.unwrap_model(self.model)
+        return self._noise.added_to(model, self.state.global_step, self.counted_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._noise is not None and self.model.training:
-            self._squares.add_sum("noise/ratio", *self._noise.take_squares())
-            total, count = self._squares.reduce(self.accelerator)["noise/ratio"]
-            if count:
-                logs["noise/ratio"] = math.sqrt(total / count)
+        if self._noise is not None and self.model.training and self._noise.squares is not None:
+            self._means["train"].add_sum("noise/ratio", *self._noise.take_squares())
         super().log(logs, start_time)
+
+    def finish_metrics(self, metrics: dict[str, float], mode: str) -> None:
+        if "noise/ratio" in metrics:
+            metrics["noise/ratio"] = math.sqrt(metrics["noise/ratio"])

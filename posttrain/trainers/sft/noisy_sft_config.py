@@ -76,7 +76,8 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
             raise ExcludedSetting(
                 f"padding_free is true, where nothing cuts rows to max_length ({self.max_length}). Set `max_length: "
                 "null`, or `packing: true`.",
-                {"padding_free": ("max_length", "packing"), "max_length": ("padding_free",)},
+                # left out, max_length would be TRL's
+                {"padding_free": ("max_length", "packing")},
             )
         if not self.adds_noise:
             return
@@ -84,11 +85,11 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
             raise ExcludedSetting(
                 f"packing_strategy is wrapped with embedding_noise: {self.embedding_noise}: such rows do not tell "
                 "where a sequence begins, and the noise goes by its length. Set `packing_strategy: bfd`.",
-                {"packing_strategy": ("embedding_noise",), "embedding_noise": ("packing_strategy",)},
+                {"packing_strategy": ("embedding_noise",)},
             )
         if self.torch_compile:
             raise ExcludedSetting(
                 f"torch_compile is true with embedding_noise: {self.embedding_noise}, which is added by a hook that is "
                 "there in some forwards only. Leave torch_compile out.",
-                {"torch_compile": ("embedding_noise",), "embedding_noise": ("torch_compile",)},
+                {"torch_compile": ("embedding_noise",)},
             )

@@ -21,6 +21,7 @@ def many_looks(count=600):
     return rows
 
 
+@pytest.mark.core("odd0", "odd2")
 @pytest.mark.parametrize(
     ("odd", "message"),
     [

@@ -10,6 +10,7 @@ from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
 
 from posttrain import NoisySFTConfig, NoisySFTTrainer
+from posttrain.config import parse
 from posttrain.config.setting import identity_of, told_in_card, undeclared
 from posttrain.errors import ConfigError, DataError
 from posttrain.mechanisms.noise import draws
@@ -189,6 +190,23 @@ def test_fields_declare_their_meaning_and_only_noise_that_is_there_counts(tmp_pa
     assert identity_of(made()) == identity_of(made(embedding_noise="neftune", noise_alpha=0))
     assert len({identity_of(made(**NOISE | dict(noise_alpha=alpha)))["noise"] for alpha in (0, 1, 2)}) == 3
     assert told_in_card(made(**NOISE)) == NOISE and told_in_card(made()) == {}
+
+
+def test_the_noise_of_a_file_gives_way_to_no_setting_but_its_own(tmp_path):
+    (tmp_path / "run.yaml").write_text("embedding_noise: neftune\nnoise_alpha: 7\nmax_length: 64\n")
+
+    def read(*flags):
+        (args,) = parse((NoisySFTConfig,), ["--config", str(tmp_path / "run.yaml"), "--output_dir", "run", *flags])
+        return args
+
+    assert read().adds_noise and not read("--embedding_noise", "none").adds_noise
+    for flags, text in (
+        (["--packing", "true", "--packing_strategy", "wrapped"], "packing_strategy is wrapped with embedding_noise"),
+        (["--torch_compile", "true"], "torch_compile is true with embedding_noise: neftune"),
+        (["--padding_free", "true"], r"nothing cuts rows to max_length \(64\)"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            read(*flags)
 
 
 @pytest.mark.parametrize(
