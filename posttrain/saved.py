@@ -9,7 +9,7 @@ from posttrain import yaml_text
 from posttrain.errors import DataError
 
 # of a file that is read as a whole; a tokenizer's has some ten million
-_MOST_CHARACTERS = 256 << 20
+_MOST_CHARACTERS = 128 << 20
 
 
 def read_text(path: Path) -> str:

@@ -19,6 +19,11 @@ def one_line(text) -> str:
     return visible(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def listed(names) -> str:
+    """Return names as a line of visible text, with commas between them; `none` for none."""
+    return ", ".join(map(one_line, names)) or "none"
+
+
 def _visible(character: str) -> str:
     if character in "\n\t" or character in _JOINERS or unicodedata.category(character) not in _HIDDEN_KINDS:
         return character

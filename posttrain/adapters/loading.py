@@ -23,7 +23,7 @@ def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | Non
     try:
         config = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no valid JSON: {error}.") from None
+        raise ConfigError(f"{path} is no valid JSON: {str(error).rstrip('.')}.") from None
     if base:
         return resolve_model(base), None
     named = config.get("base_model_name_or_path") if isinstance(config, dict) else None

@@ -120,9 +120,13 @@ def _too_long(most: int) -> str:
 def _check_lines(path: Path) -> None:
     """Refuse a .json file, which is read as a whole, with a line that would take the memory of many rows."""
     with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_JSON), b""), 1):
-            if len(line) >= LONGEST_JSON:
+        number, length = 1, 0
+        for part in iter(lambda: file.readline(1 << 20), b""):
+            length += len(part)
+            if length >= LONGEST_JSON:
                 raise DataError(f"{path}, line {number}: {_too_long(LONGEST_JSON)}")
+            if part.endswith(b"\n"):
+                number, length = number + 1, 0
 
 
 def _is_utf8(line: bytes) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from posttrain.log import get_logger
-from posttrain.visible import one_line
+from posttrain.visible import listed
 
 
 def found(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
@@ -35,5 +35,5 @@ def name_links(folder: Path, patterns: Iterable[str]) -> None:
         get_logger().warning(
             "%s: %s left out: only regular files that lie in the folder itself are taken, and no link is followed",
             folder,
-            ", ".join(map(one_line, links)),
+            listed(links),
         )

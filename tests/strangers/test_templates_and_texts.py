@@ -7,8 +7,10 @@ import logging
 import pytest
 from transformers import AutoTokenizer
 
+from posttrain.cli import main
 from posttrain.console import say_json
 from posttrain.data import sources
+from posttrain.data.pairs.loading import load_preferences
 from posttrain.data.rendering import bounds
 from posttrain.data.sources import read_rows
 from posttrain.data.tokens import load_processing_class, render
@@ -99,6 +101,16 @@ def test_a_line_without_an_end_is_refused_by_its_number(tmp_path, monkeypatch, n
     path.write_bytes(gzip.compress(line + content) if name.endswith("gz") else line + content)
     with pytest.raises(DataError, match=f"{name}, line 2: (longer than|not UTF-8)"):
         read_rows(str(path))
+
+
+def test_a_name_of_a_column_forges_no_line(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"a\nposttrain: all is well": 1, "b\x1b[2J": "x"}) + "\n")
+    assert main(["data", "inspect", str(rows)]) == 0
+    with pytest.raises(DataError) as caught:
+        load_preferences(str(rows))
+    for text in (capsys.readouterr().out, str(caught.value)):
+        assert r"a\nposttrain: all is well" in text and r"b\x1b[2J" in text and "\x1b" not in text
 
 
 STEERING = "a\x1b[2J\x07\x00\x9b31m\u202egnp\u2066\u2028\ufeff\x7f\rb"

@@ -5,6 +5,7 @@ import math
 from posttrain.console import say
 from posttrain.errors import ConfigError, DataError
 from posttrain.tables import bars
+from posttrain.visible import listed
 
 VALUES = ("mean", "per_prompt", "column")
 BINS = 8
@@ -50,9 +51,7 @@ def facts(args, columns: list[str], first: dict) -> dict:
     renamed = {args.reward_column: "reward"} if args.reward_column not in (None, "reward") else None
     column = (args.value_column or "baseline") if args.value == "column" else None
     if column is not None and column not in columns:
-        raise DataError(
-            f"{args.source} has no column {column!r}. Found: {', '.join(columns)}. Name it: --value-column."
-        )
+        raise DataError(f"{args.source} has no column {column!r}. Found: {listed(columns)}. Name it: --value-column.")
     try:
         keep = (column,) if column else ()
         rows = load_scored(args.source, args.split, args.limit, renamed, keep=keep, convert=not args.as_is)

@@ -18,6 +18,7 @@ from posttrain.data.scored.scales import check_scales
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
+from posttrain.visible import listed
 
 COLUMNS = ("prompt", "completion", "reward", "baseline", "tools", "chat_template_kwargs")
 _ANSWERS = {"prompt", "completion", "chosen", "rejected"}
@@ -117,7 +118,7 @@ def as_scored(
     _check_columns(columns, name, needs_reward)
     missing = [column for column in keep if column not in columns]
     if missing:
-        raise DataError(f"{name} has no column {missing[0]!r}. Found: {', '.join(columns)}. Rename or add it.")
+        raise DataError(f"{name} has no column {missing[0]!r}. Found: {listed(columns)}. Rename or add it.")
     # a reward function is handed every column, as TRL does
     others = [column for column in columns if column not in ("prompt", "completion", "chosen", "rejected")]
     places = [f"{name}, row {number}" for number in range(1, len(dataset) + 1)]
@@ -294,7 +295,7 @@ def _number(row: Mapping, column: str, place: str) -> float:
 
 def _check_columns(columns: Sequence[str], name: str, needs_reward: bool, place: str | None = None) -> None:
     where, verb = (place, "lacks") if place else (name, "has no column")
-    found = f"Found: {', '.join(columns) or 'none'}."
+    found = f"Found: {listed(columns)}."
     if "prompt" not in columns or not ({"completion"} <= set(columns) or {"chosen", "rejected"} <= set(columns)):
         lacking = "prompt" if "prompt" not in columns else "completion"
         raise DataError(f"{where} {verb} {lacking}. {found} {_NEEDED}{_renaming(columns)}")

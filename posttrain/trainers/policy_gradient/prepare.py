@@ -16,6 +16,7 @@ from posttrain.rewards.base import check_missing_golds
 from posttrain.run import evaluation
 from posttrain.run.prepared import Prepared
 from posttrain.user_code import import_function
+from posttrain.visible import listed
 
 
 def prepare(model, args, config, processing_class, train_dataset, eval_dataset, given=None, rewards=()) -> Prepared:
@@ -109,7 +110,7 @@ def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
     for name, dataset in named.items():
         columns = getattr(dataset, "column_names", None)
         if columns and "prompt" not in columns and not environment:
-            raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
+            raise DataError(f"{name} has no column 'prompt'. Found: {listed(columns)}. Rename or add it.")
         if hasattr(dataset, "__len__") and not len(dataset):
             raise DataError(f"{name} has no rows.")
         if not isinstance(dataset, Dataset) or "prompt" not in columns:
