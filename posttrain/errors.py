@@ -59,6 +59,13 @@ class DivergedError(PosttrainError, RuntimeError):
     exit_code = 5
 
 
+class Preempted(PosttrainError, RuntimeError):
+    """A run that was told to end early, and has saved a checkpoint that it goes on from."""
+
+    # EX_TEMPFAIL of sysexits.h: try again later
+    exit_code = 75
+
+
 def require(package: str, extra: str, why: str) -> None:
     """Raise EnvironmentIssue, naming the extra to install, where a package is missing."""
     if find_spec(package) is None:

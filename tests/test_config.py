@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain import signals
 from posttrain.config import (
     REMOVED,
     DataArguments,
@@ -182,9 +184,19 @@ def test_errors_end_a_recipe_with_their_code_and_one_message(error, code, capsys
 
     assert run_main(fail) == code
     assert capsys.readouterr().err == "error: what happened\n"
+    # another rank leaves it to the first one, which ends it
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "9")
+
+    def ended_meanwhile(seconds):
+        raise signals.Terminated(signal.SIGTERM)
+
+    monkeypatch.setattr("time.sleep", ended_meanwhile)
     assert run_main(fail) == code
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert run_main(fail) == code
+    assert capsys.readouterr().err == "rank 9: error: what happened\n"
 
 
 def test_an_interrupted_recipe_ends_without_a_traceback(capsys):

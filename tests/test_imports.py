@@ -15,6 +15,7 @@ ROOT = Path(posttrain.__file__).parent
 LAYERS = (
     (
         "errors",
+        "signals",
         "log",
         "paths",
         "compat",

@@ -2,12 +2,12 @@
 
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from posttrain.cli import _supervised
 from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.paths import configs_dir, recipes_dir
@@ -43,9 +43,9 @@ def run(args) -> int:
     with tempfile.TemporaryDirectory() as folder:
         code_file = Path(folder) / "exit_code"
         # the same interpreter, whatever `accelerate` the PATH would find
-        command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, line[2:])]
-        done = subprocess.run(command, env=os.environ | {"POSTTRAIN_EXIT_CODE_FILE": str(code_file)})
-        return int(code_file.read_text()) if code_file.exists() else done.returncode
+        command = [sys.executable, "-m", "posttrain.cli.launcher", *map(str, line[2:])]
+        code = _supervised.run(command, os.environ | {"POSTTRAIN_EXIT_CODE_FILE": str(code_file)})
+        return int(code_file.read_text()) if code_file.exists() else code
 
 
 def _threads(launch: Path) -> list[str]:

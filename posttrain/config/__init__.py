@@ -9,10 +9,13 @@ have to be set in the shell instead. What runs code of others is for the command
 """
 
 import atexit
+import contextlib
 import copy
 import os
 import re
+import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -23,15 +26,15 @@ from trl import ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
-from posttrain import private, yaml_text
+from posttrain import private, signals, yaml_text
 from posttrain.checks import near
 from posttrain.config import strangers
 from posttrain.config.arguments import DataArguments as DataArguments
 from posttrain.config.arguments import ModelArguments as ModelArguments
 from posttrain.config.arguments import is_local as is_local
 from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
-from posttrain.console import complain, guard_tracebacks, say
-from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError
+from posttrain.console import complain, guard_tracebacks
+from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError, Preempted
 from posttrain.log import get_logger
 
 COMMAND_LINE = "command line"
@@ -90,35 +93,64 @@ def get_peft_config(model_args: ModelConfig):
 def run_main(main: Callable[[], object]) -> int:
     """Run `main` and return the process's exit code: 0, or that of the PosttrainError it ended in.
 
-    The error is printed as one message, once per machine; after Ctrl-C the code is 130. After a distributed run that
-    went well the process ends here.
+    The error is printed as one message, once a machine, with the rank where that is not the first. A signal that ends
+    the process (SIGTERM, SIGHUP, SIGUSR1) becomes an exception, so that every `finally` runs, and the code is 128 and
+    its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. A distributed run
+    ends here.
     """
     guard_tracebacks()
+    is_launched = "RANK" in os.environ or "POSTTRAIN_EXIT_CODE_FILE" in os.environ
+    if is_launched and signals.in_main_thread():
+        signals.follow_parent(signal.SIGTERM)
+    signals.forks_end_with_us()
+    with signals.handled(signals.raise_terminated, signals.ending()):
+        code = _code_of(main)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave(code)
+    return code
+
+
+def _code_of(main: Callable[[], object]) -> int:
     try:
         main()
     except PosttrainError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            complain(f"error: {error}")
-            if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
-                # `accelerate launch` would turn every code into 1
-                Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).write_text(str(error.exit_code))
-        return error.exit_code
+        return _told(str(error) if isinstance(error, Preempted) else f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         # as the shell has it for a program that Ctrl-C ended
-        say("interrupted", file=sys.stderr)
-        return 130
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _leave()
+        return _told("interrupted", 130)
+    except signals.Terminated as ended:
+        return _told(str(ended), ended.code)
     return 0
 
 
-def _leave() -> None:
+# in which a launcher ends the other ranks, of which one has told the same
+_OTHERS_TELL = 3.0
+
+
+def _told(message: str, code: int) -> int:
+    """Print why the process ends, and keep its code, which `accelerate launch` would turn into 1."""
+    local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")
+    if local != "0":
+        try:
+            time.sleep(_OTHERS_TELL)
+        except (signals.Terminated, KeyboardInterrupt):
+            return code
+    if rank != "0":
+        message = f"rank {rank}: {message}"
+    complain(message)
+    if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
+        with contextlib.suppress(FileExistsError), open(os.environ["POSTTRAIN_EXIT_CODE_FILE"], "x") as file:
+            file.write(str(code))
+    return code
+
+
+def _leave(code: int) -> None:
     # Threads of gloo still hold Python objects for a moment after their last collective. Where one lets go of them
     # while the interpreter is being torn down, the process aborts, and a run that is saved counts as failed.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 class PosttrainParser(TrlParser):

@@ -18,7 +18,7 @@ from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
-from posttrain.run import checkpoints
+from posttrain.run import checkpoints, preemption
 from posttrain.run.checks import check_optimiser, check_reporters
 
 
@@ -90,6 +90,19 @@ class CommonConfig:
         identity=False,
         card=False,
     )
+    save_on_signal: str = setting(
+        "auto",
+        "At SIGTERM or SIGUSR1: auto finishes the step, saves a checkpoint and ends with exit code 75; never ends at "
+        "once.",
+        identity=False,
+        card=False,
+    )
+    max_minutes: float | None = setting(
+        None,
+        "End as at a signal after so many minutes of training, before a time limit. Default: no limit.",
+        identity=False,
+        card=False,
+    )
 
     # by setting: others that it stands in the place of, so that a file's give way to it on the command line
     replaces: ClassVar[dict[str, tuple[str, ...]]] = {}
@@ -127,6 +140,7 @@ class CommonConfig:
         check_choice("end_of_turn", self.end_of_turn, CHOICES)
         self._check_ranges()
         check_reporters(self.report_to)
+        preemption.check(self)
         if self.fp16 and self.bf16:
             raise ExcludedSetting(
                 "fp16 and bf16 are both true; keep one of them.", {"fp16": ("bf16",), "bf16": ("fp16",)}

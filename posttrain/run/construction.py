@@ -13,7 +13,7 @@ from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.models import embedded_name, resolve_model
-from posttrain.run import checks, run_folder, schedule, start, upstream_configs
+from posttrain.run import checks, preemption, run_folder, schedule, start, upstream_configs
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
@@ -160,8 +160,10 @@ class ConstructionMixin:
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
         self._base_digests |= reference_digest(self)
         self.attach_adapter()
+        self._stop_early = preemption.StopEarly(self)
         if not self._has_folder:
             return
+        self.add_callback(self._stop_early)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
         self.add_callback(run_folder.RunFolder(self))

@@ -65,6 +65,10 @@ class RunMixin(ConstructionMixin, SavingMixin):
     def load_method_state(self, state: dict) -> None:
         """Restore what `method_state` returned when the checkpoint was written; empty if another method wrote it."""
 
+    def may_stop_here(self) -> bool:
+        """Return whether a checkpoint of this step can be gone on from; asked at the end of a step."""
+        return True
+
     def attach_adapter(self) -> None:
         """Change the adapter's modules as a method needs, after construction and after a checkpoint's weights load."""
 
@@ -84,6 +88,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
                 fewer steps than it has, or more than its schedule has a rate for; something that is not ours where
                 this run would save; a metric_for_best_model that the evaluation has not.
             DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
+            Preempted: a signal came or `max_minutes` are over; a checkpoint of the last step is there.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._schedule.resumed = None
@@ -114,8 +119,10 @@ class RunMixin(ConstructionMixin, SavingMixin):
             )
         self._claim_folder()
         self._live_gradients = None
+        watching = self._stop_early.watching() if self._has_folder else contextlib.nullcontext()
         try:
-            output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+            with watching:
+                output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         except KeyError as error:
             # which metrics there are is known at the first evaluation, where upstream looks the best one up
             if "metric_for_best_model" not in str(error):

@@ -68,6 +68,7 @@ class SavingMixin:
 
     # stands on Trainer._finalize_training, which deletes whatever is named as a checkpoint is
     def _finalize_training(self, trial, num_train_samples, start_time):
+        self._stop_early.end()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super()._finalize_training(trial, num_train_samples, start_time)

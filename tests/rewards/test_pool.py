@@ -208,6 +208,7 @@ def test_what_a_worker_has_started_ends_after_its_keeper_was_killed(pool, tmp_pa
     try:
         for worker in pool._workers:
             worker.process.kill()
+            worker.process.wait()
         assert score(pool, "1", "0") == [Outcome(1.0), Outcome(0.0)]
         deadline = time.monotonic() + 10
         while is_running(group) and time.monotonic() < deadline:

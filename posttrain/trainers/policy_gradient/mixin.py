@@ -45,6 +45,10 @@ class PolicyGradientMixin(RunMixin):
     # for the next generation
     saves_may_wait = True
 
+    def may_stop_here(self) -> bool:
+        """Return whether no rollouts are under way."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
     def __init__(
         self,
         model,

@@ -51,7 +51,7 @@ class SaveBetweenGenerations(TrainerCallback):
             skip_epochs(self._trainer._train_sampler, state.global_step // steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        between = self._trainer._step % self._micro_batches(args) == 0
+        between = self._trainer.may_stop_here()
         if control.should_training_stop and control.should_save and not between:
             get_logger().info(
                 "the checkpoint of step %d lies inside a generation: it holds the final model, and a longer run cannot "

@@ -1,0 +1,90 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli import _supervised
+
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import os, signal, sys, time
+for name in sys.argv[2:]:
+    signal.signal(getattr(signal, name), lambda number, frame: sys.exit(7) if name == "SIGUSR1" else os._exit(0))
+open(sys.argv[1], "w").write(f"{os.getpid()} {os.getpgid(0)}")
+time.sleep(60)
+"""
+
+
+def supervised(tmp_path, number, *handled):
+    """Run a child, send this process a signal once it is there; its exit code."""
+    note = tmp_path / "pid"
+
+    def send():
+        while not note.exists() or not note.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    code = _supervised.run([sys.executable, "-c", CHILD, str(note), *handled], os.environ)
+    sender.join()
+    pid, group = note.read_text().split()
+    assert pid == group
+    return code
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_goes_on_to_the_command_and_its_number_is_the_code(tmp_path, name):
+    before = signal.getsignal(getattr(signal, name))
+    assert supervised(tmp_path, getattr(signal, name)) == 128 + getattr(signal, name)
+    assert signal.getsignal(getattr(signal, name)) is before
+
+
+def test_a_command_that_ends_well_ended_well(tmp_path):
+    assert supervised(tmp_path, signal.SIGTERM, "SIGTERM") == 0
+
+
+def test_the_codes_of_a_command_are_kept():
+    assert _supervised.run([sys.executable, "-c", "import sys; sys.exit(5)"], os.environ) == 5
+    assert _supervised.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
+
+
+def test_what_a_command_leaves_in_its_group_is_killed(tmp_path):
+    code = (
+        "import subprocess, sys\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(left.pid))"
+    )
+    assert _supervised.run([sys.executable, "-c", code], os.environ) == 0
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(1000):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]:
+            return
+        time.sleep(0.01)
+    raise AssertionError("it goes on")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, code, said", [
+    ("raise DataError('only here')", 3, "rank 1: error: only here"),
+    ("os.kill(os.getpid(), 9)", 137, "rank 1 was ended by SIGKILL"),
+    ("1 / 0", 1, "rank 1 ended with exit code 1"),
+])  # fmt: skip
+def test_the_reason_and_the_code_of_any_rank_are_kept(tmp_path, how, code, said):
+    (tmp_path / "recipe.py").write_text(
+        "import os, sys, time\nfrom posttrain.config import run_main\nfrom posttrain.errors import DataError\n"
+        f"def main():\n    if os.environ['RANK'] == '1':\n        {how}\n    time.sleep(60)\nsys.exit(run_main(main))"
+    )
+    launch = ["--quiet", "--config_file", str(ROOT / "configs/accelerate/cpu_ddp.yaml")]
+    launch += ["--num_cpu_threads_per_process", "1", str(tmp_path / "recipe.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain.cli.launcher", *launch],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "POSTTRAIN_EXIT_CODE_FILE": str(tmp_path / "code")},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == code and said in done.stderr.splitlines()

@@ -1,0 +1,136 @@
+"""A run that is told to end saves a checkpoint that it goes on from, bit for bit."""
+
+import os
+import signal
+import time
+
+import pytest
+from transformers import TrainerCallback
+
+from posttrain import RobustDPOConfig, signals
+from posttrain.errors import ConfigError, Preempted
+from posttrain.run import checkpoints, preemption
+from tests import rollouts
+from tests.runs import entries, identical
+from tests.training import train
+
+RUN = dict(max_steps=4, optim="adamw_torch", learning_rate=1e-2, lr_scheduler_type="linear")
+
+
+class Sends(TrainerCallback):
+    """Sends this process signals in the middle of a step."""
+
+    def __init__(self, step, *numbers, pause=0.0):
+        self.step, self.numbers, self.pause = step, numbers, pause
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(self.pause)
+
+
+@pytest.fixture
+def sending(monkeypatch):
+    """Adds a callback to each trainer that is built."""
+    from posttrain.run.construction import ConstructionMixin
+
+    def add(*given, **kwargs):
+        finish = ConstructionMixin._finish_construction
+
+        def with_callback(self):
+            finish(self)
+            self.add_callback(Sends(*given, **kwargs))
+
+        monkeypatch.setattr(ConstructionMixin, "_finish_construction", with_callback)
+
+    yield add
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_told_to_end_goes_on_bit_for_bit(tiny_folder, tmp_path, sending, number, monkeypatch):
+    before = signal.getsignal(number)
+    change, whole = train(tiny_folder, tmp_path / "whole", **RUN)
+    with monkeypatch.context():
+        sending(2, number)
+        with pytest.raises(Preempted, match=rf"{number.name} came: .* step 2 of 4 .*checkpoint-2"):
+            train(tiny_folder, tmp_path / "run", **RUN)
+    assert signal.getsignal(number) is before
+    assert [folder.name for folder in checkpoints.complete(tmp_path / "run")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    _, resumed = train(tiny_folder, tmp_path / "run", resume="auto", **RUN)
+    ends = [{n: p.detach() for n, p in t.model.named_parameters() if p.requires_grad} for t in (whole, resumed)]
+    assert identical(*ends) and [e["loss"] for e in entries(resumed)] == [e["loss"] for e in entries(whole)]
+
+
+def test_the_minutes_end_a_run_as_a_signal_does(tiny_folder, tmp_path):
+    with pytest.raises(Preempted, match="max_minutes: 1e-09 are over: the run ended after step 1 of 4"):
+        train(tiny_folder, tmp_path, max_minutes=1e-9, save_total_limit=1, **RUN)
+    assert len(checkpoints.complete(tmp_path)) == 1
+
+
+def test_an_evaluation_that_was_due_is_left_out(tiny_folder, tmp_path, sending, logged):
+    from tests.conftest import make_pairs
+
+    sending(2, signal.SIGTERM)
+    with pytest.raises(Preempted):
+        train(tiny_folder, tmp_path, held_out=make_pairs(4), eval_strategy="steps", eval_steps=2, **RUN)
+    assert "SIGTERM came: the evaluation that was due at step 2 is left out" in logged.text
+
+
+def test_a_second_signal_ends_at_once(tiny_folder, tmp_path, sending, monkeypatch):
+    monkeypatch.setattr(signals, "_SAME_REQUEST", 0.0)
+    sending(2, signal.SIGTERM, signal.SIGTERM, pause=0.01)
+    with pytest.raises(signals.Terminated) as ended:
+        train(tiny_folder, tmp_path, **RUN)
+    assert ended.value.code == 143 and not checkpoints.complete(tmp_path)
+
+
+def test_without_it_a_signal_is_for_the_caller(tiny_folder, tmp_path, sending):
+    got = []
+    sending(2, signal.SIGTERM)
+    with signals.handled(lambda number, frame: got.append(number), (signal.SIGTERM,)):
+        _, trainer = train(tiny_folder, tmp_path, save_on_signal="never", **RUN)
+    assert got == [signal.SIGTERM] and trainer.state.global_step == 4
+
+
+def test_rollouts_end_where_no_generation_is_under_way(tiny_folder, tmp_path, sending, logged, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    sending(1, signal.SIGTERM)
+    run = dict(data=rollouts.prompts([1] * 8), per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    with pytest.raises(Preempted, match="after step 2 of 8"):
+        rollouts.train(tiny_folder, tmp_path, steps_per_generation=2, max_steps=8, **run)
+    assert "SIGTERM came: the run ends where rollouts end, which are not saved" in logged.text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(save_on_signal="always"), "save_on_signal is 'always'; it must be one of auto, never"),
+        (dict(max_minutes=0), "max_minutes is 0; give a number of minutes above 0"),
+        (dict(max_minutes=float("inf")), "max_minutes is inf"),
+        (dict(max_minutes=True), "max_minutes is True"),
+        (dict(enable_jit_checkpoint=True, save_on_signal="never"), "leave one of them out"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path, given, said):
+    with pytest.raises(ConfigError, match=said):
+        RobustDPOConfig(str(tmp_path), **given)
+
+
+def test_transformers_own_setting_saves_where_a_step_ends(tmp_path):
+    args = RobustDPOConfig(str(tmp_path), enable_jit_checkpoint=True)
+    assert args.save_on_signal == "auto" and not args.enable_jit_checkpoint
+
+
+def test_a_signal_of_one_rank_is_the_signal_of_all(monkeypatch):
+    class Args:
+        save_on_signal, max_minutes, world_size, device = "auto", None, 2, "cpu"
+
+    def others_was(tensor, op):
+        tensor.copy_(max(int(tensor), signal.SIGUSR1 + 1))
+
+    monkeypatch.setattr("torch.distributed.all_reduce", others_was)
+    stop = preemption.StopEarly(None)
+    assert stop._reason_of(stop._asked(Args), Args) == "SIGUSR1 came"
