@@ -127,7 +127,7 @@ FILES = [
     "rate: [1",
     "rate: 1\nenv: 3",
     "rate: 1\nenv: {'A=B': 4}",
-    'env: {A: "a\\0b"}',
+    'env: {WANDB_NAME: "a\\0b"}',
     "rate: 1\nextra: &x {b: *x}",
     "rate: 1\n~: 4",
     "mode: a\n<<: {rate: 1, stepz: 3}",
@@ -228,7 +228,7 @@ RECIPE_SETTINGS = [
 RECIPE_FILES = [
     "extra: 1\nseed: &x [*x]\n",
     "seed: 1\n~: 4\n",
-    "env: {'A=B': 4}\n",
+    'env: {WANDB_NAME: "a\\0b"}\n',
     "seed: " + "1" * 5000,
 ]
 

@@ -19,7 +19,8 @@ from tests.recipe.test_rlvr import PARITY, TASKS
 
 BIN = Path(sys.executable).parent
 ROLLOUTS = [
-    "--dataset_name", TASKS, "--reward_funcs", "maths_answer", "parity_reward:parity", "--use_vllm", "false",
+    "--dataset_name", TASKS, "--reward_funcs", "maths_answer", "parity_reward:parity", "--allow_code", "parity_reward",
+    "--use_vllm", "false",
     "--num_generations", "4", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
     "--steps_per_generation", "2", "--max_completion_length", "32",
 ]  # fmt: skip
