@@ -9,7 +9,7 @@ from accelerate.utils import is_peft_model
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.run import checkpoints, evaluation, schedule, synced_reference
+from posttrain.run import checkpoints, evaluation, lock, schedule, synced_reference
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
 from posttrain.run.construction import ConstructionMixin
 from posttrain.run.construction import without_folder as without_folder
@@ -90,6 +90,10 @@ class RunMixin(ConstructionMixin, SavingMixin):
             DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
             Preempted: a signal came or `max_minutes` are over; a checkpoint of the last step is there.
         """
+        with lock.held(self.args.output_dir, self.accelerator) if self._has_folder else contextlib.nullcontext():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint, *args, **kwargs):
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._schedule.resumed = None
         if checkpoint is not None:
