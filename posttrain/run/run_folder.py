@@ -260,7 +260,7 @@ def replace(output_dir: str | Path) -> None:
     """
     folder = Path(output_dir)
     own = [path for path in checkpoints.folders(folder) if path.is_dir() and not path.is_symlink()]
-    own = [path for path in own if files.is_complete(path) or files.is_half_left(path)]
+    own = [path for path in own if files.is_complete(path) or files.is_half_left(path)] + files.partials(folder)
     for path in own:
         checkpoints.clear(path)
     noted = _noted(folder)
