@@ -25,6 +25,7 @@ LAYERS = (
         "environment",
         "tables",
         "saved",
+        "whole_files",
         "config",
         "models",
     ),
