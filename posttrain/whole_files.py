@@ -65,7 +65,11 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
         leftover.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        # safetensors' own are for their owner alone
+        partial.chmod(mode)
         sync(partial)
         os.replace(partial, path)
     finally:
