@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.run import checkpoint_files as files
-from posttrain.run.checkpoint_files import MARKER, mark
+from posttrain.run.checkpoint_files import MARKER
 from posttrain.run.identity import differing, update_settings
 from posttrain.run.schedule import Schedule
 

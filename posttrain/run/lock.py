@@ -30,7 +30,7 @@ def check_free(folder: str | Path) -> None:
     if not path.is_file() or path.resolve() in _own:
         return
     with contextlib.suppress(OSError), path.open("r+b") as file:
-        if _is_taken(file, path):
+        if _is_taken(file, path, shared=True):
             raise _refusal(path)
 
 
@@ -84,7 +84,8 @@ def _take(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             file = path.open("a+b")
-            if _is_taken(file, path):
+            # others may be asking at this moment whether it is free
+            if _is_taken(file, path) and all(time.sleep(0.05) or _is_taken(file, path) for _ in range(5)):
                 file.close()
                 raise _refusal(path)
             # the one before may have deleted the file in the meantime
@@ -116,8 +117,11 @@ def _release(key: Path) -> None:
         entry[1].close()
 
 
-def _is_taken(file, path: Path) -> bool:
-    """Take the lock if nobody has it; returns whether another process has."""
+def _is_taken(file, path: Path, shared: bool = False) -> bool:
+    """Take the lock if nobody has it; returns whether another process has.
+
+    `shared`: beside others that take it so, as the ranks of a run do who ask at once whether it is free.
+    """
     try:
         import fcntl
     except ImportError:
@@ -125,7 +129,7 @@ def _is_taken(file, path: Path) -> bool:
         return _is_recent(path)
     try:
         # not flock: workers that are forked would inherit it
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
             return True
@@ -141,15 +145,32 @@ def _is_recent(path: Path) -> bool:
     if not content or content == _ours():
         return False
     if content.get("host") == socket.gethostname():
-        return Path(f"/proc/{content.get('process')}").exists() if Path("/proc/self").exists() else True
+        # its number may have gone to another process since, as after a restart of the machine or the container
+        return _is_same(content.get("start"), _start_of(content.get("process")))
     return time.time() - path.stat().st_mtime < 60 * _STALE
 
 
 def _ours() -> dict:
+    return {"host": socket.gethostname(), "process": os.getpid(), "start": _start_of(os.getpid())}
+
+
+def _start_of(process) -> str | None:
+    """Return when a process of this machine started; None where there is none of this number."""
     import psutil
 
-    start = datetime.datetime.fromtimestamp(psutil.Process().create_time()).astimezone()
-    return {"host": socket.gethostname(), "process": os.getpid(), "start": start.isoformat(timespec="seconds")}
+    try:
+        start = datetime.datetime.fromtimestamp(psutil.Process(process).create_time()).astimezone()
+    except (psutil.Error, TypeError, ValueError, OverflowError):
+        return None
+    return start.isoformat(timespec="seconds")
+
+
+def _is_same(start, other) -> bool:
+    """Tell whether two starts are one: in any time zone, and with the clock set by less than a minute since."""
+    try:
+        return abs(datetime.datetime.fromisoformat(start) - datetime.datetime.fromisoformat(other)).total_seconds() < 60
+    except (TypeError, ValueError):
+        return False
 
 
 def _content(path: Path) -> dict:

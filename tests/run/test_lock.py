@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -48,6 +49,33 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_is_no_hindrance(hold
     assert not list(folder.iterdir())
 
 
+def test_a_start_is_the_same_in_any_time_zone():
+    assert lock._is_same("2026-01-02T03:04:05+00:00", "2026-01-02T05:04:06+02:00")
+    assert not lock._is_same("2026-01-02T03:04:05+00:00", "2026-01-02T03:04:05+02:00")
+    assert not lock._is_same("then", "2026-01-02T03:04:05+02:00") and not lock._is_same(None, None)
+
+
+def _ask(barrier, folder, refused):
+    for _ in range(100):
+        barrier.wait()
+        try:
+            lock.check_free(folder)
+        except ConfigError:
+            refused.set()
+
+
+def test_ranks_that_ask_at_once_do_not_refuse_each_other_over_a_dead_runs_lock(tmp_path):
+    (tmp_path / lock.NAME).write_text(json.dumps({"host": "gone", "process": 1, "start": "then"}))
+    context = multiprocessing.get_context("fork")
+    barrier, refused = context.Barrier(3), context.Event()
+    ranks = [context.Process(target=_ask, args=(barrier, tmp_path, refused)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0] and not refused.is_set()
+
+
 def test_one_process_may_hold_it_again_and_leaves_nothing(tmp_path):
     with lock.held(tmp_path):
         with lock.held(tmp_path / "." / "x" / ".."):
@@ -74,7 +102,8 @@ def test_a_folder_that_cannot_be_written_to_is_an_answer(tmp_path):
         (dict(host="elsewhere", process=1), 60, True),
         (dict(host="elsewhere", process=1), 3600, False),
         (dict(host=None, process=2**22 + 1), 0, False),
-        (dict(host=None, process=1), 3600, True),
+        (dict(host=None, process=os.getppid(), start=lock._start_of(os.getppid())), 3600, True),
+        (dict(host=None, process=os.getppid()), 0, False),
         ([], 0, False),
     ],
 )
@@ -85,7 +114,7 @@ def test_without_locks_of_the_file_system_the_holder_must_be_there(tmp_path, mon
     monkeypatch.setattr("fcntl.lockf", no_locks)
     path = tmp_path / lock.NAME
     if content:
-        content = content | {"host": content["host"] or lock.socket.gethostname(), "start": "then"}
+        content = {"start": "then"} | content | {"host": content["host"] or lock.socket.gethostname()}
     path.write_text(json.dumps(content))
     os.utime(path, (time.time() - age,) * 2)
     if not is_refused:
