@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from posttrain import signals
+from posttrain.console import complain
 
 
 def main() -> int:
@@ -43,7 +44,7 @@ def main() -> int:
         code = failure.exitcode
         if not Path(os.environ.get("POSTTRAIN_EXIT_CODE_FILE", "")).is_file():
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            print(f"rank {rank} {how}", file=sys.stderr)
+            complain(f"rank {rank} {how}")
         return 128 - code if code < 0 else code
     return 0
 

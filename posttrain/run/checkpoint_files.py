@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from posttrain.errors import ConfigError
 from posttrain.hub.files import TOKENIZER
+from posttrain.private import without_secrets
 
 MARKER = "posttrain_complete.json"
 # there from the first to the last byte of a save, or of a removal
@@ -62,10 +63,13 @@ _WRITTEN = (
 
 
 def mark(folder: Path, content: dict, name: str = MARKER) -> None:
-    """Write a marker or note at once, so that it is never half there, also when the machine stops."""
+    """Write a marker or note at once, so that it is never half there, also when the machine stops.
+
+    Secrets are left out.
+    """
     partial = folder / _partial(name)
     with partial.open("w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+        file.write(json.dumps(without_secrets(content), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / name)
@@ -151,7 +155,9 @@ def is_half_left(folder: Path, identity: dict | None = None) -> bool:
         # killed before the note was whole, when there was nothing else yet
         return files_in(folder) == {_partial(SAVING)}
     try:
-        return identity is None or content_of(folder / SAVING)["identity"] == json.loads(json.dumps(identity))
+        return identity is None or content_of(folder / SAVING)["identity"] == json.loads(
+            json.dumps(without_secrets(identity))
+        )
     except ConfigError:
         return False
 
