@@ -74,7 +74,7 @@ def finished(folder, *names):
     folder.mkdir(parents=True)
     for name in names:
         (folder / name).write_text(name)
-    checkpoint_files.mark(folder, {"identity": {}, "files": checkpoint_files.sizes(folder, set())})
+    checkpoint_files.mark(folder, {"identity": {}, "files": checkpoint_files.sizes(folder)})
     return folder
 
 
@@ -244,7 +244,7 @@ def test_a_save_that_fails_takes_back_its_own_files_only(tiny_folder, tmp_path, 
 def test_a_save_over_our_own_checkpoint_keeps_no_file_of_the_earlier_one(tiny_folder, our_run, tmp_path):
     out = shutil.copytree(our_run[0], tmp_path / "run")
     folder = out / "checkpoint-2"
-    stale = {"identity": {}, "files": checkpoint_files.sizes(folder, set()) | {"rng_state_1.pth": 1}}
+    stale = {"identity": {}, "files": checkpoint_files.sizes(folder) | {"rng_state_1.pth": 1}}
     (folder / "rng_state_1.pth").write_text("x")
     checkpoint_files.mark(folder, stale)
     (folder / "notes.txt").write_text("mine")

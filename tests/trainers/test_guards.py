@@ -129,7 +129,7 @@ def test_rotation_keeps_the_newest_and_the_best_and_clears_what_is_incomplete(tm
     for step in (1, 2, 3, 4, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        checkpoints.mark(folder, {"identity": {}}, checkpoints.MARKER if step != 4 else checkpoint_files.SAVING)
+        checkpoint_files.mark(folder, {"identity": {}}, checkpoints.MARKER if step != 4 else checkpoint_files.SAVING)
     checkpoints.rotate(tmp_path, keep=1, best=str(tmp_path / "checkpoint-2"), identity={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
@@ -156,10 +156,38 @@ def test_a_damaged_checkpoint_is_named_with_its_file(tiny_folder, tmp_path):
         message = {
             None: "is damaged: README.md is missing",
             10: "is damaged: adapter_model.safetensors has 10 bytes",
+            5: "is damaged: posttrain_complete.json cannot be read",
         }
-        with pytest.raises(ConfigError, match=message.get(cut, "is damaged, so nothing says what run wrote")):
+        with pytest.raises(ConfigError, match=f"holds no complete checkpoint: checkpoint-2 {message[cut]}"):
             build(tiny_folder, tmp_path, max_steps=4, check_resume=False).train(resume_from_checkpoint=True)
         (folder / name).write_bytes(kept)
+
+
+def test_a_flipped_bit_is_found_and_the_one_before_taken(tiny_folder, tmp_path, logged):
+    run = dict(save_strategy="steps", save_steps=1)
+    build(tiny_folder, tmp_path, max_steps=2, **run).train()
+    path = tmp_path / "checkpoint-2" / "adapter_model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match="checkpoint-2 is damaged: adapter_model.safetensors has another content"):
+        build(tiny_folder, tmp_path, max_steps=2, **run).train(resume_from_checkpoint=str(path.parent))
+    trainer = build(tiny_folder, tmp_path, max_steps=2, **run)
+    trainer.train(resume_from_checkpoint="auto")
+    assert f"going on from {tmp_path / 'checkpoint-1'}" in logged.text
+    assert "checkpoint-2 is damaged: adapter_model.safetensors has another content than was saved" in logged.text
+    assert path.read_bytes() != raw and not (tmp_path / ".saving").exists()
+
+
+def test_checkpoints_without_digests_are_still_gone_on_from(tiny_folder, tmp_path):
+    build(tiny_folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    marker = tmp_path / "checkpoint-1" / checkpoints.MARKER
+    content = json.loads(marker.read_text())
+    assert content["digests"].keys() == content["files"].keys()
+    marker.write_text(json.dumps({name: value for name, value in content.items() if name != "digests"}))
+    trainer = build(tiny_folder, tmp_path, max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
 
 
 @pytest.mark.slow
