@@ -169,15 +169,17 @@ def test_rewards_for_evaluation_are_on_the_scale_of_those_trained_on(recipe, tmp
 def test_columns_of_other_names_and_a_reward_function_of_ones_own(recipe):
     rows = [{"question": row["prompt"], "said": row["completion"]} for row in ROWS]
     columns = {"prompt_column": "question", "completion_column": "said"}
-    code, out, err = recipe(rows=rows, **columns, reward_func="brief_reward:brief")
+    code, out, err = recipe(rows=rows, **columns, reward_func="brief_reward:brief", allow_code="brief_reward")
     assert code == 0 and "Saved to run" in out, err
 
 
 def test_a_dry_run_says_what_a_reward_function_will_tell_and_refuses_one_that_is_none(recipe):
-    code, out, err = recipe(dry_run="true", max_steps=-1, num_train_epochs=1, reward_func="brief_reward:brief")
+    code, out, err = recipe(
+        dry_run="true", max_steps=-1, num_train_epochs=1, reward_func="brief_reward:brief", allow_code="brief_reward"
+    )
     assert code == 0 and "known once brief_reward:brief has scored the answers" in out, err
     assert re.search(r"^steps +at most [1-8]$", out, re.MULTILINE) and "advantages" not in out
-    code, _, err = recipe(dry_run="true", reward_func="brief_reward:none")
+    code, _, err = recipe(dry_run="true", reward_func="brief_reward:none", allow_code="brief_reward")
     assert code == 2 and "none" in err
     code, _, err = recipe(dry_run="true", value="head", value_targets="generations")
     assert code == 2 and "no reward function is given" in err

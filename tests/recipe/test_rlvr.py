@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -190,9 +189,9 @@ def test_the_command_line_knows_the_recipes(monkeypatch, capsys):
 
     def launch(command, env):
         launched.append(command)
-        return subprocess.CompletedProcess(command, 2)
+        return 2
 
-    monkeypatch.setattr("posttrain.cli.train.subprocess.run", launch)
+    monkeypatch.setattr("posttrain.cli._supervised.run", launch)
     assert main(["train", "hpt", "--config", "cpu", "--launch", "cpu", "--gamma", "2"]) == 2
     assert "recipes/hpt.py --config " in capsys.readouterr().out
     assert launched[0][-5].endswith("recipes/hpt.py") and launched[0][-2:] == ["--gamma", "2"]
