@@ -200,6 +200,8 @@ def put_in_place(partial: Path, folder: Path, content: dict) -> None:
     """
     names = sorted(content["files"])
     if not folder.exists():
+        for inside in {(partial / name).parent for name in names} - {partial}:
+            sync(inside)
         mark(partial, content)
         (partial / SAVING).unlink()
         os.rename(partial, folder)
