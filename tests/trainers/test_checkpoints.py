@@ -180,7 +180,8 @@ def test_a_save_that_is_killed_at_its_first_byte_is_no_hindrance(tmp_path):
     assert checkpoint_files.is_occupied(folder)
 
 
-def test_a_save_that_is_killed_at_any_call_hinders_no_later_one(tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_save_that_is_killed_at_any_call_hinders_no_later_one(tiny_folder, tmp_path, monkeypatch, every):
     trainer = build(tiny_folder, tmp_path, save_strategy="no")
     trainer.train()
     folder = tmp_path / "checkpoint-4"
@@ -212,7 +213,7 @@ def test_a_save_that_is_killed_at_any_call_hinders_no_later_one(tiny_folder, tmp
     for over in (False, True):
         killed_at, killed = 0, True
         while killed:
-            killed_at += 1
+            killed_at += every
             shutil.rmtree(folder, ignore_errors=True)
             if over:
                 save(0)

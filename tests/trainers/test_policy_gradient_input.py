@@ -37,7 +37,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def test_an_advantage_that_cannot_be_imported_is_refused(tiny_folder, tmp_path):
-    with pytest.raises(ConfigError, match="advantage is ':', which cannot be imported"):
+    with pytest.raises(ConfigError, match="advantage: ':' must be module:function, such as my_rewards:shortness"):
         train(tiny_folder, tmp_path, advantage=":")
 
 

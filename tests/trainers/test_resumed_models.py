@@ -135,4 +135,4 @@ def test_a_whole_model_of_another_depth_does_not_go_on(base, tmp_path):
 def test_identities_are_compared_as_json_holds_them_and_as_far_as_both_tell():
     assert plain({"a": {"y", "x"}, "b": frozenset()}) == {"a": ["x", "y"], "b": []}
     assert differing({"a": (1, 2), "new": 1}, {"a": [1, 2], "old": 2}) == ""
-    assert differing({"a": (1, 2)}, {"a": [2, 1]}) == "a: [2, 1] there, (1, 2) here"
+    assert differing({"a": (1, 2)}, {"a": [2, 1]}) == "a: [2, 1] there, [1, 2] here"

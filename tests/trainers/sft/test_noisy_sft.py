@@ -88,6 +88,7 @@ NEUTRAL = {
 }
 
 
+@pytest.mark.core("messages", "adapter")
 @pytest.mark.parametrize("case", NEUTRAL)
 def test_without_noise_it_is_sft_trainer_bit_for_bit(case, tmp_path):
     settings, changed, peft_config = NEUTRAL[case]
@@ -101,6 +102,7 @@ def test_without_noise_it_is_sft_trainer_bit_for_bit(case, tmp_path):
         assert logs_of(ours) == logs_of(theirs)
 
 
+@pytest.mark.core("padding-free", "reentrant")
 @pytest.mark.parametrize(
     "layout",
     [
@@ -167,6 +169,7 @@ def test_evaluation_and_generation_are_clean_in_a_noisy_run(tmp_path):
     assert losses != [entry["loss"] for entry in clean.state.log_history if "loss" in entry]
 
 
+@pytest.mark.core("adapter")
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "adapter"])
 def test_a_resumed_run_draws_the_noise_of_the_uninterrupted_one(peft_config, tmp_path):
     settings = dict(NOISE, max_steps=3, save_strategy="steps", save_steps=1)
