@@ -3,9 +3,11 @@
 Left alone, it would die of the signal at once, or end the ranks half a minute later, while they save a checkpoint.
 """
 
+import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,11 +25,15 @@ def main() -> int:
             raise signals.Terminated(number)
         for rank in ranks:
             # torch starts each in a group of its own; nobody signals ours once the parent was killed
-            if os.getpgid(rank.pid) != os.getpgrp() or os.getppid() != parent:
-                rank.send_signal(number)
+            with contextlib.suppress(ProcessLookupError, psutil.Error):
+                if os.getpgid(rank.pid) != os.getpgrp() or os.getppid() != parent:
+                    rank.send_signal(number)
 
-    for number in (*signals.ending(), signal.SIGINT):
-        signal.signal(number, handle)
+    with signals.handled(handle, (*signals.ending(), signal.SIGINT)):
+        return _launch()
+
+
+def _launch() -> int:
     # torch's launcher would take the handlers over; it has to be given one signal at least
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     signals.follow_parent(signal.SIGTERM)
@@ -36,16 +42,25 @@ def main() -> int:
 
     # each rank tells what is wrong with it
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    args = launch.launch_command_parser().parse_args()
+    # with it, the exit code of a single process would be lost
+    args.quiet = False
     try:
-        launch.launch_command(launch.launch_command_parser().parse_args())
+        launch.launch_command(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        code = failure.exitcode
-        if not Path(os.environ.get("POSTTRAIN_EXIT_CODE_FILE", "")).is_file():
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            print(f"rank {rank} {how}", file=sys.stderr)
-        return 128 - code if code < 0 else code
+        return _told(f"rank {rank}", failure.exitcode)
+    except subprocess.CalledProcessError as error:
+        # the code says it: the recipe has told why, or Python with a traceback
+        return _told("the run", error.returncode) if error.returncode < 0 else error.returncode
     return 0
+
+
+def _told(who: str, code: int) -> int:
+    if not Path(os.environ.get("POSTTRAIN_EXIT_CODE_FILE", "")).is_file():
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        print(f"{who} {how}", file=sys.stderr)
+    return 128 - code if code < 0 else code
 
 
 if __name__ == "__main__":

@@ -96,11 +96,10 @@ def run_main(main: Callable[[], object]) -> int:
     its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. A distributed run
     ends here.
     """
-    is_launched = "RANK" in os.environ or "POSTTRAIN_EXIT_CODE_FILE" in os.environ
-    if is_launched and signals.in_main_thread():
+    if signals.in_main_thread() and signals.is_launched():
         signals.follow_parent(signal.SIGTERM)
     signals.forks_end_with_us()
-    with signals.handled(signals.raise_terminated, signals.ending()):
+    with signals.handled(signals.raise_terminated, signals.ending()), signals.counting_from_the_start():
         code = _code_of(main)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)

@@ -167,6 +167,8 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            # a signal to all of a run's group is for the run, also while the worker starts
+            process_group=0,
             # arithmetic libraries would start a thread for each core in every worker
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )

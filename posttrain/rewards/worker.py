@@ -26,8 +26,10 @@ class Overtime(BaseException):
 def main() -> None:
     """Serve until the input ends. The command line's last word is the verifier's module."""
     requests, replies = _own_pipes()
-    # Ctrl-C is the parent's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent's to handle: it may finish its step, and closes the input or kills.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _ring)
     warnings.simplefilter("ignore")
     _limit(resource.RLIMIT_AS, MEMORY)

@@ -65,7 +65,7 @@ def test_a_run_told_to_end_goes_on_bit_for_bit(tiny_folder, tmp_path, sending, n
 
 
 def test_the_minutes_end_a_run_as_a_signal_does(tiny_folder, tmp_path):
-    with pytest.raises(Preempted, match="max_minutes: 1e-09 are over: the run ended after step 1 of 4"):
+    with pytest.raises(Preempted, match="max_minutes: 1e-09 leave no time to go on: the run ended after step 1 of 4"):
         train(tiny_folder, tmp_path, max_minutes=1e-9, save_total_limit=1, **RUN)
     assert len(checkpoints.complete(tmp_path)) == 1
 
@@ -80,7 +80,7 @@ def test_an_evaluation_that_was_due_is_left_out(tiny_folder, tmp_path, sending, 
 
 
 def test_a_second_signal_ends_at_once(tiny_folder, tmp_path, sending, monkeypatch):
-    monkeypatch.setattr(signals, "_SAME_REQUEST", 0.0)
+    monkeypatch.setattr(signals, "SAME_REQUEST", 0.0)
     sending(2, signal.SIGTERM, signal.SIGTERM, pause=0.01)
     with pytest.raises(signals.Terminated) as ended:
         train(tiny_folder, tmp_path, **RUN)
@@ -133,4 +133,4 @@ def test_a_signal_of_one_rank_is_the_signal_of_all(monkeypatch):
 
     monkeypatch.setattr("torch.distributed.all_reduce", others_was)
     stop = preemption.StopEarly(None)
-    assert stop._reason_of(stop._asked(Args), Args) == "SIGUSR1 came"
+    assert stop._reason_of(stop._asked(Args, True), Args) == "SIGUSR1 came"
