@@ -31,9 +31,9 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
         got.begin(child.pid)
         code = _wait(child)
         got.group = None
-        _signal(child.pid, signal.SIGKILL)
         # ranks whose launcher was killed are told so by the kernel, and save a checkpoint
         _end_others(_children() - others, LEFT if code < 0 else 0.0)
+        _signal(child.pid, signal.SIGKILL)
     if code < 0:
         return 128 - code
     return 128 + got.numbers[0] if got.numbers and code else code
