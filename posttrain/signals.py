@@ -42,6 +42,13 @@ def raise_terminated(number: int, frame=None) -> None:
     raise Terminated(number)
 
 
+def behind(error: BaseException) -> BaseException | None:
+    """Return the `Terminated` or KeyboardInterrupt that an error is, or that it came of while a `finally` ran."""
+    while error is not None and not isinstance(error, Terminated | KeyboardInterrupt):
+        error = error.__context__
+    return error
+
+
 @contextlib.contextmanager
 def counting_from_the_start():
     """Count a limit of time from the start of the process inside."""

@@ -111,11 +111,12 @@ def _code_of(main: Callable[[], object]) -> int:
         main()
     except PosttrainError as error:
         return _told(str(error) if isinstance(error, Preempted) else f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt, signals.Terminated) as error:
+        ended = signals.behind(error)
+        if ended is None:
+            raise
         # as the shell has it for a program that Ctrl-C ended
-        return _told("interrupted", 130)
-    except signals.Terminated as ended:
-        return _told(str(ended), ended.code)
+        return _told(str(ended), ended.code) if isinstance(ended, signals.Terminated) else _told("interrupted", 130)
     return 0
 
 

@@ -49,6 +49,22 @@ def test_a_command_that_ends_well_ended_well(tmp_path):
     assert supervised(tmp_path, signal.SIGTERM, "SIGTERM") == 0
 
 
+def test_after_a_second_signal_a_command_that_hears_none_is_killed(monkeypatch):
+    monkeypatch.setattr(_supervised, "AT_ONCE", 0.01)
+    monkeypatch.setattr(_supervised.signals, "SAME_REQUEST", 0.0)
+    deaf = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15); "
+    code = f"{deaf} time.sleep(0.05); os.kill(os.getppid(), 15); time.sleep(60)"
+    assert _supervised.run([sys.executable, "-c", code], os.environ) == 137
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel of Linux")
+def test_what_a_killed_command_leaves_may_end_by_itself(tmp_path):
+    ends = f"import time; time.sleep(0.3); open({str(tmp_path / 'saved')!r}, 'w')"
+    code = f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {ends!r}], start_new_session=True); "
+    assert _supervised.run([sys.executable, "-c", f"{code} os.kill(os.getpid(), 9)"], os.environ) == 137
+    assert (tmp_path / "saved").exists()
+
+
 def test_the_codes_of_a_command_are_kept():
     assert _supervised.run([sys.executable, "-c", "import sys; sys.exit(5)"], os.environ) == 5
     assert _supervised.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
