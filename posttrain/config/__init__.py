@@ -94,14 +94,15 @@ def run_main(main: Callable[[], object]) -> int:
     The error is printed as one message, once a machine, with the rank where that is not the first. A signal that ends
     the process (SIGTERM, SIGHUP, SIGUSR1) becomes an exception, so that every `finally` runs, and the code is 128 and
     its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. A distributed run
-    ends here.
+    ends here, and so does a recipe that was told to end: taking the libraries apart takes seconds.
     """
     if signals.in_main_thread() and signals.is_launched():
         signals.follow_parent(signal.SIGTERM)
     signals.forks_end_with_us()
     with signals.handled(signals.raise_terminated, signals.ending()), signals.counting_from_the_start():
         code = _code_of(main)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    is_waited_for = getattr(main, "__module__", None) == "__main__" and (code > 128 or code == Preempted.exit_code)
+    if is_waited_for or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)
     return code
 
