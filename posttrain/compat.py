@@ -32,6 +32,7 @@ PRIVATE_NAMES = (
     ("trl.data_utils", "common_prefix_length", ("ids", "other_ids")),
     ("trl.data_utils", "prepare_multimodal_messages", ("messages",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._tokenize_prompts", ("prompts",)),
+    ("trl.trainer.grpo_trainer", "print_prompt_completions_sample", ("prompts", "completions", "extra")),
     ("trl.trainer.utils", "RepeatSampler", ("data_source", "shuffle", "seed")),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._compute_loss", ("model", "inputs")),
     (
@@ -68,6 +69,8 @@ PRIVATE_NAMES = (
     ("transformers", "Trainer._load_optimizer_and_scheduler", ("checkpoint",)),
     ("transformers", "Trainer.create_scheduler", ("num_training_steps", "optimizer")),
     ("trl.trainer.utils", "get_config_model_id", ("config",)),
+    # what compiles every chat template
+    ("transformers.utils.chat_template_utils", "_compile_jinja_template", ("chat_template",)),
     ("transformers", "Trainer.get_batch_samples", ("epoch_iterator", "num_batches", "device")),
     ("transformers", "Trainer._get_train_sampler", ("train_dataset",)),
     ("transformers", "Trainer._prepare_inputs", ("inputs",)),

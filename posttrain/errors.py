@@ -1,24 +1,24 @@
 """The errors a user can meet, each with the command line's exit code."""
 
-import re
 from importlib.util import find_spec
 
-# a token of the hub as a word of its own; hf_pairs.jsonl and hf_org/name are names
-_TOKEN = re.compile(r"(?<![\w./-])hf_[\w-]{4,}(?![\w-]|[./]\w)")
+from posttrain.private import hide
+from posttrain.visible import visible
 
-
-def hide_tokens(text: str) -> str:
-    """Return `text` with every token of the hub as `hf_***`."""
-    return _TOKEN.sub("hf_***", text)
+# Of longer messages, which quote what others wrote, the middle is left out.
+_LONGEST = 20_000
 
 
 class PosttrainError(Exception):
-    """The base of the library's own errors."""
+    """The base of the library's own errors. Their texts show no secrets, and control characters written out."""
 
     exit_code = 1
 
     def __str__(self):
-        return hide_tokens(super().__str__())
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
+        return visible(hide(text))
 
 
 class ConfigError(PosttrainError, ValueError):

@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 
+from posttrain.private import hide
+from posttrain.visible import visible
+
 _logger = logging.getLogger("posttrain")
 
 
@@ -13,6 +16,10 @@ class _Stderr(logging.StreamHandler):
     def emit(self, record):
         self.stream = sys.stderr
         super().emit(record)
+
+    def format(self, record):
+        """Return the line without secrets and with control characters written out."""
+        return visible(hide(super().format(record)))
 
 
 def get_logger() -> logging.Logger:

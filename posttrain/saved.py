@@ -5,13 +5,21 @@ from pathlib import Path
 
 import yaml
 
+from posttrain import yaml_text
 from posttrain.errors import DataError
+
+# of a file that is read as a whole; a tokenizer's has some ten million
+_MOST_CHARACTERS = 128 << 20
 
 
 def read_text(path: Path) -> str:
     """Return the text of a file; DataError where it is not UTF-8 or cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise DataError(f"{path} has more than {_MOST_CHARACTERS >> 20} million characters.")
+        return text
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}.") from None
     except OSError as error:
@@ -30,8 +38,10 @@ def read_json(path: Path) -> dict:
 def read_yaml(path: Path) -> dict:
     """Return the names and values in a YAML file, none where it is empty; DataError where it holds something else."""
     try:
-        content = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
+        content = yaml_text.load(yaml_text.read(path).decode())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from None
     return _named({} if content is None else content, path, "YAML mapping")
 

@@ -1,8 +1,11 @@
 """Tables and bars of text, and intervals of shares."""
 
 import math
+import re
 from collections.abc import Sequence
 from statistics import NormalDist
+
+from posttrain.visible import one_line
 
 _BAR = 40
 
@@ -24,8 +27,11 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """Draw a markdown table with aligned columns: the first to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
+    """Draw a markdown table with aligned columns: the first to the left, the others to the right.
+
+    Cells are one line of visible text each, in which a `|` is escaped.
+    """
+    cells = [[_cell(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row):
@@ -34,6 +40,11 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
 
     ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(cells[0]), line(ruler), *map(line, cells[1:])])
+
+
+def _cell(value) -> str:
+    # backslashes before it would escape the one that escapes it
+    return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(value))
 
 
 def histogram(values: Sequence[float], bins: int = 8) -> str:

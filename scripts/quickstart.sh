@@ -3,5 +3,5 @@
 # arguments (--fast, --help, ...).
 source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
 
-install_posttrain embedded,plots
+install_posttrain embedded,plots constraints-quickstart.txt
 exec "$VENV/bin/posttrain" quickstart "$@"

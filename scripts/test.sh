@@ -19,7 +19,7 @@ for argument in "$@"; do
     esac
 done
 
-install_posttrain test
+install_posttrain test constraints.txt
 
 compiler="${CXX:-c++}"
 command -v "$compiler" >/dev/null ||

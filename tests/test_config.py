@@ -79,9 +79,9 @@ def test_an_empty_file_leaves_the_defaults(tmp_path):
 
 
 def test_env_sets_variables(tmp_path, monkeypatch):
-    monkeypatch.setenv("POSTTRAIN_TOY", "before")
-    toy(tmp_path, "env:\n  POSTTRAIN_TOY: 3\n")
-    assert os.environ["POSTTRAIN_TOY"] == "3"
+    monkeypatch.setenv("WANDB_NAME", "before")
+    toy(tmp_path, "env:\n  WANDB_NAME: 3\n")
+    assert os.environ["WANDB_NAME"] == "3"
 
 
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path):

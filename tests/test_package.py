@@ -113,7 +113,10 @@ def test_the_wheel_trains_from_an_empty_environment_elsewhere(wheel, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    elsewhere(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-deps")
+    for lock in ("constraints-cpu.txt", "constraints-quickstart.txt"):
+        elsewhere(*pip, "--require-hashes", "--requirement", ROOT / lock)
+    elsewhere(*pip, wheel)
     where = elsewhere(
         python, "-c", "from posttrain.paths import configs_dir as c, recipes_dir as r; print(c()); print(r())"
     )

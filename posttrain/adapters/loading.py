@@ -6,7 +6,8 @@ from pathlib import Path
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.models import embedded_name, resolve_model
 from posttrain.remote import check_model_name, model_failure
-from posttrain.saved import check_safetensors, check_shards
+from posttrain.saved import check_safetensors, check_shards, read_text
+from posttrain.visible import one_line
 
 
 def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | None]:
@@ -20,13 +21,13 @@ def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | Non
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ConfigError(f"adapter is {folder}, which has no adapter_model.safetensors; give an adapter's folder.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no valid JSON: {error}.") from None
+        config = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no valid JSON: {str(error).rstrip('.')}.") from None
     if base:
         return resolve_model(base), None
     named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not named:
+    if not named or not isinstance(named, str) or one_line(named) != named:
         raise ConfigError(f"the adapter in {folder} names no base model; give it with --base MODEL.")
     # a cached folder may be another machine's, or cleared by now
     return resolve_model(embedded_name(named) or named), config.get("revision")
@@ -85,10 +86,13 @@ def _check_base(folder: Path) -> None:
         check_shards(index)
 
 
-def tokenizer_beside(folder: str | Path, base: str | None = None):
-    """The tokenizer saved with an adapter, or else its base model's. Raises as `load_adapter`."""
+def tokenizer_beside(folder: str | Path, base: str | None = None, own: bool | None = None):
+    """The tokenizer saved with an adapter, or else its base model's. Raises as `load_adapter`.
+
+    `own`: whether there is one with the adapter; default: where its config lies there.
+    """
     from posttrain.data.tokens import load_processing_class, tokenizer_of
 
-    own = (Path(folder) / "tokenizer_config.json").is_file()
+    own = (Path(folder) / "tokenizer_config.json").is_file() if own is None else own
     source, revision = (str(folder), None) if own else base_of(folder, base)
     return tokenizer_of(load_processing_class(source, revision))

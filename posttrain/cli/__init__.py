@@ -6,12 +6,14 @@ work and returns the exit code. It imports heavy libraries inside `run`, so that
 
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
 
 import posttrain
 from posttrain import signals
-from posttrain.errors import PosttrainError, hide_tokens
+from posttrain.console import complain, guard_tracebacks
+from posttrain.errors import PosttrainError
+from posttrain.private import hide_words
+from posttrain.visible import visible
 
 VERBS = ("quickstart", "train", "recipes", "data", "env", "generate", "merge", "push")
 
@@ -36,14 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # `train` hands flags it does not know to the recipe; for all other verbs they are mistakes
     args.settings = rest
+    guard_tracebacks()
     if rest and not getattr(args, "takes_settings", False):
-        parser.error(hide_tokens(f"unrecognized arguments: {' '.join(rest)}"))
+        parser.error(visible(f"unrecognized arguments: {' '.join(hide_words(rest))}"))
     try:
         # an exception runs what is to run at the end, and reaches a container's first process
         with signals.handled(signals.raise_terminated, signals.ending()):
             return modules[args.verb].run(args)
     except PosttrainError as error:
-        print(f"posttrain {args.verb}: error: {error}", file=sys.stderr)
+        complain(f"posttrain {args.verb}: error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         # The shell's own number for a program that Ctrl-C ended.

@@ -1,7 +1,8 @@
 """`posttrain env`: versions beside the tested ones, devices and folders, to paste into a report."""
 
-import json
 import platform
+
+from posttrain.console import say, say_json
 
 
 def add_parser(subparsers) -> None:
@@ -35,8 +36,8 @@ def run(args) -> int:
     facts["threads"] = torch.get_num_threads()
     facts["cache"] = str(cache_dir())
     if args.json:
-        print(json.dumps(facts, indent=1))
+        say_json(facts, indent=1)
     else:
         for name, value in facts.items():
-            print(f"- {name}: {value}")
+            say(f"- {name}: {value}")
     return 0

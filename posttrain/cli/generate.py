@@ -1,10 +1,14 @@
 """`posttrain generate`: what the base and the adapter answer to the same prompts, side by side."""
 
-import json
 import math
 from pathlib import Path
 
+from posttrain.console import say, say_json
 from posttrain.errors import ConfigError, DataError
+from posttrain.visible import one_line
+
+# of a file of prompts
+_MOST_BYTES = 64 << 20
 
 
 def add_parser(subparsers) -> None:
@@ -31,7 +35,13 @@ def run(args) -> int:
         if not args.prompts.is_file():
             raise DataError(f"prompts is {args.prompts}, which is no file.")
         try:
-            lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+            with open(args.prompts, "rb") as file:
+                text = file.read(_MOST_BYTES + 1)
+            if len(text) > _MOST_BYTES:
+                raise DataError(f"prompts is {args.prompts}, which has more than {_MOST_BYTES >> 20} MiB.")
+            lines = text.decode("utf-8-sig").splitlines()
+        except OSError as error:
+            raise DataError(f"prompts is {args.prompts}, which cannot be read: {error.strerror}.") from None
         except UnicodeDecodeError as error:
             raise DataError(f"prompts is {args.prompts}, which is not UTF-8 text: {error}.") from None
         prompts += [line for line in lines if line.strip()]
@@ -67,20 +77,35 @@ def run(args) -> int:
                 answers[side] = _answer(model, tokenizer, prompt, args)
         rows.append({"prompt": prompt, **answers})
         if not args.json:
-            print(f"prompt:  {prompt}\nbase:    {answers['base']}\nadapter: {answers['adapter']}\n", flush=True)
+            say(f"prompt:  {prompt}\nbase:    {answers['base']}\nadapter: {answers['adapter']}\n", flush=True)
     if args.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        say_json(rows, indent=1, ensure_ascii=False)
     return 0
+
+
+def _rendered(tokenizer, turns: list):
+    try:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except DataError:
+        raise
+    # a chat template is a program that came with the model: anything can come out of it
+    except Exception as error:
+        raise DataError(
+            f"the prompt cannot be turned into tokens by the chat template of the adapter: {type(error).__name__}: "
+            f"{one_line(error)}. Mend chat_template.jinja beside it, or take the base's."
+        ) from error
 
 
 def _answer(model, tokenizer, prompt: str, args) -> str:
     import torch
 
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        by = "the chat template of the adapter" if tokenizer.chat_template else "the tokenizer"
+        raise DataError(f"the prompt {prompt!r} comes out of {by} as no token at all, so there is nothing to answer.")
     inputs = inputs.to(model.device)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     with torch.no_grad():

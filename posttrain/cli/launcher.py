@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from posttrain import signals
+from posttrain.console import complain
 
 
 def main() -> int:
@@ -59,7 +60,7 @@ def _launch() -> int:
 def _told(who: str, code: int) -> int:
     if not Path(os.environ.get("POSTTRAIN_EXIT_CODE_FILE", "")).is_file():
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        print(f"{who} {how}", file=sys.stderr)
+        complain(f"{who} {how}")
     return 128 - code if code < 0 else code
 
 

@@ -1,8 +1,8 @@
 """`posttrain merge`: an adapter folded into its base, and a check that the merged model still says the same."""
 
-import json
 from pathlib import Path
 
+from posttrain.console import say, say_json
 from posttrain.errors import ConfigError, EnvironmentIssue
 
 
@@ -42,9 +42,9 @@ def run(args) -> int:
         raise EnvironmentIssue(f"output is {args.output}, which cannot be written: {error}.") from error
     facts = {"output": str(args.output), "dtype": args.dtype, **found._asdict()}
     if args.json:
-        print(json.dumps(facts))
+        say_json(facts)
     else:
-        print(f"Merged into {args.output} in {args.dtype}.")
-        print(f"Against base and adapter, on {found.tokens} tokens: largest logit difference", end=" ")
-        print(f"{found.largest_logit_difference:.3g}, top-1 agreement {found.top1_agreement:.1%}.")
+        say(f"Merged into {args.output} in {args.dtype}.")
+        say(f"Against base and adapter, on {found.tokens} tokens: largest logit difference", end=" ")
+        say(f"{found.largest_logit_difference:.3g}, top-1 agreement {found.top1_agreement:.1%}.")
     return 0

@@ -1,9 +1,9 @@
 """`posttrain push`: a saved run onto the hub, with its card and without local paths."""
 
 import contextlib
-import json
 from pathlib import Path
 
+from posttrain.console import say, say_json
 from posttrain.errors import ConfigError, EnvironmentIssue
 
 
@@ -65,10 +65,10 @@ def run(args) -> int:
         "files": pushed.files,
     }
     if args.json:
-        print(json.dumps(facts))
+        say_json(facts)
     else:
-        print(f"Pushed {len(pushed.files)} files to {destination.repo_id}: {', '.join(pushed.files)}")
-        print(pushed.commit.commit_url)
+        say(f"Pushed {len(pushed.files)} files to {destination.repo_id}: {', '.join(pushed.files)}")
+        say(pushed.commit.commit_url)
     return 0
 
 

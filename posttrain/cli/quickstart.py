@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from posttrain.console import say
 from posttrain.errors import DivergedError, EnvironmentIssue
 
 FLIP_RATE = 0.3
@@ -88,7 +89,7 @@ def run(args) -> int:
     output = _output_folder(args.output)
     scale = FAST if args.fast else FULL
     started = time.perf_counter()
-    print("Loading the libraries and the model (the first time, it is converted into the cache) ...", flush=True)
+    say("Loading the libraries and the model (the first time, it is converted into the cache) ...", flush=True)
 
     from posttrain import quiet
 
@@ -112,16 +113,16 @@ def run(args) -> int:
     }
     (output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     (output / "results.md").write_text(table + "\n")
-    print(f"\n{table}\n")
-    print(
+    say(f"\n{table}\n")
+    say(
         f"Accuracy: the share of {scale.held_out} clean held-out pairs whose right answer is the likelier one.\n"
         "One seed and one size: differences within the intervals say nothing.\n"
         f"In all {seconds / 60:.1f} minutes; details in {output / 'results.json'}"
     )
     if args.fast:
-        print("A fast run: the model started from random weights, so these figures say nothing about the methods.")
+        say("A fast run: the model started from random weights, so these figures say nothing about the methods.")
     shown = "rdpo" if "rdpo" in args.methods else args.methods[-1]
-    print(f"\nLoad the {METHODS[shown].title} adapter with plain PEFT:\n\n{job.loading_lines(shown)}")
+    say(f"\nLoad the {METHODS[shown].title} adapter with plain PEFT:\n\n{job.loading_lines(shown)}")
     if passed is False and not args.fast:
         raise DivergedError(
             f"the task check failed: DPO on clean labels must rank at least {REQUIRED_ACCURACY:.0%} of the held-out "
@@ -148,7 +149,7 @@ class _Job:
         self.train_sets = {"clean": clean, "flipped": flip_preferences(clean, FLIP_RATE, seed)}
         self.held_out = reverse_list_pairs(scale.held_out, seed + 1, exclude=clean)
         self.prompt = self.held_out[0]["prompt"]
-        print(
+        say(
             f"Model: {scale.note}\n"
             f"Task: given a list of three words, prefer its reverse to another order of the same words\n"
             f"Data: {n} training pairs, {FLIP_RATE:.0%} of their labels flipped for all but the clean run; "
@@ -257,7 +258,7 @@ class _Job:
             scores = score_pairs(model, self.tokenizer, self.held_out, batch_size=16, progress=bar.update)
         right = int((scores.margins > 0).sum())
         accuracy = right / len(self.held_out)
-        print(f"{label}: {accuracy:.1%} of the held-out pairs ranked right", flush=True)
+        say(f"{label}: {accuracy:.1%} of the held-out pairs ranked right", flush=True)
         return {
             "accuracy": accuracy,
             "interval": wilson_interval(right, len(self.held_out)),

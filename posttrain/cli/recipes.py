@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from posttrain.console import say
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.paths import configs_dir, recipes_dir
 
@@ -24,9 +25,9 @@ def run(args) -> int:
 def _list() -> int:
     for recipe in sorted(recipes_dir().glob("*.py")):
         summary = recipe.read_text().split('"""')[1].strip().splitlines()[0]
-        print(f"{recipe.stem:16} {summary}")
-        print(f"{'':16} configs: {_names(configs_dir() / recipe.stem)}")
-    print(f"{'accelerate':16} configs: {_names(configs_dir() / 'accelerate')}")
+        say(f"{recipe.stem:16} {summary}")
+        say(f"{'':16} configs: {_names(configs_dir() / recipe.stem)}")
+    say(f"{'accelerate':16} configs: {_names(configs_dir() / 'accelerate')}")
     return 0
 
 
@@ -48,7 +49,7 @@ def _copy(method: str, folder: Path, force: bool) -> int:
             shutil.copyfile(source, target)
         except OSError as error:
             raise EnvironmentIssue(f"{target} cannot be written ({error.strerror}); choose another folder.") from None
-        print(target)
+        say(target)
     return 0
 
 

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from posttrain.cli import _supervised
-from posttrain.errors import ConfigError, hide_tokens
+from posttrain.console import say
+from posttrain.errors import ConfigError
 from posttrain.paths import configs_dir, recipes_dir
+from posttrain.private import hide_words
 
 
 def add_parser(subparsers) -> None:
@@ -37,7 +39,7 @@ def run(args) -> int:
     # quiet: without it, accelerate adds a traceback of its own to every message of a recipe
     line = ["accelerate", "launch", "--quiet", "--config_file", launch, *_threads(launch)]
     line += [recipe, "--config", config, *args.settings]
-    print(_printable(map(str, line)), flush=True)
+    say(_printable(map(str, line)), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         code_file = Path(folder) / "exit_code"
         # the same interpreter, whatever `accelerate` the PATH would find
@@ -51,9 +53,11 @@ def _threads(launch: Path) -> list[str]:
     import psutil
     import yaml
 
+    from posttrain import yaml_text
+
     try:
-        file = yaml.safe_load(launch.read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        file = yaml_text.load(yaml_text.read(launch).decode()) or {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         # accelerate says what is wrong with it
         return []
     if not isinstance(file, dict) or "num_cpu_threads_per_process" not in (file.get("mpirun_config") or {}):
@@ -69,15 +73,10 @@ def methods() -> list[str]:
 
 
 def _printable(line: Iterable[str]) -> str:
-    """Return the launch line without the hub token."""
-    words, hidden = [], False
-    for word in line:
-        name, sign, _ = word.partition("=")
-        is_token = name.replace("-", "_") == "__hub_token"
-        shown = f"{name}=***" if is_token and sign else "***" if hidden else hide_tokens(word)
-        words.append(shlex.quote(shown) if shown == word else shown)
-        hidden = is_token and not sign
-    return " ".join(words)
+    """Return the launch line without secrets."""
+    line = list(line)
+    shown = zip(hide_words(line), line, strict=True)
+    return " ".join(shlex.quote(word) if word == given else word for word, given in shown)
 
 
 def _shipped(name: str, folder: Path, what: str) -> Path:

@@ -4,8 +4,8 @@
 
 `--config FILE` names the YAML file, whose keys are the fields of the dataclasses; the command line wins over
 it: also where a setting of the file cannot stand beside one of the command line, which is said. A mapping
-`env:` in the file sets environment variables; those that a library reads while it is imported have to be set
-in the shell instead.
+`env:` in the file sets environment variables that no program is run by; those that a library reads while it is imported
+have to be set in the shell instead. What runs code of others is for the command line alone.
 """
 
 import atexit
@@ -19,19 +19,20 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
-from posttrain import signals
+from posttrain import private, signals, yaml_text
 from posttrain.checks import near
+from posttrain.config import strangers
 from posttrain.config.arguments import DataArguments as DataArguments
 from posttrain.config.arguments import ModelArguments as ModelArguments
 from posttrain.config.arguments import is_local as is_local
 from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
+from posttrain.console import complain, guard_tracebacks
 from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError, Preempted
 from posttrain.log import get_logger
 
@@ -96,9 +97,13 @@ def run_main(main: Callable[[], object]) -> int:
     its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. A distributed run
     ends here, and so does a recipe that was told to end: taking the libraries apart takes seconds.
     """
+    guard_tracebacks()
     if signals.in_main_thread() and signals.is_launched():
         signals.follow_parent(signal.SIGTERM)
     signals.forks_end_with_us()
+    if os.environ.get("POSTTRAIN_EXIT_CODE_FILE") and os.environ.get("LOCAL_RANK", "0") == "0":
+        # of an earlier run, or made by `mktemp`
+        Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).unlink(missing_ok=True)
     with signals.handled(signals.raise_terminated, signals.ending()), signals.counting_from_the_start():
         code = _code_of(main)
     is_waited_for = getattr(main, "__module__", None) == "__main__" and (code > 128 or code == Preempted.exit_code)
@@ -135,7 +140,7 @@ def _told(message: str, code: int) -> int:
             return code
     if rank != "0":
         message = f"rank {rank}: {message}"
-    print(message, file=sys.stderr)
+    complain(message)
     if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
         with contextlib.suppress(FileExistsError), open(os.environ["POSTTRAIN_EXIT_CODE_FILE"], "x") as file:
             file.write(str(code))
@@ -179,8 +184,13 @@ class PosttrainParser(TrlParser):
         except BadValue as error:
             raise ConfigError(f"{COMMAND_LINE}: {error}") from None
         self._refuse_unknown(unknown)
+        private.remember(vars(values))
         for name in filter(None, map(_flag, arguments)):
             self._places[name if name in self._sections else name.removeprefix("no_")] = COMMAND_LINE
+        if "allow_code" in self._sections:
+            # given by nobody: settings name code, and none of it may run
+            values.allow_code = values.allow_code or []
+            self._places["allow_code"] = COMMAND_LINE
         return tuple(self._build(kind, values) for kind in self.dataclass_types)
 
     def error(self, message: str):
@@ -189,7 +199,9 @@ class PosttrainParser(TrlParser):
 
     def _read_defaults(self, path: str) -> None:
         settings, lines = _read_yaml(path)
+        private.remember(settings)
         for name, value in (settings.pop("env", None) or {}).items():
+            strangers.check_variable(str(name), f"{path}:{lines['env']}")
             try:
                 os.environ[str(name)] = str(value)
             except (OSError, ValueError) as error:
@@ -198,6 +210,7 @@ class PosttrainParser(TrlParser):
             place = self._places[name] = f"{path}:{lines[name]}"
             if name not in self._sections:
                 raise ConfigError(f"{place}: {self._unknown(name, value)}")
+            strangers.check_setting(name, value, place)
             try:
                 settings[name] = self._types[name].from_yaml(value)
             except BadValue as error:
@@ -269,11 +282,10 @@ class PosttrainParser(TrlParser):
 def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
     """Return the settings of a YAML file, and the line of each key."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = yaml_text.read(path).decode("utf-8-sig")
         if not text.strip():
             raise ConfigError(f"the config file {path} is empty; write lines of `key: value`, or leave --config out.")
-        loader = _Loader(text)
-        root = loader.get_single_node()
+        loader, root = yaml_text.compose(text, _Loader)
         _check_keys(root, path)
         settings = None if root is None else loader.construct_document(root)
     except OSError as error:

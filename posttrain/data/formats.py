@@ -7,6 +7,7 @@ from posttrain.data import objects
 from posttrain.data.messages import SYSTEM, is_messages, with_system
 from posttrain.data.rendering.marks import switch_of
 from posttrain.errors import DataError
+from posttrain.visible import listed
 
 PREFERENCE = "preference"
 IMPLICIT_PROMPT = "preference with implicit prompt"
@@ -114,7 +115,7 @@ def without_sides(columns: Iterable[str], name: str, row: Mapping | None = None,
     columns = list(columns)
     missing = [side for side in ("chosen", "rejected") if side not in columns]
     message = (
-        f"{name} has no column {' and '.join(missing)}. Found: {', '.join(columns) or 'none'}. Needed: chosen, "
+        f"{name} has no column {' and '.join(missing)}. Found: {listed(columns)}. Needed: chosen, "
         "rejected, and prompt unless both sides begin with it."
     )
     found, names = detect(columns, row), renames(columns)

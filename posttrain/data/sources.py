@@ -14,6 +14,8 @@ from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.remote import offline_reason, out_of_reach, reads_as_path
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+# Characters of a row; bytes of a line of a .json file, which may hold all its rows.
+LONGEST_LINE, LONGEST_JSON = 64 << 20, 512 << 20
 _OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml", ".xlsx")
 
 
@@ -76,12 +78,15 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             if path.suffix == ".json":
+                _check_lines(path)
                 rows = json.load(file)
                 if not isinstance(rows, list):
                     raise DataError(f"{path} must hold a list of rows, not {kind_of(rows)}; rows on lines are .jsonl.")
                 yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
                 return
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
+                if len(line) >= LONGEST_LINE:
+                    raise DataError(f"{path}, line {number}: {_too_long(LONGEST_LINE)}")
                 if line.strip():
                     # without the line's end, after which the parser would count another line
                     yield f"{path}, line {number}", json.loads(line.rstrip())
@@ -95,7 +100,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
     except UnicodeDecodeError as error:
         # the text was decoded in blocks, whose positions say nothing
         with opener(path, "rb") as file:
-            number = next(number for number, line in enumerate(file, 1) if not _is_utf8(line))
+            lines = enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1)
+            number = next(number for number, line in lines if not _is_utf8(line))
         raise DataError(f"{path}, line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read as gzipped UTF-8 text: {error}") from None
@@ -105,6 +111,22 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
         # lists in lists without end, or a number of thousands of digits
         place = path if path.suffix == ".json" else f"{path}, line {number}"
         raise DataError(f"{place}: JSON that cannot be read: {error}.") from None
+
+
+def _too_long(most: int) -> str:
+    return f"longer than {most >> 20} million characters, which is no row. Rows stand on a line each in a .jsonl file."
+
+
+def _check_lines(path: Path) -> None:
+    """Refuse a .json file, which is read as a whole, with a line that would take the memory of many rows."""
+    with open(path, "rb") as file:
+        number, length = 1, 0
+        for part in iter(lambda: file.readline(1 << 20), b""):
+            length += len(part)
+            if length >= LONGEST_JSON:
+                raise DataError(f"{path}, line {number}: {_too_long(LONGEST_JSON)}")
+            if part.endswith(b"\n"):
+                number, length = number + 1, 0
 
 
 def _is_utf8(line: bytes) -> bool:
@@ -133,7 +155,8 @@ def load_hub(source: str, split: str, **given):
             f"the data set {source!r} is a folder without data files that can be read; give a file "
             f"({', '.join(SUFFIXES)}), or a folder of some."
         ) from None
-    except (DatasetsError, OSError, ValueError) as error:
+    # the last of a folder with a script, which is not run
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         if out_of_reach(error):
             raise EnvironmentIssue(
                 f"the data set {source!r} is no file or folder here, and the hub cannot be reached. "

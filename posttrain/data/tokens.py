@@ -3,17 +3,20 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 from posttrain.data import formats, objects
 from posttrain.data.pairs import faults
-from posttrain.data.rendering import applied, closers, continued
+from posttrain.data.rendering import applied, bounds, closers, continued
 from posttrain.data.rendering.refusals import refusal
 from posttrain.data.row_options import check_settings, tools_of, with_read_tools
 from posttrain.errors import ConfigError, DataError
 from posttrain.remote import check_model_name, model_failure
+from posttrain.visible import one_line
 
+bounds.install()
 _READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
 
@@ -33,10 +36,27 @@ def load_processing_class(model: str, revision: str | None = None, trust_remote_
     from transformers import AutoProcessor
 
     check_model_name(model)
+    _check_template_files(model)
     try:
         return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise model_failure(model, error, "has no tokenizer that can be loaded") from error
+    # files of a tokenizer are read in Rust and in Python, and neither checks their form
+    except (AttributeError, IndexError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise DataError(
+            f"the tokenizer of {model} cannot be read: {type(error).__name__}: {one_line(error)}. One of its files is "
+            "damaged."
+        ) from error
+
+
+def _check_template_files(model: str) -> None:
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    for pattern in ("chat_template*", "additional_chat_templates/*", "tokenizer_config.json"):
+        for path in folder.glob(pattern):
+            if path.is_file() and path.stat().st_size > bounds.LONGEST_TEMPLATE:
+                raise DataError(f"{path} has more than {bounds.LONGEST_TEMPLATE >> 20} MiB, and is no chat template.")
 
 
 def processing_class_for(model, processing_class, args):

@@ -4,8 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import yaml
-
 from posttrain.errors import ConfigError
 from posttrain.hub.metadata import license_fields, read_metadata
 from posttrain.models import SMOLLM2, TINY, embedded_name
@@ -118,10 +116,11 @@ def _settings_resolved(run: Path) -> dict:
     None in anyone else's file of that name.
     """
     try:
-        content = yaml.safe_load((run / "resolved_config.yaml").read_text(encoding="utf-8"))
+        content = read_yaml(run / "resolved_config.yaml")
         ours = "output_dir" in content["training"] and "posttrain" in content["versions"] and "processes" in content
         return dict(content["training"]) if ours else {}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+    # a file that is damaged is a DataError, which is a ValueError
+    except (ValueError, KeyError, TypeError):
         return {}
 
 

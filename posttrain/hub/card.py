@@ -12,7 +12,9 @@ from posttrain.hub.base_model import adapter_config, base_license, base_name, is
 from posttrain.hub.metadata import Evaluation, eval_results, last_evaluation, render_card
 from posttrain.hub.passages import introduction, loading_section
 from posttrain.models import SMOLLM2, TINY
+from posttrain.private import hide_forms, without_secrets
 from posttrain.tables import format_table
+from posttrain.visible import one_line, visible
 
 _TRL_CITATION = """@software{vonwerra2020trl,
   title   = {{TRL: Transformers Reinforcement Learning}},
@@ -68,7 +70,7 @@ def _card(trainer, model_name, dataset_name, tags, evaluated, mixture, has_curve
     destination = getattr(trainer, "hub_destination", None)
     license = (destination and destination.license) or base_license(source)
     trained = destination.repo_id if destination else args.hub_model_id
-    name = Path(model_name or args.hub_model_id or Path(args.output_dir).resolve().name).name
+    name = one_line(Path(model_name or args.hub_model_id or Path(args.output_dir).resolve().name).name)
     datasets = [name for name in _listed(dataset_name) if is_hub_id(name)]
     papers = trainer._paper if isinstance(trainer._paper, list | tuple) else [trainer._paper]
     papers = [paper for paper in papers if paper]
@@ -110,7 +112,7 @@ def _card(trainer, model_name, dataset_name, tags, evaluated, mixture, has_curve
         eval_results=results or None,
         **license,
     )
-    return render_card(metadata, "\n\n".join(sections) + "\n")
+    return render_card(metadata, visible(hide_forms("\n\n".join(sections))) + "\n")
 
 
 def _listed(names) -> list[str]:
@@ -147,7 +149,7 @@ def _data(trainer, mixture) -> str:
     sets = held_out if isinstance(held_out, dict) else {"": held_out}
     for name, rows in sets.items():
         if hasattr(rows, "__len__"):
-            size += f", {len(rows):,} evaluation rows" + (f" ({name})" if name else "")
+            size += f", {len(rows):,} evaluation rows" + (f" ({one_line(name)})" if name else "")
     return f"{source}: {size}."
 
 
@@ -207,4 +209,4 @@ def _citations(papers) -> list[str]:
 
 
 def _short(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(without_secrets(value))

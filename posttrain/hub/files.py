@@ -7,11 +7,14 @@ from pathlib import Path
 
 import yaml
 
+from posttrain import yaml_text
 from posttrain.errors import DataError
 from posttrain.hub.base_model import is_hub_id
 from posttrain.hub.metadata import parse_card
+from posttrain.hub.own_files import found, is_own_file, links_in, name_links
 from posttrain.hub.passages import short_body, with_hub_ids
 from posttrain.hub.repository import Destination
+from posttrain.private import hide_forms, without_secrets
 from posttrain.saved import check_safetensors, check_shards, read_json, read_text, read_yaml
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -39,6 +42,10 @@ TOKENIZER = (
 )
 _REPORT = ("curves.png", "metrics.jsonl", "metrics.csv", "resolved_config.yaml")
 _CONFIGS = ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json")
+# of all that a run's folder may hold for a push
+_ALL = (*_ADAPTER, *_MODEL, *TOKENIZER, *_REPORT, "README.md")
+# names that no token of a vocabulary has
+_LOGINS = frozenset(("token", "use_auth_token", "auth_token", "hub_token", "access_token", "password", "api_key"))
 _FOLDER_SIGN = re.compile(r"[\\/]")
 _WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:)?[\\/](?:.*[\\/])?([^\\/]*)[\\/]*")
 # The folders of an absolute path; not those of a web address or a hub id
@@ -56,6 +63,8 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
         DataError: `weights` holds neither an adapter nor a model as safetensors, or a file cannot be read.
     """
     check_files(weights, run)
+    for folder in dict.fromkeys((weights, run)):
+        name_links(folder, _ALL)
     files = saved_weights(weights) | found(weights, TOKENIZER)
     is_adapter = "adapter_config.json" in files
     local_names = {name: destination.base_model_id for name in _local_bases(weights, run)}
@@ -67,7 +76,7 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
     if "resolved_config.yaml" in files:
         files["resolved_config.yaml"] = _without_paths_in_yaml(files["resolved_config.yaml"])
     card = run / "README.md"
-    text = read_text(card) if card.exists() else ""
+    text = hide_forms(read_text(card)) if is_own_file(card, run) else ""
     local_names[str(run.resolve())] = destination.repo_id
     published = published_card(text, destination, is_adapter, local_names, title=run.resolve().name)
     files["README.md"] = published.encode()
@@ -94,7 +103,7 @@ def check_files(weights: Path, run: Path) -> None:
     for name, path in found(run, _REPORT).items():
         if name.endswith(".yaml"):
             read_yaml(path)
-    if (run / "README.md").exists():
+    if is_own_file(run / "README.md", run):
         parse_card(read_text(run / "README.md"), run / "README.md")
 
 
@@ -104,11 +113,15 @@ def saved_weights(folder: Path) -> dict[str, Path]:
     Raises:
         DataError: there is neither.
     """
-    is_adapter = (folder / "adapter_config.json").exists()
+    is_adapter = is_own_file(folder / "adapter_config.json", folder)
     files = found(folder, _ADAPTER if is_adapter else _MODEL)
     if not any(name.endswith(".safetensors") for name in files):
         needed = "adapter_model.safetensors" if is_adapter else "adapter_model.safetensors or model.safetensors"
-        raise DataError(f"{folder} holds no {needed}, so there is nothing to push. Name the folder of a saved run.")
+        links = ", ".join(links_in(folder, (*_ADAPTER, *_MODEL)))
+        but = f" but links, which are not followed ({links})" if links else ""
+        raise DataError(
+            f"{folder} holds no {needed}{but}, so there is nothing to push. Name the folder of a saved run."
+        )
     return files
 
 
@@ -161,7 +174,7 @@ def clean_readme(folder: str | Path, base_model_id: str | None = None) -> None:
     `base_model_id` stands in for it where it is known; the card then has no base model where it is not.
     """
     card = Path(folder) / "README.md"
-    if not card.exists():
+    if not is_own_file(card, Path(folder)):
         return
     try:
         parsed = parse_card(read_text(card), card)
@@ -184,18 +197,12 @@ def _titled(card: str, folder_name: str, title: str) -> str:
     return re.sub(rf"^# {re.escape(folder_name)}$", f"# {title}", card, count=1, flags=re.MULTILINE)
 
 
-def found(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    """Return the files of a folder that match, by their path in it."""
-    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path for path in paths}
-
-
 def _local_bases(*folders: Path) -> set[str]:
     """Return the names of base models in the folders' adapter configs that mean something on this machine only."""
     names = set()
     for folder in folders:
         config = folder / "adapter_config.json"
-        if config.exists():
+        if is_own_file(config, folder):
             name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
             names |= {name} if name and not is_hub_id(name) else set()
     return names
@@ -210,7 +217,7 @@ def _replace_paths(text: str, names: dict[str, str]) -> str:
 
 def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
     config = json.loads(content)
-    clean = dict(config)
+    clean = {name: item if name == "chat_template" else _without_logins(item, name) for name, item in config.items()}
     if "base_model_name_or_path" in clean:
         if clean["base_model_name_or_path"] != base_model_id and "revision" in clean:
             clean["revision"] = None
@@ -221,8 +228,18 @@ def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
     return content if clean == config else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _without_logins(value, name: str = ""):
+    """Return a value of a model's or tokenizer's config without secrets; most names of tokens there are no secrets'."""
+    if isinstance(value, dict):
+        return {key: _without_logins(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_logins(item) for item in value]
+    return value if not isinstance(value, str) else None if name in _LOGINS else hide_forms(value)
+
+
 def _without_paths_in_yaml(content: bytes) -> bytes:
-    return yaml.safe_dump(_without_folders(yaml.safe_load(content)), sort_keys=False, allow_unicode=True).encode()
+    clean = without_secrets(yaml_text.load(content.decode()))
+    return yaml.safe_dump(_without_folders(clean), sort_keys=False, allow_unicode=True).encode()
 
 
 def _without_folders(value):

@@ -8,9 +8,10 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from posttrain.adapters.loading import load_adapter, tokenizer_beside
+from posttrain.adapters.loading import base_of, load_adapter, tokenizer_beside
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.hub.files import TOKENIZER, found
+from posttrain.hub.files import TOKENIZER, saved_weights
+from posttrain.hub.own_files import found, name_links
 from posttrain.log import get_logger
 
 _PROMPTS = (
@@ -58,6 +59,11 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
         EnvironmentIssue: merged and unmerged model agree on fewer tokens than `LEAST_AGREEMENT`.
     """
     folder = Path(folder).absolute()
+    base_of(run, base)
+    # a link in an adapter's folder may lead to any file of this machine
+    saved_weights(Path(run))
+    name_links(Path(run), TOKENIZER)
+    files = found(Path(run), TOKENIZER)
     model = load_adapter(run, base, dtype, to_merge=True)
     if model.active_peft_config.is_prompt_learning:
         raise ConfigError(
@@ -70,7 +76,7 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
             "what is merged is then another model than the one that was trained. --base MODEL names the base.",
             model.get_base_model().config._name_or_path, run,
         )  # fmt: skip
-    tokenizer = tokenizer_beside(run, base)
+    tokenizer = tokenizer_beside(run, base, own="tokenizer_config.json" in files)
     before = [_logits(model, tokenizer, prompt) for prompt in _PROMPTS]
     above = next(path for path in folder.parents if path.exists())
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=above) as temporary:
@@ -83,7 +89,6 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
                 f"the adapter in {run} cannot be merged: {str(error).rstrip('.')}. Keep it beside its base; push it "
                 "without --merged."
             ) from error
-        files = found(Path(run), TOKENIZER)
         for name, path in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, partial / name)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import yaml
 
+from posttrain import yaml_text
 from posttrain.errors import DataError
 from posttrain.saved import read_text
 
@@ -42,10 +43,14 @@ def parse_card(text: str, where: str | Path):
         DataError: the metadata is no YAML mapping.
     """
     from huggingface_hub import RepoCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     if not text.lstrip().startswith("---"):
         text = f"---\n{{}}\n---\n\n{text}"
     try:
+        metadata = REGEX_YAML_BLOCK.search(text)
+        if metadata:
+            yaml_text.compose(metadata[2])
         return RepoCard(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise DataError(

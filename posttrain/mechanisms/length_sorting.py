@@ -34,9 +34,10 @@ def sort_groups(batches: list[dict], groups: Sequence[RowGroups], sides: Mapping
         lengths[number] += length
     order = sorted(range(merged.count), key=lambda number: -lengths[number])
     place = {sign: {row: at for at, row in enumerate(merged.rows_of(sign))} for sign in (CHOSEN, REJECTED)}
-    sorted_batches, device = [], values["attention_mask"].device
+    sorted_batches, device, start = [], values["attention_mask"].device, 0
     for batch, count in zip(batches, counts, strict=True):
-        own, order = order[:count], order[count:]
+        own = order[start : start + count]
+        start += count
         selected, rows = merged.select(own)
         width = max(row_lengths[row] for row in rows)
         row_index, group_index = _index(rows, device), _index(own, device)

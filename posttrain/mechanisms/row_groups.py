@@ -107,8 +107,7 @@ class RowGroups:
     def select(self, groups: Sequence[int]) -> tuple["RowGroups", list[int]]:
         """Return some groups, in the order given, as a batch of their own, and its rows: chosen ones, then rejected."""
         number = {group: new for new, group in enumerate(groups)}
-        members = {sign: self._members(sign) for sign in (CHOSEN, REJECTED)}
-        rows = [row for sign in (CHOSEN, REJECTED) for group in groups for row in members[sign][group]]
+        rows = [row for sign in (CHOSEN, REJECTED) for group in groups for row in self._members[sign][group]]
         return RowGroups(tuple(number[self.numbers[row]] for row in rows), tuple(self.signs[row] for row in rows)), rows
 
     @staticmethod
@@ -121,12 +120,13 @@ class RowGroups:
             before += part.count
         return RowGroups(tuple(groups), tuple(signs))
 
-    def _members(self, sign: int | None) -> list[list[int]]:
-        """Return the rows of each group, of one side or of both."""
-        members = [[] for _ in range(self.count)]
+    @cached_property
+    def _members(self) -> dict[int | None, list[list[int]]]:
+        """Return the rows of each group, by side; under None those of both."""
+        members = {sign: [[] for _ in range(self.count)] for sign in (None, CHOSEN, REJECTED)}
         for row, (group, own) in enumerate(zip(self.numbers, self.signs, strict=True)):
-            if sign in (None, own):
-                members[group].append(row)
+            members[None][group].append(row)
+            members[own][group].append(row)
         return members
 
     def _index(self, device, what) -> Tensor:
@@ -146,6 +146,6 @@ class RowGroups:
         # rows are counted among those of the side
         rows = range(len(self.numbers)) if sign is None else self.rows_of(sign)
         place = {row: number for number, row in enumerate(rows)}
-        members = self._members(sign)
+        members = self._members[sign]
         widest = max(map(len, members))
         return [[place[row] for row in own] + [len(rows)] * (widest - len(own)) for own in members]

@@ -8,6 +8,7 @@ from posttrain.config import DataArguments, ModelArguments, get_peft_config, is_
 from posttrain.config.mixture import rows_of_each
 from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
+from posttrain.visible import visible
 
 
 def named_model(data_args: DataArguments, model_args: ModelArguments, training_args):
@@ -102,7 +103,7 @@ def train(trainer, data_args: DataArguments, evaluate: bool) -> None:
     trainer.save_model(_internal_call=True)
     on_hub = hub_data(data_args)
     trainer.create_model_card(**on_hub)
-    trainer.accelerator.print(f"Saved to {args.output_dir}")
+    trainer.accelerator.print(visible(f"Saved to {args.output_dir}"))
     if args.push_to_hub:
         trainer.push_to_hub(**on_hub)
     trainer.end()

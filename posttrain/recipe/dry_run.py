@@ -3,6 +3,9 @@
 import os
 import warnings
 
+from posttrain.console import say
+from posttrain.private import hide
+
 SAMPLE_ROWS = 64
 # of the first row, which `show` prints as blocks
 TEXTS = ("prompt", "chosen", "rejected", "completion", "reward", "demonstration", "gold")
@@ -47,9 +50,9 @@ def show(facts: dict) -> None:
     """Print what `describe` found, from the first process alone."""
     if os.environ.get("RANK", "0") != "0":
         return
-    print("A dry run: nothing was trained and nothing was written.\n")
+    say("A dry run: nothing was trained and nothing was written.\n")
     for name, value in facts.items():
         if name in TEXTS:
-            print(f"\nFirst {name}:\n{value}")
+            say(f"\nFirst {name}:\n{value}")
         else:
-            print(f"{name:42} {value if isinstance(value, str) else format(value, ',')}")
+            say(f"{name:42} {hide(value) if isinstance(value, str) else format(value, ',')}")

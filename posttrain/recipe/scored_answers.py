@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from posttrain import recipe
 from posttrain.config import DataArguments
+from posttrain.private import without_secrets
 from posttrain.recipe import dry_run
 
 
@@ -82,10 +83,10 @@ def describe(
 
     config, first, name = dry_run.check(model_id, args, peft_config), train_dataset[0], "train_dataset"
     processing_class = processing_class_for(model_id, None, args)
-    if data_args.reward_func is not None:
+    answers = ALoLAnswers(args, data_args.reward_func)
+    if data_args.reward_func is not None and args.allow_code is None:
         # one that is none is refused here; what it gives is known once it has scored the answers
         loading.check_reward(data_args.reward_func)
-    answers = ALoLAnswers(args, data_args.reward_func)
     if answers.has_head:
         prompt_values.check_heads_can_be_kept(args, data_args.reward_func)
     ready = answers.prepare(
@@ -110,7 +111,7 @@ def describe(
     if answers.has_head:
         with_gradient = "known once the value head has learned"
     elif answers.needs_rewards and data_args.reward_func is not None:
-        with_gradient = f"known once {data_args.reward_func} has scored the answers"
+        with_gradient = f"known once {without_secrets(data_args.reward_func)} has scored the answers"
     elif not tokenised_before_loading(args):
         with_gradient = f"at most {kept}"
     else:
@@ -127,7 +128,7 @@ def describe(
         **dry_run.sizes(config, args, peft_config),
         **facts,
         **shown,
-        "reward": f"by {data_args.reward_func}" if data_args.reward_func else first.get("reward"),
+        "reward": f"by {without_secrets(data_args.reward_func)}" if data_args.reward_func else first.get("reward"),
     }
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from posttrain import recipe
 from posttrain.config import DataArguments, ModelArguments, get_quantization_config, parse
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
+from posttrain.private import without_secrets
 from posttrain.recipe import dry_run
 
 
@@ -111,7 +112,7 @@ def run(trainer_class, config_class) -> None:
 
     task_args, model_args, training_args = parse((TaskArguments, ModelArguments, config_class))
     model, peft_config = recipe.named_model(task_args, model_args, training_args)
-    rewards = get_rewards(task_args.reward_funcs)
+    rewards = get_rewards(task_args.reward_funcs, training_args.allow_code)
     try:
         train_dataset, eval_dataset = load_tasks(task_args, training_args)
         check_tasks(training_args, rewards, train_dataset, eval_dataset)
@@ -172,13 +173,14 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     } | dry_run.sizes(config, args, peft_config)
     if args.learns_from_demonstrations:
         facts["longest demonstration (tokens)"] = max(len(ids) for ids in train_dataset[tokens.IDS])
-    facts |= {"rewards": ", ".join(task_args.reward_funcs), "prompt": texts[0]}
+    facts |= {"rewards": ", ".join(without_secrets(task_args.reward_funcs)), "prompt": texts[0]}
     if args.learns_from_demonstrations:
         facts["demonstration"] = tokenizer.decode(train_dataset[0][tokens.IDS])
     return facts | {"gold": train_dataset[0].get("gold")}
 
 
 def _rendered(row, tokenizer, args) -> str:
+    from posttrain.data.rendering.refusals import refusal
     from posttrain.data.row_options import template_kwargs_of, tools_of
 
     prompt = row["prompt"]
@@ -189,8 +191,14 @@ def _rendered(row, tokenizer, args) -> str:
         return tokenizer.apply_chat_template(
             prompt, tools=tools_of(row), add_generation_prompt=True, tokenize=False, **kwargs
         )
+    except DataError:
+        raise
     except ValueError as error:
         raise ConfigError(
             f"prompts are messages, and the model's tokenizer has no chat template ({error}). Set `conversational: "
             "false` for tasks as plain text, or name a model that has one."
         ) from None
+    # a chat template is a program that came with the model: anything can come out of it
+    except Exception as error:
+        said = refusal(error, [prompt], lambda messages: tokenizer.apply_chat_template(messages, tokenize=False))
+        raise DataError(f"train_dataset, row 1: {said}") from error

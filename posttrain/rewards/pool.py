@@ -1,13 +1,17 @@
 """Worker processes for verifiers that can hang, crash or use signals.
 
 Workers are fresh interpreters that run `posttrain.rewards.worker`, one JSON text a line on their standard input and
-output. `multiprocessing`'s spawn would import the user's script again in each of them, torch included, and start
+output. Each call has a number, which its reply repeats: a reply to another call than the one waited for is dropped.
+`multiprocessing`'s spawn would import the user's script again in each of them, torch included, and start
 workers from within workers where the script has no `__main__` guard; so they are started as plain commands.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +23,7 @@ from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from posttrain.errors import EnvironmentIssue
+from posttrain.rewards.keeper import END
 
 # Seconds for an interpreter to start and import its verifier: about two, on a busy machine more.
 START_TIMEOUT = 120.0
@@ -26,6 +31,8 @@ START_TIMEOUT = 120.0
 GRACE = 1.0
 # Seconds for idle workers to leave by themselves at the end.
 CLOSE_TIMEOUT = 1.0
+# Seconds a keeper has to end what its worker has started.
+KILL_TIMEOUT = 5.0
 
 _COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from posttrain.rewards.worker import main; main()"
 
@@ -48,19 +55,22 @@ class WorkerPool:
     Args:
         module: importable name of a module with functions of JSON values.
         timeout: seconds a call. The worker stops itself by an alarm; GRACE seconds later it is killed and replaced.
+
+    The processes that a worker has started end with it, see `posttrain.rewards.keeper`.
     """
 
     def __init__(self, module: str, workers: int, timeout: float):
         self.module, self.size, self.timeout = module, workers, timeout
         self._lock = threading.RLock()
         self._workers: list[_Worker] = []
+        self._numbers = itertools.count()
         self._pid = os.getpid()
         self._finalizer = None
 
     @property
     def pids(self) -> list[int]:
         """Of the live workers, in the order of their slots."""
-        return [worker.process.pid for worker in self._workers]
+        return [worker.pid for worker in self._workers]
 
     def start(self) -> None:
         """Start the workers and wait until they have imported the verifier. A second call does nothing.
@@ -77,7 +87,7 @@ class WorkerPool:
             try:
                 self._workers += [self._new_worker() for _ in range(self.size)]
                 while any(not worker.ready for worker in self._workers):
-                    self._receive([])
+                    self._receive({})
             except BaseException:
                 self.close()
                 raise
@@ -96,23 +106,24 @@ class WorkerPool:
             if not calls:
                 return []
             self.start()
-            outcomes: list[Outcome | None] = [None] * len(calls)
+            outcomes: dict[int, Outcome] = {}
             waiting = deque(range(len(calls)))
             try:
-                while any(outcome is None for outcome in outcomes):
+                while len(outcomes) < len(calls):
                     for slot, worker in enumerate(self._workers):
                         if waiting and worker.ready and worker.index is None:
                             request = {"function": function, "arguments": calls[waiting[0]], "timeout": self.timeout}
-                            if worker.send(request, waiting[0], self.timeout + GRACE):
+                            number = next(self._numbers)
+                            if worker.send(request, number, waiting[0], self.timeout + GRACE):
                                 waiting.popleft()
                             else:
                                 self._replace(slot)
                     self._receive(outcomes)
             except BaseException:
-                # Replies that are still to come would be taken for those of the next call.
+                # The workers may be at calls that nobody waits for.
                 self.close()
                 raise
-            return outcomes
+            return [outcomes[index] for index in range(len(calls))]
 
     def _new_worker(self) -> "_Worker":
         return _Worker(self.module)
@@ -121,7 +132,7 @@ class WorkerPool:
         self._workers[slot].kill()
         self._workers[slot] = self._new_worker()
 
-    def _receive(self, outcomes: list) -> None:
+    def _receive(self, outcomes: dict[int, Outcome]) -> None:
         """Wait for what comes first, a reply or a deadline, and deal with all that has come."""
         by_file = {worker.process.stdout: slot for slot, worker in enumerate(self._workers)}
         nearest = min(worker.deadline for worker in self._workers)
@@ -138,9 +149,15 @@ class WorkerPool:
                     raise EnvironmentIssue(
                         f"the verifier {self.module} cannot be loaded in its worker: {reply['failed']}"
                     )
-                if worker.index is not None:
+                if "pid" in reply:
+                    worker.pid, worker.ready, worker.deadline = reply["pid"], True, math.inf
+                elif reply.pop("call") == worker.call:
+                    leaves = reply.pop("leaves")
                     outcomes[worker.index] = Outcome(**reply)
-                worker.ready, worker.index, worker.deadline = True, None, math.inf
+                    worker.call, worker.index, worker.deadline = None, None, math.inf
+                    if leaves:
+                        self._replace(slot)
+                        break
         for slot, worker in enumerate(self._workers):
             if worker.deadline <= time.monotonic():
                 if not worker.ready:
@@ -148,7 +165,7 @@ class WorkerPool:
                 outcomes[worker.index] = Outcome(timed_out=True)
                 self._replace(slot)
 
-    def _has_died(self, slot: int, outcomes: list) -> None:
+    def _has_died(self, slot: int, outcomes: dict[int, Outcome]) -> None:
         worker = self._workers[slot]
         code = worker.process.wait()
         if not worker.ready:
@@ -159,33 +176,41 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process, the call it is at (`index`, None when idle) and the time by which it must have answered."""
+    """One process, the call it is at and the time by which it must have answered.
+
+    call: the call's number. index: its place among those of `map`. Both are None when the worker is idle.
+    """
 
     def __init__(self, module: str):
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _COMMAND, json.dumps(sys.path), module],
+            [sys.executable, "-P", "-c", _COMMAND, json.dumps(sys.path), str(os.getpid()), module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # a signal to all of a run's group is for the run, also while the worker starts
+            # signals to the trainer's group are the trainer's, which may have a step to finish
             process_group=0,
             # arithmetic libraries would start a thread for each core in every worker
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )
+        # the keeper's, until the worker has said its own
+        self.pid = self.process.pid
         self.ready = False
+        self.call: int | None = None
         self.index: int | None = None
         self.deadline = time.monotonic() + START_TIMEOUT
         self._unread = b""
 
-    def send(self, request: dict, index: int, seconds: float) -> bool:
+    def send(self, request: dict, number: int, index: int, seconds: float) -> bool:
         """Hand over a call; False if the process has died."""
-        line = memoryview(json.dumps(request).encode() + b"\n")
+        if self.process.poll() is not None:
+            return False
+        line = memoryview(json.dumps(request | {"call": number}).encode() + b"\n")
         try:
             while line:
                 line = line[self.process.stdin.write(line) :]
         except OSError:
             return False
-        self.index, self.deadline = index, time.monotonic() + seconds
+        self.call, self.index, self.deadline = number, index, time.monotonic() + seconds
         return True
 
     def read(self) -> list[dict] | None:
@@ -197,16 +222,24 @@ class _Worker:
         return [json.loads(line) for line in lines]
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._close_pipes()
+        """End the process and all that it has started."""
+        self.process.send_signal(END)
+        self.leave(time.monotonic() + KILL_TIMEOUT)
 
     def leave(self, deadline: float) -> None:
+        """Wait for the end of a process that was told to leave; kill it at the deadline."""
         try:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self.process.send_signal(END)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(KILL_TIMEOUT)
+        if self.process.poll() in (None, -signal.SIGKILL) and self.ready:
+            # a keeper that was killed itself has ended its worker, but not what that had started
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
         self._close_pipes()
 
     def _close_pipes(self) -> None:

@@ -1,21 +1,18 @@
 """Rewards by name, as a config gives them."""
 
-import importlib
-import os
-import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 
 from posttrain.checks import check_option, near, parse_query, parse_scalar
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import ConfigError
 from posttrain.rewards.base import Reward
 from posttrain.rewards.format import Format
 from posttrain.rewards.gym import GymScore
 from posttrain.rewards.length import OverlongPenalty
 from posttrain.rewards.maths import ExactMatch, MathsAnswer
 from posttrain.rewards.user import UserReward
+from posttrain.user_code import import_function
 
 BUILT_IN = {
     "maths_answer": MathsAnswer,
@@ -24,16 +21,17 @@ BUILT_IN = {
     "length": OverlongPenalty,
     "gym": GymScore,
 }
-_USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
-def get_reward(name: str, **settings) -> Reward:
+def get_reward(name: str, *, allowed: Collection[str] | None = None, **settings) -> Reward:
     """Return the reward of a name, with its settings.
 
     Args:
         name: one of maths_answer, exact_match, format, length and gym, or `module:function` for one of your own, found
             where Python imports from and in the working folder. Settings may follow as
             `length?max_length=512&cache=128`.
+        allowed: modules that `name` may be of, beside those in the recipe's folder; None where a program of yours names
+            the function itself, which may be any.
         settings: of the reward; for a function of your own, keyword arguments it is always called with.
 
     Raises ConfigError, naming the nearest name, for what does not exist, and as the reward does for its settings.
@@ -41,7 +39,7 @@ def get_reward(name: str, **settings) -> Reward:
     name, _, query = name.partition("?")
     settings = {**_settings(name, query), **settings}
     if ":" in name:
-        return _users_reward(_import(name), settings)
+        return _users_reward(import_function(name, "reward_funcs", allowed), settings)
     if name not in BUILT_IN:
         close = near(name, BUILT_IN)
         hint = f" Did you mean {close!r}?" if close else ""
@@ -59,28 +57,28 @@ def get_reward(name: str, **settings) -> Reward:
         raise ConfigError(f"reward_funcs: {name}: {error}") from None
 
 
-def get_rewards(specs: Iterable) -> list[Reward]:
+def get_rewards(specs: Iterable, allowed: Collection[str] | None = None) -> list[Reward]:
     """Make the rewards of what a config's `reward_funcs` lists.
 
     Each is a name as in `get_reward`, a mapping of one name to its settings (`length: {max_length: 512, cache: 128}`),
-    a function, or a reward. Raises ConfigError as `get_reward` does.
+    a function, or a reward. `allowed`: as in `get_reward`, whose ConfigErrors come through.
     """
     specs = [specs] if isinstance(specs, str | Mapping) or callable(specs) else list(specs)
     if not specs:
         raise ConfigError("reward_funcs is empty; name a reward such as maths_answer.")
-    return [_reward(spec) for spec in specs]
+    return [_reward(spec, allowed) for spec in specs]
 
 
-def _reward(spec) -> Reward:
+def _reward(spec, allowed) -> Reward:
     if isinstance(spec, Reward):
         return spec
     if isinstance(spec, str):
-        return get_reward(spec)
+        return get_reward(spec, allowed=allowed)
     if isinstance(spec, Mapping):
         if len(spec) != 1 or not all(isinstance(value, Mapping | None) for value in spec.values()):
             raise ConfigError(f"reward_funcs: {dict(spec)!r} must map one reward's name to its settings.")
         ((name, settings),) = spec.items()
-        return get_reward(str(name), **(settings or {}))
+        return get_reward(str(name), allowed=allowed, **(settings or {}))
     if callable(spec):
         return UserReward(spec)
     raise ConfigError(f"reward_funcs: {spec!r} is neither a reward's name nor a function.")
@@ -97,30 +95,3 @@ def _users_reward(found: Callable, settings: dict) -> Reward:
 def _settings(name: str, query: str) -> dict:
     parsed = parse_query(query, f"reward_funcs: {name}?{query}", "settings")
     return {key: parse_scalar(text) for key, text in parsed.items()}
-
-
-def _import(name: str) -> Callable:
-    if not _USERS.fullmatch(name):
-        raise ConfigError(f"reward_funcs: {name!r} must be module:function, such as my_rewards:shortness.")
-    module_name, _, path = name.partition(":")
-    # A recipe's own folder is searched by Python, the working folder is not.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(module_name)
-    except PosttrainError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"reward_funcs: the module of {name!r} cannot be imported: {type(error).__name__}: {error} (working "
-            f"folder: {os.getcwd()})."
-        ) from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            close = near(part, dir(found))
-            hint = f" Did you mean {close!r}?" if close else ""
-            raise ConfigError(f"reward_funcs: {name!r}: {module_name} has no {part!r}.{hint}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(f"reward_funcs: {name!r} is {type(found).__name__}, not a function.")
-    return found

@@ -13,10 +13,16 @@ import signal
 import sys
 import warnings
 
+from posttrain.rewards.keeper import children_of, keep
+
 # Bytes of address space. An answer such as 9^(9^9) would take all the machine has.
 MEMORY = 4 << 30
 # An alarm that a verifier's `except` swallowed rings again after so many seconds.
 AGAIN = 0.25
+
+
+# Sent by schedulers to all processes of a job. What a worker is told to do comes from its parent.
+_FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Overtime(BaseException):
@@ -24,13 +30,15 @@ class Overtime(BaseException):
 
 
 def main() -> None:
-    """Serve until the input ends. The command line's last word is the verifier's module."""
+    """Serve until the input ends. The command line's last two words: the pool's process, the verifier's module."""
+    keep(parent=int(sys.argv[-2]))
+    own = os.getpid()
     requests, replies = _own_pipes()
-    # The parent's to handle: it may finish its step, and closes the input or kills.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # Ctrl-C is the parent's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _ring)
+    for number in _FOR_THE_TRAINER:
+        signal.signal(number, lambda number, frame: _pass_over(number, own))
     warnings.simplefilter("ignore")
     _limit(resource.RLIMIT_AS, MEMORY)
 
@@ -43,10 +51,17 @@ def main() -> None:
     except Exception as error:
         reply(failed=error_text(error))
         return
-    reply()
+    reply(pid=own)
     with contextlib.suppress(BrokenPipeError):
         for line in requests:
-            reply(**serve(module, **json.loads(line)))
+            request = json.loads(line)
+            number, before = request.pop("call"), _started()
+            outcome = serve(module, **request)
+            if os.getpid() != own:
+                # A fork that the verifier did not end: the reply is its parent's.
+                os._exit(1)
+            leaves = "value" not in outcome and not _started() <= before
+            reply(call=number, leaves=leaves, **outcome)
     # Taking sympy's caches apart would hold up the parent's exit.
     os._exit(0)
 
@@ -80,6 +95,24 @@ def _in_time(seconds: float, call):
 def error_text(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _started() -> set[int]:
+    """Return the processes that the worker has started and that run."""
+    if not hasattr(os, "waitid"):
+        return children_of(os.getpid())
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return set()
+    return children_of(os.getpid())
+
+
+def _pass_over(number: int, worker: int) -> None:
+    """Do nothing in the worker; in a process forked from it, what the signal does by default."""
+    if os.getpid() != worker:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _ring(signum, frame):

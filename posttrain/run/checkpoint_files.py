@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from posttrain.errors import ConfigError
 from posttrain.hub.files import TOKENIZER
+from posttrain.private import without_secrets
 
 MARKER = "posttrain_complete.json"
 # there from the first to the last byte of a save, or of a removal
@@ -56,9 +57,9 @@ _WRITTEN = (
 
 
 def mark(folder: Path, content: dict, name: str = MARKER) -> None:
-    """Write a marker or note at once, so that it is never half there."""
+    """Write a marker or note at once, so that it is never half there; secrets are left out."""
     partial = folder / _partial(name)
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(json.dumps(without_secrets(content), indent=1) + "\n")
     os.replace(partial, folder / name)
 
 
@@ -85,7 +86,9 @@ def is_half_left(folder: Path, identity: dict | None = None) -> bool:
         # killed before the note was whole, when there was nothing else yet
         return files_in(folder) == {_partial(SAVING)}
     try:
-        return identity is None or content_of(folder / SAVING)["identity"] == json.loads(json.dumps(identity))
+        return identity is None or content_of(folder / SAVING)["identity"] == json.loads(
+            json.dumps(without_secrets(identity))
+        )
     except ConfigError:
         return False
 

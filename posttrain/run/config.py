@@ -17,6 +17,7 @@ from posttrain.config.setting import may_be_infinite, setting
 from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
+from posttrain.private import without_secrets
 from posttrain.run import checkpoints, preemption
 from posttrain.run.checks import check_optimiser, check_reporters
 
@@ -82,6 +83,13 @@ class CommonConfig:
         False, "Replace what earlier runs left in output_dir; files that no run wrote stay.", identity=False, card=False
     )
 
+    allow_code: list[str] | None = setting(
+        None,
+        "Modules whose functions the settings may name, as rewards or advantages; on the command line alone. A module "
+        "beside the recipe needs no such word.",
+        identity=False,
+        card=False,
+    )
     save_on_signal: str = setting(
         "auto",
         "At SIGTERM or SIGUSR1: auto finishes the step, saves a checkpoint and ends with exit code 75; never ends at "
@@ -188,7 +196,21 @@ class CommonConfig:
 
     def __getstate__(self):
         # training_args.bin is a pickle, and goes wherever the run folder goes
-        return {**self.__dict__, "hub_token": None}
+        held = without_secrets(self.__dict__)
+        return {name: held.get(name) for name in self.__dict__}
+
+    # stands on TrainingArguments.to_dict, from which loggers and TensorBoard take the settings
+    def to_dict(self):
+        """Return the settings as plain values, without secrets."""
+        held = super().to_dict()
+        return {name: value if name == "hub_token" else without_secrets(value) for name, value in held.items()}
+
+    def __repr__(self):
+        return str(self)
+
+    def __str__(self):
+        shown = ",\n".join(f"{name}={value!r}" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{shown},\n)"
 
     # copies stay in the process, so they keep the token
     def __copy__(self):

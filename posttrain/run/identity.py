@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from posttrain.config.setting import identity_of, meanings
 from posttrain.hub.base_model import adapter_config, base_name, loaded_from
 from posttrain.mechanisms.base_digests import base_digests, plain, quantisation
+from posttrain.private import without_secrets
 
 # Columns of rows that were tokenised before the run
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
@@ -138,6 +139,8 @@ def adapter_settings(model) -> dict:
 
 def differing(now: dict, then: dict) -> str:
     """Say in which entries two identities differ; empty for none. Entries that one of them lacks are passed over."""
+    # a marker holds no secrets
+    now, then = without_secrets(plain(now)), without_secrets(plain(then))
     names = [name for name in sorted(now.keys() & then) if plain(now[name]) != plain(then[name])]
     # digests say nothing to a reader
     words = {

@@ -17,9 +17,8 @@ from transformers import TrainerCallback
 from posttrain.environment import device_name, git_commit, library_versions
 from posttrain.errors import EnvironmentIssue
 from posttrain.log import get_logger
+from posttrain.private import without_secrets
 
-_SECRET_NAME = re.compile(r"(hub|access|auth|api|bearer)_?(token|key)|secret|passw|credential", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@]+@")
 _NOT_PLOTTED = re.compile(r"epoch|step|total_flos|train_loss|num_tokens|.*(_runtime|_per_second)")
 _MOST_PANELS = 12
 
@@ -185,14 +184,18 @@ def _read_rows(path: Path) -> list[dict]:
 
 def _plain(value):
     """Convert `value` to YAML's own types, without secrets."""
+    return without_secrets(_of_yaml(value))
+
+
+def _of_yaml(value):
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items() if not _SECRET_NAME.search(str(name))}
+        return {str(name): _of_yaml(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
+        return [_of_yaml(item) for item in value]
     if isinstance(value, enum.Enum):
-        return _plain(value.value)
+        return _of_yaml(value.value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
+        return _of_yaml(dataclasses.asdict(value))
     if value is None or isinstance(value, bool | int | float):
         return value
-    return _SECRET_VALUE.sub("", os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

@@ -25,7 +25,7 @@ def trainer_class(arm: str, columns: dict):
     from trl import DPOTrainer
 
     from posttrain import RobustDPOTrainer
-    from posttrain.mechanisms.prefix_sharing import packing
+    from posttrain.mechanisms.prefix_sharing import distribution
 
     base = DPOTrainer if arm.startswith("trl") else RobustDPOTrainer
 
@@ -45,7 +45,7 @@ def trainer_class(arm: str, columns: dict):
 
     class OneRowAPair(Unsorted):
         def _packed(self, model, batch):
-            with mock.patch.object(packing, "_bins", _one_block_a_row):
+            with mock.patch.object(distribution, "distribute", _one_block_a_row):
                 return super()._packed(model, batch)
 
     return {"sharing": OneRowAPair, "packing": Unsorted}.get(arm, Arm)

@@ -38,7 +38,7 @@ FILES = [
     "rate: [1",
     "rate: 1\nenv: 3",
     "rate: 1\nenv: {'A=B': 4}",
-    'env: {A: "a\\0b"}',
+    'env: {WANDB_NAME: "a\\0b"}',
     "rate: 1\nextra: &x {b: *x}",
     "rate: 1\n~: 4",
     "mode: a\n<<: {rate: 1, stepz: 3}",

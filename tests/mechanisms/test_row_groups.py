@@ -86,3 +86,23 @@ def test_sorting_keeps_every_row_and_number_with_its_group():
         assert batch["attention_mask"].sum(dim=1).max() == batch["input_ids"].size(1)
         seen += names.int().tolist()
     assert sorted(seen) == sorted(total) and [total[name] for name in seen] == sorted(total.values(), reverse=True)
+
+
+class Counted(tuple):
+    """Counts how often it is read through."""
+
+    reads = 0
+
+    def __iter__(self):
+        Counted.reads += 1
+        return super().__iter__()
+
+
+def test_groups_are_found_in_one_pass_however_many_are_selected(monkeypatch):
+    monkeypatch.setattr(Counted, "reads", 0)
+    pairs = RowGroups.pairs(50)
+    groups = RowGroups(Counted(pairs.numbers), Counted(pairs.signs))
+    for group in range(50):
+        selected, rows = groups.select([group])
+        assert (selected.numbers, rows) == ((0, 0), [group, 50 + group])
+    assert 0 < Counted.reads < 10

@@ -116,7 +116,7 @@ def test_a_dry_run_refuses_a_setting_in_the_same_words(recipe, tmp_path, given, 
 FILES = [
     ("extra: 1\nseed: &x [*x]\n", "2: what the anchor names here contains itself."),
     ("seed: 1\n~: 4\n", "2: the key `~` is no text, as all keys are."),
-    ("env: {'A=B': 4}\n", "1: `env` cannot set 'A=B': illegal environment variable name."),
+    ('env: {WANDB_NAME: "a\\0b"}\n', "1: `env` cannot set 'WANDB_NAME': embedded null byte."),
     ("seed: " + "1" * 5000, "1: not valid YAML: a value cannot be read as int (Exceeds the limit"),
 ]
 

@@ -65,7 +65,9 @@ SMALL = {
 @pytest.mark.parametrize("method", METHODS)
 def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(recipe, tmp_path, method):
     rewards = ["maths_answer", "parity_reward:parity"]
-    code, out, err = recipe(method, *shipped(method, "cpu"), **SMALL, reward_funcs=rewards)
+    code, out, err = recipe(
+        method, *shipped(method, "cpu"), **SMALL, reward_funcs=rewards, allow_code=["parity_reward"]
+    )
     assert code == 0 and "Saved to run" in out, err
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -205,6 +207,7 @@ def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path, metho
         BIN / "accelerate", "launch", "--config_file", configs_dir() / "accelerate" / "cpu_zero3.yaml",
         recipes_dir() / f"{method}.py", *shipped(method, "zero3"), "--model_name_or_path", "embedded:tiny",
         "--output_dir", "run", "--dataset_name", TASKS, "--reward_funcs", "maths_answer", "parity_reward:parity",
+        "--allow_code", "parity_reward",
         "--use_vllm", "false", "--num_generations", "4", "--per_device_train_batch_size", "2",
         "--gradient_accumulation_steps", "2", "--steps_per_generation", "2", "--max_completion_length", "32",
         "--max_steps", "2", "--save_steps", "2",

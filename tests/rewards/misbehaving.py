@@ -1,10 +1,18 @@
 """A verifier that does what verifiers must not, in a worker."""
 
 import os
+import signal
+import subprocess
 import time
+from pathlib import Path
 
 
 def score(answer, gold):
+    answer, _, file = answer.partition(" leaving ")
+    if file:
+        # one in the worker's group, one in a session of its own
+        left = [subprocess.Popen(["sleep", "300"], start_new_session=own).pid for own in (False, True)]
+        Path(file).write_text(" ".join(map(str, left)))
     if answer == "sleep":
         time.sleep(60)
     if answer == "deaf":
@@ -18,6 +26,10 @@ def score(answer, gold):
                 pass
     if answer == "die":
         os._exit(7)
+    if answer == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if answer == "fork" and not os.fork():
+        raise RuntimeError("a fork that comes back")
     if answer == "print":
         print("not a reply")
     if answer == "pid":

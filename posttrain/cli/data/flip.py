@@ -2,6 +2,7 @@
 
 from posttrain.cli.data.output import output_file, write_lines
 from posttrain.cli.data.source import add_source, print_json
+from posttrain.console import say
 from posttrain.errors import ConfigError, DataError
 
 
@@ -47,7 +48,7 @@ def run(args) -> int:
         facts = {"output": str(out), "rows": len(rows), "flipped": swapped, "rate": args.rate, "seed": args.seed}
         print_json(facts | ({"warnings": lost} if lost else {}))
     else:
-        print(f"{out}: {len(rows)} rows, {swapped} of them with chosen and rejected swapped (seed {args.seed})")
+        say(f"{out}: {len(rows)} rows, {swapped} of them with chosen and rejected swapped (seed {args.seed})")
         for said in lost:
-            print(said)
+            say(said)
     return 0

@@ -3,6 +3,8 @@
 import json
 
 from posttrain.cli.data.source import Source, add_as_is, add_source, print_json
+from posttrain.console import say
+from posttrain.visible import one_line, visible
 
 # Of longer sequences the middle is not shown.
 SHOWN_TOKENS = 600
@@ -23,7 +25,7 @@ def run(args) -> int:
 
     source = Source(args)
     if not args.json:
-        print(f"{source.heading()}\n")
+        say(f"{source.heading()}\n")
     if args.model is None or source.format.kind == formats.UNKNOWN:
         shown = [{"row": number, "values": row} for number, row in enumerate(source.rows[: args.rows], 1)]
         if args.json:
@@ -55,35 +57,33 @@ def run(args) -> int:
             examples.append(example | {"pieces": [{"text": text, "supervised": mark} for text, mark in pieces]})
             if not args.json:
                 ends = f"the end of turn {example['end_of_turn']!r}" if example["end_of_turn"] else "no end of turn"
-                print(f"row {number}, {part}: {len(ids)} tokens, {sum(supervised)} of them supervised, with {ends}")
+                say(f"row {number}, {part}: {len(ids)} tokens, {sum(supervised)} of them supervised, with {ends}")
                 token_view.show(pieces, SHOWN_TOKENS, colour)
-                print()
+                say()
     facts = template_facts(processing_class)
     said = source.findings(processing_class, args.rows)
     if args.json:
         print_json(source.facts() | {"examples": examples, "template": facts, "warnings": said})
         return 0
-    print("Supervised tokens are " + ("green." if colour else "in brackets."))
+    say("Supervised tokens are " + ("green." if colour else "in brackets."))
     words = {True: "yes", False: "no", None: "cannot be told"}
     preserving = words[facts["prefix_preserving"]]
-    print(f"The chat template renders earlier messages alike whatever follows: {preserving}.")
+    say(f"The chat template renders earlier messages alike whatever follows: {preserving}.")
     if facts["stop_token_trained"] is not None:
         trained = words[facts["stop_token_trained"]]
-        print(f"Its marks of what the assistant says take in the end of the turn: {trained}.")
+        say(f"Its marks of what the assistant says take in the end of the turn: {trained}.")
     for line in said:
-        print(line)
+        say(line)
     return 0
 
 
 def _print_values(shown: list[dict]) -> None:
-    from posttrain.cli.data.token_view import visible
-
     for example in shown:
-        print(f"row {example['row']}")
+        say(f"row {example['row']}")
         for name, value in example["values"].items():
-            print(f"  {visible(name)}: {visible(_cut(_shown(value)))}")
-        print()
-    print("With --model MODEL: its tokens, and which of them are supervised.")
+            say(f"  {one_line(name)}: {_cut(visible(_shown(value)))}")
+        say()
+    say("With --model MODEL: its tokens, and which of them are supervised.")
 
 
 def _cut(text: str) -> str:

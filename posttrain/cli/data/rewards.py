@@ -2,8 +2,10 @@
 
 import math
 
+from posttrain.console import say
 from posttrain.errors import ConfigError, DataError
 from posttrain.tables import bars
+from posttrain.visible import listed
 
 VALUES = ("mean", "per_prompt", "column")
 BINS = 8
@@ -49,9 +51,7 @@ def facts(args, columns: list[str], first: dict) -> dict:
     renamed = {args.reward_column: "reward"} if args.reward_column not in (None, "reward") else None
     column = (args.value_column or "baseline") if args.value == "column" else None
     if column is not None and column not in columns:
-        raise DataError(
-            f"{args.source} has no column {column!r}. Found: {', '.join(columns)}. Name it: --value-column."
-        )
+        raise DataError(f"{args.source} has no column {column!r}. Found: {listed(columns)}. Name it: --value-column.")
     try:
         keep = (column,) if column else ()
         rows = load_scored(args.source, args.split, args.limit, renamed, keep=keep, convert=not args.as_is)
@@ -75,15 +75,15 @@ def draw(found: dict) -> None:
     if not found or "not_drawn" in found:
         return
     rewards, advantages = found["rewards"], found["advantages"]
-    print("\nOf all rows, whatever max_length leaves of them:", end="")
-    print(f"\nrewards of {rewards['answers']} answers, mean {rewards['mean']:.3g}:\n{bars(rewards['histogram'])}")
+    say("\nOf all rows, whatever max_length leaves of them:", end="")
+    say(f"\nrewards of {rewards['answers']} answers, mean {rewards['mean']:.3g}:\n{bars(rewards['histogram'])}")
     what = {
         "mean": "their mean",
         "per_prompt": "the mean of the prompt's answers",
         "column": f"the column {advantages.get('column')}",
     }[advantages["value"]]
     share = advantages["positive_share"]
-    print(f"advantages over {what}, {share:.1%} of them above 0:\n{bars(advantages['histogram'])}")
+    say(f"advantages over {what}, {share:.1%} of them above 0:\n{bars(advantages['histogram'])}")
 
 
 def _distribution(values: list[float]) -> dict:

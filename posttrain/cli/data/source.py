@@ -1,8 +1,8 @@
 """The rows that a verb of `posttrain data` reads, and what they are."""
 
-import json
-
+from posttrain.console import say_json
 from posttrain.errors import DataError
+from posttrain.visible import listed, one_line
 
 
 def add_source(parser) -> None:
@@ -76,12 +76,11 @@ class Source:
         self.format = formats.detect(self.columns, self.rows[0])
 
     def heading(self) -> str:
-        from posttrain.cli.data.token_view import visible
-
-        columns = visible(", ".join(self.columns))
+        columns = listed(self.columns)
         converted = f"{self.shape.name} rows, converted to {self.shape.kind} ({self.shape.why})\n" if self.shape else ""
         return converted + (
-            f"{self.name}: {len(self.rows)} rows; columns {columns}\nformat: {self.format} ({visible(self.format.why)})"
+            f"{one_line(self.name)}: {len(self.rows)} rows; columns {columns}\n"
+            f"format: {self.format} ({one_line(self.format.why)})"
         )
 
     def facts(self) -> dict:
@@ -210,4 +209,4 @@ def characters(value) -> int:
 
 
 def print_json(report: dict) -> None:
-    print(json.dumps(report, indent=1, default=str))
+    say_json(report, indent=1, default=str)

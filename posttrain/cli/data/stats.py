@@ -2,6 +2,7 @@
 
 from posttrain.cli.data import rewards
 from posttrain.cli.data.source import Source, add_as_is, add_source, print_json
+from posttrain.console import say
 
 
 def add_parser(actions) -> None:
@@ -38,13 +39,13 @@ def run(args) -> int:
     from posttrain.data.lengths import QUANTILES
     from posttrain.tables import format_table
 
-    print(source.heading())
+    say(source.heading())
     for name in ("empty", "identical"):
         if name in report:
-            print(f"{name} sides: {report[name]} of {len(source.rows)} rows")
+            say(f"{name} sides: {report[name]} of {len(source.rows)} rows")
     headers = (report["unit"], *QUANTILES)
-    print("\n" + format_table(headers, [(part, *faults.values()) for part, faults in report["lengths"].items()]) + "\n")
+    say("\n" + format_table(headers, [(part, *faults.values()) for part, faults in report["lengths"].items()]) + "\n")
     for line in (*report["notes"], *report["warnings"]):
-        print(line)
+        say(line)
     rewards.draw(drawn)
     return 0

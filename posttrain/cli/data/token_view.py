@@ -2,23 +2,10 @@
 
 import os
 import sys
-import unicodedata
 from collections.abc import Sequence
 
-# Characters without a shape that texts of many languages need: they join letters.
-_JOINERS = "\u200c\u200d"
-
-
-def visible(text: str) -> str:
-    """Return `text` with control characters, invisible ones and lone surrogates written out; newlines and tabs stay."""
-    return "".join(_visible(character) for character in text)
-
-
-def _visible(character: str) -> str:
-    if character in "\n\t" or character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
-        return character
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+from posttrain.console import say
+from posttrain.visible import visible
 
 
 def pieces(ids: Sequence[int], supervised: Sequence[bool], tokenizer) -> list[tuple[str, bool]]:
@@ -54,7 +41,7 @@ def show(parts: Sequence[tuple[str, bool]], most: int, colour: bool) -> None:
     if len(parts) > most:
         head, tail = parts[: most // 2], parts[len(parts) - most // 2 :]
         _print(head, colour)
-        print(f"... {len(parts) - 2 * (most // 2)} tokens left out ...")
+        say(f"... {len(parts) - 2 * (most // 2)} tokens left out ...")
         parts = tail
     _print(parts, colour)
 
@@ -63,7 +50,7 @@ def _print(parts: Sequence[tuple[str, bool]], colour: bool) -> None:
     if not colour:
         # Inside brackets a newline is written out, so that a bracket never spans lines
         texts = [f"[{visible(text)}]".replace("\n", "\\n") if mark else visible(text) for text, mark in parts]
-        print("".join(texts))
+        say("".join(texts))
         return
     from rich.console import Console
     from rich.text import Text

@@ -8,6 +8,7 @@ from posttrain.data.rows import columns_of
 from posttrain.data.sources import mixed_types, read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
+from posttrain.visible import listed
 
 # of each kind, the columns that hold a row's texts
 PARTS = {
@@ -79,7 +80,7 @@ def parts_of(columns: list[str], row: dict, name: str, is_loaded: bool = False) 
         parts = PARTS[next(column for column in ("messages", "conversations", "text") if column in columns)]
     if parts:
         return parts
-    message = f"{name} holds {found} rows ({found.why}). Found: {', '.join(columns) or 'none'}. {_NEEDED}"
+    message = f"{name} holds {found} rows ({found.why}). Found: {listed(columns)}. {_NEEDED}"
     if found.kind in _CONVERTED and is_loaded:
         message += "\nConvert them first:\n  from posttrain.data.formats import convert\n  dataset = convert(dataset)"
     elif "chosen" in columns and is_loaded:

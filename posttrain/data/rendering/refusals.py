@@ -3,6 +3,9 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 
+from posttrain.data.rendering.bounds import EndlessTemplate
+from posttrain.visible import one_line
+
 
 def refusal(error: Exception, conversations: Iterable[list], render: Callable[[list], object]) -> str:
     """Return a sentence about a row that the template refuses, with the remedy where writing it in another form is one.
@@ -11,7 +14,9 @@ def refusal(error: Exception, conversations: Iterable[list], render: Callable[[l
         error: what the template raised. conversations: the messages of the row, with each of its answers.
         render: of messages; raises where the template refuses them.
     """
-    said = f"the row cannot be turned into tokens: {type(error).__name__}: {error}"
+    if isinstance(error, EndlessTemplate):
+        return str(error)
+    said = f"the row cannot be turned into tokens: {type(error).__name__}: {one_line(error)}"
     conversations = [messages for messages in conversations if isinstance(messages, list)]
     for change, remedy in _REMEDIES:
         others = [change(messages) for messages in conversations]

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from posttrain.data import formats, generators, objects, shapes, sources, turns
 from posttrain.data.columns import first_with_system, log_left_out_columns, log_system_messages, system_in_front
@@ -18,6 +18,7 @@ from posttrain.data.scored.scales import check_scales
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
+from posttrain.visible import listed
 
 COLUMNS = ("prompt", "completion", "reward", "baseline", "tools", "chat_template_kwargs")
 _ANSWERS = {"prompt", "completion", "chosen", "rejected"}
@@ -117,7 +118,7 @@ def as_scored(
     _check_columns(columns, name, needs_reward)
     missing = [column for column in keep if column not in columns]
     if missing:
-        raise DataError(f"{name} has no column {missing[0]!r}. Found: {', '.join(columns)}. Rename or add it.")
+        raise DataError(f"{name} has no column {missing[0]!r}. Found: {listed(columns)}. Rename or add it.")
     # a reward function is handed every column, as TRL does
     others = [column for column in columns if column not in ("prompt", "completion", "chosen", "rejected")]
     places = [f"{name}, row {number}" for number in range(1, len(dataset) + 1)]
@@ -206,9 +207,9 @@ def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64)
     return [known[digest] for digest in digests]
 
 
-def check_reward(reward) -> None:
+def check_reward(reward, allowed: Collection[str] | None = None) -> None:
     """Raise ConfigError for what is no reward function, or several."""
-    _one_reward(reward)
+    _one_reward(reward, allowed)
 
 
 def reward_key(reward) -> str | None:
@@ -294,7 +295,7 @@ def _number(row: Mapping, column: str, place: str) -> float:
 
 def _check_columns(columns: Sequence[str], name: str, needs_reward: bool, place: str | None = None) -> None:
     where, verb = (place, "lacks") if place else (name, "has no column")
-    found = f"Found: {', '.join(columns) or 'none'}."
+    found = f"Found: {listed(columns)}."
     if "prompt" not in columns or not ({"completion"} <= set(columns) or {"chosen", "rejected"} <= set(columns)):
         lacking = "prompt" if "prompt" not in columns else "completion"
         raise DataError(f"{where} {verb} {lacking}. {found} {_NEEDED}{_renaming(columns)}")
@@ -360,10 +361,10 @@ def _with_rewards(row: Mapping) -> dict:
     return {**row, "chosen_reward": sides["chosen"], "rejected_reward": sides["rejected"]}
 
 
-def _one_reward(reward: Callable):
+def _one_reward(reward: Callable, allowed: Collection[str] | None = None):
     from posttrain.rewards import get_rewards
 
-    rewards = get_rewards(reward)
+    rewards = get_rewards(reward, allowed)
     if len(rewards) != 1:
         raise ConfigError(f"{len(rewards)} reward functions are given; answers are scored by one.")
     return rewards[0]

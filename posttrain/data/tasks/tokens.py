@@ -8,6 +8,7 @@ from posttrain.data.rendering.refusals import refusal
 from posttrain.data.row_options import template_kwargs_of, tools_of
 from posttrain.errors import DataError
 from posttrain.log import get_logger
+from posttrain.visible import listed
 
 COLUMN, IDS = "demonstration", "demonstration_ids"
 _READ = ("prompt", COLUMN, "tools", "chat_template_kwargs")
@@ -35,7 +36,7 @@ def tokenise(dataset, tokenizer, args, name: str, stop_ids=()):
     if missing:
         raise DataError(
             f"{name} has no column {missing[0]!r}, which the gate for demonstrations needs. Found: "
-            f"{', '.join(columns)}. Rename or add it, or set `gamma: null`."
+            f"{listed(columns)}. Rename or add it, or set `gamma: null`."
         )
     closing = Closing(tokenizer, stop_ids)
     found = []

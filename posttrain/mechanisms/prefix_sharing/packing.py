@@ -8,7 +8,6 @@ The token after a prompt is predicted by the prompt's last token, whatever the a
 answer, so no token has to be repeated in front of an answer and none can be seen twice.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.mechanisms.prefix_sharing import distribution
+
 _TRUNK, _PADDING = 0, -1
 # of a model with 135M parameters; larger ones have less
 ATTENTION_COST = 3e-4
-# more padding than this only where there is no other way
-_PADDING_SHARE = 0.1
 
 
 @dataclass
@@ -194,24 +193,24 @@ def pack_padded(
     # one transfer; a mask of halves would round the ids
     parts = [input_ids, attention_mask.to(input_ids.dtype), labels.to(input_ids.dtype)]
     ids, mask, targets = torch.stack(parts).cpu().numpy()
-    rows, scored, starts, prompt_lengths = [], [], [], []
-    for row, valid, label in zip(ids, mask.astype(bool), targets, strict=True):
-        places = np.flatnonzero(valid)
-        if not len(places) or places[-1] - places[0] + 1 != len(places):
-            return None
-        span = slice(places[0], places[-1] + 1)
-        rows.append(row[span])
-        # nothing predicts a row's first token
-        scored.append(label[span] != -100)
-        scored[-1][0] = False
-        starts.append(int(places[0]))
-        labelled = np.flatnonzero(scored[-1])
-        prompt_lengths.append(int(labelled[0]) if len(labelled) else len(places))
-    if not any(part.any() for part in scored):
+    valid, is_scored = mask.astype(bool), targets != -100
+    lengths, starts = valid.sum(axis=1), valid.argmax(axis=1)
+    ends = valid.shape[1] - valid[:, ::-1].argmax(axis=1)
+    if not lengths.all() or (ends - starts != lengths).any():
         return None
+    # nothing predicts a row's first token
+    is_scored &= valid
+    is_scored[np.arange(len(ids)), starts] = False
+    if not is_scored.any():
+        return None
+    prompt_lengths = np.where(is_scored.any(axis=1), is_scored.argmax(axis=1) - starts, lengths).tolist()
+    starts, spans = starts.tolist(), list(map(slice, starts, ends))
+    rows = [row[span] for row, span in zip(ids, spans, strict=True)]
+    scored = [row[span] for row, span in zip(is_scored, spans, strict=True)]
     if groups is None:
+        first: dict[bytes, int] = {}
         prompts = [row[:length].tobytes() for row, length in zip(rows, prompt_lengths, strict=True)]
-        groups = [prompts.index(prompt) for prompt in prompts]
+        groups = [first.setdefault(prompt, number) for number, prompt in enumerate(prompts)]
     width = input_ids.shape[1]
     return pack_rows(rows, scored, starts, prompt_lengths, groups, width, attention_cost, multiple).to(device)
 
@@ -243,47 +242,56 @@ def pack_rows(
         raise ValueError(f"multiple is {multiple}; it must be 1 or more")
     blocks, unshared = [], 0
     for members in _by_group(groups):
-        prompts = {rows[i][: prompt_lengths[i]].tobytes() for i in members}
-        if len(prompts) > 1:
+        first, *others = (rows[i][: prompt_lengths[i]] for i in members)
+        if not all(np.array_equal(first, other) for other in others):
             unshared += 1
             blocks += [[i] for i in members]
         else:
-            blocks += _split(members, rows, prompt_lengths, attention_cost)
+            shared = prompt_lengths[members[0]]
+            answers = [len(rows[i]) - shared for i in members]
+            blocks += distribution.split(members, shared, answers, attention_cost)
     sizes = [_size(block, rows, prompt_lengths) for block in blocks]
-    bins, packed_width = _bins(sizes, attention_cost, multiple)
+    bins, packed_width = distribution.distribute(sizes, attention_cost, multiple)
     shape = (len(bins), packed_width)
-    input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    block_of, branches = np.full(shape, _PADDING, np.int32), np.full(shape, _TRUNK, np.int32)
-    sources, labels, targets = [], [], []
+    # prompts and answers in the order in which they lie in the packed rows: where each begins, there and in its own
+    # row, its block, its branch, the caller's row, and the place of its prompt's last token
+    parts, tokens, is_scored = [], [], []
     for number, members in enumerate(bins):
-        at = 0
+        at = number * packed_width
         for block in members:
             rows_of_block = blocks[block]
             shared = prompt_lengths[rows_of_block[0]]
-            end = at + sizes[block]
-            block_of[number, at:end] = block
-            input_ids[number, at : at + shared] = rows[rows_of_block[0]][:shared]
-            position_ids[number, at : at + shared] = np.arange(shared)
-            last_of_prompt, at = at + shared - 1, at + shared
+            parts.append((at, 0, block, _TRUNK, 0, 0))
+            tokens.append(rows[rows_of_block[0]][:shared])
+            is_scored.append(np.zeros(shared, bool))
+            at += shared
+            last_of_prompt = at - 1
             for branch, i in enumerate(rows_of_block, 1):
-                answer = rows[i][shared:]
-                span = slice(at, at + len(answer))
-                input_ids[number, span] = answer
-                position_ids[number, span] = np.arange(shared, shared + len(answer))
-                branches[number, span] = branch
-                kept = np.flatnonzero(scored[i][shared:])
-                sources.append(number * packed_width + np.where(kept == 0, last_of_prompt, at + kept - 1))
-                labels.append(answer[kept])
-                targets.append(i * (width - 1) + starts[i] + shared + kept - 1)
-                at += len(answer)
+                parts.append((at, shared, block, branch, i, last_of_prompt))
+                tokens.append(rows[i][shared:])
+                is_scored.append(scored[i][shared:])
+                at += len(tokens[-1])
+    lengths = np.array([len(part) for part in tokens])
+    begins, first_positions, *facts = np.repeat(np.array(parts).T, lengths, axis=1)
+    within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    own_block, own_branch, own_row, last_of_prompt = facts
+    tokens, positions, places = np.concatenate(tokens), first_positions + within, begins + within
+    input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    block_of, branches = np.full(shape, _PADDING, np.int32), np.full(shape, _TRUNK, np.int32)
+    tables, values = (input_ids, position_ids, block_of, branches), (tokens, positions, own_block, own_branch)
+    for table, value in zip(tables, values, strict=True):
+        table.reshape(-1)[places] = value
+    sources = np.where(within == 0, last_of_prompt, places - 1)
+    targets = own_row * (width - 1) + np.asarray(starts)[own_row] + positions - 1
+    kept = np.concatenate(is_scored)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         blocks=torch.from_numpy(block_of),
         branches=torch.from_numpy(branches),
-        sources=torch.from_numpy(np.concatenate(sources)),
-        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-        targets=torch.from_numpy(np.concatenate(targets)),
+        sources=torch.from_numpy(sources[kept]),
+        labels=torch.from_numpy(tokens[kept].astype(np.int64)),
+        targets=torch.from_numpy(targets[kept]),
         shape=(len(rows), width - 1),
         tokens=sum(sizes),
         unshared=unshared,
@@ -301,40 +309,3 @@ def _by_group(groups: Sequence[int]) -> list[list[int]]:
 def _size(block: list[int], rows, prompt_lengths) -> int:
     shared = prompt_lengths[block[0]]
     return shared + sum(len(rows[i]) - shared for i in block)
-
-
-def _cost(tokens: int, attention_cost: float) -> float:
-    return tokens * (1.0 + attention_cost * tokens)
-
-
-def _split(members: list[int], rows, prompt_lengths, attention_cost: float) -> list[list[int]]:
-    """Split a group into blocks at the least cost: repeating a prompt pays where sharing it makes a row too long."""
-    best, best_cost = [members], math.inf
-    for count in range(1, len(members) + 1):
-        bounds = [round(k * len(members) / count) for k in range(count + 1)]
-        blocks = [members[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
-        cost = sum(_cost(_size(block, rows, prompt_lengths), attention_cost) for block in blocks)
-        if cost < best_cost:
-            best, best_cost = blocks, cost
-    return best
-
-
-def _bins(sizes: list[int], attention_cost: float, multiple: int) -> tuple[list[list[int]], int]:
-    """Distribute blocks over the number of rows that costs least: few long rows attend more, many pad more.
-
-    Of the ways that pad little, if there are any.
-    """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    best, best_width, best_cost = [], 0, (True, math.inf)
-    for count in range(1, len(sizes) + 1):
-        loads, bins = [0] * count, [[] for _ in range(count)]
-        for i in order:
-            emptiest = loads.index(min(loads))
-            loads[emptiest] += sizes[i]
-            bins[emptiest].append(i)
-        width = -(-max(loads) // multiple) * multiple
-        padded = 1 - sum(sizes) / (count * width)
-        cost = (padded > _PADDING_SHARE, count * _cost(width, attention_cost))
-        if cost < best_cost:
-            best, best_width, best_cost = bins, width, cost
-    return best, best_width

@@ -21,7 +21,7 @@ def _has_head(args) -> bool:
     return args.value == "head"
 
 
-@dataclass
+@dataclass(repr=False)
 class ALoLConfig(CommonConfig, SFTConfig):
     """Settings of `ALoLTrainer`: those of `trl.SFTConfig` and the ones below.
 

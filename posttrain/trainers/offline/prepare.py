@@ -26,6 +26,8 @@ class Answers:
     """
 
     def __init__(self, args, reward_func=None) -> None:
+        if reward_func is not None and getattr(args, "allow_code", None) is not None:
+            loading.check_reward(reward_func, args.allow_code)
         self.args, self.reward_func = args, reward_func
         self.reward_columns: dict[str, dict] = {}
         self.lost = ""

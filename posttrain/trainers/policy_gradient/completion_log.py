@@ -9,6 +9,9 @@ from collections import defaultdict, deque
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from trl.trainer import grpo_trainer
+
+from posttrain.visible import visible
 
 
 def show_demonstrations(trainer, batch: dict) -> None:
@@ -54,6 +57,31 @@ def of_evaluation(trainer, prefix: str):
             file.replace(folder / f"completions_{step:05d}_{prefix}.parquet")
         if moved:
             aside.replace(file)
+
+
+@contextlib.contextmanager
+def printed_as_text():
+    """Have TRL's table on the console show control characters of prompts and completions as text; its file has them."""
+    inner = grpo_trainer.print_prompt_completions_sample
+
+    def shown(prompts, completions, *args, **kwargs):
+        if kwargs.get("extra"):
+            kwargs["extra"] = _visible(kwargs["extra"])
+        return inner(_visible(prompts), _visible(completions), *args, **kwargs)
+
+    grpo_trainer.print_prompt_completions_sample = shown
+    try:
+        yield
+    finally:
+        grpo_trainer.print_prompt_completions_sample = inner
+
+
+def _visible(value):
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {name: _visible(item) for name, item in value.items()}
+    return [_visible(item) for item in value] if isinstance(value, list | tuple | deque) else value
 
 
 def empty_logs(trainer) -> dict:

@@ -17,7 +17,7 @@ ADVANTAGES = ("group_mean", "quantile", "leave_one_out", "reward")
 DEMONSTRATION_LOSSES = ("sft", "luffy", "srft")
 
 
-@dataclass
+@dataclass(repr=False)
 class PolicyGradientConfig(CommonConfig, GRPOConfig):
     """Settings of `PolicyGradientTrainer`: those of `trl.GRPOConfig` and the ones below.
 
@@ -232,7 +232,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         return {name: getattr(self, name) for name in names} | (self.generation_kwargs or {})
 
 
-@dataclass
+@dataclass(repr=False)
 class QAEConfig(PolicyGradientConfig):
     """Settings of `PolicyGradientConfig` preset to quantile advantage estimation (arXiv 2509.22611) on DAPO.
 
@@ -245,7 +245,7 @@ class QAEConfig(PolicyGradientConfig):
     num_generations: int | None = 16
 
 
-@dataclass
+@dataclass(repr=False)
 class HPTConfig(PolicyGradientConfig):
     """Settings of `PolicyGradientConfig` preset to hybrid post-training (arXiv 2509.04419).
 

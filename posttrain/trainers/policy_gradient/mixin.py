@@ -371,7 +371,8 @@ class PolicyGradientMixin(RunMixin):
     def log(self, logs, start_time=None):
         if self.model.training and self._leaves_out_rows:
             rollout_log.put_means(self)
-        super().log(logs, start_time)
+        with completion_log.printed_as_text():
+            super().log(logs, start_time)
 
     @property
     def step_moved(self) -> bool:

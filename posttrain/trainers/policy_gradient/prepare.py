@@ -1,7 +1,5 @@
 """What a run on rollouts needs before any weights are there: checks, tokens, steps."""
 
-import importlib
-
 import torch
 from datasets import Dataset
 
@@ -17,6 +15,8 @@ from posttrain.objectives import advantages
 from posttrain.rewards.base import check_missing_golds
 from posttrain.run import evaluation
 from posttrain.run.prepared import Prepared
+from posttrain.user_code import import_function
+from posttrain.visible import listed
 
 
 def prepare(model, args, config, processing_class, train_dataset, eval_dataset, given=None, rewards=()) -> Prepared:
@@ -81,17 +81,7 @@ def check_generation(args, train_dataset) -> None:
 def advantage_function(args):
     """Return the function from rewards (prompts, G) to advantages (prompts, G); None for TRL's own."""
     if ":" in args.advantage:
-        module, _, name = args.advantage.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except Exception as error:
-            raise ConfigError(
-                f"advantage is {args.advantage!r}, which cannot be imported ({error}). Give module:function, of a "
-                "module on the Python path."
-            ) from error
-        if not callable(function):
-            raise ConfigError(f"advantage is {args.advantage!r}, which is no function.")
-        return function
+        return import_function(args.advantage, "advantage", args.allow_code)
     if args.advantage == "leave_one_out":
         return advantages.leave_one_out_advantage
     if args.advantage == "reward":
@@ -120,7 +110,7 @@ def _check_prompts(train_dataset, eval_dataset, given: dict) -> None:
     for name, dataset in named.items():
         columns = getattr(dataset, "column_names", None)
         if columns and "prompt" not in columns and not environment:
-            raise DataError(f"{name} has no column 'prompt'. Found: {', '.join(columns)}. Rename or add it.")
+            raise DataError(f"{name} has no column 'prompt'. Found: {listed(columns)}. Rename or add it.")
         if hasattr(dataset, "__len__") and not len(dataset):
             raise DataError(f"{name} has no rows.")
         if not isinstance(dataset, Dataset) or "prompt" not in columns:

@@ -48,7 +48,7 @@ def _reward(spec, args):
     if isinstance(spec, torch.nn.Module):
         return spec
     if not isinstance(spec, str) or ":" in spec or spec.partition("?")[0] in BUILT_IN:
-        return get_rewards([spec])[0]
+        return get_rewards([spec], args.allow_code)[0]
     try:
         checks.load_config(spec, args)
     except PosttrainError as error:

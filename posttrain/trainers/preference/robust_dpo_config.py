@@ -19,7 +19,7 @@ NEEDS_FLIP_RATE = ("cdpo", "rdpo")
 LOSS_TYPES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "rdpo"}
 
 
-@dataclass
+@dataclass(repr=False)
 class RobustDPOConfig(CommonConfig, DPOConfig):
     """Settings of `RobustDPOTrainer`: those of `trl.DPOConfig` and the ones below.
 

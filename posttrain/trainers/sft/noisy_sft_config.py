@@ -13,7 +13,7 @@ from posttrain.mechanisms.noise.draws import SPREADS
 from posttrain.run.config import CommonConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class NoisySFTConfig(CommonConfig, SFTConfig):
     """Settings of `NoisySFTTrainer`: those of `trl.SFTConfig` and the ones below.
 

@@ -1,0 +1,64 @@
+"""What a settings file may not do by itself: run code, or change the programs that run."""
+
+from collections.abc import Mapping
+
+from posttrain.checks import near
+from posttrain.errors import ConfigError
+
+# Variables of the number of threads and devices, of notes, of names in a tracker. Not among them: what says where
+# programs, libraries, caches, tokens or servers are.
+VARIABLES = frozenset(
+    """
+    ACCELERATE_LOG_LEVEL BITSANDBYTES_NOWELCOME COMET_PROJECT_NAME CUBLAS_WORKSPACE_CONFIG CUDA_DEVICE_MAX_CONNECTIONS
+    CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING CUDA_VISIBLE_DEVICES DATASETS_VERBOSITY HF_DATASETS_OFFLINE
+    HF_HUB_DISABLE_PROGRESS_BARS HF_HUB_DISABLE_TELEMETRY HF_HUB_DOWNLOAD_TIMEOUT HF_HUB_ETAG_TIMEOUT HF_HUB_OFFLINE
+    HF_HUB_VERBOSITY MKL_NUM_THREADS MLFLOW_EXPERIMENT_NAME MLFLOW_RUN_ID NCCL_ASYNC_ERROR_HANDLING NCCL_DEBUG
+    NCCL_IB_DISABLE NCCL_P2P_DISABLE NCCL_SHM_DISABLE NUMEXPR_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+    POSTTRAIN_LOG PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF RAYON_NUM_THREADS TOKENIZERS_PARALLELISM
+    TORCH_CPP_LOG_LEVEL TORCH_DISTRIBUTED_DEBUG TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_NCCL_BLOCKING_WAIT
+    TRACKIO_PROJECT TRANSFORMERS_NO_ADVISORY_WARNINGS TRANSFORMERS_OFFLINE TRANSFORMERS_VERBOSITY VECLIB_MAXIMUM_THREADS
+    WANDB_DISABLED WANDB_MODE WANDB_NAME WANDB_NOTES WANDB_PROJECT WANDB_RUN_GROUP WANDB_SILENT WANDB_TAGS
+    """.split()
+)
+
+
+def check_variable(name: str, place: str) -> None:
+    """Raise ConfigError for a variable of `env:` by which programs, libraries, servers or accounts are chosen."""
+    if name not in VARIABLES:
+        raise ConfigError(
+            f"{place}: `env` sets {name}, which a settings file may not: it takes names of threads, devices, offline "
+            f"modes and trackers' projects, such as {near(name, VARIABLES) or 'OMP_NUM_THREADS'}; docs/strangers.md "
+            f"lists them. Set it in the shell: `{name}=... posttrain train ...`."
+        )
+
+
+def check_setting(name: str, value, place: str) -> None:
+    """Raise ConfigError for a setting of a file that would have code of others run."""
+    if name == "allow_code":
+        raise ConfigError(
+            f"{place}: `allow_code` says which code you trust, so it is for the command line: --allow_code MODULE. "
+            "Leave it out here."
+        )
+    for key, held in _entries(name, value):
+        if key in ("trust_remote_code", "use_kernels") and held not in (None, False, "false", "False", "no", "0", 0):
+            raise ConfigError(
+                f"{place}: `{key}: {str(held).lower()}` runs code from the hub or the model's folder, which a settings "
+                f"file alone does not. Where you trust that model, leave it out here and add --{key} true to the "
+                "command line."
+            )
+        # a hub id in the place of an implementation's name loads compiled code from there
+        if key in ("attn_implementation", "experts_implementation") and "/" in str(held):
+            raise ConfigError(
+                f"{place}: `{key}: {held}` loads compiled code from the hub, which a settings file alone does not. "
+                f"Where you trust it, leave it out here and add --{key} {held} to the command line."
+            )
+
+
+def _entries(name: str, value):
+    yield name, value
+    if isinstance(value, Mapping):
+        for key, held in value.items():
+            yield from _entries(str(key), held)
+    elif isinstance(value, list):
+        for held in value:
+            yield from _entries("", held)

@@ -1,0 +1,59 @@
+"""Reading YAML of strangers in bounded time and memory: its size, and the size of what its aliases stand for."""
+
+import yaml
+
+# Settings of a run are some thousand characters; a file of its resolved settings some ten thousand.
+MOST_BYTES = 4 << 20
+MOST_NODES = 200_000
+
+
+def compose(text: str, loader_class: type = yaml.SafeLoader):
+    """Return the loader, and the root node (or None), of a text with bounded contents.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, too long, contains itself, or grows without bounds through aliases or merges.
+    """
+    if len(text) > MOST_BYTES:
+        raise yaml.YAMLError(f"it has more than {MOST_BYTES >> 20} million characters")
+    loader = loader_class(text)
+    root = loader.get_single_node()
+    _check_size(root)
+    return loader, root
+
+
+def load(text: str):
+    """Return the content of a text. Raises as `compose`, and RecursionError for what is nested too deeply."""
+    loader, root = compose(text)
+    return None if root is None else loader.construct_document(root)
+
+
+def read(path, most: int = MOST_BYTES) -> bytes:
+    """Return the bytes of a file of settings. Raises yaml.YAMLError where it has more than `most`, and OSError."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise yaml.YAMLError(f"the file has more than {most >> 20} MiB, which are no settings")
+    return content
+
+
+def _check_size(root) -> None:
+    """Refuse a document whose aliases stand for more nodes than anyone writes; each node is visited once."""
+    sizes: dict[int, int | None] = {}
+    stack = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if not isinstance(node, yaml.CollectionNode):
+            continue
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        if done:
+            sizes[id(node)] = 1 + sum(sizes.get(id(part)) or 1 for part in parts)
+            if sizes[id(node)] > MOST_NODES:
+                raise yaml.composer.ComposerError(
+                    problem=f"what its aliases stand for has more than {MOST_NODES:,} values",
+                    problem_mark=node.start_mark,
+                )
+        elif id(node) not in sizes:
+            # None while its parts are measured: one that contains itself is refused by name elsewhere
+            sizes[id(node)] = None
+            stack.append((node, True))
+            stack.extend((part, False) for part in parts)

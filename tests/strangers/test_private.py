@@ -1,0 +1,166 @@
+"""Secrets are told from other settings by name and by form, in settings, texts and command lines."""
+
+import copy
+import pickle
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posttrain import ALoLConfig, HPTConfig, NoisySFTConfig, QAEConfig, RobustDPOConfig
+from posttrain.cli.train import _printable
+from posttrain.config import ModelArguments
+from posttrain.errors import ConfigError
+from posttrain.private import hide, hide_forms, hide_words, is_secret_name, remember, without_secrets
+from posttrain.recipe.scored_answers import ScoredArguments
+from posttrain.recipe.tasks import TaskArguments
+from posttrain.run import checkpoint_files
+from posttrain.run.identity import differing
+from posttrain.run.report import write_resolved_config
+
+SECRETS = """
+    token key hub_token HF_TOKEN hfToken api_key apikey X-Api-Key X-Amz-Signature X-Amz-Credential sig signature
+    Authorization Proxy-Authorization password db_password PASSWD passphrase aws_secret_access_key AWSAccessKeyId
+    use_auth_token push_to_hub_token WANDB_API_KEY openai_key client_secret private_key access_token session_token
+    auth hub_token_2 judge_key cookie jwt webhook_url
+""".split()
+NONE = """
+    tokenizer tokenizer_name max_tokens num_tokens pad_token eos_token bos_token_id stop_token image_token tokens keys
+    special_tokens kept_tokens max_new_tokens mean_token_accuracy token_type key_column gold_key sort_key keyword monkey
+    author keep signal design forward_pass signature_columns logits_to_keep TOKENIZERS_PARALLELISM hub_model_id
+    metric_for_best_model remove_unused_columns
+""".split()
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_names_of_secrets_are_known(name):
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_names_of_tokens_and_columns_are_no_secrets(name):
+    assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        RobustDPOConfig, QAEConfig, HPTConfig, ALoLConfig, NoisySFTConfig, ModelArguments, TaskArguments,
+        ScoredArguments,
+    ],
+)  # fmt: skip
+def test_of_all_settings_the_hubs_token_alone_is_a_secret(kind):
+    assert {field.name for field in fields(kind) if is_secret_name(field.name)} <= {"hub_token"}
+
+
+@pytest.mark.parametrize(
+    "value, kept",
+    [
+        ({"model_init_kwargs": {"token": "s3", "dtype": "x"}}, {"model_init_kwargs": {"dtype": "x"}}),
+        ({"headers": [["Authorization", "Bearer abcdef"]]}, {"headers": [["Authorization", "***"]]}),
+        ({"args": ["--api-key", "abc", "--n", "3"]}, {"args": ["--api-key", "***", "--n", "3"]}),
+        ({"env": [{"name": "DB_PASSWORD", "value": "x"}]}, {"env": [{"name": "DB_PASSWORD"}]}),
+        ("judge:score?key=sk-live-123456&n=3&model=mine", "judge:score?key=***&n=3&model=***"),
+        ("length?max_length=512&cache=128", "length?max_length=512&cache=128"),
+        ("generated:arithmetic?n=64&digits=1-2", "generated:arithmetic?n=64&digits=1-2"),
+        ("https://h/b?X-Amz-Signature=deadbeef&part=1", "https://h/b?X-Amz-Signature=***&part=1"),
+        ("https://me:pw@host/x#access_token=abc", "https://***@host/x#access_token=***"),
+        ("eyJhbGciOiJI.eyJzdWIiOiIx.SflKxwRJ", "***"),
+        ("hf_" + "x" * 30, "***"),
+        (Path("hf_" + "x" * 30), Path("***")),
+        ({"token": True, "pad_token": "<pad>"}, {"token": True, "pad_token": "<pad>"}),
+    ],
+)  # fmt: skip
+def test_settings_are_written_without_secrets_at_any_depth(value, kept):
+    assert without_secrets(value) == kept
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("hub_token is 'abcdef'; it must", "hub_token is '***'; it must"),
+        ("{'token': 's 3', 'a': 1}", "{'token': '***', 'a': 1}"),
+        ('{"a": {"password": "x y", "b": 2}}', '{"a": {"password": "***", "b": 2}}'),
+        (r'"{\"token\": \"s 3\"}"', r'"{\"token\": \"***\"}"'),
+        ("Set `hub_token: abcd`", "Set `hub_token: ***`"),
+        ("Authorization: Basic dXNlcjpw\nnext", "Authorization: ***\nnext"),
+        ("--hub-token abc --max_tokens 5", "--hub-token *** --max_tokens 5"),
+        ("401 for https://h/x?sig=a%2Fb: no", "401 for https://h/x?sig=*** no"),
+        ("password=hunter2, n=3", "password=***, n=3"),
+    ],
+)
+def test_messages_hide_what_stands_behind_a_secrets_name(text, shown):
+    assert hide(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "write settings as key=value, joined by &.",
+        "the token: it may not write there (hub_token: c.yaml:4)",
+        "pad_token='<pad>' max_tokens=5 keyword=x",
+        "risk-taking, sk-learn and ask-me-anything; Token embeddings; hf_pairs.jsonl of hf_org/name",
+        "write lines of `key: value`",
+    ],
+)
+def test_messages_without_secrets_stay_as_they_are(text):
+    assert hide(text) == text
+
+
+def test_a_secret_of_the_settings_or_the_environment_is_hidden_whoever_quotes_it(monkeypatch):
+    monkeypatch.setattr("posttrain.private._remembered", set())
+    remember({"model_init_kwargs": {"token": "Pr1vate/hub"}, "rewards": ["judge:score?api_key=Qu0ted-key"]})
+    monkeypatch.setenv("SOME_SERVICE_PASSWORD", "c0rrect horse")
+    said = "GET said no to Pr1vate/hub, Qu0ted-key and c0rrect horse"
+    assert hide(said) == str(ConfigError(said)) == "GET said no to ***, *** and ***"
+
+
+def test_command_lines_hide_flags_and_json():
+    words = ["--model_init_kwargs", '{"token": "s3", "n": 1}', "--hub_token", "a", "--lora_r", "4", "--api-key=b"]
+    assert hide_words(words) == [
+        "--model_init_kwargs", '{"token": "***", "n": 1}', "--hub_token", "***", "--lora_r", "4", "--api-key=***",
+    ]  # fmt: skip
+    assert "s3" not in _printable(words) and "--lora_r 4" in _printable(words)
+
+
+def test_hiding_a_form_leaves_prose_and_code_alone():
+    prose = 'model = AutoModel.from_pretrained("me/run")  # token=None, key = value, password: see above'
+    assert hide_forms(prose) == prose
+
+
+@pytest.mark.parametrize("unit", ["sk-", "eyJ", "'a': ", "://", "a:b?", "--a ", "\\", "{", "?a="])
+def test_a_long_text_without_secrets_is_hidden_nothing_of(unit):
+    assert hide(unit * 20_000) == unit * 20_000
+
+
+@pytest.fixture
+def args(tmp_path):
+    return RobustDPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, hub_token="hf_" + "q" * 20,
+        model_init_kwargs={"token": "s3cr3t-hub", "dtype": "float32"}, report_to="none",
+    )  # fmt: skip
+
+
+def test_what_is_pickled_shown_logged_or_resolved_of_a_config_holds_no_secret(args, tmp_path):
+    write_resolved_config(args, tmp_path / "resolved_config.yaml", {"data": {"reward_funcs": ["j:s?key=s3cr3t-hub"]}})
+    pickled = pickle.dumps(args)
+    for text in (repr(args), str(args), args.to_json_string(), (tmp_path / "resolved_config.yaml").read_text()):
+        assert "s3cr3t" not in text and "qqqq" not in text and "float32" in text
+    assert b"s3cr3t" not in pickled and b"qqqq" not in pickled
+    assert pickle.loads(pickled).model_init_kwargs == {"dtype": "float32"}
+    assert yaml.safe_load((tmp_path / "resolved_config.yaml").read_text())["data"]["reward_funcs"] == ["j:s?key=***"]
+
+
+def test_copies_within_the_process_keep_the_secrets(args):
+    for twin in (copy.copy(args), copy.deepcopy(args)):
+        assert twin.hub_token == args.hub_token and twin.model_init_kwargs == args.model_init_kwargs
+
+
+def test_a_marker_holds_no_secret_and_the_run_goes_on_from_it(tmp_path):
+    identity = {"base": "https://me:pw@host/m", "extra": {"api_key": "abc"}, "beta": 0.1}
+    checkpoint_files.mark(tmp_path, {"identity": identity})
+    then = checkpoint_files.content_of(tmp_path / checkpoint_files.MARKER)["identity"]
+    assert "pw" not in str(then) and "abc" not in str(then)
+    assert differing(identity, then) == "" == differing(identity, identity)
+    assert "beta" in differing(identity | {"beta": 0.2}, then)

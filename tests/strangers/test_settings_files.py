@@ -1,0 +1,197 @@
+"""A settings file of a stranger runs nothing by itself, and is read in bounded time and memory."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from posttrain import ALoLConfig, QAEConfig, yaml_text
+from posttrain.config import ModelArguments, parse
+from posttrain.config.strangers import VARIABLES
+from posttrain.errors import ConfigError, DataError
+from posttrain.hub.metadata import parse_card
+from posttrain.objectives.advantages import leave_one_out_advantage
+from posttrain.recipe.tasks import TaskArguments
+from posttrain.rewards import get_rewards
+from posttrain.saved import read_yaml
+from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
+from posttrain.trainers.policy_gradient.prepare import advantage_function
+from posttrain.user_code import import_function
+
+MINE = """
+import os, subprocess
+from functools import partial
+from subprocess import Popen
+import pathlib
+pathlib.Path(__file__).with_name("IMPORTED").touch()
+def brevity(completions, **columns): return [-len(c) for c in completions]
+scaled = partial(brevity, factor=2)
+class Judge:
+    def __call__(self, completions, **columns): return [1.0] * len(completions)
+judge = Judge()
+"""
+
+
+def bomb(levels: int = 9) -> str:
+    lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x,x]"]
+    lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+def merge_bomb() -> str:
+    lines = ["a0: &a0 {x: 1, y: 2}"]
+    return "\n".join(lines + [f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 9)]) + "\n"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"rewards_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(MINE)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def read(tmp_path, text: str, *arguments, kinds=(TaskArguments, ModelArguments, QAEConfig)):
+    path = tmp_path / "run.yaml"
+    own = "num_generations: 4\nuse_cpu: true\n" if QAEConfig in kinds else ""
+    path.write_text(text + own)
+    return parse(kinds, ["--config", str(path), "--output_dir", str(tmp_path / "out"), *arguments])
+
+
+def test_a_reward_of_a_module_that_nobody_allowed_is_refused_before_it_is_imported(tmp_path, mine):
+    _, _, args = read(tmp_path, f"reward_funcs: ['{mine}:brevity']\n")
+    assert args.allow_code == []
+    for spec in (
+        f"{mine}:brevity",
+        {f"{mine}:brevity": {}},
+        f"subprocess:Popen?args=touch {tmp_path}/PWNED&shell=true",
+    ):
+        with pytest.raises(ConfigError, match="which settings alone do not run.*--allow_code"):
+            get_rewards([spec], args.allow_code)
+    assert not (tmp_path / "IMPORTED").exists() and not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("name", ["brevity", "judge", "Judge", "scaled"])
+def test_what_an_allowed_module_makes_is_run_and_said(tmp_path, mine, caplog, monkeypatch, name):
+    monkeypatch.setattr("posttrain.log._logger.propagate", True)
+    caplog.set_level(logging.INFO, logger="posttrain")
+    _, _, args = read(tmp_path, "seed: 1\n", "--allow_code", mine)
+    assert len(get_rewards([f"{mine}:{name}"], args.allow_code)) == 1
+    assert f"the module {mine} is imported, and its code runs (allowed by --allow_code)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path", ["os.system", "subprocess.Popen", "Popen", "brevity.__globals__.get", "Judge.__init__", "os"]
+)
+def test_what_is_only_in_the_reach_of_an_allowed_module_is_refused(mine, path):
+    with pytest.raises(ConfigError, match="is not made by the module that is allowed"):
+        import_function(f"{mine}:{path}", "reward_funcs", [mine])
+
+
+def test_a_module_beside_the_recipe_needs_no_word_and_one_elsewhere_does(tmp_path, mine, monkeypatch):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "beside_it.py").write_text(
+        "def one(completions, **columns): return [1] * len(completions)\n"
+    )
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "recipe" / "qae.py"), raising=False)
+    sys.path.insert(0, str(tmp_path / "recipe"))
+    assert import_function("beside_it:one", "reward_funcs", [])(["a"]) == [1]
+    with pytest.raises(ConfigError, match=f"add --allow_code {mine}"):
+        import_function(f"{mine}:brevity", "reward_funcs", [])
+    # a dotted name is judged by its top, which is not imported for that
+    with pytest.raises(ConfigError, match=f"add --allow_code {mine}.sub"):
+        import_function(f"{mine}.sub:brevity", "reward_funcs", [])
+    assert not (tmp_path / "IMPORTED").exists()
+
+
+def test_the_recipes_that_are_shipped_are_no_modules_beside_a_recipe(monkeypatch):
+    from posttrain.paths import recipes_dir
+
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(recipes_dir() / "qae.py"), raising=False)
+    monkeypatch.syspath_prepend(str(recipes_dir()))
+    with pytest.raises(ConfigError, match="--allow_code hpt"):
+        import_function("hpt:main", "reward_funcs", [])
+
+
+def test_advantages_and_rewards_of_scored_answers_go_by_the_same_rule(tmp_path, mine):
+    _, _, args = read(tmp_path, f"advantage: '{mine}:brevity'\n")
+    with pytest.raises(ConfigError, match="advantage names.*--allow_code"):
+        advantage_function(args)
+    args.allow_code = [mine]
+    assert advantage_function(args).__name__ == "brevity"
+    args.advantage = "leave_one_out"
+    assert advantage_function(args) is leave_one_out_advantage
+    (scored,) = read(tmp_path, "seed: 1\n", kinds=(ALoLConfig,))
+    with pytest.raises(ConfigError, match="--allow_code other"):
+        ALoLAnswers(scored, "other:fn")
+
+
+def test_a_program_that_names_a_function_itself_needs_no_word(mine):
+    assert get_rewards([f"{mine}:brevity"])[0](completions=["ab"]) == [-2.0]
+    assert ALoLConfig(output_dir="x", use_cpu=True).allow_code is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("allow_code: [subprocess]\n", "run.yaml:1: `allow_code` says which code you trust.*command line"),
+        ("seed: 1\ntrust_remote_code: true\n", "run.yaml:2: `trust_remote_code: true` runs code"),
+        ("model_init_kwargs: {trust_remote_code: yes}\n", "run.yaml:1: `trust_remote_code: true` runs code"),
+        ("datasets: [{path: a, trust_remote_code: 'true'}]\n", "`trust_remote_code: true` runs code"),
+        ("attn_implementation: someone/kernel\n", "loads compiled code from the hub"),
+        ("model_init_kwargs: {attn_implementation: someone/kernel}\n", "loads compiled code from the hub"),
+        ("model_init_kwargs: {use_kernels: true}\n", "`use_kernels: true` runs code"),
+    ],
+)
+def test_what_runs_code_of_others_is_for_the_command_line_alone(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, text)
+
+
+def test_the_command_line_may_trust_a_models_code(tmp_path):
+    assert read(tmp_path, "seed: 1\n", "--trust_remote_code", "true")[2].trust_remote_code is True
+    assert read(tmp_path, "trust_remote_code: false\n")[2].trust_remote_code is False
+
+
+@dataclass
+class Toy:
+    size: int = 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    "PATH LD_PRELOAD PYTHONPATH PYTHONSTARTUP HF_ENDPOINT HF_HOME HF_TOKEN GIT_SSH_COMMAND WANDB_BASE_URL "
+    "NCCL_NET_PLUGIN POSTTRAIN_CACHE HTTPS_PROXY path MLFLOW_TRACKING_URI".split(),
+)
+def test_env_sets_no_variable_by_which_programs_or_servers_are_chosen(tmp_path, name):
+    before = dict(os.environ)
+    with pytest.raises(ConfigError, match=f"run.yaml:2: `env` sets {name}, which a settings file may not"):
+        read(tmp_path, f"size: 2\nenv:\n  {name}: x\n", kinds=(Toy,))
+    assert dict(os.environ) == before and name not in VARIABLES
+
+
+@pytest.mark.parametrize("text", [bomb(), merge_bomb(), "x: " + "[" * 3_000, "# " + "x" * (5 << 20)])
+def test_a_file_that_grows_without_bounds_is_refused_wherever_it_is_read(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not valid YAML|nested too deeply"):
+        parse((Toy,), ["--config", str(path)])
+    with pytest.raises(DataError, match="no valid YAML"):
+        read_yaml(path)
+    if "&a" in text:
+        with pytest.raises(DataError, match="aliases stand for has more than"):
+            parse_card(f"---\n{text}---\nbody\n", "README.md")
+
+
+def test_a_file_without_an_end_is_read_no_further_than_settings_are_long():
+    with pytest.raises(ConfigError, match="no settings"):
+        parse((Toy,), ["--config", "/dev/zero"])
+
+
+def test_aliases_of_an_ordinary_file_are_read():
+    text = "a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n"
+    assert yaml_text.load(text) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
