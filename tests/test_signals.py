@@ -94,8 +94,9 @@ def test_forks_of_a_thread_outlive_it_and_hear_no_signal_of_the_run():
         "def fork():\n"
         "    global child\n"
         "    child = os.fork()\n"
-        "    if not child: time.sleep(0.2); os._exit(7)\n"
+        "    if not child: time.sleep(0.5); os._exit(7)\n"
         "thread = threading.Thread(target=fork); thread.start(); thread.join()\n"
+        "while os.getpgid(child) != child: time.sleep(0.001)\n"
         "signal.signal(signal.SIGUSR1, signal.SIG_IGN); os.killpg(0, signal.SIGUSR1)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )

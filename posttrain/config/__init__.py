@@ -19,6 +19,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
