@@ -18,9 +18,10 @@ from posttrain.console import complain
 def main() -> int:
     import psutil
 
-    parent = os.getppid()
+    parent, got = os.getppid(), []
 
     def handle(number: int, frame) -> None:
+        got.append(number)
         ranks = psutil.Process().children()
         if not ranks:
             raise signals.Terminated(number)
@@ -31,10 +32,12 @@ def main() -> int:
                     rank.send_signal(number)
 
     with signals.handled(handle, (*signals.ending(), signal.SIGINT)):
-        return _launch()
+        who, code = _launch()
+    return _told(who, code, was_signalled=bool(got)) if code else 0
 
 
-def _launch() -> int:
+def _launch() -> tuple[str, int]:
+    """Return which rank failed first and its exit code, negative for a signal; code 0 where none did."""
     # torch's launcher would take the handlers over; it has to be given one signal at least
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     signals.follow_parent(signal.SIGTERM)
@@ -50,18 +53,28 @@ def _launch() -> int:
         launch.launch_command(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return _told(f"rank {rank}", failure.exitcode)
+        return f"rank {rank}", failure.exitcode
     except subprocess.CalledProcessError as error:
-        # the code says it: the recipe has told why, or Python with a traceback
-        return _told("the run", error.returncode) if error.returncode < 0 else error.returncode
-    return 0
+        return "the run", error.returncode
+    return "", 0
 
 
-def _told(who: str, code: int) -> int:
-    if not Path(os.environ.get("POSTTRAIN_EXIT_CODE_FILE", "")).is_file():
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        complain(f"{who} {how}")
-    return 128 - code if code < 0 else code
+def _told(who: str, code: int, was_signalled: bool) -> int:
+    """Return the exit code to end with; say whose it is where no rank has told why it failed."""
+    ends = 128 - code if code < 0 else code
+    path = os.environ.get("POSTTRAIN_EXIT_CODE_FILE")
+    kept = int(Path(path).read_text() or 0) if path and Path(path).is_file() else None
+    # a signal that did not come from outside is how torch ended the ranks that had not failed
+    if kept is None or kept > 128 and kept != ends and not was_signalled:
+        # a single process that failed has told why, or Python has
+        if code < 0 or who != "the run":
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            complain(f"{who} {how}")
+        if path:
+            Path(path).write_text(str(ends))
+    elif kept == 1 and who != "the run":
+        complain(f"{who} ended with exit code 1")
+    return ends
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def _code_of(main: Callable[[], object]) -> int:
     except (Exception, KeyboardInterrupt, signals.Terminated) as error:
         ended = signals.behind(error)
         if ended is None:
+            _keep(1)
             raise
         # as the shell has it for a program that Ctrl-C ended
         return _told(str(ended), ended.code) if isinstance(ended, signals.Terminated) else _told("interrupted", 130)
@@ -142,10 +143,14 @@ def _told(message: str, code: int) -> int:
     if rank != "0":
         message = f"rank {rank}: {message}"
     complain(message)
+    _keep(code)
+    return code
+
+
+def _keep(code: int) -> None:
     if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
         with contextlib.suppress(FileExistsError), open(os.environ["POSTTRAIN_EXIT_CODE_FILE"], "x") as file:
             file.write(str(code))
-    return code
 
 
 def _leave(code: int) -> None:

@@ -127,7 +127,8 @@ def test_two_ranks_that_were_ended_go_on_as_those_that_were_not(folder):
         job = start(f"{line} {name} --resume_from_checkpoint auto {more}", folder)
         assert job.wait() == code, (folder / "log").read_text()[-3000:]
     assert (folder / "broken/checkpoint-1").is_dir()
-    whole, broken = ([json.loads(row) for row in open(folder / name / "metrics.jsonl")] for name in ("whole", "broken"))
+    logs = ((folder / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "broken"))
+    whole, broken = (list(map(json.loads, rows)) for rows in logs)
     assert [row["loss"] for row in whole[:6]] == [row["loss"] for row in broken[:6]]
     ends = [load_file(folder / name / "adapter_model.safetensors") for name in ("whole", "broken")]
     assert identical(*ends)
