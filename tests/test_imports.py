@@ -27,6 +27,7 @@ LAYERS = (
         "environment",
         "tables",
         "saved",
+        "whole_files",
         "config",
         "models",
         "user_code",

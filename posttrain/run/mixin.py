@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.run import checkpoints, evaluation, schedule, synced_reference
+from posttrain.run import checkpoints, evaluation, lock, schedule, synced_reference
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
 from posttrain.run.construction import ConstructionMixin
 from posttrain.run.construction import without_folder as without_folder
@@ -90,6 +90,10 @@ class RunMixin(ConstructionMixin, SavingMixin):
             DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
             Preempted: a signal came or `max_minutes` are over; a checkpoint of the last step is there.
         """
+        with lock.held(self.args.output_dir, self.accelerator) if self._has_folder else contextlib.nullcontext():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint, *args, **kwargs):
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._schedule.resumed = None
         if checkpoint is not None:
@@ -133,8 +137,26 @@ class RunMixin(ConstructionMixin, SavingMixin):
         return output
 
     def _checkpoint_to_resume(self, wanted):
-        args = self.args
-        found = checkpoints.find(args.output_dir, wanted, args.check_resume, args.resume_weights_only)
+        """Return the checkpoint to go on from, found and read whole by the main process, or None."""
+        found, problem = None, None
+        if self.accelerator.is_main_process:
+            try:
+                found = self._found_checkpoint(wanted)
+            except ConfigError as error:
+                problem = error
+        if self.accelerator.num_processes > 1:
+            told = [found, problem and str(problem)]
+            broadcast_object_list(told)
+            found, problem = told[0], problem or (told[1] and ConfigError(told[1]))
+        if problem:
+            raise problem
+        return found
+
+    def _found_checkpoint(self, wanted):
+        args, weights_only = self.args, self.args.resume_weights_only
+        found = checkpoints.find(args.output_dir, wanted, args.check_resume, weights_only, by_content=True)
+        if found is not None:
+            checkpoints.refuse_damaged(found, weights_only, by_content=True)
         if str(wanted).lower() not in ("auto", "true"):
             return found
         if found is not None and args.overwrite and str(wanted).lower() == "auto":
@@ -143,7 +165,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
             if told and args.check_resume:
                 get_logger().warning("%s is of another run (%s): overwrite is true, this one starts anew", found, told)
                 return None
-        over = checkpoints.passed_over(args.output_dir, found)
+        over = checkpoints.passed_over(args.output_dir, found, weights_only)
         if over:
             get_logger().warning(
                 "resume_from_checkpoint is %s: %s. Passed over: %s",

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import use_adapter
 
-from posttrain.errors import ConfigError
-from posttrain.log import get_logger
+from posttrain import __version__
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.mechanisms import initial_adapter
 from posttrain.mechanisms.sequence_cache import weights_digest
 from posttrain.run.checks import evaluating
@@ -45,7 +45,7 @@ def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> 
         "device": trainer.accelerator.device.type,
         # equal to rounding only, and `never` is to equal TRL's numbers bit for bit
         "prefix_sharing": trainer._sharing.active,
-        "versions": [torch.__version__, transformers.__version__],
+        "versions": [torch.__version__, transformers.__version__, __version__],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
 
@@ -53,24 +53,45 @@ def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> 
 def cached(trainer, cache, digests: Sequence[bytes]) -> dict:
     """Read the values of the rows with these digests from a cache; all ranks call it and get what rank 0 sees.
 
-    Ranks may not share a disk, and may see it at different moments.
+    Ranks may not share a disk, and may see it at different moments. Raises EnvironmentIssue, on all of them, where it
+    may not be read.
     """
-    shared = [None]
-    if trainer.accelerator.is_main_process:
+
+    def read() -> dict:
         there = cache.load()
-        shared = [{digest: there[digest] for digest in digests if digest in there}]
-    broadcast_object_list(shared, from_process=0)
-    return shared[0]
+        return {digest: there[digest] for digest in digests if digest in there}
+
+    return _by_main(trainer, read)
 
 
-def add_to_cache(trainer, cache, fresh: dict) -> None:
-    """Write values by their digests into a cache, from rank 0; a disk that refuses them is logged."""
+@contextlib.contextmanager
+def kept(trainer, cache):
+    """Yield a function that takes fresh values by their digests; rank 0 writes them into a cache as they come.
+
+    All ranks call it. Raises EnvironmentIssue, on all of them, where the cache cannot be written, at first of all.
+    """
+    _by_main(trainer, cache.check_writable)
     if not trainer.accelerator.is_main_process:
+        yield lambda values: None
+        _by_main(trainer, None)
         return
-    try:
-        cache.add(fresh)
-    except OSError as error:
-        get_logger().warning("reference log-probabilities were not cached: %s", error)
+    with cache.pending() as pending:
+        yield pending.add
+        _by_main(trainer, pending.flush)
+
+
+def _by_main(trainer, do):
+    """Return on all ranks what `do` returns on rank 0, or raise what it raises there of our errors."""
+    told = [None, None]
+    if trainer.accelerator.is_main_process:
+        try:
+            told[0] = do()
+        except PosttrainError as error:
+            told[1] = error
+    broadcast_object_list(told, from_process=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:

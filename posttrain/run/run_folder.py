@@ -13,7 +13,7 @@ from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.base_model import loaded_from
 from posttrain.log import get_logger
 from posttrain.run import checkpoint_files as files
-from posttrain.run import checkpoints
+from posttrain.run import checkpoints, lock
 from posttrain.run.checkpoint_files import MARKER, mark
 from posttrain.run.identity import differing, update_of, update_settings
 
@@ -143,6 +143,10 @@ class RunFolder(TrainerCallback):
             self._begin_anew(args)
         note_run(Path(args.output_dir), self._trainer)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            lock.renew(args.output_dir)
+
     def _begin_anew(self, args) -> None:
         folder, left = Path(args.output_dir), checkpoints.complete(args.output_dir)
         if args.overwrite:
@@ -256,7 +260,7 @@ def replace(output_dir: str | Path) -> None:
     """
     folder = Path(output_dir)
     own = [path for path in checkpoints.folders(folder) if path.is_dir() and not path.is_symlink()]
-    own = [path for path in own if files.is_complete(path) or files.is_half_left(path)]
+    own = [path for path in own if files.is_complete(path) or files.is_half_left(path)] + files.partials(folder)
     for path in own:
         checkpoints.clear(path)
     noted = _noted(folder)
@@ -281,7 +285,7 @@ def _noted(folder: Path) -> set[str]:
 
 
 def _top_files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_file()} - {NOTE} if folder.is_dir() else set()
+    return {path.name for path in folder.iterdir() if path.is_file()} - {NOTE, lock.NAME} if folder.is_dir() else set()
 
 
 def _weights(folder: Path) -> str | None:

@@ -13,6 +13,9 @@ from posttrain.run import checkpoints, run_folder, synced_reference
 class SavingMixin:
     """Saves checkpoints and models, loads them again and pushes them. Stands on `transformers.Trainer`."""
 
+    # where a checkpoint lies while it is saved
+    _saved_in = None
+
     def _claim_folder(self) -> None:
         if not self._has_folder:
             return
@@ -62,9 +65,19 @@ class SavingMixin:
     # stands on DPOTrainer._save_checkpoint, and through it on Trainer's
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with checkpoints.complete_or_not_there(self, folder):
-            super()._save_checkpoint(model, trial)
-            synced_reference.save(self, folder)
+        with checkpoints.complete_or_not_there(self, folder) as partial:
+            self._saved_in = str(partial.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+                synced_reference.save(self, partial)
+            finally:
+                self._saved_in = None
+        if self.args.push_to_hub:
+            push_checkpoint(self, folder)
+
+    # stands on Trainer._get_output_dir, where upstream saves checkpoints
+    def _get_output_dir(self, trial):
+        return self._saved_in or super()._get_output_dir(trial)
 
     # stands on Trainer._finalize_training, which deletes whatever is named as a checkpoint is
     def _finalize_training(self, trial, num_train_samples, start_time):
@@ -114,9 +127,9 @@ class SavingMixin:
         self.hub_model_id = self.hub_destination.repo_id
         self.push_in_progress = None
 
-    # stands on Trainer._push_from_checkpoint
+    # stands on Trainer._push_from_checkpoint, which comes before the checkpoint is in its place
     def _push_from_checkpoint(self, checkpoint_folder):
-        push_checkpoint(self, checkpoint_folder)
+        pass
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **evaluated):
         """Write `README.md` into the output folder: what was trained, on what, how, and how to load it.

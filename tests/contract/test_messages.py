@@ -1,102 +1,49 @@
-"""The texts of refusals of settings, all in one approved file.
+"""The texts of refusals, all in one approved file.
 
 `python -m tests.contract.test_messages --approve` writes the file anew.
 """
 
 import argparse
+import contextlib
 import difflib
+import os
+import re
 import tempfile
-from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from posttrain.config import parse
-from posttrain.errors import PosttrainError
+from tests.contract.refusals import CASES, Case, Ended, refused
 from tests.families import METHODS
-from tests.test_config import Toy
 
 APPROVED = Path(__file__).with_name("messages.txt")
 
-FILES = [
-    "rate: 0.1\nstep: 3",
-    "zzzz: 3",
-    "\nwarmup_ratio: 0.1",
-    "rate: 1\nmode: a\nrate: 0.2",
-    "extra:\n  a: 1\n  a: 2",
-    "steps: 2.5",
-    "steps: true",
-    "steps:",
-    "rate: high",
-    "ratio: high",
-    "rate: [1]",
-    "share: maybe",
-    "names: {a: 1}",
-    "kind: c",
-    "mode: off",
-    "- 1",
-    "rate: [1",
-    "rate: 1\nenv: 3",
-    "rate: 1\nenv: {'A=B': 4}",
-    'env: {WANDB_NAME: "a\\0b"}',
-    "rate: 1\nextra: &x {b: *x}",
-    "rate: 1\n~: 4",
-    "mode: a\n<<: {rate: 1, stepz: 3}",
-    "mode: a\nname: 2020-13-45",
-    "mode: a\nsteps: " + "1" * 5000,
-]
 
-COMMAND_LINES = [
-    ["--step", "3"],
-    ["--mod", "3"],
-    ["--warmup_ratio=0.1"],
-    ["--rate", "high"],
-    ["--kind", "c"],
-    ["fast"],
-    ["--rate"],
-    ["--config"],
-    ["--config", "a", "--config", "b"],
-]
-
-
-def _config(method: str, fields: dict, folder: Path):
-    rollouts = dict(num_generations=4, per_device_train_batch_size=16) if method == "policy_gradient" else {}
-    METHODS[method].config(str(folder), use_cpu=True, bf16=False, **rollouts | fields)
-
-
-def _file(text: str, folder: Path):
-    path = folder / "run.yaml"
-    path.write_text(text)
-    parse((Toy,), ["--config", str(path)])
-
-
-def _command_line(arguments: list[str], folder: Path):
-    parse((Toy,), arguments)
-
-
-CASES = [
-    *((method, fields, partial(_config, method)) for method in METHODS for fields in METHODS[method].refused),
-    *(("config file", text, _file) for text in FILES),
-    *(("command line", arguments, _command_line) for arguments in COMMAND_LINES),
-]
-
-
-def refusal(build, given, folder: Path) -> str:
+def refusal(case: Case, folder: Path) -> str:
     """Give the kind and text of the refusal, with FOLDER for the temporary folder."""
+    folder.mkdir(parents=True)
+    quiet = dict(TRL_EXPERIMENTAL_SILENCE="1", POSTTRAIN_CACHE=str(folder / "cache"))
     try:
-        build(given, folder)
-    except PosttrainError as error:
-        return f"{type(error).__name__}: {error}".replace(str(folder), "FOLDER")
-    raise AssertionError(f"{given!r} is not refused.")
+        with mock.patch.dict(os.environ, quiet), contextlib.chdir(folder):
+            error = refused(case.build, folder)
+    except Exception as error:
+        error.add_note(f"The case is {case.title}.")
+        raise
+    kind = "" if isinstance(error, Ended) else f"{type(error).__name__}: "
+    return f"{kind}{error}".replace(str(folder), "FOLDER")
 
 
-def written(cases, folder: Path) -> str:
-    """Give the approved file's text for these cases."""
-    blocks = []
-    for name, given, build in cases:
-        shown = repr(given) if len(repr(given)) < 200 else repr(given)[:80] + "..."
-        blocks.append(f"{name}: {shown}\n{refusal(build, given, folder)}\n")
-    return "\n".join(blocks)
+def written(part: str, cases, folder: Path) -> str:
+    """Give the approved file's text for the cases of a part."""
+    blocks = [f"{case.title}\n{refusal(case, folder / str(number))}\n" for number, case in enumerate(cases)]
+    return "\n".join([f"== {part} ==\n", *blocks])
+
+
+def approved(part: str) -> str:
+    """Give the part of the approved file that has this heading."""
+    parts = re.split("\n(?=== )", APPROVED.read_text(encoding="utf-8"))
+    return next((text for text in parts if text.startswith(f"== {part} ==\n")), "")
 
 
 def difference(approved: str, said: str) -> str:
@@ -104,32 +51,38 @@ def difference(approved: str, said: str) -> str:
     return "".join(difflib.unified_diff(approved.splitlines(True), said.splitlines(True), "messages.txt", "said"))
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
-def test_refusals_have_their_approved_texts(tmp_path):
-    change = difference(APPROVED.read_text(encoding="utf-8"), written(CASES, tmp_path))
+@pytest.mark.parametrize("part", CASES)
+def test_refusals_have_their_approved_texts(tmp_path, part):
+    change = difference(approved(part), written(part, CASES[part], tmp_path))
     assert not change, f"`python -m tests.contract.test_messages --approve` takes this over:\n{change}"
 
 
-def test_a_changed_text_is_shown_as_a_difference(tmp_path):
-    def renamed(given, folder):
-        try:
-            _config("robust_dpo", given, folder)
-        except PosttrainError as error:
-            raise type(error)(str(error).replace("flip_rate", "flips")) from error
+def test_the_approved_file_has_these_parts():
+    assert re.findall("^== (.*) ==$", APPROVED.read_text(encoding="utf-8"), re.MULTILINE) == list(CASES)
 
-    approved = APPROVED.read_text(encoding="utf-8")
-    said = written([("robust_dpo", METHODS["robust_dpo"].refused[0], renamed), *CASES[1:]], tmp_path)
-    assert "-ConfigError: flip_rate is" in difference(approved, said)
-    assert "+ConfigError: flips is" in difference(approved, said)
+
+def test_a_changed_text_is_shown_as_a_difference(tmp_path):
+    first = CASES["settings"][0]
+
+    def renamed(folder):
+        raise type(error := refused(first.build, folder))(str(error).replace("flip_rate", "flips"))
+
+    said = written("settings", [first._replace(build=renamed)], tmp_path)
+    assert "-ConfigError: flip_rate is" in difference(approved("settings"), said)
+    assert "+ConfigError: flips is" in difference(approved("settings"), said)
 
 
 def test_a_setting_that_is_taken_is_no_refusal(tmp_path):
+    def taken(folder):
+        METHODS["robust_dpo"].config(str(folder), use_cpu=True, bf16=False, flip_rate=0.1)
+
     with pytest.raises(AssertionError, match="is not refused"):
-        refusal(partial(_config, "robust_dpo"), dict(flip_rate=0.1), tmp_path)
+        refusal(Case("a flip rate", taken), tmp_path / "taken")
+
+
+def test_cases_have_titles_of_their_own():
+    titles = [case.title for cases in CASES.values() for case in cases]
+    assert len(set(titles)) == len(titles)
 
 
 def test_each_method_has_refusals():
@@ -141,7 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--approve", action="store_true", help="write the file anew")
     approve = parser.parse_args().approve
     with tempfile.TemporaryDirectory() as folder:
-        said = written(CASES, Path(folder))
+        said = "\n".join(written(part, cases, Path(folder) / part) for part, cases in CASES.items())
     print(difference(APPROVED.read_text(encoding="utf-8") if APPROVED.exists() else "", said), end="")
     if approve:
         APPROVED.write_text(said, encoding="utf-8")

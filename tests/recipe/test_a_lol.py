@@ -1,10 +1,8 @@
 """The recipe with scored answers, with the model and the data replaced by tiny ones."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -171,15 +169,17 @@ def test_rewards_for_evaluation_are_on_the_scale_of_those_trained_on(recipe, tmp
 def test_columns_of_other_names_and_a_reward_function_of_ones_own(recipe):
     rows = [{"question": row["prompt"], "said": row["completion"]} for row in ROWS]
     columns = {"prompt_column": "question", "completion_column": "said"}
-    code, out, err = recipe(rows=rows, **columns, reward_func="brief_reward:brief")
+    code, out, err = recipe(rows=rows, **columns, reward_func="brief_reward:brief", allow_code="brief_reward")
     assert code == 0 and "Saved to run" in out, err
 
 
 def test_a_dry_run_says_what_a_reward_function_will_tell_and_refuses_one_that_is_none(recipe):
-    code, out, err = recipe(dry_run="true", max_steps=-1, num_train_epochs=1, reward_func="brief_reward:brief")
+    code, out, err = recipe(
+        dry_run="true", max_steps=-1, num_train_epochs=1, reward_func="brief_reward:brief", allow_code="brief_reward"
+    )
     assert code == 0 and "known once brief_reward:brief has scored the answers" in out, err
     assert re.search(r"^steps +at most [1-8]$", out, re.MULTILINE) and "advantages" not in out
-    code, _, err = recipe(dry_run="true", reward_func="brief_reward:none")
+    code, _, err = recipe(dry_run="true", reward_func="brief_reward:none", allow_code="brief_reward")
     assert code == 2 and "none" in err
     code, _, err = recipe(dry_run="true", value="head", value_targets="generations")
     assert code == 2 and "no reward function is given" in err
@@ -216,30 +216,3 @@ def test_stats_draw_rewards_and_advantages(recipe, tmp_path, capsys):
     recipe([*ROWS[:3], ROWS[3] | {"reward": float("nan")}], dry_run="true")
     code, out, _ = stats("answers.jsonl")
     assert code == 0 and "rewards are not drawn: answers.jsonl, line 4: reward is nan" in out
-
-
-@pytest.mark.slow
-def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path):
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [
-        BIN / "accelerate", "launch", "--config_file", configs_dir() / "accelerate" / "cpu_zero3.yaml",
-        recipes_dir() / "a_lol.py", "--config", configs_dir() / "a_lol" / "zero3.yaml", "--model_name_or_path",
-        "embedded:tiny", "--dataset_name", "answers.jsonl", "--output_dir", "run", "--gradient_accumulation_steps", "1",
-        "--max_length", "64", "--max_steps", "2", "--save_steps", "2", "--learning_rate", "1e-3",
-    ]  # fmt: skip
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(recipes_dir().parent)}
-    environment["POSTTRAIN_LOG"] = "info"
-    done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 of 16 answers have a gradient" in done.stdout + done.stderr
-    run = tmp_path / "run"
-    model = AutoModelForCausalLM.from_pretrained(run)
-    assert model(torch.arange(1, 9)[None]).logits.isfinite().all()
-    base = AutoModelForCausalLM.from_pretrained(resolve_model("embedded:tiny")).state_dict()
-    assert any((value.float() - base[name]).abs().max() > 0 for name, value in model.state_dict().items())
-    assert yaml.safe_load((run / "resolved_config.yaml").read_text())["processes"] == 2
-    # DeepSpeed writes these, a rank each, where the weights are partitioned
-    states = [path.name for path in (run / "checkpoint-2").rglob("*_model_states.pt")]
-    assert sorted(states) == [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1)]

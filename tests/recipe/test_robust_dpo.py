@@ -106,18 +106,6 @@ def test_the_gpu_config_evaluates_and_trains_an_adapter(tmp_path, pairs):
     assert sum("eval_rewards/accuracies" in row for row in rows) >= 2
 
 
-@pytest.mark.slow
-def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path, pairs):
-    run, _ = train_two_steps(
-        "cpu_zero3", "zero3", tmp_path, pairs, "--eval_dataset_name", pairs, "--save_steps", "2", "--max_eval_rows", "4"
-    )
-    assert reload(run).isfinite().all()
-    assert yaml.safe_load((run / "resolved_config.yaml").read_text())["processes"] == 2
-    # DeepSpeed writes these, a rank each, where the weights are partitioned.
-    states = [path.name for path in (run / "checkpoint-2").rglob("*_model_states.pt")]
-    assert sorted(states) == [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1)]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -86,13 +86,12 @@ def test_an_endless_answer_is_unscorable_and_counted():
     reward.close()
 
 
-def test_an_exception_on_an_answer_is_counted_shown_and_scored_zero(verified, caplog, monkeypatch):
-    monkeypatch.setattr("posttrain.log._logger.propagate", True)
+def test_an_exception_on_an_answer_is_counted_shown_and_scored_zero(verified, logged):
     before = verified.counters["exceptions"]
     assert verified(completions=["1" * 5000], gold=["2"]) == [0.0]
     assert verified.counters["exceptions"] == before + 1
     assert verified.last_exception.startswith("SympifyError")
-    assert "reward maths_answer: 1 exceptions so far; the last: SympifyError" in caplog.text
+    assert "reward maths_answer: 1 exceptions so far; the last: SympifyError" in logged.text
 
 
 def test_an_unparsable_gold_is_unscorable_never_right_or_wrong(verified, numbers):

@@ -92,8 +92,7 @@ def test_no_rewards_are_refused():
         get_rewards([])
 
 
-def test_exceptions_of_a_users_function_are_counted_shown_and_end_the_run_when_they_go_on(caplog, monkeypatch):
-    monkeypatch.setattr("posttrain.log._logger.propagate", True)
+def test_exceptions_of_a_users_function_are_counted_shown_and_end_the_run_when_they_go_on(logged):
     failing = True
 
     def fragile(completions, **columns):
@@ -104,7 +103,7 @@ def test_exceptions_of_a_users_function_are_counted_shown_and_end_the_run_when_t
     reward = UserReward(fragile)
     assert reward(completions=["a", "b"]) == [None, None]
     assert reward.counters == {"scored": 0, "timeouts": 0, "exceptions": 2}
-    assert "reward fragile: 2 exceptions so far; the last: KeyError: 'solution' (" in caplog.text
+    assert "reward fragile: 2 exceptions so far; the last: KeyError: 'solution' (" in logged.text
     assert __file__ in reward.last_exception
     failing = False
     assert reward(completions=["a", "b"]) == [1.0, 1.0]

@@ -74,7 +74,7 @@ def finished(folder, *names):
     folder.mkdir(parents=True)
     for name in names:
         (folder / name).write_text(name)
-    checkpoint_files.mark(folder, {"identity": {}, "files": checkpoint_files.sizes(folder, set())})
+    checkpoint_files.mark(folder, {"identity": {}, "files": checkpoint_files.sizes(folder)})
     return folder
 
 
@@ -244,7 +244,7 @@ def test_a_save_that_fails_takes_back_its_own_files_only(tiny_folder, tmp_path, 
 def test_a_save_over_our_own_checkpoint_keeps_no_file_of_the_earlier_one(tiny_folder, our_run, tmp_path):
     out = shutil.copytree(our_run[0], tmp_path / "run")
     folder = out / "checkpoint-2"
-    stale = {"identity": {}, "files": checkpoint_files.sizes(folder, set()) | {"rng_state_1.pth": 1}}
+    stale = {"identity": {}, "files": checkpoint_files.sizes(folder) | {"rng_state_1.pth": 1}}
     (folder / "rng_state_1.pth").write_text("x")
     checkpoint_files.mark(folder, stale)
     (folder / "notes.txt").write_text("mine")
@@ -584,3 +584,16 @@ def test_a_file_that_cannot_be_written_whole_is_told_in_words(tiny_folder, tmp_p
     with pytest.raises(EnvironmentIssue, match=re.escape(f"checkpoint-2 could not be saved: {told}")):
         trainer.train()
     assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_every_folder_of_a_new_checkpoint_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    partial, folder, synced = tmp_path / ".saving" / "checkpoint-3", tmp_path / "checkpoint-3", []
+    checkpoint_files.begin(partial, {})
+    (partial / "global_step3").mkdir()
+    for name in ("model.safetensors", "global_step3/rank0_optim_states.pt"):
+        (partial / name).write_bytes(b"x")
+    sync = checkpoint_files.sync
+    monkeypatch.setattr(checkpoint_files, "sync", lambda path: (synced.append((path, folder.exists())), sync(path)))
+    checkpoint_files.put_in_place(partial, folder, {"identity": {}, "files": checkpoint_files.sizes(partial)})
+    assert (partial / "global_step3", False) in synced and (partial, False) in synced
+    assert synced[-1] == (tmp_path, True) and checkpoint_files.is_complete(folder) and not partial.exists()

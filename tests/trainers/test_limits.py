@@ -1,22 +1,20 @@
 """Ids that a model's embedding lacks and rows longer than its positions are found before it trains."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 
-from posttrain import ALoLConfig, ALoLTrainer, PolicyGradientConfig, RobustDPOConfig, RobustDPOTrainer
+from posttrain import ALoLConfig, ALoLTrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.data.limits import Limits
 from posttrain.errors import ConfigError
 from posttrain.models import tiny_model
-from posttrain.recipe import preferences, scored_answers, tasks
 from posttrain.run.new_tokens import at_their_start
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
-
-SYSTEM = [{"role": "user", "content": "q"}]
+from tests.contract.refusals import TABLES, TOO_LONG, long_pairs, model, noted, refused
 
 
 def saved(path, tokenizer, model, special=(), **attributes):
@@ -37,48 +35,9 @@ def longer(tmp_path, tokenizer):
     return saved(tmp_path / "longer", tokenizer, tiny_model(), ["<note>", "</note>"])
 
 
-def noted(dataset, column="chosen", row=3):
-    rows = dataset.to_list()
-    rows[row][column][-1]["content"] += "<note>"
-    return Dataset.from_list(rows)
-
-
 def dpo(folder, path, data, **settings):
     args = RobustDPOConfig(**training.settings(path, **settings))
     return RobustDPOTrainer(folder, args=args, train_dataset=data, peft_config=training.lora())
-
-
-NOTE = r"train_dataset, row 4: '<note>' has the id 259, and the model's embedding has rows for ids below 259"
-
-
-@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
-def test_a_token_that_the_embedding_lacks_is_refused_in_pairs_and_their_dry_run(longer, tmp_path, column):
-    data = noted(make_pairs(8), column)
-    with pytest.raises(ConfigError, match=rf"{NOTE}.*resize_token_embeddings\(261\)|{NOTE}"):
-        dpo(longer, tmp_path / "run", data)
-    with pytest.raises(ConfigError, match=NOTE):
-        preferences.describe(longer, RobustDPOConfig(**training.settings(tmp_path / "run")), data)
-
-
-def test_a_token_that_the_embedding_lacks_is_refused_in_scored_answers_and_tasks(longer, tmp_path):
-    data = noted(scored.make_scored(8), "completion")
-    with pytest.raises(ConfigError, match=NOTE):
-        scored.build(longer, tmp_path / "a", data)
-    args = ALoLConfig(**scored.settings(tmp_path / "a"))
-    with pytest.raises(ConfigError, match=NOTE):
-        scored_answers.describe(longer, args, scored_answers.ScoredArguments(dataset_name="a"), data)
-    data = rollouts.prompts([1] * 8).map(
-        lambda row, i: {"prompt": row["prompt"] + "<note>" * (i == 3)}, with_indices=True
-    )
-    with pytest.raises(ConfigError, match=NOTE):
-        rollouts.train(longer, tmp_path / "b", data=data)
-    args = PolicyGradientConfig(**rollouts.settings(tmp_path / "b"))
-    with pytest.raises(ConfigError, match=NOTE):
-        tasks.describe(longer, args, tasks.TaskArguments(dataset_name="a"), data)
-    data = rollouts.prompts([1] * 8)
-    data = data.map(lambda row, i: {"demonstration": row["demonstration"] + "<note>" * (i == 3)}, with_indices=True)
-    with pytest.raises(ConfigError, match=NOTE):
-        rollouts.train(longer, tmp_path / "c", data=data, preset="hpt")
 
 
 def test_tokens_that_no_row_holds_are_no_fault(longer, tmp_path, logged):
@@ -90,7 +49,7 @@ def test_tokens_that_no_row_holds_are_no_fault(longer, tmp_path, logged):
 
 def test_an_embedding_with_rows_to_spare_is_no_fault(tmp_path, tokenizer, logged):
     folder = saved(tmp_path / "padded", tokenizer, tiny_model(vocab_size=320), ["<note>"])
-    dpo(folder, tmp_path / "run", noted(make_pairs(8)))
+    dpo(folder, tmp_path / "run", noted(make_pairs(8), "chosen"))
     assert "embedding" not in logged.text
 
 
@@ -114,68 +73,33 @@ def test_a_padding_token_that_the_embedding_lacks_is_refused(tmp_path, tokenizer
         rollouts.train(folder, tmp_path / "b")
 
 
-def test_rows_made_with_another_tokenizer_are_refused(tiny_folder, tmp_path):
-    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 257], "rejected_ids": [4, 257]} for _ in range(8)]
-    rows[3]["rejected_ids"] = [1000, 257]
-    with pytest.raises(ConfigError, match="row 4: the id is 1000, .* made with another tokenizer"):
-        dpo(tiny_folder, tmp_path / "run", Dataset.from_list(rows))
-
-
 def test_every_row_is_looked_at_and_not_a_sample_alone(longer, tmp_path, monkeypatch):
     from posttrain.data.pairs import schema
 
     monkeypatch.setattr(schema, "SAMPLE", 4)
     with pytest.raises(ConfigError, match="'<note>' has the id 259"):
-        dpo(longer, tmp_path / "run", noted(make_pairs(9), row=3))
-
-
-TABLES = {
-    "gpt2": dict(max_position_embeddings=64),
-    "opt": dict(max_position_embeddings=64, word_embed_proj_dim=64, dropout=0.0),
-}
-TABLES["gpt_neo"] = dict(max_position_embeddings=64, attention_types=[[["global"], 2]], num_layers=2)
-
-
-@pytest.fixture(params=TABLES)
-def table(request, tmp_path, tokenizer):
-    return saved(tmp_path / request.param, tokenizer, tiny_model(request.param, **TABLES[request.param]))
-
-
-def long_pairs(words=40):
-    rows = [
-        {"prompt": SYSTEM, "chosen": [{"role": "assistant", "content": f"{i} " * words}],
-         "rejected": [{"role": "assistant", "content": "no"}]}
-        for i in range(8)
-    ]  # fmt: skip
-    return Dataset.from_list(rows)
+        dpo(longer, tmp_path / "run", noted(make_pairs(9), "chosen"))
 
 
 @pytest.mark.core("gpt2")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_rows_longer_than_a_table_of_positions_are_refused(table, tmp_path):
-    message = "train_dataset: a sequence of .* tokens, and the model has 64 positions, each with a row of its own"
-    with pytest.raises(ConfigError, match=message):
-        dpo(table, tmp_path / "run", long_pairs(), max_length=None)
-    with pytest.raises(ConfigError, match=message):
-        preferences.describe(
-            table, RobustDPOConfig(**training.settings(tmp_path / "run", max_length=200)), long_pairs()
-        )
-    with pytest.raises(ConfigError, match=message):
-        scored.build(table, tmp_path / "a", scored.make_scored(8, length=80), max_length=None)
-    # cut to the positions it trains, a pair beside the other
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_train_that_are_cut_to_a_table_of_positions(tmp_path, tokenizer, name):
+    table = saved(tmp_path / name, tokenizer, tiny_model(name, **TABLES[name]))
+    # a pair beside the other
     padded = dict(max_length=64, prefix_sharing="never")
     assert dpo(table, tmp_path / "run", long_pairs(), **padded).train().global_step == 2
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_a_rollout_that_would_leave_a_table_of_positions_is_refused(table, tmp_path):
-    with pytest.raises(ConfigError, match=r"The longest prompt has \d+: set max_completion_length to \d+ or less"):
-        rollouts.train(table, tmp_path / "run", max_completion_length=60)
-    args = PolicyGradientConfig(**rollouts.settings(tmp_path / "run", max_completion_length=60))
-    with pytest.raises(ConfigError, match="has 64 positions"):
-        tasks.describe(table, args, tasks.TaskArguments(dataset_name="a"), rollouts.prompts([1] * 8))
-    with pytest.raises(ConfigError, match="The longest prompt alone is that long"):
-        rollouts.train(table, tmp_path / "run", data=Dataset.from_list([{"prompt": "1 " + "p" * 80}] * 8))
+@pytest.mark.slow
+@pytest.mark.parametrize("refusing", TOO_LONG)
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "gpt2"])
+def test_every_table_of_positions_refuses_longer_rows_alike(tmp_path, name, refusing):
+    found = [
+        str(refused(partial(TOO_LONG[refusing], partial(model, architecture=at, **TABLES[at])), tmp_path / at))
+        for at in ("gpt2", name)
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
@@ -238,7 +162,7 @@ def test_new_tokens_that_an_adapter_leaves_frozen_are_said(tmp_path, tokenizer, 
             args = ALoLConfig(**scored.settings(tmp_path / "a"))
             return ALoLTrainer(folder, args, train_dataset=rows, peft_config=adapter)
         args = RobustDPOConfig(**training.settings(tmp_path / "a"))
-        return RobustDPOTrainer(folder, args=args, train_dataset=noted(make_pairs(8)), peft_config=adapter)
+        return RobustDPOTrainer(folder, args=args, train_dataset=noted(make_pairs(8), "chosen"), peft_config=adapter)
 
     train(training.lora())
     warned = [message for message in logged.messages if "where a new token's starts" in message]

@@ -54,6 +54,32 @@ def test_a_second_run_and_a_flipped_set_need_no_reference_forward(tiny_folder, t
     assert sum(forwards) == 10, "only the rows that the cache lacks"
 
 
+def test_values_computed_before_an_error_are_kept_and_a_cache_that_cannot_be_written_is_told_before_any(
+    tiny_folder, tmp_path, forwards, monkeypatch
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentIssue, match="the cache .*file.* cannot be written.*ref_cache_dir"):
+        build(tiny_folder, tmp_path, precompute_ref_log_probs=True, ref_cache_dir=str(tmp_path / "file" / "cache"))
+    assert not forwards
+    counted = RobustDPOTrainer.compute_ref_log_probs
+
+    def interrupted(self, model, inputs):
+        if sum(forwards) >= 4:
+            raise KeyboardInterrupt
+        return counted(self, model, inputs)
+
+    monkeypatch.setattr(RobustDPOTrainer, "compute_ref_log_probs", interrupted)
+    sizes = dict(precompute_ref_log_probs=True, precompute_ref_batch_size=2, ref_cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_folder, tmp_path, **sizes)
+    assert sum(forwards) == 4
+    monkeypatch.setattr(RobustDPOTrainer, "compute_ref_log_probs", counted)
+    whole = build(tiny_folder, tmp_path, **sizes)
+    assert sum(forwards) == 8, "the first four are known"
+    other = build(tiny_folder, tmp_path, **sizes | {"ref_cache_dir": str(tmp_path / "other")})
+    assert whole.train_dataset["ref_chosen_logps"][:] == other.train_dataset["ref_chosen_logps"][:]
+
+
 @pytest.mark.core("weights", "rope")
 @pytest.mark.parametrize("change", ["weights", "max_length", "ld_alpha", "rope", "precision"])
 def test_whatever_affects_a_reference_value_is_in_its_key(tiny_folder, tmp_path, forwards, change):
@@ -111,7 +137,8 @@ def test_an_unreadable_cache_is_written_anew(tmp_path, caplog):
     assert cache.load() == {}
     cache.add({digest: -2.5})
     assert cache.load() == {digest: -2.5}
-    assert [path.name for path in tmp_path.iterdir()] == ["key.safetensors"], "no partial file is left"
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"key.safetensors", "key.safetensors.damaged1"}
+    assert not list(tmp_path.glob(".*.partial")), "no partial file is left"
 
 
 def test_sequence_digests_see_the_boundary_and_the_cut():

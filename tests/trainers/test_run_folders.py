@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError
-from posttrain.run import checkpoints, run_folder
+from posttrain.run import checkpoint_files, checkpoints, run_folder
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 
@@ -114,7 +114,7 @@ def test_rotation_keeps_what_was_written_last_beside_an_earlier_runs_later_steps
     for age, step in enumerate((60, 20)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        checkpoints.mark(folder, {})
+        checkpoint_files.mark(folder, {})
         os.utime(folder / checkpoints.MARKER, ns=(age, age))
     checkpoints.rotate(tmp_path, keep=1, best=None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20"]

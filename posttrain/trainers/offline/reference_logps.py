@@ -14,10 +14,10 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.sequence_cache import TokenCache, sequence_digest
 from posttrain.paths import cache_dir
 from posttrain.run.reference import (
-    add_to_cache,
     batches_of,
     cached,
     frozen,
+    kept,
     reference_key,
     with_columns,
     zero_margin_tolerance,
@@ -73,10 +73,8 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
                 f"{name} came after training had begun, when the reference's weights ({describe(trainer)}) are gone. "
                 "Give it to the trainer's constructor as `eval_dataset`."
             )
-        logps = _forward(trainer, dataset.select(missing), name, batch_size)
-        fresh = {digests[i]: values for i, values in zip(missing, logps, strict=True)}
-        known = known | fresh
-        add_to_cache(trainer, cache, fresh)
+        with kept(trainer, cache) as keep:
+            known |= _forward(trainer, dataset.select(missing), [digests[i] for i in missing], name, batch_size, keep)
     get_logger().info(
         "reference log-probabilities of %s: %d of %d answers computed, the others cached",
         name, len(missing), len(dataset),
@@ -84,9 +82,15 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
     return with_columns(dataset, {COLUMN: [known[digest].tolist() for digest in digests]})
 
 
-def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[torch.Tensor]:
+def _forward(
+    trainer, rows: Dataset, digests: list[bytes], name: str, batch_size: int, keep
+) -> dict[bytes, torch.Tensor]:
+    """Compute the token log-probs of each row's answer, by its digest, from all ranks.
+
+    `keep`: is handed those of each batch.
+    """
     lengths = [sum(label != -100 for label in labels[1:]) for labels in rows["labels"]]
-    gathered = []
+    found, left = {}, zip(digests, lengths, strict=True)
     accelerator = trainer.accelerator
     with frozen(trainer) as model:
         for batch in batches_of(trainer, rows, f"Reference log-probs ({name})", batch_size):
@@ -94,8 +98,14 @@ def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[torch.T
             # answers to the front of their rows: a stable sort of what is not answer to the end
             order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
             logps = accelerator.pad_across_processes(logps.float().gather(1, order), dim=1)
-            gathered += accelerator.gather_for_metrics(logps).cpu().unbind(0)
-    return [row[:length].clone() for row, length in zip(gathered, lengths, strict=True)]
+            rows_of_all = accelerator.gather_for_metrics(logps).cpu().unbind(0)
+            fresh = {}
+            for row in rows_of_all:
+                digest, length = next(left)
+                fresh[digest] = row[:length].clone()
+            keep(fresh)
+            found |= fresh
+    return found
 
 
 def _digest(row: dict) -> bytes:

@@ -10,7 +10,7 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.row_groups import CHOSEN, REJECTED
 from posttrain.mechanisms.sequence_cache import ReferenceCache, forwarded, sequence_digest
 from posttrain.paths import cache_dir
-from posttrain.run.reference import add_to_cache, batches_of, cached, reference_key, with_columns
+from posttrain.run.reference import batches_of, cached, kept, reference_key, with_columns
 
 
 def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -31,11 +31,8 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
     if missing:
         if trainer._sharing.active and trainer._sharing.may_sort:
             missing.sort(key=lambda i: length_of(dataset[i]), reverse=True)
-        computed, fresh = _forward(trainer, dataset.select(missing), name, batch_size), {}
-        for i, logps in zip(missing, computed, strict=True):
-            fresh.update(zip(digests[i], logps, strict=True))
-        known.update(fresh)
-        add_to_cache(trainer, cache, fresh)
+        with kept(trainer, cache) as keep:
+            known |= _forward(trainer, dataset.select(missing), [digests[i] for i in missing], name, batch_size, keep)
     get_logger().info(
         "reference log-probabilities of %s: %d of %d pairs computed, the others cached",
         name,
@@ -52,25 +49,35 @@ def precompute(trainer, dataset: Dataset, name: str, batch_size: int) -> Dataset
     return with_columns(dataset, {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
 
 
-def _forward(trainer, rows: Dataset, name: str, batch_size: int) -> list[list[float]]:
-    """Compute the log-probs of each row's chosen answers, then of its rejected ones; from all ranks."""
+def _forward(
+    trainer, rows: Dataset, digests: list[tuple[bytes, ...]], name: str, batch_size: int, keep
+) -> dict[bytes, float]:
+    """Compute the log-probs of each row's chosen answers, then of its rejected ones, by their digests; from all ranks.
+
+    `keep`: is handed those of each batch.
+    """
     model = trainer.ref_model if trainer.ref_model is not None else trainer.model
     if trainer.ref_model is None and trainer.is_deepspeed_enabled:
         # The policy is not prepared yet: an inference engine places its weights, or gathers them under ZeRO-3
         if trainer._precompute_engine is None:
             trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
         model = trainer._precompute_engine
-    gathered, accelerator = [], trainer.accelerator
+    found, left, accelerator = {}, iter(digests), trainer.accelerator
     for batch in batches_of(trainer, rows, f"Reference log-probs ({name})", batch_size):
         sides = trainer.compute_ref_log_probs(model, batch)
         if "row_groups" in batch:
             groups = trainer.groups_of(batch)
             listed = [groups.lists(logps, sign) for logps, sign in zip(sides, (CHOSEN, REJECTED), strict=True)]
             own = [chosen + rejected for chosen, rejected in zip(*listed, strict=True)]
-            gathered += accelerator.gather_for_metrics(own, use_gather_object=True)
+            gathered = accelerator.gather_for_metrics(own, use_gather_object=True)
         else:
-            gathered += accelerator.gather_for_metrics(torch.stack(sides, dim=1)).float().tolist()
-    return gathered
+            gathered = accelerator.gather_for_metrics(torch.stack(sides, dim=1)).float().tolist()
+        fresh = {}
+        for logps in gathered:
+            fresh.update(zip(next(left), logps, strict=True))
+        keep(fresh)
+        found |= fresh
+    return found
 
 
 def length_of(row: dict) -> int:

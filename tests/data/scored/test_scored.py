@@ -12,7 +12,7 @@ from posttrain import tables
 from posttrain.data.scored import answer_tokens, baselines
 from posttrain.data.scored.loading import as_scored, check_range, load_scored, reward_key, score
 from posttrain.data.scored.scales import check_scales
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.mechanisms.sequence_cache import ReferenceCache
 
 ONE = {"prompt": "1 + 1 =", "completion": " 2", "reward": 0.9}
@@ -277,6 +277,43 @@ def test_a_reward_function_scores_each_answer_once(tmp_path):
         score([rows[0], rows[1] | {"source": "b"}], by_length, "x")
     with pytest.raises(DataError, match=r"x, answer 1: the score by huge is 1e\+39; numbers beyond 1e\+18"):
         score([rows[0]], huge, "x")
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), 1e39, ConnectionError, KeyboardInterrupt])
+def test_scores_are_kept_whatever_ends_the_scoring(tmp_path, bad):
+    calls = []
+
+    def judge(completions, **columns):
+        calls.extend(completions)
+        if isinstance(bad, type) and "a9" in completions:
+            raise bad
+        return [bad if text in ("a5", "a9") else 1.0 for text in completions]
+
+    rows = [{"prompt": "q", "completion": f"a{i}"} for i in range(10) if i != 5 or not isinstance(bad, type)]
+    # what the function raises is no score; what ends the process is not its own
+    with pytest.raises(KeyboardInterrupt if bad is KeyboardInterrupt else DataError):
+        score(rows, judge, "x", ReferenceCache(tmp_path, "key"), batch_size=4)
+    kept = ReferenceCache(tmp_path, "key").load()
+    # in batches of four: a5 is in the second, whose others are kept, and a9 in the third
+    assert len(kept) == (8 if isinstance(bad, type) else 7)
+    rows = [row for row in rows if row["completion"] not in ("a5", "a9")]
+    assert score(rows, judge, "x", ReferenceCache(tmp_path, "key")) == [1.0] * len(rows)
+    assert len(set(calls)) == len(calls), "none is paid for twice"
+
+
+def test_a_cache_of_scores_that_cannot_be_written_is_an_answer_before_the_judge_is_asked(tmp_path):
+    def judge(completions, **columns):
+        raise AssertionError("asked")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentIssue, match="the cache .* cannot be written"):
+        score([{"prompt": "q", "completion": "a"}], judge, "x", ReferenceCache(tmp_path / "file", "key"))
+
+
+def test_a_reward_functions_key_follows_our_version(monkeypatch):
+    before = reward_key(huge)
+    monkeypatch.setattr("posttrain.__version__", "0.0.1")
+    assert reward_key(huge) != before
 
 
 def test_a_coroutine_scores_too_and_an_exception_is_shown():

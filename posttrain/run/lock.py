@@ -1,0 +1,201 @@
+"""Holds a run folder for one run at a time: a lock of the file system, which ends with the process that holds it."""
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.log import get_logger
+
+NAME = ".posttrain.lock"
+# errors of a file system that has no locks
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_HELD = {errno.EACCES, errno.EAGAIN}
+# minutes after which a lock that no file system guards, and that nobody renewed, is nobody's
+_STALE = 10
+
+# this process's own, by the file's true path: how often it was taken, the open file, the process's number, and
+# when it was renewed
+_own: dict[Path, list] = {}
+
+
+def check_free(folder: str | Path) -> None:
+    """Refuse a run folder that another process holds now. Raises ConfigError; writes nothing."""
+    path = Path(folder) / NAME
+    if not path.is_file() or path.resolve() in _own:
+        return
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        if _is_taken(file, path, shared=True):
+            raise _refusal(path)
+
+
+@contextlib.contextmanager
+def held(folder: str | Path, accelerator=None):
+    """Hold a run folder inside, on the main process; the other ranks share its fate.
+
+    A process may hold a folder several times over. A lock whose process has ended is taken.
+
+    Raises:
+        ConfigError: another process holds it, which is named with its host, number and start.
+        EnvironmentIssue: the folder cannot be written to.
+    """
+    is_main, problem, taken = accelerator is None or accelerator.is_main_process, [None], None
+    if is_main:
+        try:
+            taken = _take(Path(folder))
+        except (ConfigError, EnvironmentIssue) as error:
+            problem = [error]
+    if accelerator is not None and accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        told = [problem[0] and (type(problem[0]).__name__, str(problem[0]))]
+        broadcast_object_list(told)
+        if told[0] and problem[0] is None:
+            problem = [{"ConfigError": ConfigError}.get(told[0][0], EnvironmentIssue)(told[0][1])]
+    if problem[0] is not None:
+        raise problem[0]
+    try:
+        yield
+    finally:
+        if taken is not None:
+            _release(taken)
+
+
+def renew(folder: str | Path) -> None:
+    """Tell that a held folder is still in use, where its file system has no locks of its own."""
+    entry = _own.get((Path(folder) / NAME).resolve())
+    if entry and time.monotonic() - entry[3] > 60:
+        entry[3] = time.monotonic()
+        with contextlib.suppress(OSError):
+            os.utime(Path(folder) / NAME)
+
+
+def _take(folder: Path) -> Path:
+    path = folder / NAME
+    if (key := path.resolve()) in _own:
+        _own[key][0] += 1
+        return key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a+b")
+            # others may be asking at this moment whether it is free
+            if _is_taken(file, path) and all(time.sleep(0.05) or _is_taken(file, path) for _ in range(5)):
+                file.close()
+                raise _refusal(path)
+            # the one before may have deleted the file in the meantime
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()
+        # never by another open file: the lock ends with the first one that is closed
+        file.seek(0)
+        left = _parsed(file.read())
+        if left:
+            get_logger().info("%s: the run of %s ended without a word; its lock is taken", folder, _holder(left))
+        file.truncate(0)
+        file.write(json.dumps(_ours()).encode())
+        file.flush()
+    except OSError as error:
+        raise EnvironmentIssue(f"{folder} cannot be written to: {error.strerror or error}") from error
+    _own[path.resolve()] = [1, file, os.getpid(), time.monotonic()]
+    return path.resolve()
+
+
+def _release(key: Path) -> None:
+    entry = _own[key]
+    entry[0] -= 1
+    # a process that was forked meanwhile has no part in it
+    if entry[0] == 0 and entry[2] == os.getpid():
+        del _own[key]
+        with contextlib.suppress(OSError):
+            key.unlink()
+        entry[1].close()
+
+
+def _is_taken(file, path: Path, shared: bool = False) -> bool:
+    """Take the lock if nobody has it; returns whether another process has.
+
+    `shared`: beside others that take it so, as the ranks of a run do who ask at once whether it is free.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        # Windows: by its content alone
+        return _is_recent(path)
+    try:
+        # not flock: workers that are forked would inherit it
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return True
+        if error.errno in _NO_LOCKS:
+            return _is_recent(path)
+        raise
+    return False
+
+
+def _is_recent(path: Path) -> bool:
+    """Tell whether another process has renewed its lock lately; one of this machine must still be there."""
+    content = _content(path)
+    if not content or content == _ours():
+        return False
+    if content.get("host") == socket.gethostname():
+        # its number may have gone to another process since, as after a restart of the machine or the container
+        return _is_same(content.get("start"), _start_of(content.get("process")))
+    return time.time() - path.stat().st_mtime < 60 * _STALE
+
+
+def _ours() -> dict:
+    return {"host": socket.gethostname(), "process": os.getpid(), "start": _start_of(os.getpid())}
+
+
+def _start_of(process) -> str | None:
+    """Return when a process of this machine started; None where there is none of this number."""
+    import psutil
+
+    try:
+        start = datetime.datetime.fromtimestamp(psutil.Process(process).create_time()).astimezone()
+    except (psutil.Error, TypeError, ValueError, OverflowError):
+        return None
+    return start.isoformat(timespec="seconds")
+
+
+def _is_same(start, other) -> bool:
+    """Tell whether two starts are one: in any time zone, and with the clock set by less than a minute since."""
+    try:
+        return abs(datetime.datetime.fromisoformat(start) - datetime.datetime.fromisoformat(other)).total_seconds() < 60
+    except (TypeError, ValueError):
+        return False
+
+
+def _content(path: Path) -> dict:
+    try:
+        return _parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _parsed(raw: bytes) -> dict:
+    try:
+        content = json.loads(raw)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _holder(content: dict) -> str:
+    return f"process {content.get('process')} on {content.get('host')}, started {content.get('start')}"
+
+
+def _refusal(path: Path) -> ConfigError:
+    content = _content(path)
+    who = _holder(content) if content else "a process that has just started"
+    return ConfigError(
+        f"output_dir is {path.parent}, which another run is writing to: {who}. Wait for its end, or choose another "
+        f"output_dir. If that run is gone, delete {path}."
+    )

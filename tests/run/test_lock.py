@@ -1,0 +1,126 @@
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.run import lock
+from tests.training import train
+
+ROOT = Path(__file__).parents[2]
+HOLD = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from posttrain.run import lock
+with lock.held(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder `run`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_refused_by_name_and_a_dead_one_is_no_hindrance(holder, tmp_path, tiny_folder):
+    folder = tmp_path / "run"
+    named = rf"output_dir is .*/run, which another run is writing to: process {holder.pid} on .*, started 2"
+    for refused in (lambda: lock.check_free(folder), lambda: train(tiny_folder, folder, max_steps=1)):
+        with pytest.raises(ConfigError, match=named):
+            refused()
+    with pytest.raises(ConfigError, match=named), lock.held(folder):
+        raise AssertionError("two hold it")
+    assert [path.name for path in folder.iterdir()] == [lock.NAME]
+    holder.kill()
+    holder.wait()
+    with lock.held(folder):
+        assert json.loads((folder / lock.NAME).read_text())["process"] == os.getpid()
+    assert not list(folder.iterdir())
+
+
+def test_a_start_is_the_same_in_any_time_zone():
+    assert lock._is_same("2026-01-02T03:04:05+00:00", "2026-01-02T05:04:06+02:00")
+    assert not lock._is_same("2026-01-02T03:04:05+00:00", "2026-01-02T03:04:05+02:00")
+    assert not lock._is_same("then", "2026-01-02T03:04:05+02:00") and not lock._is_same(None, None)
+
+
+def _ask(barrier, folder, refused):
+    for _ in range(100):
+        barrier.wait()
+        try:
+            lock.check_free(folder)
+        except ConfigError:
+            refused.set()
+
+
+def test_ranks_that_ask_at_once_do_not_refuse_each_other_over_a_dead_runs_lock(tmp_path):
+    (tmp_path / lock.NAME).write_text(json.dumps({"host": "gone", "process": 1, "start": "then"}))
+    context = multiprocessing.get_context("fork")
+    barrier, refused = context.Barrier(3), context.Event()
+    ranks = [context.Process(target=_ask, args=(barrier, tmp_path, refused)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0] and not refused.is_set()
+
+
+def test_one_process_may_hold_it_again_and_leaves_nothing(tmp_path):
+    with lock.held(tmp_path):
+        with lock.held(tmp_path / "." / "x" / ".."):
+            lock.check_free(tmp_path)
+        assert (tmp_path / lock.NAME).is_file()
+    assert not (tmp_path / lock.NAME).exists()
+
+
+def test_a_run_leaves_no_lock_and_two_trainers_of_a_process_follow_each_other(tiny_folder, tmp_path):
+    for _ in range(2):
+        train(tiny_folder, tmp_path / "run", max_steps=1)
+    assert not (tmp_path / "run" / lock.NAME).exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_answer(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentIssue, match="cannot be written to"), lock.held(tmp_path / "file" / "run"):
+        raise AssertionError("held")
+
+
+@pytest.mark.parametrize(
+    ("content", "age", "is_refused"),
+    [
+        (dict(host="elsewhere", process=1), 60, True),
+        (dict(host="elsewhere", process=1), 3600, False),
+        (dict(host=None, process=2**22 + 1), 0, False),
+        (dict(host=None, process=os.getppid(), start=lock._start_of(os.getppid())), 3600, True),
+        (dict(host=None, process=os.getppid()), 0, False),
+        ([], 0, False),
+    ],
+)
+def test_without_locks_of_the_file_system_the_holder_must_be_there(tmp_path, monkeypatch, content, age, is_refused):
+    def no_locks(*args):
+        raise OSError(lock.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    path = tmp_path / lock.NAME
+    if content:
+        content = {"start": "then"} | content | {"host": content["host"] or lock.socket.gethostname()}
+    path.write_text(json.dumps(content))
+    os.utime(path, (time.time() - age,) * 2)
+    if not is_refused:
+        with lock.held(tmp_path):
+            assert path.is_file()
+        return
+    with pytest.raises(ConfigError, match=f"process {content['process']} on .* delete .*{lock.NAME}"):
+        with lock.held(tmp_path):
+            raise AssertionError("two hold it")
