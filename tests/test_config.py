@@ -199,6 +199,17 @@ def test_errors_end_a_recipe_with_their_code_and_one_message(error, code, capsys
     assert capsys.readouterr().err == "rank 9: error: what happened\n"
 
 
+def test_a_run_leaves_its_own_code_and_no_earlier_one(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise DataError("what happened")
+
+    path = tmp_path / "code"
+    path.write_text("5")
+    monkeypatch.setenv("POSTTRAIN_EXIT_CODE_FILE", str(path))
+    assert run_main(fail) == 3 and path.read_text() == "3"
+    assert run_main(lambda: None) == 0 and not path.exists()
+
+
 def test_an_interrupted_recipe_ends_without_a_traceback(capsys):
     def interrupted():
         raise KeyboardInterrupt

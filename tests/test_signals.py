@@ -32,6 +32,29 @@ def test_a_signal_runs_every_finally(number, capsys):
     assert capsys.readouterr().err == f"ended by {signal.Signals(number).name}\n"
 
 
+@pytest.mark.parametrize("number, said", [(signal.SIGTERM, "ended by SIGTERM"), (signal.SIGINT, "interrupted")])
+def test_an_error_of_a_finally_is_not_why_a_run_ended(number, said, capsys):
+    """As where a pool of `datasets` is left."""
+
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+        finally:
+            raise TimeoutError
+
+    assert run_main(main) == 128 + number and capsys.readouterr().err == f"{said}\n"
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_main(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_same_signal_twice_in_a_moment_is_one_request():
     requests = signals.Requests()
     requests.note(signal.SIGTERM)
@@ -61,3 +84,20 @@ def test_forks_end_with_a_parent_that_is_killed():
         child = int(parent.stdout.readline().split()[0])
         parent.kill()
     assert ended(child)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel of Linux")
+def test_forks_of_a_thread_outlive_it_and_hear_no_signal_of_the_run():
+    code = ALONE + (
+        "import threading\n"
+        "signals.forks_end_with_us()\n"
+        "def fork():\n"
+        "    global child\n"
+        "    child = os.fork()\n"
+        "    if not child: time.sleep(0.5); os._exit(7)\n"
+        "thread = threading.Thread(target=fork); thread.start(); thread.join()\n"
+        "while os.getpgid(child) != child: time.sleep(0.001)\n"
+        "signal.signal(signal.SIGUSR1, signal.SIG_IGN); os.killpg(0, signal.SIGUSR1)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], process_group=0).returncode == 7

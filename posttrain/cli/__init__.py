@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Sequence
 
 import posttrain
+from posttrain import signals
 from posttrain.console import complain, guard_tracebacks
 from posttrain.errors import PosttrainError
 from posttrain.private import hide_words
@@ -16,7 +17,8 @@ from posttrain.visible import visible
 
 VERBS = ("quickstart", "train", "recipes", "data", "env", "generate", "merge", "push")
 
-_EPILOG = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 5 training diverged;
+_EPILOG = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 5 training diverged,
+75 ended early with a checkpoint to go on from (--resume_from_checkpoint auto), 128 + n ended by signal n;
 1 is a fault of the program and comes with its traceback"""
 
 
@@ -40,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not getattr(args, "takes_settings", False):
         parser.error(visible(f"unrecognized arguments: {' '.join(hide_words(rest))}"))
     try:
-        return modules[args.verb].run(args)
+        # an exception runs what is to run at the end, and reaches a container's first process
+        with signals.handled(signals.raise_terminated, signals.ending()):
+            return modules[args.verb].run(args)
     except PosttrainError as error:
         complain(f"posttrain {args.verb}: error: {error}")
         return error.exit_code

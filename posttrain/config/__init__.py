@@ -19,6 +19,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
@@ -95,16 +96,19 @@ def run_main(main: Callable[[], object]) -> int:
     The error is printed as one message, once a machine, with the rank where that is not the first. A signal that ends
     the process (SIGTERM, SIGHUP, SIGUSR1) becomes an exception, so that every `finally` runs, and the code is 128 and
     its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. A distributed run
-    ends here.
+    ends here, and so does a recipe that was told to end: taking the libraries apart takes seconds.
     """
     guard_tracebacks()
-    is_launched = "RANK" in os.environ or "POSTTRAIN_EXIT_CODE_FILE" in os.environ
-    if is_launched and signals.in_main_thread():
+    if signals.in_main_thread() and signals.is_launched():
         signals.follow_parent(signal.SIGTERM)
     signals.forks_end_with_us()
-    with signals.handled(signals.raise_terminated, signals.ending()):
+    if os.environ.get("POSTTRAIN_EXIT_CODE_FILE") and os.environ.get("LOCAL_RANK", "0") == "0":
+        # of an earlier run, or made by `mktemp`
+        Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).unlink(missing_ok=True)
+    with signals.handled(signals.raise_terminated, signals.ending()), signals.counting_from_the_start():
         code = _code_of(main)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    is_waited_for = getattr(main, "__module__", None) == "__main__" and (code > 128 or code == Preempted.exit_code)
+    if is_waited_for or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)
     return code
 
@@ -114,11 +118,13 @@ def _code_of(main: Callable[[], object]) -> int:
         main()
     except PosttrainError as error:
         return _told(str(error) if isinstance(error, Preempted) else f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt, signals.Terminated) as error:
+        ended = signals.behind(error)
+        if ended is None:
+            _keep(1)
+            raise
         # as the shell has it for a program that Ctrl-C ended
-        return _told("interrupted", 130)
-    except signals.Terminated as ended:
-        return _told(str(ended), ended.code)
+        return _told(str(ended), ended.code) if isinstance(ended, signals.Terminated) else _told("interrupted", 130)
     return 0
 
 
@@ -137,10 +143,14 @@ def _told(message: str, code: int) -> int:
     if rank != "0":
         message = f"rank {rank}: {message}"
     complain(message)
+    _keep(code)
+    return code
+
+
+def _keep(code: int) -> None:
     if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
         with contextlib.suppress(FileExistsError), open(os.environ["POSTTRAIN_EXIT_CODE_FILE"], "x") as file:
             file.write(str(code))
-    return code
 
 
 def _leave(code: int) -> None:

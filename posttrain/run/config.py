@@ -99,7 +99,8 @@ class CommonConfig:
     )
     max_minutes: float | None = setting(
         None,
-        "End as at a signal after so many minutes of training, before a time limit. Default: no limit.",
+        "End as at a signal before so many minutes are over, which count from the start of the recipe. Default: no "
+        "limit.",
         identity=False,
         card=False,
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 
 import torch
@@ -36,32 +37,43 @@ def check(args) -> None:
     args.enable_jit_checkpoint = False
 
 
+def taken() -> tuple[int, ...]:
+    """Return the signals that ask for a checkpoint; not those that the caller handles itself, as `submitit` does."""
+    names = (name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+    ours = (signal.SIG_DFL, signals.raise_terminated)
+    return tuple(getattr(signal, name) for name in names if signal.getsignal(getattr(signal, name)) in ours)
+
+
 class StopEarly(TrainerCallback):
     """Ends training after a step in which a signal came or the minutes ran out, with a checkpoint of that step.
 
-    All ranks end after the same step: each tells the others at the end of every step whether it was asked to.
+    All ranks end after the same step: each tells the others at the end of every step whether it was asked to. The
+    minutes are over where the longest way so far from one place that can be gone on from to the next would not fit.
     """
 
     def __init__(self, trainer) -> None:
-        self._trainer, self._requests, self._began = trainer, signals.Requests(), time.monotonic()
-        self._said, self.reason = False, None
+        self._trainer = trainer
+        self._begin()
+
+    def _begin(self) -> None:
+        self._requests, self._said, self.reason = signals.Requests(), False, None
+        self._last, self._longest = time.monotonic(), 0.0
+        self._began = self._last if signals.began is None else signals.began
 
     @contextlib.contextmanager
     def watching(self):
         """Note signals inside, in place of ending at once."""
-        self._requests, self._began = signals.Requests(), time.monotonic()
-        self._said, self.reason = False, None
-        numbers = signals.ending() if self._trainer.args.save_on_signal == "auto" else ()
-        # a terminal that is closed leaves nobody to go on
-        numbers = tuple(number for number in numbers if number != getattr(signals.signal, "SIGHUP", None))
+        self._begin()
+        numbers = taken() if self._trainer.args.save_on_signal == "auto" else ()
         with signals.handled(self._requests.note, numbers):
             yield
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = self._asked(args)
+        may_stop = self._trainer.may_stop_here()
+        asked = self._asked(args, may_stop)
         if asked == _NOTHING:
             return
-        if not self._trainer.may_stop_here():
+        if not may_stop:
             if not self._said:
                 self._said = True
                 get_logger().warning(
@@ -74,13 +86,23 @@ class StopEarly(TrainerCallback):
                 "%s: the evaluation that was due at step %d is left out", self.reason, state.global_step
             )
         control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
+        # a checkpoint without optimizer is none to go on from
+        self._saves_alone, args.save_only_model = args.save_only_model, False
 
-    def _asked(self, args) -> int:
-        """Return what any rank was asked for: a signal's number, negative; or that the minutes are over."""
+    # the epoch is not at its end, whatever upstream's strategies have to say
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.reason is not None:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def _asked(self, args, may_stop: bool) -> int:
+        """Return what any rank was asked for: one more than a signal's number; or that the minutes are over."""
         if args.save_on_signal == "never" and args.max_minutes is None:
             return _NOTHING
-        over = args.max_minutes is not None and time.monotonic() - self._began >= 60 * args.max_minutes
-        mine = (self._requests.number or 0) + 1 if self._requests.number else (_TIME if over else _NOTHING)
+        now = time.monotonic()
+        if may_stop:
+            self._longest, self._last = max(self._longest, now - self._last), now
+        over = args.max_minutes is not None and now - self._began + self._longest >= 60 * args.max_minutes
+        mine = self._requests.number + 1 if self._requests.number else (_TIME if over else _NOTHING)
         if args.world_size == 1:
             return mine
         told = torch.tensor(mine, device=args.device)
@@ -90,14 +112,15 @@ class StopEarly(TrainerCallback):
     @staticmethod
     def _reason_of(asked: int, args) -> str:
         if asked == _TIME:
-            return f"max_minutes: {args.max_minutes:g} are over"
-        return f"{signals.signal.Signals(asked - 1).name} came"
+            return f"max_minutes: {args.max_minutes:g} leave no time to go on"
+        return f"{signal.Signals(asked - 1).name} came"
 
     def end(self) -> None:
         """End the run if it was stopped early; raises Preempted."""
         if self.reason is None:
             return
         state, args = self._trainer.state, self._trainer.args
+        args.save_only_model = self._saves_alone
         # a launcher ends the others as soon as one of them has ended
         self._trainer.accelerator.wait_for_everyone()
         raise Preempted(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.cli import _supervised
+from posttrain.cli import _supervised, launcher
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
@@ -49,6 +49,22 @@ def test_a_command_that_ends_well_ended_well(tmp_path):
     assert supervised(tmp_path, signal.SIGTERM, "SIGTERM") == 0
 
 
+def test_after_a_second_signal_a_command_that_hears_none_is_killed(monkeypatch):
+    monkeypatch.setattr(_supervised, "AT_ONCE", 0.01)
+    monkeypatch.setattr(_supervised.signals, "SAME_REQUEST", 0.0)
+    deaf = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15); "
+    code = f"{deaf} time.sleep(0.05); os.kill(os.getppid(), 15); time.sleep(60)"
+    assert _supervised.run([sys.executable, "-c", code], os.environ) == 137
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel of Linux")
+def test_what_a_killed_command_leaves_may_end_by_itself(tmp_path):
+    ends = f"import time; time.sleep(0.3); open({str(tmp_path / 'saved')!r}, 'w')"
+    code = f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {ends!r}], start_new_session=True); "
+    assert _supervised.run([sys.executable, "-c", f"{code} os.kill(os.getpid(), 9)"], os.environ) == 137
+    assert (tmp_path / "saved").exists()
+
+
 def test_the_codes_of_a_command_are_kept():
     assert _supervised.run([sys.executable, "-c", "import sys; sys.exit(5)"], os.environ) == 5
     assert _supervised.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
@@ -69,6 +85,31 @@ def test_what_a_command_leaves_in_its_group_is_killed(tmp_path):
     raise AssertionError("it goes on")
 
 
+@pytest.mark.parametrize(
+    "who, code, kept, was_signalled, ends, said",
+    [
+        ("rank 1", -9, None, False, 137, "rank 1 was ended by SIGKILL\n"),
+        ("rank 1", -9, 143, False, 137, "rank 1 was ended by SIGKILL\n"),
+        ("rank 1", 1, 143, False, 1, "rank 1 ended with exit code 1\n"),
+        ("rank 0", 143, 143, True, 143, ""),
+        ("rank 1", -15, 143, True, 143, ""),
+        ("rank 1", 3, 3, False, 3, ""),
+        ("rank 0", 75, 75, True, 75, ""),
+        ("the run", 3, 3, False, 3, ""),
+        ("the run", -9, None, False, 137, "the run was ended by SIGKILL\n"),
+    ],
+)
+def test_the_first_failure_counts_and_not_how_the_others_were_ended(
+    tmp_path, monkeypatch, capsys, who, code, kept, was_signalled, ends, said
+):
+    path = tmp_path / "code"
+    if kept is not None:
+        path.write_text(str(kept))
+    monkeypatch.setenv("POSTTRAIN_EXIT_CODE_FILE", str(path))
+    assert launcher._told(who, code, was_signalled) == ends and path.read_text() == str(ends)
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how, code, said", [
     ("raise DataError('only here')", 3, "rank 1: error: only here"),
@@ -78,7 +119,8 @@ def test_what_a_command_leaves_in_its_group_is_killed(tmp_path):
 def test_the_reason_and_the_code_of_any_rank_are_kept(tmp_path, how, code, said):
     (tmp_path / "recipe.py").write_text(
         "import os, sys, time\nfrom posttrain.config import run_main\nfrom posttrain.errors import DataError\n"
-        f"def main():\n    if os.environ['RANK'] == '1':\n        {how}\n    time.sleep(60)\nsys.exit(run_main(main))"
+        "def main():\n    open(os.environ['RANK'], 'w').close()\n    while not os.path.exists('0'): time.sleep(0.01)\n"
+        f"    if os.environ['RANK'] == '1':\n        {how}\n    time.sleep(60)\nsys.exit(run_main(main))"
     )
     launch = ["--quiet", "--config_file", str(ROOT / "configs/accelerate/cpu_ddp.yaml")]
     launch += ["--num_cpu_threads_per_process", "1", str(tmp_path / "recipe.py")]
@@ -88,3 +130,4 @@ def test_the_reason_and_the_code_of_any_rank_are_kept(tmp_path, how, code, said)
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == code and said in done.stderr.splitlines()
+    assert (tmp_path / "code").read_text() == str(code)

@@ -65,7 +65,7 @@ def test_a_run_told_to_end_goes_on_bit_for_bit(tiny_folder, tmp_path, sending, n
 
 
 def test_the_minutes_end_a_run_as_a_signal_does(tiny_folder, tmp_path):
-    with pytest.raises(Preempted, match="max_minutes: 1e-09 are over: the run ended after step 1 of 4"):
+    with pytest.raises(Preempted, match="max_minutes: 1e-09 leave no time to go on: the run ended after step 1 of 4"):
         train(tiny_folder, tmp_path, max_minutes=1e-9, save_total_limit=1, **RUN)
     assert len(checkpoints.complete(tmp_path)) == 1
 
@@ -79,8 +79,41 @@ def test_an_evaluation_that_was_due_is_left_out(tiny_folder, tmp_path, sending, 
     assert "SIGTERM came: the evaluation that was due at step 2 is left out" in logged.text
 
 
+def test_the_epoch_of_a_run_that_ends_early_is_not_over(tiny_folder, tmp_path, sending, logged):
+    from tests.conftest import make_pairs
+
+    sending(1, signal.SIGTERM)
+    every = dict(save_strategy="epoch", eval_strategy="epoch", logging_strategy="epoch", save_only_model=True)
+    with pytest.raises(Preempted, match="checkpoint-1"):
+        train(tiny_folder, tmp_path, held_out=make_pairs(4), **RUN | every)
+    assert "eval_loss" not in (tmp_path / "checkpoint-1/trainer_state.json").read_text()
+    assert checkpoints.find(tmp_path, "auto") == tmp_path / "checkpoint-1", "with all that a run goes on from"
+
+
+def test_the_minutes_leave_room_for_the_longest_step(monkeypatch):
+    clock = iter([0.0, 20.0, 70.0, 90.0])
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: next(clock))
+    stop = preemption.StopEarly(None)
+
+    class Args:
+        save_on_signal, max_minutes, world_size = "auto", 2.5, 1
+
+    assert [bool(stop._asked(Args, True)) for _ in range(3)] == [False, False, False]
+    clock = iter([101.0])
+    assert stop._reason_of(stop._asked(Args, True), Args) == "max_minutes: 2.5 leave no time to go on"
+
+
+def test_a_handler_of_the_caller_is_left_in_place(tiny_folder, tmp_path, sending):
+    got = []
+    sending(2, signal.SIGUSR1)
+    with signals.handled(lambda number, frame: got.append(number), (signal.SIGUSR1,)):
+        assert signal.SIGUSR1 not in preemption.taken() and signal.SIGTERM in preemption.taken()
+        train(tiny_folder, tmp_path, **RUN)
+    assert got == [signal.SIGUSR1]
+
+
 def test_a_second_signal_ends_at_once(tiny_folder, tmp_path, sending, monkeypatch):
-    monkeypatch.setattr(signals, "_SAME_REQUEST", 0.0)
+    monkeypatch.setattr(signals, "SAME_REQUEST", 0.0)
     sending(2, signal.SIGTERM, signal.SIGTERM, pause=0.01)
     with pytest.raises(signals.Terminated) as ended:
         train(tiny_folder, tmp_path, **RUN)
@@ -133,4 +166,4 @@ def test_a_signal_of_one_rank_is_the_signal_of_all(monkeypatch):
 
     monkeypatch.setattr("torch.distributed.all_reduce", others_was)
     stop = preemption.StopEarly(None)
-    assert stop._reason_of(stop._asked(Args), Args) == "SIGUSR1 came"
+    assert stop._reason_of(stop._asked(Args, True), Args) == "SIGUSR1 came"
