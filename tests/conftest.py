@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import random
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,14 @@ import pytest
 
 # accelerate reads a package's whole metadata each time it asks whether a model is PEFT's: a fifth of a tiny run
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+def pytest_configure(config):
+    """Hear the signals that a shell has a suite in the background ignore: tests send them, and to what they start."""
+    for name, default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,8 +1,10 @@
 """Checking the list `datasets:` of a config: TRL's `DatasetMixtureConfig`, whose entries may have a weight each."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from trl.scripts.utils import DatasetConfig
 
@@ -37,6 +39,8 @@ def check_datasets(entries) -> list[DatasetConfig]:
                 f"datasets[{given.index(None)}] has no fraction, and others have one; give every entry a fraction, or "
                 "none of them."
             )
+        if not math.isfinite(sum(given)):
+            raise ConfigError("datasets: the fractions add up to more than a number holds; give smaller ones.")
         if not sum(given):
             raise ConfigError("datasets: every fraction is 0, which leaves no row; set one of them above 0.")
     return made
@@ -81,10 +85,11 @@ def _entry(entry, where: str) -> DatasetConfig:
     if made.fraction is not None and (
         isinstance(made.fraction, bool)
         or not isinstance(made.fraction, int | float)
-        or not math.isfinite(made.fraction)
-        or made.fraction < 0
+        or not 0 <= made.fraction <= sys.float_info.max
     ):
         raise ConfigError(f"{where}: fraction is {made.fraction!r}; it must be a number of 0 or more.")
+    if Path(made.path).is_file() and made.split != "train":
+        raise ConfigError(f"{where}: split is {made.split!r}, and the file {made.path} has no splits; leave it out.")
     if made.path.startswith(("generated:", "gym:")):
         for name in _HUB_FIELDS:
             if getattr(made, name) is not None:

@@ -77,8 +77,8 @@ def describe(
     from posttrain.data.instructions.tokens import tokenised_before_loading
     from posttrain.data.scored import baselines, loading
     from posttrain.data.tokens import processing_class_for
-    from posttrain.run.prepared import micro_batches, steps
-    from posttrain.trainers.offline import answer_rows, prompt_values
+    from posttrain.run.prepared import check_fills_a_batch, micro_batches, steps
+    from posttrain.trainers.offline import prompt_values
     from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
 
     config, first, name = dry_run.check(model_id, args, peft_config), train_dataset[0], "train_dataset"
@@ -115,7 +115,7 @@ def describe(
     elif not tokenised_before_loading(args):
         with_gradient = f"at most {kept}"
     else:
-        answer_rows.check_fills_a_batch(args, kept)
+        check_fills_a_batch(args, kept)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     taken = steps(args, micro_batches(args, kept))
     return {

@@ -1,6 +1,7 @@
 """What all rewards share: TRL's interface, counters, worker processes, and the check of gold answers."""
 
-from dataclasses import fields
+import hashlib
+from dataclasses import fields, is_dataclass
 
 from posttrain.checks import check_integer, check_number, shorten
 from posttrain.errors import DataError
@@ -9,6 +10,20 @@ from posttrain.rewards.golds import is_missing
 from posttrain.rewards.pool import WorkerPool
 
 COUNTERS = ("scored", "timeouts", "exceptions")
+
+
+def named_with_settings(name: str, reward) -> str:
+    """Return a reward function's name, with a digest of its settings where it is a `Reward` that has some."""
+
+    def told(value) -> str:
+        if value is None or isinstance(value, str | int | float | list | tuple | dict):
+            return repr(value)
+        # not its place in memory, nor its module, which is another where its file is a program
+        return getattr(value, "__qualname__", type(value).__qualname__)
+
+    own = fields(reward) if is_dataclass(reward) else ()
+    settings = [(field.name, told(getattr(reward, field.name))) for field in own]
+    return f"{name} {hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}" if settings else name
 
 
 class Reward:

@@ -19,7 +19,7 @@ from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
 from posttrain.run import checkpoints, preemption
-from posttrain.run.checks import check_optimiser, check_reporters
+from posttrain.run.checks import check_optimiser, check_reporters, upstream_refusals
 
 
 def under_deepspeed(args) -> bool:
@@ -132,7 +132,9 @@ class CommonConfig:
 
     def __post_init__(self):
         self._refuse_none()
-        self._read()
+        self._refuse_no_numbers()
+        with upstream_refusals("these settings are refused"):
+            self._read()
         if self.neftune_noise_alpha is not None:
             raise ConfigError(
                 f"neftune_noise_alpha is {self.neftune_noise_alpha}; its noise would fall on reference and scoring "
@@ -182,7 +184,8 @@ class CommonConfig:
             with warnings.catch_warnings():
                 # transformers is renaming the field that TRL still reads
                 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-                super().__post_init__()
+                with upstream_refusals("these settings are refused"):
+                    super().__post_init__()
         check_optimiser(self)
         if self.resume_weights_only and under_deepspeed(self):
             raise ConfigError(
@@ -236,6 +239,20 @@ class CommonConfig:
                 kind = FieldType(entry.name, typing.get_type_hints(type(self))[entry.name])
                 if not kind.optional:
                     raise ConfigError(f"{entry.name} is None; {kind.wanted()}.")
+
+    def _refuse_no_numbers(self) -> None:
+        """Refuse texts, lists and the like in the place of a number, before the checks that compute with it."""
+        hints, infinite = typing.get_type_hints(type(self)), may_be_infinite(type(self))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(entry.default, bool) or not isinstance(entry.default, int | float) or value is None:
+                continue
+            if entry.name in infinite:
+                # some take inf as text
+                continue
+            kind = FieldType(entry.name, hints[entry.name])
+            if not isinstance(value, int | float) and set(kind.kinds) <= {int, float} and not kind.mapping:
+                raise ConfigError(f"{entry.name} is {value!r}; {kind.wanted()}.")
 
     def _check_ranges(self) -> None:
         """Refuse values that upstream would only trip over once the model is loaded."""

@@ -88,6 +88,7 @@ def identity(trainer) -> dict:
         **trainer._base_digests,
         **quantisation(trainer.model),
         **identity_of(args),
+        **trainer.own_identity(),
     }
 
 

@@ -187,6 +187,10 @@ class RunMixin(ConstructionMixin, SavingMixin):
         """Return the columns of training rows that a model computed."""
         return set()
 
+    def own_identity(self) -> dict:
+        """Return what a family's run must share with the one it resumes beside its settings, as plain JSON."""
+        return {}
+
     def _identity(self) -> dict:
         if self._known_identity is None:
             self._known_identity = identity(self)

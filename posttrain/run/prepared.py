@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from posttrain.errors import ConfigError
+
 
 @dataclass
 class Prepared:
@@ -22,6 +24,18 @@ class Prepared:
     facts: dict = field(default_factory=dict)
 
 
+def check_fills_a_batch(args, rows: int | None) -> None:
+    """Raise ConfigError where `dataloader_drop_last` leaves no batch to train on; `rows`: None where not known."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows is not None and rows < batch:
+        ranks = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
+        raise ConfigError(
+            f"{rows} kept rows fill no batch of {batch} (per_device_train_batch_size {args.train_batch_size}{ranks}), "
+            "and dataloader_drop_last leaves out what is not full, so no step would be taken. Set "
+            "`dataloader_drop_last: false`, or a smaller per_device_train_batch_size."
+        )
+
+
 def micro_batches(args, rows: int, processes: int | None = None) -> int:
     """Return how many micro-batches an epoch over so many rows has on each process."""
     full = math.floor if args.dataloader_drop_last else math.ceil
@@ -32,5 +46,5 @@ def steps(args, micro_batches: int) -> int:
     """Return how many optimiser steps a run has with so many micro-batches an epoch; an epoch ends on a short step."""
     if args.max_steps > 0:
         return args.max_steps
-    steps_an_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    steps_an_epoch = math.ceil(micro_batches / args.gradient_accumulation_steps)
     return math.ceil(steps_an_epoch * args.num_train_epochs)

@@ -321,6 +321,7 @@ PREFERENCE = {
     "attention flash": partial(_dpo, model_init_kwargs={"attn_implementation": "flash"}),
     "dtype bfloat": partial(_dpo, model_init_kwargs={"dtype": "bfloat"}),
     "model None": _none,
+    "no full batch of pairs": partial(_dpo, per_device_train_batch_size=32, dataloader_drop_last=True),
     "several splits": _splits,
     "a model that is nowhere": partial(_dpo, at="org/gone"),
     "a folder that is missing": partial(_dpo, at="./no-such-model"),

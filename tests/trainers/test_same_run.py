@@ -22,6 +22,8 @@ from posttrain.errors import ConfigError
 from posttrain.mechanisms.base_digests import quantisation
 from posttrain.mechanisms.precision import same_precision
 from posttrain.models import byte_tokenizer, tiny_model
+from posttrain.rewards.base import named_with_settings
+from posttrain.rewards.maths import ExactMatch
 from posttrain.run import checkpoints
 from posttrain.run.checkpoint_files import MARKER, REFERENCE
 from posttrain.run.identity import _UPDATE, differing, update_of
@@ -97,6 +99,22 @@ def test_a_reference_that_comes_later_is_told_and_older_checkpoints_are_let_pass
         assert content["identity"].pop("reference") is None and content["identity"].pop("quantisation") is None
         marker.write_text(json.dumps(content))
     assert same(after(build(tiny_folder, out), str(out / "checkpoint-2")), whole)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
+def test_rollouts_under_another_reward_are_another_run(tiny_folder, tmp_path):
+    def lengths(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    run = dict(data=rollouts.prompts([1, 2]), max_steps=1, gradient_accumulation_steps=2)
+    rollouts.train(tiny_folder, tmp_path, save_strategy="steps", save_steps=1, **run)
+    with pytest.raises(ConfigError, match=r"rewards: \['success.*'\] there, \['lengths.*'\] here"):
+        rollouts.train(tiny_folder, tmp_path, reward=lengths, **run)
+
+
+def test_a_reward_is_named_with_its_settings():
+    plain, tagged = (named_with_settings("exact", ExactMatch(answer_in=place)) for place in ("auto", "tag"))
+    assert plain != tagged and plain.startswith("exact ") and named_with_settings("own", len) == "own"
 
 
 @pytest.mark.core("0.6")

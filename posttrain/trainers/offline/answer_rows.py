@@ -8,6 +8,7 @@ from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.log import get_logger
 from posttrain.mechanisms.sequence_cache import ReferenceCache
 from posttrain.paths import cache_dir
+from posttrain.run.prepared import check_fills_a_batch
 from posttrain.run.window import ExtraColumns
 from posttrain.trainers.offline.reference_logps import COLUMN
 
@@ -47,18 +48,6 @@ def check_rows_left(dataset, args) -> None:
     """Refuse a data set of which no row has an answer left within `max_length`."""
     if not len(dataset):
         raise DataError(f"train_dataset: max_length {args.max_length} leaves nothing of any answer. Set a larger one.")
-
-
-def check_fills_a_batch(args, rows: int) -> None:
-    """Raise ConfigError where `dataloader_drop_last` leaves no batch to train on."""
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and rows < batch:
-        ranks = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
-        raise ConfigError(
-            f"{rows} kept rows fill no batch of {batch} (per_device_train_batch_size {args.train_batch_size}{ranks}), "
-            "and dataloader_drop_last leaves out what is not full, so no step would be taken. Set "
-            "`dataloader_drop_last: false`, or a smaller per_device_train_batch_size."
-        )
 
 
 def check_scales(train_dataset, named: dict) -> None:

@@ -168,7 +168,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         check_choice("empty_demonstrations", self.empty_demonstrations, ("error", "rollouts"))
         check_choice("long_demonstrations", self.long_demonstrations, ("error", "truncate"))
         check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
-        if self.num_generations < 2:
+        if type(self.num_generations) is not int or self.num_generations < 2:
             raise ConfigError(
                 f"num_generations is {self.num_generations}; an advantage compares rollouts of one prompt, so it must "
                 "be 2 or more."

@@ -17,7 +17,7 @@ from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
-from posttrain.rewards.base import check_missing_golds
+from posttrain.rewards.base import check_missing_golds, named_with_settings
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
 from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
@@ -89,6 +89,10 @@ class PolicyGradientMixin(RunMixin):
         self._rows = None
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._generations_without_gradient, self._skipped = 0, False
+
+    def own_identity(self) -> dict:
+        """Return the names of the reward functions, and digests of the settings of those that have any."""
+        return {"rewards": list(map(named_with_settings, self.reward_func_names, self.reward_funcs))}
 
     def _place(self, ready) -> None:
         if self.args.success_reward is not None and self.args.success_reward not in self.reward_func_names:

@@ -11,7 +11,7 @@ from posttrain.data.pairs import loading, schema
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.run import checks, evaluation
-from posttrain.run.prepared import Prepared
+from posttrain.run.prepared import Prepared, check_fills_a_batch
 
 # Columns of a data set that training reads
 READ = (*loading.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
@@ -40,6 +40,7 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
         lengths = report.lengths if report is not None else None
         # of a large data set only a sample was looked at
         rows = len(train_dataset) - (lengths.dropped if lengths and lengths.rows == len(train_dataset) else 0)
+    check_fills_a_batch(args, rows)
     return Prepared(train_dataset, eval_dataset, limits, rows)
 
 

@@ -13,7 +13,7 @@ from posttrain.data.tokens import generation_stop_ids, processing_class_for, tok
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.run import evaluation
-from posttrain.run.prepared import Prepared
+from posttrain.run.prepared import Prepared, check_fills_a_batch
 
 READ = (*loading.COLUMNS, "label", "input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
 
@@ -43,6 +43,8 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
     for name, dataset in named.items():
         named[name], left[name] = ready(dataset, processing_class, args, name, limits, stop_ids)
     train_dataset, known = named.pop("train_dataset"), left["train_dataset"]
+    if not args.packing:
+        check_fills_a_batch(args, known)
     return Prepared(train_dataset, rows.as_given(eval_dataset, named), limits, None if args.packing else known)
 
 

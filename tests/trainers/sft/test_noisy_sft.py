@@ -234,6 +234,11 @@ def test_rows_are_refused_before_the_model_loads(rows, error, text, tmp_path, mo
         build(tmp_path, rows=Dataset.from_list(rows), max_length=32, assistant_only_loss="text" in rows[0])
 
 
+def test_rows_that_fill_no_batch_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="3 kept rows fill no batch of 8"):
+        build(tmp_path, rows=make_rows(3), dataloader_drop_last=True)
+
+
 def test_virtual_tokens_and_formatting_functions_are_refused(tmp_path):
     virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ConfigError, match="PROMPT_TUNING, whose virtual tokens"):
