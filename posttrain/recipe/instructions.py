@@ -41,12 +41,17 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
     rows = ready.train_dataset
     if args.packing:
         tokens = rows.select_columns(["input_ids", "labels"])
-        kept = len(pack_dataset(tokens, args.max_length, args.packing_strategy, {}))
-        facts["rows packed into"] = kept
+        packed = pack_dataset(tokens, args.max_length, args.packing_strategy, {})
+        kept = facts["rows packed into"] = len(packed)
+        trained = list(zip(packed["input_ids"], packed["labels"], strict=True))
     else:
         kept = facts["of them within max_length"] = ready.rows
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    learned = sum(label != -100 for labels in rows["labels"] for label in labels)
+        part = slice(args.max_length) if args.truncation_mode == "keep_start" else slice(-(args.max_length or 0), None)
+        cut = ((row["input_ids"][part], row["labels"][part]) for row in rows)
+        # a row of which nothing is left to learn is dropped
+        trained = [(ids, labels) for ids, labels in cut if any(label != -100 for label in labels)]
+    lengths = [len(ids) for ids, _ in trained]
+    learned = sum(label != -100 for _, labels in trained for label in labels)
     first, tokenizer = rows[0], tokenizer_of(processing_class)
     start, end = learned_ends(first["labels"])
     return {

@@ -254,7 +254,17 @@ def test_a_stream_of_rows_is_trained_on_as_the_rows_are(tmp_path):
     assert distance(change, expected) < 1e-5
 
 
-@pytest.mark.parametrize("settings", [dict(max_steps=-1), dict(max_steps=-1, packing=True, max_length=128)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(max_steps=-1),
+        dict(max_steps=-1, packing=True, max_length=128),
+        dict(max_steps=-1, max_length=40),
+        dict(max_steps=-1, max_length=40, truncation_mode="keep_end"),
+    ],
+    ids=["whole", "packed", "cut", "cut in front"],
+)
+@pytest.mark.filterwarnings("ignore:The .*keep_end:FutureWarning")
 def test_a_dry_run_tells_the_steps_of_the_trainer(settings, tiny_folder, tmp_path):
     rows = make_rows(13)
     trainer = build(tmp_path, rows=rows, per_device_train_batch_size=2, **settings)
@@ -262,6 +272,11 @@ def test_a_dry_run_tells_the_steps_of_the_trainer(settings, tiny_folder, tmp_pat
     trainer.train()
     assert told["steps"] == trainer.state.max_steps
     assert told.get("rows packed into", told.get("of them within max_length")) == len(trainer.train_dataset)
+    trained = trainer.train_dataset
+    assert told["longest row (tokens)"] == max(map(len, trained["input_ids"]))
+    labels = [label for row in trained["labels"] for label in row]
+    share = sum(label != -100 for label in labels) / len(labels)
+    assert told["share of tokens that are learned"] == f"{share:.1%}"
     assert told["prompt"].endswith("assistant\n") and told["completion"].startswith("amber")
 
 
