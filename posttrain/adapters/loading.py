@@ -11,7 +11,7 @@ from posttrain.visible import one_line
 
 
 def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | None]:
-    """The name or path of an adapter's base model, and its revision: `base`, or else what the adapter names.
+    """Return the name or path of an adapter's base model, and its revision: `base`, or else what the adapter names.
 
     Raises ConfigError for a folder without a readable adapter, and an adapter that names no base.
     """
@@ -34,7 +34,7 @@ def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | Non
 
 
 def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto", *, to_merge: bool = False):
-    """A base model with an adapter on it, in eval mode: a `PeftModel`.
+    """Load a base model with an adapter on it, in eval mode: a `PeftModel`.
 
     Args:
         folder: the adapter's: adapter_config.json and adapter_model.safetensors.
@@ -87,7 +87,7 @@ def _check_base(folder: Path) -> None:
 
 
 def tokenizer_beside(folder: str | Path, base: str | None = None, own: bool | None = None):
-    """The tokenizer saved with an adapter, or else its base model's. Raises as `load_adapter`.
+    """Return the tokenizer saved with an adapter, or else its base model's. Raises as `load_adapter`.
 
     `own`: whether there is one with the adapter; default: where its config lies there.
     """

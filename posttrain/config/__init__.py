@@ -180,7 +180,7 @@ class PosttrainParser(TrlParser):
                 action.type = self._types[action.dest].from_scalar
 
     def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple:
-        """As `parse`."""
+        """Parse as `parse` does."""
         arguments, path = _split_config(sys.argv[1:] if args is None else list(args))
         self._places = {}
         if path is not None:

@@ -37,7 +37,7 @@ class Limits:
 
     @functools.cached_property
     def has_table(self) -> bool:
-        """Whether positions are looked up in a table, so that a further one is an error and no guess."""
+        """Tell whether positions are looked up in a table, so that a further one is an error and no guess."""
         model = self._model
         if isinstance(model, str):
             from accelerate import init_empty_weights
@@ -89,7 +89,7 @@ class Limits:
         self.check_length(min(longest, most or math.inf), name, _SHORTER)
 
     def check_reports(self, reports: Mapping, datasets: Mapping, processing_class, most: int | None) -> None:
-        """As `check`, of pairs that were looked at as tokens: of each by its name a `PairReport`, and the data set."""
+        """Check as `check` does pairs looked at as tokens: of each by its name a `PairReport`, and the data set."""
         if any(report.lengths for report in reports.values()):
             self.check_tokenizer(processing_class)
         for name, report in reports.items():
@@ -102,13 +102,13 @@ class Limits:
             self._log_unused_tokens(tokenizer_of(processing_class))
 
     def check_answers(self, dataset, processing_class, args, name: str) -> None:
-        """As `check`, of scored answers with the column input_ids."""
+        """Check as `check` does scored answers with the column input_ids."""
         self.check_tokenizer(processing_class)
         self.check(dataset, (("input_ids",),), processing_class, name, args.max_length)
         self._log_unused_tokens(tokenizer_of(processing_class))
 
     def check_prompts(self, dataset, processing_class, args, name: str) -> None:
-        """As `check`, of prompts with rollouts of up to `max_completion_length` tokens behind them.
+        """Check as `check` does prompts with rollouts of up to `max_completion_length` tokens behind them.
 
         Of many rows a sample is rendered, all of them where the tokenizer has tokens that the embedding lacks, or the
         model a table of positions. Rows with images are not looked at.

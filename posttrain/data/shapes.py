@@ -115,7 +115,7 @@ def _read_as(shape: Shape, found: Iterable[tuple[str, object]], name: str) -> It
 
 
 def read_all(rows: Sequence, places: Sequence[str], kinds: Sequence[str], name: str) -> tuple[list, list[str]]:
-    """As `read`, of rows at hand: rows and places."""
+    """Read as `read` does rows at hand: rows and places."""
     found = list(read(zip(places, rows, strict=True), kinds, name))
     return [row for _, row in found], [place for place, _ in found]
 

@@ -122,7 +122,7 @@ def read_all(rows: Sequence, places: Sequence[str], name: str, columns: Mapping[
 
 
 def read(dataset, name: str):
-    """As `read_all`, of a `datasets.Dataset` or a stream; the data set itself where nothing changes.
+    """Read as `read_all` does a `datasets.Dataset` or a stream; the data set itself where nothing changes.
 
     Of a stream each row tells for itself, where the first one holds conversations.
     """

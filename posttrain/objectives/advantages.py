@@ -22,7 +22,7 @@ _ROUNDING = 1e-9
 
 
 def group_mean_advantage(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -> Tensor:
-    """How far each reward lies above the mean of its group, in units of a standard deviation.
+    """Compute how far each reward lies above the mean of its group, in units of a standard deviation.
 
     A = (r - mean(r)) / (s + eps),   or r - mean(r) for scale "none"
 
@@ -54,7 +54,7 @@ def quantile_advantage(
     eps: float = 1e-4,
     interpolation: str = "inverted_cdf",
 ) -> Tensor:
-    """How far each reward lies above the K-quantile of its group; the deviation is still the one about the mean.
+    """Compute how far each reward lies above the K-quantile of its group; the deviation is the one about the mean.
 
     A = (r - b) / (s + eps),   b = inf{x : share of the group's rewards <= x is at least K}
 
@@ -94,7 +94,7 @@ def quantile_advantage(
 
 
 def leave_one_out_advantage(rewards: Tensor) -> Tensor:
-    """How far each reward lies above the mean of the other answers to the same prompt.
+    """Compute how far each reward lies above the mean of the other answers to the same prompt.
 
     A_i = r_i - mean of r_j over j != i = n / (n - 1) * (r_i - mean(r)),   n scorable answers
 
@@ -118,7 +118,7 @@ def leave_one_out_advantage(rewards: Tensor) -> Tensor:
 
 
 def success_gate(rewards: Tensor, gamma: float | None, success_threshold: float = 1.0) -> Tensor:
-    """Which prompts the policy fails too often to learn from its own answers.
+    """Return which prompts the policy fails too often to learn from its own answers.
 
     True where successes <= floor(gamma n + 1e-9),   n scorable answers, success: reward >= success_threshold
 
@@ -166,7 +166,7 @@ def demonstration_advantage(
     total_rows: int | Tensor | None = None,
     total_demo_tokens: int | Tensor | None = None,
 ) -> float | Tensor:
-    """The advantage of a demonstration's row that gives HPT's SFT loss its weight where rows are averaged as dr_grpo.
+    """Return the advantage of a demonstration that gives HPT's SFT loss its weight where rows are averaged as dr_grpo.
 
     unified: c                                                 one more row of Dr. GRPO
     prompt:  c x group_size x max_length / demo_tokens         the demonstration's token mean, beside a prompt's RL loss
@@ -206,7 +206,7 @@ def demonstration_advantage(
 
 
 def order_statistic(quantile: float, count: int) -> int:
-    """Which of `count` sorted values, counted from 1, is their K-quantile: ceil(K count), free of float errors."""
+    """Return which of `count` sorted values, from 1 on, is their K-quantile: ceil(K count), free of float errors."""
     return max(1, math.ceil(quantile * count - _ROUNDING))
 
 
@@ -235,7 +235,7 @@ def _scaled(centred: Tensor, rewards: Tensor, scale: str, eps: float) -> Tensor:
 
 
 def _std(values: Tensor) -> Tensor:
-    """(rows, 1) unbiased standard deviation of the entries of each row that are not NaN; 0 for fewer than two."""
+    """Return the unbiased standard deviation (rows, 1) of each row's entries that are not NaN; 0 below two."""
     count = _scorable(values).to(values.dtype)
     squares = (values - torch.nanmean(values, dim=1, keepdim=True)) ** 2
     variance = torch.nanmean(squares, dim=1, keepdim=True) * (count / (count - 1))
@@ -280,7 +280,7 @@ def gate_weights(rewards: Tensor, gate: Tensor | None, soft_gate: list | None, t
 
 
 def row_advantage(normalization: str, coefficient: float, loss_type: str, length: Tensor, totals: dict) -> Tensor:
-    """The advantages that give demonstrations of `length` tokens (D,) the weight that `normalization` asks for.
+    """Return the advantages that give demonstrations of `length` tokens (D,) the weight that `normalization` asks for.
 
     Args:
         normalization, coefficient: as in `objectives.advantages.demonstration_advantage`, which is of dr_grpo.

@@ -160,7 +160,7 @@ SOURCES: dict[str, str] = {
 
 
 def parts_table() -> str:
-    """The methods of `PRESETS` by their parts, as a markdown table. The documentation holds a copy of it."""
+    """Return the methods of `PRESETS` by their parts, as a markdown table. The documentation holds a copy of it."""
     columns = ("method", "pi_ref", "advantage", "stability mask", "likelihood", "mean over", "source")
     lines = [columns, ("---",) * len(columns)]
     lines += [(f"`{name}`", *_cells(parts), SOURCES[name]) for name, parts in PRESETS.items()]

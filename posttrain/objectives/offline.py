@@ -31,7 +31,7 @@ def a_lol(
     rewards: Tensor | None = None,
     keep_negative: bool = False,
 ) -> Tensor:
-    """The loss of each answer: its negative log-likelihood, summed over its tokens, times the variant's weight.
+    """Return the loss of each answer: its negative log-likelihood, summed over its tokens, times the variant's weight.
 
     nll             NLL,  NLL = -sum_t log pi_theta(y_t)
     wbc             R NLL                                            weighted behaviour cloning
@@ -109,7 +109,7 @@ def a_lol(
 
 
 def gradient_weights(variant: str, weights: Tensor, kl_beta: float = 0.0, keep_negative: bool = False) -> Tensor:
-    """The factor of each answer on the gradient of its NLL, importance ratio and R-GOLD's likelihoods apart.
+    """Return the factor of each answer on the gradient of its NLL, importance ratio and R-GOLD's likelihoods apart.
 
     Args:
         weights: (N,) rewards or advantages, whichever the variant reads; of nll any values.
@@ -132,7 +132,7 @@ def clamp_ratio(ratio: Tensor, clip: float | None) -> Tensor:
 
 
 def weight_of(variant: str) -> str | None:
-    """What weighs an answer: "rewards", "advantages" or None."""
+    """Return what weighs an answer: "rewards", "advantages" or None."""
     return "rewards" if variant in _BY_REWARDS else "advantages" if variant in _BY_ADVANTAGES else None
 
 

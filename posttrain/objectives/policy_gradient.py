@@ -59,7 +59,7 @@ def reference_ratio(logps: Tensor, reference_logps: Tensor | None, mask: Tensor,
 
 
 def stability_mask(ratio: Tensor, advantages: Tensor, estimator: Estimator) -> Tensor:
-    """What becomes of each token's gradient for stability: a factor on it, detached.
+    """Return what becomes of each token's gradient for stability: a factor on it, detached.
 
     clip: 0 where ratio > ratio_max and A > 0, ratio < ratio_min and A < 0, or ratio > delta and A < 0; else 1
     clamp: clamp(ratio, ratio_min, ratio_max) / ratio
@@ -109,7 +109,7 @@ def gradient_weight(
 def per_token_loss(
     logps: Tensor, reference_logps: Tensor | None, mask: Tensor, advantages: Tensor, estimator: Estimator
 ) -> Tensor:
-    """The loss of each token, whose gradient is the estimator's, negated.
+    """Return the loss of each token, whose gradient is the estimator's, negated.
 
     d loss / d logps = -(stability mask x ratio x A x f'(p)),   each token's loss on its own log-probability only
 
@@ -151,7 +151,7 @@ def per_token_loss(
 def equivalent_old_logps(
     logps: Tensor, reference_logps: Tensor | None, mask: Tensor, advantages: Tensor, estimator: Estimator
 ) -> Tensor:
-    """The old log-probabilities with which an unclipped ratio loss has this estimator's gradient.
+    """Return the old log-probabilities with which an unclipped ratio loss has this estimator's gradient.
 
     old = logps - log(gradient_weight),   so exp(logps - old) is the weight, and so is its derivative
 
@@ -177,7 +177,7 @@ def aggregate(
     total_tokens: int | Tensor | None = None,
     total_rows: int | Tensor | None = None,
 ) -> Tensor:
-    """The part of the optimiser step's loss that these rows carry: summed over micro-batches and ranks it is the loss.
+    """Return these rows' part of the optimiser step's loss: summed over micro-batches and ranks it is the loss.
 
     token_mean: sum / total_tokens.   row_mean: sum over rows of (sum of the row / its tokens) / total_rows.
     row_sum: sum / total_rows.   dr_grpo: sum / (total_rows x max_length).

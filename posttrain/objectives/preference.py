@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def dpo(z: Tensor) -> Tensor:
-    """The DPO loss of each pair: the negative log-likelihood of its label under Bradley-Terry.
+    """Return the DPO loss of each pair: the negative log-likelihood of its label under Bradley-Terry.
 
     loss = -log sigmoid(z)
 
@@ -78,13 +78,13 @@ def rdpo(z: Tensor, flip_rate: float | Tensor) -> Tensor:
 
 
 def rdpo_kappa(flip_rate: float | Tensor) -> float | Tensor:
-    """The constant push of rDPO on the margin, e / (1 - 2 e), shaped as `flip_rate`; ValueError outside [0, 0.5)."""
+    """Return rDPO's constant push on the margin, e / (1 - 2 e), shaped as `flip_rate`; ValueError outside [0, 0.5)."""
     flip_rate = check_flip_rate(flip_rate)
     return flip_rate / (1.0 - 2.0 * flip_rate)
 
 
 def hinge(z: Tensor) -> Tensor:
-    """The hinge loss of each pair, max(0, 1 - z). (...,) in, (...,) out, no reduction. Source: arXiv 2305.10425."""
+    """Return each pair's hinge loss, max(0, 1 - z). (...,) in, (...,) out, no reduction. Source: arXiv 2305.10425."""
     return torch.relu(1 - z)
 
 
@@ -138,7 +138,7 @@ def dr_dpo(losses: Tensor, beta_prime: float) -> Tensor:
 
 
 def dr_dpo_weights(losses: Tensor, beta_prime: float) -> Tensor:
-    """The weight of each pair in the gradient of `dr_dpo`.
+    """Return the weight of each pair in the gradient of `dr_dpo`.
 
     w = softmax(-losses / beta_prime)
 

@@ -6,14 +6,14 @@ from posttrain.recipe import dry_run
 
 
 def load(data_args: DataArguments, training_args):
-    """The rows to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
+    """Load the rows to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
     from posttrain.data.instructions.loading import load_instructions
 
     return recipe.load_splits(load_instructions, data_args, training_args.eval_strategy != "no")
 
 
 def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=None) -> dict:
-    """Rows, steps, parameters, tokens and checkpoint size of a run, and its first row as it is learned.
+    """Tell rows, steps, parameters, tokens and checkpoint size of a run, and its first row as it is learned.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, every row is tokenised, and the model
     is built without memory for its weights.

@@ -128,7 +128,7 @@ def check_preferences(
     stop_ids: Iterable[int] = (),
     end_of_turn: str = "warn",
 ) -> PairReport | None:
-    """As `examine_preferences`, and say in the log what was found: a line, and one for each warning.
+    """Examine as `examine_preferences` does, and say in the log what was found: a line, and one for each warning.
 
     Of a stream nothing is looked at, and None is returned.
     """

@@ -69,7 +69,7 @@ def swapped(row: Mapping) -> dict:
 
 
 def swapped_with_gaps(row: Mapping) -> Swapped:
-    """As `swapped`, with the names of the columns that became null, and of those that stayed with the wrong answer."""
+    """Swap as `swapped` does, and name the columns that became null, and those that stayed with the wrong answer."""
     emptied: list[str] = []
     left: list[str] = []
     new = _swapped_names(row, emptied, left)

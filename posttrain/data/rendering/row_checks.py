@@ -118,7 +118,7 @@ def report(
     unit: str = "rows",
     settings: Mapping | None = None,
 ) -> None:
-    """As `check`, and say in the log what was found."""
+    """Check as `check` does, and say in the log what was found."""
     found = check(dataset, processing_class, name, places, unit, settings)
     for note in found.notes:
         get_logger().info("%s", note)
