@@ -132,7 +132,6 @@ class CommonConfig:
 
     def __post_init__(self):
         self._refuse_none()
-        self._refuse_no_numbers()
         with upstream_refusals("these settings are refused"):
             self._read()
         if self.neftune_noise_alpha is not None:
@@ -241,7 +240,7 @@ class CommonConfig:
                     raise ConfigError(f"{entry.name} is None; {kind.wanted()}.")
 
     def _refuse_no_numbers(self) -> None:
-        """Refuse texts, lists and the like in the place of a number, before the checks that compute with it."""
+        """Refuse texts and lists in the place of a number, where no check of its own did, before one computes with it."""
         hints, infinite = typing.get_type_hints(type(self)), may_be_infinite(type(self))
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -281,6 +280,7 @@ class CommonConfig:
             if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value < math.inf:
                 what = "a number" if isinstance(lowest, float) else "a whole number"
                 raise ConfigError(f"{name} is {value!r}; it must be {what} of {lowest:g} or more.")
+        self._refuse_no_numbers()
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
