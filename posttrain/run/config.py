@@ -240,7 +240,7 @@ class CommonConfig:
                     raise ConfigError(f"{entry.name} is None; {kind.wanted()}.")
 
     def _refuse_no_numbers(self) -> None:
-        """Refuse texts and lists in the place of a number, where no check of its own did, before one computes with it."""
+        """Refuse texts and lists in the place of a number that no check of its own refused."""
         hints, infinite = typing.get_type_hints(type(self)), may_be_infinite(type(self))
         for entry in fields(self):
             value = getattr(self, entry.name)
