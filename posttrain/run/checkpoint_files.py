@@ -5,7 +5,6 @@ that its marker takes the place of. A folder with neither belongs to someone els
 the save did not write. Neither is deleted or written over.
 """
 
-import errno
 import fnmatch
 import hashlib
 import json
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from posttrain.errors import ConfigError
 from posttrain.hub.files import TOKENIZER
 from posttrain.private import without_secrets
+from posttrain.whole_files import sync
 
 MARKER = "posttrain_complete.json"
 # there from the first to the last byte of a save, or of a removal
@@ -74,22 +74,6 @@ def mark(folder: Path, content: dict, name: str = MARKER) -> None:
         os.fsync(file.fileno())
     os.replace(partial, folder / name)
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        # a system that opens no folders
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
