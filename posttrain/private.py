@@ -305,8 +305,8 @@ def _in_quotes(literal: str) -> str:
 
 
 def _known() -> list[str]:
-    named = {value for name, value in os.environ.items() if is_secret_name(name) and _can_be_told(value)}
-    return sorted(_remembered | named, key=len, reverse=True)
+    values = (os.environ.get(name, "") for name in tuple(os.environ) if is_secret_name(name))
+    return sorted(_remembered.union(filter(_can_be_told, values)), key=len, reverse=True)
 
 
 def _can_be_told(value: str) -> bool:

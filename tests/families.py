@@ -39,8 +39,11 @@ class Method:
         tolerance: of changes in the parameters; a known wrong variant departs by more than ten times as much.
         compared: names of means to compare; all by default.
         outcome: what else two ranks are to have in common with one.
-        ranks: cases of two ranks beside `cases`, under DDP.
-        sharded: names of the cases that ZeRO runs in the core suite.
+        ranks: cases of two ranks beside `cases`.
+        launch: settings that each case on two ranks has beside its own.
+        unsharded: names of the cases that ZeRO refuses.
+        ddp, sharded: names of the cases that DDP and ZeRO run in the core suite.
+        generated: a case of rollouts that two ranks generate, by its name.
         plain: how one process that takes the batch whole departs from a case on two ranks.
     """
 
@@ -60,7 +63,11 @@ class Method:
     metrics: Mapping = field(default_factory=lambda: dict(rel=1e-3, abs=1e-5))
     outcome: Callable = lambda trainer: []
     ranks: Mapping[str, Mapping] = field(default_factory=dict)
+    launch: Mapping = field(default_factory=dict)
+    unsharded: tuple[str, ...] = ()
+    ddp: tuple[str, ...] = ()
     sharded: tuple[str, ...] = ()
+    generated: Mapping[str, Mapping] = field(default_factory=dict)
     plain: Mapping = field(default_factory=dict)
 
     def split(self, micro: int) -> dict:
@@ -201,6 +208,9 @@ robust_dpo = Method(
         "dr_dpo-full": DR_DPO | _SHORT | dict(peft=False, learning_rate=0.02),
         "dr_dpo-padded": DR_DPO | _SHORT | PADDED,
     },
+    # by DeepSpeed, as tests/trainers asserts
+    unsharded=("dr_dpo-rescale",),
+    ddp=("dr_dpo", "rdpo", "dr_dpo-rescale", "dr_dpo-cached", "dr_dpo-full"),
     sharded=("dr_dpo", "dr_dpo-full"),
     plain=PADDED | dict(precompute_ref_log_probs=False),
 )
@@ -287,6 +297,7 @@ a_lol = Method(
             "a_lol-head": dict(variant="a_lol", value="head", value_folds=2, value_learning_rate=0.01),
         }.items()
     },
+    ddp=("a_lol-sampled-and-weighed", "a_lol-kept", "a_lol-head"),
     sharded=("a_lol-head",),
 )
 
@@ -360,7 +371,11 @@ policy_gradient = Method(
         "qae-all-rows": dict(preset="qae", drop_zero_advantage_rows=False, prefix_sharing="never"),
         "hpt-full": dict(preset="hpt", peft=False),
     },
+    # use_cpu would have accelerate look past DeepSpeed
+    launch=dict(use_cpu=None),
+    ddp=("hpt", "dapo"),
     sharded=("hpt",),
+    generated={"generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)},
 )
 
 NEFTUNE = dict(embedding_noise="neftune", noise_alpha=5.0)
@@ -402,8 +417,9 @@ noisy_sft = Method(
         "neftune-full": NEFTUNE | _SHORT | dict(peft=False),
         "neftune-flat": NEFTUNE | _SHORT | dict(padding_free=True, max_length=None),
     },
-    plain=dict(padding_free=False),
+    ddp=("neftune", "neftune-flat"),
     sharded=("neftune",),
+    plain=dict(padding_free=False),
 )
 
 METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft)}

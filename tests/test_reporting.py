@@ -104,6 +104,7 @@ def test_curves_are_drawn_without_touching_the_global_backend(args, tmp_path, mo
     assert "matplotlib.pyplot" not in sys.modules
 
 
+@pytest.mark.slow
 def test_panels_beyond_the_limit_leave_out_the_least_telling_metrics(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes

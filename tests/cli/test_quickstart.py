@@ -51,6 +51,7 @@ def check_table(printed):
     assert "random weights" in printed
 
 
+@pytest.mark.slow
 def test_console_shows_one_table(fast_run):
     check_table(fast_run[1])
 
@@ -65,6 +66,7 @@ def test_console_is_quiet_and_shows_one_table(tmp_path):
     check_table(done.stdout)
 
 
+@pytest.mark.slow
 def test_results_hold_figures_settings_versions_and_hardware(fast_run):
     report = json.loads((fast_run[0] / "results.json").read_text())
     assert [result["method"] for result in report["results"]] == ["base", *METHODS]
@@ -77,6 +79,7 @@ def test_results_hold_figures_settings_versions_and_hardware(fast_run):
     assert report["seconds"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_leaves_a_complete_run_folder(fast_run, method):
     folder = fast_run[0] / method
@@ -98,6 +101,7 @@ def report_steps(fast_run):
     return json.loads((fast_run[0] / "results.json").read_text())["settings"]["steps"]
 
 
+@pytest.mark.slow
 def test_methods_and_labels_change_the_adapter_from_one_common_start(fast_run):
     adapters = {method: load_file(fast_run[0] / method / "adapter_model.safetensors") for method in METHODS}
     first_loss = {
@@ -112,6 +116,7 @@ def test_methods_and_labels_change_the_adapter_from_one_common_start(fast_run):
             assert (one == other) == torch.equal(adapters[one][name], adapters[other][name])
 
 
+@pytest.mark.slow
 def test_the_printed_lines_load_the_rdpo_adapter_with_plain_peft(fast_run, tmp_path, monkeypatch):
     code = re.search(r"Load the rDPO adapter.*?```python\n(.*?)```", fast_run[1], re.DOTALL)[1]
     assert "posttrain" not in re.sub(r'"[^"]*"', "", code)

@@ -196,6 +196,7 @@ def test_unicode_line_separators_are_part_of_a_text(tmp_path, text, end):
 NO_CALLS = [{"tool_calls": []}, {"tool_calls": None}, {"function_call": None}, {"tool_calls": [], "function_call": {}}]
 
 
+@pytest.mark.core("llama3_1-keys0", "gptoss")
 @pytest.mark.parametrize(
     ("name", "keys"),
     [*(("llama3_1", keys) for keys in NO_CALLS), *((name, NO_CALLS[0]) for name in ("gptoss", "deepseekv3", "qwen3"))],

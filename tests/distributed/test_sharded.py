@@ -24,16 +24,14 @@ from tests.families import METHODS
 from tests.runs import distance, entries, same_metrics
 
 ROOT = Path(__file__).parents[2]
-# a case of generated rollouts, and cases whose update depends on where rows lie
-GENERATED = {"policy_gradient/generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)}
+# cases of generated rollouts, and cases whose update depends on where rows lie
+GENERATED = {f"{name}/{key}": case for name, m in METHODS.items() for key, case in m.generated.items()}
 WRONG = {f"{name}/wrong-{name}": m.wrong for name, m in METHODS.items() if isinstance(m.wrong, Mapping)}
 EQUAL = {f"{name}/{key}": case for name, m in METHODS.items() for key, case in (m.cases | m.ranks).items()}
-# cases of which the other ones under DDP show all
-ALIKE = {"robust_dpo/dr_dpo-whole-steps", "robust_dpo/dpo", "a_lol/a_lol-whole-steps", "a_lol/a_lol"}
-ALIKE |= {"a_lol/a_lol-seq", "a_lol/a_lol-sampled", "policy_gradient/grpo", "policy_gradient/qae", "noisy_sft/uniform"}
-# what DeepSpeed refuses, as tests/trainers asserts
-DDP_ALONE = {"robust_dpo/dr_dpo-rescale"}
-SHARDED = [f"{name}/{key}" for name, method in METHODS.items() for key in method.sharded]
+UNSHARDED = {f"{name}/{key}" for name, m in METHODS.items() for key in m.unsharded}
+# what the forked ranks of the core suite run: the hardest cases
+DDP = [f"{name}/{key}" for name, m in METHODS.items() for key in m.ddp]
+SHARDED = [f"{name}/{key}" for name, m in METHODS.items() for key in m.sharded]
 
 
 def method_of(key: str):
@@ -49,10 +47,10 @@ def on_ranks(key: str, case: Mapping) -> dict:
 class Launch:
     def __init__(self, backend: str, model: str, out: Path, warm, is_whole: bool):
         self.backend, self.out = backend, out
-        cases = {key: case for key, case in EQUAL.items() if is_whole or key not in ALIKE} | WRONG | GENERATED
-        if backend != "cpu_ddp":
-            names = EQUAL if is_whole else SHARDED
-            cases = {key: EQUAL[key] for key in names if key not in DDP_ALONE} | GENERATED
+        is_ddp = backend == "cpu_ddp"
+        names = EQUAL if is_whole else DDP if is_ddp else SHARDED
+        cases = {key: EQUAL[key] for key in names if is_ddp or key not in UNSHARDED}
+        cases |= GENERATED | (WRONG if is_ddp else {})
         cases = {key: on_ranks(key, case) for key, case in cases.items()}
         self.cases = set(cases)
         config, log = str(ROOT / f"configs/accelerate/{backend}.yaml"), out / "log"
@@ -139,7 +137,7 @@ def test_ranks_that_ask_for_an_embedded_model_at_once_get_it_whole(launch):
 
 def test_two_ranks_make_the_update_of_one(launch, single):
     equal = launch.cases & set(EQUAL)
-    assert equal >= set(SHARDED)
+    assert equal >= set(DDP if launch.backend == "cpu_ddp" else SHARDED)
     for key in sorted(equal):
         method = method_of(key)
         change, history, outcome, _ = single(key, EQUAL[key])

@@ -109,10 +109,7 @@ def main(folder: str, out: str, chosen: str, embedded: str) -> None:
             more["held_out"] = make_pairs(**HELD_OUT)
         if whole_key == EVALUATED:
             more = ANSWERS
-        if name == "policy_gradient":
-            # use_cpu would have accelerate look past DeepSpeed
-            more["use_cpu"] = None
-        change, trainer = method.train(folder, target, snapshot=snapshot, **case, **more)
+        change, trainer = method.train(folder, target, snapshot=snapshot, **case, **more, **method.launch)
         changes |= {f"{key}|{part}": value.contiguous().cpu() for part, value in change.items()}
         results["history"][key] = entries(trainer)
         results["outcome"][key] = method.outcome(trainer)

@@ -133,6 +133,7 @@ def test_learned_prompts_have_nothing_to_merge(kind, tied, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_the_run_did_not_train_on_is_said(tied, tmp_path, tokenizer, logged):
     other = tmp_path / "other"
     tiny_model(seed=5, tie_word_embeddings=True).save_pretrained(other)

@@ -204,6 +204,7 @@ def test_the_padded_numbers_come_back(architecture, attention, cost):
     assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
+@pytest.mark.slow
 def test_flex_attention_takes_a_block_mask(monkeypatch):
     # upstream's compiler builds broken code where ATen is told to use less than the machine has
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)

@@ -63,6 +63,7 @@ def test_another_runs_folder_is_neither_written_into_nor_resumed_from(recipe, tm
     assert [path.name for path in checkpoints.complete("run")] == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_another_runs_folder_from_the_command_line_too(recipe, tmp_path):
     saving = dict(save_strategy="steps", save_steps=1)
     assert recipe(**saving, max_steps=2)[0] == 0

@@ -101,6 +101,7 @@ def test_every_shipped_config_is_valid(method):
     assert 8 * prompts["zero3"] == 128
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_what_would_run_and_writes_nothing(recipe, tmp_path):
     tasks = "generated:arithmetic?n=21&operands=2-2&digits=1-1"
     given = {"dataset_name": tasks, "max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}

@@ -78,6 +78,7 @@ def test_expressions_are_compared_from_any_thread(verified):
         assert [score.result() for score in scores] == [[1.0]] * 4
 
 
+@pytest.mark.slow
 def test_an_endless_answer_is_unscorable_and_counted():
     reward = MathsAnswer(engine="math_verify", timeout=0.5, workers=1)
     scores = reward(completions=[r"\boxed{9^{9^{9^9}}}", r"\boxed{2}", r"\boxed{9^{9^{9^9}}}"], gold=["2"] * 3)
@@ -185,10 +186,10 @@ def test_exact_match_compares_texts_but_for_spaces():
 
 @pytest.mark.data
 @pytest.mark.skipif("POSTTRAIN_TEST_DATA" not in os.environ, reason="reads the data of POSTTRAIN_TEST_DATA")
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_worked_solution_of_gsm8k_is_right_and_another_rows_is_not(verified, numbers, every):
+@pytest.mark.slow
+def test_every_worked_solution_of_gsm8k_is_right_and_another_rows_is_not(verified, numbers):
     with gzip.open(Path(os.environ["POSTTRAIN_TEST_DATA"]) / "gsm8k_test.jsonl.gz", "rt") as file:
-        solutions = [json.loads(line)["answer"] for line in file][::every]
+        solutions = [json.loads(line)["answer"] for line in file]
     golds = [solution.rpartition("#### ")[2] for solution in solutions]
     assert check_golds([{"gold": gold} for gold in golds], "gold", verified) == len(set(golds))
     shifted = golds[1:] + golds[:1]

@@ -174,6 +174,7 @@ def left_in(file):
     return list(filter(is_running, left))
 
 
+@pytest.mark.core("deaf", "killed", "raise")
 @pytest.mark.parametrize("ending", ["sleep", "deaf", "die", "killed", "memory", "raise"])
 def test_what_a_worker_has_started_ends_with_a_call_that_fails(pool, tmp_path, ending):
     (failed, after) = score(pool, f"{ending} leaving {tmp_path / 'left'}", "1")
@@ -271,6 +272,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.core("_math_verify")
 @pytest.mark.parametrize("verifier", ["_math_verify", "_gym"])
 def test_workers_load_nothing_heavy(verifier):
     code = f"import posttrain.rewards.worker, posttrain.rewards.{verifier}, sys; print(*sys.modules)"

@@ -47,7 +47,8 @@ def sending(monkeypatch):
     yield add
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.core("SIGUSR1")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_run_told_to_end_goes_on_bit_for_bit(tiny_folder, tmp_path, sending, number, monkeypatch):
     before = signal.getsignal(number)
     change, whole = train(tiny_folder, tmp_path / "whole", **RUN)

@@ -174,7 +174,12 @@ def test_env_sets_no_variable_by_which_programs_or_servers_are_chosen(tmp_path, 
     assert dict(os.environ) == before and name not in VARIABLES
 
 
-@pytest.mark.parametrize("text", [bomb(), merge_bomb(), "x: " + "[" * 3_000, "# " + "x" * (5 << 20)])
+@pytest.mark.core("bomb", "merge bomb", "long")
+@pytest.mark.parametrize(
+    "text",
+    [bomb(), merge_bomb(), "x: " + "[" * 3_000, "# " + "x" * (5 << 20)],
+    ids=["bomb", "merge bomb", "nested", "long"],
+)
 def test_a_file_that_grows_without_bounds_is_refused_wherever_it_is_read(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)

@@ -115,6 +115,7 @@ def test_a_run_is_that_of_the_pure_function_on_full_logits(tiny_folder, tmp_path
         assert second["ratio/mean"] != pytest.approx(1.0, abs=1e-2), "the ratio plays a part"
 
 
+@pytest.mark.slow
 def test_rows_without_gradient_are_dropped_before_their_reference_is_computed(tiny_folder, tmp_path, forwards):
     rows = make_scored(16)
     mean = sum(rows["reward"]) / 16
@@ -193,6 +194,7 @@ def test_a_wrong_reference_stops_the_run_before_the_first_step(tiny_folder, tmp_
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.slow
 def test_a_4bit_base_trains(tiny_folder, tmp_path):
     quantization = get_quantization_config(ModelConfig(load_in_4bit=True))
     change, trainer = train(tiny_folder, tmp_path, quantization_config=quantization)
@@ -257,6 +259,7 @@ def test_values(tiny_folder, tmp_path):
     assert len(kl.train_dataset) == 12, "answers below their value are pushed down"
 
 
+@pytest.mark.slow
 def test_pairs_plain_text_and_a_reward_function(tiny_folder, tmp_path, tokenizer):
     pairs = Dataset.from_list(
         [
@@ -284,6 +287,7 @@ def test_pairs_plain_text_and_a_reward_function(tiny_folder, tmp_path, tokenizer
     assert scored.train_dataset["reward"][:] == [6.0, 9.0, 12.0]
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_row_once_whatever_its_batch_size(tiny_folder, tmp_path):
     rows, held_out = make_scored(16), make_scored(11, seed=10)
     _, trainer = train(tiny_folder, tmp_path, rows, eval_dataset=held_out)
@@ -341,6 +345,7 @@ def test_no_value_comes_from_a_head_that_saw_its_reward(tiny_folder, tmp_path):
         assert not any(head.training for head in trainer.value_heads)
 
 
+@pytest.mark.slow
 def test_heads_are_saved_beside_the_adapter_and_reused(tiny_folder, tmp_path, monkeypatch, logged):
     rows = make_scored(12)
     _, trainer = train(
@@ -386,6 +391,7 @@ def test_settings_without_effect_are_named(tmp_path, settings, text, logged):
     assert "no effect" not in logged.text
 
 
+@pytest.mark.slow
 def test_the_card_names_the_variant_and_what_was_dropped(tiny_folder, tmp_path):
     from posttrain.hub.card import write_model_card
 

@@ -96,7 +96,7 @@ def reloaded(base, folder):
 INITS = [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "mica", "corda", "lora_ga", "eva"]
 
 
-@pytest.mark.core("True-policy_gradient", "pissa-preference", "eva-offline", "mica-preference")
+@pytest.mark.core("pissa-preference")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", INITS)
 def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, tiny_folder, tokenizer, tmp_path):
@@ -123,7 +123,7 @@ def test_a_saved_adapter_on_the_base_is_the_model_that_was_trained(family, how, 
         assert abs(training.losses(trainer)[0] - 0.6931472) < 1e-5
 
 
-@pytest.mark.core("preference-pissa_niter")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "how"),
     [*((family, "pissa") for family in FAMILIES), *(("preference", how) for how in ("pissa_niter_4", "olora", False)),
@@ -143,6 +143,7 @@ def test_a_run_resumes_exactly_from_an_adapter_of_any_start(family, how, tiny_fo
     assert torch.equal(at_the_end, there)
 
 
+@pytest.mark.slow
 def test_a_base_that_came_out_otherwise_is_moved_to_the_checkpoint(tiny_folder, tokenizer, tmp_path, logged):
     def run(seed, resume=None):
         trainer = build("preference", tiny_folder, config("pissa_niter_0"), tmp_path / "run", tokenizer, seed=seed,
@@ -188,7 +189,7 @@ def test_the_best_checkpoint_of_a_converted_adapter_is_loaded_back(tiny_folder, 
     torch.testing.assert_close(logits(trainer.model), logits(reloaded(tiny_folder, best)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.core("settings3")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -218,6 +219,7 @@ def test_a_merged_converted_adapter_is_the_model_that_was_trained(tiny_folder, t
     torch.testing.assert_close(logits(merged), logits(trainer.model), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_precomputed_and_live_references_of_an_adapter_that_changed_the_base_agree(tiny_folder, tokenizer, tmp_path):
     losses = []
     for precompute in (True, False):
@@ -258,6 +260,7 @@ def test_trained_biases_under_a_live_reference_are_refused(family, tiny_folder, 
         build(family, tiny_folder, config(bias="all"), tmp_path, tokenizer)
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_its_reference_is_refused_in_policy_gradients_too(tiny_folder, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.lm_head.weight.data.mul_(3)
@@ -281,7 +284,7 @@ def test_the_copy_of_a_given_adapter_has_its_embedding_too(tiny_folder, tokenize
     assert next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry) < 1e-8
 
 
-@pytest.mark.core("prefix")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["prompt", "prefix", "p"])
 def test_learned_prompts_are_not_held_to_the_zero_margin(how, tiny_folder, tokenizer, tmp_path):
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
@@ -330,7 +333,7 @@ def test_a_start_on_linear_layers_and_an_embedding_is_saved_whole(how, base, tok
     assert torch.equal(logits(again.model), trained)
 
 
-@pytest.mark.core("all-linear")
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["c_attn"], ["c_proj"], "all-linear"])
 def test_olora_on_transposed_weights_is_refused_and_pissa_is_not(targets, tokenizer, tmp_path):
     from posttrain.models import tiny_model
@@ -420,7 +423,7 @@ def base(request, tmp_path_factory, tokenizer):
     return str(folder)
 
 
-@pytest.mark.core("tied-offline-head", "untied-preference-tokens", "tied-policy_gradient-lora")
+@pytest.mark.core("untied-preference-tokens")
 @pytest.mark.parametrize("which", ON_EMBEDDINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_on_embeddings_train_save_and_merge(family, which, base, tokenizer, tmp_path):

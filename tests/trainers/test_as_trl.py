@@ -101,6 +101,7 @@ def test_an_adapter_given_by_its_place_is_checked(tmp_path, build):
         build(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_given_by_its_place_is_trained(tiny_folder, tmp_path):
     args = RobustDPOConfig(**training.settings(tmp_path, pair_loss="dpo", max_steps=1))
     place = (None, args, None, make_pairs(8), None, None, None, None, (None, None), None)
@@ -136,7 +137,7 @@ def pushes(monkeypatch):
     return done
 
 
-@pytest.mark.core("offline")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["preference", "offline"])
 def test_a_model_saved_by_the_user_is_pushed_once_as_trl_pushes_it(tiny_folder, tmp_path, pushes, family):
     given = dict(push_to_hub=True, hub_model_id="me/run", hub_revision="dev")

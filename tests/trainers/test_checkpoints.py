@@ -90,7 +90,7 @@ def test_a_first_save_leaves_trls_checkpoints_as_they_are(tiny_folder, trl_run, 
     assert [path.name for path in checkpoints.complete(tmp_path / "run")] == ["checkpoint-3"]
 
 
-@pytest.mark.core("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("best", [True, False])
 def test_the_best_alone_is_left_of_our_checkpoints_and_everything_of_others(tiny_folder, trl_run, tmp_path, best):
     out = tmp_path / "run"
@@ -242,6 +242,7 @@ def test_a_save_that_fails_takes_back_its_own_files_only(tiny_folder, tmp_path, 
     assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_save_over_our_own_checkpoint_keeps_no_file_of_the_earlier_one(tiny_folder, our_run, tmp_path):
     out = shutil.copytree(our_run[0], tmp_path / "run")
     folder = out / "checkpoint-2"
@@ -291,7 +292,7 @@ def test_it_is_known_before_the_model_loads_where_the_steps_are(tmp_path):
         build("./no-such-model", tmp_path)
 
 
-@pytest.mark.core("overrides3")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [dict(max_steps=3), dict(save_steps=3, max_steps=6), dict(save_strategy="no"), dict(save_steps=0.5, max_steps=10)],
@@ -322,6 +323,7 @@ def test_a_folder_that_others_fill_while_the_run_goes_on_is_not_written_over(tin
 # checkpoints of another library
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_trl_is_resumed_from_when_told_to(tiny_folder, trl_run, tmp_path, logged):
     folder = trl_run[0] / "checkpoint-2"
     with pytest.raises(ConfigError, match="which posttrain did not write.* set `check_resume: false`"):
@@ -494,6 +496,7 @@ def test_the_notes_of_a_run_are_named_where_another_comes(tiny_folder, our_run):
         build(tiny_folder, our_run[0], beta=0.2)
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_what_the_earlier_run_wrote_and_nothing_else(
     tiny_folder, our_run, trl_run, tmp_path, logged
 ):

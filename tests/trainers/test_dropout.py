@@ -40,6 +40,7 @@ def run(trainer, **train):
     return {name: after[name] - before[name] for name in before}
 
 
+@pytest.mark.slow
 def test_lora_dropout_is_used(tiny_folder, tmp_path):
     plain = run(build(tiny_folder, tmp_path / "0", adapter(0.0)))
     for rate in (0.05, 0.5):
@@ -88,6 +89,7 @@ def test_reference_and_evaluation_are_clean_of_it(tiny_folder, tmp_path, tokeniz
     run(trainer)
 
 
+@pytest.mark.slow
 def test_a_bases_own_dropout_is_off_by_default_and_clean_references_where_it_is_on(tmp_path, tokenizer):
     def gpt2():
         return tiny_model("gpt2", attn_pdrop=0.0, n_embd=64, n_layer=2, n_head=4, n_positions=512)

@@ -106,7 +106,7 @@ DATA = {
 }
 
 
-@pytest.mark.core("QAETrainer-stream", "PolicyGradientTrainer-prompts")
+@pytest.mark.slow
 @pytest.mark.parametrize("data", DATA, ids=[name.replace(" ", "_") for name in DATA])
 @pytest.mark.parametrize("kind", [PolicyGradientTrainer, QAETrainer])
 def test_an_environment_may_own_prompts_and_rewards(tmp_path, counter, kind, data):

@@ -65,7 +65,7 @@ def quiet(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
-@pytest.mark.core("dpo")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [dpo, a_lol, policy])
 def test_each_set_has_its_metrics_under_its_name_wherever_they_are_told(tiny_folder, tmp_path, family):
     trainer, name, as_expected = family(
@@ -85,7 +85,7 @@ def test_each_set_has_its_metrics_under_its_name_wherever_they_are_told(tiny_fol
     assert trainer._metrics["eval"] == {}
 
 
-@pytest.mark.core("hard_rewards")
+@pytest.mark.slow
 @pytest.mark.parametrize("best, step", [("hard_rewards/accuracies", 1), ("eval_easy_rewards/accuracies", 3)])
 def test_the_best_model_is_that_of_the_set_that_is_named(tiny_folder, tmp_path, monkeypatch, best, step):
     pairs = make_pairs(16)
@@ -124,6 +124,7 @@ def test_a_best_metric_of_no_set_is_refused_before_the_model_loads(tiny_folder, 
         build_it(tiny_folder, tmp_path, {"a": sets, "b": sets}, **run)
 
 
+@pytest.mark.slow
 def test_a_set_given_to_evaluate_and_a_prediction_carry_their_prefix(tiny_folder, tmp_path):
     trainer = build(tiny_folder, tmp_path, None)
     pairs = make_pairs(3, seed=9)
@@ -212,6 +213,7 @@ def test_batches_and_lists_of_compute_metrics_are_whole_too(tiny_folder, tmp_pat
     assert (metrics["eval_one_calls"], metrics["eval_two_calls"]) == (1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
 def test_compute_metrics_sees_every_scored_answer(tiny_folder, tmp_path):
     rows, seen = scored.make_scored(5), []

@@ -23,7 +23,7 @@ def rewards_that_note(seen):
     return odd
 
 
-@pytest.mark.core("4-1")
+@pytest.mark.slow
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("steps_per_generation", [1, 4])
 def test_a_run_resumed_in_a_later_epoch_has_its_order(tiny_folder, tmp_path, steps_per_generation, num_iterations):
@@ -48,6 +48,7 @@ def test_a_run_resumed_in_a_later_epoch_has_its_order(tiny_folder, tmp_path, ste
             assert value.equal(resumed.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_inside_a_generation_is_said_and_not_resumed_from(tiny_folder, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level("INFO", logger=get_logger().name)

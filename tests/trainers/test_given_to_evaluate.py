@@ -48,6 +48,7 @@ def test_pairs_are_checked(tiny_folder, tmp_path):
     assert any("eval_dataset: the chat template drops the message of the role critic" in line for line in said)
 
 
+@pytest.mark.slow
 def test_sets_of_the_constructor_and_token_ids_pass(tiny_folder, tmp_path):
     trainer = build(tiny_folder, tmp_path, make_pairs(4, seed=4))
     expected = trainer.evaluate()["eval_loss"]
@@ -56,6 +57,7 @@ def test_sets_of_the_constructor_and_token_ids_pass(tiny_folder, tmp_path):
     assert trainer.evaluate({"a": make_pairs(4, seed=4)})["eval_a_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_scored_answers_are_checked(tiny_folder, tmp_path):
     trainer = scored.build(tiny_folder, tmp_path)
     twice = [{"prompt": asks(), "completion": asks() + says(), "reward": float(i)} for i in range(3)]

@@ -134,6 +134,7 @@ def test_rotation_keeps_the_newest_and_the_best_and_clears_what_is_incomplete(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_done_takes_no_further_step(tiny_folder, tmp_path):
     # five pairs in steps of two: the last step is not an epoch's end
     run = dict(pairs=make_pairs(5), max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
@@ -179,6 +180,7 @@ def test_a_flipped_bit_is_found_and_the_one_before_taken(tiny_folder, tmp_path, 
     assert path.read_bytes() != raw and not (tmp_path / ".saving").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_without_digests_are_still_gone_on_from(tiny_folder, tmp_path):
     build(tiny_folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     marker = tmp_path / "checkpoint-1" / checkpoints.MARKER

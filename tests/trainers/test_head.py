@@ -98,6 +98,7 @@ def test_pairs_scored_outside_training_are_too(folder, tokenizer):
             assert scores[i].item() == pytest.approx(own.item(), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_said_once(tmp_path, tokenizer, logged):
     logged.set_level("INFO", logger="posttrain")
     for name, times in (("modernbert-decoder", 1), ("llama", 0)):

@@ -45,7 +45,7 @@ def preference(folder, output_dir, trainer_class=RobustDPOTrainer, config_class=
     return {name: after[name] - before[name] for name in before}, trainer
 
 
-@pytest.mark.core("olmoe-True")
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [True, False])
 def test_the_auxiliary_loss_is_the_parents_bit_for_bit(experts, tmp_path, peft):
     plain = dict(use_cpu=True, bf16=False, gradient_checkpointing=False)
@@ -62,7 +62,7 @@ def test_the_auxiliary_loss_is_the_parents_bit_for_bit(experts, tmp_path, peft):
     assert peft or distance(without, change) > 1e-2, "without the auxiliary loss the update is another"
 
 
-@pytest.mark.core("olmoe")
+@pytest.mark.slow
 def test_pairs_are_padded_while_the_auxiliary_loss_is_on(experts, tmp_path, logged):
     logged.set_level("INFO", logger="posttrain")
     trainer = preference(experts, tmp_path / "on", max_steps=1)[1]
@@ -99,7 +99,7 @@ def offline(folder, output_dir, trainer_class=ALoLTrainer, config_class=ALoLConf
     return {name: after[name] - before[name] for name in before}, trainer
 
 
-@pytest.mark.core("mixtral")
+@pytest.mark.slow
 def test_answers_train_with_the_auxiliary_loss_averaged_over_the_window(experts, tmp_path):
     # all answers have equally many tokens, n, so that SFT's mean over tokens is the mean over answers, over n
     split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, learning_rate=0.01)

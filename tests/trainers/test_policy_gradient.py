@@ -50,7 +50,7 @@ def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):
 QUICK = ("grpo", "bnpo", "dapo", "gspo")
 
 
-@pytest.mark.core("bnpo-2", "dapo-2", "gspo-8")
+@pytest.mark.core("dapo-2", "gspo-8")
 @pytest.mark.parametrize("size", [1, 2, 8])
 @pytest.mark.parametrize(
     "loss", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
@@ -82,6 +82,7 @@ def test_terms_of_their_own_keep_all_rows(tiny_folder, tmp_path, extra):
     assert not trainer._drops_zero_advantage_rows and identical(change, whole)
 
 
+@pytest.mark.slow
 def test_quantile_advantages_are_what_trains(tiny_folder, tmp_path):
     run = dict(gradient_accumulation_steps=8, max_steps=1, prefix_sharing="never")
     qae = dict(trainer_class=QAETrainer, config_class=QAEConfig, num_generations=4)
@@ -192,6 +193,7 @@ def test_a_closed_gate_is_dr_grpo_and_a_wide_one_is_sft(tiny_folder, tmp_path):
     assert distance(everything, again) <= 2e-5, "rewards play no part"
 
 
+@pytest.mark.slow
 def test_the_demonstration_of_an_open_prompt_plays_no_part(tiny_folder, tmp_path):
     data = prompts([1, 2, 3, 1, 0, 2, 3, 1])
     changed = data.to_list()
@@ -325,6 +327,7 @@ def test_fallbacks_for_demonstrations_are_taken_where_asked_for(tiny_folder, tmp
     assert log["hpt/demo_tokens"] == 12 + sum(len(row["demonstration"]) + 1 for row in rows[2:])
 
 
+@pytest.mark.slow
 def test_generations_without_any_score_teach_nothing_and_are_no_fault(tiny_folder, tmp_path):
     def none(completion_ids, **columns):
         return [None] * len(completion_ids)
@@ -355,7 +358,7 @@ def test_generations_without_gradient_stop_the_run_with_the_cause(tiny_folder, t
         train(tiny_folder, tmp_path, data=prompts([0] * 8), max_steps_without_gradient=2, max_steps=5)
 
 
-@pytest.mark.core("kl", "soft_gate")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "term",
     [
@@ -444,6 +447,7 @@ def test_success_may_be_read_from_one_reward_of_several(tiny_folder, tmp_path):
         train(tiny_folder, tmp_path / "other", **HPT, success_reward="nobody")
 
 
+@pytest.mark.slow
 def test_evaluation_answers_each_prompt_once_without_sampling(tiny_folder, tmp_path):
     answers = []
 

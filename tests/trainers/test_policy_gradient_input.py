@@ -177,7 +177,7 @@ def test_a_reward_model_stays_one(tiny_folder, tmp_path):
     assert entries(trainer)[0]["reward_std"] > 0
 
 
-@pytest.mark.core("0.5")
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.5, -1.0, 2.0])
 def test_success_is_not_guessed_from_rewards_of_other_values(tiny_folder, tmp_path, value):
     def graded(completion_ids, **columns):

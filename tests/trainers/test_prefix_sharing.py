@@ -36,7 +36,7 @@ def save(folder, model):
     return str(folder)
 
 
-@pytest.mark.core("truncation_mode")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [
@@ -68,6 +68,7 @@ def test_bf16_stays_close(tiny_folder, tmp_path):
     assert distance(shared, padded) < 0.05
 
 
+@pytest.mark.slow
 def test_evaluation_and_reference_are_shared_as_well(tiny_folder, tmp_path, monkeypatch):
     results = {}
     for setting in ("never", "always"):
@@ -146,6 +147,7 @@ def test_always_is_refused_before_the_model_loads(tmp_path):
         build(str(folder), tmp_path / "out", prefix_sharing="always")
 
 
+@pytest.mark.slow
 def test_a_window_shorter_than_a_row_pads_that_batch(tmp_path, said):
     folder = save(tmp_path / "model", tiny_model("mistral", sliding_window=48))
     runs = {}
@@ -160,6 +162,7 @@ def test_a_window_shorter_than_a_row_pads_that_batch(tmp_path, said):
         build(folder, tmp_path / "always", prefix_sharing="always")
 
 
+@pytest.mark.slow
 def test_a_model_that_answers_otherwise_when_packed_is_padded(tiny_folder, tmp_path, said, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -230,6 +233,7 @@ def test_the_references_window_counts_too(tmp_path, tiny_folder, said):
     assert "longer than the sliding window of 48" in said()
 
 
+@pytest.mark.slow
 def test_what_else_the_model_is_given_pads_the_batch(tiny_folder, tmp_path, said):
     class WithPositions:
         def __init__(self, inner):

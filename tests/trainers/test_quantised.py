@@ -41,6 +41,7 @@ def test_a_4bit_base_trains_two_steps_and_its_adapter_reloads(tiny_folder, tmp_p
     assert (logits - plain).abs().max() > 5 * (logits - expected).abs().max()
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_eval_mode_leaves_the_gradients_right(tiny_folder, tmp_path):
     # bitsandbytes repacks 4-bit weights in eval mode on some CPUs, into a layout without a backward
     def gradients(evaluate_first):

@@ -41,6 +41,7 @@ def swapped(pairs):
     return Dataset.from_list([{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs])
 
 
+@pytest.mark.slow
 def test_a_second_run_and_a_flipped_set_need_no_reference_forward(tiny_folder, tmp_path, forwards):
     pairs = make_pairs(8)
     first = build(tiny_folder, tmp_path, pairs, precompute_ref_log_probs=True)
@@ -147,6 +148,7 @@ def test_sequence_digests_see_the_boundary_and_the_cut():
     assert sequence_digest([1, 2], [3, 4], 4) != sequence_digest([1, 2], [3, 9], 4)
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_trained_adapter_is_that_adapter(tiny_folder, tmp_path, tokenizer):
     change, trained = train(tiny_folder, tmp_path / "first", pair_loss="dpo")
     trained.save_model(str(tmp_path / "adapter"))
@@ -180,6 +182,7 @@ def test_a_wrong_reference_stops_the_run_before_the_first_step(tiny_folder, tmp_
         trainer.train()
 
 
+@pytest.mark.slow
 def test_a_model_changed_after_loading_is_told_apart_from_its_folder(tiny_folder, tmp_path, tokenizer):
     def changed():
         model = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -261,7 +264,7 @@ def test_settings_of_another_trainer_are_refused(tiny_folder, tmp_path):
         RobustDPOTrainer(tiny_folder, args=args, train_dataset=make_pairs(4))
 
 
-@pytest.mark.core("0.5-keep_end")
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("ld_alpha", [None, 0.5])

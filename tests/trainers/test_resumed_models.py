@@ -87,7 +87,7 @@ def test_a_marker_that_does_not_tell_the_modules_is_held_against_the_tensors(bas
     assert same.state.global_step == 2
 
 
-@pytest.mark.core("<lambda>3")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "peft",
     [
@@ -105,6 +105,7 @@ def test_the_same_settings_go_on_with_any_kind_of_adapter(base, tmp_path, peft):
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_another_base_of_the_same_name_is_refused_and_a_moved_one_taken(base, checkpoint, tmp_path):
     other, moved, longer = (tmp_path / name / "base" for name in ("other", "moved", "longer"))
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -97,6 +97,7 @@ def test_evaluation_objective_is_that_of_the_whole_set(tiny_folder, tmp_path):
     assert metrics["eval_drdpo/objective"] == pytest.approx(preference.dr_dpo(torch.cat(kept), 0.3).item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_rescale_says_so_when_all_weights_underflow(tiny_folder, tmp_path):
     with pytest.raises(DivergedError, match="Set `dr_dpo_window: two_pass`"):
         train(tiny_folder, tmp_path, reduction="dr_dpo", beta_prime=0.005, dr_dpo_window="rescale")
@@ -131,6 +132,7 @@ def test_bf16_passes_agree(tiny_folder, tmp_path):
     assert torch.cat(first_pass).std() > 0.01
 
 
+@pytest.mark.slow
 def test_a_step_of_one_micro_batch_needs_no_second_forward(tiny_folder, tmp_path, monkeypatch):
     forwards = []
     score = RobustDPOTrainer.score

@@ -48,6 +48,7 @@ def tasks(n=8):
     return Dataset.from_list(rows)
 
 
+@pytest.mark.slow
 def test_pairs_and_scored_answers_in_python_get_their_system_message(tiny_folder, tmp_path, tokenizer):
     pairs = make_pairs(16, system=["Be short."] * 16)
     args = RobustDPOConfig(**training.settings(tmp_path / "a"))

@@ -74,6 +74,7 @@ def test_settings_are_refused_before_the_model_loads(finished):
         build("./no-such-model", finished, learning_rate=0.01)
 
 
+@pytest.mark.slow
 def test_the_same_run_may_start_anew_and_go_on(tiny_folder, finished, logged):
     build(tiny_folder, finished).train()
     assert "starts anew beside them. It replaces those of steps that it saves too, and the model." in logged.text
@@ -89,6 +90,7 @@ def test_a_model_of_unknown_origin_is_not_written_over(tiny_folder, tmp_path):
         build(tiny_folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_crashed_run_starts_again_with_its_settings_and_not_with_others(tiny_folder, tmp_path, logged):
     class Crash(Exception):
         pass
@@ -149,6 +151,7 @@ def test_a_readme_that_was_there_is_kept_under_another_name(tiny_folder, tmp_pat
     assert (tmp_path / "README.before.md").read_text() == "my notes\n"
 
 
+@pytest.mark.slow
 def test_files_of_others_are_kept_before_training_writes(tiny_folder, tmp_path, logged):
     mine = ("metrics.csv", "metrics.jsonl", "curves.png", "resolved_config.yaml", "tokenizer.json", "config.json")
     for name in (*mine, "notes.txt", ".gitattributes"):

@@ -63,6 +63,7 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_reference_that_it_was_given(tiny_folder, tmp_path):
     out = tmp_path / "given"
     whole = after(build(tiny_folder, out, peft=False, ref_model=other()))
@@ -117,7 +118,7 @@ def test_a_reward_is_named_with_its_settings():
     assert plain != tagged and plain.startswith("exact ") and named_with_settings("own", len) == "own"
 
 
-@pytest.mark.core("0.6")
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_a_synced_reference_goes_on_as_it_was(tiny_folder, tmp_path, alpha):
     sync = dict(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=alpha)
@@ -215,6 +216,7 @@ def four_bit(**changes):
     return BitsAndBytesConfig(load_in_4bit=True, **settings)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_4bit_base_goes_on_bit_for_bit_and_on_no_other_base(tiny_folder, tmp_path):
     out = tmp_path / "run"
     whole = after(build(tiny_folder, out, quantization_config=four_bit()))

@@ -53,6 +53,7 @@ def logged(monkeypatch):
     return lines
 
 
+@pytest.mark.core("conversational-43", "conversational-None", "standard-30", "implicit-60")
 @pytest.mark.parametrize("max_length", [8, 30, 43, 60, 80, 500, None])
 @pytest.mark.parametrize("kind", ["conversational", "standard", "implicit"])
 def test_rows_dropped_and_cut_are_those_that_trl_drops_and_cuts(tokenizer, kind, max_length):

@@ -76,6 +76,7 @@ def test_tags_of_reasoning_that_enclose_no_thought_are_told(content, how):
     assert misreads(content) == how
 
 
+@pytest.mark.core("chosen-They", "rejected-<think>")
 @pytest.mark.parametrize("name", ["qwen3", "glm4moe", "deepseekv3", "deepseek_r1_distill"])
 @pytest.mark.parametrize(
     "words",

@@ -21,7 +21,7 @@ def many_looks(count=600):
     return rows
 
 
-@pytest.mark.core("odd0", "odd2")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("odd", "message"),
     [
@@ -59,6 +59,7 @@ def test_a_known_role_in_a_new_place_is_seen_among_many_looks():
     assert len(numbers) <= looks.SPREAD + looks.UNLIKE + looks.FEATURES
 
 
+@pytest.mark.slow
 def test_many_looks_raise_no_alarm_and_few_more_rows():
     found = row_checks.check(objects.exact(many_looks(1024)), trl_template("qwen3"), "data")
     assert found.warnings == []

@@ -208,6 +208,7 @@ def test_tasks_keep_what_json_has_no_words_for():
     assert decode_task(encode_task("name", entry)) == ("name", entry)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif("POSTTRAIN_TEST_DATA" not in os.environ, reason="reads the data of POSTTRAIN_TEST_DATA")
 def test_gsm8k_is_mapped_whole():

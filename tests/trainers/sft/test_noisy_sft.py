@@ -88,7 +88,7 @@ NEUTRAL = {
 }
 
 
-@pytest.mark.core("messages", "adapter")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NEUTRAL)
 def test_without_noise_it_is_sft_trainer_bit_for_bit(case, tmp_path):
     settings, changed, peft_config = NEUTRAL[case]
@@ -169,7 +169,7 @@ def test_evaluation_and_generation_are_clean_in_a_noisy_run(tmp_path):
     assert losses != [entry["loss"] for entry in clean.state.log_history if "loss" in entry]
 
 
-@pytest.mark.core("adapter")
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "adapter"])
 def test_a_resumed_run_draws_the_noise_of_the_uninterrupted_one(peft_config, tmp_path):
     settings = dict(NOISE, max_steps=3, save_strategy="steps", save_steps=1)
@@ -254,6 +254,7 @@ def test_a_stream_of_rows_is_trained_on_as_the_rows_are(tmp_path):
     assert distance(change, expected) < 1e-5
 
 
+@pytest.mark.core("packed", "cut in front")
 @pytest.mark.parametrize(
     "settings",
     [
