@@ -1,4 +1,4 @@
-"""Modules by the names that they had before each kind of thing got a folder."""
+"""Modules and functions by the names that they had before each kind of thing got a folder."""
 
 import importlib
 import sys
@@ -50,6 +50,11 @@ class _Finder:
             raise AttributeError(f"module {module.__name__!r} has no attribute {attribute!r}; see {', '.join(names)}")
 
         module.__getattr__ = found
+
+
+def held(module: str, name: str):
+    """Return what `module` holds by `name`: for the `__getattr__` of a module that held it before."""
+    return getattr(importlib.import_module(module), name)
 
 
 def register() -> None:

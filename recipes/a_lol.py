@@ -12,7 +12,7 @@ import sys
 
 import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
 from posttrain import ALoLConfig, ALoLTrainer, recipe
-from posttrain.config import ModelArguments, get_quantization_config, parse, run_main
+from posttrain.config import ModelArguments, get_quantization_config, parse
 from posttrain.recipe import dry_run
 from posttrain.recipe.scored_answers import ScoredArguments, describe, load_answers
 from posttrain.run.report import RunReport
@@ -40,4 +40,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(recipe.run_main(main))

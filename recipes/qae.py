@@ -11,7 +11,7 @@ import sys
 
 import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
 from posttrain import QAEConfig, QAETrainer
-from posttrain.config import run_main
+from posttrain.recipe import run_main
 from posttrain.recipe.tasks import run
 
 

@@ -12,7 +12,7 @@ import sys
 
 import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
 from posttrain import RobustDPOConfig, RobustDPOTrainer, recipe
-from posttrain.config import DataArguments, ModelArguments, get_quantization_config, parse, run_main
+from posttrain.config import DataArguments, ModelArguments, get_quantization_config, parse
 from posttrain.data.pairs.loading import load_preferences
 from posttrain.recipe import dry_run, preferences
 from posttrain.run.report import RunReport
@@ -40,4 +40,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(recipe.run_main(main))

@@ -76,7 +76,7 @@ class Run:
             for stream in (1, 2):
                 os.dup2(file, stream)
             sys.argv = [f"{method}.py", *words]
-            from posttrain.config import run_main
+            from posttrain.recipe import run_main
 
             code = run_main(RECIPES[method].main)
         except BaseException:

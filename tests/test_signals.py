@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from posttrain import signals
-from posttrain.config import run_main
+from posttrain.recipe import run_main
 
 ROOT = Path(__file__).parents[1]
 # nothing of the libraries is imported

@@ -8,33 +8,27 @@ it: also where a setting of the file cannot stand beside one of the command line
 have to be set in the shell instead. What runs code of others is for the command line alone.
 """
 
-import atexit
-import contextlib
 import copy
 import os
 import re
-import signal
 import sys
-import time
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from pathlib import Path
 
 import yaml
 from trl import ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
-from posttrain import private, signals, yaml_text
+from posttrain import former_names, private, yaml_text
 from posttrain.checks import near
 from posttrain.config import strangers
 from posttrain.config.arguments import DataArguments as DataArguments
 from posttrain.config.arguments import ModelArguments as ModelArguments
 from posttrain.config.arguments import is_local as is_local
 from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
-from posttrain.console import complain, guard_tracebacks
-from posttrain.errors import ConfigError, ExcludedSetting, PosttrainError, Preempted
+from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 
 COMMAND_LINE = "command line"
@@ -90,76 +84,10 @@ def get_peft_config(model_args: ModelConfig):
         raise ConfigError(f"the adapter cannot be built with these settings: {error}") from error
 
 
-def run_main(main: Callable[[], object]) -> int:
-    """Run `main` and return the process's exit code: 0, or that of the PosttrainError it ended in.
-
-    The error is printed as one message, once a machine, with the rank where that is not the first. A signal that ends
-    the process (SIGTERM, SIGHUP, SIGUSR1) becomes an exception, so that every `finally` runs, and the code is 128 and
-    its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. A distributed run
-    ends here, and so does a recipe that was told to end: taking the libraries apart takes seconds.
-    """
-    guard_tracebacks()
-    if signals.in_main_thread() and signals.is_launched():
-        signals.follow_parent(signal.SIGTERM)
-    signals.forks_end_with_us()
-    if os.environ.get("POSTTRAIN_EXIT_CODE_FILE") and os.environ.get("LOCAL_RANK", "0") == "0":
-        # of an earlier run, or made by `mktemp`
-        Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).unlink(missing_ok=True)
-    with signals.handled(signals.raise_terminated, signals.ending()), signals.counting_from_the_start():
-        code = _code_of(main)
-    is_waited_for = getattr(main, "__module__", None) == "__main__" and (code > 128 or code == Preempted.exit_code)
-    if is_waited_for or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _leave(code)
-    return code
-
-
-def _code_of(main: Callable[[], object]) -> int:
-    try:
-        main()
-    except PosttrainError as error:
-        return _told(str(error) if isinstance(error, Preempted) else f"error: {error}", error.exit_code)
-    except (Exception, KeyboardInterrupt, signals.Terminated) as error:
-        ended = signals.behind(error)
-        if ended is None:
-            _keep(1)
-            raise
-        # as the shell has it for a program that Ctrl-C ended
-        return _told(str(ended), ended.code) if isinstance(ended, signals.Terminated) else _told("interrupted", 130)
-    return 0
-
-
-# in which a launcher ends the other ranks, of which one has told the same
-_OTHERS_TELL = 3.0
-
-
-def _told(message: str, code: int) -> int:
-    """Print why the process ends, and keep its code, which `accelerate launch` would turn into 1."""
-    local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")
-    if local != "0":
-        try:
-            time.sleep(_OTHERS_TELL)
-        except (signals.Terminated, KeyboardInterrupt):
-            return code
-    if rank != "0":
-        message = f"rank {rank}: {message}"
-    complain(message)
-    _keep(code)
-    return code
-
-
-def _keep(code: int) -> None:
-    if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
-        with contextlib.suppress(FileExistsError), open(os.environ["POSTTRAIN_EXIT_CODE_FILE"], "x") as file:
-            file.write(str(code))
-
-
-def _leave(code: int) -> None:
-    # Threads of gloo still hold Python objects for a moment after their last collective. Where one lets go of them
-    # while the interpreter is being torn down, the process aborts, and a run that is saved counts as failed.
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def __getattr__(name: str):
+    if name == "run_main":
+        return former_names.held("posttrain.recipe.ending", name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class PosttrainParser(TrlParser):

@@ -8,6 +8,7 @@ from posttrain.config import DataArguments, ModelArguments, get_peft_config, is_
 from posttrain.config.mixture import rows_of_each
 from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
+from posttrain.recipe.ending import run_main as run_main
 from posttrain.run import lock
 from posttrain.visible import visible
 

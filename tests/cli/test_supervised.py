@@ -118,7 +118,7 @@ def test_the_first_failure_counts_and_not_how_the_others_were_ended(
 ])  # fmt: skip
 def test_the_reason_and_the_code_of_any_rank_are_kept(tmp_path, how, code, said):
     (tmp_path / "recipe.py").write_text(
-        "import os, sys, time\nfrom posttrain.config import run_main\nfrom posttrain.errors import DataError\n"
+        "import os, sys, time\nfrom posttrain.recipe import run_main\nfrom posttrain.errors import DataError\n"
         "def main():\n    open(os.environ['RANK'], 'w').close()\n    while not os.path.exists('0'): time.sleep(0.01)\n"
         f"    if os.environ['RANK'] == '1':\n        {how}\n    time.sleep(60)\nsys.exit(run_main(main))"
     )
