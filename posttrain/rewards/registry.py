@@ -36,52 +36,59 @@ def get_reward(name: str, *, allowed: Collection[str] | None = None, **settings)
 
     Raises ConfigError, naming the nearest name, for what does not exist, and as the reward does for its settings.
     """
+    return _named(name, settings, allowed, "reward_funcs")
+
+
+def get_rewards(
+    specs: Iterable, allowed: Collection[str] | None = None, *, config_field: str = "reward_funcs"
+) -> list[Reward]:
+    """Make the rewards of what a config's `reward_funcs` lists.
+
+    Each is a name as in `get_reward`, a mapping of one name to its settings (`length: {max_length: 512, cache: 128}`),
+    a function, or a reward. `allowed`: as in `get_reward`, whose ConfigErrors come through, with `config_field` as the
+    setting that they name.
+    """
+    specs = [specs] if isinstance(specs, str | Mapping) or callable(specs) else list(specs)
+    if not specs:
+        raise ConfigError(f"{config_field} is empty; name a reward such as maths_answer.")
+    return [_reward(spec, allowed, config_field) for spec in specs]
+
+
+def _reward(spec, allowed, config_field: str) -> Reward:
+    if isinstance(spec, Reward):
+        return spec
+    if isinstance(spec, str):
+        return _named(spec, {}, allowed, config_field)
+    if isinstance(spec, Mapping):
+        if len(spec) != 1 or not all(isinstance(value, Mapping | None) for value in spec.values()):
+            raise ConfigError(f"{config_field}: {dict(spec)!r} must map one reward's name to its settings.")
+        ((name, settings),) = spec.items()
+        return _named(str(name), dict(settings or {}), allowed, config_field)
+    if callable(spec):
+        return UserReward(spec)
+    raise ConfigError(f"{config_field}: {spec!r} is neither a reward's name nor a function.")
+
+
+def _named(name: str, settings: dict, allowed, config_field: str) -> Reward:
     name, _, query = name.partition("?")
-    settings = {**_settings(name, query), **settings}
+    settings = {**_settings(name, query, config_field), **settings}
     if ":" in name:
-        return _users_reward(import_function(name, "reward_funcs", allowed), settings)
+        return _users_reward(import_function(name, config_field, allowed), settings)
     if name not in BUILT_IN:
         close = near(name, BUILT_IN)
         hint = f" Did you mean {close!r}?" if close else ""
         raise ConfigError(
-            f"reward_funcs: {name!r} is not known.{hint} There are {', '.join(BUILT_IN)}, and your own as "
+            f"{config_field}: {name!r} is not known.{hint} There are {', '.join(BUILT_IN)}, and your own as "
             "module:function."
         )
     kind = BUILT_IN[name]
     known = [field.name for field in fields(kind)]
     for setting in settings:
-        check_option(f"reward_funcs: {name}", setting, known, "setting")
+        check_option(f"{config_field}: {name}", setting, known, "setting")
     try:
         return kind(**settings)
     except ConfigError as error:
-        raise ConfigError(f"reward_funcs: {name}: {error}") from None
-
-
-def get_rewards(specs: Iterable, allowed: Collection[str] | None = None) -> list[Reward]:
-    """Make the rewards of what a config's `reward_funcs` lists.
-
-    Each is a name as in `get_reward`, a mapping of one name to its settings (`length: {max_length: 512, cache: 128}`),
-    a function, or a reward. `allowed`: as in `get_reward`, whose ConfigErrors come through.
-    """
-    specs = [specs] if isinstance(specs, str | Mapping) or callable(specs) else list(specs)
-    if not specs:
-        raise ConfigError("reward_funcs is empty; name a reward such as maths_answer.")
-    return [_reward(spec, allowed) for spec in specs]
-
-
-def _reward(spec, allowed) -> Reward:
-    if isinstance(spec, Reward):
-        return spec
-    if isinstance(spec, str):
-        return get_reward(spec, allowed=allowed)
-    if isinstance(spec, Mapping):
-        if len(spec) != 1 or not all(isinstance(value, Mapping | None) for value in spec.values()):
-            raise ConfigError(f"reward_funcs: {dict(spec)!r} must map one reward's name to its settings.")
-        ((name, settings),) = spec.items()
-        return get_reward(str(name), allowed=allowed, **(settings or {}))
-    if callable(spec):
-        return UserReward(spec)
-    raise ConfigError(f"reward_funcs: {spec!r} is neither a reward's name nor a function.")
+        raise ConfigError(f"{config_field}: {name}: {error}") from None
 
 
 def _users_reward(found: Callable, settings: dict) -> Reward:
@@ -92,6 +99,6 @@ def _users_reward(found: Callable, settings: dict) -> Reward:
     return found if isinstance(found, Reward) else UserReward(found)
 
 
-def _settings(name: str, query: str) -> dict:
-    parsed = parse_query(query, f"reward_funcs: {name}?{query}", "settings")
+def _settings(name: str, query: str, config_field: str) -> dict:
+    parsed = parse_query(query, f"{config_field}: {name}?{query}", "settings")
     return {key: parse_scalar(text) for key, text in parsed.items()}

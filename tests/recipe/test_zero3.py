@@ -32,12 +32,18 @@ SETTINGS = {
     ],
     "a_lol": [
         "--dataset_name", "answers.jsonl", "--gradient_accumulation_steps", "1", "--max_length", "64",
-        "--learning_rate", "1e-3",
     ],
     "qae": ROLLOUTS,
     "hpt": ROLLOUTS,
+    "noisy_sft": ["--dataset_name", "generated:arithmetic?n=16", "--gradient_accumulation_steps", "1"],
 }  # fmt: skip
+# a step of an optimiser that bf16 does not round away
+LEARNING_RATE = ["--learning_rate", "1e-2", "--warmup_steps", "0"]
 SAID = {"a_lol": "8 of 16 answers have a gradient"}
+
+
+def test_every_zero3_config_is_run():
+    assert {path.parent.name for path in configs_dir().glob("*/zero3.yaml")} == SETTINGS.keys() | {"accelerate"}
 
 
 @pytest.mark.slow
@@ -50,7 +56,7 @@ def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path, metho
         BIN / "accelerate", "launch", "--config_file", configs_dir() / "accelerate" / "cpu_zero3.yaml",
         recipes_dir() / f"{method}.py", "--config", configs_dir() / method / "zero3.yaml", "--model_name_or_path",
         "embedded:tiny", "--output_dir", "run", "--max_steps", "2", "--save_steps", "2",
-        "--logging_steps", "1", *SETTINGS[method],
+        "--logging_steps", "1", *LEARNING_RATE, *SETTINGS[method],
     ]  # fmt: skip
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(recipes_dir().parent)}
     environment["POSTTRAIN_LOG"] = "info"
@@ -65,7 +71,8 @@ def test_the_zero3_config_trains_sharded_and_saves_a_whole_model(tmp_path, metho
     model = AutoModelForCausalLM.from_pretrained(run)
     assert model(torch.arange(1, 9)[None]).logits.isfinite().all()
     base = AutoModelForCausalLM.from_pretrained(resolve_model("embedded:tiny")).state_dict()
-    assert any((value.float() - base[name]).abs().max() > 0 for name, value in model.state_dict().items())
+    # what is saved is rounded to its dtype, and that alone is no training
+    assert all(not torch.equal(value, base[name].to(value.dtype)) for name, value in model.state_dict().items())
     assert yaml.safe_load((run / "resolved_config.yaml").read_text())["processes"] == 2
     # DeepSpeed writes these, a rank each, where the weights are partitioned
     states = [path.name for path in (run / "checkpoint-2").rglob("*_model_states.pt")]

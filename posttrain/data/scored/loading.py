@@ -373,7 +373,7 @@ def _with_rewards(row: Mapping) -> dict:
 def _one_reward(reward: Callable, allowed: Collection[str] | None = None):
     from posttrain.rewards import get_rewards
 
-    rewards = get_rewards(reward, allowed)
+    rewards = get_rewards(reward, allowed, config_field="reward_func")
     if len(rewards) != 1:
         raise ConfigError(f"{len(rewards)} reward functions are given; answers are scored by one.")
     return rewards[0]

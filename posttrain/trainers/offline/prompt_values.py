@@ -204,7 +204,9 @@ def _generate(trainer, prompts: list[list[int]]) -> list[str]:
     accelerator, args, tokenizer = trainer.accelerator, trainer.args, trainer._tokenizer
     own = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
     own.sort(key=lambda i: len(prompts[i]))
-    kept = KeptTokens(tokenizer, get_rewards([trainer.answers.reward_func]), [tokenizer.eos_token_id])
+    kept = KeptTokens(
+        tokenizer, get_rewards([trainer.answers.reward_func], config_field="reward_func"), [tokenizer.eos_token_id]
+    )
     found: list[tuple[int, str]] = []
     with frozen(trainer) as model:
         inner = accelerator.unwrap_model(model)

@@ -11,7 +11,7 @@ from posttrain.trainers.policy_gradient import reward_setup
 from posttrain.trainers.policy_gradient.rollout_log import success_rewards
 
 
-def place(batch: dict, rows: list[int], demonstrations: list[list[int]], pad: int) -> None:
+def replace_completions(batch: dict, rows: list[int], demonstrations: list[list[int]], pad: int) -> None:
     """Replace the completions of `rows` by demonstrations, widening the batch where they are longer."""
     if not rows:
         return
@@ -72,7 +72,7 @@ def insert(trainer, batch: dict, inputs: list[dict], rewards: Tensor, size: int)
     group_of = torch.arange(start, start + own, device=device) // size
     batch["completion_mask"][on_policy[group_of] == 0] = 0
     rows = [i for i in range(own) if (start + i) % size == 0 and demonstrated[(start + i) // size]]
-    place(batch, rows, [inputs[i][IDS] for i in rows], trainer._tokenizer.pad_token_id)
+    replace_completions(batch, rows, [inputs[i][IDS] for i in rows], trainer._tokenizer.pad_token_id)
     loss_mask = batch["completion_mask"]
     if "tool_mask" in batch:
         loss_mask = loss_mask * batch["tool_mask"]
