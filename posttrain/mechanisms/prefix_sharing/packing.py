@@ -272,8 +272,11 @@ def pack_rows(
                 is_scored.append(scored[i][shared:])
                 at += len(tokens[-1])
     lengths = np.array([len(part) for part in tokens])
-    begins, first_positions, *facts = np.repeat(np.array(parts).T, lengths, axis=1)
-    within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    # half the memory to go through, where the places are small enough
+    place_type = np.int32 if max(len(bins) * packed_width, len(rows) * width) < 2**31 else np.int64
+    begins, first_positions, *facts = np.repeat(np.array(parts, place_type).T, lengths, axis=1)
+    within = np.arange(lengths.sum(), dtype=place_type)
+    within -= np.repeat((lengths.cumsum() - lengths).astype(place_type), lengths)
     own_block, own_branch, own_row, last_of_prompt = facts
     tokens, positions, places = np.concatenate(tokens), first_positions + within, begins + within
     input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -281,17 +284,18 @@ def pack_rows(
     tables, values = (input_ids, position_ids, block_of, branches), (tokens, positions, own_block, own_branch)
     for table, value in zip(tables, values, strict=True):
         table.reshape(-1)[places] = value
-    sources = np.where(within == 0, last_of_prompt, places - 1)
-    targets = own_row * (width - 1) + np.asarray(starts)[own_row] + positions - 1
-    kept = np.concatenate(is_scored)
+    kept = np.flatnonzero(np.concatenate(is_scored))
+    sources = np.where(within[kept] == 0, last_of_prompt[kept], places[kept] - 1).astype(np.int64)
+    row_of_kept = own_row[kept].astype(np.int64)
+    targets = row_of_kept * (width - 1) + np.asarray(starts, np.int64)[row_of_kept] + positions[kept] - 1
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         blocks=torch.from_numpy(block_of),
         branches=torch.from_numpy(branches),
-        sources=torch.from_numpy(sources[kept]),
+        sources=torch.from_numpy(sources),
         labels=torch.from_numpy(tokens[kept].astype(np.int64)),
-        targets=torch.from_numpy(targets[kept]),
+        targets=torch.from_numpy(targets),
         shape=(len(rows), width - 1),
         tokens=sum(sizes),
         unshared=unshared,
