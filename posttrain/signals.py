@@ -127,6 +127,24 @@ def adopt_orphans() -> bool:
     return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def heed_parent_alone(number: int) -> None:
+    """Have this process end at a signal that its parent sends, and at nobody else's; where there is `sigwaitinfo`.
+
+    What it starts has the signal blocked, unless it says otherwise.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({number}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="posttrain-signals", daemon=True).start()
+
+
 def _prctl(option: int, value: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False

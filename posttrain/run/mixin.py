@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list, is_peft_model
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.run import checkpoints, evaluation, lock, schedule, synced_reference
+from posttrain.run import checkpoints, evaluation, lock, preemption, schedule, synced_reference
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
 from posttrain.run.construction import ConstructionMixin
 from posttrain.run.construction import without_folder as without_folder
@@ -74,6 +74,9 @@ class RunMixin(ConstructionMixin, SavingMixin):
 
     def save_beside(self, folder: Path, in_checkpoint: bool) -> None:
         """Write a method's own files beside a saved model or adapter; called on the main rank."""
+
+    def get_train_dataloader(self):
+        return preemption.keep_workers(super().get_train_dataloader())
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Train as `transformers.Trainer.train` does, resuming only from complete checkpoints.

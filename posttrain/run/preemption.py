@@ -1,6 +1,7 @@
 """Ends a run early with a checkpoint that it goes on from: at a signal, or after `max_minutes`."""
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -42,6 +43,24 @@ def taken() -> tuple[int, ...]:
     names = (name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
     ours = (signal.SIG_DFL, signals.raise_terminated)
     return tuple(getattr(signal, name) for name in names if signal.getsignal(getattr(signal, name)) in ours)
+
+
+def keep_workers(loader):
+    """Have a data loader's workers outlive a SIGTERM to each process of a job: the run ends them after its checkpoint.
+
+    Returns the loader.
+    """
+    # the one that accelerate's goes through
+    inner = getattr(loader, "base_dataloader", loader)
+    if getattr(inner, "num_workers", 0):
+        inner.worker_init_fn = functools.partial(_begin_worker, inner.worker_init_fn)
+    return loader
+
+
+def _begin_worker(begin, number: int) -> None:
+    signals.heed_parent_alone(signal.SIGTERM)
+    if begin is not None:
+        begin(number)
 
 
 class StopEarly(TrainerCallback):

@@ -2,15 +2,19 @@
 
 import os
 import signal
+import subprocess
 import time
 
+import psutil
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from posttrain import RobustDPOConfig, signals
 from posttrain.errors import ConfigError, Preempted
 from posttrain.run import checkpoints, preemption
 from tests import rollouts
+from tests.conftest import make_pairs
 from tests.runs import entries, identical
 from tests.training import train
 
@@ -72,7 +76,6 @@ def test_the_minutes_end_a_run_as_a_signal_does(tiny_folder, tmp_path):
 
 
 def test_an_evaluation_that_was_due_is_left_out(tiny_folder, tmp_path, sending, logged):
-    from tests.conftest import make_pairs
 
     sending(2, signal.SIGTERM)
     with pytest.raises(Preempted):
@@ -81,7 +84,6 @@ def test_an_evaluation_that_was_due_is_left_out(tiny_folder, tmp_path, sending, 
 
 
 def test_the_epoch_of_a_run_that_ends_early_is_not_over(tiny_folder, tmp_path, sending, logged):
-    from tests.conftest import make_pairs
 
     sending(1, signal.SIGTERM)
     every = dict(save_strategy="epoch", eval_strategy="epoch", logging_strategy="epoch", save_only_model=True)
@@ -168,3 +170,49 @@ def test_a_signal_of_one_rank_is_the_signal_of_all(monkeypatch):
     monkeypatch.setattr("torch.distributed.all_reduce", others_was)
     stop = preemption.StopEarly(None)
     assert stop._reason_of(stop._asked(Args, True), Args) == "SIGUSR1 came"
+
+
+class Pids(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        return os.getpid()
+
+
+def test_a_worker_of_rows_heeds_nobody_but_its_run():
+    loader = preemption.keep_workers(torch.utils.data.DataLoader(Pids(), batch_size=1, num_workers=1))
+    pids = iter(loader)
+    worker = int(next(pids))
+    subprocess.run(["kill", "-TERM", str(worker)], check=True)
+    assert [int(pid) for pid in pids] == [worker] * 63
+    loader = preemption.keep_workers(torch.utils.data.DataLoader(Pids(), batch_size=1, num_workers=1))
+    pids = iter(loader)
+    worker = psutil.Process(int(next(pids)))
+    worker.terminate()
+    assert worker.wait(30) == 0
+
+
+class ToAll(TrainerCallback):
+    """Sends SIGTERM to this process and its children from a process beside them, as `scancel` does."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            everyone = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+            assert len(everyone) == 3
+            subprocess.run(["kill", "-TERM", *map(str, everyone)], check=True)
+            # what the death of a worker would do comes at once
+            time.sleep(0.1)
+
+
+def test_a_job_that_is_told_to_end_whole_saves_with_workers_of_rows(tiny_folder, tmp_path, monkeypatch):
+    from posttrain.run.construction import ConstructionMixin
+
+    finish = ConstructionMixin._finish_construction
+    monkeypatch.setattr(
+        ConstructionMixin, "_finish_construction", lambda self: (finish(self), self.add_callback(ToAll()))
+    )
+    with pytest.raises(Preempted, match="SIGTERM came: the run ended after step 2 of 4"):
+        train(tiny_folder, tmp_path, pairs=make_pairs(64), dataloader_num_workers=2, **RUN)
+    assert [folder.name for folder in checkpoints.complete(tmp_path)] == ["checkpoint-2"]
+    assert not psutil.Process().children()
