@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from posttrain.errors import EnvironmentIssue
@@ -106,4 +106,16 @@ def digest(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             content.update(block)
+    return content.hexdigest()
+
+
+def digest_of_tensors(head: str, tensors: Mapping) -> str:
+    """Digest named tensors of any shape, with what stands before them, as `digest` does a file."""
+    import torch
+    import xxhash
+
+    content = xxhash.xxh3_128(head.encode())
+    for name, tensor in sorted(tensors.items()):
+        content.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        content.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return content.hexdigest()

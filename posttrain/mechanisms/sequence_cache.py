@@ -111,11 +111,7 @@ class ReferenceCache:
         return dict(zip(keys, self._from_tensors(tensors), strict=True)), None
 
     def _digest(self, tensors: Mapping[str, torch.Tensor]) -> str:
-        content = xxhash.xxh3_128(self.path.stem.encode())
-        for name, tensor in sorted(tensors.items()):
-            content.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            content.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        return content.hexdigest()
+        return whole_files.digest_of_tensors(self.path.stem, tensors)
 
     def _from_tensors(self, tensors: dict[str, torch.Tensor]) -> Sequence:
         return tensors["logps"].tolist()

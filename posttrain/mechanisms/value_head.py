@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from posttrain.log import get_logger
+from posttrain import whole_files
 
 FILE = "value_head.safetensors"
 BATCH = 32
@@ -117,64 +116,87 @@ def pad(states: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[T
 def save(heads: Sequence[ValueHead], folder: str | Path, key: str) -> Path:
     """Write the heads of all folds into one file at once; `key` says what they were trained on.
 
-    Heads of another key that lie there stay, and these get a name of their own.
+    Heads of another key that lie there stay, and these get a name of their own; a file that is no value head is set
+    aside. Raises EnvironmentIssue where the folder cannot be written.
     """
-    path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and _facts(path).get("key", key) != key:
-        path = path.with_name(_keyed(key))
-    first = heads[0]
+    first, path = heads[0], Path(folder) / FILE
     facts = {"key": key, "folds": len(heads), "hidden_size": first.query.size(-1), "reward_max": first.reward_max}
     tensors = {
         f"{i}.{name}": value.cpu().contiguous()
         for i, head in enumerate(heads)
         for name, value in head.state_dict().items()
     }
-    partial = path.with_name(f".{FILE}-{uuid.uuid4().hex}.partial")
-    try:
-        save_file(tensors, partial, metadata={"value_head": json.dumps(facts)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    facts["digest"] = _digest(facts, tensors)
+    mend = "Give a folder that can be written to as `value_head_dir`."
+    with whole_files.answered(f"value heads cannot be written to {folder}", mend):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_files.locked(path):
+            there, _, _ = _read(path)
+            if there and there["key"] != key:
+                path = path.with_name(_keyed(key))
+            if os.path.lexists(path) and not _read(path)[0]:
+                whole_files.set_aside(path, "is no value head")
+            metadata = {"value_head": json.dumps(facts)}
+            whole_files.replace(path, lambda partial: save_file(tensors, partial, metadata=metadata))
     return path
 
 
 def load(folder: str | Path, key: str | None = None, device: torch.device | str = "cpu") -> list[ValueHead] | None:
-    """Load the heads that `save` wrote, in eval mode; None where there are none, or only ones of another key."""
-    names = (FILE,) if key is None else (FILE, _keyed(key))
-    paths = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
-    path = next((path for path in paths if (facts := _facts(path)) and key in (None, facts["key"])), None)
-    if path is None:
-        return None
-    facts = _facts(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        get_logger().warning("value head %s cannot be read (%s); it will be trained anew", path, error)
-        return None
-    heads = []
-    for fold in range(facts["folds"]):
-        with _seeded(0, device):
-            head = ValueHead(facts["hidden_size"], facts["reward_max"])
-        own = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{fold}.")}
-        head.load_state_dict(own)
-        heads.append(head.to(device).eval())
-    return heads
+    """Load the heads that `save` wrote, in eval mode; None where there are none, or only ones of another key.
+
+    A damaged file is set aside with a warning.
+    """
+    for name in (FILE,) if key is None else (FILE, _keyed(key)):
+        path = Path(folder) / name
+        facts, tensors, fault = _read(path)
+        if fault is not None:
+            with whole_files.answered(f"{path} {fault}, and cannot be set aside", "Delete it."):
+                whole_files.set_aside(path, fault)
+        elif facts and key in (None, facts["key"]):
+            return [_built(facts, tensors, fold, device) for fold in range(facts["folds"])]
+    return None
+
+
+def _built(facts: dict, tensors: dict[str, Tensor], fold: int, device) -> ValueHead:
+    with _seeded(0, device):
+        head = ValueHead(facts["hidden_size"], facts["reward_max"])
+    head.load_state_dict(
+        {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{fold}.")}
+    )
+    return head.to(device).eval()
 
 
 def _keyed(key: str) -> str:
     return FILE.replace(".", f"-{key[:16]}.", 1)
 
 
-def _facts(path: Path) -> dict:
-    """Read what `save` noted of the heads in a file; empty where it cannot be read."""
+def _read(path: Path) -> tuple[dict, dict[str, Tensor], str | None]:
+    """Return what `save` noted of the heads in a file, their tensors, and what is wrong with the file, if it is there.
+
+    Files of earlier versions have no digest.
+    """
+    if not path.exists():
+        return {}, {}, None
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("value_head", "{}"))
+            facts = json.loads((file.metadata() or {})["value_head"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "digest" in facts and facts["digest"] != _digest(facts, tensors):
+            return {}, {}, "is damaged: its digest is not that of its content"
+        if facts["folds"] < 1 or facts["hidden_size"] != tensors["0.query"].size(-1):
+            return {}, {}, "is no value head"
+        for fold in range(facts["folds"]):
+            _built(facts, tensors, fold, "cpu")
+        return {"key": facts["key"], **facts}, tensors, None
     except (SafetensorError, OSError) as error:
-        get_logger().warning("value head %s cannot be read (%s); it will be trained anew", path, error)
-        return {}
+        return {}, {}, f"cannot be read ({error})"
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return {}, {}, "is no value head"
+
+
+def _digest(facts: dict, tensors: dict[str, Tensor]) -> str:
+    named = {name: value for name, value in facts.items() if name != "digest"}
+    return whole_files.digest_of_tensors(json.dumps(named, sort_keys=True), tensors)
 
 
 @contextlib.contextmanager

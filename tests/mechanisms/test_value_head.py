@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from posttrain.mechanisms import value_head
 from posttrain.mechanisms.value_head import ValueHead, fit, folds_of, load, pad, predict, save
@@ -91,7 +92,7 @@ def test_heads_are_saved_as_safetensors_and_found_by_their_key(tmp_path, head, l
         torch.manual_seed(7)
         other = ValueHead(WIDTH, reward_max=4.0).eval()
     path = save([head, other], tmp_path / "run", "k1")
-    assert path.name == "value_head.safetensors" and [p.name for p in path.parent.iterdir()] == [path.name]
+    assert path.name == "value_head.safetensors" and {p.name for p in path.parent.glob("[!.]*")} == {path.name}
     first, second = load(tmp_path / "run", "k1")
     assert predict(first, states) == predict(head, states) and predict(second, states) == predict(other, states)
     assert not first.training and first.reward_max == 4.0
@@ -102,6 +103,42 @@ def test_heads_are_saved_as_safetensors_and_found_by_their_key(tmp_path, head, l
     beside.unlink()
     with value_head.safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["value_head"])
+    assert len(facts.pop("digest")) == 32
     assert facts == {"key": "k1", "folds": 2, "hidden_size": WIDTH, "reward_max": 4.0}
     path.write_bytes(b"not a safetensors file")
     assert load(tmp_path / "run", "k1") is None and "cannot be read" in logged.text
+
+
+def rewritten(path, tensors=None, **facts):
+    """The file with other tensors, or other things said of them."""
+    with value_head.safe_open(path, framework="pt") as file:
+        held = json.loads(file.metadata()["value_head"]) | facts
+        tensors = tensors or {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {"value_head": json.dumps({k: v for k, v in held.items() if v is not None})})
+
+
+def test_heads_without_a_digest_are_of_before_and_load(tmp_path, head):
+    rewritten(save([head], tmp_path, "k"), digest=None)
+    assert predict(load(tmp_path, "k")[0], make_states(3)) == predict(head, make_states(3))
+
+
+@pytest.mark.parametrize(
+    ("how", "fault"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"), "its digest is not that of its content"),
+        (lambda path: rewritten(path, folds=0), "its digest is not"),
+        (lambda path: rewritten(path, digest=None, hidden_size=1 << 40), "is no value head"),
+        (lambda path: rewritten(path, digest=None, folds=3), "is no value head"),
+        (lambda path: save_file({"x": torch.ones(1)}, path), "is no value head"),
+    ],
+    ids=["flipped bits", "other facts", "another width", "more folds", "somebody else's"],
+)
+def test_a_file_that_holds_no_whole_heads_is_set_aside_and_not_overwritten(tmp_path, head, logged, how, fault):
+    path = save([head], tmp_path, "k")
+    how(path)
+    content = path.read_bytes()
+    if fault == "is no value head":
+        assert save([head], tmp_path, "k") == path
+    else:
+        assert load(tmp_path, "k") is None
+    assert fault in logged.text and (tmp_path / f"{path.name}.damaged1").read_bytes() == content
