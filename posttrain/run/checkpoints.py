@@ -27,7 +27,12 @@ def folders(output_dir: str | Path) -> list[Path]:
     root = Path(output_dir)
     if not root.is_dir():
         return []
-    return sorted((path for path in root.iterdir() if _FOLDER.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in root.iterdir() if is_named(path)), key=step_of)
+
+
+def is_named(path: Path) -> bool:
+    """Return whether a path is named as checkpoints are."""
+    return _FOLDER.fullmatch(path.name) is not None
 
 
 def step_of(folder: Path) -> int:
@@ -197,7 +202,7 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
             "method, model, data, seed and batch split, cannot be checked",
             folder,
         )
-        logs = _trainer_state(folder).get("log_history", [])
+        logs = trainer_state(folder).get("log_history", [])
         return {"state": {"num_tokens": next((row["num_tokens"] for row in reversed(logs) if "num_tokens" in row), 0)}}
     content = files.content_of(folder / MARKER)
     refuse_damaged(folder, weights_only)
@@ -223,7 +228,7 @@ def settings_of(content: dict) -> dict:
 
 def planned_steps(folder: Path) -> int:
     """Return how many steps the run that wrote a checkpoint was to take."""
-    return int(_trainer_state(folder)["max_steps"])
+    return int(trainer_state(folder)["max_steps"])
 
 
 def warn_of_missing_random_state(folder: Path, ranks: int) -> None:
@@ -239,7 +244,8 @@ def warn_of_missing_random_state(folder: Path, ranks: int) -> None:
         )
 
 
-def _trainer_state(folder: Path) -> dict:
+def trainer_state(folder: Path) -> dict:
+    """Read transformers' state of a checkpoint; ConfigError where it cannot be read."""
     path = folder / files.TRAINER_STATE
     try:
         state = json.loads(path.read_text())
@@ -313,16 +319,6 @@ def _name_best(trainer, partial: Path, folder: Path) -> None:
     state.best_model_checkpoint = str(folder)
     if trainer.accelerator.is_main_process:
         state.save_to_json(str(partial / files.TRAINER_STATE))
-
-
-def keep_best_alone(trainer, output_dir: Path) -> None:
-    """Delete our checkpoints but for the best at the end of training with `save_total_limit: 1`, as upstream does."""
-    best = trainer.state.best_model_checkpoint
-    if trainer.args.save_total_limit != 1 or best is None or not trainer.args.should_save:
-        return
-    for folder in complete(output_dir):
-        if not folder.is_symlink() and folder.resolve() != Path(best).resolve():
-            clear(folder)
 
 
 def is_write_error(error: Exception) -> bool:

@@ -28,6 +28,8 @@ class RunMixin(ConstructionMixin, SavingMixin):
     # whether a save may fall on another step than the settings say
     saves_may_wait = False
     _said_no_aux_loss = False
+    # the checkpoint that training goes on from
+    resumed_from: Path | None = None
     # of a metric that an evaluation has measured nowhere
     no_value = math.nan
 
@@ -98,7 +100,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
 
     def _train(self, resume_from_checkpoint, *args, **kwargs):
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        self._schedule.resumed = None
+        self._schedule.resumed, self.resumed_from = None, checkpoint
         if checkpoint is not None:
             now = self._identity() | update_settings(self) if self.args.check_resume else None
             state = checkpoints.read(checkpoint, now, self.args.resume_weights_only)["state"]

@@ -12,8 +12,8 @@ from posttrain.config.setting import identity_of
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.base_model import loaded_from
 from posttrain.log import get_logger
+from posttrain.run import best, checkpoints, lock
 from posttrain.run import checkpoint_files as files
-from posttrain.run import checkpoints, lock
 from posttrain.run.checkpoint_files import MARKER, mark
 from posttrain.run.identity import differing, update_of, update_settings
 
@@ -136,6 +136,8 @@ class RunFolder(TrainerCallback):
         check_free(trainer)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self._trainer.resumed_from is not None:
+            best.find_again(self._trainer, self._trainer.resumed_from)
         check_way(args, state.global_step, state.max_steps, state.save_steps, self._trainer.saves_may_wait)
         if not state.is_world_process_zero:
             return

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from posttrain.errors import EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.mechanisms.precision import same_precision
-from posttrain.run import checkpoints, run_folder, synced_reference
+from posttrain.run import best, checkpoints, run_folder, synced_reference
 
 
 class SavingMixin:
@@ -87,7 +87,7 @@ class SavingMixin:
             output = super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
-        checkpoints.keep_best_alone(self, Path(self._get_output_dir(trial)))
+        best.keep_alone(self, Path(self._get_output_dir(trial)))
         return output
 
     # stands on Trainer._load_from_checkpoint
