@@ -30,6 +30,7 @@ from posttrain.config.arguments import is_local as is_local
 from posttrain.config.field_types import BadValue, FieldType, kind_of, shown
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
+from posttrain.visible import one_line
 
 COMMAND_LINE = "command line"
 
@@ -242,7 +243,11 @@ def _read_yaml(path: str) -> tuple[dict, dict[str, int]]:
     lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
     for key, _ in root.value:
         if not key.tag.endswith(":str"):
-            raise ConfigError(f"{path}:{lines[key.value]}: the key `{key.value}` is no text, as all keys are.")
+            raise ConfigError(
+                f"{path}:{lines[key.value]}: the key `{one_line(key.value)}` is no text, as all keys are."
+            )
+        if one_line(key.value) != key.value:
+            raise ConfigError(f"{path}:{lines[key.value]}: the key `{one_line(key.value)}` is the name of no setting.")
     if not isinstance(settings.get("env") or {}, dict):
         raise ConfigError(f"{path}:{lines['env']}: `env` is {kind_of(settings['env'])}; it takes a mapping.")
     return settings, lines
@@ -271,7 +276,7 @@ def _check_keys(node, path: str, outer: tuple = ()) -> None:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in first:
-                raise ConfigError(f"{path}:{line}: `{key.value}` is set at line {first[key.value]} already.")
+                raise ConfigError(f"{path}:{line}: `{one_line(key.value)}` is set at line {first[key.value]} already.")
             if isinstance(key, yaml.ScalarNode):
                 first[key.value] = line
             _check_keys(value, path, (*outer, node))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from posttrain.checks import near
 from posttrain.errors import ConfigError
+from posttrain.visible import one_line
 
 # Variables of the number of threads and devices, of notes, of names in a tracker. Not among them: what says where
 # programs, libraries, caches, tokens or servers are.
@@ -26,14 +27,21 @@ def check_variable(name: str, place: str) -> None:
     """Raise ConfigError for a variable of `env:` by which programs, libraries, servers or accounts are chosen."""
     if name not in VARIABLES:
         raise ConfigError(
-            f"{place}: `env` sets {name}, which a settings file may not: it takes names of threads, devices, offline "
+            f"{place}: `env` sets {one_line(name)}, which a settings file may not: it takes names of threads, devices, offline "
             f"modes and trackers' projects, such as {near(name, VARIABLES) or 'OMP_NUM_THREADS'}; docs/strangers.md "
-            f"lists them. Set it in the shell: `{name}=... posttrain train ...`."
+            f"lists them. Set it in the shell: `{one_line(name)}=... posttrain train ...`."
         )
 
 
 def check_setting(name: str, value, place: str) -> None:
-    """Raise ConfigError for a setting of a file that would have code of others run."""
+    """Raise ConfigError for a setting of a file that would have code of others run, or forge lines on a console."""
+    texts = [held for _, held in _entries("", value)] if isinstance(value, list) else [value]
+    for text in texts:
+        if isinstance(text, str) and one_line(text) != text:
+            raise ConfigError(
+                f"{place}: `{name}` is {one_line(text)}, with a line break or a character that steers a console. Write it "
+                "without."
+            )
     if name == "allow_code":
         raise ConfigError(
             f"{place}: `allow_code` says which code you trust, so it is for the command line: --allow_code MODULE. "

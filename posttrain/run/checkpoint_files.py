@@ -18,6 +18,7 @@ from safetensors import safe_open
 from posttrain.errors import ConfigError
 from posttrain.hub.files import TOKENIZER
 from posttrain.private import without_secrets
+from posttrain.visible import one_line
 from posttrain.whole_files import sync
 
 MARKER = "posttrain_complete.json"
@@ -105,14 +106,16 @@ def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -
     for name, size in listed.items():
         there = (folder / name).stat().st_size if (folder / name).is_file() else None
         if there != size:
-            return f"{name} has {there} bytes instead of {size}" if there is not None else f"{name} is missing"
+            said = f"has {there} bytes instead of {one_line(size)}" if there is not None else "is missing"
+            return f"{one_line(name)} {said}"
     saved = {name: digest for name, digest in content.get("digests", {}).items() if name in listed}
     if by_content:
         try:
             found = digests(folder, saved)
         except OSError as error:
-            return f"{error.filename or 'a file'} cannot be read ({error.strerror})"
-        return next((f"{name} has another content than was saved" for name in saved if found[name] != saved[name]), "")
+            return f"{one_line(error.filename or 'a file')} cannot be read ({error.strerror})"
+        changed = next((name for name in saved if found[name] != saved[name]), None)
+        return "" if changed is None else f"{one_line(changed)} has another content than was saved"
     return ""
 
 

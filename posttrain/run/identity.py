@@ -13,6 +13,7 @@ from posttrain.config.setting import identity_of, meanings
 from posttrain.hub.base_model import adapter_config, base_name, loaded_from
 from posttrain.mechanisms.base_digests import base_digests, plain, quantisation
 from posttrain.private import without_secrets
+from posttrain.visible import one_line
 
 # Columns of rows that were tokenised before the run
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids", "labels")
@@ -152,7 +153,9 @@ def differing(now: dict, then: dict) -> str:
     }
     if now.get("reference") and then.get("reference"):
         words["reference"] = "reference: another ref_model there than here"
-    return "; ".join(words.get(name, f"{name}: {then.get(name)} there, {now.get(name)} here") for name in names)
+    return "; ".join(
+        words.get(name, f"{name}: {one_line(then.get(name))} there, {one_line(now.get(name))} here") for name in names
+    )
 
 
 def _reference_in_words(settings: dict) -> str:

@@ -3,13 +3,14 @@
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
 from posttrain import ALoLConfig, QAEConfig, yaml_text
 from posttrain.config import ModelArguments, parse
 from posttrain.config.strangers import VARIABLES
+from posttrain.console import complain
 from posttrain.errors import ConfigError, DataError
 from posttrain.hub.metadata import parse_card
 from posttrain.objectives.advantages import leave_one_out_advantage
@@ -200,3 +201,32 @@ def test_a_file_without_an_end_is_read_no_further_than_settings_are_long():
 def test_aliases_of_an_ordinary_file_are_read():
     text = "a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n"
     assert yaml_text.load(text) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
+
+
+@dataclass
+class Named:
+    number: int = 1
+    name: str | None = None
+    names: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'number: "3\\nposttrain: all is well"',
+        '"a\\nposttrain: all is well": 1',
+        '"name\\e[2J": x',
+        'name: "rows.jsonl\\e[2Jposttrain: all is well"',
+        'names: [x, "y\\nposttrain: all is well"]',
+        'names: x\nnames: "\\nposttrain: all is well"',
+        'env: {"A\\nposttrain: all is well": 1}',
+    ],
+)
+def test_no_line_is_forged_by_a_name_or_a_key(tmp_path, capsys, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(ConfigError) as caught:
+        parse((Named,), ["--config", str(path)])
+    complain(str(caught.value))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "\x1b" not in said, said
