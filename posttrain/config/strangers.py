@@ -27,9 +27,9 @@ def check_variable(name: str, place: str) -> None:
     """Raise ConfigError for a variable of `env:` by which programs, libraries, servers or accounts are chosen."""
     if name not in VARIABLES:
         raise ConfigError(
-            f"{place}: `env` sets {one_line(name)}, which a settings file may not: it takes names of threads, devices, offline "
-            f"modes and trackers' projects, such as {near(name, VARIABLES) or 'OMP_NUM_THREADS'}; docs/strangers.md "
-            f"lists them. Set it in the shell: `{one_line(name)}=... posttrain train ...`."
+            f"{place}: `env` sets {one_line(name)}, which a settings file may not: it takes names of threads, devices, "
+            f"offline modes and trackers' projects, such as {near(name, VARIABLES) or 'OMP_NUM_THREADS'}; "
+            f"docs/strangers.md lists them. Set it in the shell: `{one_line(name)}=... posttrain train ...`."
         )
 
 
@@ -39,8 +39,8 @@ def check_setting(name: str, value, place: str) -> None:
     for text in texts:
         if isinstance(text, str) and one_line(text) != text:
             raise ConfigError(
-                f"{place}: `{name}` is {one_line(text)}, with a line break or a character that steers a console. Write it "
-                "without."
+                f"{place}: `{name}` is {one_line(text)}, with a line break or a character that steers a console. Write "
+                "it without."
             )
     if name == "allow_code":
         raise ConfigError(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -19,8 +20,11 @@ _HELD = {errno.EACCES, errno.EAGAIN}
 # minutes after which a lock that no file system guards, and that nobody renewed, is nobody's
 _STALE = 10
 
-# this process's own, by the file's true path: how often it was taken, the open file, the process's number, and
-# when it was renewed
+# seconds between two renewals of such a lock
+_RENEWAL = 60.0
+
+# this process's own, by the file's true path: how often it was taken, the open file, the process's number, and what
+# ends its renewals
 _own: dict[Path, list] = {}
 
 
@@ -66,15 +70,6 @@ def held(folder: str | Path, accelerator=None):
             _release(taken)
 
 
-def renew(folder: str | Path) -> None:
-    """Tell that a held folder is still in use, where its file system has no locks of its own."""
-    entry = _own.get((Path(folder) / NAME).resolve())
-    if entry and time.monotonic() - entry[3] > 60:
-        entry[3] = time.monotonic()
-        with contextlib.suppress(OSError):
-            os.utime(Path(folder) / NAME)
-
-
 def _take(folder: Path) -> Path:
     path = folder / NAME
     if (key := path.resolve()) in _own:
@@ -102,8 +97,29 @@ def _take(folder: Path) -> Path:
         file.flush()
     except OSError as error:
         raise EnvironmentIssue(f"{folder} cannot be written to: {error.strerror or error}") from error
-    _own[path.resolve()] = [1, file, os.getpid(), time.monotonic()]
-    return path.resolve()
+    key, released = path.resolve(), threading.Event()
+    _own[key] = [1, file, os.getpid(), released]
+    if not _is_guarded(file):
+        # a long evaluation is no end of the run
+        threading.Thread(target=_renew, args=(key, released), name="posttrain-lock", daemon=True).start()
+    return key
+
+
+def _renew(key: Path, released: threading.Event) -> None:
+    while not released.wait(_RENEWAL):
+        with contextlib.suppress(OSError):
+            os.utime(key)
+
+
+def _is_guarded(file) -> bool:
+    """Tell whether the file system keeps others off a file that this process has locked."""
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _release(key: Path) -> None:
@@ -112,6 +128,7 @@ def _release(key: Path) -> None:
     # a process that was forked meanwhile has no part in it
     if entry[0] == 0 and entry[2] == os.getpid():
         del _own[key]
+        entry[3].set()
         with contextlib.suppress(OSError):
             key.unlink()
         entry[1].close()

@@ -145,10 +145,6 @@ class RunFolder(TrainerCallback):
             self._begin_anew(args)
         note_run(Path(args.output_dir), self._trainer)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            lock.renew(args.output_dir)
-
     def _begin_anew(self, args) -> None:
         folder, left = Path(args.output_dir), checkpoints.complete(args.output_dir)
         if args.overwrite:

@@ -1,8 +1,10 @@
+import errno
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -124,3 +126,23 @@ def test_without_locks_of_the_file_system_the_holder_must_be_there(tmp_path, mon
     with pytest.raises(ConfigError, match=f"process {content['process']} on .* delete .*{lock.NAME}"):
         with lock.held(tmp_path):
             raise AssertionError("two hold it")
+
+
+def test_a_lock_that_no_file_system_guards_is_renewed_while_the_run_evaluates(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    monkeypatch.setattr(lock, "_RENEWAL", 0.01)
+    path = tmp_path / lock.NAME
+    with lock.held(tmp_path):
+        os.utime(path, (0, 0))
+        for _ in range(1000):
+            if path.stat().st_mtime:
+                break
+            time.sleep(0.01)
+        assert path.stat().st_mtime
+    for thread in [thread for thread in threading.enumerate() if thread.name == "posttrain-lock"]:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not path.exists()
