@@ -22,8 +22,6 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    from trl import pack_dataset
-
     from posttrain.data.instructions.tokens import learned_ends, tokenised_before_loading
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.run.prepared import micro_batches, steps
@@ -38,29 +36,29 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
         later = "known once the model is loaded (chat_template_path or eos_token change the tokens)"
         facts |= {"of them within max_length": later, "rows per step": batch}
         return facts | dry_run.sizes(config, args, peft_config)
-    rows = ready.train_dataset
+    rows, part = ready.train_dataset, prepare.kept_part(args)
+    cut = ((row["input_ids"][part], row["labels"][part]) for row in rows)
+    # a row of which nothing is left to learn is dropped
+    learned = ((ids, labels) for ids, labels in cut if any(label != -100 for label in labels))
+    first = next(learned)
     if args.packing:
-        tokens = rows.select_columns(["input_ids", "labels"])
-        packed = pack_dataset(tokens, args.max_length, args.packing_strategy, {})
+        packed = prepare.packed(rows, args)
         kept = facts["rows packed into"] = len(packed)
         trained = list(zip(packed["input_ids"], packed["labels"], strict=True))
     else:
         kept = facts["of them within max_length"] = ready.rows
-        part = slice(args.max_length) if args.truncation_mode == "keep_start" else slice(-(args.max_length or 0), None)
-        cut = ((row["input_ids"][part], row["labels"][part]) for row in rows)
-        # a row of which nothing is left to learn is dropped
-        trained = [(ids, labels) for ids, labels in cut if any(label != -100 for label in labels)]
+        trained = [first, *learned]
     lengths = [len(ids) for ids, _ in trained]
-    learned = sum(label != -100 for _, labels in trained for label in labels)
-    first, tokenizer = rows[0], tokenizer_of(processing_class)
-    start, end = learned_ends(first["labels"])
+    count = sum(label != -100 for _, labels in trained for label in labels)
+    (ids, labels), tokenizer = first, tokenizer_of(processing_class)
+    start, end = learned_ends(labels)
     return {
         **facts,
         "rows per step": batch,
         "steps": steps(args, micro_batches(args, kept)),
         "longest row (tokens)": max(lengths),
-        "share of tokens that are learned": f"{learned / sum(lengths):.1%}",
+        "share of tokens that are learned": f"{count / sum(lengths):.1%}",
         **dry_run.sizes(config, args, peft_config),
-        "prompt": tokenizer.decode(first["input_ids"][:start]),
-        "completion": tokenizer.decode(first["input_ids"][start:end]),
+        "prompt": tokenizer.decode(ids[:start]),
+        "completion": tokenizer.decode(ids[start:end]),
     }

@@ -1,6 +1,6 @@
 """A preference run, told without doing it."""
 
-import math
+import itertools
 
 from posttrain.recipe.dry_run import SAMPLE_ROWS, check, sizes
 
@@ -10,8 +10,8 @@ def describe(
 ) -> dict:
     """Describe a preference run: effective batch, steps, parameters, tokens, checkpoint size, and one rendered pair.
 
-    Settings and data are checked as the trainer would. The tokenizer is loaded, up to 64 rows are tokenised, and the
-    model is built without memory for its weights.
+    Settings and data are checked as the trainer would. The tokenizer is loaded, the first 64 pairs that `max_length`
+    keeps are tokenised, and the model is built without memory for its weights.
 
     Args:
         model_id: a hub id or folder.
@@ -22,34 +22,38 @@ def describe(
         eval_dataset: further rows to check, or None.
 
     Returns:
-        plain values by name; token counts are means over the sample, cut at `max_length`.
+        plain values by name; token counts are means over the sample, cut at `max_length`. The pair is the first that
+        is trained on, whole.
 
     Raises:
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
     from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
-    from posttrain.run.prepared import micro_batches, steps
+    from posttrain.run.prepared import check_fills_a_batch, micro_batches, steps
     from posttrain.trainers.preference import prepare
 
     config = check(model_id, args, peft_config)
     processing_class = processing_class_for(model_id, None, args)
     ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset)
-    train_dataset = ready.train_dataset
     processes = processes or args.world_size
     tokenizer = tokenizer_of(processing_class)
-    limit = args.max_length or math.inf
-    sample = train_dataset.select(range(min(SAMPLE_ROWS, len(train_dataset))))
-    rows = list(tokenized_pairs(sample, processing_class))
-    tokens = [min(len(r["prompt_ids"]) + len(r[side]), limit) for r in rows for side in ("chosen_ids", "rejected_ids")]
+    pairs, limit = tokenized_pairs(ready.train_dataset, processing_class), prepare.prompt_limit(args)
+    kept = (pair for pair in pairs if limit is None or len(pair["prompt_ids"]) < limit)
+    rows = list(itertools.islice(kept, SAMPLE_ROWS))
+    total = ready.rows if ready.rows is not None else len(rows) + sum(1 for _ in kept)
+    check_fills_a_batch(args, total)
+    tokens = [len(row["prompt_ids"]) + len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
+    if args.max_length is not None:
+        tokens = [min(length, args.max_length) for length in tokens]
 
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     first = rows[0]
     return {
         "processes": processes,
         "pairs per step": batch,
-        "training pairs": ready.rows,
-        "steps": steps(args, micro_batches(args, ready.rows, processes)),
+        "training pairs": total,
+        "steps": steps(args, micro_batches(args, total, processes)),
         "tokens per step": round(2 * batch * sum(tokens) / len(tokens)),
         "longest sequence in the sample (tokens)": max(tokens),
         **sizes(config, args, peft_config),

@@ -81,7 +81,7 @@ def describe(
     from posttrain.trainers.offline import prompt_values
     from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
 
-    config, first, name = dry_run.check(model_id, args, peft_config), train_dataset[0], "train_dataset"
+    config, name = dry_run.check(model_id, args, peft_config), "train_dataset"
     processing_class = processing_class_for(model_id, None, args)
     answers = ALoLAnswers(args, data_args.reward_func)
     if data_args.reward_func is not None and args.allow_code is None:
@@ -93,7 +93,6 @@ def describe(
         model_id, config, processing_class, train_dataset, eval_dataset, data_args.same_scale,
         score=data_args.reward_func is None,
     )  # fmt: skip
-    shown = _as_learned(ready.facts["first"], processing_class, args, name)
     facts, rows, with_gradient = {}, ready.train_dataset, None
     if answers.has_head and data_args.reward_func is not None:
         answers.check_value_prompts(len(set(baselines.prompt_keys(rows))), name)
@@ -102,6 +101,7 @@ def describe(
         rows = answers.weigh(rows, name)
         rows = rows.select([i for i, weight in enumerate(rows["weight"][:]) if weight != 0])
     kept, fits = len(rows), ready.facts.get("fit")
+    first = (rows if kept else ready.train_dataset).select([0])
     if fits is None:
         given = len(ready.train_dataset)
         fits = f"at most {given}: chat_template_path or eos_token change the tokens once the model is loaded"
@@ -127,18 +127,22 @@ def describe(
         "steps": f"at most {taken}" if with_gradient is not None and args.max_steps <= 0 else taken,
         **dry_run.sizes(config, args, peft_config),
         **facts,
-        **shown,
-        "reward": f"by {without_secrets(data_args.reward_func)}" if data_args.reward_func else first.get("reward"),
+        **_as_learned(first, processing_class, args, name),
+        "reward": f"by {without_secrets(data_args.reward_func)}" if data_args.reward_func else first[0].get("reward"),
     }
 
 
 def _as_learned(row, processing_class, args, name: str) -> dict[str, str]:
-    """Render the prompt and the answer of a one-row data set from their tokens."""
+    """Render the prompt and the answer of a one-row data set from their tokens, as far as `max_length` leaves them."""
+    from posttrain.data.instructions.tokens import learned_ends
     from posttrain.data.scored import answer_tokens
     from posttrain.data.tokens import tokenizer_of
+    from posttrain.trainers.sft.prepare import kept_part
 
-    answer_tokens.check_template(row, processing_class)
-    tokens, tokenizer = answer_tokens.tokenise(row, processing_class, args, name)[0], tokenizer_of(processing_class)
-    start = next((i for i, label in enumerate(tokens["labels"]) if label != -100), len(tokens["labels"]))
-    ids = tokens["input_ids"]
+    if "input_ids" not in row.column_names:
+        answer_tokens.check_template(row, processing_class)
+        row = answer_tokens.tokenise(row, processing_class, args, name)
+    part, tokenizer = kept_part(args), tokenizer_of(processing_class)
+    ids, labels = row[0]["input_ids"][part], row[0]["labels"][part]
+    start, _ = learned_ends(labels)
     return {"prompt": tokenizer.decode(ids[:start]), "completion": tokenizer.decode(ids[start:])}

@@ -3,12 +3,13 @@
 import copy
 
 import pytest
+from datasets import concatenate_datasets
 from peft import LoraConfig
 
-from posttrain import ALoLConfig, ALoLTrainer, RobustDPOConfig, RobustDPOTrainer
+from posttrain import ALoLConfig, ALoLTrainer, NoisySFTConfig, RobustDPOConfig, RobustDPOTrainer
 from posttrain.models import tiny_model
-from posttrain.recipe import dry_run, preferences, scored_answers, tasks
-from tests import rollouts, scored, training
+from posttrain.recipe import dry_run, instructions, preferences, scored_answers, tasks
+from tests import rollouts, runs, scored, training
 from tests.conftest import make_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
@@ -65,6 +66,44 @@ def test_of_scored_answers(split, tiny_folder, tmp_path):
     assert told["of them with a gradient"] == len(trainer.train_dataset) < 26
     assert told["of them within max_length"] == trainer.advantages.rows
     assert told["steps"] == taken(trainer)
+
+
+def overlong(rows, n: int = 5):
+    """Put `n` rows before others whose prompt alone has more than 64 tokens."""
+    long = rows.select([0] * n).map(lambda row: {"prompt": [{"role": "user", "content": "cat " * 75}]})
+    return concatenate_datasets([long, rows])
+
+
+def test_what_max_length_drops_is_neither_counted_nor_shown(tiny_folder, tmp_path):
+    args = RobustDPOConfig(**training.settings(tmp_path, max_length=64, prefix_sharing="never"))
+    told = preferences.describe(tiny_folder, args, overlong(make_pairs(8)))
+    alone = preferences.describe(tiny_folder, args, make_pairs(8))
+    assert told == alone and told["training pairs"] == 8
+    rows = scored.make_scored(8)
+    args = ALoLConfig(**scored.settings(tmp_path, max_length=64, variant="wbc"))
+    given = scored_answers.ScoredArguments(dataset_name="a")
+    told = scored_answers.describe(tiny_folder, args, given, overlong(rows))
+    alone = scored_answers.describe(tiny_folder, args, given, rows)
+    assert told == alone | {"scored answers": 13} and told["reward"] == rows[0]["reward"]
+    args = NoisySFTConfig(str(tmp_path), max_length=64, **runs.SETTINGS)
+    told = instructions.describe(tiny_folder, args, overlong(rows.remove_columns("reward")))
+    alone = instructions.describe(tiny_folder, args, rows.remove_columns("reward"))
+    assert told == alone | {"training rows": 13}
+
+
+def test_pairs_of_a_large_data_set_are_counted_where_a_sample_shows_that_some_are_dropped(tiny_folder, tmp_path):
+    args = RobustDPOConfig(**training.settings(tmp_path, max_length=64, max_steps=-1, per_device_train_batch_size=8))
+    rows = concatenate_datasets([overlong(make_pairs(8)), make_pairs(8).select([i % 8 for i in range(1200)])])
+    told = preferences.describe(tiny_folder, args, rows)
+    assert told["training pairs"] == 1208 and told["steps"] == 151
+
+
+def test_an_answer_without_gradient_is_not_shown(tiny_folder, tmp_path):
+    rows = scored.make_scored(6, baseline=[2.0, 2.0, -1.0, -1.0, -1.0, -1.0])
+    args = ALoLConfig(**scored.settings(tmp_path, value="column", value_column="baseline"))
+    told = scored_answers.describe(tiny_folder, args, scored_answers.ScoredArguments(dataset_name="a"), rows)
+    assert told["of them with a gradient"] == 4 and told["reward"] == rows[2]["reward"]
+    assert rows[2]["prompt"][0]["content"] in told["prompt"]
 
 
 @pytest.mark.core("split1")

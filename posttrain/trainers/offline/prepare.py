@@ -84,7 +84,7 @@ class Answers:
         scored = score and self.needs_rewards
         train_dataset = self.scored(train_dataset, "train_dataset", scored)
         named = {name: self.scored(given, name, scored) for name, given in rows.by_name(eval_dataset).items()}
-        limits, facts = Limits(model, config), {"answers": len(train_dataset), "first": train_dataset.select([0])}
+        limits, facts = Limits(model, config), {"answers": len(train_dataset)}
         if scored and self.reward_func is None and not same_scale:
             answer_rows.check_scales(train_dataset, named)
         if tokenised_before_loading(args):

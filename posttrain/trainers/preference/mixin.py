@@ -172,9 +172,10 @@ class PreferenceMixin(WindowMixin):
 
     @staticmethod
     def _short_enough(dataset, args):
-        if args.max_length is None or args.truncation_mode != "keep_start":
+        limit = prepare.prompt_limit(args)
+        if limit is None:
             return dataset
-        return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": args.max_length})
+        return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": limit})
 
     def score(self, model, batch, aux_loss: bool = False) -> PairLogps:
         """Run `model` on a padded batch and sum the log-probabilities of each completion.

@@ -38,10 +38,20 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
     rows, report = None, (reports or {}).get("train_dataset")
     if hasattr(train_dataset, "__len__"):
         lengths = report.lengths if report is not None else None
+        rows, dropped = len(train_dataset), lengths.dropped if lengths else 0
         # of a large data set only a sample was looked at
-        rows = len(train_dataset) - (lengths.dropped if lengths and lengths.rows == len(train_dataset) else 0)
+        if dropped:
+            rows = rows - dropped if lengths.rows == rows else None
     check_fills_a_batch(args, rows)
     return Prepared(train_dataset, eval_dataset, limits, rows)
+
+
+def prompt_limit(args) -> int | None:
+    """Return the length in tokens from which on a prompt leaves nothing of its answers, and drops its pair.
+
+    None where none is dropped.
+    """
+    return args.max_length if args.truncation_mode == "keep_start" else None
 
 
 def check_reference_is_loadable(model, ref_model, args, peft_config) -> None:

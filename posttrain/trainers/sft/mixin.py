@@ -12,6 +12,7 @@ from posttrain.errors import ConfigError
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows
 from posttrain.run import new_tokens
+from posttrain.run.prepared import check_fills_a_batch
 from posttrain.run.sharing import record_padding
 from posttrain.run.window import WindowMixin
 from posttrain.trainers.sft.prepare import prepare
@@ -83,6 +84,9 @@ class InstructionMixin(RenderedRows, WindowMixin):
         self._begin_window()
 
     def _place(self, ready) -> None:
+        if hasattr(self.train_dataset, "__len__"):
+            # tokens that change with the model are counted here first
+            check_fills_a_batch(self.args, len(self.train_dataset))
         self.data_collator = RowLengths(self.data_collator)
         new_tokens.warn_of_frozen(self.model, self.train_dataset, ("input_ids",), self.processing_class)
         new_tokens.warn_of_absent(self.model, self.train_dataset, ("input_ids",), self.processing_class)

@@ -43,7 +43,9 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
     for name, dataset in named.items():
         named[name], left[name] = ready(dataset, processing_class, args, name, limits, stop_ids)
     train_dataset, known = named.pop("train_dataset"), left["train_dataset"]
-    if not args.packing:
+    if args.packing and args.dataloader_drop_last and "input_ids" in objects.names_of(train_dataset):
+        check_fills_a_batch(args, len(packed(train_dataset, args)) if hasattr(train_dataset, "__len__") else None)
+    elif not args.packing:
         check_fills_a_batch(args, known)
     return Prepared(train_dataset, rows.as_given(eval_dataset, named), limits, None if args.packing else known)
 
@@ -80,6 +82,26 @@ def ready(dataset, processing_class, args, name: str, limits, stop_ids=()):
     if "labels" not in dataset.column_names:
         return dataset, None
     return dataset, check_lengths(dataset, processing_class, args, name, stop_ids)
+
+
+def packed(dataset, args):
+    """Return tokenised rows packed to `max_length` as `trl.SFTTrainer` packs them."""
+    from trl import pack_dataset
+
+    dataset = dataset.select_columns([name for name in ("input_ids", "labels") if name in dataset.column_names])
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    return pack_dataset(dataset, args.max_length, args.packing_strategy, {})
+
+
+def kept_part(args) -> slice:
+    """Return the part of a row's tokens that `max_length` leaves; packing to it may split rows instead."""
+    if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
+        return slice(None)
+    # packing cuts at the end, whatever the mode
+    if args.packing or args.truncation_mode == "keep_start":
+        return slice(args.max_length)
+    return slice(-args.max_length, None)
 
 
 def check_template(value, processing_class, args) -> str | None:

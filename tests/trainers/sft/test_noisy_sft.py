@@ -281,6 +281,26 @@ def test_a_dry_run_tells_the_steps_of_the_trainer(settings, tiny_folder, tmp_pat
     assert told["prompt"].endswith("assistant\n") and told["completion"].startswith("amber")
 
 
+@pytest.mark.parametrize("settings", [{}, {"eos_token": "<|im_end|>"}], ids=["before", "with the model"])
+def test_packed_rows_that_fill_no_batch_are_refused(settings, tiny_folder, tmp_path):
+    few = dict(packing=True, max_length=1024, dataloader_drop_last=True, max_steps=-1, **settings)
+    with pytest.raises(ConfigError, match="1 kept rows fill no batch of 8 .*Set `dataloader_drop_last: false`"):
+        build(tmp_path, **few)
+    assert build(tmp_path, **few | {"dataloader_drop_last": False}).train_dataset.num_rows == 1
+
+
+def test_a_dry_run_refuses_packed_rows_that_fill_no_batch_and_tells_steps_of_full_ones(tiny_folder, tmp_path):
+    given = dict(output_dir=str(tmp_path), packing=True, dataloader_drop_last=True, use_cpu=True, bf16=False)
+    args = NoisySFTConfig(**given, max_length=1024)
+    with pytest.raises(ConfigError, match="1 kept rows fill no batch of 8"):
+        instructions.describe(tiny_folder, args, make_rows())
+    args = NoisySFTConfig(**given, max_length=128, per_device_train_batch_size=2, shuffle_dataset=True)
+    told = instructions.describe(tiny_folder, args, make_rows())
+    trainer = build(tmp_path, packing=True, max_length=128, shuffle_dataset=True, seed=args.seed)
+    assert told["rows packed into"] == len(trainer.train_dataset)
+    assert told["steps"] == 3 * (len(trainer.train_dataset) // 2) > 0
+
+
 def test_rows_are_read_from_files_of_every_kind(tmp_path):
     from posttrain.data.instructions.loading import load_instructions
 
