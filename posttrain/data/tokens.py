@@ -12,8 +12,8 @@ from posttrain.data.pairs import faults
 from posttrain.data.rendering import applied, bounds, closers, continued
 from posttrain.data.rendering.refusals import refusal
 from posttrain.data.row_options import check_settings, tools_of, with_read_tools
-from posttrain.errors import ConfigError, DataError
-from posttrain.remote import check_model_name, model_failure
+from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.remote import check_model_name, model_failure, reads_as_path
 from posttrain.visible import one_line
 
 bounds.install()
@@ -67,13 +67,53 @@ def processing_class_for(model, processing_class, args):
     name.
     """
     if processing_class is not None:
+        _check_own_settings(processing_class, args)
         return processing_class
     model_id = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     if not model_id:
         raise ConfigError("the model has no name to load a tokenizer by; pass `processing_class`.")
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     revision = kwargs.get("revision") if isinstance(model, str) else None
-    return load_processing_class(model_id, revision, args.trust_remote_code)
+    processing_class = load_processing_class(model_id, revision, args.trust_remote_code)
+    _check_own_settings(processing_class, args)
+    return processing_class
+
+
+def _check_own_settings(processing_class, args) -> None:
+    """Refuse an `eos_token` or `pad_token` that the tokenizer has not, and a `chat_template_path` without a template.
+
+    A family without one of them has no such setting.
+    """
+    path, known = getattr(args, "chat_template_path", None), tokenizer_of(processing_class).get_vocab()
+    if path is not None:
+        _check_template_path(path)
+    # a template's tokenizer brings tokens along
+    for name in ("eos_token", "pad_token") if path is None else ("eos_token",):
+        token = getattr(args, name, None)
+        if token is not None and token not in known:
+            raise ConfigError(
+                f"{name} is {token!r}, which is no token of the model's tokenizer. Give one that it has, or leave it "
+                "out."
+            )
+
+
+def _check_template_path(name: str) -> None:
+    path, said = Path(name), f"chat_template_path is {name!r}"
+    if path.is_file() and path.suffix in (".jinja", ".j2"):
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{said}, which cannot be read: {one_line(error)}.") from error
+        return
+    remedy = "Give a .jinja file, or the folder or hub id of a model whose tokenizer has a chat template."
+    if path.is_file() or (reads_as_path(name) and not path.is_dir()):
+        raise ConfigError(f"{said}, which is no folder and no .jinja file. {remedy}")
+    try:
+        tokenizer_of(load_processing_class(name)).get_chat_template()
+    except PosttrainError as error:
+        raise type(error)(f"{said}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{said}, whose tokenizer has no chat template. {remedy}") from error
 
 
 def tokenizer_of(processing_class):

@@ -6,10 +6,11 @@ from posttrain.hub.files import clean_readme
 from posttrain.hub.merging import merge_adapter
 from posttrain.hub.passages import loading_lines
 from posttrain.hub.push import push_checkpoint, push_folder, push_run
-from posttrain.hub.repository import Destination, open_repository, preflight
+from posttrain.hub.repository import Destination, check_push, open_repository, preflight
 
 __all__ = [
     "Destination",
+    "check_push",
     "clean_readme",
     "is_hub_id",
     "loading_lines",

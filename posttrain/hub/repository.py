@@ -58,15 +58,9 @@ def preflight(
             a repository with weights of the other kind.
         EnvironmentIssue: no token, a token that may not write there, or no connection.
     """
-    if not args.push_to_hub:
+    request = check_push(args, model)
+    if request is None:
         return None
-    strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
-    if strategy in _WITH_OPTIMIZER:
-        raise ConfigError(
-            f"hub_strategy is {strategy}, which would upload optimizer states. Set it to every_save (the weights, at "
-            "each save) or end; checkpoints stay in output_dir."
-        )
-    request = _request(args, model)
 
     def opened() -> Destination:
         destination = open_repository(**request, delays=delays)
@@ -88,6 +82,23 @@ def preflight(
     if isinstance(outcome[0], PosttrainError):
         raise outcome[0]
     return outcome[0]
+
+
+def check_push(args, model) -> dict | None:
+    """Return what the hub will be asked for, None where `push_to_hub` is false; asks and writes nothing.
+
+    Raises:
+        ConfigError: as `preflight`, as far as that is known without the hub.
+    """
+    if not args.push_to_hub:
+        return None
+    strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
+    if strategy in _WITH_OPTIMIZER:
+        raise ConfigError(
+            f"hub_strategy is {strategy}, which would upload optimizer states. Set it to every_save (the weights, at "
+            "each save) or end; checkpoints stay in output_dir."
+        )
+    return _request(args, model)
 
 
 def destination_of(trainer, *, private: bool | None = None, delays: Sequence[float] = RETRY_DELAYS) -> Destination:

@@ -11,15 +11,14 @@ SAMPLE_ROWS = 64
 TEXTS = ("prompt", "chosen", "rejected", "completion", "reward", "demonstration", "gold")
 
 
-def check(model_id: str, args, peft_config):
-    """Check what every trainer checks before anything loads; returns the model's config."""
-    from posttrain.run import checks, run_folder
+def check(model_id: str, args, peft_config, live_reference: bool = False):
+    """Check what every trainer checks before anything loads; returns the model's config.
 
-    run_folder.check_args(args, None)
-    checks.check_output_dir(args.output_dir)
-    if peft_config is not None:
-        checks.check_lora(peft_config)
-    return checks.load_config(model_id, args)
+    `live_reference`: as in `posttrain.run.settings.check`.
+    """
+    from posttrain.run import settings
+
+    return settings.check(model_id, args, peft_config, live_reference=live_reference)[1]
 
 
 def sizes(config, args, peft_config) -> dict[str, int]:

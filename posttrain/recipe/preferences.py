@@ -33,7 +33,7 @@ def describe(
     from posttrain.run.prepared import check_fills_a_batch, micro_batches, steps
     from posttrain.trainers.preference import prepare
 
-    config = check(model_id, args, peft_config)
+    config = check(model_id, args, peft_config, live_reference=True)
     processing_class = processing_class_for(model_id, None, args)
     ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset)
     processes = processes or args.world_size

@@ -151,9 +151,12 @@ def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_
     from posttrain.data.tasks import tokens
     from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.run.prepared import steps
-    from posttrain.trainers.policy_gradient import prepare
+    from posttrain.trainers.policy_gradient import prepare, reward_setup
 
-    config, processor = dry_run.check(model_id, args, peft_config), processing_class_for(model_id, None, args)
+    config = dry_run.check(model_id, args, peft_config, prepare.has_live_reference(args))
+    processor = processing_class_for(model_id, None, args)
+    prepare.advantage_function(args)
+    reward_setup.check_weights(args, task_args.reward_funcs)
     train_dataset = prepare.prepare(model_id, args, config, processor, train_dataset, eval_dataset).train_dataset
     tokenizer = tokenizer_of(processor)
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))

@@ -18,6 +18,7 @@ from transformers.utils import (
 )
 
 from posttrain.checks import check_choice
+from posttrain.compat import loading_names
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.remote import check_model_name, model_failure
 
@@ -97,6 +98,48 @@ def check_here(args) -> None:
             "activation_offloading is true, and there is no accelerator to take activations off. Leave it out on the "
             "CPU."
         )
+
+
+def check_synced_reference(args, has_adapter: bool) -> None:
+    """Refuse `sync_ref_model` where there is no reference model of its own, or its log-probabilities are kept."""
+    if not getattr(args, "sync_ref_model", False):
+        return
+    if has_adapter:
+        raise ConfigError(
+            "sync_ref_model is true and an adapter is trained, whose reference is the same model with the adapter off: "
+            "there is no other to sync. Leave sync_ref_model out, or train without an adapter (use_peft: false)."
+        )
+    if getattr(args, "precompute_ref_log_probs", False):
+        raise ConfigError(
+            "sync_ref_model is true with precompute_ref_log_probs, whose log-probabilities are those of the first "
+            "reference and would be stale after a sync. Leave one of them out."
+        )
+
+
+def check_router(args, config) -> None:
+    """Refuse `router_aux_loss_coef` for a model without experts. `config`: the model's."""
+    coefficient = getattr(args, "router_aux_loss_coef", None)
+    if coefficient and not hasattr(config.get_text_config(), "output_router_logits"):
+        raise ConfigError(
+            f"router_aux_loss_coef is {coefficient}, and the model ({config.model_type}) is no mixture of experts that "
+            "returns its router's logits. Leave it out."
+        )
+
+
+def check_init_kwargs(args, config) -> None:
+    """Refuse names in `model_init_kwargs` that neither transformers' loading nor the model's config knows.
+
+    `config`: the model's. A model of its own code may take any.
+    """
+    if args.trust_remote_code or not isinstance(args.model_init_kwargs, dict):
+        return
+    known = loading_names()
+    for name in args.model_init_kwargs:
+        if name not in known and not hasattr(config, name):
+            raise ConfigError(
+                f"model_init_kwargs names {name!r}, which neither from_pretrained nor the model's config "
+                f"({type(config).__name__}) has. Correct it, or leave it out."
+            )
 
 
 def check_optimiser(args) -> None:

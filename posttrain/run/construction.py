@@ -5,19 +5,17 @@ import contextvars
 import inspect
 from collections.abc import Callable
 
-import torch
 from peft import PeftModel
 from trl.trainer.utils import get_config_model_id
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
-from posttrain.models import embedded_name, resolve_model
-from posttrain.run import checks, lock, preemption, run_folder, schedule, start, upstream_configs
+from posttrain.models import embedded_name
+from posttrain.run import checks, preemption, run_folder, schedule, settings, start, upstream_configs
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
-from posttrain.run.sharing import check_setting
 from posttrain.run.watches import FiniteLoss
 
 _FOLDERLESS = contextvars.ContextVar("folderless", default=False)
@@ -86,21 +84,8 @@ class ConstructionMixin:
         self._start, self._peft_config, self._has_folder = None, peft_config, not _FOLDERLESS.get()
         output_dir = self._default_folder(model) if args is None else None
         args = upstream_configs.check_args(args, self._config_class, output_dir)
-        if self._has_folder:
-            run_folder.check_args(args, type(self).__name__)
-            checks.check_output_dir(args.output_dir)
-            lock.check_free(args.output_dir)
-        if peft_config is not None:
-            checks.check_lora(peft_config)
-        checks.check_here(args)
-        start.check_adapter(model, peft_config, args, self._live_reference(args))
-        if isinstance(model, str):
-            model = resolve_model(model)
-        config = model.config if isinstance(model, torch.nn.Module) else checks.load_config(model, args)
-        checks.check_tying(peft_config, config)
-        if self._has_folder:
-            run_folder.check_start_stays(args, model)
-        check_setting(args, config, peft_config)
+        live = self._live_reference(args)
+        model, config = settings.check(model, args, peft_config, type(self).__name__, live, self._has_folder)
         return model, args, config
 
     def _live_reference(self, args) -> bool:

@@ -29,12 +29,17 @@ def take_metrics(trainer, prefix: str) -> dict[str, float | None]:
     return found
 
 
-def check_best_metric(args, eval_dataset) -> None:
-    """Refuse a `metric_for_best_model` that belongs to none of several evaluation sets.
+def check_sets(args, eval_dataset) -> None:
+    """Refuse an evaluation without rows, and a `metric_for_best_model` that belongs to none of several sets.
 
     Raises:
-        ConfigError: each metric there will be begins with the name of its set.
+        ConfigError: in each of these cases; each metric of several sets begins with the name of its set.
     """
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise ConfigError(
+            f"eval_strategy is {getattr(args.eval_strategy, 'value', args.eval_strategy)}, and eval_dataset is missing. "
+            'Give one, or set `eval_strategy: "no"`.'
+        )
     if not isinstance(eval_dataset, dict) or args.metric_for_best_model is None or args.eval_strategy == "no":
         return
     wanted = args.metric_for_best_model.removeprefix("eval_")

@@ -92,7 +92,9 @@ def test_what_max_length_drops_is_neither_counted_nor_shown(tiny_folder, tmp_pat
 
 
 def test_pairs_of_a_large_data_set_are_counted_where_a_sample_shows_that_some_are_dropped(tiny_folder, tmp_path):
-    args = RobustDPOConfig(**training.settings(tmp_path, max_length=64, max_steps=-1, per_device_train_batch_size=8))
+    args = RobustDPOConfig(
+        **training.settings(tmp_path, max_length=64, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8)
+    )
     rows = concatenate_datasets([overlong(make_pairs(8)), make_pairs(8).select([i % 8 for i in range(1200)])])
     told = preferences.describe(tiny_folder, args, rows)
     assert told["training pairs"] == 1208 and told["steps"] == 151

@@ -76,7 +76,7 @@ class Answers:
         """
         args = self.args
         checks.check_model_config(args, config)
-        evaluation.check_best_metric(args, eval_dataset)
+        evaluation.check_sets(args, eval_dataset)
         answer_rows.check_stream(args, train_dataset)
         tokenizer = processing_class_for(model, processing_class, args)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None

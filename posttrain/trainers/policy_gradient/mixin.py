@@ -10,7 +10,7 @@ from torch import Tensor
 from posttrain.data import columns
 from posttrain.data.tasks import task_rows
 from posttrain.data.tokens import as_rendered, tokenizer_of
-from posttrain.errors import ConfigError, DivergedError, require
+from posttrain.errors import ConfigError, DivergedError
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards, special_tokens
 from posttrain.mechanisms.dropout import drops_out
@@ -64,8 +64,6 @@ class PolicyGradientMixin(RunMixin):
         rewards = []
 
         def ready(model, args, config):
-            if args.use_vllm:
-                require("vllm", "vllm", "use_vllm")
             self._advantage_function = prepare.advantage_function(args)
             rewards.append(reward_setup.reward_functions(reward_funcs, args))
             reward_setup.check_weights(args, rewards[0])
@@ -110,7 +108,7 @@ class PolicyGradientMixin(RunMixin):
         self._sharing = PrefixSharing(self, left_padded=True)
 
     def _live_reference(self, args) -> bool:
-        return args.beta != 0
+        return prepare.has_live_reference(args)
 
     # stands on GRPOTrainer._get_train_sampler; its generator is moved on where a run resumes
     def _get_train_sampler(self, dataset=None):

@@ -9,7 +9,7 @@ from posttrain.data.limits import Limits
 from posttrain.data.rows import by_name, refuse_splits
 from posttrain.data.tasks import task_rows, tokens
 from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, require
 from posttrain.mechanisms import special_tokens
 from posttrain.objectives import advantages
 from posttrain.rewards.base import check_missing_golds
@@ -32,13 +32,20 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset, 
     Raises:
         ConfigError, DataError, EnvironmentIssue: settings, rows or a tokenizer that cannot be trained with.
     """
+    if args.use_vllm:
+        require("vllm", "vllm", "use_vllm")
+    if args.sync_ref_model and args.beta == 0:
+        raise ConfigError(
+            "sync_ref_model is true and beta is 0, at which nothing reads a reference that could be synced. Set a beta "
+            "above 0, or leave sync_ref_model out."
+        )
     _check_prompts(train_dataset, eval_dataset, given or {})
     for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
         check_missing_golds(rewards, dataset, name)
     train_dataset = columns.prepare(train_dataset, "train_dataset")
     eval_dataset = columns.prepare(eval_dataset, "eval_dataset")
     check_generation(args, train_dataset)
-    evaluation.check_best_metric(args, eval_dataset)
+    evaluation.check_sets(args, eval_dataset)
     limits, processor = Limits(model, config), processing_class_for(model, processing_class, args)
     tokenizer = tokenizer_of(processor)
     if args.kept_tokens:
@@ -58,6 +65,11 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset, 
         limits.check_prompts(dataset, processor, args, name)
     rows = len(train_dataset) if hasattr(train_dataset, "__len__") else None
     return Prepared(train_dataset, eval_dataset, limits, rows)
+
+
+def has_live_reference(args) -> bool:
+    """Return whether the KL penalty reads a reference; an adapter's is the policy itself, with its adapter off."""
+    return args.beta != 0
 
 
 def micro_batches(args, rows: int) -> int:

@@ -34,7 +34,7 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
     limits = Limits(model, config)
     reports = schema.check_run(model, processing_class, args, train_dataset, eval_dataset, limits)
     check_flip_rates(args, train_dataset, eval_dataset)
-    evaluation.check_best_metric(args, eval_dataset)
+    evaluation.check_sets(args, eval_dataset)
     rows, report = None, (reports or {}).get("train_dataset")
     if hasattr(train_dataset, "__len__"):
         lengths = report.lengths if report is not None else None

@@ -1,0 +1,52 @@
+"""What settings, model and adapter must be before any weight loads, asked by a trainer and by a dry run alike."""
+
+import torch
+from peft import PeftModel
+
+from posttrain.hub import check_push
+from posttrain.models import resolve_model
+from posttrain.run import checks, lock, run_folder, start
+from posttrain.run.sharing import check_setting
+
+
+def check(
+    model, args, peft_config, method: str | None = None, live_reference: bool = False, has_folder: bool = True
+) -> tuple:
+    """Check settings, model and adapter as far as that needs neither weights nor data; writes and loads nothing else.
+
+    Args:
+        model: a hub id, a folder or `embedded:` name, or the model itself.
+        args: the trainer's config. peft_config: of a new adapter, or None.
+        method: the trainer's class, where it is known.
+        live_reference: whether an adapter's reference is the policy itself, with its adapter off or replaced.
+        has_folder: whether the run writes notes and checkpoints into its `output_dir`.
+
+    Returns:
+        the model, a name resolved to what can be loaded, and its config.
+
+    Raises:
+        ConfigError, EnvironmentIssue: what the run would be refused for.
+    """
+    if has_folder:
+        run_folder.check_args(args, method)
+        checks.check_output_dir(args.output_dir)
+        lock.check_free(args.output_dir)
+    if peft_config is not None:
+        checks.check_lora(peft_config)
+    checks.check_here(args)
+    checks.check_synced_reference(args, peft_config is not None or isinstance(model, PeftModel))
+    start.check_adapter(model, peft_config, args, live_reference)
+    if isinstance(model, str):
+        model = resolve_model(model)
+    if isinstance(model, torch.nn.Module):
+        config = model.config
+    else:
+        config = checks.load_config(model, args)
+        checks.check_init_kwargs(args, config)
+    checks.check_tying(peft_config, config)
+    checks.check_router(args, config)
+    if has_folder:
+        run_folder.check_start_stays(args, model)
+        check_push(args, model)
+    check_setting(args, config, peft_config)
+    return model, config
