@@ -17,6 +17,8 @@ from posttrain import (
     RobustDPOConfig,
 )
 from posttrain.mechanisms.noise import draws
+from posttrain.recipe import instructions, preferences, scored_answers, tasks
+from posttrain.recipe.scored_answers import ScoredArguments
 from tests import rollouts, runs, scored, training
 from tests.conftest import make_pairs
 
@@ -45,6 +47,10 @@ class Method:
         ddp, sharded: names of the cases that DDP and ZeRO run in the core suite.
         generated: a case of rollouts that two ranks generate, by its name.
         plain: how one process that takes the batch whole departs from a case on two ranks.
+        describe: `describe(folder, output_dir, **settings)` is the dry run of the `train` with the same arguments.
+        counted: the facts of a dry run that count the rows trained on.
+        unloaded: by settings, what a trainer and its dry run say when they refuse them, before a weight is loaded.
+        laid_out: ways to lay rows out in steps.
     """
 
     name: str
@@ -69,6 +75,15 @@ class Method:
     sharded: tuple[str, ...] = ()
     generated: Mapping[str, Mapping] = field(default_factory=dict)
     plain: Mapping = field(default_factory=dict)
+    describe: Callable = None
+    counted: tuple[str, ...] = ()
+    unloaded: Mapping[str, Mapping] = field(default_factory=dict)
+    laid_out: Sequence[Mapping] = (
+        dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=1.5),
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=1),
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, dataloader_drop_last=True),
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, dataloader_drop_last=True),
+    )
 
     def split(self, micro: int) -> dict:
         return dict(per_device_train_batch_size=micro, gradient_accumulation_steps=self.step // micro)
@@ -93,6 +108,33 @@ def _instructions(folder, output_dir, rows: int = 16, **settings):
     answers = scored.make_scored(rows).remove_columns("reward")
     ours = dict(trainer_class=NoisySFTTrainer, config_class=NoisySFTConfig)
     return scored.train(folder, output_dir, answers, **ours | settings)
+
+
+def _adapter(peft: bool):
+    return runs.lora() if peft else None
+
+
+def _told_of_pairs(folder, output_dir, rows: int = 16, peft=True, **settings):
+    args = RobustDPOConfig(**training.settings(output_dir, **settings))
+    return preferences.describe(folder, args, make_pairs(rows), _adapter(peft))
+
+
+def _told_of_answers(folder, output_dir, rows: int = 16, peft=True, **settings):
+    args, given = ALoLConfig(**scored.settings(output_dir, **settings)), ScoredArguments(dataset_name="a")
+    return scored_answers.describe(folder, args, given, scored.make_scored(rows), _adapter(peft))
+
+
+def _told_of_tasks(folder, output_dir, rows: int = 8, peft=True, **settings):
+    args = PolicyGradientConfig(**rollouts.settings(output_dir, **settings))
+    data = rollouts.prompts(([1, 0, 4, 2, 0, 3, 0, 1] * rows)[:rows])
+    return tasks.describe(folder, args, tasks.TaskArguments(dataset_name="a"), data, _adapter(peft))
+
+
+def _told_of_instructions(folder, output_dir, rows: int = 16, peft=True, **settings):
+    settings = scored.settings(output_dir, **settings)
+    del settings["prefix_sharing"]
+    answers = scored.make_scored(rows).remove_columns("reward")
+    return instructions.describe(folder, NoisySFTConfig(**settings), answers, _adapter(peft))
 
 
 def _width_for_length(monkeypatch) -> dict:
@@ -124,6 +166,23 @@ def _mean_of_means(monkeypatch) -> dict:
     return {}
 
 
+# of every method: what a trainer and its dry run say
+UNLOADED = {
+    "use_liger_kernel is true, which needs the package liger-kernel": dict(use_liger_kernel=True),
+    "base_model_id is not set, and the base model is": dict(push_to_hub=True, hub_model_id="me/run"),
+    "model_init_kwargs names 'bogus', which neither": dict(model_init_kwargs=dict(bogus=1)),
+    r"router_aux_loss_coef is 0.1, and the model \(llama\) is no mixture": dict(router_aux_loss_coef=0.1),
+    "eval_strategy is steps, and eval_dataset is missing": dict(eval_strategy="steps", eval_steps=1),
+}
+_PADDED = {"pad_token is '<nope>', which is no token of": dict(pad_token="<nope>")}
+_ON_CPU = {"activation_offloading is true, and there is no accelerator": dict(activation_offloading=True)}
+_OF_TEXTS = {
+    **_PADDED,
+    **_ON_CPU,
+    "eos_token is '<nope>', which is no token of": dict(eos_token="<nope>"),
+    "chat_template_path is '/nope/x', which is no folder and no .jinja": dict(chat_template_path="/nope/x"),
+}
+_SYNCED = "sync_ref_model is true and an adapter is trained"
 NAN, INF = float("nan"), float("inf")
 OFF_POLICY = [[0, 1, 0]] * 5
 DR_DPO = dict(reduction="dr_dpo", beta_prime=0.3)
@@ -213,6 +272,16 @@ robust_dpo = Method(
     ddp=("dr_dpo", "rdpo", "dr_dpo-rescale", "dr_dpo-cached", "dr_dpo-full"),
     sharded=("dr_dpo", "dr_dpo-full"),
     plain=PADDED | dict(precompute_ref_log_probs=False),
+    describe=_told_of_pairs,
+    counted=("training pairs",),
+    unloaded={
+        **_PADDED,
+        **_ON_CPU,
+        _SYNCED: dict(sync_ref_model=True),
+        "sync_ref_model is true with precompute_ref_log_probs": dict(
+            sync_ref_model=True, precompute_ref_log_probs=True, peft=False
+        ),
+    },
 )
 
 a_lol = Method(
@@ -299,6 +368,9 @@ a_lol = Method(
     },
     ddp=("a_lol-sampled-and-weighed", "a_lol-kept", "a_lol-head"),
     sharded=("a_lol-head",),
+    describe=_told_of_answers,
+    counted=("of them with a gradient",),
+    unloaded=_OF_TEXTS,
 )
 
 _OFF = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
@@ -376,6 +448,19 @@ policy_gradient = Method(
     ddp=("hpt", "dapo"),
     sharded=("hpt",),
     generated={"generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)},
+    describe=_told_of_tasks,
+    counted=("training tasks",),
+    unloaded={
+        _SYNCED: dict(sync_ref_model=True, beta=0.1),
+        "sync_ref_model is true and beta is 0": dict(sync_ref_model=True, peft=False),
+        "use_vllm needs the package vllm": dict(use_vllm=True),
+        "reward_weights has 2 weights for 1 reward functions": dict(reward_weights=[0.5, 0.5]),
+    },
+    laid_out=(
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2),
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=1),
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, num_generations=2, num_iterations=2),
+    ),
 )
 
 NEFTUNE = dict(embedding_noise="neftune", noise_alpha=5.0)
@@ -420,6 +505,9 @@ noisy_sft = Method(
     ddp=("neftune", "neftune-flat"),
     sharded=("neftune",),
     plain=dict(padding_free=False),
+    describe=_told_of_instructions,
+    counted=("of them within max_length",),
+    unloaded=_OF_TEXTS,
 )
 
 METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft)}

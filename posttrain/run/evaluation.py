@@ -36,9 +36,9 @@ def check_sets(args, eval_dataset) -> None:
         ConfigError: in each of these cases; each metric of several sets begins with the name of its set.
     """
     if args.eval_strategy != "no" and eval_dataset is None:
+        when = getattr(args.eval_strategy, "value", args.eval_strategy)
         raise ConfigError(
-            f"eval_strategy is {getattr(args.eval_strategy, 'value', args.eval_strategy)}, and eval_dataset is missing. "
-            'Give one, or set `eval_strategy: "no"`.'
+            f'eval_strategy is {when}, and eval_dataset is missing. Give one, or set `eval_strategy: "no"`.'
         )
     if not isinstance(eval_dataset, dict) or args.metric_for_best_model is None or args.eval_strategy == "no":
         return

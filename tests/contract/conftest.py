@@ -1,6 +1,12 @@
+from collections.abc import Mapping
+
 import pytest
 
 from tests.families import METHODS
+
+
+def _names(table):
+    return table if isinstance(table, Mapping) else range(len(table))
 
 
 def cases(table, core: int = 1):
@@ -8,7 +14,7 @@ def cases(table, core: int = 1):
     return [
         pytest.param(method, name, id=f"{method.name}-{name}", marks=[pytest.mark.slow] if place >= core else [])
         for method in METHODS.values()
-        for place, name in enumerate(getattr(method, table))
+        for place, name in enumerate(_names(getattr(method, table)))
     ]
 
 

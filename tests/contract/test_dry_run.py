@@ -7,18 +7,16 @@ from datasets import concatenate_datasets
 from peft import LoraConfig
 
 from posttrain import ALoLConfig, ALoLTrainer, NoisySFTConfig, RobustDPOConfig, RobustDPOTrainer
+from posttrain.data.pairs import schema
+from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.models import tiny_model
-from posttrain.recipe import dry_run, instructions, preferences, scored_answers, tasks
-from tests import rollouts, runs, scored, training
+from posttrain.recipe import dry_run, instructions, preferences, scored_answers
+from tests import runs, scored, training
 from tests.conftest import make_pairs
+from tests.contract.conftest import cases
+from tests.families import METHODS, UNLOADED
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
-SPLITS = [
-    dict(per_device_train_batch_size=4, gradient_accumulation_steps=1),
-    dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, dataloader_drop_last=True),
-    dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=1.5),
-    dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, dataloader_drop_last=True, num_train_epochs=2),
-]
 ADAPTERS = {
     "none": None,
     "linear": LoraConfig(r=4, target_modules="all-linear"),
@@ -28,44 +26,80 @@ ADAPTERS = {
 }
 
 
-def taken(trainer) -> int:
-    trainer.train()
-    assert trainer.state.global_step == trainer.state.max_steps
-    return trainer.state.max_steps
-
-
-@pytest.mark.core("split2")
-@pytest.mark.parametrize("split", SPLITS)
-def test_of_pairs(split, tiny_folder, tmp_path):
-    args = RobustDPOConfig(**training.settings(tmp_path, max_steps=-1, max_length=64, **split))
+def test_of_pairs_their_tokens(tiny_folder, tmp_path):
+    split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    args = RobustDPOConfig(**training.settings(tmp_path, max_length=64, **split))
     rows = make_pairs(13)
     told = preferences.describe(tiny_folder, args, rows)
     trainer = RobustDPOTrainer(tiny_folder, args=args, train_dataset=rows)
-    assert told["training pairs"] == len(trainer.train_dataset)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    assert told["pairs per step"] == batch and told["processes"] == 1
     sides = [
         min(len(row["prompt_ids"]) + len(row[side]), 64)
         for row in trainer.train_dataset
         for side in ("chosen_ids", "rejected_ids")
     ]
     assert told["longest sequence in the sample (tokens)"] == max(sides)
-    assert told["tokens per step"] == round(2 * batch * sum(sides) / len(sides))
-    assert told["parameters"] == sum(value.numel() for value in trainer.model.parameters())
-    assert told["steps"] == taken(trainer)
+    assert told["tokens per step"] == round(2 * 6 * sum(sides) / len(sides))
 
 
-@pytest.mark.core("split3")
-@pytest.mark.parametrize("split", SPLITS)
-def test_of_scored_answers(split, tiny_folder, tmp_path):
-    args = ALoLConfig(**scored.settings(tmp_path, **{"max_steps": -1, **split}))
+def test_of_scored_answers_how_many_are_left(tiny_folder, tmp_path):
+    args = ALoLConfig(**scored.settings(tmp_path))
     rows = scored.make_scored(26)
     told = scored_answers.describe(tiny_folder, args, scored_answers.ScoredArguments(dataset_name="a"), rows)
     trainer = ALoLTrainer(tiny_folder, args=args, train_dataset=rows)
     assert told["scored answers"] == trainer.given_rows == 26
     assert told["of them with a gradient"] == len(trainer.train_dataset) < 26
     assert told["of them within max_length"] == trainer.advantages.rows
-    assert told["steps"] == taken(trainer)
+
+
+@pytest.mark.parametrize("method, place", cases("laid_out"))
+def test_of_every_method_its_steps_rows_and_parameters(method, place, tiny_folder, tmp_path):
+    given = dict(rows=5 if method.name == "policy_gradient" else 13, max_steps=-1, num_train_epochs=1)
+    given |= method.laid_out[place]
+    told = method.describe(tiny_folder, tmp_path, **given)
+    _, trainer = method.train(tiny_folder, tmp_path, **given)
+    assert told["steps"] == trainer.state.global_step == trainer.state.max_steps > 0
+    assert [told[name] for name in method.counted] == [len(trainer.train_dataset)]
+    batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    per_step = {name: value for name, value in told.items() if name.endswith(" per step") and name != "tokens per step"}
+    assert list(per_step.values()) == [batch] and told["processes"] == 1
+    assert told["parameters"] == sum(
+        value.numel() for name, value in trainer.model.named_parameters() if ".ref." not in name
+    )
+
+
+@pytest.fixture(scope="module")
+def without_weights(tmp_path_factory, tokenizer):
+    """A folder with a tiny model's config and tokenizer."""
+    folder = tmp_path_factory.mktemp("no_weights")
+    tiny_model().config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+REFUSED = [
+    pytest.param(method, said, settings, id=f"{method.name}-{'-'.join(settings)}")
+    for method in METHODS.values()
+    for said, settings in (UNLOADED | method.unloaded).items()
+]
+
+
+@pytest.mark.parametrize("method, said, settings", REFUSED)
+@pytest.mark.filterwarnings("ignore:`(pad|eos)_token` is deprecated:FutureWarning")
+def test_a_run_and_its_dry_run_refuse_the_same_before_a_weight_is_loaded(
+    method, said, settings, without_weights, tmp_path
+):
+    found = []
+    for call in (method.describe, method.train):
+        with pytest.raises((ConfigError, EnvironmentIssue), match=said) as refused:
+            call(without_weights, tmp_path, **settings)
+        found.append((type(refused.value), str(refused.value)))
+    assert found[0] == found[1] and not list(tmp_path.iterdir())
+
+
+def test_trained_biases_under_a_live_reference_are_refused_by_the_dry_run_too(without_weights, tmp_path):
+    args, adapter = RobustDPOConfig(**training.settings(tmp_path)), LoraConfig(target_modules="all-linear", bias="all")
+    with pytest.raises(ConfigError, match="the adapter's bias is 'all'"):
+        preferences.describe(without_weights, args, make_pairs(4), adapter)
 
 
 def overlong(rows, n: int = 5):
@@ -91,13 +125,14 @@ def test_what_max_length_drops_is_neither_counted_nor_shown(tiny_folder, tmp_pat
     assert told == alone | {"training rows": 13}
 
 
-def test_pairs_of_a_large_data_set_are_counted_where_a_sample_shows_that_some_are_dropped(tiny_folder, tmp_path):
-    args = RobustDPOConfig(
-        **training.settings(tmp_path, max_length=64, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8)
-    )
-    rows = concatenate_datasets([overlong(make_pairs(8)), make_pairs(8).select([i % 8 for i in range(1200)])])
-    told = preferences.describe(tiny_folder, args, rows)
-    assert told["training pairs"] == 1208 and told["steps"] == 151
+def test_pairs_of_a_large_data_set_are_counted_where_a_sample_shows_that_some_are_dropped(
+    tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(schema, "SAMPLE", 10)
+    run = dict(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8)
+    args = RobustDPOConfig(**training.settings(tmp_path, max_length=64, **run))
+    told = preferences.describe(tiny_folder, args, overlong(make_pairs(16)))
+    assert told["training pairs"] == 16 and told["steps"] == 2
 
 
 def test_an_answer_without_gradient_is_not_shown(tiny_folder, tmp_path):
@@ -106,26 +141,6 @@ def test_an_answer_without_gradient_is_not_shown(tiny_folder, tmp_path):
     told = scored_answers.describe(tiny_folder, args, scored_answers.ScoredArguments(dataset_name="a"), rows)
     assert told["of them with a gradient"] == 4 and told["reward"] == rows[2]["reward"]
     assert rows[2]["prompt"][0]["content"] in told["prompt"]
-
-
-@pytest.mark.core("split1")
-@pytest.mark.parametrize(
-    "split",
-    [
-        dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, num_generations=4),
-        dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4, num_train_epochs=2),
-        dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, num_generations=2, num_iterations=2),
-    ],
-)
-def test_of_tasks(split, tiny_folder, tmp_path):
-    kind, config = rollouts.PRESETS["qae"]
-    args = config(**rollouts.settings(tmp_path, **{"max_steps": -1, **split}))
-    rows = rollouts.prompts([1, 0, 4, 2, 3])
-    told = tasks.describe(tiny_folder, args, tasks.TaskArguments(dataset_name="a"), rows)
-    trainer = kind(tiny_folder, rollouts.success, args, rows, rollout_func=rollouts.rollouts)
-    assert told["training tasks"] == len(trainer.train_dataset) == 5
-    assert told["rollouts per step"] == args.per_device_train_batch_size * args.gradient_accumulation_steps
-    assert told["steps"] == taken(trainer)
 
 
 @pytest.mark.core("True-embedding", "True-saved head", "False-tokens")
