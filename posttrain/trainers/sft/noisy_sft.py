@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with noise on the embeddings of the forward that is trained: NEFTune."""
+"""Supervised fine-tuning with noise on the embeddings of the forward that is trained: NEFTune, SymNoise and others."""
 
 import math
 
@@ -25,9 +25,20 @@ _NEFTUNE = {
 }""",
 }
 
+_SYMNOISE = {
+    "title": "SymNoise: Advancing Language Model Fine-tuning with Symmetric Noise",
+    "id": "2312.01523",
+    "citation": """@misc{yadav2023symnoise,
+    title  = {{SymNoise: Advancing Language Model Fine-tuning with Symmetric Noise}},
+    author = {Abhay Kumar Yadav and Arjun Singh},
+    year   = 2023,
+    eprint = {arXiv:2312.01523},
+}""",
+}
+
 
 class NoisySFTTrainer(InstructionMixin, SFTTrainer):
-    """`trl.SFTTrainer` with noise on the embeddings of the forward that is trained (NEFTune, arXiv 2310.05914).
+    """`trl.SFTTrainer` with noise on the embeddings of the forward that is trained: NEFTune, SymNoise and others.
 
     Takes what `trl.SFTTrainer` takes but for `formatting_func` and images, with a `NoisySFTConfig` as `args`. The noise
     of a token hangs on the run's seed, the optimiser step, the tokens of its sequence and its place there: batch split,
@@ -62,9 +73,11 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
                     f"the adapter is {adapter.peft_type.value}, whose virtual tokens are embedded before the model is "
                     "entered, past its noise. Use LoRA, or set `embedding_noise: none`."
                 )
-        self._noise = EmbeddingNoise(args.embedding_noise, args.noise_alpha, args.seed)
+        self._noise = EmbeddingNoise(args.embedding_noise, args.noise_alpha, args.seed, args.length_mode == "tensor")
+        self.copies = self._noise.copies
         # what the card says was run
-        self._name, self._paper = f"SFT with noisy embeddings ({args.embedding_noise})", _NEFTUNE
+        self._name = f"SFT with noisy embeddings ({args.embedding_noise})"
+        self._paper = _SYMNOISE if args.embedding_noise == "symnoise" else _NEFTUNE
 
     def around_policy_forward(self):
         if self._noise is None:

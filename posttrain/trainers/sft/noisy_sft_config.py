@@ -9,7 +9,7 @@ from trl import SFTConfig
 from posttrain.checks import check_choice
 from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
-from posttrain.mechanisms.noise.draws import SPREADS
+from posttrain.mechanisms.noise.draws import KINDS
 from posttrain.run.config import CommonConfig
 
 
@@ -25,8 +25,9 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     embedding_noise: str = setting(
         "none",
         "Noise on the input embeddings of the forward that is trained: none; neftune, uniform within noise_alpha / "
-        "sqrt(L d) for a sequence of L tokens and d coordinates; uniform, sqrt(3) times that, so that a sequence's "
-        "noise has the norm noise_alpha.",
+        "sqrt(L d) for a sequence of L tokens and d coordinates; uniform and gaussian, whose noise of a sequence has "
+        "the norm noise_alpha; symnoise, signs times noise_alpha / sqrt(L d), added to one copy of each row and taken "
+        "from another, which doubles the cost of a step.",
         identity="noise",
         card=lambda args: args.adds_noise,
     )
@@ -35,6 +36,14 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         "Strength of the noise; 0 for none. Published: 5 to 15.",
         identity=False,
         card=lambda args: args.adds_noise,
+    )
+
+    length_mode: str = setting(
+        "sequence",
+        "What L is: sequence, the tokens of each sequence itself; tensor, the width of the batch, as transformers' "
+        "neftune_noise_alpha has it, bit for bit, drawn from the global generator: for embedding_noise: neftune.",
+        identity=False,
+        card=lambda args: args.adds_noise and args.length_mode != "sequence",
     )
 
     says: ClassVar = ("embedding_noise",)
@@ -47,7 +56,10 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     @property
     def noise(self) -> str | None:
         """The noise in words, which a resumed run must share; None where there is none."""
-        return f"{self.embedding_noise} {self.noise_alpha:g}" if self.adds_noise else None
+        if not self.adds_noise:
+            return None
+        by = "" if self.length_mode == "sequence" else f" by {self.length_mode}"
+        return f"{self.embedding_noise} {self.noise_alpha:g}{by}"
 
     def _read(self):
         if self.neftune_noise_alpha is not None:
@@ -56,7 +68,14 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 "mode and shrinks with padding and packing. Use embedding_noise instead: `embedding_noise: neftune` "
                 f"and `noise_alpha: {self.neftune_noise_alpha}`."
             )
-        check_choice("embedding_noise", self.embedding_noise, ("none", *SPREADS))
+        check_choice("embedding_noise", self.embedding_noise, ("none", *KINDS))
+        check_choice("length_mode", self.length_mode, ("sequence", "tensor"))
+        if self.length_mode == "tensor" and self.embedding_noise != "neftune":
+            raise ExcludedSetting(
+                f"length_mode is tensor with embedding_noise: {self.embedding_noise}; by the width of the batch there "
+                "is transformers' NEFTune alone. Set `embedding_noise: neftune`, or leave length_mode out.",
+                {"length_mode": ("embedding_noise",)},
+            )
         alpha = self.noise_alpha
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
             raise ConfigError(f"noise_alpha is {alpha!r}; it must be a number of 0 or more.")

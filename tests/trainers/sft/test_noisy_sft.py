@@ -130,14 +130,66 @@ def test_packed_sequences_have_the_noise_of_their_own_length(tmp_path, monkeypat
     assert len(trainer.train_dataset) == 1 and distance(change, expected) < 1e-5
     assert distance(clean, expected) > 0.1
     # one length for the whole row, as in other implementations
-    own = draws.bounds
+    own = draws.scales
     monkeypatch.setattr(
-        draws, "bounds", lambda kind, alpha, found, size: own(
+        draws, "scales", lambda kind, alpha, found, size: own(
             kind, alpha, found._replace(lengths=torch.full_like(found.lengths, found.real.sum().item())), size
         ),
     )  # fmt: skip
     wrong, _ = train(tmp_path / "wrong", **NOISE, **packed)
     assert distance(wrong, expected) > 1e-2
+
+
+SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=8.0)
+
+
+@pytest.fixture(scope="module")
+def symmetric(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("symmetric"), **SYMNOISE, per_device_train_batch_size=16, max_steps=1)
+
+
+@pytest.mark.core("split", "packed")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=4),
+        dict(per_device_train_batch_size=16, padding_free=True, max_length=None),
+        dict(packing=True, max_length=4096, per_device_train_batch_size=1),
+        dict(per_device_train_batch_size=16, gradient_checkpointing=True),
+    ],
+    ids=["split", "padding-free", "packed", "checkpointed"],
+)
+def test_both_signs_make_one_update_whatever_the_layout(layout, symmetric, tmp_path):
+    expected, whole = symmetric
+    change, trainer = train(tmp_path, **SYMNOISE, max_steps=1, **layout)
+    assert distance(change, expected) < 1e-5
+    # each token once, though it is forwarded twice
+    for name in ("num_tokens", "loss", "noise/ratio"):
+        assert trainer.state.log_history[0][name] == pytest.approx(whole.state.log_history[0][name], rel=1e-4), name
+
+
+def test_the_update_is_even_in_the_noise_and_that_of_one_sign_is_not(symmetric, tmp_path, monkeypatch):
+    whole = dict(SYMNOISE, per_device_train_batch_size=16, max_steps=1)
+    drawn = draws.KINDS["symnoise"]
+    other = drawn._replace(draw=lambda keys, size: -draws.signs(keys, size))
+    monkeypatch.setitem(draws.KINDS, "symnoise", other)
+    turned, _ = train(tmp_path / "turned", **whole)
+    assert distance(turned, symmetric[0]) < 1e-5
+    clean, _ = train(tmp_path / "clean", per_device_train_batch_size=16, max_steps=1)
+    assert distance(clean, symmetric[0]) > 0.1
+    # the known wrong form, which calls itself by the same name: the noise of one sign alone
+    monkeypatch.setitem(draws.KINDS, "uniform", drawn)
+    single, _ = train(tmp_path / "single", **whole | dict(embedding_noise="uniform"))
+    assert distance(single, symmetric[0]) > 1e-2
+
+
+def test_a_batch_of_a_collator_that_cannot_be_repeated_is_refused(tmp_path):
+    def collator(examples):
+        ids = torch.tensor([example["input_ids"][:8] for example in examples])
+        return dict(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), weights=torch.ones(len(ids)))
+
+    with pytest.raises(ConfigError, match="the batch holds weights .8,., and this kind of noise"):
+        train(tmp_path, **SYMNOISE, data_collator=collator)
 
 
 def test_evaluation_and_generation_are_clean_in_a_noisy_run(tmp_path):
