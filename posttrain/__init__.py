@@ -4,25 +4,23 @@ The names below are imported when first used, so that `import posttrain` is fast
 """
 
 import importlib
+import pkgutil
 
-from posttrain import former_names
+from posttrain import former_names, trainers
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "ALoLConfig": "posttrain.trainers.offline.a_lol",
-    "ALoLTrainer": "posttrain.trainers.offline.a_lol",
-    "HPTConfig": "posttrain.trainers.policy_gradient.trainers",
-    "HPTTrainer": "posttrain.trainers.policy_gradient.trainers",
-    "NoisySFTConfig": "posttrain.trainers.sft.noisy_sft",
-    "NoisySFTTrainer": "posttrain.trainers.sft.noisy_sft",
-    "PolicyGradientConfig": "posttrain.trainers.policy_gradient.trainers",
-    "PolicyGradientTrainer": "posttrain.trainers.policy_gradient.trainers",
-    "QAEConfig": "posttrain.trainers.policy_gradient.trainers",
-    "QAETrainer": "posttrain.trainers.policy_gradient.trainers",
-    "RobustDPOConfig": "posttrain.trainers.preference.robust_dpo",
-    "RobustDPOTrainer": "posttrain.trainers.preference.robust_dpo",
-}
+
+def _public() -> dict[str, str]:
+    """Return the module of each name that a family's folder makes public."""
+    found = {}
+    for family in pkgutil.iter_modules(trainers.__path__, f"{trainers.__name__}."):
+        named = getattr(importlib.import_module(family.name), "PUBLIC", {}) if family.ispkg else {}
+        found |= {name: f"{family.name}.{module}" for module, names in named.items() for name in names}
+    return found
+
+
+_MODULES = _public()
 __all__ = ["__version__", *_MODULES]
 former_names.register()
 
