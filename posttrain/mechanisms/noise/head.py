@@ -1,7 +1,7 @@
 """The loss of a clean and of noisy passes from their hidden states, over chunks of learned tokens.
 
-The logits of a chunk are formed once, and with them the gradient of the states: 6 products with the output embedding for
-three passes, and no logits are kept. What it must come to is `posttrain.objectives.consistency`.
+The logits of a chunk are formed once, and with them the gradient of the states: 6 products with the output embedding
+for three passes, and no logits are kept. What it must come to is `posttrain.objectives.consistency`.
 """
 
 from collections.abc import Sequence
