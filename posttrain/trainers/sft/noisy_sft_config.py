@@ -47,7 +47,10 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     @property
     def noise(self) -> str | None:
         """The noise in words, which a resumed run must share; None where there is none."""
-        return f"{self.embedding_noise} {self.noise_alpha:g}" if self.adds_noise else None
+        if not self.adds_noise:
+            return None
+        alpha = f"{self.noise_alpha:g}"
+        return f"{self.embedding_noise} {alpha if float(alpha) == self.noise_alpha else repr(self.noise_alpha)}"
 
     def _read(self):
         if self.neftune_noise_alpha is not None:
