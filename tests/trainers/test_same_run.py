@@ -354,7 +354,11 @@ def test_another_chat_template_makes_other_prompts(tmp_path):
         tokenizer.chat_template = template or tokenizer.chat_template
         args = PolicyGradientConfig(**rollouts.settings(tmp_path))
         trainer = PolicyGradientTrainer(
-            tiny_model(), rollouts.success, args, train_dataset=rollouts.prompts([1, 2, 3, 0]), processing_class=tokenizer
+            tiny_model(),
+            rollouts.success,
+            args,
+            train_dataset=rollouts.prompts([1, 2, 3, 0]),
+            processing_class=tokenizer,
         )
         return trainer._identity()
 
