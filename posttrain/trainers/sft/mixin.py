@@ -122,9 +122,13 @@ class InstructionMixin(RenderedRows, WindowMixin):
             self._total_train_tokens -= count_rows(self.accelerator, sum(map(self._repeated_tokens, batches)))
 
     def _repeated_tokens(self, batch) -> int:
-        if "row_lengths" not in batch and "attention_mask" not in batch:
-            return 0
-        lengths = batch["row_lengths"] if "row_lengths" in batch else batch["attention_mask"].sum(dim=1)
+        if "row_lengths" in batch:
+            lengths = batch["row_lengths"]
+        elif "attention_mask" in batch:
+            lengths = batch["attention_mask"].sum(dim=1)
+        else:
+            # rows that hold several sequences, without padding
+            lengths = torch.full((self.rows_in(batch),), batch["input_ids"].size(1))
         return int(lengths[batch["real_rows"] :].sum())
 
     @contextlib.contextmanager

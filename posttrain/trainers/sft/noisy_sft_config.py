@@ -58,8 +58,8 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         """The noise in words, which a resumed run must share; None where there is none."""
         if not self.adds_noise:
             return None
-        by = "" if self.length_mode == "sequence" else f" by {self.length_mode}"
-        return f"{self.embedding_noise} {self.noise_alpha:g}{by}"
+        alpha, by = f"{self.noise_alpha:g}", "" if self.length_mode == "sequence" else f" by {self.length_mode}"
+        return f"{self.embedding_noise} {alpha if float(alpha) == self.noise_alpha else repr(self.noise_alpha)}{by}"
 
     def _read(self):
         if self.neftune_noise_alpha is not None:

@@ -247,6 +247,26 @@ def test_fields_declare_their_meaning_and_only_noise_that_is_there_counts(tmp_pa
     assert told_in_card(made(**NOISE)) == NOISE and told_in_card(made()) == {}
 
 
+def test_strengths_that_differ_a_little_are_two(tmp_path):
+    told = {NoisySFTConfig(str(tmp_path), **NOISE | dict(noise_alpha=alpha)).noise for alpha in (5, 5.0, 5.0000004)}
+    assert told == {"neftune 5", "neftune 5.0000004"}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        dict(input_ids=torch.zeros(1, 9, dtype=torch.long), real_rows=0),
+        dict(input_ids=torch.zeros(1, 9, dtype=torch.long), row_lengths=torch.tensor([4, 3, 2]), real_rows=0),
+        dict(input_ids=torch.zeros(2, 9), attention_mask=torch.tensor([[1] * 9, [0] * 9]), real_rows=0),
+    ],
+    ids=["packed", "padding-free", "padded"],
+)
+def test_tokens_of_rows_that_fill_up_are_counted_in_every_layout(tmp_path, batch):
+    trainer = NoisySFTTrainer.__new__(NoisySFTTrainer)
+    assert trainer._repeated_tokens(batch) == 9
+    assert trainer._repeated_tokens(batch | dict(real_rows=trainer.rows_in(batch))) == 0
+
+
 def test_the_noise_of_a_file_gives_way_to_no_setting_but_its_own(tmp_path):
     (tmp_path / "run.yaml").write_text("embedding_noise: neftune\nnoise_alpha: 7\nmax_length: 64\n")
 
