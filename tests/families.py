@@ -379,6 +379,7 @@ policy_gradient = Method(
     generated={"generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)},
 )
 
+NOISEFIT = dict(hidden_noise="noisefit", noise_layers=[0, 1], hidden_noise_scale=0.3, consistency_weight=5.0)
 SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=8.0)
 NEFTUNE = dict(embedding_noise="neftune", noise_alpha=5.0)
 noisy_sft = Method(
@@ -390,6 +391,20 @@ noisy_sft = Method(
         dict(embedding_noise="uniform", length_mode="tensor"),
         dict(embedding_noise="neftune", length_mode="row"),
         dict(embedding_noise="symnoise", noise_alpha=math.nan),
+        dict(hidden_noise="dropout"),
+        NOISEFIT | dict(noise_layers="snr"),
+        NOISEFIT | dict(noise_layers=[-1, 2]),
+        NOISEFIT | dict(noise_layers=[]),
+        NOISEFIT | dict(noise_layer_count=0),
+        NOISEFIT | dict(hidden_noise_scale=-0.1),
+        NOISEFIT | dict(ce_weight=1.5),
+        NOISEFIT | dict(consistency_temperature=0),
+        NOISEFIT | dict(consistency_mode="both"),
+        NOISEFIT | dict(hidden_noise_base="std"),
+        NOISEFIT | dict(loss_type="dft"),
+        NOISEFIT | dict(label_smoothing_factor=0.1),
+        NOISEFIT | dict(embedding_noise="neftune"),
+        NOISEFIT | dict(packing=True, packing_strategy="wrapped"),
         dict(embedding_noise="neftune", noise_alpha=-1.0),
         dict(noise_alpha=7.0),
         NEFTUNE | dict(packing=True, packing_strategy="wrapped"),
@@ -402,6 +417,7 @@ noisy_sft = Method(
     neutral={
         "packed": (dict(packing=True, max_length=128) | _SPLIT, dict(packing=True, max_length=128) | _SPLIT),
         "alpha-zero": (SYMNOISE | _SPLIT | dict(noise_alpha=0.0), _SPLIT),
+        "hidden": (NOISEFIT | _SPLIT | dict(ce_weight=1.0, consistency_weight=0.0), _SPLIT),
         # transformers' own noise
         "tensor": (NEFTUNE | _SPLIT | dict(length_mode="tensor"), _SPLIT | dict(neftune_noise_alpha=5.0)),
         "full": (dict(peft=False), dict(peft=False)),
@@ -410,6 +426,7 @@ noisy_sft = Method(
     cases={
         "neftune": NEFTUNE | _SHORT,
         "symnoise": SYMNOISE | _SHORT,
+        "noisefit": NOISEFIT | _SHORT,
         "uniform": dict(embedding_noise="uniform") | _SHORT,
         "gaussian": dict(embedding_noise="gaussian") | _SHORT,
     },
@@ -424,12 +441,13 @@ noisy_sft = Method(
     compared=("loss", "noise/ratio", "num_tokens"),
     ranks={
         "neftune-full": NEFTUNE | _SHORT | dict(peft=False),
+        "noisefit-full": NOISEFIT | _SHORT | dict(peft=False),
         "symnoise-full": SYMNOISE | _SHORT | dict(peft=False),
         "symnoise-flat": SYMNOISE | _SHORT | dict(padding_free=True, max_length=None),
         "neftune-flat": NEFTUNE | _SHORT | dict(padding_free=True, max_length=None),
     },
-    ddp=("symnoise", "neftune-flat"),
-    sharded=("symnoise",),
+    ddp=("symnoise", "noisefit", "neftune-flat"),
+    sharded=("symnoise", "noisefit"),
     plain=dict(padding_free=False),
 )
 
