@@ -6,8 +6,9 @@ All sides train in one process on the same GSM8K solutions in the same batches, 
 and take turns step by step; a step is timed from one step's end to the next. The first does not count.
 
 Arms: `sft`, TRL's SFTTrainer; `transformers`, the same with `neftune_noise_alpha`; `off`, ours without noise;
-`neftune`; `symnoise`, which forwards each row twice. The losses of `off` must be those of `sft` bit for bit, or the run
-ends with an error.
+`neftune`; `symnoise`, which forwards each row twice; `noisefit_low`, `_middle`, `_high`, hidden noise behind layers
+there, and `three_low`, ..., the same loss from three separate forwards with whole logits. The losses of `off` must be
+those of `sft` bit for bit, and those of three forwards those of one, or the run ends with an error.
 
 Peak memory is measured in a process for each side.
 """
@@ -32,9 +33,19 @@ ARMS = {
     "neftune": {"embedding_noise": "neftune", "noise_alpha": 5.0},
     "symnoise": {"embedding_noise": "symnoise", "noise_alpha": 5.0},
 }
+# noisy layers by their share of the depth
+PLACES = {"low": (0.0, 0.04, 0.1), "middle": (0.47, 0.5, 0.54), "high": (0.74, 0.8, 0.87)}
+ARMS |= {f"{how}_{place}": {"hidden_noise": "noisefit"} for place in PLACES for how in ("noisefit", "three")}
 BASELINE = "sft"
-# an arm's step over so many of SFT's, at most
-WANTED = {"neftune": (1, 1.02), "symnoise": (2, 1.0)}
+# an arm's step over so many of another arm's, at most
+WANTED = {
+    "neftune": ("sft", 1, 1.02),
+    "symnoise": ("sft", 2, 1.0),
+    "noisefit_low": ("three_low", 1, 0.80),
+    "noisefit_middle": ("three_middle", 1, 0.62),
+    "noisefit_high": ("three_high", 1, 0.47),
+}
+TOLERANCE = 1e-4
 
 
 def load_rows(data: Path | None, count: int):
@@ -84,9 +95,31 @@ def make_trainer(arm: str, folder: str, rows, steps: int, batch: int, model: str
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     theirs = arm in ("sft", "transformers")
     kind, config = (SFTTrainer, SFTConfig) if theirs else (NoisySFTTrainer, NoisySFTConfig)
-    trainer = kind(model, config(**settings, **ARMS[arm]), train_dataset=rows, peft_config=lora)
+    own = dict(ARMS[arm])
+    how, _, place = arm.partition("_")
+    if place:
+        from transformers import AutoConfig
+
+        depth = AutoConfig.from_pretrained(model).num_hidden_layers
+        own["noise_layers"] = sorted({int(share * depth) for share in PLACES[place]})
+        kind = _three_forwards() if how == "three" else kind
+    trainer = kind(model, config(**settings, **own), train_dataset=rows, peft_config=lora)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _three_forwards():
+    from posttrain import NoisySFTTrainer
+    from posttrain.mechanisms.noise.controller import innermost
+    from posttrain.mechanisms.noise.passes import separate
+
+    class ThreeForwards(NoisySFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+            inner = innermost(self.accelerator.unwrap_model(model))
+            return separate(self._hidden.passes, inner, batch, self.state.global_step) / num_items_in_batch
+
+    return ThreeForwards
 
 
 def measure(args, rounds: int) -> tuple[dict, dict]:
@@ -119,9 +152,15 @@ def check_losses(losses: dict) -> None:
     """SystemExit where ours without noise is not TRL's, or noise changes nothing."""
     if losses["off"] != losses["sft"]:
         raise SystemExit(f"without noise the losses are {losses['off']}, and TRL's are {losses['sft']}")
-    for arm in ("transformers", "neftune", "symnoise"):
+    for arm in losses.keys() - {"sft", "off"}:
         if losses[arm] == losses["sft"]:
             raise SystemExit(f"the losses of {arm} are those without noise")
+    for place in PLACES:
+        for one, three in zip(losses[f"noisefit_{place}"], losses[f"three_{place}"], strict=True):
+            if not abs(one - three) <= TOLERANCE * abs(three):
+                raise SystemExit(
+                    f"with noise behind {place} layers one forward has a loss of {one}, three have {three}"
+                )
 
 
 def memory_of(arm: str, args) -> float:
@@ -161,9 +200,10 @@ def main(arguments: list[str] | None = None) -> None:
         ratios = [own / theirs for own, theirs in zip(values, seconds[BASELINE], strict=True)]
         rows.append({"arm": arm, "seconds": _three(values), "over_sft": _three(ratios), "peak_mib": round(memory[arm])})
         if arm in WANTED:
-            steps, wanted = WANTED[arm]
-            reached = round(harness.spread(ratios)[0] / steps, 4)
-            said = f"a step of {arm} over {steps} of SFT, at most"
+            other, steps, wanted = WANTED[arm]
+            over = [own / theirs for own, theirs in zip(values, seconds[other], strict=True)]
+            reached = round(harness.spread(over)[0] / steps, 4)
+            said = f"a step of {arm} over {steps} of {other}, at most"
             targets.append({"target": said, "wanted": wanted, "reached": reached, "met": reached <= wanted})
     lines = [
         [r["arm"], *("{:.3f} [{:.3f}, {:.3f}]".format(*r[name]) for name in ("seconds", "over_sft")), r["peak_mib"]]

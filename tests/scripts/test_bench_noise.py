@@ -21,8 +21,8 @@ def test_the_benchmark_measures_every_arm(bench, tmp_path, capsys, monkeypatch):
     rows = {row["arm"]: row for row in content["rows"]}
     assert list(rows) == list(bench.ARMS) and all(min(row["seconds"]) > 0 for row in rows.values())
     assert rows["sft"]["over_sft"] == [1.0, 1.0, 1.0]
-    assert [target["wanted"] for target in content["targets"]] == [1.02, 1.0]
-    assert "a step of symnoise over 2 of SFT, at most" in capsys.readouterr().out
+    assert [target["wanted"] for target in content["targets"]] == [1.02, 1.0, 0.8, 0.62, 0.47]
+    assert "a step of symnoise over 2 of sft, at most" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,11 @@ def test_the_benchmark_measures_every_arm(bench, tmp_path, capsys, monkeypatch):
     [
         ({"off": [0.5]}, r"without noise the losses are \[0.5\], and TRL's are \[0.6\]"),
         ({"symnoise": [0.6]}, "the losses of symnoise are those without noise"),
+        ({"noisefit_low": [0.8]}, "one forward has a loss of 0.8, three have 0.7"),
     ],
 )
 def test_sides_that_are_not_what_they_say_end_the_benchmark(bench, losses, said):
-    good = {"sft": [0.6], "off": [0.6], "transformers": [0.7], "neftune": [0.7], "symnoise": [0.7]}
+    good = {arm: [0.6] if arm in ("sft", "off") else [0.7] for arm in bench.ARMS}
     bench.check_losses(good)
     with pytest.raises(SystemExit, match=said):
         bench.check_losses(good | losses)
