@@ -401,6 +401,7 @@ noisy_sft = Method(
         NOISEFIT | dict(consistency_temperature=0),
         NOISEFIT | dict(consistency_mode="both"),
         NOISEFIT | dict(hidden_noise_base="std"),
+        NOISEFIT | dict(noise_layers="auto", hidden_noise_base="legacy"),
         NOISEFIT | dict(loss_type="dft"),
         NOISEFIT | dict(label_smoothing_factor=0.1),
         NOISEFIT | dict(embedding_noise="neftune"),

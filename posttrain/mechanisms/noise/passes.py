@@ -46,6 +46,8 @@ class NoisyPasses:
         self, layers: list[int], base: float, weights: Mode, temperature: float, seed: int, by_std: bool = False
     ) -> None:
         self.layers, self.base, self.by_std = sorted(layers), base, by_std
+        # of each of the layers, where they differ
+        self.bases: list[float] | None = None
         self.weights, self.temperature, self.seed = weights, temperature, seed
         self.copies = 1 + weights.passes
         # whether the rows are repeated before the first layer
@@ -70,6 +72,10 @@ class NoisyPasses:
             yield
         finally:
             self._step = self._counted = None
+
+    def base_of(self, number: int) -> float:
+        """Return the scale of the noise behind `layers[number]`."""
+        return self.base if self.bases is None else self.bases[number]
 
     def take_squares(self) -> Tensor | None:
         """Return the sums of squares since the last call, and begin anew."""
@@ -137,7 +143,8 @@ class NoisyPasses:
             clean, *noisy = states.chunk(self.copies)
             made = []
             for copy, one in enumerate(noisy):
-                spread = hidden.scales(one.flatten(0, 1), found, self.base, self.by_std) * found.real[:, None]
+                spread = hidden.scales(one.flatten(0, 1), found, self.base_of(number), self.by_std)
+                spread = spread * found.real[:, None]
                 noise = draws.normal(keys[number][copy], one.size(-1)) * spread
                 made.append(one + noise.view_as(one).to(one.dtype))
                 if copy == 0:
@@ -247,7 +254,8 @@ def separate(passes: NoisyPasses, model: nn.Module, batch: dict, step: int) -> T
 
     def add(layer, copy, module, args, output):
         states = output[0] if isinstance(output, tuple) else output
-        spread = hidden.scales(states.flatten(0, 1), found, passes.base, passes.by_std) * found.real[:, None]
+        base = passes.base_of(passes.layers.index(layer))
+        spread = hidden.scales(states.flatten(0, 1), found, base, passes.by_std) * found.real[:, None]
         keys = draws.token_keys(ids, found, passes.seed, step, 1 + 2 * layer + copy)
         states = states + (draws.normal(keys, states.size(-1)) * spread).view_as(states).to(states.dtype)
         return (states, *output[1:]) if isinstance(output, tuple) else states

@@ -57,7 +57,8 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     noise_layers: str | list[str] = setting(
         "snr_high",
         "Decoder layers that hidden noise is added behind: snr_high or snr_low, the noise_layer_count layers of the "
-        "greatest or least ratio of signal to noise on noise_calibration_rows rows, found when training begins; or "
+        "greatest or least ratio of signal to noise on noise_calibration_rows rows, found when training begins; auto, "
+        "those whose noise moves the predictions most and cross-entropy little, each with a scale of its own; or "
         "numbers of layers from 0.",
         identity=False,
         card=lambda args: args.hidden_noise != "none",
@@ -141,7 +142,8 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         )
         layers = self.noise_layers
         if isinstance(layers, str):
-            layers = f"{layers} {self.noise_layer_count} of {self.noise_calibration_rows} rows"
+            count = "" if layers == "auto" else f" {self.noise_layer_count}"
+            layers = f"{layers}{count} of {self.noise_calibration_rows} rows"
         return f"{self.hidden_noise} {self.hidden_noise_scale!r} {self.hidden_noise_base} behind {layers}, {loss}"
 
     def _read_hidden(self):
@@ -149,7 +151,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         check_choice("hidden_noise_base", self.hidden_noise_base, ("mad", "legacy"))
         check_choice("consistency_mode", self.consistency_mode, MODES)
         layers = self.noise_layers
-        if isinstance(layers, str) and layers not in ("snr_high", "snr_low"):
+        if isinstance(layers, str) and layers not in ("snr_high", "snr_low", "auto"):
             layers = layers.replace(",", " ").split()
         if not isinstance(layers, str):
             try:
@@ -158,7 +160,8 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 layers = []
             if not layers or layers[0] < 0:
                 raise ConfigError(
-                    f"noise_layers is {self.noise_layers!r}; it must be snr_high, snr_low, or numbers of layers from 0."
+                    f"noise_layers is {self.noise_layers!r}; it must be snr_high, snr_low, auto, or numbers of layers "
+                    "from 0."
                 )
         for name, least in (("noise_layer_count", 1), ("noise_calibration_rows", 1)):
             value = getattr(self, name)
@@ -180,6 +183,11 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 raise ConfigError(f"{name} is {value!r}; it must be {wanted}.")
         if self.hidden_noise == "none":
             return
+        if self.noise_layers == "auto" and self.hidden_noise_base != "mad":
+            raise ConfigError(
+                f"hidden_noise_base is {self.hidden_noise_base} with noise_layers: auto, which finds the scales by "
+                "itself. Leave hidden_noise_base out."
+            )
         if self.adds_noise:
             raise ExcludedSetting(
                 f"hidden_noise is {self.hidden_noise} with embedding_noise: {self.embedding_noise}; the clean pass "

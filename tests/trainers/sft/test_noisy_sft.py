@@ -240,6 +240,20 @@ def test_layers_are_those_of_the_greatest_ratio_and_are_kept_on_resumption(fitte
         build(tmp_path / "other", **settings | dict(hidden_noise_scale=0.2)).train(resume_from_checkpoint=checkpoint)
 
 
+def test_layers_and_scales_may_be_found_by_what_noise_does(tmp_path):
+    settings = dict(NOISEFIT, noise_layers="auto", noise_calibration_rows=8, max_steps=2)
+    _, trainer = train(tmp_path / "a", **settings, save_strategy="steps", save_steps=1)
+    held = trainer._hidden
+    assert held.chosen == held.passes.layers and len(held.chosen) == len(held.bases) and len(held.snr) == 2
+    # a strength that is tried, over the root of 64 channels
+    assert {base * 8 for base in held.bases} <= {0.25, 0.5, 1.0, 1.5, 2.0}
+    resumed = build(tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert (resumed._hidden.chosen, resumed._hidden.bases) == (held.chosen, held.bases)
+    weights = trainable(trainer.model)
+    assert all(torch.equal(value, weights[name]) for name, value in trainable(resumed.model).items())
+
+
 def test_noise_above_the_states_stops_the_run(tmp_path):
     with pytest.raises(ConfigError, match="behind decoder layer [01] the noise has .* times the norm of the states"):
         train(tmp_path, **NOISEFIT | dict(hidden_noise_scale=100.0))
