@@ -1,5 +1,6 @@
 """What a run would do, told without doing it: no weight is loaded and nothing is written."""
 
+import copy
 import os
 import warnings
 
@@ -35,14 +36,32 @@ def sizes(config, args, peft_config) -> dict[str, int]:
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(model, copy.deepcopy(peft_config))
+            saved = _saved_by_peft(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = trainable if peft_config is None else saved
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable parameters": trainable,
         # fp32; AdamW keeps two numbers a parameter beside the weights
-        "checkpoint bytes (estimate)": 4 * trainable * (1 if args.save_only_model else 3),
+        "checkpoint bytes (estimate)": 4 * (saved + (0 if args.save_only_model else 2 * trainable)),
     }
+
+
+def _saved_by_peft(model) -> int:
+    """Count the numbers in an adapter's file, in which PEFT puts whole embeddings beside adapters of them."""
+    from peft import get_peft_model_state_dict
+
+    from posttrain.mechanisms import initial_adapter
+
+    adapter = model.peft_config["default"]
+    # by a name PEFT would ask the hub whether embeddings were resized
+    adapter.base_model_name_or_path = None
+    # saved for the untouched base, it has the first adapter beside the last
+    ranks = 2 if initial_adapter.changes_base(adapter) else 1
+    return sum(
+        value.numel() * (ranks if ".lora_" in name else 1) for name, value in get_peft_model_state_dict(model).items()
+    )
 
 
 def show(facts: dict) -> None:

@@ -3,8 +3,10 @@
 import copy
 
 import pytest
+import torch
 from datasets import concatenate_datasets
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from posttrain import ALoLConfig, ALoLTrainer, NoisySFTConfig, RobustDPOConfig, RobustDPOTrainer
 from posttrain.data.pairs import schema
@@ -160,4 +162,28 @@ def test_of_parameters(adapter, tied, tmp_path, tokenizer):
     assert told["parameters"] == sum(value.numel() for value in values.values())
     trainable = sum(value.numel() for value in values.values() if value.requires_grad)
     assert told["trainable parameters"] == trainable
-    assert told["checkpoint bytes (estimate)"] == 12 * trainable
+
+
+@pytest.mark.core("True-embedding", "True-pissa")
+@pytest.mark.parametrize("adapter", [*ADAPTERS, "pissa", "tied"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning")
+def test_of_the_bytes_of_a_checkpoint(adapter, tied, tmp_path, tokenizer):
+    tiny_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    more = {
+        "pissa": LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"),
+        "tied": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    }
+    config = copy.deepcopy((ADAPTERS | more)[adapter])
+    run = dict(max_steps=1, optim="adamw_torch", save_strategy="steps", save_steps=1)
+    args = RobustDPOConfig(**training.settings(tmp_path / "run", **run))
+    trainer = RobustDPOTrainer(str(tmp_path / "base"), args=args, train_dataset=make_pairs(4), peft_config=config)
+    told = dry_run.sizes(trainer.model.config, args, copy.deepcopy((ADAPTERS | more)[adapter]))
+    trainer.train()
+    [weights] = (tmp_path / "run/checkpoint-1").glob("*model.safetensors")
+    states = torch.load(weights.parent / "optimizer.pt")["state"].values()
+    moments = sum(value.numel() for state in states for name, value in state.items() if name != "step")
+    assert told["checkpoint bytes (estimate)"] == 4 * (sum(v.numel() for v in load_file(weights).values()) + moments)
