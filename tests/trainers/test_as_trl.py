@@ -140,7 +140,7 @@ def pushes(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["preference", "offline"])
 def test_a_model_saved_by_the_user_is_pushed_once_as_trl_pushes_it(tiny_folder, tmp_path, pushes, family):
-    given = dict(push_to_hub=True, hub_model_id="me/run", hub_revision="dev")
+    given = dict(push_to_hub=True, base_model_id="org/base", hub_model_id="me/run", hub_revision="dev")
     if family == "preference":
         args = RobustDPOConfig(**training.settings(tmp_path, pair_loss="dpo", **given))
         trainer = RobustDPOTrainer(tiny_folder, args=args, train_dataset=make_pairs(8), peft_config=training.lora())
@@ -161,7 +161,13 @@ def test_neither_checkpoints_nor_the_last_finite_weights_are_pushed_as_a_saved_m
 
     args = RobustDPOConfig(
         **training.settings(
-            tmp_path, pair_loss="dpo", push_to_hub=True, hub_model_id="me/run", save_strategy="steps", save_steps=1
+            tmp_path,
+            pair_loss="dpo",
+            push_to_hub=True,
+            base_model_id="org/base",
+            hub_model_id="me/run",
+            save_strategy="steps",
+            save_steps=1,
         )
     )
     trainer = RobustDPOTrainer(tiny_folder, args=args, train_dataset=make_pairs(16), peft_config=training.lora())
@@ -185,7 +191,7 @@ def test_a_recipe_pushes_once_at_its_end(tiny_folder, tmp_path, pushes):
     from posttrain import recipe
     from posttrain.config import DataArguments
 
-    given = dict(push_to_hub=True, hub_model_id="me/run", hub_strategy="end", max_steps=1)
+    given = dict(push_to_hub=True, base_model_id="org/base", hub_model_id="me/run", hub_strategy="end", max_steps=1)
     args = RobustDPOConfig(**training.settings(tmp_path, pair_loss="dpo", **given))
     trainer = RobustDPOTrainer(tiny_folder, args=args, train_dataset=make_pairs(8), peft_config=training.lora())
     recipe.train(trainer, DataArguments(dataset_name="generated:reverse_list"), evaluate=False)
