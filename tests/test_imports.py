@@ -24,6 +24,8 @@ LAYERS = (
         "remote",
         "quiet",
         "checks",
+        "bounded",
+        "patterns",
         "environment",
         "tables",
         "saved",

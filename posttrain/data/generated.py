@@ -81,8 +81,8 @@ def _row(order: list[str], right: list[str], wrong: list[str]) -> dict:
     }
 
 
-# Tasks, numbers in one, and digits of one, beyond which a data set is no exercise and takes the memory of a machine.
-MOST_ROWS, MOST_NUMBERS, MOST_DIGITS = 10_000_000, 1000, 1000
+# Rows, and digits of all numbers in one of them: a worked product writes the square of these.
+MOST_ROWS, MOST_DIGITS = 1_000_000, 200
 STYLES = ("steps", "boxed", "think_answer", "answer")
 OPERATORS = "+-*"
 # of prompts and demonstrations as text
@@ -102,9 +102,8 @@ def arithmetic_tasks(
     """Make `n` sums such as 12 + 7 - 3 with their solution worked step by step.
 
     Args:
-        operands: fewest and most numbers in a task, from 2 to 1000; uniform between.
-        digits: fewest and most digits of a number, from 1 to 1000; uniform between. The two largest multiplied are at
-            most 1000.
+        operands: fewest and most numbers in a task, at least 2; uniform between.
+        digits: fewest and most digits of a number; uniform between. A task has 200 digits at most.
         operators: any of + - *, each drawn as often; products are worked out first.
         demonstration_style: steps, a line for each operation and `#### ANSWER`; boxed, the same ending in a box;
             think_answer, the steps between think tags and the answer between answer tags; answer, `#### ANSWER` alone.
@@ -118,11 +117,12 @@ def arithmetic_tasks(
 
     Raises ConfigError for a value out of range, or where there are not enough different sums.
     """
-    low, high = _range("operands", operands, 2, MOST_NUMBERS)
-    fewest, most = _range("digits", digits, 1, MOST_DIGITS)
+    low, high = _range("operands", operands, 2)
+    fewest, most = _range("digits", digits, 1)
     if high * most > MOST_DIGITS:
         raise ConfigError(
-            f"operands={operands!r} of digits={digits!r} are sums of {high * most} digits; {MOST_DIGITS} are the most."
+            f"operands={operands!r} of digits={digits!r} are tasks of up to {high * most} digits; {MOST_DIGITS} "
+            "are the most."
         )
     if not operators or set(operators) - set(OPERATORS) or len(set(operators)) != len(operators):
         raise ConfigError(f"operators={operators!r} must be different ones of {OPERATORS}, such as '+-'.")
@@ -166,7 +166,7 @@ def modular_sum_tasks(
     long the sum; with them, each term adds a step that may fail.
 
     Args:
-        terms: fewest and most terms, from 2 to 1000; uniform between. Terms are drawn from 0 to modulus - 1.
+        terms: fewest and most terms, from 2 to 200; uniform between. Terms are drawn from 0 to modulus - 1.
         modulus: from 2 to a million.
         demonstration_style: steps, or answer for the answer alone.
         conversational: messages if true; then the prompt says `What is (7 + 5 + 9) mod 10?`.
@@ -176,7 +176,7 @@ def modular_sum_tasks(
     pure function of its arguments; the first rows do not depend on `n`; no sum comes twice. Raises ConfigError as
     `arithmetic_tasks` does.
     """
-    low, high = _range("terms", terms, 2, MOST_NUMBERS)
+    low, high = _range("terms", terms, 2)
     check_integer("modulus", modulus, 2, 1_000_000)
     if demonstration_style not in ("steps", "answer"):
         raise ConfigError(f"demonstration_style={demonstration_style!r} is neither 'steps' nor 'answer'.")
@@ -262,7 +262,7 @@ def _task(question: str, demonstration: str, gold: str, difficulty: int, convers
     return {"prompt": question, "demonstration": demonstration, "gold": gold, "difficulty": difficulty}
 
 
-def _range(name: str, value, least: int, greatest: int) -> tuple[int, int]:
+def _range(name: str, value, least: int, greatest: int = MOST_DIGITS) -> tuple[int, int]:
     try:
         low, high = value
     except (TypeError, ValueError):

@@ -42,7 +42,11 @@ def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
 
 
 def check_lora(peft_config) -> None:
-    """Refuse adapter settings that upstream would only trip over once the model is loaded."""
+    """Refuse adapter settings that upstream would only trip over once the model is loaded.
+
+    Patterns that may take for ever to match are refused as well.
+    """
+    patterns.check_adapter(peft_config)
     # of other kinds `r` may be something else: OFT takes 0 beside its block size
     if isinstance(peft_config, LoraConfig):
         rank, dropout, alpha = peft_config.r, peft_config.lora_dropout, peft_config.lora_alpha

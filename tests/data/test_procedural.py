@@ -168,7 +168,7 @@ def test_tasks_come_once_and_held_out_ones_are_disjoint_in_either_form(make, siz
 @pytest.mark.parametrize(
     "make, arguments, message",
     [
-        (arithmetic_tasks, {"n": 0}, "n=0 must be an integer of at least 1"),
+        (arithmetic_tasks, {"n": 0}, "n=0 must be an integer between 1 and 1000000"),
         (arithmetic_tasks, {"operands": (1, 2)}, r"operands=\(1, 2\) must be two integers, the fewest \(at least 2\)"),
         (arithmetic_tasks, {"digits": (2, 1)}, r"digits=\(2, 1\) must be two integers"),
         (arithmetic_tasks, {"digits": 2}, "digits=2 must be two integers"),
@@ -178,7 +178,7 @@ def test_tasks_come_once_and_held_out_ones_are_disjoint_in_either_form(make, siz
         # 10 x 10 sums of two single digits
         (arithmetic_tasks, {"n": 51, "operands": (2, 2), "digits": (1, 1), "operators": "+"}, "n=51 .* there are 50"),
         (modular_sum_tasks, {"terms": (1, 2)}, r"terms=\(1, 2\) must be two integers, the fewest \(at least 2\)"),
-        (modular_sum_tasks, {"modulus": 1}, "modulus=1 must be an integer of at least 2"),
+        (modular_sum_tasks, {"modulus": 1}, "modulus=1 must be an integer between 2 and 1000000"),
         (modular_sum_tasks, {"demonstration_style": "boxed"}, "'boxed' is neither 'steps' nor 'answer'"),
         (modular_sum_tasks, {"n": 51, "terms": (2, 2)}, "n=51 with 0 excluded tasks is too many: there are 50"),
     ],

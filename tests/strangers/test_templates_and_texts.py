@@ -91,16 +91,24 @@ def test_a_template_file_of_many_megabytes_is_not_loaded(tmp_path, monkeypatch):
         load_processing_class(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 @pytest.mark.parametrize("content", [b"x" * 300, b"\xff" * 300])
 def test_a_line_without_an_end_is_refused_by_its_number(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr(sources, "LONGEST_LINE", 100)
-    monkeypatch.setattr(sources, "LONGEST_JSON", 100)
-    line = json.dumps({"prompt": "a"}).encode() + b"\n" if "jsonl" in name else b"[\n"
+    line = json.dumps({"prompt": "a"}).encode() + b"\n"
     path = tmp_path / name
     path.write_bytes(gzip.compress(line + content) if name.endswith("gz") else line + content)
     with pytest.raises(DataError, match=f"{name}, line 2: (longer than|not UTF-8)"):
         read_rows(str(path))
+
+
+@pytest.mark.parametrize("text", ['["' + "x" * 100 + '"]', "[[],[],[],[],{}]"])
+def test_a_json_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(sources, "LONGEST_JSON", 100)
+    monkeypatch.setattr(sources, "MOST_OBJECTS", 5)
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match="rows.json has more than .* on each line of a .jsonl file"):
+        read_rows(str(tmp_path / "rows.json"))
 
 
 def test_a_name_of_a_column_forges_no_line(tmp_path, capsys):

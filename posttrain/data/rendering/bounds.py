@@ -6,14 +6,10 @@ more bytes, and with a text of more than `LONGEST` characters, whoever asks for 
 """
 
 import contextlib
-import os
-import signal
-import threading
-import time
-from types import SimpleNamespace
 
 from transformers.utils import chat_template_utils
 
+from posttrain.bounded import Overtime, in_memory, in_time
 from posttrain.errors import DataError
 
 SECONDS = 5.0
@@ -29,10 +25,6 @@ _endless: set[str] = set()
 
 class EndlessTemplate(DataError):
     """A chat template that does not come to an end, or takes more memory than a text does."""
-
-
-class _Overtime(BaseException):
-    """Raised in the midst of a template, which has no way to catch it."""
 
 
 class _Bounded:
@@ -82,9 +74,9 @@ def bounded(what: str = "the chat template", seconds: float | None = None):
         EndlessTemplate: it was stopped.
     """
     try:
-        with _in_time(SECONDS if seconds is None else seconds) as clock, _in_memory():
+        with in_time(SECONDS if seconds is None else seconds) as clock, in_memory(MEMORY):
             yield clock
-    except _Overtime:
+    except Overtime:
         raise EndlessTemplate(
             f"{what} did not come to an end within {SECONDS:g} s. Use another model's, or mend it."
         ) from None
@@ -120,49 +112,3 @@ def _check_length(length: int) -> None:
         raise EndlessTemplate(
             f"the chat template made a text of {length:,} characters of the row. Use another model's, or mend it."
         )
-
-
-@contextlib.contextmanager
-def _in_time(seconds: float):
-    clock = SimpleNamespace(stopped=False)
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield clock
-        return
-    began = time.thread_time()
-
-    def ring(*_):
-        left = seconds - (time.thread_time() - began)
-        # the machine, not the template, took the time, or it is another's turn
-        if left > 0 or clock.stopped:
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.05))
-            return
-        raise _Overtime
-
-    before = signal.signal(signal.SIGALRM, ring)
-    others = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield clock
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *others)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
-def _in_memory():
-    try:
-        import resource
-
-        with open("/proc/self/statm", "rb") as file:
-            now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except (ImportError, OSError):
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY and soft <= now + MEMORY:
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

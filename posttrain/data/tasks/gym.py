@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import fields
 
-from posttrain.checks import check_option, near
+from posttrain.checks import check_integer, check_option, near
 from posttrain.errors import ConfigError, DataError, require
 from posttrain.rewards.gym import encode_task
 
@@ -25,8 +25,7 @@ def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conver
     """
     from datasets import Dataset
 
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ConfigError(f"n={n!r} must be an integer of at least 1.")
+    check_integer("n", n, 1, 1_000_000)
     prompts = (row["prompt"] for row in exclude)
     seen = {prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts}
     # Rows are made when asked for, so a large size costs little. Most data sets seed row i with seed + i: those of the
