@@ -26,6 +26,7 @@ LAYERS = (
         "checks",
         "bounded",
         "patterns",
+        "model_sizes",
         "environment",
         "tables",
         "saved",

@@ -86,7 +86,9 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
 
 def _repeats(path, rows: int, **kwargs):
     indices = pa.array([0] * rows, pa.int32())
-    pq.write_table(pa.table({"prompt": pa.DictionaryArray.from_arrays(indices, pa.array(["a" * 1000]))}), path, **kwargs)
+    pq.write_table(
+        pa.table({"prompt": pa.DictionaryArray.from_arrays(indices, pa.array(["a" * 1000]))}), path, **kwargs
+    )
 
 
 @pytest.mark.parametrize(
