@@ -73,6 +73,7 @@ PRIVATE_NAMES = (
     ("trl.trainer.utils", "get_config_model_id", ("config",)),
     # what compiles every chat template
     ("transformers.utils.chat_template_utils", "_compile_jinja_template", ("chat_template",)),
+    ("transformers.utils.chat_template_utils", "ImmutableSandboxedEnvironment", ()),
     ("transformers", "Trainer.get_batch_samples", ("epoch_iterator", "num_batches", "device")),
     ("transformers", "Trainer._get_train_sampler", ("train_dataset",)),
     ("transformers", "Trainer._prepare_inputs", ("inputs",)),
