@@ -14,8 +14,8 @@ def compose(text: str, loader_class: type = yaml.SafeLoader):
     """Return the loader, and the root node (or None), of a text with bounded contents.
 
     Raises:
-        yaml.YAMLError: it is no YAML, too long, contains itself, grows without bounds through aliases or merges, or has a
-            number of more than `LONGEST_NUMBER` characters.
+        yaml.YAMLError: it is no YAML, too long, contains itself, grows without bounds through aliases or merges, or has
+            a number of more than `LONGEST_NUMBER` characters.
     """
     if len(text) > MOST_BYTES:
         raise yaml.YAMLError(f"it has more than {MOST_BYTES >> 20} million characters")

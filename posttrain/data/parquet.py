@@ -65,16 +65,13 @@ def _read(path: Path):
         _check(path, size, "bytes", sum(column.total_uncompressed_size for column in columns), _MOST_BYTES)
         for group in groups:
             if group.total_byte_size > LONGEST_CELL * max(group.num_rows, 1):
-                raise DataError(f"{path}: a row of {group.total_byte_size // max(group.num_rows, 1):,} bytes{_NO_ROW}")
+                raise _too_long(path, f"a row of {group.total_byte_size // max(group.num_rows, 1):,} bytes")
         # a value that many rows have is written once, and what the file says of itself need not be so
         with in_memory(2 * _most(size, _MOST_BYTES)):
             table = file.read()
     _check_cells(path, table)
     _check(path, size, "bytes", table.nbytes + sum(map(_repeated, table.columns)), _MOST_BYTES)
     return table
-
-
-_NO_ROW = f"; {LONGEST_CELL:,} are the most that a cell can have."
 
 
 def _most(size: int, limit: tuple[int, int]) -> int:
@@ -87,6 +84,10 @@ def _check(path: Path, size: int, what: str, found: int, limit: tuple[int, int])
             f"{path} has {size:,} bytes and holds {found:,} {what}; {_most(size, limit):,} are the most for its size. "
             "Write the rows to a .jsonl file, or to several files."
         )
+
+
+def _too_long(path: Path, what: str) -> DataError:
+    return DataError(f"{path} holds {what}, and {LONGEST_CELL:,} are the most. Leave the row out, or part it.")
 
 
 def _too_large(path: Path) -> DataError:
@@ -104,7 +105,7 @@ def _check_cells(path: Path, table) -> None:
         for texts in _texts(column):
             longest = pc.max(pc.binary_length(texts)).as_py() or 0
             if longest > LONGEST_CELL:
-                raise DataError(f"{path}: the column {name} holds a text of {longest:,} bytes{_NO_ROW}")
+                raise _too_long(path, f"in the column {name} a text of {longest:,} bytes")
 
 
 def _texts(column) -> list:

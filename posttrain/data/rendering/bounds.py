@@ -186,7 +186,10 @@ def _compiled(inner, chat_template):
 def _characters(value) -> int:
     """Count the characters of all texts in what a template is given."""
     count, stack = 0, [value]
-    while stack:
+    # settings of a program's own may hold themselves
+    for _ in range(10_000_000):
+        if not stack:
+            break
         held = stack.pop()
         if isinstance(held, str):
             count += len(held)
