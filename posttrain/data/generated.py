@@ -81,8 +81,8 @@ def _row(order: list[str], right: list[str], wrong: list[str]) -> dict:
     }
 
 
-# Rows, and digits of all numbers in one of them: a worked product writes the square of these.
-MOST_ROWS, MOST_DIGITS = 1_000_000, 200
+# Rows, digits of all numbers (terms) in one of them, and in all rows: a worked product writes the square of the second.
+MOST_ROWS, MOST_DIGITS, MOST_IN_ALL = 1_000_000, 200, 20_000_000
 STYLES = ("steps", "boxed", "think_answer", "answer")
 OPERATORS = "+-*"
 # of prompts and demonstrations as text
@@ -124,6 +124,7 @@ def arithmetic_tasks(
             f"operands={operands!r} of digits={digits!r} are tasks of up to {high * most} digits; {MOST_DIGITS} "
             "are the most."
         )
+    _check_rows(n, high * most)
     if not operators or set(operators) - set(OPERATORS) or len(set(operators)) != len(operators):
         raise ConfigError(f"operators={operators!r} must be different ones of {OPERATORS}, such as '+-'.")
     _check_style(demonstration_style)
@@ -178,6 +179,7 @@ def modular_sum_tasks(
     """
     low, high = _range("terms", terms, 2)
     check_integer("modulus", modulus, 2, 1_000_000)
+    _check_rows(n, high)
     if demonstration_style not in ("steps", "answer"):
         raise ConfigError(f"demonstration_style={demonstration_style!r} is neither 'steps' nor 'answer'.")
 
@@ -199,11 +201,16 @@ def modular_sum_tasks(
     )
 
 
+def _check_rows(n: int, size: int) -> None:
+    check_integer("n", n, 1, MOST_ROWS)
+    if n * size > MOST_IN_ALL:
+        raise ConfigError(f"n={n} tasks of {size} digits or terms are too many: {MOST_IN_ALL // size} are the most.")
+
+
 def _distinct_tasks(n, name, draw, row, available, exclude, pattern, advice):
     """Draw `n` rows of different tasks. `pattern` finds the task in a prompt; spaces do not count."""
     from datasets import Dataset
 
-    check_integer("n", n, 1, MOST_ROWS)
     used = {_task_of(row_["prompt"], pattern) for row_ in exclude}
     # Tasks are drawn until a new one comes up, so half of them are left free.
     if n + len(used) > available // 2:

@@ -10,7 +10,7 @@ from posttrain.log import get_logger
 # Of a cell: as of a line of .jsonl.
 LONGEST_CELL = 64 << 20
 # What a file may hold, written out: rows, values and bytes, or as many as so and so many times its own bytes.
-_MOST_ROWS, _MOST_VALUES, _MOST_BYTES = (1_000_000, 1), (20_000_000, 100), (1 << 30, 50)
+_MOST_ROWS, _MOST_VALUES, _MOST_BYTES = (1_000_000, 1), (20_000_000, 100), (1 << 29, 50)
 
 
 def read_parquet(path: Path, needed: Iterable[str] = ()):
