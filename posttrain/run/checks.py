@@ -23,6 +23,7 @@ from posttrain import model_sizes, patterns
 from posttrain.bounded import Overtime, in_time
 from posttrain.checks import check_choice
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
+from posttrain.models import check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
 
 # of a model of any size some seconds
@@ -160,11 +161,14 @@ def load_config(model_id: str, args):
     kwargs = {key: kwargs[key] for key in ("revision", "attention_dropout") if kwargs.get(key) is not None}
     try:
         model_sizes.check_folder(model_id, kwargs.get("revision"))
-        return AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
+        config = AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
     except PosttrainError:
         raise
     except (OSError, ValueError) as error:
         raise model_failure(model_id, error) from error
+    if not (args.model_init_kwargs or {}).get("attn_implementation"):
+        check_runs_no_code(config, model_id)
+    return config
 
 
 @contextlib.contextmanager
@@ -194,7 +198,10 @@ def check_names(peft_config, model, trust_remote_code: bool = False) -> None:
             return
         with torch.random.fork_rng(devices=[]), torch.device("meta"), building("the model"):
             try:
-                model = AutoModelForCausalLM.from_config(copy.deepcopy(model), trust_remote_code=trust_remote_code)
+                # the config's own attention may be a kernel of the hub
+                model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(model), attn_implementation="eager", trust_remote_code=trust_remote_code
+                )
             # a model of another kind, or what the trainer's own checks name
             except Exception:
                 return

@@ -175,7 +175,7 @@ def test_tasks_come_once_and_held_out_ones_are_disjoint_in_either_form(make, siz
         (arithmetic_tasks, {"digits": (1, 10**8)}, r"digits=.* the most \(at most 200\)"),
         (arithmetic_tasks, {"operands": (2, 10**8)}, r"operands=.* the most \(at most 200\)"),
         (arithmetic_tasks, {"operands": (2, 100), "digits": (1, 3)}, "tasks of up to 300 digits; 200 are the most"),
-        (arithmetic_tasks, {"n": 10**6, "digits": (1, 9)}, "n=1000000 tasks of 36 digits or terms are too many: 555555"),
+        (arithmetic_tasks, {"n": 10**6, "digits": (1, 9)}, "tasks of 36 digits or terms are too many: 555555"),
         (arithmetic_tasks, {"n": 10**7}, "n=10000000 must be an integer between 1 and 1000000"),
         (arithmetic_tasks, {"operators": "+/"}, r"operators='\+/' must be different ones of \+-\*"),
         (arithmetic_tasks, {"operators": ""}, "operators=''"),
