@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
 
 # Parts that a model has one after the other or beside each other, and widths.
 MOST_PARTS, WIDEST = 20_000, 100_000_000
@@ -43,7 +42,11 @@ def check_folder(model: str, revision: str | None = None) -> None:
     check_sizes(config, f"model {model!r}")
 
 
-def check_local_folder(model: str) -> None:
-    """Check as `check_folder` does where the model is a folder with a config.json."""
-    if (Path(model) / "config.json").is_file():
-        check_folder(model)
+def check_if_there(model: str, revision: str | None = None) -> None:
+    """Check as `check_folder` does where there is a config.json that can be read; of others nothing is said here."""
+    try:
+        check_folder(model, revision)
+    except PosttrainError:
+        raise
+    except (OSError, ValueError):
+        return
