@@ -43,6 +43,8 @@ def check(
     else:
         config = checks.load_config(model, args)
         checks.check_init_kwargs(args, config)
+    named_by = model if isinstance(model, torch.nn.Module) else config
+    checks.check_names(peft_config, named_by, args.trust_remote_code)
     checks.check_tying(peft_config, config)
     checks.check_router(args, config)
     if has_folder:
