@@ -22,6 +22,7 @@ LAYERS = (
         "compat",
         "console",
         "private",
+        "secret_names",
         "remote",
         "quiet",
         "checks",
