@@ -48,7 +48,7 @@ _QUOTED = re.compile(
     rf"(\\?[\"'])({_NAME})\1(\s*[:=]\s*)"
     rf"({_LITERAL}|\\\".*?\\\"|\\'.*?\\'|\{{[^{{}}]*\}}|\[[^\[\]]*\]|[^\s,}}\](){{\['\"\\]+)"
 )
-_FLAG = re.compile(rf"(?<![\w-])(--{_NAME})(=|\s+)({_LITERAL}|[^\s'\"-][^\s]*|-[^-\s][^\s]*)")
+_FLAG = re.compile(rf"(?<![\w-])(--{_NAME})(=|\s+)({_LITERAL}|<[A-Za-z _-]{{1,40}}>|[^\s'\"`-][^\s`]*|-[^-\s`][^\s`]*)")
 _ASSIGNED = re.compile(rf"(?<![\w?&;#.-])({_NAME})(\s?=\s?)({_LITERAL}|[^\s,;)\]}}'\"`]+)")
 _SAID = re.compile(rf"(?<![\w.-])({_NAME})( is | was )({_LITERAL})")
 _WRITTEN = re.compile(rf"([`{{,]\s*|^\s*(?:- )?)({_NAME})(:\s+)({_LITERAL}|[^\s,}}`]+)", re.MULTILINE)
@@ -68,7 +68,7 @@ _WHOLE_REWARD = re.compile(rf"{_REWARD.pattern.partition('?([^')[0][:-1]}\?(.*)"
 _HARMLESS = re.compile(r"[+-]?[\d.]{1,11}(?:[eE][+-]?\d{1,3})?|true|false|null|none", re.IGNORECASE)
 
 # What code and examples have in a secret's place: variables, and the name of what is to be filled in
-_STANDS_FOR = re.compile(r"\$\{?[A-Z_][A-Z0-9_]*\}?|<[A-Za-z _-]{1,40}>|os\.(?:environ|getenv).*|\.\.\.")
+_STANDS_FOR = re.compile(r"\$\{?[A-Z_][A-Z0-9_]*\}?|<[A-Za-z _-]{1,40}>|os\.(?:environ|getenv).*|\w{0,12}\.\.\.")
 # A name alone, or a flag
 _WHOLE_NAME = re.compile(r"-{0,2}[A-Za-z_][\w.-]{0,80}")
 _LOOKS = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{8,}", re.DOTALL)
@@ -79,12 +79,12 @@ _COMMON = frozenset(
     accuracy adapters anonymous answered baseline changeme channels complete completed completion completions
     configuration container contains continue database datasets defaults developer development disabled document
     documents evaluate evaluation examples external finished function generate generated generation gradient gradients
-    internal language learning localhost location metadata multiple notebook optimizer original password pipeline policies
-    positive postgres practice precision preference preferences prepared processed production programs projects provided
-    reference repository required research response responses resulting resuming sampling schedule scheduler security
-    sequence sequences services settings something standard staging template templates terminal test testing together
-    tokenizer tokenizers trainable training transformer transformers username variable variables verified warnings
-    workspace yourself
+    internal language learning localhost location metadata multiple notebook optimizer original password pipeline
+    policies positive postgres practice precision preference preferences prepared processed production programs projects
+    provided reference repository required research response responses resulting resuming sampling schedule scheduler
+    security sequence sequences services settings something standard staging template templates terminal testing
+    together tokenizer tokenizers trainable training transformer transformers username variable variables verified
+    warnings workspace yourself
     """.split()
 )
 
