@@ -55,7 +55,7 @@ _CONFIGS = (
 # of all that a run's folder may hold for a push
 _ALL = (*_ADAPTER, *_MODEL, *TOKENIZER, *_REPORT, "README.md")
 # what a token of a vocabulary looks like whose name could be that of a secret, such as user_token
-_TOKEN = re.compile(r"[<\[{|｜].*[>\]}|｜]|.{0,5}", re.DOTALL)
+_TOKEN = re.compile(r"[<\[{|｜].*[>\]}|｜]|\W{1,5}", re.DOTALL)
 _PARTS_OF_A_TOKEN = {"__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special"}
 _FOLDER_SIGN = re.compile(r"[\\/]")
 _WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:)?[\\/](?:.*[\\/])?([^\\/]*)[\\/]*")
