@@ -324,7 +324,7 @@ def _hides(name: str, value: str) -> bool:
     plain = value.strip("\\\"'")
     return (
         is_secret_name(name)
-        and plain not in ("", "None", "null", "True", "False", "true", "false", HIDDEN)
+        and plain not in ("", "None", "null", "True", "False", "true", "false", "str", HIDDEN, name)
         and not _STANDS_FOR.fullmatch(plain)
     )
 

@@ -43,7 +43,7 @@ _TABLES = {
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _RUN_TOGETHER = re.compile(
     r"passw|secret|credential|(?:access|api|auth|bearer|hf|hub|private|refresh|session|ssh)_?(?:token|key)s?$"
-    r"|connection_?string|(?:database|db|mongo|postgres|redis|broker)_?(?:url|uri)$"
+    r"|connection_?string|(?:^|_)(?:database|db|mongo|postgres|redis|broker)_?(?:url|uri)$"
 )
 # which goes with a signature
 _KEY_ID = re.compile(r"access_?key_?id|key_pair_id|google_?access_?id", re.IGNORECASE)

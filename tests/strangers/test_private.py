@@ -31,6 +31,7 @@ NONE = """
     special_tokens kept_tokens max_new_tokens mean_token_accuracy token_type key_column gold_key sort_key keyword monkey
     author keep signal design forward_pass signature_columns logits_to_keep TOKENIZERS_PARALLELISM hub_model_id
     metric_for_best_model remove_unused_columns query_key_value attention.self.key projection_prng_key
+    wandb_url
 """.split()
 
 
@@ -165,6 +166,7 @@ def test_messages_hide_what_stands_behind_a_secrets_name(text, shown):
         'File "utils/_http.py", line 657, in hf_raise_for_status, called by hf_hub_download',
         "http://localhost:8080/a?mail=me@x.org, http://h:443/@user and https://[::1]:80/a@b",
         "Basic training of Basic Blocks12, in xai-explainable and hvs",
+        "def get(hf_token: str): return call(hf_token=hf_token, wandb_url=url)",
         'login(token=os.environ["HF_TOKEN"]) or --hub_token $HF_TOKEN or --hub_token <your token>',
         "the secret is out: chmod -u a:b; password: see above",
     ],
