@@ -76,15 +76,15 @@ _VALUE = ("value", "val", "values")
 # Words of messages, which a value that is one of them does not take out of all texts
 _COMMON = frozenset(
     """
-    accuracy adapters anonymous answered baseline changeme channels complete completed completion completions
-    configuration container contains continue database datasets defaults developer development disabled document
-    documents evaluate evaluation examples external finished function generate generated generation gradient gradients
-    internal language learning localhost location metadata multiple notebook optimizer original password pipeline
-    policies positive postgres practice precision preference preferences prepared processed production programs projects
-    provided reference repository required research response responses resulting resuming sampling schedule scheduler
-    security sequence sequences services settings something standard staging template templates terminal testing
-    together tokenizer tokenizers trainable training transformer transformers username variable variables verified
-    warnings workspace yourself
+    accuracy adapters anonymous answered baseline changeme channels checkpoint checkpoints complete completed
+    completion completions configuration container contains continue database datasets defaults developer development
+    disabled document documents evaluate evaluation examples external finished function generate generated generation
+    gradient gradients huggingface internal language learning localhost location messages metadata multiple notebook
+    optimizer original password pipeline policies positive postgres posttrain practice precision preference
+    preferences prepared processed production programs projects provided reference repository required research
+    response responses resulting resuming sampling schedule scheduler security sequence sequences services settings
+    something standard template templates terminal together tokenizer tokenizers trainable training transformer
+    transformers username variable variables verified warnings workspace yourself
     """.split()
 )
 
@@ -112,10 +112,11 @@ def hide(text: str) -> str:
 
     Known are the values of secret names in the settings that `remember` was given, and in the environment.
     """
-    text = hide_forms(_REWARD.sub(_hide_reward, text) if "?" in text else text)
+    # first, while they are whole
     for known in _known():
         if known in text:
             text = text.replace(known, HIDDEN)
+    text = hide_forms(_REWARD.sub(_hide_reward, text) if "?" in text else text)
     if ":" in text:
         text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
     text = _hide_quoted(text)
@@ -203,7 +204,8 @@ def _mapping(value: Mapping, instead):
         text = _text(name).lower()
         # the key of a key and its value; and that of a module or a table, with a number
         is_key = text == "key" and (has_value or isinstance(item, int | float))
-        hides = (is_secret_name(_text(name)) and not is_key) or (named and text in _VALUE)
+        is_value = named and text in _VALUE and not (isinstance(item, int | float) and abs(item) < 10_000)
+        hides = (is_secret_name(_text(name)) and not is_key) or is_value
         shown = without_secrets(name) if isinstance(name, str | bytes) else name
         if not hides or item is None or isinstance(item, bool):
             kept[shown] = without_secrets(item, instead)
@@ -243,7 +245,9 @@ def _belongs(item, before, length: int) -> bool:
         return not _text(item).startswith("--") and not isinstance(item, int | float)
     if name.lower() == "key" or isinstance(item, int | float):
         return False
-    return length == 2 or (isinstance(item, str | bytes) and bool(_LOOKS.fullmatch(_text(item))))
+    if length == 2:
+        return isinstance(item, str | bytes | list | tuple | Mapping)
+    return bool(_LOOKS.fullmatch(_text(item)))
 
 
 def _names_a_secret(value: Mapping) -> bool:

@@ -87,7 +87,7 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
     if "resolved_config.yaml" in files:
         files["resolved_config.yaml"] = _without_paths_in_yaml(files["resolved_config.yaml"])
     card = run / "README.md"
-    text = hide(read_text(card)) if is_own_file(card, run) else ""
+    text = read_text(card) if is_own_file(card, run) else ""
     local_names[str(run.resolve())] = destination.repo_id
     published = published_card(text, destination, is_adapter, local_names, title=run.resolve().name)
     files["README.md"] = published.encode()
@@ -141,8 +141,8 @@ def published_card(
 ) -> str:
     """Write a run's card as it stands in the repository.
 
-    What a person wrote into it stays, metadata and evaluations included. The base model and the repository get their
-    hub ids, and where an adapter was merged, the lines that load it become those of a model.
+    What a person wrote into it stays, metadata and evaluations included, without secrets. The base model and the
+    repository get their hub ids, and where an adapter was merged, the lines that load it become those of a model.
 
     Args:
         text: the card in the run folder; a short one is made where it is empty.
@@ -156,6 +156,7 @@ def published_card(
     """
     base, repo_id = destination.base_model_id, destination.repo_id
     card = parse_card(text, "README.md")
+    _hide_in_card(card)
     data, was, name = card.data, card.data.get("base_model"), repo_id.split("/")[1]
     dropped = () if is_adapter else ("lora",)
     tags = [tag for tag in _as_list(data.get("tags")) if tag not in dropped and not tag.startswith("base_model:")]
@@ -201,6 +202,16 @@ def clean_readme(folder: str | Path, base_model_id: str | None = None) -> None:
     parsed.data["tags"] = [tag for tag in tags if not tag.startswith("base_model:")]
     parsed.text = "\n" + _replace_paths(parsed.text, dict.fromkeys(local, base_model_id or "a local model")).lstrip()
     card.write_text(str(parsed), encoding="utf-8")
+
+
+def _hide_in_card(card) -> None:
+    """Hide secrets in a parsed card; `***` in the text of its metadata would be no YAML."""
+    card.text = hide(card.text)
+    held = vars(card.data)
+    clean = without_secrets(held)
+    if clean != held:
+        held.clear()
+        held.update(clean)
 
 
 def _titled(card: str, folder_name: str, title: str) -> str:

@@ -192,6 +192,8 @@ def test_a_known_secret_is_hidden_whatever_it_is_made_of(monkeypatch, value):
     assert hide(f"GET said no to {value}.") == "GET said no to ***."
     monkeypatch.delenv("DB_PASSWORD")
     assert value in hide(f"GET said no to {value}.")
+    remember(["judge:score?key=a long one&n=3"])
+    assert hide("no: ['judge:score?key=a long one&n=3']") == "no: ['judge:score?key=***&n=3']"
     remember({"headers": [["Authorization", value]], "env": [{"name": "X_KEY", "value": "/of/an/entry"}]})
     assert hide(f"GET said no to {value} and /of/an/entry") == "GET said no to *** and ***"
 

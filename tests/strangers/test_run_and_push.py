@@ -15,6 +15,7 @@ from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.hub.files import clean_readme, files_to_push, saved_weights
 from posttrain.hub.merging import merge_adapter
+from posttrain.hub.metadata import parse_card
 from posttrain.hub.own_files import found, links_in
 from posttrain.hub.repository import Destination
 from posttrain.private import hide
@@ -112,9 +113,13 @@ def test_tokens_of_a_vocabulary_labels_and_modules_are_pushed_as_they_are(linked
 def test_a_card_that_a_person_wrote_is_pushed_without_secrets(linked, run):
     code = 'login(token=os.environ["HF_TOKEN"])  # token=None, key = value'
     said = "Run `--judge_api_key cardKey8899 --seed 3`, password: cardPw1122."
-    (linked / "README.md").write_text(f"# A card\n\n{code}\n\n{said}\n")
+    metadata = "hub_token: abc\nnote: ghp_abcdefghijklmnop\nmodel-index: [{name: a key, value: 0.5}]"
+    (linked / "README.md").write_text(f"---\n{metadata}\n---\n# A card\n\n{code}\n\n{said}\n")
     card = files_to_push(linked, linked, HUB)["README.md"].decode()
     assert code in card and "Run `--judge_api_key *** --seed 3`, password: ***" in card
+    metadata = parse_card(card, "README.md").data.to_dict()
+    assert (metadata["note"], metadata["model-index"]) == ("***", [{"name": "a key", "value": 0.5}])
+    assert "hub_token" not in metadata
     # the card that a run writes stays
     written = (run / "README.md").read_text()
     assert hide(written) == written
