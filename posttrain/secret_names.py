@@ -30,8 +30,8 @@ _VOCABULARY = {
     "cls", "completion", "content", "control", "decoder", "each", "encoder", "end", "eoa", "eoc", "eoi", "eos", "eot",
     "every", "extra", "fake", "first", "forced", "ignore", "image", "initial", "last", "mask", "max", "middle", "min",
     "new", "next", "num", "pad", "padding", "per", "placeholder", "prefix", "previous", "prompt", "reasoning",
-    "response", "row", "sep", "separator", "single", "special", "start", "step", "stop", "suffix", "system", "think", "thinking",
-    "tile", "tool", "turn", "unk", "unknown", "video", "vision", "vocab", "word",
+    "response", "row", "sep", "separator", "single", "special", "start", "step", "stop", "suffix", "system", "think",
+    "thinking", "tile", "tool", "turn", "unk", "unknown", "video", "vision", "vocab", "word",
 }  # fmt: skip
 _TABLES = {
     "answer", "attention", "attn", "cache", "chosen", "column", "completion", "config", "cross", "data", "dataset",

@@ -22,6 +22,7 @@ LAYERS = (
         "compat",
         "console",
         "private",
+        "secret_forms",
         "secret_names",
         "remote",
         "quiet",

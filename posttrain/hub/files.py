@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -11,13 +10,13 @@ import yaml
 from posttrain import yaml_text
 from posttrain.errors import DataError
 from posttrain.hub.base_model import is_hub_id
+from posttrain.hub.config_secrets import config_without_secrets
 from posttrain.hub.metadata import parse_card
 from posttrain.hub.own_files import found, is_own_file, links_in, name_links
 from posttrain.hub.passages import short_body, with_hub_ids
 from posttrain.hub.repository import Destination
 from posttrain.private import hide, without_secrets
 from posttrain.saved import check_safetensors, check_shards, read_json, read_text, read_yaml
-from posttrain.secret_names import is_secret_name
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL = (
@@ -54,9 +53,6 @@ _CONFIGS = (
 )
 # of all that a run's folder may hold for a push
 _ALL = (*_ADAPTER, *_MODEL, *TOKENIZER, *_REPORT, "README.md")
-# what a token of a vocabulary looks like whose name could be that of a secret, such as user_token
-_TOKEN = re.compile(r"[<\[{|｜].*[>\]}|｜]|\W{1,5}", re.DOTALL)
-_PARTS_OF_A_TOKEN = {"__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special"}
 _FOLDER_SIGN = re.compile(r"[\\/]")
 _WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:)?[\\/](?:.*[\\/])?([^\\/]*)[\\/]*")
 # The folders of an absolute path; not those of a web address or a hub id
@@ -239,7 +235,7 @@ def _replace_paths(text: str, names: dict[str, str]) -> str:
 
 def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
     config = json.loads(content)
-    clean = _put_back(without_secrets(_set_aside(config)))
+    clean = config_without_secrets(config)
     if "base_model_name_or_path" in clean:
         if clean["base_model_name_or_path"] != base_model_id and "revision" in clean:
             clean["revision"] = None
@@ -248,52 +244,6 @@ def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
         if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
             clean[name] = base_model_id if name in ("_name_or_path", "name_or_path") else Path(value).name
     return content if clean == config else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """An entry of a config that stays as it is, whatever its name."""
-
-    name: str
-    value: object
-
-
-def _set_aside(value):
-    """Return a config with the tokens of a vocabulary, templates and small numbers out of reach."""
-    if isinstance(value, dict):
-        return dict(
-            (_Entry(name, item), None) if _stays(name, item) else (name, _set_aside(item))
-            for name, item in value.items()
-        )
-    return [_set_aside(item) for item in value] if isinstance(value, list) else value
-
-
-def _put_back(value):
-    if isinstance(value, dict):
-        return dict(
-            (name.name, name.value) if isinstance(name, _Entry) else (name, _put_back(item))
-            for name, item in value.items()
-        )
-    return [_put_back(item) for item in value] if isinstance(value, list) else value
-
-
-def _stays(name: str, item) -> bool:
-    """Tell whether an entry of a config holds no secret: a label's number, a template, a token of a vocabulary."""
-    if isinstance(item, int | float):
-        return abs(item) < 10_000
-    if name == "chat_template":
-        return isinstance(item, str | list)
-    if name == "added_tokens_decoder":
-        return isinstance(item, dict) and all(_is_token(token) for token in item.values())
-    if name.endswith("special_tokens") and isinstance(item, list):
-        return all(isinstance(token, str) or _is_token(token) for token in item)
-    if not name.endswith("_token"):
-        return False
-    return _is_token(item) or (isinstance(item, str) and (not is_secret_name(name) or bool(_TOKEN.fullmatch(item))))
-
-
-def _is_token(item) -> bool:
-    return isinstance(item, dict) and "content" in item and item.keys() <= _PARTS_OF_A_TOKEN
 
 
 def _without_paths_in_yaml(content: bytes) -> bytes:
