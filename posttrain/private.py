@@ -72,7 +72,7 @@ def hide(text: str) -> str:
     # first, while they are whole
     for known in _known():
         if known in text:
-            text = text.replace(known, HIDDEN)
+            text = text.replace(known, f"hf_{HIDDEN}" if known.startswith("hf_") else HIDDEN)
     text = hide_forms(_REWARD.sub(_hide_reward, text) if "?" in text else text)
     if ":" in text:
         text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
