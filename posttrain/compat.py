@@ -52,6 +52,8 @@ PRIVATE_NAMES = (
     # what a model's own head answers in the place of the fused one
     ("trl.trainer.utils", "add_fused_lm_head", ("model", "temperature", "outputs")),
     ("trl.trainer.utils", "FusedCausalLMOutput", ("loss", "log_probs", "label_mask", "aux_loss", *_FUSED)),
+    # what regular expressions are made of
+    ("re._parser", "parse", ("str", "flags")),
     ("peft.utils.other", "TrainableTokensWrapper", ()),
     ("peft.tuners.lora", "LoraLayer.get_base_layer", ()),
     ("peft.tuners.lora.layer", "Linear.get_delta_weight", ("adapter",)),
@@ -71,6 +73,7 @@ PRIVATE_NAMES = (
     ("trl.trainer.utils", "get_config_model_id", ("config",)),
     # what compiles every chat template
     ("transformers.utils.chat_template_utils", "_compile_jinja_template", ("chat_template",)),
+    ("transformers.utils.chat_template_utils", "ImmutableSandboxedEnvironment", ()),
     ("transformers", "Trainer.get_batch_samples", ("epoch_iterator", "num_batches", "device")),
     ("transformers", "Trainer._get_train_sampler", ("train_dataset",)),
     ("transformers", "Trainer._prepare_inputs", ("inputs",)),

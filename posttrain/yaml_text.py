@@ -5,13 +5,17 @@ import yaml
 # Settings of a run are some thousand characters; a file of its resolved settings some ten thousand.
 MOST_BYTES = 4 << 20
 MOST_NODES = 200_000
+# YAML 1.1 knows numbers to the base 60 (1:59:59), whose reading takes the square of their length.
+LONGEST_NUMBER = 100
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def compose(text: str, loader_class: type = yaml.SafeLoader):
     """Return the loader, and the root node (or None), of a text with bounded contents.
 
     Raises:
-        yaml.YAMLError: it is no YAML, too long, contains itself, or grows without bounds through aliases or merges.
+        yaml.YAMLError: it is no YAML, too long, contains itself, grows without bounds through aliases or merges, or has
+            a number of more than `LONGEST_NUMBER` characters.
     """
     if len(text) > MOST_BYTES:
         raise yaml.YAMLError(f"it has more than {MOST_BYTES >> 20} million characters")
@@ -43,6 +47,7 @@ def _check_size(root) -> None:
     while stack:
         node, done = stack.pop()
         if not isinstance(node, yaml.CollectionNode):
+            _check_number(node)
             continue
         parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
         if done:
@@ -57,3 +62,11 @@ def _check_size(root) -> None:
             sizes[id(node)] = None
             stack.append((node, True))
             stack.extend((part, False) for part in parts)
+
+
+def _check_number(node) -> None:
+    if node is not None and node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
+        raise yaml.composer.ComposerError(
+            problem=f"a number of {len(node.value):,} characters, and {LONGEST_NUMBER} are the most",
+            problem_mark=node.start_mark,
+        )

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from posttrain import model_sizes, patterns
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.models import check_runs_no_code, embedded_name, resolve_model
 from posttrain.remote import check_model_name, model_failure
@@ -20,17 +21,23 @@ def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | Non
         raise ConfigError(f"adapter is {folder}, which has no adapter_config.json; give an adapter's folder.")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ConfigError(f"adapter is {folder}, which has no adapter_model.safetensors; give an adapter's folder.")
-    try:
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no valid JSON: {str(error).rstrip('.')}.") from None
+    config = _config_of(folder)
     if base:
         return resolve_model(base), None
-    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    named = config.get("base_model_name_or_path")
     if not named or not isinstance(named, str) or one_line(named) != named:
         raise ConfigError(f"the adapter in {folder} names no base model; give it with --base MODEL.")
     # a cached folder may be another machine's, or cleared by now
     return resolve_model(embedded_name(named) or named), config.get("revision")
+
+
+def _config_of(folder: str | Path) -> dict:
+    path = Path(folder) / "adapter_config.json"
+    try:
+        config = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no valid JSON: {str(error).rstrip('.')}.") from None
+    return config if isinstance(config, dict) else {}
 
 
 def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto", *, to_merge: bool = False):
@@ -44,11 +51,12 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
 
     Raises:
         ConfigError: no adapter there, one that names no base, a base that is not there or that the adapter does not
-            fit, or one that cannot be merged into.
+            fit, one that cannot be merged into, patterns that may take for ever to match, or sizes of no model.
         DataError: weights that are damaged: the adapter's, or those of a base in a folder.
         EnvironmentIssue: a base that only the hub has, which cannot be reached.
     """
     source, revision = base_of(folder, base)
+    patterns_found = patterns.check_adapter(_config_of(folder), f"the adapter in {folder}: ")
     check_safetensors(Path(folder) / "adapter_model.safetensors")
     check_model_name(source)
     _check_base(Path(source))
@@ -56,6 +64,7 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        model_sizes.check_folder(source, revision)
         config = AutoConfig.from_pretrained(source, revision=revision)
         check_runs_no_code(config, source)
         if to_merge and getattr(config, "quantization_config", None):
@@ -70,6 +79,9 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
         raise EnvironmentIssue(f"the base model {source} needs a package that is missing: {error}") from error
     except (OSError, ValueError) as error:
         raise model_failure(source, error, "cannot be loaded as the adapter's base") from error
+    if patterns_found:
+        names = [name for name, _ in model.named_modules()]
+        patterns.check_on(patterns_found, names, f"the adapter in {folder}")
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:

@@ -21,7 +21,7 @@ from trl import ModelConfig, TrlParser
 from trl import get_peft_config as _get_peft_config
 from trl import get_quantization_config as get_quantization_config
 
-from posttrain import former_names, private, yaml_text
+from posttrain import former_names, patterns, private, yaml_text
 from posttrain.checks import near
 from posttrain.config import strangers
 from posttrain.config.arguments import DataArguments as DataArguments
@@ -72,13 +72,15 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
 def get_peft_config(model_args: ModelConfig):
     """Return TRL's config of the adapter that the LoRA settings describe.
 
-    None without `use_peft`. ConfigError where PEFT refuses.
+    None without `use_peft`. ConfigError where PEFT refuses, and for a pattern that may take for ever to match.
     """
     targets = model_args.lora_target_modules
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
         # TRL unpacks a list of one, and PEFT would match a text with the whole path of a module
         model_args = copy.copy(model_args)
         model_args.lora_target_modules = [targets]
+    elif isinstance(targets, str):
+        patterns.check(targets, "lora_target_modules")
     try:
         return _get_peft_config(model_args)
     except (ValueError, TypeError) as error:

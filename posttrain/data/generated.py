@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from itertools import accumulate
 
+from posttrain.checks import check_integer, shorten
 from posttrain.errors import ConfigError
 
 # Common short nouns, each a single token of SmolLM2's vocabulary, at the start of a text and after a space.
@@ -80,6 +81,8 @@ def _row(order: list[str], right: list[str], wrong: list[str]) -> dict:
     }
 
 
+# Rows, digits of all numbers (terms) in one of them, and in all rows: a worked product writes the square of the second.
+MOST_ROWS, MOST_DIGITS, MOST_IN_ALL = 1_000_000, 200, 20_000_000
 STYLES = ("steps", "boxed", "think_answer", "answer")
 OPERATORS = "+-*"
 # of prompts and demonstrations as text
@@ -100,7 +103,7 @@ def arithmetic_tasks(
 
     Args:
         operands: fewest and most numbers in a task, at least 2; uniform between.
-        digits: fewest and most digits of a number; uniform between.
+        digits: fewest and most digits of a number; uniform between. A task has 200 digits at most.
         operators: any of + - *, each drawn as often; products are worked out first.
         demonstration_style: steps, a line for each operation and `#### ANSWER`; boxed, the same ending in a box;
             think_answer, the steps between think tags and the answer between answer tags; answer, `#### ANSWER` alone.
@@ -116,6 +119,12 @@ def arithmetic_tasks(
     """
     low, high = _range("operands", operands, 2)
     fewest, most = _range("digits", digits, 1)
+    if high * most > MOST_DIGITS:
+        raise ConfigError(
+            f"operands={operands!r} of digits={digits!r} are tasks of up to {high * most} digits; {MOST_DIGITS} "
+            "are the most."
+        )
+    _check_rows(n, high * most)
     if not operators or set(operators) - set(OPERATORS) or len(set(operators)) != len(operators):
         raise ConfigError(f"operators={operators!r} must be different ones of {OPERATORS}, such as '+-'.")
     _check_style(demonstration_style)
@@ -158,8 +167,8 @@ def modular_sum_tasks(
     long the sum; with them, each term adds a step that may fail.
 
     Args:
-        terms: fewest and most terms, at least 2; uniform between. Terms are drawn from 0 to modulus - 1.
-        modulus: at least 2.
+        terms: fewest and most terms, from 2 to 200; uniform between. Terms are drawn from 0 to modulus - 1.
+        modulus: from 2 to a million.
         demonstration_style: steps, or answer for the answer alone.
         conversational: messages if true; then the prompt says `What is (7 + 5 + 9) mod 10?`.
         exclude: rows of an earlier call, whose sums do not come again.
@@ -169,8 +178,8 @@ def modular_sum_tasks(
     `arithmetic_tasks` does.
     """
     low, high = _range("terms", terms, 2)
-    if isinstance(modulus, bool) or not isinstance(modulus, int) or modulus < 2:
-        raise ConfigError(f"modulus={modulus!r} must be an integer of at least 2.")
+    check_integer("modulus", modulus, 2, 1_000_000)
+    _check_rows(n, high)
     if demonstration_style not in ("steps", "answer"):
         raise ConfigError(f"demonstration_style={demonstration_style!r} is neither 'steps' nor 'answer'.")
 
@@ -192,12 +201,16 @@ def modular_sum_tasks(
     )
 
 
+def _check_rows(n: int, size: int) -> None:
+    check_integer("n", n, 1, MOST_ROWS)
+    if n * size > MOST_IN_ALL:
+        raise ConfigError(f"n={n} tasks of {size} digits or terms are too many: {MOST_IN_ALL // size} are the most.")
+
+
 def _distinct_tasks(n, name, draw, row, available, exclude, pattern, advice):
     """Draw `n` rows of different tasks. `pattern` finds the task in a prompt; spaces do not count."""
     from datasets import Dataset
 
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ConfigError(f"n={n!r} must be an integer of at least 1.")
     used = {_task_of(row_["prompt"], pattern) for row_ in exclude}
     # Tasks are drawn until a new one comes up, so half of them are left free.
     if n + len(used) > available // 2:
@@ -256,13 +269,17 @@ def _task(question: str, demonstration: str, gold: str, difficulty: int, convers
     return {"prompt": question, "demonstration": demonstration, "gold": gold, "difficulty": difficulty}
 
 
-def _range(name: str, value, least: int) -> tuple[int, int]:
+def _range(name: str, value, least: int, greatest: int = MOST_DIGITS) -> tuple[int, int]:
     try:
         low, high = value
     except (TypeError, ValueError):
         low = high = None
-    if not all(isinstance(end, int) and not isinstance(end, bool) for end in (low, high)) or not least <= low <= high:
-        raise ConfigError(f"{name}={value!r} must be two integers, the fewest (at least {least}) and the most.")
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (low, high))
+    if not whole or not least <= low <= high <= greatest:
+        raise ConfigError(
+            f"{name}={shorten(value)} must be two integers, the fewest (at least {least}) and the most (at most "
+            f"{greatest})."
+        )
     return low, high
 
 

@@ -82,9 +82,9 @@ def _check_options(source: str, options: dict, function: Callable) -> None:
 
 
 def _value(key: str, text: str):
-    span = re.fullmatch(r"(\d+)-(\d+)", text)
+    span = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
     if span and key in _RANGES:
         return int(span[1]), int(span[2])
-    if key in _RANGES and text.isdigit():
+    if key in _RANGES and re.fullmatch(r"\d{1,9}", text):
         return int(text), int(text)
     return parse_scalar(text)

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from posttrain.bounded import in_memory
 from posttrain.data import formats
 from posttrain.data.tokens import render, tokenized_pairs, tokenizer_of
 from posttrain.errors import ConfigError
@@ -13,6 +14,8 @@ from posttrain.log import get_logger
 # Prompts that are rendered before a run
 _SAMPLE = 1000
 _SHORTER = "Set max_length to that number, or a smaller one."
+# Bytes of tables that a model computes as it is built
+_TABLES = 1 << 30
 # What tables of positions are called in the models of transformers
 _POSITION_TABLES = (
     *("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed"),
@@ -44,7 +47,8 @@ class Limits:
             from transformers import AutoModelForCausalLM
 
             try:
-                with init_empty_weights():
+                # tables that are computed are there
+                with init_empty_weights(), in_memory(_TABLES):
                     model = AutoModelForCausalLM.from_config(self._config)
             # a model of another kind, or code of its own
             except Exception:

@@ -14,8 +14,9 @@ from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.remote import offline_reason, out_of_reach, reads_as_path
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
-# Characters of a row; bytes of a line of a .json file, which may hold all its rows.
-LONGEST_LINE, LONGEST_JSON = 64 << 20, 512 << 20
+# Characters of a row. A .json file is read as a whole: its bytes, and the lists and objects in it, which take some 200
+# bytes of memory each.
+LONGEST_LINE, LONGEST_JSON, MOST_OBJECTS = 64 << 20, 128 << 20, 5_000_000
 _OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml", ".xlsx")
 
 
@@ -78,7 +79,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             if path.suffix == ".json":
-                _check_lines(path)
+                _check_whole(path)
                 rows = json.load(file)
                 if not isinstance(rows, list):
                     raise DataError(f"{path} must hold a list of rows, not {kind_of(rows)}; rows on lines are .jsonl.")
@@ -86,7 +87,10 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
                 return
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
                 if len(line) >= LONGEST_LINE:
-                    raise DataError(f"{path}, line {number}: {_too_long(LONGEST_LINE)}")
+                    raise DataError(
+                        f"{path}, line {number}: longer than {LONGEST_LINE >> 20} million characters, which is no row. "
+                        "Rows stand on a line each in a .jsonl file."
+                    )
                 if line.strip():
                     # without the line's end, after which the parser would count another line
                     yield f"{path}, line {number}", json.loads(line.rstrip())
@@ -113,20 +117,18 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{place}: JSON that cannot be read: {error}.") from None
 
 
-def _too_long(most: int) -> str:
-    return f"longer than {most >> 20} million characters, which is no row. Rows stand on a line each in a .jsonl file."
-
-
-def _check_lines(path: Path) -> None:
-    """Refuse a .json file, which is read as a whole, with a line that would take the memory of many rows."""
+def _check_whole(path: Path) -> None:
+    """Refuse a .json file that would take more than some 2 GiB of memory."""
+    size = objects = 0
     with open(path, "rb") as file:
-        number, length = 1, 0
-        for part in iter(lambda: file.readline(1 << 20), b""):
-            length += len(part)
-            if length >= LONGEST_JSON:
-                raise DataError(f"{path}, line {number}: {_too_long(LONGEST_JSON)}")
-            if part.endswith(b"\n"):
-                number, length = number + 1, 0
+        for part in iter(lambda: file.read(1 << 20), b""):
+            size, objects = size + len(part), objects + part.count(b"[") + part.count(b"{")
+            if size > LONGEST_JSON or objects > MOST_OBJECTS:
+                what = f"{LONGEST_JSON >> 20} MiB" if size > LONGEST_JSON else f"{MOST_OBJECTS:,} lists and objects"
+                raise DataError(
+                    f"{path} has more than {what}, and a .json file is read as a whole. Write a row on each line of a "
+                    ".jsonl file instead."
+                )
 
 
 def _is_utf8(line: bytes) -> bool:

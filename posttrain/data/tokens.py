@@ -13,6 +13,7 @@ from posttrain.data.rendering import applied, bounds, closers, continued
 from posttrain.data.rendering.refusals import refusal
 from posttrain.data.row_options import check_settings, tools_of, with_read_tools
 from posttrain.errors import ConfigError, DataError
+from posttrain.model_sizes import check_if_there
 from posttrain.remote import check_model_name, model_failure
 from posttrain.visible import one_line
 
@@ -36,6 +37,7 @@ def load_processing_class(model: str, revision: str | None = None, trust_remote_
     from transformers import AutoProcessor
 
     check_model_name(model)
+    check_if_there(model, revision)
     _check_template_files(model)
     try:
         return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)

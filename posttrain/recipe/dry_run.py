@@ -30,12 +30,13 @@ def sizes(config, args, peft_config) -> dict[str, int]:
     from posttrain.run import checks
 
     # on that device weights that are shared stay so
-    with torch.device("meta"), warnings.catch_warnings(), checks.upstream_refusals():
+    with torch.device("meta"), warnings.catch_warnings(), checks.upstream_refusals(), checks.building("the model"):
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
         if peft_config is not None:
             from peft import get_peft_model
 
+            checks.check_names(peft_config, model)
             model = get_peft_model(model, peft_config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {

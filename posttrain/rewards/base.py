@@ -1,6 +1,7 @@
 """What all rewards share: TRL's interface, counters, worker processes, and the check of gold answers."""
 
 import hashlib
+import os
 from dataclasses import fields, is_dataclass
 
 from posttrain.checks import check_integer, check_number, shorten
@@ -9,6 +10,8 @@ from posttrain.log import get_logger
 from posttrain.rewards.golds import is_missing
 from posttrain.rewards.pool import WorkerPool
 
+# of a pool, or four for each processor where these are more: each has the verifier's libraries in memory
+MOST_WORKERS = 64
 COUNTERS = ("scored", "timeouts", "exceptions")
 
 
@@ -120,7 +123,7 @@ class PooledReward(Reward):
     def __post_init__(self):
         super().__post_init__()
         check_number("timeout", self.timeout, 0, None, above=True)
-        check_integer("workers", self.workers, 1)
+        check_integer("workers", self.workers, 1, max(MOST_WORKERS, 4 * (os.cpu_count() or 1)))
         self._pool = WorkerPool(self.verifier, self.workers, self.timeout)
 
     def start(self) -> None:

@@ -3,11 +3,16 @@ r"""A reward for the form of a completion, whatever it says."""
 import re
 from dataclasses import dataclass
 
-from posttrain.checks import check_choice
+from posttrain import patterns
+from posttrain.bounded import Overtime, in_time
+from posttrain.checks import check_choice, shorten
 from posttrain.errors import ConfigError
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.base import Reward, completion_text, reasoning_of
 from posttrain.rewards.reads import ANSWER_TAGS
+
+# for one completion
+SECONDS = 1.0
 
 # Text without any of the tags, so that each tag comes once. Every character is looked at once: no backtracking.
 _ANY = r"(?:(?!</?(?:think|answer)>)[\s\S])*+"
@@ -33,10 +38,11 @@ class Format(Reward):
             boxed, a `\boxed{...}` after any thinking. Each tag and #### comes exactly once, and none is empty.
             Reasoning that a chat template has parsed out of a message stands between think tags before its content.
         pattern: a regular expression of your own instead, for the whole completion, where `.` is any character. It
-            runs in this process without a timeout.
+            runs in this process; a completion that takes it more than a second of the main thread is scored None and
+            counted.
         prefix: put before every completion, for chat templates whose prompt ends with an opening `<think>`.
 
-    Raises ConfigError for an unknown template or a broken pattern.
+    Raises ConfigError for an unknown template, and a pattern that is broken or that `patterns.check` refuses.
     """
 
     template: str | None = None
@@ -55,13 +61,10 @@ class Format(Reward):
             self.template = self.template or "think_answer"
             check_choice("template", self.template, tuple(TEMPLATES))
         expression = self.pattern if self.pattern is not None else TEMPLATES[self.template]
-        try:
-            self._matches = None if expression is None else re.compile(expression, re.DOTALL).fullmatch
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"pattern={self.pattern!r} is no regular expression: {error}.") from None
+        self._matches = None if expression is None else patterns.check(expression, "pattern", re.DOTALL).fullmatch
 
     def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
-        return self._scored([float(self._fits(self._whole(one))) for one in completions])
+        return self._scored([self._score(self._whole(one)) for one in completions])
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -76,6 +79,14 @@ class Format(Reward):
             return self.prefix + completion_text(completion)
         # an opening tag that the prompt ends with is parsed away too
         return f"<think>\n{reasoning}\n</think>\n\n{completion_text(completion)}"
+
+    def _score(self, text: str) -> float | None:
+        try:
+            with in_time(SECONDS):
+                return float(self._fits(text))
+        except Overtime:
+            self._note_timeout(f"the completion {shorten(text)}")
+            return None
 
     def _fits(self, text: str) -> bool:
         if self._matches is not None:

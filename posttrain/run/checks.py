@@ -1,6 +1,7 @@
 """Checks that run before the model loads, or in the first step: what is wrong, where it is set, how to mend it."""
 
 import contextlib
+import copy
 import math
 import re
 import tempfile
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AttentionInterface, AutoConfig, Trainer, get_scheduler
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import (
     is_flash_attn_2_available,
@@ -17,11 +19,15 @@ from transformers.utils import (
     is_liger_kernel_available,
 )
 
+from posttrain import model_sizes, patterns
+from posttrain.bounded import Overtime, in_time
 from posttrain.checks import check_choice
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.models import check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
 
+# of a model of any size some seconds
+BUILD_SECONDS = 60.0
 _FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 # What architectures call their input embedding
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
@@ -43,7 +49,11 @@ def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
 
 
 def check_lora(peft_config) -> None:
-    """Refuse adapter settings that upstream would only trip over once the model is loaded."""
+    """Refuse adapter settings that upstream would only trip over once the model is loaded.
+
+    Patterns that may take for ever to match are refused as well.
+    """
+    patterns.check_adapter(peft_config)
     # of other kinds `r` may be something else: OFT takes 0 beside its block size
     if isinstance(peft_config, LoraConfig):
         rank, dropout, alpha = peft_config.r, peft_config.lora_dropout, peft_config.lora_alpha
@@ -105,6 +115,8 @@ def check_optimiser(args) -> None:
 
     Raises ConfigError for arguments that it does not take, EnvironmentIssue where its package is missing.
     """
+    if isinstance(args.optim_target_modules, str):
+        patterns.check(args.optim_target_modules, "optim_target_modules")
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     name = args.optim.value
     hint = " (written name=value,name=value)" if args.optim_args else ""
@@ -148,7 +160,10 @@ def load_config(model_id: str, args):
     check_loading(kwargs)
     kwargs = {key: kwargs[key] for key in ("revision", "attention_dropout") if kwargs.get(key) is not None}
     try:
+        model_sizes.check_folder(model_id, kwargs.get("revision"))
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
+    except PosttrainError:
+        raise
     except (OSError, ValueError) as error:
         raise model_failure(model_id, error) from error
     if not (args.model_init_kwargs or {}).get("attn_implementation"):
@@ -156,8 +171,48 @@ def load_config(model_id: str, args):
     return config
 
 
+@contextlib.contextmanager
+def building(what: str):
+    """Raise ConfigError where a model cannot be built within `BUILD_SECONDS`, without its weights."""
+    try:
+        with in_time(BUILD_SECONDS):
+            yield
+    except Overtime:
+        raise ConfigError(
+            f"{what} cannot be built within {BUILD_SECONDS:g} s, without its weights. Mend its config.json, or name "
+            "fewer modules."
+        ) from None
+
+
+def check_names(peft_config, model, trust_remote_code: bool = False) -> None:
+    """Refuse an adapter's patterns that take long to match with the names of a model's modules.
+
+    `model`: with or without weights, or a model's config, of which one without weights is built.
+    """
+    found = [] if peft_config is None else patterns.check_adapter(peft_config)
+    if not found:
+        return
+    if not isinstance(model, torch.nn.Module):
+        # within the launch, it would spread the weights
+        if is_deepspeed_zero3_enabled():
+            return
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), building("the model"):
+            try:
+                # the config's own attention may be a kernel of the hub
+                model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(model), attn_implementation="eager", trust_remote_code=trust_remote_code
+                )
+            # a model of another kind, or what the trainer's own checks name
+            except Exception:
+                return
+    patterns.check_on(found, [name for name, _ in model.named_modules()], "the adapter's config")
+
+
 def check_loading(kwargs: dict) -> None:
     """Refuse `model_init_kwargs` that upstream would only trip over once it loads the weights."""
+    model_sizes.check_sizes(kwargs, "model_init_kwargs")
+    for pattern in kwargs.get("key_mapping") or ():
+        patterns.check(pattern, "model_init_kwargs: key_mapping")
     attention, dtype = kwargs.get("attn_implementation"), kwargs.get("dtype")
     # a name with a slash is a kernel of the hub
     if isinstance(attention, str) and "/" not in attention:

@@ -97,6 +97,7 @@ class ConstructionMixin:
         if isinstance(model, str):
             model = resolve_model(model)
         config = model.config if isinstance(model, torch.nn.Module) else checks.load_config(model, args)
+        checks.check_names(peft_config, model if isinstance(model, torch.nn.Module) else config, args.trust_remote_code)
         checks.check_tying(peft_config, config)
         if self._has_folder:
             run_folder.check_start_stays(args, model)

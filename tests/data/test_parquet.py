@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from posttrain.cli import main
+from posttrain.data import parquet
 from posttrain.data.pairs.loading import load_preferences
 from posttrain.data.scored.loading import load_scored
 from posttrain.data.sources import read_rows
@@ -80,4 +81,41 @@ def test_the_commands_read_such_files(tmp_path, capsys, command):
 def test_a_file_that_is_no_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="cannot be read as parquet"):
+        load_preferences(str(tmp_path / "a.parquet"))
+
+
+def _repeats(path, rows: int, **kwargs):
+    indices = pa.array([0] * rows, pa.int32())
+    pq.write_table(
+        pa.table({"prompt": pa.DictionaryArray.from_arrays(indices, pa.array(["a" * 1000]))}), path, **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    "write_it, most, message",
+    [
+        (lambda path: write(path, prompt=["a" * 1000]), {"LONGEST_CELL": 500}, "a row of .* 500 are the most"),
+        (lambda path: _repeats(path, 9), {"_MOST_BYTES": (5000, 0)}, "bytes; 5,000 are the most"),
+        (lambda path: _repeats(path, 9, store_schema=False), {"_MOST_BYTES": (5000, 0)}, "holds 9,.* bytes"),
+        (lambda path: _repeats(path, 9), {"_MOST_ROWS": (5, 0)}, "holds 9 rows; 5 are the most"),
+        (lambda path: write(path, a=[[[]] * 9]), {"_MOST_VALUES": (5, 0)}, "holds 9 values"),
+        (lambda path: _repeats(path, 9), {"LONGEST_CELL": 500}, "a text of 1,000 bytes"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_far_larger_than_its_bytes_is_refused(tmp_path, monkeypatch, write_it, most, message):
+    for name, value in most.items():
+        monkeypatch.setattr(parquet, name, value)
+    write_it(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        parquet.read_parquet(tmp_path / "a.parquet")
+
+
+def test_memory_that_arrow_does_not_get_is_a_sentence(tmp_path, monkeypatch):
+    _repeats(tmp_path / "a.parquet", 9)
+
+    def read(*_):
+        raise pa.ArrowMemoryError("malloc of size 6000000000 failed")
+
+    monkeypatch.setattr(parquet, "_read", read)
+    with pytest.raises(DataError, match="asks for more than .* bytes of memory"):
         load_preferences(str(tmp_path / "a.parquet"))

@@ -62,12 +62,20 @@ def test_long_completions_take_no_long_time():
     [
         ({"template": "think_anwser"}, "template is 'think_anwser'; it must be one of.*Did you mean think_answer"),
         ({"pattern": "("}, r"pattern='\(' is no regular expression: missing \)"),
+        ({"pattern": r"((.|\s)*)*Z"}, "can take for ever to match"),
         ({"template": "hash", "pattern": "a"}, "exclude each other"),
     ],
 )
 def test_formats_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Format(**settings)
+
+
+def test_a_completion_that_a_pattern_takes_long_to_match_is_not_scored(monkeypatch):
+    monkeypatch.setattr("posttrain.rewards.format.SECONDS", 0.1)
+    reward = Format(pattern=".*" * 10 + "X")
+    assert reward(completions=["a" * 1000, "X"]) == [None, 1.0]
+    assert reward.counters["timeouts"] == 1
 
 
 def test_the_overlong_penalty_equals_dapos_for_every_length():

@@ -160,7 +160,8 @@ def test_without_math_verify_numbers_are_compared_and_asking_for_it_names_the_ex
         ({"answer_in": "box"}, "answer_in is 'box'; it must be one of .*Did you mean boxed"),
         ({"timeout": 0}, "timeout=0 must be a number above 0"),
         ({"timeout": float("inf")}, "timeout=inf must be a number above 0"),
-        ({"workers": 0}, "workers=0 must be an integer of at least 1"),
+        ({"workers": 0}, "workers=0 must be an integer between 1 and"),
+        ({"workers": 5000}, "workers=5000 must be an integer between 1 and"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -184,8 +184,8 @@ def test_env_sets_no_variable_by_which_programs_or_servers_are_chosen(tmp_path, 
 @pytest.mark.core("bomb", "merge bomb", "long")
 @pytest.mark.parametrize(
     "text",
-    [bomb(), merge_bomb(), "x: " + "[" * 3_000, "# " + "x" * (5 << 20)],
-    ids=["bomb", "merge bomb", "nested", "long"],
+    [bomb(), merge_bomb(), "x: " + "[" * 3_000, "# " + "x" * (5 << 20), "x: 1" + ":59" * 300],
+    ids=["bomb", "merge bomb", "nested", "long", "number"],
 )
 def test_a_file_that_grows_without_bounds_is_refused_wherever_it_is_read(tmp_path, text):
     path = tmp_path / "run.yaml"

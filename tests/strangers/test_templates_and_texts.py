@@ -27,7 +27,7 @@ ENDLESS = {
     "product": "{{ 'x' * 10**10 }}",
     "width": "{{ '%*d' % (2 * 10**9, 1) }}",
     "padding": "{{ 'a'|center(10**10) }}",
-    "long text": "{{ 'x' * (70 * 1024 * 1024) }}",
+    "long text": "{{ 'x' * (2 * 1024 * 1024) }}",
 }
 BROKEN = (
     "{{ unclosed",
@@ -51,6 +51,51 @@ def test_an_endless_template_is_a_sentence_and_the_process_goes_on(chat, monkeyp
         render(TURNS, {}, chat, "row 1")
     chat.chat_template = "{{ messages[0].content }}"
     assert render(TURNS, {}, chat, "row 1") == chat("hi")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ('a ' * 999999)|wordwrap(1)|urlize }}", "{{ ('a' * 500000).rfind('ab' + 'a' * 300000) }}"]
+)
+def test_what_no_alarm_interrupts_is_given_no_long_texts(chat, template):
+    chat.chat_template = template
+    with pytest.raises(DataError, match="chat template (gives its filter wordwrap|looks for a text of 300,002)"):
+        render(TURNS, {}, chat, "row 1")
+
+
+def test_a_template_that_is_endless_as_it_is_compiled_takes_its_time_once(chat, monkeypatch):
+    chat.chat_template = ENDLESS["power"].replace("9 }}", "8 }}")
+    monkeypatch.setattr(bounds, "SECONDS", 0.2)
+    with pytest.raises(DataError, match="chat template"):
+        render(TURNS, {}, chat, "row 1")
+    monkeypatch.setattr(bounds, "bounded", None)
+    with pytest.raises(DataError, match="chat template"):
+        render(TURNS, {}, chat, "row 1")
+
+
+def test_a_text_may_be_as_long_as_what_is_rendered(chat, monkeypatch):
+    monkeypatch.setattr(bounds, "MARGIN", 50)
+    chat.chat_template = "{{ messages[0].content * 90 }}"
+    assert len(render([{"role": "user", "content": "ab" * 50}], {}, chat, "row 1")) == 9000
+    chat.chat_template = "{{ messages[0].content * 900 }}"
+    with pytest.raises(DataError, match="made a text of 90,000 characters of a row of"):
+        render([{"role": "user", "content": "ab" * 50}], {}, chat, "row 1")
+
+
+@pytest.mark.parametrize(
+    "most, message",
+    [
+        ({"ALL_SECONDS": -1.0, "SECONDS_EACH": 0.0, "SECONDS_CHARACTER": 0.0}, "took 0 s for 1 texts"),
+        ({"ALL_CHARACTERS": 500, "CHARACTERS_EACH": 0, "TIMES_ALL": 0}, r"made \d+ characters of [\d,]+ in \d+ texts"),
+    ],
+)
+def test_all_texts_of_a_template_are_bounded_together(chat, monkeypatch, most, message):
+    for name, value in most.items():
+        monkeypatch.setattr(bounds, name, value)
+    # of this case alone: what a template took is counted for the whole process
+    chat.chat_template = "{{ messages[0].content }}" + f"{{# {next(iter(most))} #}}"
+    with pytest.raises(DataError, match=message):
+        for _ in range(6):
+            render([{"role": "user", "content": "x" * 100}], {}, chat, "row 1")
 
 
 @pytest.mark.parametrize("template", BROKEN)
@@ -91,16 +136,24 @@ def test_a_template_file_of_many_megabytes_is_not_loaded(tmp_path, monkeypatch):
         load_processing_class(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 @pytest.mark.parametrize("content", [b"x" * 300, b"\xff" * 300])
 def test_a_line_without_an_end_is_refused_by_its_number(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr(sources, "LONGEST_LINE", 100)
-    monkeypatch.setattr(sources, "LONGEST_JSON", 100)
-    line = json.dumps({"prompt": "a"}).encode() + b"\n" if "jsonl" in name else b"[\n"
+    line = json.dumps({"prompt": "a"}).encode() + b"\n"
     path = tmp_path / name
     path.write_bytes(gzip.compress(line + content) if name.endswith("gz") else line + content)
     with pytest.raises(DataError, match=f"{name}, line 2: (longer than|not UTF-8)"):
         read_rows(str(path))
+
+
+@pytest.mark.parametrize("text", ['["' + "x" * 100 + '"]', "[[],[],[],[],{}]"])
+def test_a_json_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(sources, "LONGEST_JSON", 100)
+    monkeypatch.setattr(sources, "MOST_OBJECTS", 5)
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match="rows.json has more than .* on each line of a .jsonl file"):
+        read_rows(str(tmp_path / "rows.json"))
 
 
 def test_a_name_of_a_column_forges_no_line(tmp_path, capsys):

@@ -3,9 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import fields
 
-from posttrain.checks import check_option, near
+from posttrain.bounded import Overtime, in_memory, in_time
+from posttrain.checks import check_integer, check_option, near
 from posttrain.errors import ConfigError, DataError, require
 from posttrain.rewards.gym import encode_task
+
+# for one task
+SECONDS, MEMORY = 10.0, 1 << 30
 
 
 def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conversational: bool = True, **options):
@@ -25,8 +29,7 @@ def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conver
     """
     from datasets import Dataset
 
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ConfigError(f"n={n!r} must be an integer of at least 1.")
+    check_integer("n", n, 1, 1_000_000)
     prompts = (row["prompt"] for row in exclude)
     seen = {prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts}
     # Rows are made when asked for, so a large size costs little. Most data sets seed row i with seed + i: those of the
@@ -39,13 +42,25 @@ def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conver
                 f"gym:{name} has only {len(rows)} different questions among {tried}, not {n}; ask for fewer, or "
                 "choose options that make it harder."
             )
-        entry = source[tried]
+        entry = _entry(name, source, tried)
         tried += 1
         if entry["question"] in seen:
             continue
         seen.add(entry["question"])
         rows.append(_row(name, source, entry, conversational))
     return Dataset.from_list(rows)
+
+
+def _entry(name: str, source, number: int):
+    """Draw a task; ConfigError where the options make one that takes a machine's time or memory."""
+    try:
+        with in_time(SECONDS), in_memory(MEMORY):
+            return source[number]
+    except (Overtime, MemoryError):
+        raise ConfigError(
+            f"gym:{name}: a task with these options takes more than {SECONDS:g} s or {MEMORY >> 30} GiB. Choose "
+            "smaller ones."
+        ) from None
 
 
 def _create(name: str, seed: int, size: int, options: dict):
