@@ -9,82 +9,30 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
+from urllib.parse import quote
 
-HIDDEN = "***"
-
-# Words that make a name a secret's wherever they stand in it
-_SECRET = {
-    "secret", "secrets", "password", "passwords", "passwd", "passphrase", "passwort", "pwd", "credential",
-    "credentials", "authorization", "authorisation", "bearer", "cookie", "cookies", "jwt", "apikey", "apikeys",
-    "authtoken", "accesstoken", "webhook",
-}  # fmt: skip
-# ... where they are its last word
-_SECRET_AT_END = {"auth", "signature", "sig", "pass", "dsn", "otp", "token", "key"}
-# ... and of several, where one of these comes before
-_PLURALS = {"tokens", "keys"}
-_OF_SERVICES = {
-    "access", "account", "api", "auth", "hf", "hub", "private", "refresh", "service", "session", "ssh", "user",
-}  # fmt: skip
-# What may stand behind the last word
-_BEHIND = re.compile(r"\d+|value|string|str|text|prod|dev|test|live|b64|base64|pem|header|headers")
-# Names that end so are of where something stands, or how much of it there is
-_ABOUT = {
-    "accuracy", "column", "columns", "count", "counts", "dir", "dtype", "field", "fields", "file", "files", "folder",
-    "format", "id", "ids", "index", "kind", "length", "level", "mask", "mode", "name", "names", "path", "paths",
-    "size", "type", "types",
-}  # fmt: skip
-# Tokens of a vocabulary, and keys of tables
-_VOCABULARY = {
-    "added", "additional", "answer", "assistant", "audio", "begin", "beginning", "boa", "boi", "bos", "call", "class",
-    "cls", "completion", "content", "control", "decoder", "each", "encoder", "end", "eoa", "eoc", "eoi", "eos", "eot",
-    "every", "extra", "fake", "first", "forced", "ignore", "image", "initial", "last", "mask", "max", "min", "new",
-    "next", "num", "pad", "padding", "per", "placeholder", "prefix", "previous", "prompt", "reasoning", "response",
-    "row", "sep", "separator", "single", "special", "start", "step", "stop", "suffix", "system", "think", "thinking",
-    "tool", "turn", "unk", "unknown", "user", "video", "vision", "vocab", "word",
-}  # fmt: skip
-_TABLES = {
-    "answer", "cache", "chosen", "column", "completion", "config", "data", "dataset", "dict", "feature", "foreign",
-    "gold", "group", "image", "index", "input", "json", "label", "main", "message", "messages", "metric", "metrics",
-    "order", "output", "partition", "primary", "prompt", "public", "question", "rejected", "response", "reward",
-    "row", "score", "sort", "split", "state", "task", "text", "train", "value", "video",
-}  # fmt: skip
-_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_RUN_TOGETHER = re.compile(
-    r"passw|secret|credential|(?:access|api|auth|bearer|hf|hub|private|refresh|session)_?(?:token|key)s?$"
-)
-# which goes with a signature
-_KEY_ID = re.compile(r"access_?key_?id|key_pair_id|google_?access_?id", re.IGNORECASE)
-
-# Texts that are secrets by their form
-_FORMS = re.compile(
-    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END|\Z)"
-    r"|\beyJ[\w-]{5,}\.[\w-]{2,}\.[\w-]*"
-    r"|(?<![\w-])(?:sk|pk|rk)[-_](?=[\w-]{0,80}[0-9A-Z])[\w-]{8,}"
-    r"|\b(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|gsk_|nvapi-|dckr_pat_|npm_|pypi-AgE|dop_v1_|shpat_|r8_)[\w-]{8,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b|\bAIza[\w-]{20,}|\bya29\.[\w-]{8,}|\bSG\.[\w-]{8,}\.[\w-]{8,}"
-    r"|(?<=hooks\.slack\.com/services/)[\w/]+|(?<=/api/webhooks/)[\w/-]+",
-    re.DOTALL,
-)
-# a token of the hub as a word of its own; hf_pairs.jsonl and hf_org/name are names
-_HUB_TOKEN = re.compile(r"(?<![\w./-])hf_[\w-]{4,}(?![\w-]|[./]\w)|(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}")
-_BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/=-]{4,}|\b(Token\s+)(?=[a-zA-Z_-]*\d)[\w.~+/=-]{8,}")
-_USER_OF_URL = re.compile(r"(?<=://)[^/\s?#'\"]+@")
+from posttrain.secret_forms import HIDDEN, hide_forms
+from posttrain.secret_names import is_secret_name
 
 _NAME = r"[A-Za-z_][\w.-]*"
 _LITERAL = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
-# after names in texts: of queries and fragments, objects, flags, assignments, headers, and our own sentences
-_QUERY = re.compile(rf"([?&;#])({_NAME})=([^&#\s'\"<>`]*)")
+# after names in texts: of objects, flags, assignments, headers, and our own sentences
 _QUOTED = re.compile(
     rf"(\\?[\"'])({_NAME})\1(\s*[:=]\s*)"
     rf"({_LITERAL}|\\\".*?\\\"|\\'.*?\\'|\{{[^{{}}]*\}}|\[[^\[\]]*\]|[^\s,}}\](){{\['\"\\]+)"
 )
-_FLAG = re.compile(rf"(?<![\w-])--({_NAME})(=|\s+)({_LITERAL}|[^\s'\"-][^\s]*|-[^-\s][^\s]*)")
+_FLAG = re.compile(rf"(?<![\w-])(--{_NAME})(=|\s+)({_LITERAL}|<[A-Za-z _-]{{1,40}}>|[^\s'\"`-][^\s`]*|-[^-\s`][^\s`]*)")
 _ASSIGNED = re.compile(rf"(?<![\w?&;#.-])({_NAME})(\s?=\s?)({_LITERAL}|[^\s,;)\]}}'\"`]+)")
-_SAID = re.compile(rf"(?<![\w-])({_NAME})( is | was )({_LITERAL})")
+_SAID = re.compile(rf"(?<![\w.-])({_NAME})( is | was )({_LITERAL})")
 _WRITTEN = re.compile(rf"([`{{,]\s*|^\s*(?:- )?)({_NAME})(:\s+)({_LITERAL}|[^\s,}}`]+)", re.MULTILINE)
 _HEADER = re.compile(
     r"\b((?:proxy-)?authorization|x-(?:api|auth|access)-(?:key|token)|(?:set-)?cookie)(\s*:\s*)(?!['\"])([^\r\n'\",}]+)",
     re.IGNORECASE,
+)
+# without quotes or at any place of a line, where the value looks like none of a sentence
+_IN_PROSE = re.compile(
+    rf"(?<![\w.-])({_NAME})(:[ \t]+| is | was )(?!\S*(?:[(\[:]|\.(?:ya?ml|jsonl?|py|md|txt|safetensors)\b))"
+    r"(?=[^\s,;]*\d)(?=[^\s,;]*[A-Za-z])([^\s,;)\]}'\"`]{8,})"
 )
 _PLACE = re.compile(r"\S*:\d+\)?|command|\*\*\*.*")
 # settings of a reward of one's own, which may be anything
@@ -92,42 +40,28 @@ _REWARD = re.compile(r"(?<![\w/.])((?!generated:|gym:|embedded:)[A-Za-z_][\w.]*:
 _WHOLE_REWARD = re.compile(rf"{_REWARD.pattern.partition('?([^')[0][:-1]}\?(.*)", re.DOTALL)
 _HARMLESS = re.compile(r"[+-]?[\d.]{1,11}(?:[eE][+-]?\d{1,3})?|true|false|null|none", re.IGNORECASE)
 
-_remembered: set[str] = set()
-
-
-@functools.lru_cache(maxsize=4096)
-def is_secret_name(name: str) -> bool:
-    """Tell whether a setting, header, variable or query value of this name is a secret: hub_token, apiKey, X-Signature.
-
-    Tokens of a vocabulary (pad_token, max_tokens), keys of tables (sort_key) and what tells where something stands
-    (key_column) are none.
+# What code and examples have in a secret's place: variables, and the name of what is to be filled in
+_STANDS_FOR = re.compile(r"\$\{?[A-Z_][A-Z0-9_]*\}?|<[A-Za-z _-]{1,40}>|os\.(?:environ|getenv).*|\w{0,12}\.\.\.")
+# A name alone, or a flag
+_WHOLE_NAME = re.compile(r"-{0,2}[A-Za-z_][\w.-]{0,80}")
+_LOOKS = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{8,}", re.DOTALL)
+_VALUE = ("value", "val", "values")
+# Words of messages, which a value that is one of them does not take out of all texts
+_COMMON = frozenset(
     """
-    words = [word.lower() for word in _PARTS.findall(name)][-12:]
-    if _KEY_ID.search(name.replace("-", "_")):
-        return True
-    while len(words) > 1 and _BEHIND.fullmatch(words[-1]):
-        words.pop()
-    if not words or words[-1] in _ABOUT:
-        return False
-    if _SECRET.intersection(words) or _RUN_TOGETHER.search("_".join(words)) or _RUN_TOGETHER.search(name.lower()):
-        return True
-    *before, last = words
-    if last in _PLURALS:
-        return bool(before) and before[-1] in _OF_SERVICES
-    if last not in _SECRET_AT_END:
-        return False
-    if last == "token":
-        return not _VOCABULARY.intersection(before)
-    if last == "key":
-        return not before or before[-1] not in _TABLES
-    return last != "pass" or not before or before[-1] not in {"forward", "backward", "per", "first", "last", "second"}
+    accuracy adapters anonymous answered baseline changeme channels checkpoint checkpoints complete completed
+    completion completions configuration container contains continue database datasets defaults developer development
+    disabled document documents evaluate evaluation examples external finished function generate generated generation
+    gradient gradients huggingface internal language learning localhost location messages metadata multiple notebook
+    optimizer original password pipeline policies positive postgres posttrain practice precision preference
+    preferences prepared processed production programs projects provided reference repository required research
+    response responses resulting resuming sampling schedule scheduler security sequence sequences services settings
+    something standard template templates terminal together tokenizer tokenizers trainable training transformer
+    transformers username variable variables verified warnings workspace yourself
+    """.split()
+)
 
-
-def hide_forms(text: str) -> str:
-    """Return a text with what is a secret by its form hidden: tokens of services, JWTs, private keys, users of URLs."""
-    text = _FORMS.sub(HIDDEN, text)
-    text = _USER_OF_URL.sub(f"{HIDDEN}@", _HUB_TOKEN.sub(f"hf_{HIDDEN}", text))
-    return _QUERY.sub(_hide_query, _BEARER.sub(lambda m: f"{m[1] or m[2]}{HIDDEN}", text))
+_remembered: set[str] = set()
 
 
 def hide(text: str) -> str:
@@ -135,20 +69,18 @@ def hide(text: str) -> str:
 
     Known are the values of secret names in the settings that `remember` was given, and in the environment.
     """
-    text = hide_forms(_REWARD.sub(_hide_reward, text))
+    # first, while they are whole
     for known in _known():
         if known in text:
-            text = text.replace(known, HIDDEN)
-    text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
-    # what stands behind the bare word `key` is as often the name of a setting, or `value`
-    text = _FLAG.sub(
-        lambda m: f"--{m[1]}{m[2]}{HIDDEN}" if m[1] != "key" and is_secret_name(m[1]) else m[0], _hide_quoted(text)
-    )
-    for pattern in (_ASSIGNED, _SAID):
-        text = pattern.sub(
-            lambda m: f"{m[1]}{m[2]}{_in_quotes(m[3])}" if m[1] != "key" and _hides(m[1], m[3]) else m[0], text
-        )
-    return _WRITTEN.sub(_hide_written, text)
+            text = text.replace(known, f"hf_{HIDDEN}" if known.startswith("hf_") else HIDDEN)
+    text = hide_forms(_REWARD.sub(_hide_reward, text) if "?" in text else text)
+    if ":" in text:
+        text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
+    text = _hide_quoted(text)
+    for sign, pattern in (("--", _FLAG), ("=", _ASSIGNED), (" ", _SAID), (" ", _IN_PROSE)):
+        if sign in text:
+            text = pattern.sub(_hide_said, text)
+    return _WRITTEN.sub(_hide_written, text) if ":" in text else text
 
 
 def hide_words(words: Iterable[str]) -> list[str]:
@@ -161,7 +93,7 @@ def hide_words(words: Iterable[str]) -> list[str]:
             if not sign:
                 shown.append(hide(word))
             else:
-                shown.append(f"{name}={HIDDEN if hidden else _hide_word(value)}")
+                shown.append(f"{hide(name)}={HIDDEN if hidden else _hide_word(value)}")
                 hidden = False
         else:
             shown.append(HIDDEN if hidden else _hide_word(word))
@@ -187,9 +119,9 @@ def without_secrets(value, instead: str | None = None):
         whole = _WHOLE_REWARD.fullmatch(value)
         text = _hide_reward(whole) if whole else hide(value).replace(f"hf_{HIDDEN}", HIDDEN)
         return value if text == value else text
-    if isinstance(value, bytes):
+    if isinstance(value, bytes | bytearray):
         text = value.decode("latin-1")
-        return value if hide(text) == text else hide(text).encode("latin-1")
+        return value if hide(text) == text else type(value)(hide(text).encode("latin-1"))
     if isinstance(value, PurePath):
         text = without_secrets(str(value))
         return value if text == str(value) else type(value)(text)
@@ -199,15 +131,23 @@ def without_secrets(value, instead: str | None = None):
 def remember(value, is_secret: bool = False) -> None:
     """Have `hide` know the values of secret names in settings, so that no message shows them, whoever writes it."""
     if isinstance(value, Mapping):
+        named = _names_a_secret(value)
         for name, item in value.items():
-            remember(item, is_secret or (isinstance(name, str) and is_secret_name(name)))
-    elif isinstance(value, list | tuple | set):
+            text = _text(name).lower()
+            holds = named if text in _VALUE else is_secret_name(_text(name)) and not (named and text == "key")
+            remember(item, is_secret or holds)
+    elif isinstance(value, list | tuple):
+        for item, before in zip(value, [None, *value], strict=False):
+            remember(item, is_secret or _belongs(item, before, len(value)))
+    elif isinstance(value, set | frozenset):
         for item in value:
             remember(item, is_secret)
+    elif is_secret and isinstance(value, int | bytes):
+        remember(str(value) if isinstance(value, int) else _text(value), is_secret)
     elif isinstance(value, str):
         whole = _WHOLE_REWARD.fullmatch(value)
         if is_secret:
-            _remembered.update(filter(_can_be_told, (value, json.dumps(value)[1:-1])))
+            _remembered.add(value)
         elif whole:
             for part in whole[2].split("&"):
                 name, _, text = part.partition("=")
@@ -215,16 +155,19 @@ def remember(value, is_secret: bool = False) -> None:
 
 
 def _mapping(value: Mapping, instead):
-    named = next((value[name] for name in ("name", "key", "header") if isinstance(value.get(name), str)), "")
-    secret_value = "value" in value and is_secret_name(named)
+    named, has_value = _names_a_secret(value), any(_text(name).lower() in _VALUE for name in value)
     kept = {}
     for name, item in value.items():
-        is_secret = isinstance(name, str) and is_secret_name(name) and not (name == "key" and "value" in value)
-        if (is_secret or (secret_value and name == "value")) and not (item is None or isinstance(item, bool)):
-            if instead is not None:
-                kept[name] = instead
-            continue
-        kept[hide(name) if isinstance(name, str) else name] = without_secrets(item, instead)
+        text = _text(name).lower()
+        # the key of a key and its value; and that of a module or a table, with a number
+        is_key = text == "key" and (has_value or isinstance(item, int | float))
+        is_value = named and text in _VALUE and not (isinstance(item, int | float) and abs(item) < 10_000)
+        hides = (is_secret_name(_text(name)) and not is_key) or is_value
+        shown = without_secrets(name) if isinstance(name, str | bytes) else name
+        if not hides or item is None or isinstance(item, bool):
+            kept[shown] = without_secrets(item, instead)
+        elif instead is not None:
+            kept[shown] = instead
     if isinstance(value, dict) and type(value) is not dict:
         try:
             made = value.copy()
@@ -237,18 +180,42 @@ def _mapping(value: Mapping, instead):
 
 
 def _sequence(items, instead) -> list:
-    """Hide what follows a secret's name: in a pair of texts, or behind a flag."""
-    if len(items) == 2 and all(isinstance(item, str) for item in items) and is_secret_name(items[0].lstrip("-")):
-        return [items[0], HIDDEN]
-    made, hidden = [], False
-    for item in items:
-        if isinstance(item, str) and item.startswith("--"):
-            hidden = "=" not in item and is_secret_name(item)
-            made.append(hide(item))
+    """Hide what follows a secret's name: in a pair, behind a flag, or where it looks like one."""
+    made = []
+    for item, before in zip(items, [None, *items], strict=False):
+        if _belongs(item, before, len(items)):
+            made.append(HIDDEN)
+        elif isinstance(item, str) and item.startswith("--") and "=" in item:
+            name, _, value = item.partition("=")
+            made.append(f"{hide(name)}={HIDDEN if is_secret_name(name) else without_secrets(value)}")
         else:
-            made.append(HIDDEN if hidden and isinstance(item, str) else without_secrets(item, instead))
-            hidden = False
+            made.append(without_secrets(item, instead))
     return made
+
+
+def _belongs(item, before, length: int) -> bool:
+    """Tell whether an item of a list of `length` items is the value of the secret that the item before it names."""
+    name = _text(before)
+    if not _WHOLE_NAME.fullmatch(name) or not is_secret_name(name) or item is None or isinstance(item, bool):
+        return False
+    if name.startswith("-"):
+        return not _text(item).startswith("--") and not isinstance(item, int | float)
+    if name.lower() == "key" or isinstance(item, int | float):
+        return False
+    if length == 2:
+        return isinstance(item, str | bytes | list | tuple | Mapping)
+    return bool(_LOOKS.fullmatch(_text(item)))
+
+
+def _names_a_secret(value: Mapping) -> bool:
+    """Tell whether an object of a name and a value is one of a secret: {"name": "Authorization", "value": ...}."""
+    return any(
+        is_secret_name(_text(item)) for name, item in value.items() if _text(name).lower() in ("name", "key", "header")
+    ) and any(_text(name).lower() in _VALUE for name in value)
+
+
+def _text(value) -> str:
+    return value if isinstance(value, str) else value.decode("latin-1") if isinstance(value, bytes) else ""
 
 
 def _hide_word(word: str) -> str:
@@ -261,11 +228,6 @@ def _hide_word(word: str) -> str:
         return word if clean == content else json.dumps(clean, ensure_ascii=False)
     whole = _WHOLE_REWARD.fullmatch(word)
     return _hide_reward(whole) if whole else hide(word)
-
-
-def _hide_query(match: re.Match) -> str:
-    before, name, value = match.groups()
-    return f"{before}{name}={HIDDEN}" if value and is_secret_name(name) else match[0]
 
 
 def _hide_reward(match: re.Match) -> str:
@@ -285,6 +247,14 @@ def _hide_written(match: re.Match) -> str:
     return f"{before}{name}{sign}{_in_quotes(value)}"
 
 
+def _hide_said(match: re.Match) -> str:
+    name, sign, value = match.groups()
+    # what stands behind the bare word `key` is as often the name of a setting, or `value`
+    if name.lstrip("-") == "key" or not _hides(name, value):
+        return match[0]
+    return f"{name}{sign}{_in_quotes(value)}"
+
+
 def _hide_quoted(text: str) -> str:
     def shown(match: re.Match) -> str:
         quote, name, sign, value = match.groups()
@@ -296,7 +266,11 @@ def _hide_quoted(text: str) -> str:
 
 def _hides(name: str, value: str) -> bool:
     plain = value.strip("\\\"'")
-    return is_secret_name(name) and plain not in ("", "None", "null", "True", "False", "true", "false", HIDDEN)
+    return (
+        is_secret_name(name)
+        and plain not in ("", "None", "null", "True", "False", "true", "false", "str", HIDDEN, name)
+        and not _STANDS_FOR.fullmatch(plain)
+    )
 
 
 def _in_quotes(literal: str) -> str:
@@ -305,10 +279,15 @@ def _in_quotes(literal: str) -> str:
 
 
 def _known() -> list[str]:
-    values = (os.environ.get(name, "") for name in tuple(os.environ) if is_secret_name(name))
-    return sorted(_remembered.union(filter(_can_be_told, values)), key=len, reverse=True)
+    """Return the values that are known, longest first."""
+    names = (name for name in tuple(os.environ) if name not in ("PWD", "OLDPWD") and is_secret_name(name))
+    values = _remembered.union(os.environ.get(name, "") for name in names)
+    return sorted({shape for value in values for shape in _shapes(value)}, key=len, reverse=True)
 
 
-def _can_be_told(value: str) -> bool:
-    """Tell whether a value is one that no other text holds: a common word in its place would be hidden everywhere."""
-    return len(value) >= 8 and not value.startswith("/") and not (value.isalpha() and value.islower())
+@functools.lru_cache(maxsize=256)
+def _shapes(value: str) -> tuple[str, ...]:
+    """Return a value as it is quoted: as it is, in JSON, in a URL; none where other texts hold it as well."""
+    if len(value) < 8 or value in _COMMON or (value.startswith("/") and os.path.exists(value)):
+        return ()
+    return value, json.dumps(value)[1:-1], quote(value, safe="")

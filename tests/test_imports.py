@@ -22,6 +22,8 @@ LAYERS = (
         "compat",
         "console",
         "private",
+        "secret_forms",
+        "secret_names",
         "remote",
         "quiet",
         "checks",

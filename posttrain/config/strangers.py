@@ -1,4 +1,4 @@
-"""What a settings file may not do by itself: run code, or change the programs that run."""
+"""What a settings file may not do by itself: run code, change the programs that run, send completions away."""
 
 from collections.abc import Mapping
 
@@ -34,7 +34,7 @@ def check_variable(name: str, place: str) -> None:
 
 
 def check_setting(name: str, value, place: str) -> None:
-    """Raise ConfigError for a setting of a file that would have code of others run, or forge lines on a console."""
+    """Raise ConfigError for a setting of a file that would run code of others, send completions away or forge lines."""
     texts = [held for _, held in _entries("", value)] if isinstance(value, list) else [value]
     for text in texts:
         if isinstance(text, str) and one_line(text) != text:
@@ -46,6 +46,12 @@ def check_setting(name: str, value, place: str) -> None:
         raise ConfigError(
             f"{place}: `allow_code` says which code you trust, so it is for the command line: --allow_code MODULE. "
             "Leave it out here."
+        )
+    if name == "log_completions_hub_repo" and value is not None:
+        raise ConfigError(
+            f"{place}: `log_completions_hub_repo: {value}` sends prompts and completions away, which a settings file "
+            f"alone does not. Where that is wanted, leave it out here and add --log_completions_hub_repo {value} to "
+            "the command line."
         )
     for key, held in _entries(name, value):
         if key in ("trust_remote_code", "use_kernels") and held not in (None, False, "false", "False", "no", "0", 0):

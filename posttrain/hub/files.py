@@ -10,11 +10,12 @@ import yaml
 from posttrain import yaml_text
 from posttrain.errors import DataError
 from posttrain.hub.base_model import is_hub_id
+from posttrain.hub.config_secrets import config_without_secrets
 from posttrain.hub.metadata import parse_card
 from posttrain.hub.own_files import found, is_own_file, links_in, name_links
 from posttrain.hub.passages import short_body, with_hub_ids
 from posttrain.hub.repository import Destination
-from posttrain.private import hide_forms, without_secrets
+from posttrain.private import hide, without_secrets
 from posttrain.saved import check_safetensors, check_shards, read_json, read_text, read_yaml
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -41,11 +42,17 @@ TOKENIZER = (
     "preprocessor_config.json",
 )
 _REPORT = ("curves.png", "metrics.jsonl", "metrics.csv", "resolved_config.yaml")
-_CONFIGS = ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json")
+_CONFIGS = (
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
 # of all that a run's folder may hold for a push
 _ALL = (*_ADAPTER, *_MODEL, *TOKENIZER, *_REPORT, "README.md")
-# names that no token of a vocabulary has
-_LOGINS = frozenset(("token", "use_auth_token", "auth_token", "hub_token", "access_token", "password", "api_key"))
 _FOLDER_SIGN = re.compile(r"[\\/]")
 _WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:)?[\\/](?:.*[\\/])?([^\\/]*)[\\/]*")
 # The folders of an absolute path; not those of a web address or a hub id
@@ -76,7 +83,7 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
     if "resolved_config.yaml" in files:
         files["resolved_config.yaml"] = _without_paths_in_yaml(files["resolved_config.yaml"])
     card = run / "README.md"
-    text = hide_forms(read_text(card)) if is_own_file(card, run) else ""
+    text = read_text(card) if is_own_file(card, run) else ""
     local_names[str(run.resolve())] = destination.repo_id
     published = published_card(text, destination, is_adapter, local_names, title=run.resolve().name)
     files["README.md"] = published.encode()
@@ -130,8 +137,8 @@ def published_card(
 ) -> str:
     """Write a run's card as it stands in the repository.
 
-    What a person wrote into it stays, metadata and evaluations included. The base model and the repository get their
-    hub ids, and where an adapter was merged, the lines that load it become those of a model.
+    What a person wrote into it stays, metadata and evaluations included, without secrets. The base model and the
+    repository get their hub ids, and where an adapter was merged, the lines that load it become those of a model.
 
     Args:
         text: the card in the run folder; a short one is made where it is empty.
@@ -145,6 +152,7 @@ def published_card(
     """
     base, repo_id = destination.base_model_id, destination.repo_id
     card = parse_card(text, "README.md")
+    _hide_in_card(card)
     data, was, name = card.data, card.data.get("base_model"), repo_id.split("/")[1]
     dropped = () if is_adapter else ("lora",)
     tags = [tag for tag in _as_list(data.get("tags")) if tag not in dropped and not tag.startswith("base_model:")]
@@ -192,6 +200,16 @@ def clean_readme(folder: str | Path, base_model_id: str | None = None) -> None:
     card.write_text(str(parsed), encoding="utf-8")
 
 
+def _hide_in_card(card) -> None:
+    """Hide secrets in a parsed card; `***` in the text of its metadata would be no YAML."""
+    card.text = hide(card.text)
+    held = vars(card.data)
+    clean = without_secrets(held)
+    if clean != held:
+        held.clear()
+        held.update(clean)
+
+
 def _titled(card: str, folder_name: str, title: str) -> str:
     """Return the card under another title, where its own is the name of the run folder."""
     return re.sub(rf"^# {re.escape(folder_name)}$", f"# {title}", card, count=1, flags=re.MULTILINE)
@@ -217,7 +235,7 @@ def _replace_paths(text: str, names: dict[str, str]) -> str:
 
 def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
     config = json.loads(content)
-    clean = {name: item if name == "chat_template" else _without_logins(item, name) for name, item in config.items()}
+    clean = config_without_secrets(config)
     if "base_model_name_or_path" in clean:
         if clean["base_model_name_or_path"] != base_model_id and "revision" in clean:
             clean["revision"] = None
@@ -226,15 +244,6 @@ def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
         if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
             clean[name] = base_model_id if name in ("_name_or_path", "name_or_path") else Path(value).name
     return content if clean == config else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _without_logins(value, name: str = ""):
-    """Return a value of a model's or tokenizer's config without secrets; most names of tokens there are no secrets'."""
-    if isinstance(value, dict):
-        return {key: _without_logins(item, key) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_logins(item) for item in value]
-    return value if not isinstance(value, str) else None if name in _LOGINS else hide_forms(value)
 
 
 def _without_paths_in_yaml(content: bytes) -> bytes:

@@ -23,13 +23,15 @@ SECRETS = """
     token key hub_token HF_TOKEN hfToken api_key apikey X-Api-Key X-Amz-Signature X-Amz-Credential sig signature
     Authorization Proxy-Authorization password db_password PASSWD passphrase aws_secret_access_key AWSAccessKeyId
     use_auth_token push_to_hub_token WANDB_API_KEY openai_key client_secret private_key access_token session_token
-    auth hub_token_2 judge_key cookie jwt webhook_url
+    auth hub_token_2 judge_key cookie jwt webhook_url user_token oauth_token sshkey connection_string database_url
+    passcode creds
 """.split()
 NONE = """
     tokenizer tokenizer_name max_tokens num_tokens pad_token eos_token bos_token_id stop_token image_token tokens keys
     special_tokens kept_tokens max_new_tokens mean_token_accuracy token_type key_column gold_key sort_key keyword monkey
     author keep signal design forward_pass signature_columns logits_to_keep TOKENIZERS_PARALLELISM hub_model_id
-    metric_for_best_model remove_unused_columns
+    metric_for_best_model remove_unused_columns query_key_value attention.self.key projection_prng_key
+    wandb_url
 """.split()
 
 
@@ -61,6 +63,14 @@ def test_of_all_settings_the_hubs_token_alone_is_a_secret(kind):
         ({"headers": [["Authorization", "Bearer abcdef"]]}, {"headers": [["Authorization", "***"]]}),
         ({"args": ["--api-key", "abc", "--n", "3"]}, {"args": ["--api-key", "***", "--n", "3"]}),
         ({"env": [{"name": "DB_PASSWORD", "value": "x"}]}, {"env": [{"name": "DB_PASSWORD"}]}),
+        ({"env": [{"Name": "Authorization", "Value": "x"}]}, {"env": [{"Name": "Authorization"}]}),
+        ({b"hub_token": "x", "key": "X-Api-Key", "val": "y"}, {"key": "X-Api-Key"}),
+        ((b"X-Api-Key", b"abc"), (b"X-Api-Key", "***")),
+        (["X-Api-Key", "abcd1234", "Accept", "text"], ["X-Api-Key", "***", "Accept", "text"]),
+        (["query_key_value", "dense"], ["query_key_value", "dense"]),
+        (["key", "value"], ["key", "value"]),
+        ({"key": 16, "attention.self.key": 8}, {"key": 16, "attention.self.key": 8}),
+        (["--rewards=judge:score?key=a b", "x"], ["--rewards=judge:score?key=***", "x"]),
         ("judge:score?key=sk-live-123456&n=3&model=mine", "judge:score?key=***&n=3&model=***"),
         ("length?max_length=512&cache=128", "length?max_length=512&cache=128"),
         ("generated:arithmetic?n=64&digits=1-2", "generated:arithmetic?n=64&digits=1-2"),
@@ -74,6 +84,57 @@ def test_of_all_settings_the_hubs_token_alone_is_a_secret(kind):
 )  # fmt: skip
 def test_settings_are_written_without_secrets_at_any_depth(value, kept):
     assert without_secrets(value) == kept
+
+
+LEAKING = "judge:score?endpoint=https://u:Pw0rdUrl99@h/x&key=rqSecretA1"
+HELD = "judge:score?endpoint=***&key=***"
+
+
+@pytest.mark.parametrize(
+    "value, kept",
+    [
+        ([LEAKING, "maths_answer"], [HELD, "maths_answer"]),
+        ((LEAKING, "maths_answer"), (HELD, "maths_answer")),
+        ([LEAKING, "maths_answer", "n"], [HELD, "maths_answer", "n"]),
+        ({"a": [[LEAKING, "b"], ["x"]]}, {"a": [[HELD, "b"], ["x"]]}),
+        ({"a": {"n": [LEAKING, 3]}}, {"a": {"n": [HELD, 3]}}),
+        (["https://u:Pw0rd9988@h/secret", "b"], ["https://***@h/secret", "b"]),
+        (["ghp_abcdefghijklmnop is my token", "x"], ["*** is my token", "x"]),
+        (["Authorization: Bearer abcdef.ghi", "x"], ["Authorization: ***", "x"]),
+        (["--token=ghp_abcdefghijklmnop", "x"], ["--token=***", "x"]),
+        (["--https://u:Pw0rd9988@h/token", "x"], ["--https://***@h/token", "x"]),
+    ],
+)
+def test_a_text_that_speaks_of_a_secret_is_no_name_and_hides_its_own(value, kept):
+    assert without_secrets(value, instead="***") == kept
+
+
+def test_an_entry_left_out_shows_no_secret_of_its_name():
+    assert without_secrets({LEAKING: {"n": 1}}, instead="***") == {HELD: "***"}
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("AccountName=a;AccountKey=Zm9vYmFy==;EndpointSuffix=x", "AccountName=a;AccountKey=***;EndpointSuffix=x"),
+        ("sent Basic dXNlcjpwYXNzd29yZA== there", "sent Basic *** there"),
+        ("https://api.telegram.org/bot123456789:AA" + "x" * 33 + "/send", "https://api.telegram.org/bot***/send"),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\nlQOY\n-----END PGP PRIVATE KEY BLOCK-----", "***"),
+        ("AGE-SECRET-KEY-1ABCDEF", "***"),
+        ("hvs.CAESIabcdefgh dapi0123456789abcdef0123456789abcdef", "*** ***"),
+        ("xai-abcdef0123456789 pplx-abcdef0123456789 ntn_abcdef012345", "*** *** ***"),
+        ("GOCSPX-abcdefghijkl", "***"),
+        ("https://h/x?access%5Ftoken=abc123&n=1", "https://h/x?access%5Ftoken=***&n=1"),
+        ("to=https%3A%2F%2Fh%3Ftoken%3Dabc%26n%3D1", "to=https%3A%2F%2Fh%3Ftoken%3D***%26n%3D1"),
+        ("https://u:a/b@h/x https://u:a#b@h/x https://u:a?b@h/x", "https://***@h/x " * 2 + "https://***@h/x"),
+        ("curl -u user:pw https://h", "curl -u user:*** https://h"),
+        ("eyJhbGciOiJSU0Et.OKOaw.48V1.5eym8.XFBo", "***"),
+        ("eyJhbGciOiJkaXIi..48V1.5eym8.XFBo", "***"),
+        ("run with `--judge_api_key abc` and password: cardPw1122", "run with `--judge_api_key ***` and password: ***"),
+    ],
+)  # fmt: skip
+def test_forms_of_services_and_urls_are_hidden_whole(text, shown):
+    assert hide(text) == shown
 
 
 @pytest.mark.parametrize(
@@ -102,6 +163,12 @@ def test_messages_hide_what_stands_behind_a_secrets_name(text, shown):
         "pad_token='<pad>' max_tokens=5 keyword=x",
         "risk-taking, sk-learn and ask-me-anything; Token embeddings; hf_pairs.jsonl of hf_org/name",
         "write lines of `key: value`",
+        'File "utils/_http.py", line 657, in hf_raise_for_status, called by hf_hub_download',
+        "http://localhost:8080/a?mail=me@x.org, http://h:443/@user and https://[::1]:80/a@b",
+        "Basic training of Basic Blocks12, in xai-explainable and hvs",
+        "def get(hf_token: str): return call(hf_token=hf_token, wandb_url=url)",
+        'login(token=os.environ["HF_TOKEN"]) or --hub_token $HF_TOKEN or --hub_token <your token>',
+        "the secret is out: chmod -u a:b; password: see above",
     ],
 )
 def test_messages_without_secrets_stay_as_they_are(text):
@@ -114,6 +181,29 @@ def test_a_secret_of_the_settings_or_the_environment_is_hidden_whoever_quotes_it
     monkeypatch.setenv("SOME_SERVICE_PASSWORD", "c0rrect horse")
     said = "GET said no to Pr1vate/hub, Qu0ted-key and c0rrect horse"
     assert hide(said) == str(ConfigError(said)) == "GET said no to ***, *** and ***"
+
+
+@pytest.mark.parametrize(
+    "value", ["correcthorsebatterystaple", "/JalrXUtnFEMI1K7MDENGbPxRfiCYEXAMPLEKEY1", "hunterpass", "12345678"]
+)
+def test_a_known_secret_is_hidden_whatever_it_is_made_of(monkeypatch, value):
+    monkeypatch.setattr("posttrain.private._remembered", set())
+    monkeypatch.setenv("DB_PASSWORD", value)
+    assert hide(f"GET said no to {value}.") == "GET said no to ***."
+    monkeypatch.delenv("DB_PASSWORD")
+    assert value in hide(f"GET said no to {value}.")
+    remember(["judge:score?key=a long one&n=3"])
+    assert hide("no: ['judge:score?key=a long one&n=3']") == "no: ['judge:score?key=***&n=3']"
+    remember({"headers": [["Authorization", value]], "env": [{"name": "X_KEY", "value": "/of/an/entry"}]})
+    assert hide(f"GET said no to {value} and /of/an/entry") == "GET said no to *** and ***"
+
+
+def test_a_common_word_or_a_path_that_exists_stays_in_messages(monkeypatch, tmp_path):
+    monkeypatch.setattr("posttrain.private._remembered", set())
+    remember({"hub_token": "training", "ssh_key": str(tmp_path)})
+    monkeypatch.setenv("PWD", "/removed/since")
+    said = f"training in {tmp_path}, started in /removed/since"
+    assert hide(said) == said
 
 
 def test_command_lines_hide_flags_and_json():
@@ -129,7 +219,10 @@ def test_hiding_a_form_leaves_prose_and_code_alone():
     assert hide_forms(prose) == prose
 
 
-@pytest.mark.parametrize("unit", ["sk-", "eyJ", "'a': ", "://", "a:b?", "--a ", "\\", "{", "?a="])
+@pytest.mark.parametrize(
+    "unit",
+    ["sk-", "eyJ", "'a': ", "://", "a:b?", "--a ", "\\", "{", "?a=", "a.", "curl -u=", "://a:", "?%", ";a", "%3Fa"],
+)
 def test_a_long_text_without_secrets_is_hidden_nothing_of(unit):
     assert hide(unit * 20_000) == unit * 20_000
 

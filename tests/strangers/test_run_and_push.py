@@ -15,8 +15,10 @@ from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.hub.files import clean_readme, files_to_push, saved_weights
 from posttrain.hub.merging import merge_adapter
+from posttrain.hub.metadata import parse_card
 from posttrain.hub.own_files import found, links_in
 from posttrain.hub.repository import Destination
+from posttrain.private import hide
 from posttrain.run.report import RunReport
 from tests.conftest import make_pairs
 from tests.training import lora, settings
@@ -73,6 +75,54 @@ def test_no_file_of_a_push_holds_a_secret_whoever_wrote_the_run(run):
     assert {name: held(content) for name, content in contents.items() if held(content)} == {}
     assert json.loads(contents["adapter_config.json"])["r"] == 4
     assert json.loads(contents["tokenizer_config.json"])["eos_token"]
+
+
+def pushed_with(folder, name: str, **added) -> dict:
+    """Write entries into a config of a run, and return what of the config is pushed."""
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(config | added, ensure_ascii=False))
+    content = files_to_push(folder, folder, HUB)[name]
+    return json.loads(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def test_configs_that_are_pushed_hold_no_secret_by_name_or_form_at_any_depth(linked):
+    nested = {"api_token": "b2", "url": "https://u:c3@h", "hub_secret": 12345678, "n": [{"http_headers": {}}]}
+    nested["n"][0]["http_headers"] = {"Authorization": "Basic d4", "Accept": "x"}
+    for name in ("adapter_config.json", "tokenizer_config.json"):
+        plain = pushed_with(linked, name)
+        clean = {"url": "https://***@h", "n": [{"http_headers": {"Accept": "x"}}]}
+        assert pushed_with(linked, name, client_secret="a1", nested=nested) == plain | {"nested": clean}
+
+
+def test_tokens_of_a_vocabulary_labels_and_modules_are_pushed_as_they_are(linked):
+    token = {"content": "<|password|>", "lstrip": False, "special": True}
+    added = {
+        "pad_token": "[PAD]", "user_token": "<|user|>", "blank_token": "|", "task_token": token, "key": 3,
+        "added_tokens_decoder": {"7": token}, "additional_special_tokens": ["token", "x"],
+        "extra_special_tokens": {"image_token": "hf_" + "a" * 30}, "chat_template": "{{ 'password: x' }}",
+        "label2id": {"PASSWORD": 1, "API_KEY": 2}, "target_modules": ["query_key_value", "dense"],
+    }  # fmt: skip
+    (linked / "tokenizer_config.json").write_text(json.dumps(added))
+    pushed = files_to_push(linked, linked, HUB)
+    assert pushed["tokenizer_config.json"] == json.dumps(added).encode()
+    assert pushed_with(linked, "adapter_config.json", target_modules=["key", "value"])["target_modules"] == [
+        "key", "value"
+    ]  # fmt: skip
+
+
+def test_a_card_that_a_person_wrote_is_pushed_without_secrets(linked, run):
+    code = 'login(token=os.environ["HF_TOKEN"])  # token=None, key = value'
+    said = "Run `--judge_api_key cardKey8899 --seed 3`, password: cardPw1122."
+    metadata = "hub_token: abc\nnote: ghp_abcdefghijklmnop\nmodel-index: [{name: a key, value: 0.5}]"
+    (linked / "README.md").write_text(f"---\n{metadata}\n---\n# A card\n\n{code}\n\n{said}\n")
+    card = files_to_push(linked, linked, HUB)["README.md"].decode()
+    assert code in card and "Run `--judge_api_key *** --seed 3`, password: ***" in card
+    metadata = parse_card(card, "README.md").data.to_dict()
+    assert (metadata["note"], metadata["model-index"]) == ("***", [{"name": "a key", "value": 0.5}])
+    assert "hub_token" not in metadata
+    # the card that a run writes stays
+    written = (run / "README.md").read_text()
+    assert hide(written) == written
 
 
 @pytest.fixture

@@ -146,14 +146,20 @@ def test_a_program_that_names_a_function_itself_needs_no_word(mine):
         ("attn_implementation: someone/kernel\n", "loads compiled code from the hub"),
         ("model_init_kwargs: {attn_implementation: someone/kernel}\n", "loads compiled code from the hub"),
         ("model_init_kwargs: {use_kernels: true}\n", "`use_kernels: true` runs code"),
+        (
+            "log_completions: true\nlog_completions_hub_repo: evil/collected\n",
+            "run.yaml:2: `log_completions_hub_repo: evil/collected` sends prompts and completions away",
+        ),
     ],
 )
-def test_what_runs_code_of_others_is_for_the_command_line_alone(tmp_path, text, message):
+def test_what_runs_code_of_others_or_sends_completions_away_is_for_the_command_line_alone(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, text)
 
 
-def test_the_command_line_may_trust_a_models_code(tmp_path):
+def test_the_command_line_may_trust_a_models_code_and_send_completions_away(tmp_path):
+    sends = "--log_completions", "true", "--log_completions_hub_repo", "me/mine"
+    assert read(tmp_path, "log_completions_hub_repo:\n", *sends)[2].log_completions_hub_repo == "me/mine"
     assert read(tmp_path, "seed: 1\n", "--trust_remote_code", "true")[2].trust_remote_code is True
     assert read(tmp_path, "trust_remote_code: false\n")[2].trust_remote_code is False
 

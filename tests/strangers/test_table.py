@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from posttrain import RobustDPOConfig
+from posttrain import QAEConfig, RobustDPOConfig
 from posttrain.config import DataArguments, ModelArguments, parse
 from posttrain.data.pairs.loading import load_preferences
 from posttrain.data.tokens import render
@@ -138,5 +138,6 @@ def test_what_settings_may_do_they_are_read_for():
     text = (Path(__file__).parents[2] / "docs" / "strangers.md").read_text()
     cells = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")]
     named = set(re.findall(r"`(\w+)`", " ".join(cell for cell in cells if "**yes" in cell)))
-    known = {field.name for kind in (DataArguments, ModelArguments, RobustDPOConfig) for field in fields(kind)}
+    kinds = (DataArguments, ModelArguments, RobustDPOConfig, QAEConfig)
+    known = {field.name for kind in kinds for field in fields(kind)}
     assert "dataset_name" in named and "output_dir" in named and named <= known
