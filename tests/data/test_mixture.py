@@ -96,7 +96,7 @@ REFUSED = {
     "datasets: [{path: a, weight: 2}]": "datasets[0] has the unknown key 'weight'; did you mean 'fraction'?",
     "datasets: [{path: a, splits: x}]": "datasets[0] has the unknown key 'splits'; did you mean 'split'?",
     "datasets: [{path: a, fraction: 1.0e+308}, {path: b, fraction: 1.0e+308}]": "the fractions add up to more than",
-    f"datasets: [{{path: a, fraction: 1{'0' * 400}}}]": "it must be a number of 0 or more",
+    "datasets: [{path: a, fraction: .inf}]": "it must be a number of 0 or more",
     "datasets: [{path: a, fraction: -1}]": "datasets[0]: fraction is -1; it must be a number of 0 or more",
     "datasets: [{path: a, fraction: .nan}]": "fraction is nan; it must be",
     "datasets: [{path: a, fraction: true}]": "fraction is True; it must be",
