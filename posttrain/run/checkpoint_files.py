@@ -19,7 +19,7 @@ from posttrain.errors import ConfigError
 from posttrain.hub.files import TOKENIZER
 from posttrain.private import without_secrets
 from posttrain.visible import one_line
-from posttrain.whole_files import sync
+from posttrain.whole_files import not_plain, sync
 
 MARKER = "posttrain_complete.json"
 # there from the first to the last byte of a save, or of a removal
@@ -49,17 +49,17 @@ _RANDOM = ("rng_state.pth", "rng_state_*.pth")
 _STATE = {"optimizer.pt": _OPTIMIZER, "scheduler.pt": _SCHEDULER, "rng_state.pth": _RANDOM}
 
 
-def _partial(name: str) -> str:
+def partial_name(name: str) -> str:
     return f".{name}.partial"
 
 
 # What a save writes, in the form of each engine
-_WRITTEN = (
+WRITTEN = (
     *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE, REFERENCE,
     "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp*", "adapter_config.json", "config.json",
     "generation_config.json", "README.md", "training_args.bin", "scaler.pt", "entropy_ctrl_state.json", "latest",
-    "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", _partial(ADAPTER[0]),
-    _partial(MARKER), _partial(SAVING),
+    "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", partial_name(ADAPTER[0]),
+    partial_name(MARKER), partial_name(SAVING),
 )  # fmt: skip
 
 
@@ -68,13 +68,17 @@ def mark(folder: Path, content: dict, name: str = MARKER) -> None:
 
     Secrets are left out.
     """
-    partial = folder / _partial(name)
-    with partial.open("w") as file:
+    partial = folder / partial_name(name)
+    with open(partial, "w", opener=_unfollowed) as file:
         file.write(json.dumps(without_secrets(content), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / name)
     sync(folder)
+
+
+def _unfollowed(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -140,7 +144,7 @@ def is_half_left(folder: Path, identity: dict | None = None) -> bool:
         return False
     if not (folder / SAVING).is_file():
         # killed before the note was whole, when there was nothing else yet
-        return files_in(folder) == {_partial(SAVING)}
+        return files_in(folder) == {partial_name(SAVING)}
     try:
         return identity is None or content_of(folder / SAVING)["identity"] == json.loads(
             json.dumps(without_secrets(identity))
@@ -155,6 +159,8 @@ def is_occupied(folder: Path) -> bool:
         return True
     if not folder.is_dir():
         return folder.exists()
+    if any(map(_is_in_the_way, not_plain(folder, lambda name: True))):
+        return True
     return not (is_complete(folder) or is_half_left(folder)) and any(map(_is_written, files_in(folder)))
 
 
@@ -334,8 +340,14 @@ def _unlink(folder: Path, names: set[str]) -> None:
             path.rmdir()
 
 
+def _is_in_the_way(link: str) -> bool:
+    """Return whether a save would write to this path, or to one behind it if it is a link to a folder."""
+    behind = (form.partition("/")[0] for form in WRITTEN if "/" in form and not form.startswith("*"))
+    return link in (MARKER, SAVING) or _is_written(link) or any(fnmatch.fnmatchcase(link, form) for form in behind)
+
+
 def _is_written(name: str) -> bool:
-    return _matches(name, _WRITTEN)
+    return _matches(name, WRITTEN)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -16,20 +16,13 @@ from posttrain.run import best, checkpoints, lock
 from posttrain.run import checkpoint_files as files
 from posttrain.run.checkpoint_files import MARKER, mark
 from posttrain.run.identity import differing, update_of, update_settings
+from posttrain.run.places import BESIDE_WEIGHTS, NOTE, check_places
 
-# In the run folder: whose model lies there, and of which files it consists.
-NOTE = "posttrain_run.json"
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 # Other libraries' and other programs' forms of weights
 _FOREIGN_WEIGHTS = (
     "consolidated*.pth", "consolidated*.safetensors", "*.gguf", "tf_model.h5", "flax_model.msgpack", "*model*.bin",
     "ggml*.bin",
-)  # fmt: skip
-# What a run writes at the top of its folder beside the weights
-_WRITTEN = (
-    "README.md", "metrics.csv", "metrics.jsonl", "curves.png", "resolved_config.yaml", "training_args.bin",
-    "config.json", "generation_config.json", "adapter_config.json", files.TRAINER_STATE,
-    *(name for name in files.TOKENIZER if "/" not in name),
 )  # fmt: skip
 # what `log_completions` writes, a file a step
 _COMPLETIONS = "completions/completions_*.parquet"
@@ -43,8 +36,9 @@ def check_args(args, method: str | None) -> None:
         method: the trainer's class, where it is known.
 
     Raises:
-        ConfigError: as `check_folder` and `check_way` do.
+        ConfigError: as `check_places`, `check_folder` and `check_way` do.
     """
+    check_places(args.output_dir)
     known = vars(args) | identity_of(args) | update_of(args) | ({"method": method} if method else {})
     check_folder(args.output_dir, known if args.check_resume and not args.overwrite else {})
     if args.check_resume and args.max_steps > 0 and not hasattr(args, "steps_per_generation"):
@@ -228,7 +222,7 @@ def keep_others(folder: Path) -> None:
     if any(files.is_complete(path) or files.is_half_left(path) for path in checkpoints.folders(folder)):
         return
     kept = []
-    for path in (folder / name for name in _WRITTEN):
+    for path in (folder / name for name in BESIDE_WEIGHTS):
         other = path.with_name(f"{path.stem}.before{path.suffix}")
         if path.is_file() and not other.exists():
             shutil.copy2(path, other)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -17,6 +18,8 @@ from posttrain.hub.files import clean_readme, files_to_push, saved_weights
 from posttrain.hub.merging import merge_adapter
 from posttrain.hub.own_files import found, links_in
 from posttrain.hub.repository import Destination
+from posttrain.run import checkpoint_files
+from posttrain.run.places import check_places
 from posttrain.run.report import RunReport
 from tests.conftest import make_pairs
 from tests.training import lora, settings
@@ -125,6 +128,69 @@ def test_a_run_folder_that_is_itself_behind_a_link_is_taken(linked, tmp_path):
     os.symlink(linked, tmp_path / "latest")
     assert set(saved_weights(tmp_path / "latest")) == {"adapter_config.json", "adapter_model.safetensors"}
     assert links_in(tmp_path / "latest", ("*",)) == [] and len(found(tmp_path / "latest", ("*.json",))) == 3
+
+
+@pytest.mark.parametrize("had", ["nothing", "a run"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".posttrain.lock", "README.md", "metrics.csv", "metrics.tmp", "adapter_config.json", "tokenizer_config.json",
+        "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "resolved_config.yaml", "curves.png",
+        "training_args.bin", ".saving", "posttrain_run.json", ".posttrain_run.json.partial", "completions",
+        "eval_results.json", "additional_chat_templates",
+    ],
+)  # fmt: skip
+def test_a_run_does_not_write_through_links_in_its_folder(run, tmp_path, had, name):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder) if had == "a run" else folder.mkdir()
+    for kind in ("private", "nowhere"):
+        if (folder / name).exists() or (folder / name).is_symlink():
+            (folder / name).unlink()
+        (tmp_path / "private").write_text("PRIVATE")
+        (folder / name).symlink_to(tmp_path / kind)
+        with pytest.raises(ConfigError, match=f"files that a run writes: {re.escape(name)}. .* Remove them"):
+            RobustDPOTrainer(
+                model="no-model", args=RobustDPOConfig(**settings(folder, max_steps=1)), train_dataset=make_pairs(8)
+            )
+        assert (tmp_path / "private").read_text() == "PRIVATE" and not (tmp_path / "nowhere").exists()
+
+
+def test_links_that_come_after_construction_are_refused_before_a_write(tiny_folder, tmp_path):
+    folder = tmp_path / "run"
+    trainer = RobustDPOTrainer(
+        model=tiny_folder, args=RobustDPOConfig(**settings(folder, max_steps=1)), train_dataset=make_pairs(8),
+        peft_config=lora(),
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "private").write_text("PRIVATE")
+    (folder / "README.md").symlink_to(tmp_path / "private")
+    os.mkfifo(folder / "metrics.csv")
+    for act in (trainer.train, trainer.evaluate, trainer.save_model):
+        with pytest.raises(ConfigError, match="README.md, metrics.csv"):
+            act(*([make_pairs(2)] if act == trainer.evaluate else []))
+    assert (tmp_path / "private").read_text() == "PRIVATE"
+
+
+def test_a_run_folder_may_be_a_link_and_others_links_in_it_stay(tmp_path):
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    for name, target in (("notes.txt", "nowhere"), ("latest", "run/checkpoint-3"), ("data", ".")):
+        (tmp_path / "run" / name).symlink_to(tmp_path / target)
+    check_places(tmp_path / "latest", ["default"])
+    (tmp_path / "run" / "teacher").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="writes: teacher"):
+        check_places(tmp_path / "latest", ["default", "teacher"])
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "additional_chat_templates", ".posttrain_saving.json.partial"])
+def test_a_checkpoint_with_a_link_where_a_save_writes_is_not_written_into(tmp_path, name):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    checkpoint_files.mark(folder, {"identity": {}, "files": {}})
+    (folder / "notes.txt").symlink_to(tmp_path / "nowhere")
+    assert not checkpoint_files.is_occupied(folder)
+    (folder / name).symlink_to(tmp_path / "nowhere")
+    assert checkpoint_files.is_occupied(folder)
 
 
 class Evil:
