@@ -18,12 +18,10 @@ from safetensors import safe_open
 from posttrain.errors import ConfigError
 from posttrain.hub.files import TOKENIZER
 from posttrain.private import without_secrets
+from posttrain.run.markers import MARKER, SAVING, content_of, mark, partial_name
 from posttrain.visible import one_line
 from posttrain.whole_files import not_plain, sync
 
-MARKER = "posttrain_complete.json"
-# there from the first to the last byte of a save, or of a removal
-SAVING = "posttrain_saving.json"
 # the folder of a run in which a checkpoint lies until it is whole
 PARTIAL = ".saving"
 TRAINER_STATE = "trainer_state.json"
@@ -49,10 +47,6 @@ _RANDOM = ("rng_state.pth", "rng_state_*.pth")
 _STATE = {"optimizer.pt": _OPTIMIZER, "scheduler.pt": _SCHEDULER, "rng_state.pth": _RANDOM}
 
 
-def partial_name(name: str) -> str:
-    return f".{name}.partial"
-
-
 # What a save writes, in the form of each engine
 WRITTEN = (
     *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE, REFERENCE,
@@ -61,24 +55,6 @@ WRITTEN = (
     "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", partial_name(ADAPTER[0]),
     partial_name(MARKER), partial_name(SAVING),
 )  # fmt: skip
-
-
-def mark(folder: Path, content: dict, name: str = MARKER) -> None:
-    """Write a marker or note at once, so that it is never half there, also when the machine stops.
-
-    Secrets are left out.
-    """
-    partial = folder / partial_name(name)
-    with open(partial, "w", opener=_unfollowed) as file:
-        file.write(json.dumps(without_secrets(content), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / name)
-    sync(folder)
-
-
-def _unfollowed(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -108,7 +84,10 @@ def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -
     content = content_of(folder / MARKER)
     listed = {name: size for name, size in content.get("files", {}).items() if not (weights_only and is_state(name))}
     for name, size in listed.items():
-        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        try:
+            there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        except OSError as error:
+            return f"{one_line(name)[:200]} cannot be read ({error.strerror})"
         if there != size:
             said = f"has {there} bytes instead of {one_line(size)}" if there is not None else "is missing"
             return f"{one_line(name)} {said}"
@@ -123,19 +102,8 @@ def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -
     return ""
 
 
-def content_of(path: Path) -> dict:
-    """Read a marker or a note; ConfigError if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content["identity"], dict):
-            return content
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
-
-
 def is_complete(folder: Path) -> bool:
-    return (folder / MARKER).exists()
+    return (folder / MARKER).is_file()
 
 
 def is_half_left(folder: Path, identity: dict | None = None) -> bool:

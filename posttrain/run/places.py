@@ -8,11 +8,10 @@ from posttrain.errors import ConfigError
 from posttrain.mechanisms import initial_adapter, value_head
 from posttrain.run import checkpoint_files as files
 from posttrain.run import lock
+from posttrain.run.markers import NOTE, partial_name
 from posttrain.visible import listed, one_line
 from posttrain.whole_files import not_plain
 
-# In the run folder: whose model lies there, and of which files it consists.
-NOTE = "posttrain_run.json"
 # What a run writes at the top of its folder beside the weights
 BESIDE_WEIGHTS = (
     "README.md", "metrics.csv", "metrics.jsonl", "curves.png", "resolved_config.yaml", "training_args.bin",
@@ -23,7 +22,7 @@ BESIDE_WEIGHTS = (
 _FOLDERS = (files.PARTIAL, "completions", "additional_chat_templates", initial_adapter.REFERENCE)
 _FILES = (
     *BESIDE_WEIGHTS, *files.ADAPTER, *files.MODEL, "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin",
-    *(files.partial_name(name) for name in (NOTE, *files.ADAPTER)), NOTE, lock.NAME, "metrics.tmp", "all_results.json",
+    *(partial_name(name) for name in (NOTE, *files.ADAPTER)), NOTE, lock.NAME, "metrics.tmp", "all_results.json",
     "*_results.json", value_head.FILE,
 )  # fmt: skip
 
