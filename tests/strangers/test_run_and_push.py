@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +18,11 @@ from posttrain.hub.files import clean_readme, files_to_push, saved_weights
 from posttrain.hub.merging import merge_adapter
 from posttrain.hub.own_files import found, links_in
 from posttrain.hub.repository import Destination
-from posttrain.run import checkpoint_files
+from posttrain.run import checkpoint_files, checkpoints
+from posttrain.run.markers import MARKER
 from posttrain.run.places import check_places
 from posttrain.run.report import RunReport
+from posttrain.run.run_folder import RunFolder
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 
@@ -201,6 +203,21 @@ class Evil:
         return os.mkdir, (self.mark,)
 
 
+def rewritten(folder, name, content):
+    """Have a checkpoint's file hold something else, which its marker says is as it was saved."""
+    path = folder / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    else:
+        torch.save(content, path)
+    marker = json.loads((folder / MARKER).read_text())
+    marker["files"][name] = path.stat().st_size
+    marker["digests"].pop(name)
+    (folder / MARKER).write_text(json.dumps(marker))
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_pickle_in_a_checkpoint_is_never_run(run, tiny_folder, tmp_path, name):
     shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
@@ -209,12 +226,117 @@ def test_a_pickle_in_a_checkpoint_is_never_run(run, tiny_folder, tmp_path, name)
     trainer = RobustDPOTrainer(
         model=tiny_folder, args=RobustDPOConfig(**args), train_dataset=make_pairs(8), peft_config=lora()
     )
-    with contextlib.suppress(ConfigError, pickle.UnpicklingError):
+    with (
+        contextlib.nullcontext()
+        if name == "training_args.bin"
+        else pytest.raises(ConfigError, match=f"damaged: {name}")
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert not (tmp_path / "PWNED").exists()
     # what would have been run is what a plain load runs
     torch.load(tmp_path / "checkpoint-1" / name, weights_only=False)
     assert (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", dict(global_step="x")),
+        ("trainer_state.json", dict(global_step=-5)),
+        ("trainer_state.json", dict(max_steps=None)),
+        ("trainer_state.json", dict(log_history=5)),
+        ("trainer_state.json", dict(log_history=[5])),
+        ("trainer_state.json", dict(save_steps="x")),
+        ("trainer_state.json", dict(stateful_callbacks=5)),
+        ("trainer_state.json", dict(best_metric="x")),
+        ("trainer_state.json", dict(other=1)),
+        ("trainer_state.json", b"[" * 100_000),
+        ("optimizer.pt", [1, 2]),
+        ("optimizer.pt", {}),
+        ("optimizer.pt", {"state": {}, "param_groups": 5}),
+        ("optimizer.pt", b"x" * 100),
+        ("scheduler.pt", [1]),
+        ("scheduler.pt", {"step": 5}),
+        ("scheduler.pt", {"last_epoch": "x"}),
+        ("rng_state.pth", {"python": 5}),
+        ("rng_state.pth", {}),
+        ("adapter_model.safetensors", b"x" * 100),
+    ],
+)
+def test_auto_passes_over_a_state_of_another_form_with_a_word(run, tmp_path, name, content):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    assert checkpoints.find(tmp_path, "auto", by_content=True) == folder
+    rewritten(folder, name, content)
+    assert checkpoints.find(tmp_path, "auto", by_content=True) is None
+    assert checkpoints.passed_over(tmp_path, None).startswith(f"checkpoint-1 is damaged: {name} ")
+    with pytest.raises(ConfigError, match=f"checkpoint-1 is damaged: {name} "):
+        checkpoints.refuse_damaged(folder, weights_only=False, by_content=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"identity": {}, "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"identity": {}, "x": ' + "[" * 200 + "]" * 200 + "}",
+        '{"identity": {}, "x": ' + "9" * 10_000 + "}",
+        *(
+            {"identity": {}} | other
+            for other in (
+                dict(identity=[]), dict(files=["a"]), dict(files={"a": "b"}), dict(digests=5), dict(digests=None),
+                dict(digests={"a": 1}), dict(update=[1]), dict(state=[]), dict(state={"num_tokens": "x"}),
+                dict(state={"schedule": {"total": 0, "knots": []}}), dict(state={"schedule": {"total": 1, "knots": [1]}}),
+                dict(state={"method": 5}), dict(files={"x" * 5000: 1}),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_auto_passes_over_a_marker_of_another_form_with_a_word(run, tmp_path, content):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    (folder / MARKER).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert checkpoints.find(tmp_path, "auto", by_content=True) is None
+    assert checkpoints.passed_over(tmp_path, None).startswith("checkpoint-1 is damaged: ")
+    if "files" not in content or not isinstance(content["files"], dict):
+        assert "posttrain_complete.json cannot be read" in checkpoints.passed_over(tmp_path, None)
+
+
+def test_a_folder_in_the_place_of_a_marker_marks_nothing(run, tmp_path):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    (folder / MARKER).unlink()
+    (folder / MARKER).mkdir()
+    assert checkpoints.find(tmp_path, "auto", by_content=True) is None
+    assert "was not written by posttrain" in checkpoints.passed_over(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("optimizer.pt", {"state": {}, "param_groups": []}, "optimizer.pt or scheduler.pt of the checkpoint .* cannot"),
+        ("scheduler.pt", {"last_epoch": 1}, "optimizer.pt or scheduler.pt of the checkpoint .* cannot be loaded"),
+        ("trainer_state.json", {"save_steps": 0}, "trainer_state.json has no save_steps, and save_strategy is steps"),
+    ],
+)
+def test_a_state_that_does_not_fit_the_run_is_named(run, tiny_folder, tmp_path, name, content, told):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    rewritten(folder, name, content)
+    args = settings(
+        tmp_path / "out", max_steps=2, optim="adamw_torch", check_resume=False, save_strategy="steps", save_steps=2
+    )
+    trainer = RobustDPOTrainer(
+        model=tiny_folder, args=RobustDPOConfig(**args), train_dataset=make_pairs(8), peft_config=lora()
+    )
+    with pytest.raises(ConfigError, match=told):
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
+def test_a_run_that_passed_over_a_damaged_checkpoint_does_not_say_that_auto_would_take_it(run, tmp_path, logged):
+    shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    args = SimpleNamespace(output_dir=str(tmp_path), overwrite=False, resume_weights_only=False)
+    RunFolder._begin_anew(None, args)
+    assert "would have gone on from checkpoint-1" in logged.text
+    logged.clear()
+    rewritten(tmp_path / "checkpoint-1", "optimizer.pt", b"x" * 100)
+    RunFolder._begin_anew(None, args)
+    assert "would have gone on" not in logged.text and "up to step 1; this run starts anew" in logged.text
 
 
 def test_an_adapter_of_pickled_weights_is_not_loaded(linked, tmp_path):
