@@ -221,16 +221,13 @@ def rewritten(folder, name, content):
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_pickle_in_a_checkpoint_is_never_run(run, tiny_folder, tmp_path, name):
     shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
-    torch.save(Evil(tmp_path / "PWNED"), tmp_path / "checkpoint-1" / name)
+    rewritten(tmp_path / "checkpoint-1", name, Evil(tmp_path / "PWNED"))
     args = settings(tmp_path / "out", max_steps=2, optim="adamw_torch", check_resume=False)
     trainer = RobustDPOTrainer(
         model=tiny_folder, args=RobustDPOConfig(**args), train_dataset=make_pairs(8), peft_config=lora()
     )
-    with (
-        contextlib.nullcontext()
-        if name == "training_args.bin"
-        else pytest.raises(ConfigError, match=f"damaged: {name}")
-    ):
+    refused = pytest.raises(ConfigError, match=f"damaged: {name} holds no such state .* code in it is not run")
+    with contextlib.nullcontext() if name == "training_args.bin" else refused:
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert not (tmp_path / "PWNED").exists()
     # what would have been run is what a plain load runs
@@ -283,9 +280,9 @@ def test_auto_passes_over_a_state_of_another_form_with_a_word(run, tmp_path, nam
             {"identity": {}} | other
             for other in (
                 dict(identity=[]), dict(files=["a"]), dict(files={"a": "b"}), dict(digests=5), dict(digests=None),
-                dict(digests={"a": 1}), dict(update=[1]), dict(state=[]), dict(state={"num_tokens": "x"}),
-                dict(state={"schedule": {"total": 0, "knots": []}}), dict(state={"schedule": {"total": 1, "knots": [1]}}),
-                dict(state={"method": 5}), dict(files={"x" * 5000: 1}),
+                dict(digests={"a": 1}), dict(update=[1]), dict(state=[]), dict(state={"method": 5}),
+                dict(state={"schedule": {"total": 0, "knots": []}}), dict(state={"num_tokens": "x"}),
+                dict(state={"schedule": {"total": 1, "knots": [1]}}), dict(files={"x" * 5000: 1}),
             )
         ),
     ],
