@@ -52,6 +52,8 @@ PRIVATE_NAMES = (
     # what a model's own head answers in the place of the fused one
     ("trl.trainer.utils", "add_fused_lm_head", ("model", "temperature", "outputs")),
     ("trl.trainer.utils", "FusedCausalLMOutput", ("loss", "log_probs", "label_mask", "aux_loss", *_FUSED)),
+    # what upstream lets a random state hold beside tensors
+    ("transformers.trainer_pt_utils", "safe_globals", ()),
     ("peft.utils.other", "TrainableTokensWrapper", ()),
     ("peft.tuners.lora", "LoraLayer.get_base_layer", ()),
     ("peft.tuners.lora.layer", "Linear.get_delta_weight", ("adapter",)),
