@@ -54,6 +54,8 @@ PRIVATE_NAMES = (
     ("trl.trainer.utils", "FusedCausalLMOutput", ("loss", "log_probs", "label_mask", "aux_loss", *_FUSED)),
     # what regular expressions are made of
     ("re._parser", "parse", ("str", "flags")),
+    # what upstream lets a random state hold beside tensors
+    ("transformers.trainer_pt_utils", "safe_globals", ()),
     ("peft.utils.other", "TrainableTokensWrapper", ()),
     ("peft.tuners.lora", "LoraLayer.get_base_layer", ()),
     ("peft.tuners.lora.layer", "Linear.get_delta_weight", ("adapter",)),

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -16,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain import __version__, whole_files
-from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.paths import cache_dir
+from posttrain.saved import read_json
 from posttrain.visible import one_line
 
 SMOLLM2 = "embedded:smollm2-135m"
@@ -251,13 +253,16 @@ def _fault(folder: Path) -> str | None:
     if not folder.is_dir():
         return "is not there"
     try:
-        record = json.loads((folder / RECORD).read_text())["files"]
+        record = read_json(folder / RECORD)["files"]
+        wanted = [(name, int(size), str(found)) for name, (size, found) in record.items()]
         stats = [(folder / name).stat() for name in record]
-        wanted = [(name, size, found) for name, (size, found) in record.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if not all(stat.S_ISREG(there.st_mode) for there in stats):
+            raise ValueError("no regular file")
+    except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return "is damaged, or was written by something else"
+    states = tuple((there.st_ino, there.st_size, there.st_mtime_ns) for there in stats)
     try:
-        return _differing(folder, tuple(wanted), tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+        return _differing(folder, tuple(wanted), states)
     except OSError as error:
         return f"is damaged: {Path(error.filename or folder).name} cannot be read ({error.strerror})"
 

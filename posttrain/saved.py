@@ -10,11 +10,16 @@ from posttrain.errors import DataError
 
 # of a file that is read as a whole; a tokenizer's has some ten million
 _MOST_CHARACTERS = 128 << 20
+# of lists and objects in one another; far fewer than a program can follow
+_MOST_LEVELS = 64
 
 
 def read_text(path: Path) -> str:
     """Return the text of a file; DataError where it is not UTF-8 or cannot be read."""
     try:
+        # a pipe would be waited for
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} cannot be read: it is no regular file.")
         with open(path, encoding="utf-8") as file:
             text = file.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
@@ -30,8 +35,10 @@ def read_json(path: Path) -> dict:
     """Return the object in a JSON file; DataError where there is none."""
     try:
         content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no valid JSON: {error}.") from None
+    if _is_deep(content):
+        raise DataError(f"{path} is nested more than {_MOST_LEVELS} levels deep.")
     return _named(content, path, "JSON object")
 
 
@@ -76,6 +83,15 @@ def check_shards(index: Path) -> None:
         lost = {tensor for tensor, file in placed.items() if file == name} - check_safetensors(path)
         if lost:
             raise DataError(f"{path} holds no {min(lost)}, which {index.name} says lies there.")
+
+
+def _is_deep(content) -> bool:
+    level = [content]
+    for _ in range(_MOST_LEVELS):
+        parts = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))
+        if not (level := [held for part in parts for held in part if isinstance(held, dict | list)]):
+            return False
+    return True
 
 
 def _named(content, path: Path, form: str) -> dict:

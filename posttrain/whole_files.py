@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -87,6 +88,21 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def not_plain(folder: Path, enter: Callable[[str], bool], above: str = "") -> Iterator[str]:
+    """Yield the paths in a folder, relative to it, of what is neither regular file nor folder: links, pipes, devices.
+
+    `enter`: tells of a folder in it, by its relative path, whether to look into it; no link is followed.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder / above) as entries:
+        for entry in entries:
+            name, mode = above + entry.name, entry.stat(follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode):
+                if enter(name):
+                    yield from not_plain(folder, enter, f"{name}/")
+            elif not stat.S_ISREG(mode):
+                yield name
 
 
 def set_aside(path: Path, fault: str) -> None:

@@ -155,7 +155,7 @@ def _write_config(folder):
     (folder / "weights").write_bytes(bytes(range(200)))
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "lose", "foreign"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "lose", "foreign", "deep", "lists", "pipe", "folder"])
 def test_a_damaged_model_is_set_aside_and_made_anew(cache, logged, harm):
     folder = models._build_once("model", _write_config)
     assert models._build_once("model", None) == folder, "not built again"
@@ -166,8 +166,14 @@ def test_a_damaged_model_is_set_aside_and_made_anew(cache, logged, harm):
         os.truncate(weights, 199)
     elif harm == "lose":
         weights.unlink()
+    elif harm == "deep":
+        (folder / models.RECORD).write_text('{"files": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    elif harm == "lists":
+        (folder / models.RECORD).write_text('{"files": {"weights": [[200], {}]}}')
     else:
         (folder / models.RECORD).unlink()
+        if harm != "foreign":
+            {"pipe": os.mkfifo, "folder": os.mkdir}[harm](folder / models.RECORD)
     assert models._build_once("model", _write_config) == folder
     assert weights.read_bytes() == bytes(range(200)) and "model.damaged1" in logged.text
     assert (cache / "model.damaged1" / "config.json").is_file()

@@ -1,5 +1,6 @@
 """What a settings file may not do by itself: run code, change the programs that run, send completions away."""
 
+import json
 from collections.abc import Mapping
 
 from posttrain.checks import near
@@ -23,6 +24,10 @@ VARIABLES = frozenset(
 )
 
 
+# Settings with texts that a model reads or writes, such as the ends of an answer; all others are names and numbers
+_TEXTS = ("generation_kwargs", "chat_template_kwargs")
+
+
 def check_variable(name: str, place: str) -> None:
     """Raise ConfigError for a variable of `env:` by which programs, libraries, servers or accounts are chosen."""
     if name not in VARIABLES:
@@ -35,13 +40,15 @@ def check_variable(name: str, place: str) -> None:
 
 def check_setting(name: str, value, place: str) -> None:
     """Raise ConfigError for a setting of a file that would run code of others, send completions away or forge lines."""
-    texts = [held for _, held in _entries("", value)] if isinstance(value, list) else [value]
-    for text in texts:
-        if isinstance(text, str) and one_line(text) != text:
-            raise ConfigError(
-                f"{place}: `{name}` is {one_line(text)}, with a line break or a character that steers a console. Write "
-                "it without."
-            )
+    given, value = value, _of_json(name, value, place)
+    for key, held in ((name, given), *_entries(name, value)):
+        for text in (key, *([] if name in _TEXTS else [held])):
+            if isinstance(text, str) and one_line(text) != text:
+                what = "is" if held is given else "holds"
+                raise ConfigError(
+                    f"{place}: `{name}` {what} {one_line(text)}, with a line break or a character that steers a "
+                    "console. Write it without."
+                )
     if name == "allow_code":
         raise ConfigError(
             f"{place}: `allow_code` says which code you trust, so it is for the command line: --allow_code MODULE. "
@@ -68,11 +75,24 @@ def check_setting(name: str, value, place: str) -> None:
             )
 
 
+def _of_json(name: str, value, place: str):
+    """Return the mapping or list in a text of JSON, as transformers takes one for a mapping; else the value itself."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except RecursionError:
+            raise ConfigError(f"{place}: `{name}` is nested too deeply.") from None
+        except ValueError:
+            pass
+    return value
+
+
 def _entries(name: str, value):
-    yield name, value
-    if isinstance(value, Mapping):
-        for key, held in value.items():
-            yield from _entries(str(key), held)
-    elif isinstance(value, list):
-        for held in value:
-            yield from _entries("", held)
+    waiting = [(name, value)]
+    while waiting:
+        key, held = waiting.pop()
+        yield key, held
+        inside = held.items() if isinstance(held, Mapping) else []
+        if isinstance(held, list):
+            inside = [("", part) for part in held]
+        waiting += [(str(key), part) for key, part in reversed(list(inside))]

@@ -1,10 +1,9 @@
 """Which model a run started from, and under which name and license the hub knows it."""
 
-import json
 import re
 from pathlib import Path
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 from posttrain.hub.metadata import license_fields, read_metadata
 from posttrain.models import SMOLLM2, TINY, embedded_name
 from posttrain.saved import read_json, read_yaml
@@ -104,9 +103,9 @@ def run_of(folder: str | Path) -> Path:
 def _settings_in(note: Path) -> dict:
     """Read the identity and update settings in a marker or a note; none where it is damaged."""
     try:
-        content = json.loads(note.read_text(encoding="utf-8"))
+        content = read_json(note)
         return content["identity"] | content.get("update", {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (DataError, KeyError, TypeError):
         return {}
 
 

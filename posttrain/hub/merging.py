@@ -1,6 +1,5 @@
 """An adapter folded into its base model, for `posttrain merge` and `posttrain push --merged`."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -9,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.adapters.loading import base_of, load_adapter, tokenizer_beside
-from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.hub.files import TOKENIZER, saved_weights
 from posttrain.hub.own_files import found, name_links
 from posttrain.log import get_logger
+from posttrain.saved import read_json
 
 _PROMPTS = (
     "The capital of France is Paris, which lies on the river",
@@ -127,9 +127,9 @@ def _is_trained_on(model, run: Path) -> bool | None:
 
 def _base_weights(note: Path) -> str | None:
     try:
-        return json.loads(note.read_text())["identity"]["base_weights"]
+        return read_json(note)["identity"]["base_weights"]
     # a folder of another program, or of a run whose weights were spread over processes
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DataError, KeyError, TypeError):
         return None
 
 

@@ -88,6 +88,9 @@ class ReferenceCache:
     def _read(self) -> tuple[dict[bytes, float], str | None]:
         """Return the entries, and what is wrong with the file."""
         try:
+            # a pipe would be waited for
+            if self.path.exists() and not self.path.is_file():
+                return {}, "is a folder" if self.path.is_dir() else "is no regular file"
             with safe_open(self.path, "pt") as file:
                 head = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -96,8 +99,6 @@ class ReferenceCache:
         except SafetensorError as error:
             return {}, f"cannot be read ({error})"
         except OSError as error:
-            if self.path.is_dir():
-                return {}, "is a folder"
             raise EnvironmentIssue(
                 f"the cache {self.path} cannot be read: {error.strerror or error}. Delete it, or give another folder: "
                 "ref_cache_dir, or POSTTRAIN_CACHE for all caches."

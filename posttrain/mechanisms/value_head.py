@@ -177,6 +177,9 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor], str | None]:
     """
     if not path.exists():
         return {}, {}, None
+    # a pipe would be waited for
+    if not path.is_file():
+        return {}, {}, "is no regular file"
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["value_head"])

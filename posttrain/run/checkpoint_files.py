@@ -18,12 +18,10 @@ from safetensors import safe_open
 from posttrain.errors import ConfigError
 from posttrain.hub.files import TOKENIZER
 from posttrain.private import without_secrets
+from posttrain.run.markers import MARKER, SAVING, content_of, mark, partial_name
 from posttrain.visible import one_line
-from posttrain.whole_files import sync
+from posttrain.whole_files import not_plain, sync
 
-MARKER = "posttrain_complete.json"
-# there from the first to the last byte of a save, or of a removal
-SAVING = "posttrain_saving.json"
 # the folder of a run in which a checkpoint lies until it is whole
 PARTIAL = ".saving"
 TRAINER_STATE = "trainer_state.json"
@@ -49,32 +47,14 @@ _RANDOM = ("rng_state.pth", "rng_state_*.pth")
 _STATE = {"optimizer.pt": _OPTIMIZER, "scheduler.pt": _SCHEDULER, "rng_state.pth": _RANDOM}
 
 
-def _partial(name: str) -> str:
-    return f".{name}.partial"
-
-
 # What a save writes, in the form of each engine
-_WRITTEN = (
+WRITTEN = (
     *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE, REFERENCE,
     "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp*", "adapter_config.json", "config.json",
     "generation_config.json", "README.md", "training_args.bin", "scaler.pt", "entropy_ctrl_state.json", "latest",
-    "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", _partial(ADAPTER[0]),
-    _partial(MARKER), _partial(SAVING),
+    "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", partial_name(ADAPTER[0]),
+    partial_name(MARKER), partial_name(SAVING),
 )  # fmt: skip
-
-
-def mark(folder: Path, content: dict, name: str = MARKER) -> None:
-    """Write a marker or note at once, so that it is never half there, also when the machine stops.
-
-    Secrets are left out.
-    """
-    partial = folder / _partial(name)
-    with partial.open("w") as file:
-        file.write(json.dumps(without_secrets(content), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / name)
-    sync(folder)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -104,7 +84,10 @@ def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -
     content = content_of(folder / MARKER)
     listed = {name: size for name, size in content.get("files", {}).items() if not (weights_only and is_state(name))}
     for name, size in listed.items():
-        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        try:
+            there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        except OSError as error:
+            return f"{one_line(name)[:200]} cannot be read ({error.strerror})"
         if there != size:
             said = f"has {there} bytes instead of {one_line(size)}" if there is not None else "is missing"
             return f"{one_line(name)} {said}"
@@ -119,19 +102,8 @@ def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -
     return ""
 
 
-def content_of(path: Path) -> dict:
-    """Read a marker or a note; ConfigError if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content["identity"], dict):
-            return content
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
-
-
 def is_complete(folder: Path) -> bool:
-    return (folder / MARKER).exists()
+    return (folder / MARKER).is_file()
 
 
 def is_half_left(folder: Path, identity: dict | None = None) -> bool:
@@ -140,7 +112,7 @@ def is_half_left(folder: Path, identity: dict | None = None) -> bool:
         return False
     if not (folder / SAVING).is_file():
         # killed before the note was whole, when there was nothing else yet
-        return files_in(folder) == {_partial(SAVING)}
+        return files_in(folder) == {partial_name(SAVING)}
     try:
         return identity is None or content_of(folder / SAVING)["identity"] == json.loads(
             json.dumps(without_secrets(identity))
@@ -155,6 +127,8 @@ def is_occupied(folder: Path) -> bool:
         return True
     if not folder.is_dir():
         return folder.exists()
+    if any(map(_is_in_the_way, not_plain(folder, lambda name: True))):
+        return True
     return not (is_complete(folder) or is_half_left(folder)) and any(map(_is_written, files_in(folder)))
 
 
@@ -334,8 +308,14 @@ def _unlink(folder: Path, names: set[str]) -> None:
             path.rmdir()
 
 
+def _is_in_the_way(link: str) -> bool:
+    """Return whether a save would write to this path, or to one behind it if it is a link to a folder."""
+    behind = (form.partition("/")[0] for form in WRITTEN if "/" in form and not form.startswith("*"))
+    return link in (MARKER, SAVING) or _is_written(link) or any(fnmatch.fnmatchcase(link, form) for form in behind)
+
+
 def _is_written(name: str) -> bool:
-    return _matches(name, _WRITTEN)
+    return _matches(name, WRITTEN)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

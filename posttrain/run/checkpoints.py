@@ -5,7 +5,6 @@ run that is killed while it saves leaves a folder without one, which is never re
 """
 
 import contextlib
-import json
 import re
 from pathlib import Path
 
@@ -15,9 +14,12 @@ from safetensors import SafetensorError
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.run import checkpoint_files as files
+from posttrain.run import training_state
 from posttrain.run.checkpoint_files import MARKER
 from posttrain.run.identity import differing, update_settings
+from posttrain.run.markers import content_of
 from posttrain.run.schedule import Schedule
+from posttrain.run.training_state import trainer_state
 
 _FOLDER = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
@@ -142,7 +144,9 @@ def passed_over(output_dir: str | Path, taken: Path | None, weights_only: bool =
 
 def _damage(folder: Path, weights_only: bool, by_content: bool) -> str:
     try:
-        return files.damage(folder, weights_only, by_content)
+        return files.damage(folder, weights_only, by_content) or (
+            training_state.fault(folder, weights_only) if by_content else ""
+        )
     except ConfigError:
         return f"{MARKER} cannot be read"
 
@@ -202,9 +206,9 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
             "method, model, data, seed and batch split, cannot be checked",
             folder,
         )
-        logs = trainer_state(folder).get("log_history", [])
+        logs = trainer_state(folder).get("log_history") or []
         return {"state": {"num_tokens": next((row["num_tokens"] for row in reversed(logs) if "num_tokens" in row), 0)}}
-    content = files.content_of(folder / MARKER)
+    content = content_of(folder / MARKER)
     refuse_damaged(folder, weights_only)
     told = "" if now is None else differing(now, settings_of(content))
     if told:
@@ -216,8 +220,9 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
 
 
 def refuse_damaged(folder: Path, weights_only: bool, by_content: bool = False) -> None:
-    """Raise ConfigError where a file of a checkpoint is not as it was saved."""
-    if files.is_complete(folder) and (what := files.damage(folder, weights_only, by_content)):
+    """Raise ConfigError where a file of a checkpoint is not as it was saved, or `by_content` holds no state."""
+    what = files.damage(folder, weights_only, by_content) if files.is_complete(folder) else ""
+    if what := what or (by_content and training_state.fault(folder, weights_only)):
         raise ConfigError(f"the checkpoint {folder} is damaged: {what}. Resume from another one, or delete it.")
 
 
@@ -228,7 +233,7 @@ def settings_of(content: dict) -> dict:
 
 def planned_steps(folder: Path) -> int:
     """Return how many steps the run that wrote a checkpoint was to take."""
-    return int(trainer_state(folder)["max_steps"])
+    return trainer_state(folder)["max_steps"]
 
 
 def warn_of_missing_random_state(folder: Path, ranks: int) -> None:
@@ -242,18 +247,6 @@ def warn_of_missing_random_state(folder: Path, ranks: int) -> None:
             folder,
             ", ".join(lost),
         )
-
-
-def trainer_state(folder: Path) -> dict:
-    """Read transformers' state of a checkpoint; ConfigError where it cannot be read."""
-    path = folder / files.TRAINER_STATE
-    try:
-        state = json.loads(path.read_text())
-        if isinstance(state["max_steps"], int) and isinstance(state["global_step"], int):
-            return state
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{path} cannot be read as the state of a trainer. Resume from another checkpoint.")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
+from posttrain.visible import one_line
 
 NAME = ".posttrain.lock"
 # errors of a file system that has no locks
@@ -30,12 +31,13 @@ _own: dict[Path, list] = {}
 
 def check_free(folder: str | Path) -> None:
     """Refuse a run folder that another process holds now. Raises ConfigError; writes nothing."""
-    path = Path(folder) / NAME
-    if not path.is_file() or path.resolve() in _own:
+    path = _path_in(folder)
+    _refuse_other(path, folder)
+    if not path.is_file() or path in _own:
         return
     with contextlib.suppress(OSError), path.open("r+b") as file:
         if _is_taken(file, path, shared=True):
-            raise _refusal(path)
+            raise _refusal(path, folder)
 
 
 @contextlib.contextmanager
@@ -74,20 +76,21 @@ def held(folder: str | Path, accelerator=None):
 
 
 def _take(folder: Path) -> Path:
-    path = folder / NAME
-    if (key := path.resolve()) in _own:
-        _own[key][0] += 1
-        return key
+    path = _path_in(folder)
+    if path in _own:
+        _own[path][0] += 1
+        return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            file = path.open("a+b")
+            _refuse_other(path, folder)
+            file = open(path, "a+b", opener=_unfollowed)
             # others may be asking at this moment whether it is free
             if _is_taken(file, path) and all(time.sleep(0.05) or _is_taken(file, path) for _ in range(5)):
                 file.close()
-                raise _refusal(path)
+                raise _refusal(path, folder)
             # the one before may have deleted the file in the meantime
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if _is_at(path, file):
                 break
             file.close()
         # never by another open file: the lock ends with the first one that is closed
@@ -100,18 +103,45 @@ def _take(folder: Path) -> Path:
         file.flush()
     except OSError as error:
         raise EnvironmentIssue(f"{folder} cannot be written to: {error.strerror or error}") from error
-    key, released = path.resolve(), threading.Event()
-    _own[key] = [1, file, os.getpid(), released]
+    released = threading.Event()
+    _own[path] = [1, file, os.getpid(), released]
     if not _is_guarded(file):
         # a long evaluation is no end of the run
-        threading.Thread(target=_renew, args=(key, released), name="posttrain-lock", daemon=True).start()
-    return key
+        threading.Thread(target=_renew, args=(path, released), name="posttrain-lock", daemon=True).start()
+    return path
 
 
-def _renew(key: Path, released: threading.Event) -> None:
+def _path_in(folder: str | Path) -> Path:
+    """Return the lock's true path, which is one by whatever links the folder is reached."""
+    return Path(folder).resolve() / NAME
+
+
+def _refuse_other(path: Path, folder: str | Path) -> None:
+    """Refuse what is no file of a lock, before it is opened: a link, a folder, a pipe."""
+    if path.is_symlink() or path.exists() and not path.is_file():
+        what = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "no regular file"
+        raise ConfigError(
+            f"output_dir is {one_line(folder)}, where {NAME} is {what}; a run holds its folder by a file of that name. "
+            "Remove it, or choose another output_dir."
+        )
+
+
+def _unfollowed(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _is_at(path: Path, file) -> bool:
+    """Tell whether an open file lies at a path itself, and not behind a link there."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except OSError:
+        return False
+
+
+def _renew(path: Path, released: threading.Event) -> None:
     while not released.wait(_RENEWAL):
         with contextlib.suppress(OSError):
-            os.utime(key)
+            os.utime(path)
 
 
 def _is_guarded(file) -> bool:
@@ -125,15 +155,16 @@ def _is_guarded(file) -> bool:
     return True
 
 
-def _release(key: Path) -> None:
-    entry = _own[key]
+def _release(path: Path) -> None:
+    entry = _own[path]
     entry[0] -= 1
     # a process that was forked meanwhile has no part in it
     if entry[0] == 0 and entry[2] == os.getpid():
-        del _own[key]
+        del _own[path]
         entry[3].set()
-        with contextlib.suppress(OSError):
-            key.unlink()
+        if _is_at(path, entry[1]):
+            with contextlib.suppress(OSError):
+                path.unlink()
         entry[1].close()
 
 
@@ -212,10 +243,10 @@ def _holder(content: dict) -> str:
     return f"process {content.get('process')} on {content.get('host')}, started {content.get('start')}"
 
 
-def _refusal(path: Path) -> ConfigError:
+def _refusal(path: Path, folder: str | Path) -> ConfigError:
     content = _content(path)
     who = _holder(content) if content else "a process that has just started"
     return ConfigError(
-        f"output_dir is {path.parent}, which another run is writing to: {who}. Wait for its end, or choose another "
-        f"output_dir. If that run is gone, delete {path}."
+        f"output_dir is {folder}, which another run is writing to: {who}. Wait for its end, or choose another "
+        f"output_dir. If that run is gone, delete {Path(folder) / NAME}."
     )

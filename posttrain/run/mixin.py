@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list, is_peft_model
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.run import checkpoints, evaluation, lock, preemption, schedule, synced_reference
+from posttrain.run import checkpoints, evaluation, lock, preemption, schedule, synced_reference, training_state
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
 from posttrain.run.construction import ConstructionMixin
 from posttrain.run.construction import without_folder as without_folder
@@ -103,8 +103,8 @@ class RunMixin(ConstructionMixin, SavingMixin):
         self._schedule.resumed, self.resumed_from = None, checkpoint
         if checkpoint is not None:
             now = self._identity() | update_settings(self) if self.args.check_resume else None
-            state = checkpoints.read(checkpoint, now, self.args.resume_weights_only)["state"]
-            self._total_train_tokens = state["num_tokens"]
+            state = checkpoints.read(checkpoint, now, self.args.resume_weights_only).get("state", {})
+            self._total_train_tokens = state.get("num_tokens", 0)
             self.load_method_state(state.get("method") or {})
             then = state.get("schedule") or {"total": checkpoints.planned_steps(checkpoint), "knots": []}
             self._schedule.resumed = schedule.Schedule.of(then)
@@ -220,7 +220,8 @@ class RunMixin(ConstructionMixin, SavingMixin):
     # stands on Trainer._load_optimizer_and_scheduler, and on GRPOTrainer's
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not self.args.resume_weights_only:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with training_state.answered(checkpoint, "optimizer.pt or scheduler.pt"):
+                super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is None or not self._schedule.changed:
                 return
         else:

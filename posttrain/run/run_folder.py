@@ -12,24 +12,17 @@ from posttrain.config.setting import identity_of
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.base_model import loaded_from
 from posttrain.log import get_logger
-from posttrain.run import best, checkpoints, lock
+from posttrain.run import best, checkpoints, lock, training_state
 from posttrain.run import checkpoint_files as files
-from posttrain.run.checkpoint_files import MARKER, mark
 from posttrain.run.identity import differing, update_of, update_settings
+from posttrain.run.markers import MARKER, NOTE, content_of, mark
+from posttrain.run.places import BESIDE_WEIGHTS, check_places
 
-# In the run folder: whose model lies there, and of which files it consists.
-NOTE = "posttrain_run.json"
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 # Other libraries' and other programs' forms of weights
 _FOREIGN_WEIGHTS = (
     "consolidated*.pth", "consolidated*.safetensors", "*.gguf", "tf_model.h5", "flax_model.msgpack", "*model*.bin",
     "ggml*.bin",
-)  # fmt: skip
-# What a run writes at the top of its folder beside the weights
-_WRITTEN = (
-    "README.md", "metrics.csv", "metrics.jsonl", "curves.png", "resolved_config.yaml", "training_args.bin",
-    "config.json", "generation_config.json", "adapter_config.json", files.TRAINER_STATE,
-    *(name for name in files.TOKENIZER if "/" not in name),
 )  # fmt: skip
 # what `log_completions` writes, a file a step
 _COMPLETIONS = "completions/completions_*.parquet"
@@ -43,8 +36,9 @@ def check_args(args, method: str | None) -> None:
         method: the trainer's class, where it is known.
 
     Raises:
-        ConfigError: as `check_folder` and `check_way` do.
+        ConfigError: as `check_places`, `check_folder` and `check_way` do.
     """
+    check_places(args.output_dir)
     known = vars(args) | identity_of(args) | update_of(args) | ({"method": method} if method else {})
     check_folder(args.output_dir, known if args.check_resume and not args.overwrite else {})
     if args.check_resume and args.max_steps > 0 and not hasattr(args, "steps_per_generation"):
@@ -74,7 +68,7 @@ def check_folder(output_dir: str | Path, now: dict) -> None:
     newest = next(reversed(checkpoints.complete(folder)), None)
     if not now or weights is None and newest is None:
         return
-    then = checkpoints.settings_of(files.content_of(folder / NOTE if weights is not None else newest / MARKER))
+    then = checkpoints.settings_of(content_of(folder / NOTE if weights is not None else newest / MARKER))
     shared = now.keys() & then
     told = differing({name: now[name] for name in shared}, {name: then[name] for name in shared})
     if told:
@@ -137,6 +131,7 @@ class RunFolder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self._trainer.resumed_from is not None:
+            training_state.check_intervals(args, state, self._trainer.resumed_from)
             best.find_again(self._trainer, self._trainer.resumed_from)
         check_way(args, state.global_step, state.max_steps, state.save_steps, self._trainer.saves_may_wait)
         if not state.is_world_process_zero:
@@ -150,7 +145,8 @@ class RunFolder(TrainerCallback):
         if args.overwrite:
             replace(args.output_dir)
         elif left:
-            ready = checkpoints.find(args.output_dir, "auto", weights_only=args.resume_weights_only)
+            # a damaged one would have been passed over
+            ready = checkpoints.find(args.output_dir, "auto", weights_only=args.resume_weights_only, by_content=True)
             would = f"`resume_from_checkpoint: auto` would have gone on from {ready.name}, " if ready else ""
             get_logger().warning(
                 "%s holds checkpoints of an earlier run, up to step %s; this run starts anew beside them. It replaces "
@@ -204,7 +200,7 @@ def check_not_anothers(folder: Path, trainer) -> None:
     """
     if not (folder / NOTE).is_file():
         return
-    then = checkpoints.settings_of(files.content_of(folder / NOTE))
+    then = checkpoints.settings_of(content_of(folder / NOTE))
     told = differing(trainer._identity() | update_settings(trainer), then)
     if told:
         raise ConfigError(
@@ -228,7 +224,7 @@ def keep_others(folder: Path) -> None:
     if any(files.is_complete(path) or files.is_half_left(path) for path in checkpoints.folders(folder)):
         return
     kept = []
-    for path in (folder / name for name in _WRITTEN):
+    for path in (folder / name for name in BESIDE_WEIGHTS):
         other = path.with_name(f"{path.stem}.before{path.suffix}")
         if path.is_file() and not other.exists():
             shutil.copy2(path, other)
@@ -278,7 +274,7 @@ def replace(output_dir: str | Path) -> None:
 def _noted(folder: Path) -> set[str]:
     if not (folder / NOTE).is_file():
         return set()
-    listed = files.content_of(folder / NOTE).get("files", [])
+    listed = content_of(folder / NOTE).get("files", [])
     return {name for name in listed if isinstance(name, str) and Path(name).name == name}
 
 

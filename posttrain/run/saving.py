@@ -8,6 +8,7 @@ from posttrain.errors import EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.mechanisms.precision import same_precision
 from posttrain.run import best, checkpoints, run_folder, synced_reference
+from posttrain.run.places import check_places
 
 
 class SavingMixin:
@@ -20,6 +21,7 @@ class SavingMixin:
         if not self._has_folder:
             return
         self._check_folder()
+        self._check_places()
         if self.is_world_process_zero():
             run_folder.claim(Path(self.args.output_dir), self)
 
@@ -28,6 +30,10 @@ class SavingMixin:
         if not self._folder_is_ours:
             run_folder.check_free(self)
             self._folder_is_ours = True
+
+    def _check_places(self) -> None:
+        """Refuse links in the run folder in the places of its files; they may have come since construction."""
+        check_places(self.args.output_dir, getattr(self.model, "peft_config", None) or ())
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the adapter or model, and push it with `push_to_hub: true`, as TRL's trainers do; all ranks call it.
@@ -39,6 +45,7 @@ class SavingMixin:
         notes = own and self.is_world_process_zero() and self._has_folder
         if self._has_folder and own:
             self._check_folder()
+            self._check_places()
         elif self._has_folder:
             run_folder.check_not_anothers(folder, self)
         try:
@@ -137,4 +144,6 @@ class SavingMixin:
         `evaluated`: the keywords of `posttrain.hub.write_model_card` that name the rows of the evaluation.
         """
         if self.is_world_process_zero():
+            if self._has_folder:
+                self._check_places()
             write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **evaluated)

@@ -54,9 +54,10 @@ def test_every_altered_byte_is_noticed(tmp_path, kind, logged):
     assert other.load() == {}, "it belongs to another key"
 
 
-def test_what_a_killed_writer_left_goes_and_a_folder_in_the_place_is_set_aside(tmp_path, logged):
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_a_killed_writer_left_goes_and_what_is_no_file_in_the_place_is_set_aside(tmp_path, make):
     cache = ReferenceCache(tmp_path, "key")
-    cache.path.mkdir()
+    make(cache.path)
     (tmp_path / ".key.safetensors-0123.partial").touch()
     (tmp_path / ".other.safetensors-0123.partial").touch()
     assert cache.load() == {}

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -120,6 +121,12 @@ def rewritten(path, tensors=None, **facts):
 def test_heads_without_a_digest_are_of_before_and_load(tmp_path, head):
     rewritten(save([head], tmp_path, "k"), digest=None)
     assert predict(load(tmp_path, "k")[0], make_states(3)) == predict(head, make_states(3))
+
+
+def test_a_pipe_in_the_place_of_heads_is_set_aside(tmp_path, head):
+    os.mkfifo(tmp_path / "value_head.safetensors")
+    path = save([head], tmp_path, "k")
+    assert load(tmp_path, "k") and (tmp_path / f"{path.name}.damaged1").is_fifo()
 
 
 @pytest.mark.parametrize(

@@ -146,3 +146,29 @@ def test_a_lock_that_no_file_system_guards_is_renewed_while_the_run_evaluates(tm
         thread.join(60)
         assert not thread.is_alive()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("what", ["link", "dangling", "folder", "pipe"])
+def test_what_is_no_file_is_no_lock_and_what_it_leads_to_stays(tmp_path, what):
+    folder, path = tmp_path / "run", tmp_path / "run" / lock.NAME
+    folder.mkdir()
+    (tmp_path / "precious").write_text("x")
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / ("precious" if what == "link" else "nowhere"))
+    for held in (lambda: lock.check_free(folder), lambda: lock.held(folder).__enter__()):
+        with pytest.raises(ConfigError, match=f"run, where {lock.NAME} is (a link|a folder|no regular file)"):
+            held()
+    assert (tmp_path / "precious").read_text() == "x" and not (tmp_path / "nowhere").exists() and os.path.lexists(path)
+
+
+def test_a_link_that_takes_the_locks_place_is_not_deleted(tmp_path):
+    (tmp_path / "latest").symlink_to(tmp_path)
+    with lock.held(tmp_path / "latest"):
+        (tmp_path / lock.NAME).unlink()
+        (tmp_path / lock.NAME).symlink_to(tmp_path / "precious")
+        (tmp_path / "precious").write_text("x")
+    assert (tmp_path / lock.NAME).is_symlink() and (tmp_path / "precious").read_text() == "x"

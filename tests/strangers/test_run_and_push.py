@@ -3,8 +3,9 @@
 import contextlib
 import json
 import os
-import pickle
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,11 @@ from posttrain.hub.metadata import parse_card
 from posttrain.hub.own_files import found, links_in
 from posttrain.hub.repository import Destination
 from posttrain.private import hide
+from posttrain.run import checkpoint_files, checkpoints
+from posttrain.run.markers import MARKER
+from posttrain.run.places import check_places
 from posttrain.run.report import RunReport
+from posttrain.run.run_folder import RunFolder
 from tests.conftest import make_pairs
 from tests.training import lora, settings
 
@@ -177,6 +182,69 @@ def test_a_run_folder_that_is_itself_behind_a_link_is_taken(linked, tmp_path):
     assert links_in(tmp_path / "latest", ("*",)) == [] and len(found(tmp_path / "latest", ("*.json",))) == 3
 
 
+@pytest.mark.parametrize("had", ["nothing", "a run"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".posttrain.lock", "README.md", "metrics.csv", "metrics.tmp", "adapter_config.json", "tokenizer_config.json",
+        "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "resolved_config.yaml", "curves.png",
+        "training_args.bin", ".saving", "posttrain_run.json", ".posttrain_run.json.partial", "completions",
+        "eval_results.json", "additional_chat_templates",
+    ],
+)  # fmt: skip
+def test_a_run_does_not_write_through_links_in_its_folder(run, tmp_path, had, name):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder) if had == "a run" else folder.mkdir()
+    for kind in ("private", "nowhere"):
+        if (folder / name).exists() or (folder / name).is_symlink():
+            (folder / name).unlink()
+        (tmp_path / "private").write_text("PRIVATE")
+        (folder / name).symlink_to(tmp_path / kind)
+        with pytest.raises(ConfigError, match=f"files that a run writes: {re.escape(name)}. .* Remove them"):
+            RobustDPOTrainer(
+                model="no-model", args=RobustDPOConfig(**settings(folder, max_steps=1)), train_dataset=make_pairs(8)
+            )
+        assert (tmp_path / "private").read_text() == "PRIVATE" and not (tmp_path / "nowhere").exists()
+
+
+def test_links_that_come_after_construction_are_refused_before_a_write(tiny_folder, tmp_path):
+    folder = tmp_path / "run"
+    trainer = RobustDPOTrainer(
+        model=tiny_folder, args=RobustDPOConfig(**settings(folder, max_steps=1)), train_dataset=make_pairs(8),
+        peft_config=lora(),
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "private").write_text("PRIVATE")
+    (folder / "README.md").symlink_to(tmp_path / "private")
+    os.mkfifo(folder / "metrics.csv")
+    for act in (trainer.train, trainer.evaluate, trainer.save_model):
+        with pytest.raises(ConfigError, match="README.md, metrics.csv"):
+            act(*([make_pairs(2)] if act == trainer.evaluate else []))
+    assert (tmp_path / "private").read_text() == "PRIVATE"
+
+
+def test_a_run_folder_may_be_a_link_and_others_links_in_it_stay(tmp_path):
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    for name, target in (("notes.txt", "nowhere"), ("latest", "run/checkpoint-3"), ("data", ".")):
+        (tmp_path / "run" / name).symlink_to(tmp_path / target)
+    check_places(tmp_path / "latest", ["default"])
+    (tmp_path / "run" / "teacher").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="writes: teacher"):
+        check_places(tmp_path / "latest", ["default", "teacher"])
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "additional_chat_templates", ".posttrain_saving.json.partial"])
+def test_a_checkpoint_with_a_link_where_a_save_writes_is_not_written_into(tmp_path, name):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    checkpoint_files.mark(folder, {"identity": {}, "files": {}})
+    (folder / "notes.txt").symlink_to(tmp_path / "nowhere")
+    assert not checkpoint_files.is_occupied(folder)
+    (folder / name).symlink_to(tmp_path / "nowhere")
+    assert checkpoint_files.is_occupied(folder)
+
+
 class Evil:
     def __init__(self, mark):
         self.mark = str(mark)
@@ -185,20 +253,137 @@ class Evil:
         return os.mkdir, (self.mark,)
 
 
+def rewritten(folder, name, content):
+    """Have a checkpoint's file hold something else, which its marker says is as it was saved."""
+    path = folder / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    else:
+        torch.save(content, path)
+    marker = json.loads((folder / MARKER).read_text())
+    marker["files"][name] = path.stat().st_size
+    marker["digests"].pop(name)
+    (folder / MARKER).write_text(json.dumps(marker))
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_pickle_in_a_checkpoint_is_never_run(run, tiny_folder, tmp_path, name):
     shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
-    torch.save(Evil(tmp_path / "PWNED"), tmp_path / "checkpoint-1" / name)
+    rewritten(tmp_path / "checkpoint-1", name, Evil(tmp_path / "PWNED"))
     args = settings(tmp_path / "out", max_steps=2, optim="adamw_torch", check_resume=False)
     trainer = RobustDPOTrainer(
         model=tiny_folder, args=RobustDPOConfig(**args), train_dataset=make_pairs(8), peft_config=lora()
     )
-    with contextlib.suppress(ConfigError, pickle.UnpicklingError):
+    refused = pytest.raises(ConfigError, match=f"damaged: {name} holds no such state .* code in it is not run")
+    with contextlib.nullcontext() if name == "training_args.bin" else refused:
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert not (tmp_path / "PWNED").exists()
     # what would have been run is what a plain load runs
     torch.load(tmp_path / "checkpoint-1" / name, weights_only=False)
     assert (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", dict(global_step="x")),
+        ("trainer_state.json", dict(global_step=-5)),
+        ("trainer_state.json", dict(max_steps=None)),
+        ("trainer_state.json", dict(log_history=5)),
+        ("trainer_state.json", dict(log_history=[5])),
+        ("trainer_state.json", dict(save_steps="x")),
+        ("trainer_state.json", dict(stateful_callbacks=5)),
+        ("trainer_state.json", dict(best_metric="x")),
+        ("trainer_state.json", dict(other=1)),
+        ("trainer_state.json", b"[" * 100_000),
+        ("optimizer.pt", [1, 2]),
+        ("optimizer.pt", {}),
+        ("optimizer.pt", {"state": {}, "param_groups": 5}),
+        ("optimizer.pt", b"x" * 100),
+        ("scheduler.pt", [1]),
+        ("scheduler.pt", {"step": 5}),
+        ("scheduler.pt", {"last_epoch": "x"}),
+        ("rng_state.pth", {"python": 5}),
+        ("rng_state.pth", {}),
+        ("adapter_model.safetensors", b"x" * 100),
+    ],
+)
+def test_auto_passes_over_a_state_of_another_form_with_a_word(run, tmp_path, name, content):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    assert checkpoints.find(tmp_path, "auto", by_content=True) == folder
+    rewritten(folder, name, content)
+    assert checkpoints.find(tmp_path, "auto", by_content=True) is None
+    assert checkpoints.passed_over(tmp_path, None).startswith(f"checkpoint-1 is damaged: {name} ")
+    with pytest.raises(ConfigError, match=f"checkpoint-1 is damaged: {name} "):
+        checkpoints.refuse_damaged(folder, weights_only=False, by_content=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"identity": {}, "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"identity": {}, "x": ' + "[" * 200 + "]" * 200 + "}",
+        '{"identity": {}, "x": ' + "9" * 10_000 + "}",
+        *(
+            {"identity": {}} | other
+            for other in (
+                dict(identity=[]), dict(files=["a"]), dict(files={"a": "b"}), dict(digests=5), dict(digests=None),
+                dict(digests={"a": 1}), dict(update=[1]), dict(state=[]), dict(state={"method": 5}),
+                dict(state={"schedule": {"total": 0, "knots": []}}), dict(state={"num_tokens": "x"}),
+                dict(state={"schedule": {"total": 1, "knots": [1]}}), dict(files={"x" * 5000: 1}),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_auto_passes_over_a_marker_of_another_form_with_a_word(run, tmp_path, content):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    (folder / MARKER).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert checkpoints.find(tmp_path, "auto", by_content=True) is None
+    assert checkpoints.passed_over(tmp_path, None).startswith("checkpoint-1 is damaged: ")
+    if "files" not in content or not isinstance(content["files"], dict):
+        assert "posttrain_complete.json cannot be read" in checkpoints.passed_over(tmp_path, None)
+
+
+def test_a_folder_in_the_place_of_a_marker_marks_nothing(run, tmp_path):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    (folder / MARKER).unlink()
+    (folder / MARKER).mkdir()
+    assert checkpoints.find(tmp_path, "auto", by_content=True) is None
+    assert "was not written by posttrain" in checkpoints.passed_over(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("optimizer.pt", {"state": {}, "param_groups": []}, "optimizer.pt or scheduler.pt of the checkpoint .* cannot"),
+        ("scheduler.pt", {"last_epoch": 1}, "optimizer.pt or scheduler.pt of the checkpoint .* cannot be loaded"),
+        ("trainer_state.json", {"save_steps": 0}, "trainer_state.json has no save_steps, and save_strategy is steps"),
+    ],
+)
+def test_a_state_that_does_not_fit_the_run_is_named(run, tiny_folder, tmp_path, name, content, told):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    rewritten(folder, name, content)
+    args = settings(
+        tmp_path / "out", max_steps=2, optim="adamw_torch", check_resume=False, save_strategy="steps", save_steps=2
+    )
+    trainer = RobustDPOTrainer(
+        model=tiny_folder, args=RobustDPOConfig(**args), train_dataset=make_pairs(8), peft_config=lora()
+    )
+    with pytest.raises(ConfigError, match=told):
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
+def test_a_run_that_passed_over_a_damaged_checkpoint_does_not_say_that_auto_would_take_it(run, tmp_path, logged):
+    shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    args = SimpleNamespace(output_dir=str(tmp_path), overwrite=False, resume_weights_only=False)
+    RunFolder._begin_anew(None, args)
+    assert "would have gone on from checkpoint-1" in logged.text
+    logged.clear()
+    rewritten(tmp_path / "checkpoint-1", "optimizer.pt", b"x" * 100)
+    RunFolder._begin_anew(None, args)
+    assert "would have gone on" not in logged.text and "up to step 1; this run starts anew" in logged.text
 
 
 def test_an_adapter_of_pickled_weights_is_not_loaded(linked, tmp_path):

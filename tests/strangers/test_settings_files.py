@@ -143,6 +143,8 @@ def test_a_program_that_names_a_function_itself_needs_no_word(mine):
         ("seed: 1\ntrust_remote_code: true\n", "run.yaml:2: `trust_remote_code: true` runs code"),
         ("model_init_kwargs: {trust_remote_code: yes}\n", "run.yaml:1: `trust_remote_code: true` runs code"),
         ("datasets: [{path: a, trust_remote_code: 'true'}]\n", "`trust_remote_code: true` runs code"),
+        ("model_init_kwargs: '{\"trust_remote_code\": true}'\n", "run.yaml:1: `trust_remote_code: true` runs code"),
+        (f"model_init_kwargs: '{'[' * 100_000}'\n", "run.yaml:1: `model_init_kwargs` is nested too deeply"),
         ("attn_implementation: someone/kernel\n", "loads compiled code from the hub"),
         ("model_init_kwargs: {attn_implementation: someone/kernel}\n", "loads compiled code from the hub"),
         ("model_init_kwargs: {use_kernels: true}\n", "`use_kernels: true` runs code"),
@@ -214,6 +216,8 @@ class Named:
     number: int = 1
     name: str | None = None
     names: list[str] = field(default_factory=list)
+    nested: dict = field(default_factory=dict)
+    generation_kwargs: dict = field(default_factory=dict)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +230,11 @@ class Named:
         'names: [x, "y\\nposttrain: all is well"]',
         'names: x\nnames: "\\nposttrain: all is well"',
         'env: {"A\\nposttrain: all is well": 1}',
+        'nested: {"a\\nposttrain: all is well": 1}',
+        'nested: {a: "x\\nposttrain: all is well"}',
+        'nested: {a: [{"b\\e[2J": 1}]}',
+        """nested: '{"a": "x\\nposttrain: all is well"}'""",
+        'generation_kwargs: {"a\\nposttrain: all is well": 1}',
     ],
 )
 def test_no_line_is_forged_by_a_name_or_a_key(tmp_path, capsys, text):
@@ -236,3 +245,10 @@ def test_no_line_is_forged_by_a_name_or_a_key(tmp_path, capsys, text):
     complain(str(caught.value))
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "\x1b" not in said, said
+
+
+def test_the_end_of_an_answer_may_be_a_line_break(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text('generation_kwargs: {stop: ["\\n"]}\nnested: {a: b}\n')
+    (named,) = parse((Named,), ["--config", str(path)])
+    assert named.generation_kwargs == {"stop": ["\n"]}

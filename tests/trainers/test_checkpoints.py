@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.run import checkpoint_files, checkpoints, run_folder
+from posttrain.run import checkpoint_files, checkpoints, markers, run_folder
 from posttrain.run.checkpoint_files import MARKER, SAVING
 from tests.conftest import make_pairs
 from tests.training import lora, losses, settings
@@ -597,7 +597,8 @@ def test_every_folder_of_a_new_checkpoint_is_synced_before_it_has_its_name(tmp_p
     for name in ("model.safetensors", "global_step3/rank0_optim_states.pt"):
         (partial / name).write_bytes(b"x")
     sync = checkpoint_files.sync
-    monkeypatch.setattr(checkpoint_files, "sync", lambda path: (synced.append((path, folder.exists())), sync(path)))
+    for module in (checkpoint_files, markers):
+        monkeypatch.setattr(module, "sync", lambda path: (synced.append((path, folder.exists())), sync(path)))
     checkpoint_files.put_in_place(partial, folder, {"identity": {}, "files": checkpoint_files.sizes(partial)})
     assert (partial / "global_step3", False) in synced and (partial, False) in synced
     assert synced[-1] == (tmp_path, True) and checkpoint_files.is_complete(folder) and not partial.exists()

@@ -1,0 +1,54 @@
+"""The places of a run's own files in its folder: refused where a link, a pipe or a device stands there."""
+
+import fnmatch
+from collections.abc import Iterable
+from pathlib import Path
+
+from posttrain.errors import ConfigError
+from posttrain.mechanisms import initial_adapter, value_head
+from posttrain.run import checkpoint_files as files
+from posttrain.run import lock
+from posttrain.run.markers import NOTE, partial_name
+from posttrain.visible import listed, one_line
+from posttrain.whole_files import not_plain
+
+# What a run writes at the top of its folder beside the weights
+BESIDE_WEIGHTS = (
+    "README.md", "metrics.csv", "metrics.jsonl", "curves.png", "resolved_config.yaml", "training_args.bin",
+    "config.json", "generation_config.json", "adapter_config.json", files.TRAINER_STATE,
+    *(name for name in files.TOKENIZER if "/" not in name),
+)  # fmt: skip
+# The folders that a run makes beside its checkpoints
+_FOLDERS = (files.PARTIAL, "completions", "additional_chat_templates", initial_adapter.REFERENCE)
+_FILES = (
+    *BESIDE_WEIGHTS, *files.ADAPTER, *files.MODEL, "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin",
+    *(partial_name(name) for name in (NOTE, *files.ADAPTER)), NOTE, lock.NAME, "metrics.tmp", "all_results.json",
+    "*_results.json", value_head.FILE,
+)  # fmt: skip
+
+
+def check_places(output_dir: str | Path, adapters: Iterable[str] = ()) -> None:
+    """Refuse a run folder where a link stands in the place of a file that a run writes: it would be followed.
+
+    The folder itself may be a link to a folder. Only names are looked at.
+
+    Args:
+        output_dir: the run folder; it may be missing.
+        adapters: the names of the run's adapters, each of which PEFT saves into a folder of that name.
+
+    Raises:
+        ConfigError: it names the links, and the pipes, sockets and devices that stand so.
+    """
+    own = {*_FOLDERS, *adapters}
+
+    def is_in_own(name: str) -> bool:
+        return name.split("/")[0] in own
+
+    paths = not_plain(Path(output_dir), is_in_own)
+    found = sorted(name for name in paths if is_in_own(name) or any(fnmatch.fnmatchcase(name, form) for form in _FILES))
+    if found:
+        raise ConfigError(
+            f"output_dir is {one_line(output_dir)}, where links (or pipes, or devices) stand in the places of files "
+            f"that a run writes: {listed(found)}. What they lead to would be written over. Remove them, or choose "
+            "another output_dir."
+        )
