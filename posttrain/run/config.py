@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import typing
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from posttrain.checks import check_choice
-from posttrain.config.field_types import FieldType
+from posttrain.config.given_values import check_given
 from posttrain.config.setting import may_be_infinite, setting
 from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
@@ -131,7 +130,7 @@ class CommonConfig:
         """Check settings that TRL's config fills in. Raises ConfigError."""
 
     def __post_init__(self):
-        self._refuse_none()
+        check_given(self)
         with upstream_refusals("these settings are refused"):
             self._read()
         if self.neftune_noise_alpha is not None:
@@ -231,28 +230,6 @@ class CommonConfig:
             raise ExcludedSetting(message, {name: because})
         setattr(self, name, neutral)
 
-    def _refuse_none(self) -> None:
-        """Refuse None in the place of a number, before the checks that compute with it."""
-        for entry in fields(self):
-            if getattr(self, entry.name) is None and isinstance(entry.default, int | float):
-                kind = FieldType(entry.name, typing.get_type_hints(type(self))[entry.name])
-                if not kind.optional:
-                    raise ConfigError(f"{entry.name} is None; {kind.wanted()}.")
-
-    def _refuse_no_numbers(self) -> None:
-        """Refuse texts and lists in the place of a number that no check of its own refused."""
-        hints, infinite = typing.get_type_hints(type(self)), may_be_infinite(type(self))
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(entry.default, bool) or not isinstance(entry.default, int | float) or value is None:
-                continue
-            if entry.name in infinite:
-                # some take inf as text
-                continue
-            kind = FieldType(entry.name, hints[entry.name])
-            if not isinstance(value, int | float) and set(kind.kinds) <= {int, float} and not kind.mapping:
-                raise ConfigError(f"{entry.name} is {value!r}; {kind.wanted()}.")
-
     def _check_ranges(self) -> None:
         """Refuse values that upstream would only trip over once the model is loaded."""
         if self.output_dir == "":
@@ -280,7 +257,6 @@ class CommonConfig:
             if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value < math.inf:
                 what = "a number" if isinstance(lowest, float) else "a whole number"
                 raise ConfigError(f"{name} is {value!r}; it must be {what} of {lowest:g} or more.")
-        self._refuse_no_numbers()
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
