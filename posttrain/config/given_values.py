@@ -30,6 +30,7 @@ _TAKEN_BESIDE = {
     "resume_from_checkpoint": (bool,),
     "scale_rewards": (bool,),
 }
+_ITEMS = {str: "texts", int: "whole numbers", float: "numbers"}
 _PATHS = ("accelerator_config", "deepspeed", "resume_from_checkpoint")
 _PATH_ENDINGS = ("_dir", "_path", "_file", "_folder", "_cache")
 # settings whose text may be the path of a JSON file
@@ -69,7 +70,9 @@ def _holds(name: str, value, hint) -> bool:
         return any(value is part or (type(value) is type(part) and value == part) for part in parts)
     kind = origin or hint
     if kind is list:
-        return isinstance(value, list | tuple) and all(_holds(name, item, part) for item in value for part in parts)
+        # what is nested deeper is its owner's to judge
+        plain = [part for part in parts if part in _ITEMS]
+        return isinstance(value, list | tuple) and all(_holds(name, item, part) for item in value for part in plain)
     if kind is dict:
         return isinstance(value, Mapping)
     if kind is bool:
@@ -140,4 +143,9 @@ def _wanted(name: str, hint) -> str:
     objects = [part.__name__ for part in kind.kinds if part not in (bool, int, float, str, dict, list)]
     if objects and not kind.choices and str not in kind.kinds:
         return f"it takes {' or '.join(f'a {name} object' for name in objects)}{', or null' * kind.optional}"
-    return kind.wanted()
+    items = [_ITEMS[part] for part in typing.get_args(_list_in(hint)) if part in _ITEMS]
+    return kind.wanted().replace("a list", f"a list of {items[0]}" if items else "a list")
+
+
+def _list_in(hint):
+    return next((part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is list), None)

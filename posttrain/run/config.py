@@ -155,9 +155,10 @@ class CommonConfig:
         chosen = []
         if not torch.accelerator.is_available():
             if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+                by = f"fsdp is {self.fsdp!r}" if self.fsdp else "ACCELERATE_USE_FSDP is true"
                 raise ConfigError(
-                    "FSDP was asked for on a machine without an accelerator, where it would train as plain DDP. Use "
-                    "configs/accelerate/cpu_zero3.yaml to shard on CPUs."
+                    f"{by}: FSDP was asked for on a machine without an accelerator, where it would train as plain "
+                    "DDP. Use configs/accelerate/cpu_zero3.yaml to shard on CPUs."
                 )
             if self.fp16:
                 raise ConfigError(
