@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
-from posttrain.run import checkpoints, preemption
+from posttrain.run import checkpoints, identity, preemption
 from posttrain.run.checks import check_optimiser, check_reporters, upstream_refusals
 
 
@@ -108,6 +108,8 @@ class CommonConfig:
     replaces: ClassVar[dict[str, tuple[str, ...]]] = {}
     # names that settings had before: theirs to ours
     renamed: ClassVar[dict[str, str]] = {}
+    # upstream's settings that a card tells at their default as well
+    always_in_card: ClassVar[tuple[str, ...]] = ()
     # what a trainer says of the settings that it read from TRL's config
     says: ClassVar[tuple[str, ...]] = ()
 
@@ -195,6 +197,20 @@ class CommonConfig:
         self._check_resolved()
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
+
+    def inherited_in_card(self) -> dict[str, object]:
+        """Return the settings of TRL's config that a model card tells: those an update depends on, off their defaults."""
+        trl = next(kind for kind in type(self).__mro__ if kind.__module__.split(".")[0] == "trl")
+        defaults = {
+            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+            for entry in fields(trl)
+        }
+        settings = {name: getattr(self, name) for name in identity.update_of_trl(type(self))}
+        return {
+            name: value
+            for name, value in settings.items()
+            if name in self.always_in_card or value != defaults.get(name, value)
+        }
 
     def __getstate__(self):
         # training_args.bin is a pickle, and goes wherever the run folder goes

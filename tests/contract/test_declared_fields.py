@@ -117,6 +117,30 @@ def test_a_card_tells_inherited_settings_of_a_preset(tmp_path):
     assert told_in_card(make(ALoLConfig, tmp_path, variant="nll")) == {"variant": "nll"}
 
 
+def test_a_card_tells_that_a_preset_was_put_back_to_its_parents_default(tmp_path):
+    assert told_in_card(make(QAEConfig, tmp_path, quantile=None)) == {"advantage": "quantile", "quantile": None}
+    assert told_in_card(make(HPTConfig, tmp_path, gamma=None)) == {"gamma": None}
+
+
+INHERITED = [
+    (PolicyGradientConfig, dict(beta=0.0), {}),
+    (PolicyGradientConfig, dict(
+        loss_type="dr_grpo", epsilon=0.3, temperature=0.7, num_iterations=2, scale_rewards="none",
+        mask_truncated_completions=True,
+    ), dict(beta=0.0)),
+    (NoisySFTConfig, dict(loss_type="dft", packing=True, max_length=64, completion_only_loss=False), {}),
+    (RobustDPOConfig, dict(ld_alpha=0.5, max_length=64), dict(beta=0.1)),
+    (ALoLConfig, dict(max_length=1024), {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "given", "always"), INHERITED)
+def test_a_card_tells_inherited_settings_that_change_the_update(kind, given, always, tmp_path):
+    told = make(kind, tmp_path, **given).inherited_in_card()
+    small = {name: value for name, value in SMALL.items() if name == "num_generations" and "num_generations" in told}
+    assert told == {**small, **always, **given}
+
+
 @pytest.mark.parametrize("kind", [PolicyGradientConfig, QAEConfig, HPTConfig])
 @pytest.mark.parametrize(
     ("old", "new", "value"),

@@ -37,6 +37,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         card=lambda args: args.adds_noise,
     )
 
+    always_in_card: ClassVar = ("max_length",)
     says: ClassVar = ("embedding_noise",)
 
     @property
