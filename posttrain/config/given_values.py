@@ -54,7 +54,8 @@ def check_given(args) -> None:
         if name in infinite and isinstance(value, str) and _is_infinite(value):
             setattr(args, name, float(value))
         elif not isinstance(value, _TAKEN_BESIDE.get(name, ())) and not _holds(name, value, hints[name]):
-            raise ConfigError(f"{name} is {_told(name, value)}; {_wanted(name, hints[name])}.")
+            such = f", such as {entry.default}" if value is None and isinstance(entry.default, str) else ""
+            raise ConfigError(f"{name} is {_told(name, value)}; {_wanted(name, hints[name])}{such}.")
         elif isinstance(value, str):
             _check_text(args, name, value)
         elif name == "fsdp" and isinstance(value, list | tuple):
@@ -144,7 +145,11 @@ def _wanted(name: str, hint) -> str:
     if objects and not kind.choices and str not in kind.kinds:
         return f"it takes {' or '.join(f'a {name} object' for name in objects)}{', or null' * kind.optional}"
     items = [_ITEMS[part] for part in typing.get_args(_list_in(hint)) if part in _ITEMS]
-    return kind.wanted().replace("a list", f"a list of {items[0]}" if items else "a list")
+    lists = f"a list of {items[0]}" if items else "a list"
+    if kind.only_list and name not in _TAKEN_BESIDE:
+        # the scalar that a file may have in its place is one for files
+        return f"it takes {lists}{' or null' * kind.optional}"
+    return kind.wanted().replace("a list", lists)
 
 
 def _list_in(hint):

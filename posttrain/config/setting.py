@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Meaning(NamedTuple):
-    """What a field declares.
+    """What a field of a config declares of itself beside type and default: its part in resuming, card and checks.
 
     Attributes:
         identity: whether a run that goes on must share it; a callable decides that by the config; a name is of the

@@ -211,4 +211,6 @@ def _citations(papers) -> list[str]:
 
 
 def _short(value) -> str:
+    if value is None:
+        return "null"
     return f"{value:.4g}" if isinstance(value, float) else str(without_secrets(value))

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder: whose it is, what of it a run wrote, what of its training state is missing.
+"""Files of a checkpoint folder: which run wrote them, whether they are whole, which training state is missing.
 
 A folder is ours by one of two small files: the marker of a complete checkpoint, or the note that a save begins with and
 that its marker takes the place of. A folder with neither belongs to someone else, and so does every file in ours that
@@ -123,11 +123,40 @@ def content_of(path: Path) -> dict:
     """Read a marker or a note; ConfigError if it is damaged."""
     try:
         content = json.loads(path.read_text())
-        if isinstance(content["identity"], dict):
+        if isinstance(content["identity"], dict) and (path.name != MARKER or _is_readable(content)):
             return content
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
+    raise damaged(path)
+
+
+def damaged(path: Path) -> ConfigError:
+    """Return the error of a marker or note that is not as it was written."""
+    return ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
+
+
+def _is_readable(content: dict) -> bool:
+    """Tell whether the parts that a marker has, of which earlier versions wrote fewer, are of their types."""
+    sizes, digests, update, state = (content.get(name, {}) for name in ("files", "digests", "update", "state"))
+    if not all(isinstance(part, dict) for part in (sizes, digests, update, state)):
+        return False
+    if not all(_is_number(size, int) for size in sizes.values()) or not all(map(_is_text, digests.values())):
+        return False
+    schedule = state.get("schedule") or {"total": 0, "knots": []}
+    return (
+        _is_number(state.get("num_tokens", 0))
+        and isinstance(state.get("method") or {}, dict)
+        and _is_number(schedule["total"], int)
+        and all(_is_number(step, int) and _is_number(place) for step, place in schedule["knots"])
+    )
+
+
+def _is_number(value, kind=int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
 
 
 def is_complete(folder: Path) -> bool:

@@ -205,6 +205,8 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
         logs = trainer_state(folder).get("log_history", [])
         return {"state": {"num_tokens": next((row["num_tokens"] for row in reversed(logs) if "num_tokens" in row), 0)}}
     content = files.content_of(folder / MARKER)
+    if "num_tokens" not in content.get("state", {}):
+        raise files.damaged(folder / MARKER)
     refuse_damaged(folder, weights_only)
     told = "" if now is None else differing(now, settings_of(content))
     if told:
