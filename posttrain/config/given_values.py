@@ -147,7 +147,7 @@ def _wanted(name: str, hint) -> str:
     items = [_ITEMS[part] for part in typing.get_args(_list_in(hint)) if part in _ITEMS]
     lists = f"a list of {items[0]}" if items else "a list"
     if kind.only_list and name not in _TAKEN_BESIDE:
-        # the scalar that a file may have in its place is one for files
+        # a single item in its place is for YAML and the command line
         return f"it takes {lists}{' or null' * kind.optional}"
     return kind.wanted().replace("a list", lists)
 

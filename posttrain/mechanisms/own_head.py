@@ -70,7 +70,7 @@ def compare(model, vocab_size: int, device, temperature: float = 1.0) -> Compari
 
 
 class Head:
-    """Computes the log-probabilities and entropies of a model's tokens without its logits, or with them where it must.
+    """Computes per-token log-probabilities by TRL's fused head, or by the model's own where the two differ.
 
     Wraps `model.forward`; any other call is as before. The model is the causal language model itself, to which
     `trl.trainer.utils.add_fused_lm_head` was applied.

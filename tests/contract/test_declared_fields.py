@@ -154,6 +154,11 @@ def test_a_setting_by_its_former_name_is_answered_with_its_name(kind, old, new, 
         parse((kind,), ["--output_dir", str(tmp_path), f"--{old}", str(value).lower()])
 
 
+def test_a_flag_that_sets_a_setting_of_a_former_name_to_false_is_answered_with_its_name(tmp_path):
+    with pytest.raises(ConfigError, match="is called `drop_zero_advantage_rows`; write `drop_zero_advantage_rows: fal"):
+        parse((QAEConfig,), ["--output_dir", str(tmp_path), "--no_drop_dead_rows"])
+
+
 # one row a kind of field: texts, lists, booleans, whole numbers, numbers, mappings, objects
 WRONG_TYPES = [
     (RobustDPOConfig, "output_dir", [1]), (RobustDPOConfig, "optim_args", 3), (RobustDPOConfig, "report_to", {}),
