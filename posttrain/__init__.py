@@ -6,7 +6,7 @@ The names below are imported when first used, so that `import posttrain` is fast
 import importlib
 import pkgutil
 
-from posttrain import former_names, trainers
+from posttrain import former_names, started, trainers  # noqa: F401  `started` as early as can be
 
 __version__ = "0.1.0"
 

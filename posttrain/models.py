@@ -19,6 +19,7 @@ from posttrain import __version__, whole_files
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.paths import cache_dir
+from posttrain.visible import one_line
 
 SMOLLM2 = "embedded:smollm2-135m"
 TINY = "embedded:tiny"
@@ -73,6 +74,17 @@ def resolve_model(name: str) -> str:
     if _is_rank() and _fault(cache_dir() / "models" / folder) is not None:
         return _resolve_apart(name)
     return str(_build_once(folder, build))
+
+
+def check_runs_no_code(config, source: str) -> None:
+    """Raise ConfigError for a model's config that has compiled code of the hub loaded in the place of its attention."""
+    for part in (config, config.get_text_config()):
+        named = getattr(part, "_attn_implementation", None)
+        if isinstance(named, str) and "/" in named:
+            raise ConfigError(
+                f"config.json of {source} names the attention {one_line(named)}, compiled code from the hub, which a "
+                "model's folder alone does not run. Take it out there, or choose one: `attn_implementation: sdpa`."
+            )
 
 
 def embedded_name(name: str | None) -> str | None:

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 
+from posttrain import started
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 # a launcher that gets the same signal passes it on at once, or dies of it, which is no second request
 SAME_REQUEST = 1.0
@@ -64,13 +66,7 @@ def counting_from_the_start():
 
 def is_launched() -> bool:
     """Return whether the process was started by a launcher, and not from a shell that it may outlive."""
-    import psutil
-
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return False
-    return any(os.path.basename(word) in _LAUNCHERS or word in _LAUNCHERS for word in words[:4])
+    return any(os.path.basename(word) in _LAUNCHERS or word in _LAUNCHERS for word in started.PARENTS_WORDS[:4])
 
 
 def in_main_thread() -> bool:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with noise on the embeddings: NEFTune, by each sequence's own length.
+"""Supervised fine-tuning with noise on the embeddings: NEFTune, SymNoise and others, by each sequence's own length.
 
     accelerate launch --config_file configs/accelerate/cpu.yaml recipes/noisy_sft.py \
         --config configs/noisy_sft/cpu.yaml --dataset_name instructions.jsonl.gz

@@ -1,5 +1,6 @@
 """One record a method: what the contract tests, and two ranks, need to know of it. A new method adds a record."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -97,13 +98,13 @@ def _instructions(folder, output_dir, rows: int = 16, **settings):
 
 def _width_for_length(monkeypatch) -> dict:
     """Noise goes by the width of the padded batch."""
-    bounds = draws.bounds
+    scales = draws.scales
 
     def flat(kind, alpha, found, size):
         widest = torch.full_like(found.lengths, int(found.place.max()) + 1)
-        return bounds(kind, alpha, found._replace(lengths=widest), size)
+        return scales(kind, alpha, found._replace(lengths=widest), size)
 
-    monkeypatch.setattr(draws, "bounds", flat)
+    monkeypatch.setattr(draws, "scales", flat)
     return {}
 
 
@@ -378,13 +379,33 @@ policy_gradient = Method(
     generated={"generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)},
 )
 
+NOISEFIT = dict(hidden_noise="noisefit", noise_layers=[0, 1], hidden_noise_scale=0.3, consistency_weight=5.0)
+SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=8.0)
 NEFTUNE = dict(embedding_noise="neftune", noise_alpha=5.0)
 noisy_sft = Method(
     name="noisy_sft",
     config=NoisySFTConfig,
     refused=(
         dict(neftune_noise_alpha=5.0),
-        dict(embedding_noise="gaussian"),
+        dict(embedding_noise="bernoulli"),
+        dict(embedding_noise="uniform", length_mode="tensor"),
+        dict(embedding_noise="neftune", length_mode="row"),
+        dict(embedding_noise="symnoise", noise_alpha=math.nan),
+        dict(hidden_noise="dropout"),
+        NOISEFIT | dict(noise_layers="snr"),
+        NOISEFIT | dict(noise_layers=[-1, 2]),
+        NOISEFIT | dict(noise_layers=[]),
+        NOISEFIT | dict(noise_layer_count=0),
+        NOISEFIT | dict(hidden_noise_scale=-0.1),
+        NOISEFIT | dict(ce_weight=1.5),
+        NOISEFIT | dict(consistency_temperature=0),
+        NOISEFIT | dict(consistency_mode="both"),
+        NOISEFIT | dict(hidden_noise_base="std"),
+        NOISEFIT | dict(noise_layers="auto", hidden_noise_base="legacy"),
+        NOISEFIT | dict(loss_type="dft"),
+        NOISEFIT | dict(label_smoothing_factor=0.1),
+        NOISEFIT | dict(embedding_noise="neftune"),
+        NOISEFIT | dict(packing=True, packing_strategy="wrapped"),
         dict(embedding_noise="neftune", noise_alpha=-1.0),
         dict(noise_alpha=7.0),
         NEFTUNE | dict(packing=True, packing_strategy="wrapped"),
@@ -396,13 +417,19 @@ noisy_sft = Method(
     parent=dict(trainer_class=SFTTrainer, config_class=SFTConfig, **runs.PARENT),
     neutral={
         "packed": (dict(packing=True, max_length=128) | _SPLIT, dict(packing=True, max_length=128) | _SPLIT),
-        "alpha-zero": (NEFTUNE | _SPLIT | dict(noise_alpha=0.0), _SPLIT),
+        "alpha-zero": (SYMNOISE | _SPLIT | dict(noise_alpha=0.0), _SPLIT),
+        "hidden": (NOISEFIT | _SPLIT | dict(ce_weight=1.0, consistency_weight=0.0), _SPLIT),
+        # transformers' own noise
+        "tensor": (NEFTUNE | _SPLIT | dict(length_mode="tensor"), _SPLIT | dict(neftune_noise_alpha=5.0)),
         "full": (dict(peft=False), dict(peft=False)),
     },
     step=8,
     cases={
         "neftune": NEFTUNE | _SHORT,
+        "symnoise": SYMNOISE | _SHORT,
+        "noisefit": NOISEFIT | _SHORT,
         "uniform": dict(embedding_noise="uniform") | _SHORT,
+        "gaussian": dict(embedding_noise="gaussian") | _SHORT,
     },
     wrong=_width_for_length,
     resumed=(
@@ -415,10 +442,13 @@ noisy_sft = Method(
     compared=("loss", "noise/ratio", "num_tokens"),
     ranks={
         "neftune-full": NEFTUNE | _SHORT | dict(peft=False),
+        "noisefit-full": NOISEFIT | _SHORT | dict(peft=False),
+        "symnoise-full": SYMNOISE | _SHORT | dict(peft=False),
+        "symnoise-flat": SYMNOISE | _SHORT | dict(padding_free=True, max_length=None),
         "neftune-flat": NEFTUNE | _SHORT | dict(padding_free=True, max_length=None),
     },
-    ddp=("neftune", "neftune-flat"),
-    sharded=("neftune",),
+    ddp=("symnoise", "noisefit", "neftune-flat"),
+    sharded=("symnoise", "noisefit"),
     plain=dict(padding_free=False),
 )
 

@@ -16,6 +16,7 @@ LAYERS = (
     (
         "errors",
         "signals",
+        "started",
         "log",
         "paths",
         "compat",

@@ -77,7 +77,8 @@ class Server:
 
     def close(self) -> None:
         SERVERS.remove(self)
-        self._process.communicate()
+        # not by the end of the pipe, which what this process has forked holds open
+        self._process.communicate(json.dumps({"end": True}) + "\n")
 
 
 def launched(config: str, function: str, *arguments: str) -> None:
@@ -143,6 +144,8 @@ def _serve() -> None:
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
+        if "end" in request:
+            break
         if "start" in request:
             answer = _fork(request["start"], request["arguments"], request["environment"], request["log"])
         else:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.models import embedded_name, resolve_model
+from posttrain.models import check_runs_no_code, embedded_name, resolve_model
 from posttrain.remote import check_model_name, model_failure
 from posttrain.saved import check_safetensors, check_shards, read_text
 from posttrain.visible import one_line
@@ -56,7 +56,9 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        if to_merge and getattr(AutoConfig.from_pretrained(source, revision=revision), "quantization_config", None):
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        check_runs_no_code(config, source)
+        if to_merge and getattr(config, "quantization_config", None):
             raise ConfigError(
                 f"the base model {source} is stored quantised; merging into it would change it. Keep the adapter "
                 "beside it, or merge into the unquantised model: --base MODEL."

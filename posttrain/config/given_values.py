@@ -54,7 +54,7 @@ def check_given(args) -> None:
         if name in infinite and isinstance(value, str) and _is_infinite(value):
             setattr(args, name, float(value))
         elif not isinstance(value, _TAKEN_BESIDE.get(name, ())) and not _holds(name, value, hints[name]):
-            such = f", such as {entry.default}" if value is None and isinstance(entry.default, str) else ""
+            such = f", such as {entry.default}" if value is None and hints[name] is str and entry.default else ""
             raise ConfigError(f"{name} is {_told(name, value)}; {_wanted(name, hints[name])}{such}.")
         elif isinstance(value, str):
             _check_text(args, name, value)

@@ -3,15 +3,17 @@
 import atexit
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from posttrain import signals
+from posttrain import signals, started
 from posttrain.console import complain, guard_tracebacks
 from posttrain.errors import PosttrainError, Preempted
+from posttrain.visible import one_line
 
 
 def run_main(main: Callable[[], object]) -> int:
@@ -24,7 +26,8 @@ def run_main(main: Callable[[], object]) -> int:
     """
     guard_tracebacks()
     if signals.in_main_thread() and signals.is_launched():
-        signals.follow_parent(signal.SIGTERM)
+        # which may have ended while the libraries were imported
+        signals.follow_parent(signal.SIGTERM, started.PARENT)
     signals.forks_end_with_us()
     if os.environ.get("POSTTRAIN_EXIT_CODE_FILE") and os.environ.get("LOCAL_RANK", "0") == "0":
         # of an earlier run, or made by `mktemp`
@@ -45,6 +48,8 @@ def _code_of(main: Callable[[], object]) -> int:
     except (Exception, KeyboardInterrupt, signals.Terminated) as error:
         ended = signals.behind(error)
         if ended is None:
+            if _is_of_a_lost_rank(error):
+                return _told_of_a_lost_rank(error)
             _keep(1)
             raise
         # as the shell has it for a program that Ctrl-C ended
@@ -54,6 +59,8 @@ def _code_of(main: Callable[[], object]) -> int:
 
 # in which a launcher ends the other ranks, of which one has told the same
 _OTHERS_TELL = 3.0
+# of gloo and NCCL, in a rank that another one has left alone
+_LOST = re.compile(r"Connection (closed|reset|refused)|Broken pipe|gloo|NCCL|Socket Timeout")
 
 
 def _told(message: str, code: int) -> int:
@@ -69,6 +76,21 @@ def _told(message: str, code: int) -> int:
     complain(message)
     _keep(code)
     return code
+
+
+def _is_of_a_lost_rank(error: BaseException) -> bool:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "DistBackendError" or _LOST.search(str(error)) is not None
+
+
+def _told_of_a_lost_rank(error: BaseException) -> int:
+    """Let the launcher see the rank that ended first; it then ends this one, which has nothing to tell."""
+    try:
+        time.sleep(_OTHERS_TELL)
+    except (signals.Terminated, KeyboardInterrupt):
+        return 128 + signal.SIGTERM
+    return _told(f"error: the connection to another rank was lost ({one_line(error)}).", 1)
 
 
 def _keep(code: int) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import (
 
 from posttrain.checks import check_choice
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
+from posttrain.models import check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
 
 _FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
@@ -147,9 +148,12 @@ def load_config(model_id: str, args):
     check_loading(kwargs)
     kwargs = {key: kwargs[key] for key in ("revision", "attention_dropout") if kwargs.get(key) is not None}
     try:
-        return AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
+        config = AutoConfig.from_pretrained(model_id, trust_remote_code=args.trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
         raise model_failure(model_id, error) from error
+    if not (args.model_init_kwargs or {}).get("attn_implementation"):
+        check_runs_no_code(config, model_id)
+    return config
 
 
 def check_loading(kwargs: dict) -> None:

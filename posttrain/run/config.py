@@ -199,7 +199,7 @@ class CommonConfig:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
     def inherited_in_card(self) -> dict[str, object]:
-        """Return the settings of TRL's config that a model card tells: those an update depends on, off their defaults."""
+        """Return the settings of TRL's config that a card tells: those of the update that are not at their default."""
         trl = next(kind for kind in type(self).__mro__ if kind.__module__.split(".")[0] == "trl")
         defaults = {
             entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()

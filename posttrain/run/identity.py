@@ -24,6 +24,8 @@ _UPDATE = (
     "train_sampling_strategy", "optim_target_modules", "label_smoothing_factor", "average_tokens_across_devices",
     "neftune_noise_alpha", "dataloader_drop_last",
 )  # fmt: skip
+# Settings of accelerate on which the order of rows hangs
+_ORDER = ("use_seedable_sampler", "split_batches", "dispatch_batches", "even_batches")
 # Settings of TRL on which no update depends, or that the rows' tokens and the model tell better: all others are the
 # run's, those of releases to come among them
 _ASIDE = {
@@ -83,6 +85,7 @@ def identity(trainer) -> dict:
         "adapter": f"{adapter.peft_type.value} r {getattr(adapter, 'r', None)}" if adapter else None,
         "data": fingerprint(trainer.train_dataset, trainer.columns_in_identity()),
         "seed": args.seed,
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
         "world_size": trainer.accelerator.num_processes,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -115,7 +118,9 @@ def update_settings(trainer) -> dict:
 def update_of(args) -> dict:
     """Return the upstream settings of a config on which an update depends, by name."""
     names = [*_UPDATE, *update_of_trl(type(args))]
-    return {name: plain(getattr(args, name)) for name in names if hasattr(args, name)}
+    found = {name: plain(getattr(args, name)) for name in names if hasattr(args, name)}
+    order = args.accelerator_config
+    return found | {name: plain(getattr(order, name)) for name in _ORDER if hasattr(order, name)}
 
 
 def update_of_trl(config_class: type) -> list[str]:

@@ -68,6 +68,9 @@ def held(folder: str | Path, accelerator=None):
     finally:
         if taken is not None:
             _release(taken)
+    if accelerator is not None and accelerator.num_processes > 1:
+        # a rank that builds its next trainer at once must not find the lock of the one before
+        accelerator.wait_for_everyone()
 
 
 def _take(folder: Path) -> Path:

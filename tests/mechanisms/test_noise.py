@@ -8,6 +8,7 @@ from torch import nn
 
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.noise import draws
+from posttrain.mechanisms.noise.branches import repeated
 from posttrain.mechanisms.noise.controller import EmbeddingNoise
 from posttrain.models import tiny_model
 
@@ -31,7 +32,7 @@ def drawn(batch, kind="neftune", alpha=5.0, seed=3, step=7, size=64):
     """The noise of each real token, in the order of the rows, and that of padding."""
     found = draws.sequences(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
     keys = draws.token_keys(batch["input_ids"], found, seed, step)
-    made = draws.noise(keys, draws.bounds(kind, alpha, found, size), size, torch.float32)
+    made = draws.noise(kind, keys, draws.scales(kind, alpha, found, size), size, torch.float32)
     return made[found.real], made[~found.real]
 
 
@@ -39,10 +40,10 @@ def test_bounds_are_the_golden_numbers_of_each_length():
     golden = {10: 0.1976423538, 100: 0.0625, 2048: 0.0138106793}
     for length, bound in golden.items():
         found = draws.sequences(torch.ones(1, length, dtype=torch.long))
-        reach = draws.bounds("neftune", 5.0, found, 64)
+        reach = draws.scales("neftune", 5.0, found, 64)
         assert reach.tolist() == pytest.approx([bound] * length, rel=1e-6)
-        assert draws.bounds("uniform", 5.0, found, 64)[0] / math.sqrt(3) == pytest.approx(bound, rel=1e-6)
-    reach = draws.bounds("neftune", 5.0, draws.sequences(**flat(ROWS)), 64).unique(sorted=True).tolist()
+        assert draws.scales("uniform", 5.0, found, 64)[0] / math.sqrt(3) == pytest.approx(bound, rel=1e-6)
+    reach = draws.scales("neftune", 5.0, draws.sequences(**flat(ROWS)), 64).unique(sorted=True).tolist()
     assert reach == pytest.approx([0.2209708691, 0.2795084972, 0.3608439182], rel=1e-6)
     # the whole row's length would give each of them 0.15625
     assert min(reach) > 1.3 * 0.15625
@@ -52,7 +53,7 @@ def test_bounds_are_the_golden_numbers_of_each_length():
 def test_noise_is_uniform_within_its_bound_and_has_its_norm(kind, norm):
     ids = torch.arange(64).view(1, 64)
     made, _ = drawn(dict(input_ids=ids), kind, size=2048)
-    bound = draws.SPREADS[kind] * 5 / math.sqrt(64 * 2048)
+    bound = draws.KINDS[kind].scale * 5 / math.sqrt(64 * 2048)
     values = (made / bound).double().flatten()
     count = values.numel()
     assert values.abs().max() < 1 and values.abs().max() > 0.9999
@@ -62,6 +63,31 @@ def test_noise_is_uniform_within_its_bound_and_has_its_norm(kind, norm):
     histogram = torch.histc(values.float(), 16, -1, 1) / count
     assert (histogram - 1 / 16).abs().max() < 6 * math.sqrt(1 / 16 / count)
     assert made.norm().item() == pytest.approx(norm, rel=0.01)
+
+
+def test_signs_are_fair_and_a_sequences_noise_has_the_norm_alpha_exactly():
+    made, _ = drawn(padded(ROWS), "symnoise", size=4096)
+    for place, row in ((0, ROWS[0]), (3, ROWS[1]), (8, ROWS[2])):
+        own = made[place : place + len(row)]
+        assert own.double().norm().item() == pytest.approx(5.0, rel=1e-6)
+        assert own.abs().unique().tolist() == pytest.approx([5 / math.sqrt(len(row) * 4096)], rel=1e-6)
+    ones = made.sign()
+    assert abs(ones.mean()) < 6 / math.sqrt(ones.numel())
+    # of coordinates that share a word, neighbours and a word apart
+    for shift in (1, 2, 63, 64, 65):
+        assert abs((ones[:, shift:] * ones[:, :-shift]).mean()) < 6 / math.sqrt(ones.numel())
+    assert drawn(padded(ROWS), "symnoise", size=5)[0].shape == (16, 5)
+
+
+def test_gaussian_noise_has_the_moments_of_a_normal_distribution():
+    ids = torch.arange(64).view(1, 64)
+    made, _ = drawn(dict(input_ids=ids), "gaussian", size=2048)
+    values = (made * math.sqrt(64 * 2048) / 5).double().flatten()
+    count = values.numel()
+    # six standard errors of each moment
+    for power, expected, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(values.pow(power).mean() - expected) < 6 * math.sqrt(spread / count), power
+    assert made.norm().item() == pytest.approx(5.0, rel=0.01)
 
 
 def test_noise_differs_between_tokens_coordinates_sequences_steps_and_seeds():
@@ -87,13 +113,14 @@ def test_noise_differs_between_tokens_coordinates_sequences_steps_and_seeds():
     [padded(ROWS, "left"), padded(ROWS, width=20), flat(ROWS), flat(ROWS, extra=7)],
     ids=["left", "wide", "flat", "flat with padding"],
 )
-def test_layout_changes_no_token_and_padding_gets_nothing(batch):
-    expected, _ = drawn(padded(ROWS))
-    made, padding = drawn(batch)
+@pytest.mark.parametrize("kind", draws.KINDS)
+def test_layout_changes_no_token_and_padding_gets_nothing(batch, kind):
+    expected, _ = drawn(padded(ROWS), kind)
+    made, padding = drawn(batch, kind)
     assert torch.equal(made, expected)
     assert not padding.any()
     # each row alone, in whatever order
-    alone = torch.cat([drawn(padded([row]))[0] for row in ROWS])
+    alone = torch.cat([drawn(padded([row]), kind)[0] for row in ROWS])
     assert torch.equal(alone, expected)
 
 
@@ -182,3 +209,57 @@ def test_batches_and_models_that_noise_cannot_be_for_are_refused():
     own = Own()
     with pytest.raises(ConfigError, match="without calling its input embedding"), noise.added_to(own, 0):
         own(input_ids=batch["input_ids"])
+
+
+def test_two_signs_in_one_forward_are_two_forwards_on_either_side_of_the_embeddings():
+    model, batch = tiny_model().train(), padded(ROWS)
+    noise = EmbeddingNoise("symnoise", 5.0, seed=3)
+    with noise.added_to(model, step=7):
+        logits = model(**repeated(batch, 2)).logits
+    found = draws.sequences(batch["input_ids"], batch["attention_mask"])
+    made = torch.zeros(24, 64)
+    made[found.real] = drawn(batch, "symnoise")[0]
+    vectors = model.get_input_embeddings()(batch["input_ids"])
+    real = batch["attention_mask"].bool()
+    for sign, ours in ((1, logits[:3]), (-1, logits[3:])):
+        moved = vectors + sign * made.view(3, 8, 64)
+        expected = model(inputs_embeds=moved, attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(ours[real], expected[real], atol=1e-5, rtol=1e-5)
+    squares = noise.take_squares()
+    assert squares[0].item() == pytest.approx(3 * 25, rel=1e-5)
+    assert squares[1].item() == pytest.approx(vectors[real].square().sum().item(), rel=1e-5)
+
+
+def test_the_mean_over_both_signs_leaves_the_curvature_alone():
+    # golden numbers of a quadratic: odd orders cancel
+    h = torch.tensor([[2, 0.5, 0], [0.5, 1, -0.3], [0, -0.3, 3]], dtype=torch.float64)
+    g, x = (torch.tensor(values, dtype=torch.float64) for values in ([1, -1, 0.5], [0.2, -0.1, 0.4]))
+
+    def f(at):
+        return (g @ at + 0.5 * at @ h @ at).item()
+
+    m = 0.05 / math.sqrt(3)
+    assert m == pytest.approx(0.0288675135, rel=1e-8)
+    e = torch.tensor([1.0, -1, 1], dtype=torch.float64)
+    assert [f(x), f(x + m * e)] == pytest.approx([0.787, 0.9105768899], rel=1e-9)
+    assert (f(x + m * e) + f(x - m * e)) / 2 == pytest.approx(0.7893333333, rel=1e-9)
+    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 3)
+    assert sum(f(x + m * signs) for signs in every) / 8 == pytest.approx(0.7895, rel=1e-9)
+    assert f(x) + m**2 / 2 * h.trace().item() == pytest.approx(0.7895, rel=1e-9)
+
+
+def test_rows_are_repeated_by_known_names_and_bounds_of_sequences_go_on():
+    ids = torch.arange(6).view(2, 3)
+    batch = dict(
+        input_ids=ids, labels=ids, position_ids=torch.tensor([[0, 1, 0]]), cu_seq_lens_q=torch.tensor([0, 2, 3, 6]),
+        max_length_q=3, use_cache=False,
+    )  # fmt: skip
+    made = repeated(batch, 3)
+    assert torch.equal(made["input_ids"], ids.repeat(3, 1)) and made["position_ids"].shape == (6, 3)
+    assert made["cu_seq_lens_q"].tolist() == [0, 2, 3, 6, 8, 9, 12, 14, 15, 18]
+    assert made["max_length_q"] == 3 and made["use_cache"] is False
+    # a tensor of B numbers that are of no row, as where B is T
+    with pytest.raises(ConfigError, match=r"the batch holds weights \(2,\), .* not known how they would share it"):
+        repeated(batch | dict(weights=torch.ones(2)), 2)
+    with pytest.raises(ConfigError, match="attention_mask"):
+        repeated(batch | dict(attention_mask=torch.ones(2, 1, 3, 3)), 2)

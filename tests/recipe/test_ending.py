@@ -86,6 +86,28 @@ def test_a_distributed_run_ends_at_once_with_its_exit_handlers_run():
     assert done.stdout.split() == ["main", "handler", "main", "after", "handler", "torn", "down"]
 
 
+def test_a_rank_that_lost_another_leaves_it_to_that_one_to_say_why(tmp_path, monkeypatch, capsys):
+    def lost():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:5130")
+
+    def ended_meanwhile(seconds):
+        raise signals.Terminated(signal.SIGTERM)
+
+    path = tmp_path / "code"
+    monkeypatch.setenv("POSTTRAIN_EXIT_CODE_FILE", str(path))
+    with pytest.raises(RuntimeError):
+        run_main(lost)
+    path.unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: None)
+    monkeypatch.setattr("os._exit", lambda code: None)
+    monkeypatch.setattr("time.sleep", ended_meanwhile)
+    assert run_main(lost) == 143 and capsys.readouterr().err == "" and not path.exists()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert run_main(lost) == 1
+    assert capsys.readouterr().err.startswith("error: the connection to another rank was lost ([gloo")
+
+
 def test_recipes_of_before_find_it_where_it_was():
     from posttrain import config
 

@@ -1,5 +1,6 @@
 """A run that is told to end saves a checkpoint that it goes on from, bit for bit."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -198,8 +199,8 @@ class ToAll(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 1:
-            everyone = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
-            assert len(everyone) == 3
+            self.workers = [child for child in psutil.Process().children() if child.name().startswith("pt_data")]
+            everyone = [os.getpid(), *(worker.pid for worker in self.workers)]
             subprocess.run(["kill", "-TERM", *map(str, everyone)], check=True)
             # what the death of a worker would do comes at once
             time.sleep(0.1)
@@ -208,11 +209,13 @@ class ToAll(TrainerCallback):
 def test_a_job_that_is_told_to_end_whole_saves_with_workers_of_rows(tiny_folder, tmp_path, monkeypatch):
     from posttrain.run.construction import ConstructionMixin
 
-    finish = ConstructionMixin._finish_construction
+    finish, sends = ConstructionMixin._finish_construction, ToAll()
     monkeypatch.setattr(
-        ConstructionMixin, "_finish_construction", lambda self: (finish(self), self.add_callback(ToAll()))
+        ConstructionMixin, "_finish_construction", lambda self: (finish(self), self.add_callback(sends))
     )
     with pytest.raises(Preempted, match="SIGTERM came: the run ended after step 2 of 4"):
         train(tiny_folder, tmp_path, pairs=make_pairs(64), dataloader_num_workers=2, **RUN)
     assert [folder.name for folder in checkpoints.complete(tmp_path)] == ["checkpoint-2"]
-    assert not psutil.Process().children()
+    # they end with the loader
+    gc.collect()
+    assert len(sends.workers) == 2 and not psutil.wait_procs(sends.workers, 60)[1]

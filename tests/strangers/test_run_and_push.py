@@ -179,3 +179,18 @@ def test_an_adapter_names_no_base_with_control_characters_in_it(linked):
         (linked / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
         with pytest.raises(ConfigError, match="names no base model"):
             base_of(linked)
+
+
+def test_a_models_config_has_no_code_of_the_hub_loaded(linked, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"attn_implementation": "evil/kernel"}))
+    model = str(tmp_path / "model")
+    said = "names the attention evil/kernel, compiled code from the hub"
+    with pytest.raises(ConfigError, match=said):
+        load_adapter(linked, model)
+    with pytest.raises(ConfigError, match=said):
+        RobustDPOTrainer(model=model, args=RobustDPOConfig(**settings(tmp_path / "out")), train_dataset=make_pairs(8))
+    # who chooses one has chosen
+    chosen = settings(tmp_path / "out", model_init_kwargs={"attn_implementation": "eager"})
+    RobustDPOTrainer(model=model, args=RobustDPOConfig(**chosen), train_dataset=make_pairs(8), peft_config=lora())

@@ -314,3 +314,53 @@ def test_answers_with_other_advantages_are_other_rows(tiny_folder, tmp_path):
         return ALoLTrainer(tiny_folder, args=args, train_dataset=rows)._identity()["data"]
 
     assert digest(0.1) == digest(0.1) != digest(0.2)
+
+
+def test_other_columns_named_as_reference_values_are_none(tiny_folder, tmp_path):
+    def trained(name, rows, **overrides):
+        trainer = RobustDPOTrainer(
+            tiny_folder, None, args=RobustDPOConfig(**settings(tmp_path / name, max_steps=1, **overrides)),
+            train_dataset=rows, peft_config=lora(),
+        )  # fmt: skip
+        return after(trainer), trainer._identity()
+
+    plain, odd = make_pairs(8), make_pairs(8)
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        odd = odd.add_column(name, [float(-i) for i in range(8)])
+    for precompute in (False, True):
+        one = trained(f"plain{precompute}", plain, precompute_ref_log_probs=precompute)
+        other_one = trained(f"odd{precompute}", odd, precompute_ref_log_probs=precompute)
+        assert same(one[0], other_one[0]) and one[1]["data"] == other_one[1]["data"]
+
+
+def test_the_order_of_rows_and_the_precision_are_the_runs(tiny_folder, tmp_path):
+    def of(**overrides):
+        trainer = build(tiny_folder, tmp_path, **overrides)
+        return trainer._identity() | update_of(trainer.args)
+
+    one = of()
+    for overrides, told in (
+        (dict(accelerator_config={"use_seedable_sampler": False}), "use_seedable_sampler: True there, False here"),
+        (dict(model_init_kwargs={"dtype": "bfloat16"}), "dtype: float32 there, bfloat16 here"),
+    ):
+        assert told in differing(of(**overrides), one)
+    # a checkpoint of before tells neither
+    assert not differing(one, {k: v for k, v in one.items() if k not in ("dtype", "use_seedable_sampler")})
+
+
+def test_another_chat_template_makes_other_prompts(tmp_path):
+    def of(template):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template or tokenizer.chat_template
+        args = PolicyGradientConfig(**rollouts.settings(tmp_path))
+        trainer = PolicyGradientTrainer(
+            tiny_model(),
+            rollouts.success,
+            args,
+            train_dataset=rollouts.prompts([1, 2, 3, 0]),
+            processing_class=tokenizer,
+        )
+        return trainer._identity()
+
+    assert not differing(of(None), of(None))
+    assert "chat_template: " in differing(of("{{ messages[0].content }}"), of(None))

@@ -35,11 +35,15 @@ class EmbeddingNoise:
     only: a model that is saved, copied or generates from holds none.
 
     Args:
-        kind: a name in `draws.SPREADS`. alpha: its strength, 0 or more. seed: the run's.
+        kind: a name in `draws.KINDS`. Of `symnoise` a batch holds its rows twice, one behind the other
+            (`branches.repeated`): the noise is added to the first, and taken from the second.
+        alpha: its strength, 0 or more. seed: the run's.
+        by_tensor: as transformers' NEFTune, by the width of the batch, from the global generator; for `neftune`.
     """
 
-    def __init__(self, kind: str, alpha: float, seed: int) -> None:
-        self.kind, self.alpha, self.seed = kind, alpha, seed
+    def __init__(self, kind: str, alpha: float, seed: int, by_tensor: bool = False) -> None:
+        self.kind, self.alpha, self.seed, self.by_tensor = kind, alpha, seed, by_tensor
+        self.copies = 2 if kind == "symnoise" else 1
         self._batch: tuple[Tensor, draws.Sequences] | None = None
         self._entered, self._added = False, False
         # sums of squares of noise and of embeddings, of real tokens that count
@@ -99,24 +103,38 @@ class EmbeddingNoise:
                     "number for each token. Use TRL's collator, or set `embedding_noise: none`."
                 )
         self._entered = True
-        self._batch = input_ids, draws.sequences(input_ids, mask, positions)
+        rows = len(input_ids) // self.copies
+        # copies are equal but for the sign of their noise
+        parts = (value if value is None or len(value) == 1 else value[:rows] for value in (mask, positions))
+        self._batch = input_ids[:rows], draws.sequences(input_ids[:rows], *parts)
 
     def _add(self, module, args, output: Tensor) -> Tensor:
         if self._batch is None:
             return output
         input_ids, found = self._batch
         size = output.size(-1)
-        if output.shape != (*input_ids.shape, size):
+        rows, width = input_ids.shape
+        if output.shape != (rows * self.copies, width, size):
             raise ConfigError(
-                f"the input embedding returns {tuple(output.shape)} for tokens {tuple(input_ids.shape)}; noise is for "
-                "models with one vector a token. Set `embedding_noise: none`."
+                f"the input embedding returns {tuple(output.shape)} for tokens {(rows * self.copies, width)}; noise is "
+                "for models with one vector a token. Set `embedding_noise: none`."
             )
-        keys = draws.token_keys(input_ids, found, self.seed, self._step)
-        made = draws.noise(keys, draws.bounds(self.kind, self.alpha, found, size), size, output.dtype).view_as(output)
+        made = self._by_tensor(output) if self.by_tensor else self._by_sequence(input_ids, found, output)
         self._added = True
         with torch.no_grad():
             real = found.real.view(input_ids.shape)
             real = (real if self._counted is None else real & self._counted).unsqueeze(-1)
-            squares = torch.stack([(values.float() * real).square().sum() for values in (made, output.detach())])
+            both = (made, output[:rows].detach())
+            squares = torch.stack([(values.float() * real).square().sum() for values in both])
             self.squares = squares if self.squares is None else self.squares + squares
-        return output + made
+        return output + (made if self.copies == 1 else torch.cat([made, -made]))
+
+    def _by_sequence(self, input_ids: Tensor, found: draws.Sequences, output: Tensor) -> Tensor:
+        size = output.size(-1)
+        keys = draws.token_keys(input_ids, found, self.seed, self._step)
+        scales = draws.scales(self.kind, self.alpha, found, size)
+        return draws.noise(self.kind, keys, scales, size, output.dtype).view(*input_ids.shape, size)
+
+    def _by_tensor(self, output: Tensor) -> Tensor:
+        reach = self.alpha / torch.sqrt(torch.tensor(output.size(1) * output.size(2)))
+        return torch.zeros_like(output).uniform_(-reach, reach)

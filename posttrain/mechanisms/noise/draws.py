@@ -6,6 +6,7 @@ over micro-batches and ranks, for rows that are padded, packed or flattened, and
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -103,26 +104,52 @@ def uniform(keys: Tensor, size: int, first: int = 0) -> Tensor:
     return (whole.float() + 0.5) * 2.0 ** (1 - _WIDTH) - 1.0
 
 
-def noise(keys: Tensor, bounds: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Return noise (N, size), uniform between -bounds and bounds (N,) of each row."""
+def signs(keys: Tensor, size: int) -> Tensor:
+    """Return numbers (N, size) in fp32, -1 or 1 with equal chance, for keys (N,)."""
+    words = torch.arange(1, size // 64 + 2, device=keys.device)
+    words = mix(keys[:, None] + words * signed(_GOLDEN))
+    bits = (words[..., None] >> torch.arange(64, device=keys.device)) & 1
+    return bits.flatten(1)[:, :size].float() * 2.0 - 1.0
+
+
+def normal(keys: Tensor, size: int) -> Tensor:
+    """Return numbers (N, size) in fp32 of the standard normal distribution for keys (N,), within 5.3 of 0."""
+    return torch.erfinv(uniform(keys, size)) * math.sqrt(2.0)
+
+
+class Kind(NamedTuple):
+    """A kind of noise: what it is drawn by, and its scale in units of alpha / sqrt(L d)."""
+
+    draw: Callable[[Tensor, int], Tensor]
+    scale: float
+
+
+KINDS = {
+    # arXiv 2310.05914, algorithm 1
+    "neftune": Kind(uniform, 1.0),
+    "uniform": Kind(uniform, math.sqrt(3.0)),
+    "gaussian": Kind(normal, 1.0),
+    # arXiv 2312.01523
+    "symnoise": Kind(signs, 1.0),
+}
+
+
+def noise(kind: str, keys: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Return noise (N, size) of a kind in `KINDS`, times the scale (N,) of each row."""
     made = torch.empty(len(keys), size, dtype=dtype, device=keys.device)
     rows = max(_BLOCK // max(size, 1), 1)
     for start in range(0, len(keys), rows):
         block = slice(start, start + rows)
-        made[block] = uniform(keys[block], size) * bounds[block, None]
+        made[block] = KINDS[kind].draw(keys[block], size) * scales[block, None]
     return made
 
 
-def bounds(kind: str, alpha: float, found: Sequences, size: int) -> Tensor:
-    """Return how far the noise of each token (B * T,) reaches, in fp32; 0 for padding.
+def scales(kind: str, alpha: float, found: Sequences, size: int) -> Tensor:
+    """Return the scale of the noise of each token (B * T,), in fp32; 0 for padding.
 
-    With L real tokens in a sequence and d = `size` coordinates, alpha / sqrt(L d) for `neftune` (arXiv 2310.05914,
-    algorithm 1); `uniform` is sqrt(3) times that, so that alpha is the root mean square norm of a sequence's noise.
+    With L real tokens in a sequence and d = `size` coordinates, alpha / sqrt(L d) times that of `KINDS`. The root mean
+    square norm of a sequence's noise is alpha, but for `neftune`, whose is alpha / sqrt(3).
     """
     length = found.lengths[found.index].clamp(min=1).float()
-    reach = SPREADS[kind] * alpha / torch.sqrt(length * size)
-    return torch.where(found.real, reach, reach.new_zeros(()))
-
-
-# By kind of noise: its bound in units of alpha / sqrt(L d)
-SPREADS = {"neftune": 1.0, "uniform": math.sqrt(3.0)}
+    scale = KINDS[kind].scale * alpha / torch.sqrt(length * size)
+    return torch.where(found.real, scale, scale.new_zeros(()))

@@ -4,6 +4,7 @@ import contextlib
 import math
 
 import torch
+import xxhash
 from datasets import Dataset
 from torch import Tensor
 
@@ -91,8 +92,11 @@ class PolicyGradientMixin(RunMixin):
         self._generations_without_gradient, self._skipped = 0, False
 
     def own_identity(self) -> dict:
-        """Return the names of the reward functions, and digests of the settings of those that have any."""
-        return {"rewards": list(map(named_with_settings, self.reward_func_names, self.reward_funcs))}
+        """Return the names of the reward functions, with digests of their settings, and of the chat template."""
+        found = {"rewards": list(map(named_with_settings, self.reward_func_names, self.reward_funcs))}
+        template = getattr(self.processing_class, "chat_template", None)
+        # prompts become tokens while the run goes on
+        return found | ({"chat_template": xxhash.xxh3_64(repr(template).encode()).hexdigest()} if template else {})
 
     def _place(self, ready) -> None:
         if self.args.success_reward is not None and self.args.success_reward not in self.reward_func_names:

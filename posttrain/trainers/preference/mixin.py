@@ -239,7 +239,8 @@ class PreferenceMixin(WindowMixin):
         return scores.chosen_logps, scores.rejected_logps
 
     def _reference_logps(self, model, inputs) -> tuple[Tensor, Tensor]:
-        if "ref_chosen_logps" in inputs:
+        # columns of that name in rows are somebody else's unless they were computed here
+        if self.args.precompute_ref_log_probs and "ref_chosen_logps" in inputs:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         return self.compute_ref_log_probs(model, inputs)
 

@@ -14,7 +14,7 @@ from posttrain.run import checks, evaluation
 from posttrain.run.prepared import Prepared, check_fills_a_batch
 
 # Columns of a data set that training reads
-READ = (*loading.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images", "ref_chosen_logps", "ref_rejected_logps")
+READ = (*loading.COLUMNS, *formats.TOKEN_COLUMNS, "image", "images")
 
 
 def prepare(model, args, config, processing_class, train_dataset, eval_dataset) -> Prepared:

@@ -10,6 +10,7 @@ from posttrain.data import objects
 from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.metrics import MeanMetrics
+from posttrain.mechanisms.noise.branches import repeated
 from posttrain.mechanisms.window import Window, count_rows
 from posttrain.run import new_tokens
 from posttrain.run.sharing import record_padding
@@ -51,6 +52,8 @@ class InstructionMixin(RenderedRows, WindowMixin):
 
     # which tokens of the batch being trained on are of rows of data, (B, T) or (B, 1); None where all are
     counted_tokens: Tensor | None = None
+    # how often each row is in the forward that is trained, the loss being the mean over its copies
+    copies = 1
 
     def __init__(
         self,
@@ -119,9 +122,13 @@ class InstructionMixin(RenderedRows, WindowMixin):
             self._total_train_tokens -= count_rows(self.accelerator, sum(map(self._repeated_tokens, batches)))
 
     def _repeated_tokens(self, batch) -> int:
-        if "row_lengths" not in batch and "attention_mask" not in batch:
-            return 0
-        lengths = batch["row_lengths"] if "row_lengths" in batch else batch["attention_mask"].sum(dim=1)
+        if "row_lengths" in batch:
+            lengths = batch["row_lengths"]
+        elif "attention_mask" in batch:
+            lengths = batch["attention_mask"].sum(dim=1)
+        else:
+            # rows that hold several sequences, without padding
+            lengths = torch.full((self.rows_in(batch),), batch["input_ids"].size(1))
         return int(lengths[batch["real_rows"] :].sum())
 
     @contextlib.contextmanager
@@ -139,8 +146,16 @@ class InstructionMixin(RenderedRows, WindowMixin):
         inputs = self.learned_of_data(self.with_real_rows(inputs, "train" if self.model.training else "eval"))
         self.counted_tokens = self.tokens_of_data(inputs)
         inputs = {name: value for name, value in inputs.items() if name not in ("real_rows", "row_lengths")}
+        copies, before = self.copies if self.model.training else 1, self._total_train_tokens
+        if copies > 1:
+            inputs = repeated(inputs, copies)
+            num_items_in_batch = None if num_items_in_batch is None else num_items_in_batch * copies
         with self.policy_forward(), self._sums_over_ranks():
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if copies > 1 and "attention_mask" in inputs:
+            # TRL has counted each copy of a token
+            self._total_train_tokens = before + (self._total_train_tokens - before) // copies
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         if self.model.training and self.is_in_train:
             self._finite_loss.watch(self, found[0] if return_outputs else found)
         return found

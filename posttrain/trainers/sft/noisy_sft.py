@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with noise on the embeddings of the forward that is trained: NEFTune."""
+"""Supervised fine-tuning with noise on the embeddings of the forward that is trained: NEFTune, SymNoise and others."""
 
 import math
 
@@ -6,6 +6,7 @@ from trl import SFTTrainer
 
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.noise.controller import EmbeddingNoise, input_embedding
+from posttrain.trainers.sft.hidden_noise import HiddenNoise
 from posttrain.trainers.sft.mixin import InstructionMixin
 from posttrain.trainers.sft.noisy_sft_config import NoisySFTConfig
 
@@ -25,9 +26,31 @@ _NEFTUNE = {
 }""",
 }
 
+_SYMNOISE = {
+    "title": "SymNoise: Advancing Language Model Fine-tuning with Symmetric Noise",
+    "id": "2312.01523",
+    "citation": """@misc{yadav2023symnoise,
+    title  = {{SymNoise: Advancing Language Model Fine-tuning with Symmetric Noise}},
+    author = {Abhay Kumar Yadav and Arjun Singh},
+    year   = 2023,
+    eprint = {arXiv:2312.01523},
+}""",
+}
+
+_NOISEFIT = {
+    "title": "Noise Augmented Fine Tuning for Mitigating Hallucinations in Large Language Models",
+    "id": "2504.03302",
+    "citation": """@misc{khadangi2025noise,
+    title  = {{Noise Augmented Fine Tuning for Mitigating Hallucinations in Large Language Models}},
+    author = {Afshin Khadangi and Amir Sartipi and Igor Tchappi and Ramin Bahmani},
+    year   = 2025,
+    eprint = {arXiv:2504.03302},
+}""",
+}
+
 
 class NoisySFTTrainer(InstructionMixin, SFTTrainer):
-    """`trl.SFTTrainer` with noise on the embeddings of the forward that is trained (NEFTune, arXiv 2310.05914).
+    """`trl.SFTTrainer` with noise on the embeddings of the forward that is trained: NEFTune, SymNoise and others.
 
     Takes what `trl.SFTTrainer` takes but for `formatting_func` and images, with a `NoisySFTConfig` as `args`. The noise
     of a token hangs on the run's seed, the optimiser step, the tokens of its sequence and its place there: batch split,
@@ -48,11 +71,15 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
 
     def _begin(self, ready) -> None:
         super()._begin(ready)
-        self._noise = None
+        self._noise, self._hidden = None, None
 
     def _place(self, ready) -> None:
         super()._place(ready)
         args = self.args
+        if args.adds_hidden_noise:
+            self._hidden = HiddenNoise(self)
+            self.add_callback(self._hidden)
+            self._name, self._paper = "SFT with noisy hidden states (NoiseFiT)", _NOISEFIT
         if not args.adds_noise:
             return
         input_embedding(self.model)
@@ -62,11 +89,32 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
                     f"the adapter is {adapter.peft_type.value}, whose virtual tokens are embedded before the model is "
                     "entered, past its noise. Use LoRA, or set `embedding_noise: none`."
                 )
-        self._noise = EmbeddingNoise(args.embedding_noise, args.noise_alpha, args.seed)
+        self._noise = EmbeddingNoise(args.embedding_noise, args.noise_alpha, args.seed, args.length_mode == "tensor")
+        self.copies = self._noise.copies
         # what the card says was run
-        self._name, self._paper = f"SFT with noisy embeddings ({args.embedding_noise})", _NEFTUNE
+        self._name = f"SFT with noisy embeddings ({args.embedding_noise})"
+        self._paper = _SYMNOISE if args.embedding_noise == "symnoise" else _NEFTUNE
+
+    def method_state(self) -> dict:
+        return super().method_state() | ({} if self._hidden is None else self._hidden.state())
+
+    def load_method_state(self, state: dict) -> None:
+        super().load_method_state(state)
+        if self._hidden is not None:
+            self._hidden.restore(state)
+
+    # stands on SFTTrainer.compute_loss
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._hidden is not None and self._hidden.passes.squares is not None:
+            if self.state.global_step == 0:
+                self._hidden.check_ratio()
+            self._hidden.add_metrics(self._means["train"])
+        return found
 
     def around_policy_forward(self):
+        if self._hidden is not None:
+            return self._hidden.passes.added_to(self.state.global_step, self.counted_tokens)
         if self._noise is None:
             return super().around_policy_forward()
         model = self.accelerator.unwrap_model(self.model)

@@ -9,7 +9,8 @@ from trl import SFTConfig
 from posttrain.checks import check_choice
 from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
-from posttrain.mechanisms.noise.draws import SPREADS
+from posttrain.mechanisms.noise.draws import KINDS
+from posttrain.objectives.consistency import MODES
 from posttrain.run.config import CommonConfig
 
 
@@ -25,8 +26,9 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     embedding_noise: str = setting(
         "none",
         "Noise on the input embeddings of the forward that is trained: none; neftune, uniform within noise_alpha / "
-        "sqrt(L d) for a sequence of L tokens and d coordinates; uniform, sqrt(3) times that, so that a sequence's "
-        "noise has the norm noise_alpha.",
+        "sqrt(L d) for a sequence of L tokens and d coordinates; uniform and gaussian, whose noise of a sequence has "
+        "the norm noise_alpha; symnoise, signs times noise_alpha / sqrt(L d), added to one copy of each row and taken "
+        "from another, which doubles the cost of a step.",
         identity="noise",
         card=lambda args: args.adds_noise,
     )
@@ -37,8 +39,75 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         card=lambda args: args.adds_noise,
     )
 
+    length_mode: str = setting(
+        "sequence",
+        "What L is: sequence, the tokens of each sequence itself; tensor, the width of the batch, as transformers' "
+        "neftune_noise_alpha has it, bit for bit, drawn from the global generator: for embedding_noise: neftune.",
+        identity=False,
+        card=lambda args: args.adds_noise and args.length_mode != "sequence",
+    )
+
+    hidden_noise: str = setting(
+        "none",
+        "Noise on hidden states in passes beside the clean one, whose predictions are to agree with it: none, or "
+        "noisefit, which costs up to three times a step.",
+        identity="hidden",
+        card=lambda args: args.hidden_noise != "none",
+    )
+    noise_layers: str | list[str] | list[int] = setting(
+        "snr_high",
+        "Decoder layers that hidden noise is added behind: snr_high or snr_low, the noise_layer_count layers of the "
+        "greatest or least ratio of signal to noise on noise_calibration_rows rows, found when training begins; auto, "
+        "those whose noise moves the predictions most and cross-entropy little, each with a scale of its own; or "
+        "numbers of layers from 0.",
+        identity=False,
+        card=lambda args: args.hidden_noise != "none",
+    )
+    noise_layer_count: int = setting(3, "How many layers noise_layers picks.", identity=False, card=False)
+    noise_calibration_rows: int = setting(
+        32, "Rows, from the first on, that noise_layers looks at.", identity=False, card=False
+    )
+    hidden_noise_scale: float = setting(
+        0.1,
+        "Scale of the hidden noise, in units of the median distance of a token's channels from their median.",
+        identity=False,
+        card=lambda args: args.hidden_noise != "none",
+    )
+    hidden_noise_base: str = setting(
+        "mad",
+        "mad; or legacy, where hidden_noise_scale is multiplied by the standard deviation of the states, as version 1 "
+        "of the published code does: in upper layers of many models that is noise of several times the states' norm.",
+        identity=False,
+        card=lambda args: args.hidden_noise_base != "mad",
+    )
+    consistency_mode: str = setting(
+        "full",
+        "The loss of hidden noise: full, ce_kl, ce_noisy, kl_only or consistency_only.",
+        identity=False,
+        card=lambda args: args.hidden_noise != "none",
+    )
+    ce_weight: float = setting(
+        0.5,
+        "Share of cross-entropy in the loss of hidden noise, from 0 to 1; the divergences from the clean pass have the "
+        "rest.",
+        identity=False,
+        card=lambda args: args.hidden_noise != "none",
+    )
+    consistency_weight: float = setting(
+        0.1,
+        "Weight of the divergence between the two noisy passes.",
+        identity=False,
+        card=lambda args: args.hidden_noise != "none",
+    )
+    consistency_temperature: float = setting(
+        1.0,
+        "Temperature of the divergences, which are multiplied by its square.",
+        identity=False,
+        card=lambda args: args.hidden_noise != "none",
+    )
+
     always_in_card: ClassVar = ("max_length",)
-    says: ClassVar = ("embedding_noise",)
+    says: ClassVar = ("embedding_noise", "hidden_noise")
 
     @property
     def adds_noise(self) -> bool:
@@ -48,7 +117,101 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     @property
     def noise(self) -> str | None:
         """The noise in words, which a resumed run must share; None where there is none."""
-        return f"{self.embedding_noise} {self.noise_alpha:g}" if self.adds_noise else None
+        if not self.adds_noise:
+            return None
+        alpha, by = f"{self.noise_alpha:g}", "" if self.length_mode == "sequence" else f" by {self.length_mode}"
+        return f"{self.embedding_noise} {alpha if float(alpha) == self.noise_alpha else repr(self.noise_alpha)}{by}"
+
+    @property
+    def adds_hidden_noise(self) -> bool:
+        """Whether the loss is any other than that of one clean pass."""
+        if self.hidden_noise == "none":
+            return False
+        silent = self.hidden_noise_scale == 0
+        if self.consistency_mode == "ce_noisy":
+            return not silent
+        no_consistency = self.consistency_mode == "ce_kl" or silent or self.consistency_weight == 0
+        return not (self.consistency_mode in ("full", "ce_kl") and self.ce_weight == 1 and no_consistency)
+
+    @property
+    def hidden(self) -> str | None:
+        """The hidden noise in words, which a resumed run must share; None where there is none."""
+        if not self.adds_hidden_noise:
+            return None
+        loss = (
+            f"{self.consistency_mode} {self.ce_weight!r} {self.consistency_weight!r} {self.consistency_temperature!r}"
+        )
+        layers = self.noise_layers
+        if isinstance(layers, str):
+            count = "" if layers == "auto" else f" {self.noise_layer_count}"
+            layers = f"{layers}{count} of {self.noise_calibration_rows} rows"
+        return f"{self.hidden_noise} {self.hidden_noise_scale!r} {self.hidden_noise_base} behind {layers}, {loss}"
+
+    def _read_hidden(self):
+        check_choice("hidden_noise", self.hidden_noise, ("none", "noisefit"))
+        check_choice("hidden_noise_base", self.hidden_noise_base, ("mad", "legacy"))
+        check_choice("consistency_mode", self.consistency_mode, MODES)
+        layers = self.noise_layers
+        if isinstance(layers, str) and layers not in ("snr_high", "snr_low", "auto"):
+            layers = layers.replace(",", " ").split()
+        if not isinstance(layers, str):
+            try:
+                layers = self.noise_layers = sorted({int(str(layer)) for layer in layers})
+            except (TypeError, ValueError):
+                layers = []
+            if not layers or layers[0] < 0:
+                raise ConfigError(
+                    f"noise_layers is {self.noise_layers!r}; it must be snr_high, snr_low, auto, or numbers of layers "
+                    "from 0."
+                )
+        for name, least in (("noise_layer_count", 1), ("noise_calibration_rows", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of {least} or more.")
+        numbers = (
+            ("hidden_noise_scale", 0, math.inf), ("ce_weight", 0, 1), ("consistency_weight", 0, math.inf),
+            ("consistency_temperature", 0, math.inf),
+        )  # fmt: skip
+        for name, low, high in numbers:
+            value = getattr(self, name)
+            good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+            if not good or not low <= value <= high or (name == "consistency_temperature" and value == 0):
+                wanted = (
+                    "a number above 0"
+                    if name == "consistency_temperature"
+                    else f"a number from {low}" + (f" to {high}" if high < math.inf else " on")
+                )
+                raise ConfigError(f"{name} is {value!r}; it must be {wanted}.")
+        if self.hidden_noise == "none":
+            return
+        if self.noise_layers == "auto" and self.hidden_noise_base != "mad":
+            raise ConfigError(
+                f"hidden_noise_base is {self.hidden_noise_base} with noise_layers: auto, which finds the scales by "
+                "itself. Leave hidden_noise_base out."
+            )
+        if self.adds_noise:
+            raise ExcludedSetting(
+                f"hidden_noise is {self.hidden_noise} with embedding_noise: {self.embedding_noise}; the clean pass "
+                "would have noise. Set one of them to none.",
+                {"hidden_noise": ("embedding_noise",), "embedding_noise": ("hidden_noise",)},
+            )
+        refused = (
+            ("loss_type", self.loss_type == "dft", "whose loss is made of whole log-probabilities of one pass"),
+            ("label_smoothing_factor", bool(self.label_smoothing_factor), "which needs the logits of one pass"),
+            ("torch_compile", bool(self.torch_compile), "which is added by hooks that are there in some forwards only"),
+        )
+        for name, is_set, why in refused:
+            if is_set:
+                raise ExcludedSetting(
+                    f"{name} is {getattr(self, name)} with hidden_noise: {self.hidden_noise}, {why}. Leave {name} out.",
+                    {name: ("hidden_noise",)},
+                )
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ExcludedSetting(
+                f"packing_strategy is wrapped with hidden_noise: {self.hidden_noise}: such rows do not tell where a "
+                "sequence begins, by whose states the noise is scaled. Set `packing_strategy: bfd`.",
+                {"packing_strategy": ("hidden_noise",)},
+            )
 
     def _read(self):
         if self.neftune_noise_alpha is not None:
@@ -57,7 +220,14 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 "mode and shrinks with padding and packing. Use embedding_noise instead: `embedding_noise: neftune` "
                 f"and `noise_alpha: {self.neftune_noise_alpha}`."
             )
-        check_choice("embedding_noise", self.embedding_noise, ("none", *SPREADS))
+        check_choice("embedding_noise", self.embedding_noise, ("none", *KINDS))
+        check_choice("length_mode", self.length_mode, ("sequence", "tensor"))
+        if self.length_mode == "tensor" and self.embedding_noise != "neftune":
+            raise ExcludedSetting(
+                f"length_mode is tensor with embedding_noise: {self.embedding_noise}; by the width of the batch there "
+                "is transformers' NEFTune alone. Set `embedding_noise: neftune`, or leave length_mode out.",
+                {"length_mode": ("embedding_noise",)},
+            )
         alpha = self.noise_alpha
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
             raise ConfigError(f"noise_alpha is {alpha!r}; it must be a number of 0 or more.")
@@ -80,6 +250,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 # left out, max_length would be TRL's
                 {"padding_free": ("max_length", "packing")},
             )
+        self._read_hidden()
         if not self.adds_noise:
             return
         if self.packing and self.packing_strategy == "wrapped":

@@ -130,14 +130,156 @@ def test_packed_sequences_have_the_noise_of_their_own_length(tmp_path, monkeypat
     assert len(trainer.train_dataset) == 1 and distance(change, expected) < 1e-5
     assert distance(clean, expected) > 0.1
     # one length for the whole row, as in other implementations
-    own = draws.bounds
+    own = draws.scales
     monkeypatch.setattr(
-        draws, "bounds", lambda kind, alpha, found, size: own(
+        draws, "scales", lambda kind, alpha, found, size: own(
             kind, alpha, found._replace(lengths=torch.full_like(found.lengths, found.real.sum().item())), size
         ),
     )  # fmt: skip
     wrong, _ = train(tmp_path / "wrong", **NOISE, **packed)
     assert distance(wrong, expected) > 1e-2
+
+
+SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=8.0)
+
+
+@pytest.fixture(scope="module")
+def symmetric(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("symmetric"), **SYMNOISE, per_device_train_batch_size=16, max_steps=1)
+
+
+@pytest.mark.core("split", "packed")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=4),
+        dict(per_device_train_batch_size=16, padding_free=True, max_length=None),
+        dict(packing=True, max_length=4096, per_device_train_batch_size=1),
+        dict(per_device_train_batch_size=16, gradient_checkpointing=True),
+    ],
+    ids=["split", "padding-free", "packed", "checkpointed"],
+)
+def test_both_signs_make_one_update_whatever_the_layout(layout, symmetric, tmp_path):
+    expected, whole = symmetric
+    change, trainer = train(tmp_path, **SYMNOISE, max_steps=1, **layout)
+    assert distance(change, expected) < 1e-5
+    # each token once, though it is forwarded twice
+    for name in ("num_tokens", "loss", "noise/ratio"):
+        assert trainer.state.log_history[0][name] == pytest.approx(whole.state.log_history[0][name], rel=1e-4), name
+
+
+def test_the_update_is_even_in_the_noise_and_that_of_one_sign_is_not(symmetric, tmp_path, monkeypatch):
+    whole = dict(SYMNOISE, per_device_train_batch_size=16, max_steps=1)
+    drawn = draws.KINDS["symnoise"]
+    other = drawn._replace(draw=lambda keys, size: -draws.signs(keys, size))
+    monkeypatch.setitem(draws.KINDS, "symnoise", other)
+    turned, _ = train(tmp_path / "turned", **whole)
+    assert distance(turned, symmetric[0]) < 1e-5
+    clean, _ = train(tmp_path / "clean", per_device_train_batch_size=16, max_steps=1)
+    assert distance(clean, symmetric[0]) > 0.1
+    # the known wrong form, which calls itself by the same name: the noise of one sign alone
+    monkeypatch.setitem(draws.KINDS, "uniform", drawn)
+    single, _ = train(tmp_path / "single", **whole | dict(embedding_noise="uniform"))
+    assert distance(single, symmetric[0]) > 1e-2
+
+
+NOISEFIT = dict(hidden_noise="noisefit", hidden_noise_scale=0.3, consistency_weight=5.0, noise_layer_count=1)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    settings = dict(NOISEFIT, per_device_train_batch_size=16, max_steps=2, save_strategy="steps", save_steps=1)
+    return train(tmp_path_factory.mktemp("fitted"), **settings)
+
+
+@pytest.mark.core("packed", "checkpointed")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=4),
+        dict(per_device_train_batch_size=16, padding_free=True, max_length=None),
+        dict(packing=True, max_length=4096, per_device_train_batch_size=1),
+        dict(per_device_train_batch_size=16, gradient_checkpointing=True),
+    ],
+    ids=["split", "padding-free", "packed", "checkpointed"],
+)
+def test_passes_with_hidden_noise_make_one_update_whatever_the_layout(layout, fitted, tmp_path):
+    expected, whole = fitted
+    change, trainer = train(tmp_path, **NOISEFIT, max_steps=2, **layout)
+    assert trainer._hidden.chosen == whole._hidden.chosen and distance(change, expected) < 1e-4
+    for name in ("num_tokens", "loss", "noise/ratio", "noise/divergence", "noise/consistency"):
+        assert trainer.state.log_history[0][name] == pytest.approx(whole.state.log_history[0][name], rel=1e-3), name
+
+
+def test_hidden_noise_changes_the_update_and_is_in_no_evaluation(fitted, tmp_path):
+    clean, _ = train(tmp_path / "clean", per_device_train_batch_size=16, max_steps=2)
+    assert distance(clean, fitted[0]) > 0.1
+    rows = make_rows().select(range(5))
+    losses = []
+    for name, settings in (("noisy", NOISEFIT), ("plain", {})):
+        trainer = build(tmp_path / name, **settings, learning_rate=0.0, eval_dataset=rows)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+def test_layers_are_those_of_the_greatest_ratio_and_are_kept_on_resumption(fitted, tmp_path, monkeypatch):
+    _, whole = fitted
+    snr = whole._hidden.snr
+    assert len(snr) == 2 and whole._hidden.chosen == [snr.index(max(snr))]
+    low = build(tmp_path / "low", **NOISEFIT, noise_layers="snr_low")
+    low.train()
+    assert low._hidden.chosen == [snr.index(min(snr))]
+    settings = dict(NOISEFIT, per_device_train_batch_size=16)
+    resumed = build(tmp_path / "run", **settings)
+    monkeypatch.setattr(type(resumed._hidden), "_measured", lambda *args: pytest.fail("measured again"))
+    checkpoint = f"{whole.args.output_dir}/checkpoint-1"
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed._hidden.chosen == whole._hidden.chosen and resumed._hidden.snr == snr
+    with pytest.raises(ConfigError, match="hidden: noisefit 0.3 mad behind snr_high 1 of 32 rows, .* there"):
+        build(tmp_path / "other", **settings | dict(hidden_noise_scale=0.2)).train(resume_from_checkpoint=checkpoint)
+
+
+def test_layers_and_scales_may_be_found_by_what_noise_does(tmp_path):
+    settings = dict(NOISEFIT, noise_layers="auto", noise_calibration_rows=8, max_steps=2)
+    _, trainer = train(tmp_path / "a", **settings, save_strategy="steps", save_steps=1)
+    held = trainer._hidden
+    assert held.chosen == held.passes.layers and len(held.chosen) == len(held.bases) and len(held.snr) == 2
+    # a strength that is tried, over the root of 64 channels
+    assert {base * 8 for base in held.bases} <= {0.25, 0.5, 1.0, 1.5, 2.0}
+    resumed = build(tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert (resumed._hidden.chosen, resumed._hidden.bases) == (held.chosen, held.bases)
+    weights = trainable(trainer.model)
+    assert all(torch.equal(value, weights[name]) for name, value in trainable(resumed.model).items())
+
+
+def test_noise_above_the_states_stops_the_run(tmp_path):
+    with pytest.raises(ConfigError, match="behind decoder layer [01] the noise has .* times the norm of the states"):
+        train(tmp_path, **NOISEFIT | dict(hidden_noise_scale=100.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "text"),
+    [
+        (dict(noise_layers=[0, 2]), {}, "noise_layers names layer 2, and the model has 2 decoder layers"),
+        (dict(noise_layer_count=3), {}, "noise_layer_count is 3, and the model has 2 decoder layers"),
+        ({}, dict(peft_config=LoraConfig(r=4, lora_dropout=0.05)), "lora_dropout is 0.05 with hidden_noise"),
+        ({}, dict(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), "PROMPT_TUNING, whose"),
+    ],
+)
+def test_what_passes_cannot_be_made_of_is_refused(tmp_path, settings, given, text):
+    with pytest.raises(ConfigError, match=text):
+        build(tmp_path, **NOISEFIT | settings, **given)
+
+
+def test_a_batch_of_a_collator_that_cannot_be_repeated_is_refused(tmp_path):
+    def collator(examples):
+        ids = torch.tensor([example["input_ids"][:8] for example in examples])
+        return dict(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), weights=torch.ones(len(ids)))
+
+    with pytest.raises(ConfigError, match="the batch holds weights .8,., and this kind of noise"):
+        train(tmp_path, **SYMNOISE, data_collator=collator)
 
 
 def test_evaluation_and_generation_are_clean_in_a_noisy_run(tmp_path):
@@ -193,6 +335,26 @@ def test_fields_declare_their_meaning_and_only_noise_that_is_there_counts(tmp_pa
     assert identity_of(made()) == identity_of(made(embedding_noise="neftune", noise_alpha=0))
     assert len({identity_of(made(**NOISE | dict(noise_alpha=alpha)))["noise"] for alpha in (0, 1, 2)}) == 3
     assert told_in_card(made(**NOISE)) == NOISE and told_in_card(made()) == {}
+
+
+def test_strengths_that_differ_a_little_are_two(tmp_path):
+    told = {NoisySFTConfig(str(tmp_path), **NOISE | dict(noise_alpha=alpha)).noise for alpha in (5, 5.0, 5.0000004)}
+    assert told == {"neftune 5", "neftune 5.0000004"}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        dict(input_ids=torch.zeros(1, 9, dtype=torch.long), real_rows=0),
+        dict(input_ids=torch.zeros(1, 9, dtype=torch.long), row_lengths=torch.tensor([4, 3, 2]), real_rows=0),
+        dict(input_ids=torch.zeros(2, 9), attention_mask=torch.tensor([[1] * 9, [0] * 9]), real_rows=0),
+    ],
+    ids=["packed", "padding-free", "padded"],
+)
+def test_tokens_of_rows_that_fill_up_are_counted_in_every_layout(tmp_path, batch):
+    trainer = NoisySFTTrainer.__new__(NoisySFTTrainer)
+    assert trainer._repeated_tokens(batch) == 9
+    assert trainer._repeated_tokens(batch | dict(real_rows=trainer.rows_in(batch))) == 0
 
 
 def test_the_noise_of_a_file_gives_way_to_no_setting_but_its_own(tmp_path):
