@@ -11,8 +11,8 @@ class Meaning(NamedTuple):
     Attributes:
         identity: whether a run that goes on must share it; a callable decides that by the config; a name is of the
             attribute that counts in its place.
-        card: whether the model card tells it, where it or a preset's default is not the declared default; a callable says by the config whether
-            it tells it in any case.
+        card: whether the model card tells it, where it, or a preset's default, is not at its default; a callable says
+            by the config whether it tells it in any case.
         infinite: whether it may be infinity.
         default: of the class that declares it.
     """
