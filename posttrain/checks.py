@@ -34,13 +34,15 @@ def parse_query(query: str, owner: str, noun: str = "options") -> dict[str, str]
     """Parse `key=value&key=value`, as it follows the `?` of a name, into texts; a + stays one.
 
     Raises:
-        ConfigError: a part without `=`; the message begins with `owner`.
+        ConfigError: a part without `=`, or a key twice; the message begins with `owner`.
     """
     parsed = {}
     for part in filter(None, query.split("&")):
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"{owner}: write {noun} as key=value, joined by &.")
+        if key in parsed:
+            raise ConfigError(f"{owner}: {key} is given twice; keep one.")
         parsed[key] = unquote(value)
     return parsed
 

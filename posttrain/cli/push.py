@@ -77,8 +77,11 @@ def _check_folder(folder: Path) -> None:
         raise ConfigError(f"RUN is {folder}, which is no folder; give the folder of a saved run.")
     if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         return
-    from posttrain.run.checkpoints import complete
+    newest = None
+    # torch and TRL take seconds to load
+    if any(folder.glob("checkpoint-*")):
+        from posttrain.run.checkpoints import complete
 
-    newest = next(reversed(complete(folder)), None)
+        newest = next(reversed(complete(folder)), None)
     instead = f"push its newest complete checkpoint, {newest}." if newest else "give the folder of a saved run."
     raise ConfigError(f"RUN is {folder}, which holds no adapter and no model; {instead}")

@@ -169,6 +169,10 @@ class PosttrainParser(TrlParser):
             other = getattr(kind, "renamed", {}).get(name)
             if other is not None:
                 return f"`{name}` is called `{other}`; write `{other}: {shown(value)}`."
+            # the flag that sets a boolean to false
+            other = getattr(kind, "renamed", {}).get(name.removeprefix("no_"))
+            if other is not None:
+                return f"`{name.removeprefix('no_')}` is called `{other}`; write `{other}: false`."
         if name in REMOVED:
             return f"`{name}` is not a setting any more: {REMOVED[name].format(value=shown(value))}."
         close = near(name, self._sections)

@@ -1,5 +1,6 @@
 """Checking the list `datasets:` of a config: TRL's `DatasetMixtureConfig`, whose entries may have a weight each."""
 
+import contextlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,10 @@ def _entry(entry, where: str) -> DatasetConfig:
     if not entry.get("path"):
         raise ConfigError(f"{where} has no path; name a local file, a folder, a hub id or a generated data set.")
     made = DatasetConfig(**entry)
+    if isinstance(made.fraction, str):
+        # YAML reads 1e-9 as a text
+        with contextlib.suppress(ValueError):
+            made.fraction = float(made.fraction)
     for name in ("path", "name", "data_dir", "split"):
         value = getattr(made, name)
         if not isinstance(value, str) and not (value is None and name in ("name", "data_dir")):

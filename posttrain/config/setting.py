@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Meaning(NamedTuple):
-    """What a field declares.
+    """What a field of a config declares of itself beside type and default: its part in resuming, card and checks.
 
     Attributes:
         identity: whether a run that goes on must share it; a callable decides that by the config; a name is of the
             attribute that counts in its place.
-        card: whether the model card tells it, where it is not at its default; a callable says by the config whether
-            it tells it in any case.
+        card: whether the model card tells it, where it, or a preset's default, is not at its default; a callable says
+            by the config whether it tells it in any case.
         infinite: whether it may be infinity.
         default: of the class that declares it.
     """
@@ -81,7 +81,9 @@ def told_in_card(args) -> dict[str, object]:
     found = {}
     for name, meaning in meanings(type(args)).items():
         value = getattr(args, name)
-        always = callable(meaning.card) and meaning.card(args)
+        # a preset's default differs, so that the parent's is a choice as well
+        preset = type(args).__dataclass_fields__[name].default != meaning.default
+        always = preset or (callable(meaning.card) and meaning.card(args))
         if meaning.card and (always or value != meaning.default):
             found[name] = value
     return found

@@ -76,9 +76,12 @@ def _known(kind: str | None) -> str:
 
 
 def _check_options(source: str, options: dict, function: Callable) -> None:
-    known = ["n", "seed", *(name for name in signature(function).parameters if name not in ("n", "seed", "exclude"))]
-    for option in options:
+    parameters = signature(function).parameters
+    known = ["n", "seed", *(name for name in parameters if name not in ("n", "seed", "exclude"))]
+    for option, value in options.items():
         check_option(repr(source), option, known)
+        if isinstance(parameters[option].default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{source!r}: {option}={value!r} must be true or false.")
 
 
 def _value(key: str, text: str):

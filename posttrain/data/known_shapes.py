@@ -23,7 +23,7 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """One published shape.
+    """Columns that tell a published data set, and the conversion of its rows.
 
     Attributes:
         name: a data set that has it. kind: what its rows become. columns: those it must have; without: must not.

@@ -163,9 +163,9 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
 
     args = trainer.args
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
+    method = told_in_card(args) | args.inherited_in_card()
+    method |= {name: getattr(args, name) for name in _presets(type(args))}
     rows = [
-        *told_in_card(args).items(),
-        *((name, getattr(args, name)) for name in ("beta", "max_length", *_presets(type(args))) if hasattr(args, name)),
         ("learning_rate", args.learning_rate),
         ("lr_scheduler_type", getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         ("warmup_steps", args.warmup_steps),
@@ -180,6 +180,8 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
         ("precision", "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"),
         ("seed", args.seed),
     ]
+    common = {name for name, _ in rows}
+    rows = [*((name, value) for name, value in method.items() if name not in common), *rows]
     if adapter is not None and adapter.peft_type == "LORA":
         targets = adapter.target_modules
         rows += [
@@ -209,4 +211,6 @@ def _citations(papers) -> list[str]:
 
 
 def _short(value) -> str:
+    if value is None:
+        return "null"
     return f"{value:.4g}" if isinstance(value, float) else str(without_secrets(value))

@@ -1,1 +1,1 @@
-"""What a training loop or a model is given, whatever the method."""
+"""Parts of training that know no trainer: noise, sampling, prefix sharing, value heads, dropout, precision."""

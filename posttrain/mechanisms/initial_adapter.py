@@ -41,7 +41,7 @@ def begins_as_base(config) -> bool:
 
 
 def settle(config) -> None:
-    """Note in a config that its initialisation is done, so that no copy and no loading does it again."""
+    """Set an adapter config to PEFT's default initialisation, so that loading it leaves the base weights alone."""
     config.init_lora_weights = True
     for name in ("corda_config", "lora_ga_config", "eva_config"):
         if getattr(config, name, None) is not None:

@@ -70,7 +70,7 @@ def compare(model, vocab_size: int, device, temperature: float = 1.0) -> Compari
 
 
 class Head:
-    """Answers `fused_lm_head=True` of a model, by TRL's fused head or the model's own.
+    """Computes per-token log-probabilities by TRL's fused head, or by the model's own where the two differ.
 
     Wraps `model.forward`; any other call is as before. The model is the causal language model itself, to which
     `trl.trainer.utils.add_fused_lm_head` was applied.
@@ -129,7 +129,7 @@ class Head:
 
 @contextlib.contextmanager
 def _stirred(parameters: list[Tensor]):
-    """Move parameters at random inside: only then does a part of a head that starts as zero or one show.
+    """Perturb parameters at random while the context lasts, so that two heads which differ give different logits.
 
     Yields whether any could be moved; quantised ones and those that are spread over ranks cannot.
     """

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder: whose it is, what of it a run wrote, what of its training state is missing.
+"""Files of a checkpoint folder: which run wrote them, whether they are whole, which training state is missing.
 
 A folder is ours by one of two small files: the marker of a complete checkpoint, or the note that a save begins with and
 that its marker takes the place of. A folder with neither belongs to someone else, and so does every file in ours that

@@ -17,7 +17,7 @@ from posttrain.run import checkpoint_files as files
 from posttrain.run import training_state
 from posttrain.run.checkpoint_files import MARKER
 from posttrain.run.identity import differing, update_settings
-from posttrain.run.markers import content_of
+from posttrain.run.markers import content_of, damaged
 from posttrain.run.schedule import Schedule
 from posttrain.run.training_state import trainer_state
 
@@ -209,6 +209,8 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
         logs = trainer_state(folder).get("log_history") or []
         return {"state": {"num_tokens": next((row["num_tokens"] for row in reversed(logs) if "num_tokens" in row), 0)}}
     content = content_of(folder / MARKER)
+    if "num_tokens" not in content.get("state", {}):
+        raise damaged(folder / MARKER)
     refuse_damaged(folder, weights_only)
     told = "" if now is None else differing(now, settings_of(content))
     if told:

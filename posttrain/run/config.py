@@ -3,22 +3,21 @@
 import copy
 import math
 import os
-import typing
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
 from posttrain.checks import check_choice
-from posttrain.config.field_types import FieldType
+from posttrain.config.given_values import check_given
 from posttrain.config.setting import may_be_infinite, setting
 from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
-from posttrain.run import checkpoints, preemption
+from posttrain.run import checkpoints, identity, preemption
 from posttrain.run.checks import check_optimiser, check_reporters, upstream_refusals
 
 
@@ -109,6 +108,8 @@ class CommonConfig:
     replaces: ClassVar[dict[str, tuple[str, ...]]] = {}
     # names that settings had before: theirs to ours
     renamed: ClassVar[dict[str, str]] = {}
+    # upstream's settings that a card tells at their default as well
+    always_in_card: ClassVar[tuple[str, ...]] = ()
     # what a trainer says of the settings that it read from TRL's config
     says: ClassVar[tuple[str, ...]] = ()
 
@@ -131,7 +132,7 @@ class CommonConfig:
         """Check settings that TRL's config fills in. Raises ConfigError."""
 
     def __post_init__(self):
-        self._refuse_none()
+        check_given(self)
         with upstream_refusals("these settings are refused"):
             self._read()
         if self.neftune_noise_alpha is not None:
@@ -156,9 +157,10 @@ class CommonConfig:
         chosen = []
         if not torch.accelerator.is_available():
             if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+                by = f"fsdp is {self.fsdp!r}" if self.fsdp else "ACCELERATE_USE_FSDP is true"
                 raise ConfigError(
-                    "FSDP was asked for on a machine without an accelerator, where it would train as plain DDP. Use "
-                    "configs/accelerate/cpu_zero3.yaml to shard on CPUs."
+                    f"{by}: FSDP was asked for on a machine without an accelerator, where it would train as plain "
+                    "DDP. Use configs/accelerate/cpu_zero3.yaml to shard on CPUs."
                 )
             if self.fp16:
                 raise ConfigError(
@@ -196,6 +198,20 @@ class CommonConfig:
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
+    def inherited_in_card(self) -> dict[str, object]:
+        """Return the settings of TRL's config that a card tells: those of the update that are not at their default."""
+        trl = next(kind for kind in type(self).__mro__ if kind.__module__.split(".")[0] == "trl")
+        defaults = {
+            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+            for entry in fields(trl)
+        }
+        settings = {name: getattr(self, name) for name in identity.update_of_trl(type(self))}
+        return {
+            name: value
+            for name, value in settings.items()
+            if name in self.always_in_card or value != defaults.get(name, value)
+        }
+
     def __getstate__(self):
         # training_args.bin is a pickle, and goes wherever the run folder goes
         held = without_secrets(self.__dict__)
@@ -231,28 +247,6 @@ class CommonConfig:
             raise ExcludedSetting(message, {name: because})
         setattr(self, name, neutral)
 
-    def _refuse_none(self) -> None:
-        """Refuse None in the place of a number, before the checks that compute with it."""
-        for entry in fields(self):
-            if getattr(self, entry.name) is None and isinstance(entry.default, int | float):
-                kind = FieldType(entry.name, typing.get_type_hints(type(self))[entry.name])
-                if not kind.optional:
-                    raise ConfigError(f"{entry.name} is None; {kind.wanted()}.")
-
-    def _refuse_no_numbers(self) -> None:
-        """Refuse texts and lists in the place of a number that no check of its own refused."""
-        hints, infinite = typing.get_type_hints(type(self)), may_be_infinite(type(self))
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(entry.default, bool) or not isinstance(entry.default, int | float) or value is None:
-                continue
-            if entry.name in infinite:
-                # some take inf as text
-                continue
-            kind = FieldType(entry.name, hints[entry.name])
-            if not isinstance(value, int | float) and set(kind.kinds) <= {int, float} and not kind.mapping:
-                raise ConfigError(f"{entry.name} is {value!r}; {kind.wanted()}.")
-
     def _check_ranges(self) -> None:
         """Refuse values that upstream would only trip over once the model is loaded."""
         if self.output_dir == "":
@@ -280,7 +274,6 @@ class CommonConfig:
             if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value < math.inf:
                 what = "a number" if isinstance(lowest, float) else "a whole number"
                 raise ConfigError(f"{name} is {value!r}; it must be {what} of {lowest:g} or more.")
-        self._refuse_no_numbers()
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")

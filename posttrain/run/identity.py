@@ -117,13 +117,18 @@ def update_settings(trainer) -> dict:
 
 def update_of(args) -> dict:
     """Return the upstream settings of a config on which an update depends, by name."""
-    declared = (fields(kind) for kind in type(args).__mro__ if kind.__module__.split(".")[0] == "trl")
-    base = {entry.name for entry in fields(TrainingArguments)}
-    own = {entry.name for entry in itertools.chain(*declared)} - base - _ASIDE - meanings(type(args)).keys()
-    names = [*_UPDATE, *sorted(name for name in own if not _is_aside(name))]
+    names = [*_UPDATE, *update_of_trl(type(args))]
     found = {name: plain(getattr(args, name)) for name in names if hasattr(args, name)}
     order = args.accelerator_config
     return found | {name: plain(getattr(order, name)) for name in _ORDER if hasattr(order, name)}
+
+
+def update_of_trl(config_class: type) -> list[str]:
+    """Return the names of the settings that TRL's config declares and on which an update depends."""
+    declared = (fields(kind) for kind in config_class.__mro__ if kind.__module__.split(".")[0] == "trl")
+    base = {entry.name for entry in fields(TrainingArguments)}
+    own = {entry.name for entry in itertools.chain(*declared)} - base - _ASIDE - meanings(config_class).keys()
+    return sorted(name for name in own if not _is_aside(name))
 
 
 def _is_aside(name: str) -> bool:

@@ -50,8 +50,13 @@ def content_of(path: Path) -> dict:
     except DataError:
         content = {}
     if not _has_form(content, files_are_listed=path.name == NOTE):
-        raise ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
+        raise damaged(path)
     return content
+
+
+def damaged(path: Path) -> ConfigError:
+    """Return the error of a marker or note that is not as it was written."""
+    return ConfigError(f"{path} is damaged, so nothing says what run wrote {path.parent}. Delete that folder.")
 
 
 def _has_form(content: dict, files_are_listed: bool) -> bool:

@@ -4,10 +4,11 @@ import dataclasses
 import math
 
 import pytest
+from transformers.trainer_utils import SchedulerType
 
-from posttrain import ALoLConfig, HPTConfig, PolicyGradientConfig, QAEConfig, RobustDPOConfig
+from posttrain import ALoLConfig, HPTConfig, NoisySFTConfig, PolicyGradientConfig, QAEConfig, RobustDPOConfig
 from posttrain.config import parse
-from posttrain.config.setting import identity_of, meanings, told_in_card, undeclared
+from posttrain.config.setting import identity_of, meanings, setting, told_in_card, undeclared
 from posttrain.errors import ConfigError
 from posttrain.run.identity import update_of
 from tests.families import METHODS
@@ -18,7 +19,7 @@ SMALL = dict(num_generations=4, per_device_train_batch_size=4)
 
 def make(kind, folder, **settings):
     small = SMALL if issubclass(kind, PolicyGradientConfig) else {}
-    return kind(output_dir=str(folder), report_to=[], **{**small, **settings})
+    return kind(**{"output_dir": str(folder), "report_to": [], **small, **settings})
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -116,6 +117,30 @@ def test_a_card_tells_inherited_settings_of_a_preset(tmp_path):
     assert told_in_card(make(ALoLConfig, tmp_path, variant="nll")) == {"variant": "nll"}
 
 
+def test_a_card_tells_that_a_preset_was_put_back_to_its_parents_default(tmp_path):
+    assert told_in_card(make(QAEConfig, tmp_path, quantile=None)) == {"advantage": "quantile", "quantile": None}
+    assert told_in_card(make(HPTConfig, tmp_path, gamma=None)) == {"gamma": None}
+
+
+INHERITED = [
+    (PolicyGradientConfig, dict(beta=0.0), {}),
+    (PolicyGradientConfig, dict(
+        loss_type="dr_grpo", epsilon=0.3, temperature=0.7, num_iterations=2, scale_rewards="none",
+        mask_truncated_completions=True,
+    ), dict(beta=0.0)),
+    (NoisySFTConfig, dict(loss_type="dft", packing=True, max_length=64, completion_only_loss=False), {}),
+    (RobustDPOConfig, dict(ld_alpha=0.5, max_length=64), dict(beta=0.1)),
+    (ALoLConfig, dict(max_length=1024), {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "given", "always"), INHERITED)
+def test_a_card_tells_inherited_settings_that_change_the_update(kind, given, always, tmp_path):
+    told = make(kind, tmp_path, **given).inherited_in_card()
+    small = {name: value for name, value in SMALL.items() if name == "num_generations" and "num_generations" in told}
+    assert told == {**small, **always, **given}
+
+
 @pytest.mark.parametrize("kind", [PolicyGradientConfig, QAEConfig, HPTConfig])
 @pytest.mark.parametrize(
     ("old", "new", "value"),
@@ -127,3 +152,62 @@ def test_a_setting_by_its_former_name_is_answered_with_its_name(kind, old, new, 
     assert getattr(make(kind, tmp_path, **{new: value}), new) == value
     with pytest.raises(ConfigError, match=f"`{old}` is called `{new}`; write `{new}: "):
         parse((kind,), ["--output_dir", str(tmp_path), f"--{old}", str(value).lower()])
+
+
+def test_a_flag_that_sets_a_setting_of_a_former_name_to_false_is_answered_with_its_name(tmp_path):
+    with pytest.raises(ConfigError, match="is called `drop_zero_advantage_rows`; write `drop_zero_advantage_rows: fal"):
+        parse((QAEConfig,), ["--output_dir", str(tmp_path), "--no_drop_dead_rows"])
+
+
+# one row a kind of field: texts, lists, booleans, whole numbers, numbers, mappings, objects
+WRONG_TYPES = [
+    (RobustDPOConfig, "output_dir", [1]), (RobustDPOConfig, "optim_args", 3), (RobustDPOConfig, "report_to", {}),
+    (RobustDPOConfig, "metric_for_best_model", [1]), (RobustDPOConfig, "resume_from_checkpoint", 0.5),
+    (PolicyGradientConfig, "loss_type", ["dapo"]), (NoisySFTConfig, "packing", "x"), (NoisySFTConfig, "packing", None),
+    (NoisySFTConfig, "save_total_limit", "x"), (NoisySFTConfig, "save_total_limit", 2.0),
+    (PolicyGradientConfig, "epsilon_high", [1]), (PolicyGradientConfig, "delta", "x"), (HPTConfig, "min_p", True),
+    (ALoLConfig, "overwrite", [1]), (ALoLConfig, "dry_run", "x"), (ALoLConfig, "check_gradients", {}),
+    (PolicyGradientConfig, "generation_kwargs", "x"), (RobustDPOConfig, "accelerator_config", "x"),
+    (RobustDPOConfig, "deepspeed", "1"), (RobustDPOConfig, "parallelism_config", "x"), (RobustDPOConfig, "fsdp", "x"),
+    (RobustDPOConfig, "pad_to_multiple_of", "x"), (NoisySFTConfig, "label_names", "labels"),
+    (RobustDPOConfig, "beta_prime", True), (RobustDPOConfig, "beta_prime", "1"), (ALoLConfig, "clip", "0.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), WRONG_TYPES)
+def test_a_value_of_another_type_is_refused_by_its_fields_name(kind, name, value, tmp_path):
+    with pytest.raises(ConfigError, match=rf"^{name} is .*; it (takes|must be) "):
+        make(kind, tmp_path, **{name: value})
+
+
+def test_what_upstream_takes_beside_its_annotations_is_taken(tmp_path):
+    accelerator = tmp_path / "accelerator.json"
+    accelerator.write_text('{"even_batches": false}')
+    args = make(
+        PolicyGradientConfig, tmp_path / "run", generation_kwargs='{"top_k": 3}', accelerator_config=str(accelerator),
+        lr_scheduler_type=SchedulerType.CONSTANT, optim="adamw_torch", scale_rewards=False, learning_rate=1,
+        pad_to_multiple_of="8", resume_from_checkpoint=False, reward_weights=(1, 2.0),
+    )  # fmt: skip
+    assert args.generation_kwargs == {"top_k": 3} and args.accelerator_config.even_batches is False
+    # a copy gives the values as upstream resolved them
+    again = dataclasses.replace(args, steps_per_generation=None, temperature=0.5)
+    assert again.accelerator_config.even_batches is False and again.temperature == 0.5
+    assert make(RobustDPOConfig, tmp_path, loss_type="hinge").pair_loss == "hinge"
+    assert math.isinf(make(RobustDPOConfig, tmp_path, reduction="dr_dpo", beta_prime="inf").beta_prime)
+
+
+def test_a_setting_of_ones_own_that_may_be_infinite_takes_numbers(tmp_path):
+    @dataclasses.dataclass(repr=False)
+    class Capped(NoisySFTConfig):
+        cap: float = setting(1.0, "Cap.", identity=True, card=True, infinite=True)
+
+    assert make(Capped, tmp_path, cap="inf").cap == math.inf
+    for value in ("x", "nan", True, None):
+        with pytest.raises(ConfigError, match="cap is .*; it takes a number"):
+            make(Capped, tmp_path, cap=value)
+
+
+def test_a_secret_of_the_wrong_type_is_not_shown(tmp_path):
+    with pytest.raises(ConfigError, match="hub_token is a list; it takes a text") as refused:
+        make(NoisySFTConfig, tmp_path, hub_token=["a-secret"])
+    assert "a-secret" not in str(refused.value)

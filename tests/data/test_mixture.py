@@ -100,6 +100,7 @@ REFUSED = {
     "datasets: [{path: a, fraction: -1}]": "datasets[0]: fraction is -1; it must be a number of 0 or more",
     "datasets: [{path: a, fraction: .nan}]": "fraction is nan; it must be",
     "datasets: [{path: a, fraction: true}]": "fraction is True; it must be",
+    "datasets: [{path: a, fraction: half}]": "fraction is 'half'; it must be a number of 0 or more",
     "datasets: [{path: a, fraction: 0}]": "every fraction is 0, which leaves no row",
     "datasets: [{path: a, fraction: 1}, {path: b}]": "datasets[1] has no fraction, and others have one",
     "datasets: [{path: a, columns: prompt}]": "columns is 'prompt'; it must be a list of column names",
@@ -120,6 +121,13 @@ def test_a_mixture_that_cannot_be_is_refused_with_its_entry_and_place(tmp_path, 
     with pytest.raises(ConfigError) as caught:
         parse((DataArguments,), ["--config", str(path)])
     assert REFUSED[text] in str(caught.value) and f"{path}:" in str(caught.value)
+
+
+def test_a_fraction_that_yaml_reads_as_a_text_is_a_number(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("datasets: [{path: a, fraction: 1e-9}, {path: b, fraction: 1}]")
+    (data,) = parse((DataArguments,), ["--config", str(path)])
+    assert [entry.fraction for entry in data.datasets] == [1e-9, 1]
 
 
 def test_the_card_is_told_which_data_sets_of_the_hub_and_which_shares(files):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,13 @@ def test_folders_that_hold_no_run_are_told_apart(capsys, tmp_path):
     (checkpoint / "posttrain_complete.json").write_text("{}")
     assert posttrain.cli.main(["push", str(tmp_path), "me/run"]) == 2
     assert f"push its newest complete checkpoint, {checkpoint}." in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_refused_before_heavy_imports(capsys, tmp_path, monkeypatch):
+    # an import of it fails
+    monkeypatch.setitem(sys.modules, "posttrain.run.checkpoints", None)
+    assert posttrain.cli.main(["push", str(tmp_path), "me/run"]) == 2
+    assert "holds no adapter and no model; give the folder of a saved run." in capsys.readouterr().err
 
 
 def test_pickled_weights_are_not_pushed(capsys, tmp_path):

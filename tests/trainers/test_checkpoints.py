@@ -602,3 +602,22 @@ def test_every_folder_of_a_new_checkpoint_is_synced_before_it_has_its_name(tmp_p
     checkpoint_files.put_in_place(partial, folder, {"identity": {}, "files": checkpoint_files.sizes(partial)})
     assert (partial / "global_step3", False) in synced and (partial, False) in synced
     assert synced[-1] == (tmp_path, True) and checkpoint_files.is_complete(folder) and not partial.exists()
+
+
+DAMAGED = [
+    {}, {"state": {}}, {"state": "x"}, {"state": {"num_tokens": "x"}}, {"state": {"num_tokens": 1, "method": "x"}},
+    {"state": {"num_tokens": 1, "schedule": {"total": "x", "knots": []}}},
+    {"state": {"num_tokens": 1, "schedule": {"total": 1, "knots": [[1]]}}}, {"files": ["x"]}, {"digests": {"x": 1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", DAMAGED, ids=str)
+def test_a_marker_that_was_edited_by_hand_is_damaged(tmp_path, part):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    good = {"identity": {}, "state": {"num_tokens": 1, "schedule": {"total": 4, "knots": [[2, 1.5]]}}}
+    (folder / MARKER).write_text(json.dumps(good))
+    assert checkpoints.read(folder, None) == good
+    (folder / MARKER).write_text(json.dumps({"identity": {}} | part))
+    with pytest.raises(ConfigError, match=f"{MARKER} is damaged"):
+        checkpoints.read(folder, None)

@@ -123,6 +123,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
         card=False,
     )
 
+    always_in_card: ClassVar = ("max_length",)
     says: ClassVar = ("variant", "value")
 
     def _read(self):

@@ -151,6 +151,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         card=True,
     )
 
+    always_in_card: ClassVar = ("beta",)
     says: ClassVar = ("advantage", "quantile", "gamma")
     renamed: ClassVar = {
         "drop_dead_rows": "drop_zero_advantage_rows", "max_dead_steps": "max_steps_without_gradient",
@@ -209,6 +210,13 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             setattr(self, name, value)
         if self.advantage == "quantile" and self.quantile is None:
             self.quantile = 0.4
+
+    def inherited_in_card(self) -> dict[str, object]:
+        told = super().inherited_in_card()
+        if self.steps_per_generation == self.gradient_accumulation_steps:
+            # as TRL fills it in
+            told.pop("steps_per_generation", None)
+        return told
 
     @property
     def token_weight_parts(self) -> dict | None:

@@ -92,6 +92,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
     )
 
     replaces: ClassVar = {"loss_type": ("pair_loss",), "pair_loss": ("loss_type",)}
+    always_in_card: ClassVar = ("beta", "max_length")
     says: ClassVar = ("pair_loss", "flip_rate")
 
     @property

@@ -54,7 +54,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         identity="hidden",
         card=lambda args: args.hidden_noise != "none",
     )
-    noise_layers: str | list[str] = setting(
+    noise_layers: str | list[str] | list[int] = setting(
         "snr_high",
         "Decoder layers that hidden noise is added behind: snr_high or snr_low, the noise_layer_count layers of the "
         "greatest or least ratio of signal to noise on noise_calibration_rows rows, found when training begins; auto, "
@@ -106,6 +106,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         card=lambda args: args.hidden_noise != "none",
     )
 
+    always_in_card: ClassVar = ("max_length",)
     says: ClassVar = ("embedding_noise", "hidden_noise")
 
     @property

@@ -58,6 +58,7 @@ def test_generated_pairs_come_by_n_and_seed_with_a_disjoint_second_split():
         ("gym:chain_sum", "'gym:chain_sum' makes tasks; generated pairs are"),
         ("generated:reverse_list?n=many", "n='many' is no integer"),
         ("generated:reverse_list?n=0", "n=0 must be at least 1"),
+        ("generated:reverse_list?n=4&n=5", "n is given twice; keep one"),
         ("generated:reverse_list?rows=5", "no option 'rows' \\(it has n, seed, words\\)"),
     ],
 )

@@ -162,6 +162,7 @@ def test_generated_tasks_are_named_with_their_options():
             r"no option 'operand' \(it has n, seed, operands.*did you mean 'operands'",
         ),
         ("generated:arithmetic?n=many", "n='many' is no integer"),
+        ("generated:arithmetic?conversational=maybe", "conversational='maybe' must be true or false"),
         ("generated:arithmetic?n", "write options as key=value"),
         ("generated:modular_sum?modulus=1", "'generated:modular_sum.modulus=1': modulus=1 must be an integer"),
         ("gym:chain_sun", "reasoning-gym has no data set 'chain_sun'. Did you mean 'chain_sum'"),
