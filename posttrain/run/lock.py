@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.visible import one_line
@@ -70,7 +72,7 @@ def held(folder: str | Path, accelerator=None):
     finally:
         if taken is not None:
             _release(taken)
-    if accelerator is not None and accelerator.num_processes > 1:
+    if accelerator is not None and accelerator.num_processes > 1 and torch.distributed.is_initialized():
         # a rank that builds its next trainer at once must not find the lock of the one before
         accelerator.wait_for_everyone()
 
