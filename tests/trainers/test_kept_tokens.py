@@ -165,7 +165,7 @@ def test_the_setting_has_the_last_word(tmp_path, kept, text):
 def test_a_kept_token_that_is_none_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="kept_tokens names '<thnik>', which is no token.*</think>, <answer>"):
         run(tmp_path, "format", kept_tokens=["<thnik>"])
-    with pytest.raises(ConfigError, match="kept_tokens is '<think>'; it must be a list of tokens"):
+    with pytest.raises(ConfigError, match="kept_tokens is '<think>'; it takes a list of texts or null"):
         run(tmp_path, "format", kept_tokens="<think>")
 
 
