@@ -143,7 +143,9 @@ def test_a_reward_that_raises_after_it_worked_is_given_three_calls(tiny_folder, 
 
 @pytest.mark.parametrize("weights", [[NAN, 1.0], [1.0, INF], [1.0, "a"], 1.0, [True, 1.0]])
 def test_reward_weights_that_are_no_numbers_are_refused_in_the_settings(tmp_path, weights):
-    with pytest.raises(ConfigError, match="reward_weights is .*; it (must be a list of finite|takes a list of) numbers"):
+    with pytest.raises(
+        ConfigError, match="reward_weights is .*; it (must be a list of finite|takes a list of) numbers"
+    ):
         PolicyGradientConfig(**settings(tmp_path, reward_weights=weights))
 
 

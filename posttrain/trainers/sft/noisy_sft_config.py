@@ -231,10 +231,12 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         alpha = self.noise_alpha
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
             raise ConfigError(f"noise_alpha is {alpha!r}; it must be a number of 0 or more.")
-        if self.embedding_noise == "none" and alpha > 0:
+        default = type(self).__dataclass_fields__["noise_alpha"].default
+        # a copy, by dataclasses.replace for one, gives every field
+        if self.embedding_noise == "none" and alpha > 0 and alpha != default:
             self._has_no_effect(
                 "noise_alpha",
-                type(self).__dataclass_fields__["noise_alpha"].default,
+                default,
                 ("embedding_noise",),
                 f"noise_alpha is {alpha:g}, which has no effect on embedding_noise: none. Set `embedding_noise: "
                 "neftune`, or leave noise_alpha out.",

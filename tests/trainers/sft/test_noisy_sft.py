@@ -1,5 +1,6 @@
 """Noise in supervised fine-tuning: none is `trl.SFTTrainer`, and the split of a batch changes no update."""
 
+import dataclasses
 import functools
 import json
 
@@ -335,6 +336,11 @@ def test_fields_declare_their_meaning_and_only_noise_that_is_there_counts(tmp_pa
     assert identity_of(made()) == identity_of(made(embedding_noise="neftune", noise_alpha=0))
     assert len({identity_of(made(**NOISE | dict(noise_alpha=alpha)))["noise"] for alpha in (0, 1, 2)}) == 3
     assert told_in_card(made(**NOISE)) == NOISE and told_in_card(made()) == {}
+
+
+def test_a_config_may_be_copied_with_another_value(tmp_path):
+    args = dataclasses.replace(NoisySFTConfig(str(tmp_path)), embedding_noise="neftune")
+    assert args.noise == "neftune 5" and dataclasses.replace(args, embedding_noise="none").noise is None
 
 
 def test_strengths_that_differ_a_little_are_two(tmp_path):
