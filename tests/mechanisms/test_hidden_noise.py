@@ -95,7 +95,10 @@ def flat():
     lengths = (5, 9, 3, 7)
     ids = torch.randint(1, 250, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return dict(input_ids=ids, position_ids=positions, labels=ids.masked_fill(positions == 0, -100))
+    numbers = (positions == 0).cumsum(dim=1).int() - 1
+    return dict(
+        input_ids=ids, position_ids=positions, seq_idx=numbers, labels=ids.masked_fill(positions == 0, -100)
+    )  # fmt: skip
 
 
 def one_forward(model, passes, batch, step=7):
@@ -146,6 +149,17 @@ def test_layers_below_the_noise_see_each_row_once():
         layer.register_forward_pre_hook(functools.partial(see, number))
     one_forward(model, passes, padded())
     assert seen == {0: 3, 1: 3, 2: 9, 3: 9}
+
+
+def test_rows_with_something_unknown_are_repeated_from_the_start():
+    model, passes = patched()
+    expected, theirs = in_turn(model, passes, padded())
+    layer = hidden.decoder_layers(model)[2]
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"unheard_of": torch.ones(3)}), with_kwargs=True, prepend=True
+    )
+    loss, ours = one_forward(model, passes, padded())
+    assert passes.from_start and loss == pytest.approx(expected, rel=1e-5) and distance(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

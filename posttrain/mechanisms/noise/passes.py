@@ -21,7 +21,7 @@ from posttrain.mechanisms.noise.head import Projection, Scored, score
 from posttrain.objectives.consistency import Mode, loss, terms_of
 
 # What a decoder layer is given beside states: of a row each or one for all; bounds of sequences; nothing of rows
-_OF_ROWS = ("attention_mask", "position_ids", "position_embeddings", "cos", "sin", "token_type_ids")
+_OF_ROWS = ("attention_mask", "position_ids", "position_embeddings", "cos", "sin", "token_type_ids", "seq_idx")
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 # gradients of rounding, as a share of the loss
 _TOLERANCE = 1e-4
@@ -161,12 +161,19 @@ class NoisyPasses:
             handles += [
                 layer.register_forward_pre_hook(repeat, with_kwargs=True) for layer in layers[self.layers[0] + 1 :]
             ]
+        resists = False
         try:
             given = dict(kwargs, input_ids=input_ids)
             outputs = model.base_model(**(repeated(given, self.copies) if self.from_start else given))
+        except _Resists:
+            resists = True
         finally:
             for handle in handles:
                 handle.remove()
+        if resists:
+            # a batch that has what the made-up one had not
+            self.from_start = True
+            return self._states(model, input_ids, found, kwargs)
         with torch.no_grad():
             found_squares = torch.stack(squares)
             self.squares = found_squares if self.squares is None else self.squares + found_squares

@@ -152,8 +152,11 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         check_choice("hidden_noise_base", self.hidden_noise_base, ("mad", "legacy"))
         check_choice("consistency_mode", self.consistency_mode, MODES)
         layers = self.noise_layers
+        if isinstance(layers, list) and len(layers) == 1 and isinstance(layers[0], str):
+            # as a command line gives one word
+            layers = self.noise_layers = layers[0]
         if isinstance(layers, str) and layers not in ("snr_high", "snr_low", "auto"):
-            layers = layers.replace(",", " ").split()
+            layers = layers.strip("[]").replace(",", " ").split()
         if not isinstance(layers, str):
             try:
                 layers = self.noise_layers = sorted({int(str(layer)) for layer in layers})

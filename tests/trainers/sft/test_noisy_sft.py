@@ -187,6 +187,15 @@ def test_the_update_is_even_in_the_noise_and_that_of_one_sign_is_not(symmetric, 
 NOISEFIT = dict(hidden_noise="noisefit", hidden_noise_scale=0.3, consistency_weight=5.0, noise_layer_count=1)
 
 
+def test_layers_below_others_take_packed_rows_and_words_of_a_command_line(tmp_path):
+    low = dict(NOISEFIT, noise_layers=[0], max_steps=1)
+    whole, _ = train(tmp_path / "whole", **low, per_device_train_batch_size=16)
+    packed, trainer = train(tmp_path / "packed", **low, packing=True, max_length=4096, per_device_train_batch_size=1)
+    assert distance(packed, whole) < 1e-4 and not trainer._hidden.passes.from_start
+    for words, layers in ((["snr_low"], "snr_low"), (["auto"], "auto"), (["0", "1"], [0, 1]), ("[1]", [1])):
+        assert NoisySFTConfig(str(tmp_path), **NOISEFIT | dict(noise_layers=words)).noise_layers == layers
+
+
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     settings = dict(NOISEFIT, per_device_train_batch_size=16, max_steps=2, save_strategy="steps", save_steps=1)
