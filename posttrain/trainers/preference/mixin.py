@@ -241,7 +241,8 @@ class PreferenceMixin(WindowMixin):
 
     def _reference_logps(self, model, inputs) -> tuple[Tensor, Tensor]:
         # columns of that name in rows are somebody else's unless they were computed here
-        if self.args.precompute_ref_log_probs and "ref_chosen_logps" in inputs:
+        is_ours = self.args.precompute_ref_log_probs or inputs.get("reference_is_known", False)
+        if is_ours and "ref_chosen_logps" in inputs:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         return self.compute_ref_log_probs(model, inputs)
 

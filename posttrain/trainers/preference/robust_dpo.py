@@ -138,6 +138,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
                 scores = self.score(self.model_wrapped, inputs)
                 reference = self._reference_logps(self.model_wrapped, inputs)
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = reference
+            batch["reference_is_known"] = True
             if "packed" in inputs:
                 batch["packed"] = inputs["packed"]
             losses.append(
