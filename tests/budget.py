@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 
-A_TEST, A_FILE, IN_ALL = 8.0, 60.0, 360.0
+A_TEST, A_FILE, IN_ALL = 8.0, 60.0, 400.0
 # launches and killed runs: one run serves many tests, and counts to the first of them
 LAUNCHED = {"tests/distributed/test_sharded.py": 45.0, "tests/interruption/test_killed_runs.py": 30.0}
 # of the first test of a process, which imports the libraries
