@@ -133,10 +133,7 @@ def measure(model, batches, seed: int) -> tuple[list[list[float]], list[list[flo
 
 
 def _add(found, keys, base: float, module, args, output):
-    states = output[0] if isinstance(output, tuple) else output
-    spread = hidden.scales(states.flatten(0, 1), found, base) * found.real[:, None]
-    states = states + (draws.normal(keys, states.size(-1)) * spread).view_as(states).to(states.dtype)
-    return (states, *output[1:]) if isinstance(output, tuple) else states
+    return hidden.with_noise(output, keys, found, base)
 
 
 def _log(value: float) -> float:

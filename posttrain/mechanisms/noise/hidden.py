@@ -70,6 +70,14 @@ def scales(states: Tensor, found: draws.Sequences, base: float, by_std: bool = F
     return made
 
 
+def with_noise(output, keys: Tensor, found: draws.Sequences, base: float, by_std: bool = False):
+    """Return a decoder layer's output with noise in its states (B, T, H), drawn by keys (B * T,); none for padding."""
+    states = output[0] if isinstance(output, tuple) else output
+    spread = scales(states.flatten(0, 1), found, base, by_std) * found.real[:, None]
+    states = states + (draws.normal(keys, states.size(-1)) * spread).view_as(states).to(states.dtype)
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
 def signal_and_noise(states: Tensor, found: draws.Sequences, base: float, by_std: bool = False) -> Tensor:
     """Return the sums over real tokens of mean |h| and of the mean scale of the noise, and their number: (3,), fp64.
 

@@ -131,7 +131,10 @@ class NoisyPasses:
         layers = hidden.decoder_layers(model)
         rows = len(input_ids)
         keys = [
-            [draws.token_keys(input_ids, found, self.seed, self._step, 1 + 2 * layer + copy) for copy in (0, 1)]
+            [
+                draws.token_keys(input_ids, found, self.seed, self._step, 1 + 2 * layer + copy)
+                for copy in range(self.weights.passes)
+            ]
             for layer in self.layers
         ]
         squares = []
@@ -260,12 +263,8 @@ def separate(passes: NoisyPasses, model: nn.Module, batch: dict, step: int) -> T
     layers = hidden.decoder_layers(model)
 
     def add(layer, copy, module, args, output):
-        states = output[0] if isinstance(output, tuple) else output
-        base = passes.base_of(passes.layers.index(layer))
-        spread = hidden.scales(states.flatten(0, 1), found, base, passes.by_std) * found.real[:, None]
         keys = draws.token_keys(ids, found, passes.seed, step, 1 + 2 * layer + copy)
-        states = states + (draws.normal(keys, states.size(-1)) * spread).view_as(states).to(states.dtype)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        return hidden.with_noise(output, keys, found, passes.base_of(passes.layers.index(layer)), passes.by_std)
 
     logits = []
     for copy in (None, *range(passes.weights.passes)):
