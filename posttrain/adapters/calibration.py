@@ -84,6 +84,12 @@ def check(model, adapter: str = "default") -> None:
             )
 
 
+def find_columns(model) -> None:
+    """Find the columns of all of a model's GIFT-SW adapters in their matrices A, of those that were loaded or copied."""
+    for found in layers_of(model):
+        _is_known(found)
+
+
 def _is_known(found) -> bool:
     """Find an adapter's columns in its matrix A, of one that was loaded or copied; return whether there are any."""
     _, layer, variant, name = found

@@ -1,7 +1,7 @@
 """GIFT-SW (arXiv 2408.15300): salient columns of linear layers train, the others have noise while they do.
 
-The adapter is a LoRA whose A is frozen and holds a one in each row, at the row's column; B is the change of the columns.
-So what is saved is a plain LoRA, which PEFT loads and merges without this library.
+The adapter is a LoRA whose A is frozen and holds a one in each row, at the row's column; B is the columns' change. So
+what is saved is a plain LoRA, which PEFT loads and merges without this library.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Noise on the frozen weights of linear layers in the forward that is trained, drawn again in its backward.
 
-A layer that takes it asks a `WeightNoise` whether there is noise at this moment; the weight with its noise is never kept.
+A layer that takes it asks a `WeightNoise` whether there is noise at this moment. The weight with its noise is not kept.
 """
 
 import contextlib

@@ -118,6 +118,11 @@ class PreferenceMixin(WindowMixin):
     def _live_reference(self, args) -> bool:
         return not self._reference_is_given
 
+    def calibration_ids(self, rows):
+        for row in rows:
+            for _, side in _SEQUENCES:
+                yield [*row["prompt_ids"], *row[side]][: self.args.max_length]
+
     # stands on DPOTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate as `trl.DPOTrainer.evaluate` does; a data set given here is checked as the constructor's are.
@@ -309,7 +314,7 @@ class PreferenceMixin(WindowMixin):
             return
         if not may_be_identity(self.model):
             return
-        if self._drops_out:
+        if self._drops_out or self.weights_have_noise:
             with torch.no_grad(), checks.evaluating(model), self.plain_forward():
                 scores = self.score(model, inputs)
         tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)

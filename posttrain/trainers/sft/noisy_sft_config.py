@@ -107,6 +107,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     )
 
     always_in_card: ClassVar = ("max_length",)
+    weights_have_noise: ClassVar = True
     says: ClassVar = ("embedding_noise", "hidden_noise")
 
     @property
