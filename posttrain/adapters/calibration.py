@@ -85,7 +85,7 @@ def check(model, adapter: str = "default") -> None:
 
 
 def find_columns(model) -> None:
-    """Find the columns of all of a model's GIFT-SW adapters in their matrices A, of those that were loaded or copied."""
+    """Find the columns of a model's GIFT-SW adapters in their matrices A, of those that were loaded or copied."""
     for found in layers_of(model):
         _is_known(found)
 

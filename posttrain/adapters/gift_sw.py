@@ -16,13 +16,12 @@ from peft.tuners.lora.layer import Linear, LoraVariant
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor, nn
 
+from posttrain.adapters import SIDE_FILE
 from posttrain.checks import check_choice
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.noise import weights
 from posttrain.saved import read_json
 
-# beside adapter_config.json, which is that of a plain LoRA
-FILE = "posttrain_adapter.json"
 NOISE = ("auto", "none", *weights.KINDS)
 METRICS = ("sensitivity", "activation")
 PAPER = {
@@ -123,6 +122,23 @@ class GiftSWConfig(LoraConfig):
             chosen += f" {self.weight_norm:g} {self.activation_norm:g} {self.activation_power:g}"
         return f"gift_sw {self.bits} bits, {self.noise} noise, {chosen} of {self.calibration_rows} rows"
 
+    @property
+    def paper(self) -> dict:
+        """The paper, for a card."""
+        return PAPER
+
+    def in_card(self, trainer) -> list[tuple[str, object]]:
+        """Return what a card tells of the adapter, by name."""
+        share = file_share(trainer.accelerator.unwrap_model(trainer.model))
+        noise = trainer.weight_noise_kind
+        return [
+            ("adapter", "gift_sw"),
+            ("salient columns of each layer", self.r),
+            ("chosen by", f"{self.metric} on {self.calibration_rows} rows, {self.bits} bits"),
+            ("noise on the other columns", noise if noise == "none" else f"{noise}, by the step of {self.bits} bits"),
+            ("share of the adapter's file that names the columns", f"{share:.0%}"),
+        ]
+
     def to_dict(self) -> dict:
         """Return the config of the plain LoRA that is saved."""
         return {name: value for name, value in super().to_dict().items() if name not in _OWN}
@@ -133,7 +149,7 @@ class GiftSWConfig(LoraConfig):
         found = {"scheme": "gift_sw"} | {name: getattr(self, name) for name in _OWN}
         # JSON has no infinity
         found |= {name: "inf" for name in _OWN if found[name] == math.inf}
-        (Path(save_directory) / FILE).write_text(json.dumps(found | {"columns": self.salient}), encoding="utf-8")
+        (Path(save_directory) / SIDE_FILE).write_text(json.dumps(found | {"columns": self.salient}), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
@@ -143,7 +159,7 @@ class GiftSWConfig(LoraConfig):
         """
         found = read_saved(folder)
         if found is None:
-            raise ConfigError(f"{folder} has no {FILE} of a GIFT-SW adapter; use peft.LoraConfig for it.")
+            raise ConfigError(f"{folder} has no {SIDE_FILE} of a GIFT-SW adapter; use peft.LoraConfig for it.")
         plain = LoraConfig.from_pretrained(folder, **kwargs)
         names = cls.__dataclass_fields__.keys() - set(_OWN)
         given = {name: getattr(plain, name) for name in names if name in LoraConfig.__dataclass_fields__}
@@ -157,7 +173,7 @@ def read_saved(folder) -> dict | None:
 
     Raises ConfigError for a file of another form.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / SIDE_FILE
     if not path.is_file():
         return None
     found = read_json(path)

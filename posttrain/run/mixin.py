@@ -72,6 +72,11 @@ class RunMixin(ConstructionMixin, SavingMixin):
         """Return whether an adapter adds noise to the weights of forwards that are trained; others have none."""
         return self._salient is not None and self._salient.is_on
 
+    @property
+    def weight_noise_kind(self) -> str:
+        """Return the kind of that noise: gaussian, uniform or none."""
+        return "none" if self._salient is None else self._salient.kind
+
     # stands on Trainer.training_step
     def training_step(self, *args, **kwargs):
         if not self.weights_have_noise:

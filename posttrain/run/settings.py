@@ -47,6 +47,7 @@ def check(
         checks.check_init_kwargs(args, config)
     named_by = model if isinstance(model, torch.nn.Module) else config
     checks.check_names(peft_config, named_by, args.trust_remote_code)
+    checks.check_layers(peft_config, named_by, args.trust_remote_code)
     checks.check_tying(peft_config, config)
     checks.check_router(args, config)
     if has_folder:

@@ -3,13 +3,12 @@
 import os
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast, is_peft_model
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed
 
-from posttrain.adapters import calibration
+from posttrain.adapters import SIDE_FILE, calibration
 from posttrain.adapters.gift_sw import GiftSWConfig, file_share, layers_of, read_saved
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
@@ -122,8 +121,8 @@ class SalientColumns(TrainerCallback):
         found = read_saved(checkpoint)
         if found is None:
             raise ConfigError(
-                f"the checkpoint {checkpoint} does not say which columns its adapter trains (posttrain_adapter.json). "
-                "It is of another adapter than gift_sw."
+                f"the checkpoint {checkpoint} does not say which columns its adapter trains (no {SIDE_FILE} of "
+                "gift_sw): it is of another kind of adapter."
             )
         calibration.restore(self._trainer.model, found["columns"])
 
