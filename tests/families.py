@@ -1,5 +1,6 @@
 """One record a method: what the contract tests, and two ranks, need to know of it. A new method adds a record."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from posttrain import (
     QAEConfig,
     QAETrainer,
     RobustDPOConfig,
+    RobustDPOTrainer,
 )
+from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.mechanisms.noise import draws
+from posttrain.mechanisms.noise.weights import WeightNoise
 from posttrain.recipe import instructions, preferences, scored_answers, tasks
 from posttrain.recipe.scored_answers import ScoredArguments
 from tests import rollouts, runs, scored, training
@@ -30,6 +34,7 @@ class Method:
 
     Attributes:
         config: the class of its settings. refused: settings that it refuses, with texts in `contract/messages.txt`.
+        given: what refuses them, where that is not the config.
         train: `train(folder, output_dir, **settings)` gives the change of the parameters and the trainer. `rows` is
             how many rows or prompts there are, `peft` whether an adapter is trained.
         parent: settings with which `train` trains TRL's own class.
@@ -77,6 +82,7 @@ class Method:
     generated: Mapping[str, Mapping] = field(default_factory=dict)
     plain: Mapping = field(default_factory=dict)
     describe: Callable = None
+    given: Callable | None = None
     counted: tuple[str, ...] = ()
     unloaded: Mapping[str, Mapping] = field(default_factory=dict)
     laid_out: Sequence[Mapping] = (
@@ -111,6 +117,44 @@ def _instructions(folder, output_dir, rows: int = 16, **settings):
     return scored.train(folder, output_dir, answers, **ours | settings)
 
 
+# the noise of three bits is so large that it tells
+def _columns(**settings) -> GiftSWConfig:
+    return GiftSWConfig(**dict(r=8, target_modules="all-linear", bits=3, calibration_rows=4) | settings)
+
+
+def _salient_pairs(folder, output_dir, rows: int = 16, snapshot=runs.trainable, resume=None, peft=None, **settings):
+    """RobustDPOTrainer with a GIFT-SW adapter."""
+    scheme = {name: settings.pop(name) for name in ("noise", "bits", "metric") if name in settings}
+    args = RobustDPOConfig(**training.settings(output_dir, **settings))
+    config = _columns(**dict(noise="gaussian") | scheme)
+    return runs.fit(RobustDPOTrainer(folder, None, args, None, make_pairs(rows), peft_config=config), snapshot, resume)
+
+
+def _salient(
+    folder, output_dir, rows: int = 16, snapshot=runs.trainable, resume=None, peft=None, parent=False, pairs=False,
+    **settings,
+):  # fmt: skip
+    """NoisySFTTrainer with a GIFT-SW adapter; TRL's trainer with a LoRA of the same A; or on pairs."""
+    if pairs:
+        return _salient_pairs(folder, output_dir, rows, snapshot, resume, **settings)
+    scheme = {name: settings.pop(name) for name in ("noise", "bits", "metric") if name in settings}
+    fields = scored.settings(output_dir, **dict(learning_rate=0.5) | settings)
+    del fields["prefix_sharing"]
+    answers = scored.make_scored(rows).remove_columns("reward")
+    given = dict(train_dataset=answers, peft_config=_columns(**scheme))
+    if not parent:
+        return runs.fit(NoisySFTTrainer(folder, args=NoisySFTConfig(**fields), **given), snapshot, resume)
+    calibrated = NoisySFTTrainer(folder, args=NoisySFTConfig(**fields | dict(output_dir=f"{output_dir}-A")), **given)
+    matrices = {name: value for name, value in calibrated.model.named_parameters() if "lora_A" in name}
+    given["peft_config"] = runs.lora(r=8, lora_alpha=8)
+    trainer = SFTTrainer(folder, args=SFTConfig(**fields | runs.PARENT), **given)
+    for name, value in trainer.model.named_parameters():
+        if name in matrices:
+            value.data.copy_(matrices[name])
+            value.requires_grad_(False)
+    return runs.fit(trainer, snapshot, resume)
+
+
 def _adapter(peft: bool):
     return runs.lora() if peft else None
 
@@ -136,6 +180,25 @@ def _told_of_instructions(folder, output_dir, rows: int = 16, peft=True, **setti
     del settings["prefix_sharing"]
     answers = scored.make_scored(rows).remove_columns("reward")
     return instructions.describe(folder, NoisySFTConfig(**settings), answers, _adapter(peft))
+
+
+def _told_of_columns(folder, output_dir, rows: int = 16, peft=None, **settings):
+    settings = scored.settings(output_dir, **settings)
+    del settings["prefix_sharing"]
+    answers = scored.make_scored(rows).remove_columns("reward")
+    return instructions.describe(folder, NoisySFTConfig(**settings), answers, _columns())
+
+
+def _draw_a_forward(monkeypatch) -> dict:
+    """Each micro-batch draws noise of its own."""
+    drawn = itertools.count()
+    of_step = WeightNoise.during_step
+
+    def during_step(self, model, step):
+        return of_step(self, model, next(drawn))
+
+    monkeypatch.setattr(WeightNoise, "during_step", during_step)
+    return {}
 
 
 def _width_for_length(monkeypatch) -> dict:
@@ -540,4 +603,56 @@ noisy_sft = Method(
     unloaded=_OF_TEXTS,
 )
 
-METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft)}
+gift_sw = Method(
+    name="gift_sw",
+    config=NoisySFTConfig,
+    given=lambda folder, use_cpu, bf16, **fields: GiftSWConfig(**fields),
+    refused=(
+        dict(bits=1),
+        dict(bits=2.5),
+        dict(bits=9),
+        dict(r=0),
+        dict(r=True),
+        dict(noise="normal"),
+        dict(metric="magnitude"),
+        dict(weight_norm=0.5),
+        dict(activation_norm=math.nan),
+        dict(activation_power=-1),
+        dict(calibration_rows=0),
+        dict(r=16, lora_alpha=32),
+        dict(lora_dropout=0.1),
+        dict(use_rslora=True),
+        dict(use_dora=True),
+        dict(init_lora_weights="pissa"),
+        dict(rank_pattern={"q_proj": 4}),
+        dict(target_parameters=["experts.gate_up_proj"]),
+    ),
+    train=_salient,
+    parent=dict(parent=True),
+    neutral={"split": (dict(noise="none") | _SPLIT, _SPLIT)},
+    step=8,
+    cases={
+        "pairs": dict(pairs=True, prefix_sharing="never") | _SHORT,
+        "gaussian": _SHORT,
+        "uniform": dict(noise="uniform") | _SHORT,
+    },
+    wrong=_draw_a_forward,
+    resumed=(
+        dict(max_steps=4, save_strategy="steps", save_steps=2),
+        2,
+        (dict(bits=2), "adapter_scheme: gift_sw 3 bits, auto noise"),
+    ),
+    shared={},
+    compared=("loss", "noise/weight_ratio"),
+    ranks={
+        "gaussian-checkpointed": dict(gradient_checkpointing=True) | _SHORT,
+        "noiseless": dict(noise="none") | _SHORT,
+    },
+    ddp=("pairs",),
+    sharded=("gaussian-checkpointed",),
+    describe=_told_of_columns,
+    counted=("of them within max_length",),
+    unloaded=_OF_TEXTS,
+)
+
+METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft, gift_sw)}

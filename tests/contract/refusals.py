@@ -94,7 +94,8 @@ def model(folder: Path, architecture: str = "llama", special=(), weights: bool =
 
 def _config(method: str, fields: dict, folder: Path):
     rollouts = dict(num_generations=4, per_device_train_batch_size=16) if method == "policy_gradient" else {}
-    METHODS[method].config(str(folder), use_cpu=True, bf16=False, **rollouts | fields)
+    build = METHODS[method].given or METHODS[method].config
+    build(str(folder), use_cpu=True, bf16=False, **rollouts | fields)
 
 
 def _file(text: str, folder: Path):
