@@ -64,6 +64,9 @@ class ConstructionMixin:
         self._begin(ready)
         with checks.upstream_refusals():
             construct(model, args, ready)
+        if self.args.gradient_checkpointing_kwargs and hasattr(self.args, "activation_checkpointing_kwargs"):
+            # what TRL's constructor settles by the former name: reentrant for an adapter under ZeRO-3
+            self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         checks.check_parallelism(self.accelerator)
         self._calibrate_adapter()
         self._place(ready)
