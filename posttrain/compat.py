@@ -28,6 +28,11 @@ PRIVATE_NAMES = (
     ("trl.trainer.grpo_trainer", "GRPOTrainer._generate_and_score_completions", ("inputs",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._generate", ("prompts",)),
     ("trl.trainer.grpo_trainer", "GRPOTrainer._get_train_sampler", ("dataset",)),
+    ("transformers", "Trainer._save", ("output_dir", "state_dict")),
+    ("peft", "LoraConfig._register_custom_module", ("mapping",)),
+    ("peft.tuners.lora.layer", "Linear.resolve_lora_variant", ("config",)),
+    ("peft.tuners.lora.variants", "_register_frozen_peft_weight", ("module", "adapter_name", "weight_name")),
+    ("peft.utils.integrations", "gather_params_ctx", ("param", "modifier_rank")),
     # no private names, but of a module that is not documented
     ("trl.data_utils", "common_prefix_length", ("ids", "other_ids")),
     ("trl.data_utils", "prepare_multimodal_messages", ("messages",)),

@@ -76,7 +76,7 @@ def check(model, adapter: str = "default") -> None:
     for path, layer, variant, _ in layers_of(model, adapter):
         matrix = layer.lora_A[adapter].weight
         with gather_params_ctx([matrix], modifier_rank=None):
-            fits = variant.columns is not None and torch.equal(_one_hot(variant.columns, matrix), matrix.detach())
+            fits = variant.columns is not None and torch.equal(_matrix_of(variant, matrix), matrix.detach())
         if not fits:
             raise ConfigError(
                 f"adapter gift_sw: the matrix A of {path} is not that of the salient columns which are noted, so other "
@@ -115,15 +115,20 @@ def _settle(model, adapter: str, shared: Callable[[Tensor], Tensor] = lambda ten
                 variant.rows = RowNoise(step, columns, number, full)
         with gather_params_ctx([matrix], modifier_rank=0), torch.no_grad():
             # on ranks that hold a part, what is written by the first one counts
-            matrix.copy_(_one_hot(variant.columns, matrix))
+            matrix.copy_(_matrix_of(variant, matrix))
         if is_ours:
             config.salient[path] = variant.columns.tolist()
 
 
-def _one_hot(columns: Tensor, matrix: Tensor) -> Tensor:
-    made = torch.zeros_like(matrix)
-    made[torch.arange(len(columns)), columns.to(matrix.device)] = 1.0
+def one_hot(columns: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix A (K, N) of columns (K,)."""
+    made = torch.zeros(len(columns), width, dtype=dtype, device=columns.device)
+    made[torch.arange(len(columns), device=columns.device), columns] = 1.0
     return made
+
+
+def _matrix_of(variant, matrix: Tensor) -> Tensor:
+    return one_hot(variant.columns.to(matrix.device), matrix.size(1), matrix.dtype)
 
 
 def _norms_of_inputs(model, layers, sequences, config: GiftSWConfig, forward: Callable) -> list[Tensor]:

@@ -74,6 +74,12 @@ class SavingMixin:
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    # stands on Trainer._save, which under ZeRO-3 is given what trains alone
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is not None and self._salient is not None:
+            state_dict = self._salient.whole(state_dict)
+        super()._save(output_dir, state_dict)
+
     # stands on DPOTrainer._save_checkpoint, and through it on Trainer's
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

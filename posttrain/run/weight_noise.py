@@ -126,6 +126,17 @@ class SalientColumns(TrainerCallback):
             )
         calibration.restore(self._trainer.model, found["columns"])
 
+    def whole(self, state_dict: dict) -> dict:
+        """Return a model's tensors by name with the frozen matrices A, where these were left out."""
+        model, found = self._trainer.accelerator.unwrap_model(self._trainer.model), dict(state_dict)
+        names = {id(value): name for name, value in model.named_parameters()}
+        for _, layer, variant, adapter in layers_of(model):
+            matrix = layer.lora_A[adapter].weight
+            name = names[id(matrix)]
+            if name not in found or not found[name].numel():
+                found[name] = calibration.one_hot(variant.columns.cpu(), layer.in_features, matrix.dtype)
+        return found
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._watched = False
         calibration.check(self._trainer.accelerator.unwrap_model(self._trainer.model))
