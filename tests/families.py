@@ -558,6 +558,7 @@ noisy_sft = Method(
         dict(noise_alpha=7.0),
         NEFTUNE | dict(packing=True, packing_strategy="wrapped"),
         NEFTUNE | dict(torch_compile=True),
+        NEFTUNE | dict(gradient_checkpointing_kwargs={"preserve_rng_state": False}),
         dict(padding_free=True, max_length=64),
         dict(packing=True, max_length=None),
     ),

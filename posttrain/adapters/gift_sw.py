@@ -109,7 +109,7 @@ class GiftSWConfig(LoraConfig):
         for name, neutral in _NOT_OURS.items():
             value = getattr(self, name, neutral)
             if value and value != neutral or (name == "init_lora_weights" and value is not True):
-                why = "columns of a weight's own begin as they are"
+                why = "it trains columns of the weights as they are, equally many in each layer"
                 if name == "target_parameters":
                     why = "fused experts are tensors of three dimensions, whose columns are not one layer's"
                 raise ConfigError(f"{name} is {value!r} with adapter gift_sw: {why}. Leave {name} out.")

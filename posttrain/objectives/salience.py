@@ -7,8 +7,8 @@ from torch import Tensor
 
 # alpha is sought among these shares of a row's largest weight
 _SHARES = [1 - place / 100 for place in range(80)]
-# weights that are rounded at a time
-_BLOCK = 1 << 16
+# weights that are rounded at a time: as many as a processor keeps at hand; an accelerator takes more
+_BLOCK, _BLOCK_OF_ACCELERATOR = 1 << 18, 1 << 24
 
 
 def _rounded(weight: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -26,7 +26,8 @@ def row_scales(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         weight: (O, N), in fp32 or wider. bits: 2 or more.
     """
     most, scales, errors = 2 ** (bits - 1) - 1, [], []
-    rows = max(_BLOCK // max(weight.size(1), 1), 1)
+    block = _BLOCK if weight.device.type == "cpu" else _BLOCK_OF_ACCELERATOR
+    rows = max(block // max(weight.size(1), 1), 1)
     for block in weight.split(rows):
         top = block.abs().amax(dim=1, keepdim=True)
         alpha, least = top.clone(), torch.full_like(top, math.inf)

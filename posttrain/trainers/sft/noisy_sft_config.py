@@ -135,6 +135,11 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         return not (self.consistency_mode in ("full", "ce_kl") and self.ce_weight == 1 and no_consistency)
 
     @property
+    def adds_any_noise(self) -> bool:
+        """Whether embeddings or hidden states get noise."""
+        return self.adds_noise or self.adds_hidden_noise
+
+    @property
     def hidden(self) -> str | None:
         """The hidden noise in words, which a resumed run must share; None where there is none."""
         if not self.adds_hidden_noise:
@@ -215,6 +220,13 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 f"packing_strategy is wrapped with hidden_noise: {self.hidden_noise}: such rows do not tell where a "
                 "sequence begins, by whose states the noise is scaled. Set `packing_strategy: bfd`.",
                 {"packing_strategy": ("hidden_noise",)},
+            )
+
+    def _check_resolved(self):
+        if (self.gradient_checkpointing_kwargs or {}).get("preserve_rng_state") is False and self.adds_any_noise:
+            raise ConfigError(
+                "gradient_checkpointing_kwargs has preserve_rng_state false beside noise: of the recomputed forward "
+                "the noise would be the same, and whatever else is drawn in it another. Leave preserve_rng_state out."
             )
 
     def _read(self):
