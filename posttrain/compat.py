@@ -108,6 +108,7 @@ INSTANCE_ATTRIBUTES = {
         "_tokenizer",
         "_total_train_tokens",
         "_entropy_bonus_enabled",
+        "environment_factories",
         "aux_loss_enabled",
     ),
     "trl.SFTTrainer": ("_metrics", "_total_train_tokens"),

@@ -29,7 +29,6 @@ class ModelArguments(ModelConfig):
             "none, the whole model. Default: lora with use_peft, else none."
         },
     )
-    use_peft: bool | None = field(default=None, metadata={"help": "Train an adapter. Default: where one is named."})
     lora_r: int | None = field(
         default=None, metadata={"help": "LoRA rank, or the number of salient columns. Default: 16, of gift_sw 128."}
     )
@@ -55,14 +54,14 @@ class ModelArguments(ModelConfig):
     def __post_init__(self):
         if self.adapter is not None:
             check_choice("adapter", self.adapter, tuple(_RANKS))
-        wants = self.adapter not in (None, "none")
-        if self.adapter is not None and self.use_peft is not None and self.use_peft != wants:
+        if self.adapter == "none" and self.use_peft:
             raise ExcludedSetting(
-                f"adapter is {self.adapter} with use_peft: {str(self.use_peft).lower()}; leave use_peft out.",
+                "adapter is none with use_peft: true; leave one of them out.",
                 {"use_peft": ("adapter",), "adapter": ("use_peft",)},
             )
-        self.use_peft = wants if self.use_peft is None else self.use_peft
         self.adapter = self.adapter or ("lora" if self.use_peft else "none")
+        # false is its default, so an adapter that is named wins over it
+        self.use_peft = self.adapter != "none"
         if self.adapter != "gift_sw":
             for name in ("gift_bits", "gift_noise", "gift_metric", "gift_calibration_rows"):
                 value, default = getattr(self, name), type(self).__dataclass_fields__[name].default

@@ -13,6 +13,7 @@ from posttrain.adapters.gift_sw import GiftSWConfig, GiftSWLinear, file_share, l
 from posttrain.adapters.schemes import adapter_config
 from posttrain.config import ModelArguments
 from posttrain.errors import ConfigError, DataError
+from posttrain.hub.files import saved_weights
 from posttrain.models import tiny_model
 
 IDS = torch.randint(0, 250, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -51,6 +52,11 @@ def test_plain_peft_loads_and_merges_it_with_equal_logits(base, tmp_path):
     assert (logits(plain) - logits(base)).abs().max() > 1e-2
     merged = plain.merge_and_unload()
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-4)
+
+
+def test_a_push_takes_the_file_with_its_columns(base, tmp_path):
+    adapted(base).save_pretrained(tmp_path)
+    assert SIDE_FILE in saved_weights(tmp_path)
 
 
 def test_the_loaded_adapter_goes_on_with_its_columns(base, tmp_path):

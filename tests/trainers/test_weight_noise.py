@@ -16,6 +16,7 @@ from posttrain import (
 from posttrain.adapters.gift_sw import GiftSWConfig, layers_of
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.noise.weights import WeightNoise
+from posttrain.run import weight_noise
 from posttrain.run.identity import identity
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
@@ -157,6 +158,21 @@ def test_a_run_without_its_noise_or_with_too_much_stops(factor, tiny_folder, tmp
     said = "there is none" if factor == 0 else "it has .* times the norm of the weights"
     with pytest.raises(ConfigError, match=f"of the noise of .*q_proj {said}.*Give more bits"):
         trainer.train()
+
+
+def test_hidden_noise_has_a_clean_pass_and_weights_none(tiny_folder, tmp_path):
+    hidden = dict(hidden_noise="noisefit", noise_layers=[0])
+    with pytest.raises(ConfigError, match="hidden_noise is noisefit with adapter gift_sw, whose noise is gaussian"):
+        on_instructions(tiny_folder, tmp_path, **hidden)
+    on_instructions(tiny_folder, tmp_path, noise="none", **hidden)
+
+
+def test_weights_in_parts_of_fsdp_are_refused(tmp_path, monkeypatch):
+    args = NoisySFTConfig(str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="adapter gift_sw under FSDP, which leaves a layer a part of its weight"):
+        weight_noise.check(adapter(noise="none"), args)
+    weight_noise.check(training.lora(), args)
 
 
 def test_a_run_whose_layers_are_not_reached_stops(tiny_folder, tmp_path, monkeypatch):

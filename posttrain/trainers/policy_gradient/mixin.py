@@ -100,9 +100,16 @@ class PolicyGradientMixin(RunMixin):
         return found | ({"chat_template": xxhash.xxh3_64(repr(template).encode()).hexdigest()} if template else {})
 
     def calibration_ids(self, rows):
-        for row in rows:
-            with row_templates.of_rows(self, [row]):
-                yield from self._tokenize_prompts([row["prompt"]])[0]
+        # an environment may own its prompts
+        for row in (row for row in rows if row.get("prompt")):
+            # TRL renders an environment's tools only once it has been reset
+            factories, self.environment_factories = self.environment_factories, None
+            try:
+                with row_templates.of_rows(self, [row]):
+                    ids, *_ = self._tokenize_prompts([row["prompt"]])
+            finally:
+                self.environment_factories = factories
+            yield from ids
 
     def _place(self, ready) -> None:
         if self.args.success_reward is not None and self.args.success_reward not in self.reward_func_names:
