@@ -2,14 +2,20 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
+from peft import LoraConfig
 from transformers.trainer_utils import SchedulerType
 
 from posttrain import ALoLConfig, HPTConfig, NoisySFTConfig, PolicyGradientConfig, QAEConfig, RobustDPOConfig
+from posttrain.checks import plain
 from posttrain.config import parse
+from posttrain.config.mixture import check_datasets
 from posttrain.config.setting import identity_of, meanings, setting, told_in_card, undeclared
 from posttrain.errors import ConfigError
+from posttrain.run.checks import check_lora
 from posttrain.run.identity import update_of
 from tests.families import METHODS
 
@@ -194,6 +200,33 @@ def test_what_upstream_takes_beside_its_annotations_is_taken(tmp_path):
     assert again.accelerator_config.even_batches is False and again.temperature == 0.5
     assert make(RobustDPOConfig, tmp_path, loss_type="hinge").pair_loss == "hinge"
     assert math.isinf(make(RobustDPOConfig, tmp_path, reduction="dr_dpo", beta_prime="inf").beta_prime)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_numpys_values_are_taken_and_become_pythons_own(kind, tmp_path):
+    given = dict(
+        seed=np.int64(3), max_steps=np.int8(2), learning_rate=np.float32(0.5), check_gradients=np.bool_(False),
+        max_minutes=Fraction(3, 2), optim=np.str_("sgd"), label_names=np.array(["labels"]),
+    )  # fmt: skip
+    given |= {name: np.int32(value) for name, value in SMALL.items() if hasattr(kind, name)}
+    args = make(kind, tmp_path, **given)
+    assert [args.seed, args.learning_rate, args.check_gradients, args.max_minutes] == [3, 0.5, False, 1.5]
+    assert {name for name, value in vars(args).items() if plain(value) is not value} == set()
+    assert args.to_json_string() == make(kind, tmp_path, **{name: plain(value) for name, value in given.items()}
+    ).to_json_string()  # fmt: skip
+    with pytest.raises(ConfigError, match="seed is 0.5; it takes a whole number"):
+        make(kind, tmp_path, seed=np.float32(0.5))
+
+
+def test_numpys_values_are_taken_in_lists_adapters_and_mixtures(tmp_path):
+    gate = np.array([[0, 0, 1]] + [[1, 0, 0]] * 4)
+    assert make(PolicyGradientConfig, tmp_path, soft_gate=gate).soft_gate == gate.tolist()
+    assert make(PolicyGradientConfig, tmp_path, reward_weights=[np.float32(0.5)]).reward_weights == [0.5]
+    assert type(check_datasets([dict(path="a", fraction=np.float32(0.5))])[0].fraction) is float
+    adapter = LoraConfig(r=np.int64(4), lora_alpha=np.float32(8), rank_pattern={"q_proj": np.int8(2)})
+    check_lora(adapter)
+    adapter.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).rank_pattern == {"q_proj": 2}
 
 
 def test_a_setting_of_ones_own_that_may_be_infinite_takes_numbers(tmp_path):
