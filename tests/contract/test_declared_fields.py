@@ -1,5 +1,6 @@
 """Every field of a config says what it means for a run's identity and its card; both are derived from that."""
 
+import copy
 import dataclasses
 import math
 from fractions import Fraction
@@ -227,6 +228,24 @@ def test_numpys_values_are_taken_in_lists_adapters_and_mixtures(tmp_path):
     check_lora(adapter)
     adapter.save_pretrained(tmp_path)
     assert LoraConfig.from_pretrained(tmp_path).rank_pattern == {"q_proj": 2}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_copy_of_a_config_holds_the_same_settings(kind, tmp_path):
+    args = make(kind, tmp_path, learning_rate=0.5)
+    same = args.to_dict()
+    for copied in (copy.deepcopy(args), dataclasses.replace(args), kind(**same)):
+        assert copied.to_dict() == same and vars(copied).keys() == vars(args).keys()
+        assert copied.hub_token is None and getattr(copied, "pad_token", None) is None
+    assert dataclasses.replace(args, learning_rate=0.25).to_dict() == same | {"learning_rate": 0.25}
+
+
+def test_a_copys_generation_batch_that_does_not_follow_is_refused(tmp_path):
+    args = make(PolicyGradientConfig, tmp_path)
+    with pytest.raises(ConfigError, match="generation_batch_size is 4 and steps_per_generation is 1, by which it is 8"):
+        dataclasses.replace(args, per_device_train_batch_size=8)
+    wider = dataclasses.replace(args, per_device_train_batch_size=8, generation_batch_size=None)
+    assert (wider.generation_batch_size, wider.steps_per_generation) == (8, 1)
 
 
 def test_a_setting_of_ones_own_that_may_be_infinite_takes_numbers(tmp_path):

@@ -188,8 +188,10 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             setting_checks.check_skipping(self)
         setting_checks.check_rewards(self)
         setting_checks.check_pairs_of_settings(self)
+        self._copied_batch = setting_checks.take_copied_batch(self)
 
     def _check_resolved(self):
+        setting_checks.check_copied_batch(self, self._copied_batch)
         setting_checks.check_sampling(self)
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(sorted(LOSS_TYPES))}.")
