@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from urllib.parse import unquote
 
-import numpy as np
-
 from posttrain.errors import ConfigError
 
 
@@ -65,7 +63,8 @@ def plain(value):
 
     Other libraries' real numbers, such as fractions, become floats. What holds none of these is returned itself.
     """
-    if isinstance(value, np.generic | np.ndarray):
+    # by name, as this module is imported where numpy is not
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Real) and not isinstance(value, int | float):
         return int(value) if isinstance(value, Integral) else float(value)
