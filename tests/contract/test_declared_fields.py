@@ -18,9 +18,8 @@ from posttrain.config.setting import identity_of, meanings, setting, told_in_car
 from posttrain.errors import ConfigError
 from posttrain.run.checks import check_lora
 from posttrain.run.identity import update_of
-from tests.families import METHODS
+from tests.families import CONFIGS
 
-CONFIGS = (*(method.config for method in METHODS.values()), QAEConfig, HPTConfig)
 SMALL = dict(num_generations=4, per_device_train_batch_size=4)
 
 

@@ -67,7 +67,7 @@ class PolicyGradientMixin(RunMixin):
         def ready(model, args, config):
             self._advantage_function = prepare.advantage_function(args)
             rewards.append(reward_setup.reward_functions(reward_funcs, args))
-            reward_setup.check_weights(args, rewards[0])
+            reward_setup.check(args, rewards[0], kwargs.get("environment_factory") is not None)
             return prepare.prepare(
                 model, args, config, processing_class, train_dataset, eval_dataset, kwargs, rewards[0]
             )  # fmt: skip
@@ -97,11 +97,8 @@ class PolicyGradientMixin(RunMixin):
         return found | ({"chat_template": xxhash.xxh3_64(repr(template).encode()).hexdigest()} if template else {})
 
     def _place(self, ready) -> None:
-        if self.args.success_reward is not None and self.args.success_reward not in self.reward_func_names:
-            raise ConfigError(
-                f"success_reward is {self.args.success_reward!r}; it must be one of "
-                f"{', '.join(self.reward_func_names)}."
-            )
+        # with the names that environments have brought
+        reward_setup.check_success_reward(self.args, self.reward_func_names)
 
     def _complete(self, ready) -> None:
         self._kept_tokens = special_tokens.KeptTokens(
