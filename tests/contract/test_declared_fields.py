@@ -1,9 +1,11 @@
 """Every field of a config says what it means for a run's identity and its card; both are derived from that."""
 
+import contextlib
 import copy
 import dataclasses
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from posttrain.config import parse
 from posttrain.config.mixture import check_datasets
 from posttrain.config.setting import identity_of, meanings, setting, told_in_card, undeclared
 from posttrain.errors import ConfigError
+from posttrain.hub.card import _settings
 from posttrain.run.checks import check_lora
 from posttrain.run.identity import update_of
 from tests.families import CONFIGS
@@ -126,6 +129,22 @@ def test_a_card_tells_inherited_settings_of_a_preset(tmp_path):
 def test_a_card_tells_that_a_preset_was_put_back_to_its_parents_default(tmp_path):
     assert told_in_card(make(QAEConfig, tmp_path, quantile=None)) == {"advantage": "quantile", "quantile": None}
     assert told_in_card(make(HPTConfig, tmp_path, gamma=None)) == {"gamma": None}
+
+
+def test_a_null_that_a_card_tells_has_words_for_what_it_means(tmp_path):
+    said, words = set(), set()
+    for kind in CONFIGS:
+        words |= {(kind, name) for name in kind.nulls if name in kind.__dataclass_fields__}
+        # at null by default, a setting is not told
+        for entry in (one for one in dataclasses.fields(kind) if one.default is not None or one.name in kind.nulls):
+            with contextlib.suppress(ConfigError):
+                args = make(kind, tmp_path, **{entry.name: None})
+                run = SimpleNamespace(args=args, state=SimpleNamespace(global_step=1), model=None)
+                told = dict(_settings(run, None))
+                assert "null" not in told.values(), entry.name
+                said |= {(name, value) for name, value in told.items() if value.startswith("null (")}
+    assert {name for name, _ in said} == {name for _, name in words}
+    assert ("quantile", "null (the baseline is the group's mean)") in said
 
 
 INHERITED = [

@@ -152,6 +152,14 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     )
 
     always_in_card: ClassVar = ("beta",)
+    nulls: ClassVar = {
+        "quantile": "the baseline is the group's mean",
+        "gamma": "no prompt learns from its demonstration by the share of successes",
+        "epsilon_high": "as epsilon",
+        "max_completion_length": "as long as the model's generation settings allow",
+        "shuffle_dataset": "in the order of the data set",
+        "vllm_importance_sampling_clip_max": "no upper bound",
+    }
     says: ClassVar = ("advantage", "quantile", "gamma")
     renamed: ClassVar = {
         "drop_dead_rows": "drop_zero_advantage_rows", "max_dead_steps": "max_steps_without_gradient",
