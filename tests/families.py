@@ -284,7 +284,7 @@ robust_dpo = Method(
     },
     # by DeepSpeed, as tests/trainers asserts
     unsharded=("dr_dpo-rescale",),
-    ddp=("dr_dpo", "rdpo", "dr_dpo-rescale", "dr_dpo-cached", "dr_dpo-full"),
+    ddp=("dr_dpo", "dr_dpo-rescale", "dr_dpo-full"),
     sharded=("dr_dpo", "dr_dpo-full"),
     plain=PADDED | dict(precompute_ref_log_probs=False),
     describe=_told_of_pairs,
@@ -386,7 +386,7 @@ a_lol = Method(
             "a_lol-head": dict(variant="a_lol", value="head", value_folds=2, value_learning_rate=0.01),
         }.items()
     },
-    ddp=("a_lol-sampled-and-weighed", "a_lol-kept", "a_lol-head"),
+    ddp=("a_lol-sampled-and-weighed", "a_lol-head"),
     sharded=("a_lol-head",),
     describe=_told_of_answers,
     counted=("of them with a gradient",),
@@ -563,8 +563,8 @@ noisy_sft = Method(
         "symnoise-flat": SYMNOISE | _SHORT | dict(padding_free=True, max_length=None),
         "neftune-flat": NEFTUNE | _SHORT | dict(padding_free=True, max_length=None),
     },
-    ddp=("symnoise", "noisefit", "neftune-flat"),
-    sharded=("symnoise", "noisefit"),
+    ddp=("symnoise", "noisefit"),
+    sharded=("noisefit",),
     plain=dict(padding_free=False),
     describe=_told_of_instructions,
     counted=("of them within max_length",),

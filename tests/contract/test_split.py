@@ -8,7 +8,7 @@ from tests.families import METHODS
 from tests.runs import distance, entries, fit, losses, same_metrics
 
 
-@pytest.mark.parametrize(("method", "name"), cases("cases", core=2))
+@pytest.mark.parametrize(("method", "name"), cases("cases"))
 def test_the_update_does_not_depend_on_the_batch_split(method, name, tiny_folder, tmp_path):
     case = method.cases[name]
     reference, whole = method.train(tiny_folder, tmp_path / "whole", **case, **method.split(method.step))

@@ -50,7 +50,7 @@ class Launch:
         is_ddp = backend == "cpu_ddp"
         names = EQUAL if is_whole else DDP if is_ddp else SHARDED
         cases = {key: EQUAL[key] for key in names if is_ddp or key not in UNSHARDED}
-        cases |= GENERATED | (WRONG if is_ddp else {})
+        cases |= (GENERATED if is_whole or backend != "cpu_zero2" else {}) | (WRONG if is_ddp else {})
         cases = {key: on_ranks(key, case) for key, case in cases.items()}
         self.cases = set(cases)
         config, log = str(ROOT / f"configs/accelerate/{backend}.yaml"), out / "log"
@@ -157,6 +157,9 @@ def test_a_variant_that_is_known_to_be_wrong_is_told_apart(launch, single):
 
 def test_rollouts_are_generated_by_sharded_models(launch):
     (key,) = GENERATED
+    if key not in launch.cases:
+        assert launch.backend == "cpu_zero2", "its core launch leaves generation to ZeRO-3"
+        return
     history, change = launch["history"](key), launch.change(key)
     assert len(history) == 1 and all(row["hpt/frac_sft_prompts"] > 0 for row in history)
     assert all(value.isfinite().all() for value in change.values()) and any(value.any() for value in change.values())

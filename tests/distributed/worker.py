@@ -23,7 +23,7 @@ HELD_OUT = dict(n=11, seed=10)
 # runs that are saved and evaluated as well: one of an adapter, one of the whole model
 SAVED = {"dr_dpo": "lora", "dr_dpo-full": "full"}
 # a run that is evaluated: a rank has eight of eleven rows, the other three, and five that fill up
-EVALUATED = "noisy_sft/symnoise"
+EVALUATED = "noisy_sft/noisefit"
 ANSWERS = dict(per_device_eval_batch_size=8, eval_dataset=make_scored(11, seed=10).remove_columns("reward"))
 
 

@@ -54,6 +54,7 @@ def recipe(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(recipe, tmp_path, curves):
     code, out, err = recipe(rows=None, dataset_name="generated:reverse_list?n=16")
     assert code == 0 and "Saved to run" in out, err

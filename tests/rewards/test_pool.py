@@ -52,6 +52,7 @@ def test_a_sample_that_sleeps_is_stopped_and_its_worker_lives_on(pool):
     assert pool.pids == before
 
 
+@pytest.mark.slow
 def test_a_worker_deaf_to_its_alarm_is_killed_and_replaced(pool):
     before = pool.pids
     assert score(pool, "1", "deaf", "0") == [Outcome(1.0), Outcome(timed_out=True), Outcome(0.0)]
@@ -60,6 +61,7 @@ def test_a_worker_deaf_to_its_alarm_is_killed_and_replaced(pool):
     assert [outcome.value for outcome in score(pool, "1", "0", "1", "0")] == [1.0, 0.0, 1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_an_alarm_that_was_swallowed_rings_again_until_the_worker_is_killed(pool):
     assert score(pool, "swallow") == [Outcome(timed_out=True)]
 
@@ -70,6 +72,7 @@ def test_a_worker_that_dies_costs_its_own_sample_only(pool):
     assert [outcome.value for outcome in others] == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_workers_killed_while_idle_are_replaced_without_losing_a_sample(pool):
     for worker in list(pool._workers):
         worker.process.kill()
@@ -98,6 +101,7 @@ def test_what_a_verifier_prints_goes_to_stderr_and_not_among_the_replies():
     assert (done.stdout, done.stderr) == ("0.0\n", "not a reply\n")
 
 
+@pytest.mark.slow
 def test_closing_ends_the_workers_and_the_next_call_starts_others(pool):
     pids = pool.pids
     start = time.monotonic()
@@ -141,6 +145,7 @@ def check_unguarded(command, tmp_path):
     assert not any(is_alive(int(pid)) for pid in pids.split())
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_not_run_again_and_exits(tmp_path):
     check_unguarded([sys.executable], tmp_path)
 
@@ -174,7 +179,7 @@ def left_in(file):
     return list(filter(is_running, left))
 
 
-@pytest.mark.core("deaf", "killed", "raise")
+@pytest.mark.core("deaf")
 @pytest.mark.parametrize("ending", ["sleep", "deaf", "die", "killed", "memory", "raise"])
 def test_what_a_worker_has_started_ends_with_a_call_that_fails(pool, tmp_path, ending):
     (failed, after) = score(pool, f"{ending} leaving {tmp_path / 'left'}", "1")
@@ -203,6 +208,7 @@ def test_what_a_worker_has_started_ends_when_the_pools_process_is_killed(tmp_pat
     assert left_in(tmp_path / "left") == []
 
 
+@pytest.mark.slow
 def test_what_a_worker_has_started_ends_after_its_keeper_was_killed(pool, tmp_path):
     score(pool, f"1 leaving {tmp_path / 'left'}")
     group, own_session = map(int, (tmp_path / "left").read_text().split())

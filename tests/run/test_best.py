@@ -40,6 +40,7 @@ def weights(trainer):
     return {n.replace(".default", ""): p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 def test_a_copied_run_ends_with_its_own_best_and_keeps_it(tiny_folder, tmp_path, killed):
     shutil.copytree(killed, tmp_path / "copy")
     trainer = goes_on(tiny_folder, tmp_path / "copy", save_total_limit=1)

@@ -114,6 +114,7 @@ def test_without_a_python_the_script_says_which_it_needs(clone):
     assert "POSTTRAIN_PYTHON=/path/to/python" in failed.stderr
 
 
+@pytest.mark.core("arguments1", "arguments3")
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -182,6 +182,7 @@ def test_a_run_folder_that_is_itself_behind_a_link_is_taken(linked, tmp_path):
     assert links_in(tmp_path / "latest", ("*",)) == [] and len(found(tmp_path / "latest", ("*.json",))) == 3
 
 
+@pytest.mark.core(".posttrain.lock", "README.md", "adapter_model.safetensors", "training_args.bin")
 @pytest.mark.parametrize("had", ["nothing", "a run"])
 @pytest.mark.parametrize(
     "name",
@@ -285,6 +286,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(run, tiny_folder, tmp_path, name)
     assert (tmp_path / "PWNED").exists()
 
 
+@pytest.mark.core("trainer_state.json", "rng_state.pth", "adapter_model", "optimizer.pt-content10")
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -180,7 +180,8 @@ def test_a_save_that_is_killed_at_its_first_byte_is_no_hindrance(tmp_path):
     assert checkpoint_files.is_occupied(folder)
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [4, 1])
 def test_a_save_that_is_killed_at_any_call_hinders_no_later_one(tiny_folder, tmp_path, monkeypatch, every):
     trainer = build(tiny_folder, tmp_path, save_strategy="no")
     trainer.train()
@@ -260,7 +261,7 @@ def test_a_save_over_our_own_checkpoint_keeps_no_file_of_the_earlier_one(tiny_fo
 # what lies where a run would save
 
 
-@pytest.mark.core("overrides2-trl", "overrides3-link", "overrides0-file")
+@pytest.mark.core("overrides2-trl", "overrides3-link")
 @pytest.mark.parametrize("what", ["trl", "file", "link", "unmarked"])
 @pytest.mark.parametrize("overrides", [{}, dict(overwrite=True), dict(check_resume=False), dict(max_steps=-1)])
 def test_what_is_not_ours_is_not_written_over(tiny_folder, trl_run, our_run, tmp_path, what, overrides):

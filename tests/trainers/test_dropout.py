@@ -108,6 +108,7 @@ def test_a_bases_own_dropout_is_off_by_default_and_clean_references_where_it_is_
     run(trainer)
 
 
+@pytest.mark.slow
 def test_dr_dpo_weighs_the_losses_that_are_trained_on(tiny_folder, tmp_path):
     # dropout is drawn alike in the scoring and the training pass, so both ways to the weights agree
     def changes(window, rate):

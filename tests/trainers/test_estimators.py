@@ -31,6 +31,7 @@ def name(value):
     return value if isinstance(value, str) else "-".join(str(part) for part in value.values())
 
 
+@pytest.mark.core("dapo", "gspo", "cispo-0.9", "qae", "hpt_rollouts-product", "grpo-luffy", "grpo-row_sum")
 @pytest.mark.parametrize("estimator", [*ROLLOUTS, *MIXES], ids=name)
 def test_the_training_step_has_the_gradient_of_the_pure_functions(tiny_folder, tmp_path, estimator):
     parts, gaps, ratios = resolve(estimator), [], []

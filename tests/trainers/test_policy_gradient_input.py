@@ -81,6 +81,7 @@ REWARDS = [
 ]
 
 
+@pytest.mark.core("hpt-")
 @pytest.mark.parametrize(("reward", "kind", "message"), REWARDS, ids=range(len(REWARDS)))
 @pytest.mark.parametrize("preset", ["qae", "hpt"])
 def test_what_is_wrong_with_a_reward_is_said(tiny_folder, tmp_path, monkeypatch, preset, reward, kind, message):

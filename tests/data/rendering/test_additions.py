@@ -150,6 +150,7 @@ WELL_FORMED = {
 }
 
 
+@pytest.mark.core("deepseekv3", "qwen3")
 @pytest.mark.parametrize("name", every_template(training=False))
 def test_nothing_but_tags_of_reasoning_is_found_in_the_templates_of_trl(name):
     tokenizer = trl_template(name)

@@ -48,6 +48,7 @@ ORDINARY = {
 _OF_IMAGES = ("idefics3", "smolvlm", "llava_next")
 
 
+@pytest.mark.core("deepseekv3", "phi3", "smolvlm")
 @pytest.mark.parametrize("name", every_template())
 def test_ordinary_rows_raise_no_alarm_under_the_templates_of_trl(name):
     tokenizer = trl_template(name)
@@ -59,6 +60,7 @@ def test_ordinary_rows_raise_no_alarm_under_the_templates_of_trl(name):
         assert said(ORDINARY[kind], tokenizer) == [], kind
 
 
+@pytest.mark.core("qwen3-", "gptoss-", "None-")
 @pytest.mark.parametrize("kind", ORDINARY)
 @pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3", "gptoss", None])
 def test_ordinary_rows_raise_no_alarm(kind, name, tokenizer):
@@ -198,6 +200,7 @@ def test_a_nested_value_that_is_written_as_python_does_is_said(form):
                f"{form})" in warning for warning in found)  # fmt: skip
 
 
+@pytest.mark.core("arguments0-", "arguments1-qwen3")
 @pytest.mark.parametrize("name", ["qwen3", "llama3_1", "glm4moe", "qwen3_5_think", "nemotron_3_nano", "gemma4"])
 @pytest.mark.parametrize("arguments", [{"a": "True", "b": 0.5, "c": 3}, {"a": [1, 2], "b": -1e-7}, {"a": "None"}])
 def test_values_that_python_and_json_write_alike_raise_no_alarm(name, arguments):
@@ -596,6 +599,7 @@ def test_a_template_that_trims_the_ends_raises_no_alarm(body):
         assert said(rows, plain(body)) == []
 
 
+@pytest.mark.core("gemma3", "glm4moe")
 @pytest.mark.parametrize("name", every_template())
 def test_code_and_lists_raise_no_alarm_under_the_templates_of_trl(name):
     if name.startswith(_OF_IMAGES):
