@@ -47,18 +47,14 @@ class OfflineMixin(SFTMixin):
         **kwargs,
     ):
         kwargs = self._by_name(rest, kwargs)
-        peft_config = kwargs.get("peft_config")
-        answer_rows.refuse(model, peft_config, kwargs)
+        answer_rows.refuse(model, kwargs.get("peft_config"), kwargs)
 
         def ready(model, args, config):
             self.answers = self._answers_class(args, reward_func)
             return self.answers.prepare(model, config, processing_class, train_dataset, eval_dataset, same_scale)
 
-        def construct(model, args, ready):
-            given = (args, data_collator, ready.train_dataset, ready.eval_dataset, processing_class)
-            super(OfflineMixin, self).__init__(model, *given, **kwargs)
-
-        self._build(model, args, peft_config, ready, construct)
+        kwargs |= dict(data_collator=data_collator, processing_class=processing_class)
+        self._build(model, args, kwargs, ready, super().__init__)
 
     def _begin(self, ready) -> None:
         self.given_rows = ready.facts["answers"]

@@ -61,25 +61,17 @@ class PolicyGradientMixin(RunMixin):
         *rest,
         **kwargs,
     ):
-        kwargs = self._by_name(rest, kwargs)
-        rewards = []
+        kwargs = self._by_name(rest, kwargs) | dict(processing_class=processing_class)
 
         def ready(model, args, config):
             self._advantage_function = prepare.advantage_function(args)
-            rewards.append(reward_setup.reward_functions(reward_funcs, args))
-            reward_setup.check(args, rewards[0], kwargs.get("environment_factory") is not None)
-            return prepare.prepare(
-                model, args, config, processing_class, train_dataset, eval_dataset, kwargs, rewards[0]
-            )  # fmt: skip
+            sampling = args.sampling.items()
+            self._drawn_with = ", ".join(f"{name} {value}" for name, value in sampling if value is not None)
+            rewards = kwargs["reward_funcs"] = reward_setup.reward_functions(reward_funcs, args)
+            reward_setup.check(args, rewards, kwargs.get("environment_factory") is not None)
+            return prepare.prepare(model, args, config, processing_class, train_dataset, eval_dataset, kwargs, rewards)
 
-        def construct(model, args, ready):
-            self._drawn_with = ", ".join(
-                f"{name} {value}" for name, value in args.sampling.items() if value is not None
-            )
-            given = (rewards[0], args, ready.train_dataset, ready.eval_dataset, processing_class)
-            super(PolicyGradientMixin, self).__init__(model, *given, **kwargs)
-
-        self._build(model, args, kwargs.get("peft_config"), ready, construct)
+        self._build(model, args, kwargs, ready, super().__init__)
 
     def _begin(self, ready) -> None:
         self._limits = ready.limits

@@ -83,11 +83,8 @@ class PreferenceMixin(WindowMixin):
             prepare.check_reference_is_loadable(model, ref_model, args, peft_config)
             return prepare.prepare(model, args, config, processing_class, train_dataset, eval_dataset)
 
-        def construct(model, args, ready):
-            given = (ref_model, args, data_collator, ready.train_dataset, ready.eval_dataset, processing_class)
-            super(PreferenceMixin, self).__init__(model, *given, **kwargs)
-
-        self._build(model, args, peft_config, ready, construct)
+        kwargs |= dict(ref_model=ref_model, data_collator=data_collator, processing_class=processing_class)
+        self._build(model, args, kwargs, ready, super().__init__)
 
     def _begin(self, ready) -> None:
         self._limits = ready.limits
