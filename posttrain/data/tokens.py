@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from posttrain.data import formats, objects
+from posttrain.data.messages import style_of
 from posttrain.data.pairs import faults
 from posttrain.data.rendering import applied, bounds, closers, continued
 from posttrain.data.rendering.refusals import refusal
@@ -231,7 +232,7 @@ def sequences(row: Mapping, found: formats.Format, processing_class, place: str 
     else:
         for column in ("prompt", "completion", "messages", "conversations", "text"):
             if column in row:
-                formats.style_of(row[column], column, place)
+                style_of(row[column], column, place)
     if found.kind == formats.LANGUAGE_MODELLING:
         return [_language_modelling(row, processing_class, place)]
     if found.kind == formats.PROMPT_ONLY:

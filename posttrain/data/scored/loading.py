@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from posttrain.data import formats, generators, objects, shapes, sources, turns
 from posttrain.data.columns import first_with_system, log_left_out_columns, log_system_messages, system_in_front
-from posttrain.data.formats import described, is_empty, style_of
 from posttrain.data.generated import reversed_share
+from posttrain.data.messages import described, is_empty, style_of
 from posttrain.data.pairs import sides
 from posttrain.data.rows import columns_of
 from posttrain.data.scored.scales import check_scales
