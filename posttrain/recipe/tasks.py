@@ -155,8 +155,8 @@ def describe(
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
+    from posttrain.data.processing import processing_class_for, tokenizer_of
     from posttrain.data.tasks import tokens
-    from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.run.prepared import steps
     from posttrain.trainers.policy_gradient import prepare, reward_setup
 

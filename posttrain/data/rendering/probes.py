@@ -5,13 +5,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
+from posttrain.data.processing import tokenizer_of
 from posttrain.data.rendering import additions, round_trips
 from posttrain.data.rendering.applied import control_tokens
 from posttrain.data.rendering.faults import Fault, short
 from posttrain.data.rendering.markers import marked
 from posttrain.data.rendering.marks import REASONING
 from posttrain.data.rendering.round_trips import bare as _bare
-from posttrain.data.tokens import render_text, tokenizer_of
+from posttrain.data.tokens import render_text
 
 _OPENING = ("system", "developer")
 _BLANKS = re.compile(r"\s")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import rows, tokens
+from posttrain.data import processing, rows
 from posttrain.data.instructions.tokens import tokenised_before_loading
 from posttrain.data.limits import Limits
 from posttrain.data.scored import answer_tokens
@@ -146,7 +146,7 @@ class OfflineMixin(SFTMixin):
         args = self.args
         dataset = self.answers.scored(dataset, name)
         if tokenised_before_loading(args):
-            stop_ids = tokens.generation_stop_ids(self.model)
+            stop_ids = processing.generation_stop_ids(self.model)
             dataset, _ = answer_tokens.drop_overlong(dataset, self.processing_class, args, name, stop_ids)
             Limits(self.model, self.model.config).check_answers(dataset, self.processing_class, args, name)
         if not self.answers.weighed_late:

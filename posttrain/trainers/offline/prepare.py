@@ -5,8 +5,8 @@ import functools
 from posttrain.data import rows
 from posttrain.data.instructions.tokens import tokenised_before_loading
 from posttrain.data.limits import Limits
+from posttrain.data.processing import generation_stop_ids, processing_class_for
 from posttrain.data.scored import answer_tokens, baselines, loading
-from posttrain.data.tokens import generation_stop_ids, processing_class_for
 from posttrain.errors import ConfigError
 from posttrain.run import checks, evaluation
 from posttrain.run.prepared import Prepared

@@ -9,8 +9,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from posttrain.data import columns
+from posttrain.data.processing import tokenizer_of
 from posttrain.data.tasks import task_rows
-from posttrain.data.tokens import as_rendered, tokenizer_of
+from posttrain.data.tokens import as_rendered
 from posttrain.errors import ConfigError, DivergedError
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards, special_tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import columns, formats, objects, tokens
+from posttrain.data import columns, formats, objects, processing
 from posttrain.data.pairs import schema
 from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.log import get_logger
@@ -134,7 +134,7 @@ class PreferenceMixin(WindowMixin):
         args, dataset = self.args, columns.prepare(dataset, name, prepare.READ)
         report = schema.check_preferences(
             dataset, self.processing_class, args.max_length, name, args.truncation_mode,
-            tokens.generation_stop_ids(self.model), getattr(args, "end_of_turn", "warn"),
+            processing.generation_stop_ids(self.model), getattr(args, "end_of_turn", "warn"),
         )  # fmt: skip
         if report is not None:
             self._limits.check_reports({name: report}, {name: dataset}, self.processing_class, args.max_length)
