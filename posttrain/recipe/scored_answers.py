@@ -76,7 +76,7 @@ def describe(
     from posttrain import tables
     from posttrain.data.instructions.tokens import tokenised_before_loading
     from posttrain.data.processing import processing_class_for
-    from posttrain.data.scored import baselines, loading
+    from posttrain.data.scored import baselines, scoring
     from posttrain.run.prepared import check_fills_a_batch, micro_batches, steps
     from posttrain.trainers.offline import prompt_values
     from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
@@ -86,7 +86,7 @@ def describe(
     answers = ALoLAnswers(args, data_args.reward_func)
     if data_args.reward_func is not None and args.allow_code is None:
         # one that is none is refused here; what it gives is known once it has scored the answers
-        loading.check_reward(data_args.reward_func)
+        scoring.check_reward(data_args.reward_func)
     if answers.has_head:
         prompt_values.check_heads_can_be_kept(args, data_args.reward_func)
     ready = answers.prepare(
