@@ -41,7 +41,7 @@ class Method:
         resumed: settings of a run that saves, the step it goes on from, and another setting with what is then said.
         shared: settings of runs that share prefixes, and end where padded ones do. The hardest first.
         tolerance: of changes in the parameters; a known wrong variant departs by more than ten times as much.
-        compared: names of means to compare; all by default.
+        compared: how the names of means to compare begin; all by default.
         outcome: what else two ranks are to have in common with one.
         ranks: cases of two ranks beside `cases`.
         launch: settings that each case on two ranks has beside its own.
@@ -497,6 +497,7 @@ policy_gradient = Method(
 
 NOISEFIT = dict(hidden_noise="noisefit", noise_layers=[0, 1], hidden_noise_scale=0.3, consistency_weight=5.0)
 SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=8.0)
+MSN = dict(token_noise="msn", token_noise_length=3)
 NEFTUNE = dict(embedding_noise="neftune", noise_alpha=5.0)
 noisy_sft = Method(
     name="noisy_sft",
@@ -522,6 +523,13 @@ noisy_sft = Method(
         NOISEFIT | dict(label_smoothing_factor=0.1),
         NOISEFIT | dict(embedding_noise="neftune"),
         NOISEFIT | dict(packing=True, packing_strategy="wrapped"),
+        MSN | dict(token_noise="masked"),
+        MSN | dict(token_noise_length=-1),
+        MSN | dict(token_noise_prob=1.5),
+        MSN | dict(accepted_tokens_rows=-1),
+        MSN | NEFTUNE,
+        MSN | dict(packing=True, packing_strategy="bfd_split"),
+        MSN | dict(torch_compile=True),
         dict(embedding_noise="neftune", noise_alpha=-1.0),
         dict(noise_alpha=7.0),
         NEFTUNE | dict(packing=True, packing_strategy="wrapped"),
@@ -534,6 +542,7 @@ noisy_sft = Method(
     neutral={
         "packed": (dict(packing=True, max_length=128) | _SPLIT, dict(packing=True, max_length=128) | _SPLIT),
         "alpha-zero": (SYMNOISE | _SPLIT | dict(noise_alpha=0.0), _SPLIT),
+        "tokens": (MSN | _SPLIT | dict(token_noise_length=0), _SPLIT),
         "hidden": (NOISEFIT | _SPLIT | dict(ce_weight=1.0, consistency_weight=0.0), _SPLIT),
         # transformers' own noise
         "tensor": (NEFTUNE | _SPLIT | dict(length_mode="tensor"), _SPLIT | dict(neftune_noise_alpha=5.0)),
@@ -544,6 +553,7 @@ noisy_sft = Method(
         "neftune": NEFTUNE | _SHORT,
         "symnoise": SYMNOISE | _SHORT,
         "noisefit": NOISEFIT | _SHORT,
+        "msn": MSN | _SHORT,
         "uniform": dict(embedding_noise="uniform") | _SHORT,
         "gaussian": dict(embedding_noise="gaussian") | _SHORT,
     },
@@ -555,7 +565,7 @@ noisy_sft = Method(
     ),
     shared={},
     # TRL's other means are means of micro-batches' means
-    compared=("loss", "noise/ratio", "num_tokens"),
+    compared=("loss", "noise/", "num_tokens"),
     ranks={
         "neftune-full": NEFTUNE | _SHORT | dict(peft=False),
         "noisefit-full": NOISEFIT | _SHORT | dict(peft=False),

@@ -44,7 +44,7 @@ LAYERS = (
     ("rewards",),
     ("data",),
     ("mechanisms",),
-    ("adapters", "evaluation"),
+    ("adapters", "evaluation", "generation"),
     ("hub",),
     ("run",),
     ("trainers",),

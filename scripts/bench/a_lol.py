@@ -17,7 +17,6 @@ Peak memory is measured in a process for each side.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,13 +25,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
-from bench.sides import at_step_end, no_curves
+from bench.arms import lora, memory_of, model_of, settings, side_of, three
+from bench.sides import no_curves
 
 ARMS = ("sft", "two_models", "padded", "posttrain")
 BASELINE, OURS = "sft", "posttrain"
 # a step of ours over one of SFT at most; two models' over one of ours at least
 WANTED = {"sft": 1.05, "two_models": 1.8}
 TOLERANCE = 1e-4
+# rows a step
+BATCH = 4
 
 
 def load_answers(data: Path | None, count: int, quick: bool, tokenizer):
@@ -58,43 +60,28 @@ def load_answers(data: Path | None, count: int, quick: bool, tokenizer):
 
 
 def make_trainer(arm: str, folder: str, rows, steps: int, batch: int, model: str):
-    from peft import LoraConfig
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from posttrain import ALoLConfig, ALoLTrainer
 
-    settings = dict(
-        output_dir=f"{folder}/{arm}",
-        per_device_train_batch_size=batch,
-        max_steps=steps,
-        max_length=512,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-    )
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    fields = settings(folder, arm, batch, steps) | dict(use_cpu=True, bf16=False, gradient_checkpointing=False)
     if arm == "sft":
         trainer = SFTTrainer(
-            model, SFTConfig(**settings), train_dataset=rows.select_columns(["prompt", "completion"]), peft_config=lora
+            model,
+            SFTConfig(**fields),
+            train_dataset=rows.select_columns(["prompt", "completion"]),
+            peft_config=lora(),
         )
     else:
         kind = _two_models() if arm == "two_models" else ALoLTrainer
         args = ALoLConfig(
-            **settings,
+            **fields,
             value="column",
             ref_cache_dir=f"{folder}/{arm}-cache",
             prefix_sharing="auto" if arm == "posttrain" else "never",
         )
-        trainer = kind(model, args, train_dataset=rows, peft_config=lora)
+        trainer = kind(model, args, train_dataset=rows, peft_config=lora())
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -133,30 +120,16 @@ def _two_models():
 def measure(args, rounds: int) -> tuple[dict, dict, dict]:
     """(seconds of each arm's steps, what each logged, seconds of each arm's construction)."""
     trainers, sides, built = {}, {}, {}
-    model, batch = _model(args)
+    model, batch = model_of(args), BATCH
     with tempfile.TemporaryDirectory() as folder, no_curves():
         rows = load_answers(args.data, batch * (rounds + 1), args.quick, _tokenizer(model))
         for arm in ARMS:
             start = time.perf_counter()
             trainers[arm] = make_trainer(arm, folder, rows, rounds + 1, batch, model)
             built[arm] = time.perf_counter() - start
-            sides[arm] = _side(trainers[arm])
+            sides[arm] = side_of(trainers[arm])
         seconds = harness.alternate(sides, rounds)
     return seconds, {arm: [r for r in t.state.log_history if "loss" in r] for arm, t in trainers.items()}, built
-
-
-def _side(trainer):
-    def side(turn):
-        trainer.add_callback(at_step_end(turn))
-        trainer.train()
-
-    return side
-
-
-def _model(args) -> tuple[str, int]:
-    from posttrain.models import resolve_model
-
-    return resolve_model("embedded:tiny" if args.quick else "embedded:smollm2-135m"), 4
 
 
 def _tokenizer(model: str):
@@ -177,19 +150,8 @@ def check_equal(logs: dict) -> float:
     return largest
 
 
-def memory_of(arm: str, args) -> float:
-    """Peak resident MiB of two steps of an arm, in a process of its own."""
-    line = [sys.executable, __file__, "--memory", arm]
-    line += ["--quick"] if args.quick else []
-    line += ["--data", str(args.data)] if args.data else []
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the memory of {arm} could not be measured:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _print_memory(arm: str, args) -> None:
-    model, batch = _model(args)
+    model, batch = model_of(args), BATCH
     with tempfile.TemporaryDirectory() as folder, no_curves():
         rows = load_answers(args.data, batch * 2, args.quick, _tokenizer(model))
         make_trainer(arm, folder, rows, 2, batch, model).train()
@@ -207,14 +169,14 @@ def main(arguments: list[str] | None = None) -> None:
     from posttrain.tables import format_table
 
     # first: nothing else is in memory yet
-    memory = {arm: memory_of(arm, args) for arm in ARMS}
+    memory = {arm: memory_of(__file__, arm, args) for arm in ARMS}
     seconds, logs, built = measure(args, args.rounds or (3 if args.quick else 8))
     gap = check_equal(logs)
     rows = []
     for arm, values in seconds.items():
         ratios = [other / ours for other, ours in zip(values, seconds[OURS], strict=True)]
         rows.append(
-            {"arm": arm, "seconds": _three(values), "over_ours": _three(ratios), "peak_mib": round(memory[arm])}
+            {"arm": arm, "seconds": three(values), "over_ours": three(ratios), "peak_mib": round(memory[arm])}
             | {"construction_seconds": round(built[arm], 2)}
         )
     lines = [
@@ -235,10 +197,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json:
         content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
         harness.write_json(args.json, content | {"targets": targets, "largest_gap": gap})
-
-
-def _three(values) -> list[float]:
-    return [round(value, 4) for value in harness.spread(values)]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Peak memory is measured in a process for each side.
 import gzip
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
-from bench.sides import at_step_end, no_curves
+from bench.arms import lora, memory_of, model_of, settings, side_of, three
+from bench.sides import no_curves
 
 ARMS = {
     "sft": {},
@@ -46,6 +46,8 @@ WANTED = {
     "noisefit_high": ("three_high", 1, 0.47),
 }
 TOLERANCE = 1e-4
+# rows a step
+BATCH = 4
 
 
 def load_rows(data: Path | None, count: int):
@@ -67,32 +69,11 @@ def load_rows(data: Path | None, count: int):
 
 
 def make_trainer(arm: str, folder: str, rows, steps: int, batch: int, model: str):
-    import torch
-    from peft import LoraConfig
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from posttrain import NoisySFTConfig, NoisySFTTrainer
 
-    cuda = torch.cuda.is_available()
-    settings = dict(
-        output_dir=f"{folder}/{arm}",
-        per_device_train_batch_size=batch,
-        max_steps=steps,
-        max_length=512,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        use_cpu=not cuda,
-        bf16=cuda,
-        gradient_checkpointing=cuda,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-    )
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     theirs = arm in ("sft", "transformers")
     kind, config = (SFTTrainer, SFTConfig) if theirs else (NoisySFTTrainer, NoisySFTConfig)
     own = dict(ARMS[arm])
@@ -103,7 +84,7 @@ def make_trainer(arm: str, folder: str, rows, steps: int, batch: int, model: str
         depth = AutoConfig.from_pretrained(model).num_hidden_layers
         own["noise_layers"] = sorted({int(share * depth) for share in PLACES[place]})
         kind = _three_forwards() if how == "three" else kind
-    trainer = kind(model, config(**settings, **own), train_dataset=rows, peft_config=lora)
+    trainer = kind(model, config(**settings(folder, arm, batch, steps), **own), train_dataset=rows, peft_config=lora())
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -125,27 +106,13 @@ def _three_forwards():
 def measure(args, rounds: int) -> tuple[dict, dict]:
     """(seconds of each arm's steps, what each logged)."""
     trainers = {}
-    model, batch = _model(args)
+    model, batch = model_of(args), BATCH
     with tempfile.TemporaryDirectory() as folder, no_curves():
         rows = load_rows(args.data, batch * (rounds + 1))
         for arm in ARMS:
             trainers[arm] = make_trainer(arm, folder, rows, rounds + 1, batch, model)
-        seconds = harness.alternate({arm: _side(trainer) for arm, trainer in trainers.items()}, rounds)
+        seconds = harness.alternate({arm: side_of(trainer) for arm, trainer in trainers.items()}, rounds)
     return seconds, {arm: [r["loss"] for r in t.state.log_history if "loss" in r] for arm, t in trainers.items()}
-
-
-def _side(trainer):
-    def side(turn):
-        trainer.add_callback(at_step_end(turn))
-        trainer.train()
-
-    return side
-
-
-def _model(args) -> tuple[str, int]:
-    from posttrain.models import resolve_model
-
-    return resolve_model("embedded:tiny" if args.quick else "embedded:smollm2-135m"), 4
 
 
 def check_losses(losses: dict) -> None:
@@ -156,26 +123,15 @@ def check_losses(losses: dict) -> None:
         if losses[arm] == losses["sft"]:
             raise SystemExit(f"the losses of {arm} are those without noise")
     for place in PLACES:
-        for one, three in zip(losses[f"noisefit_{place}"], losses[f"three_{place}"], strict=True):
-            if not abs(one - three) <= TOLERANCE * abs(three):
+        for one, apart in zip(losses[f"noisefit_{place}"], losses[f"three_{place}"], strict=True):
+            if not abs(one - apart) <= TOLERANCE * abs(apart):
                 raise SystemExit(
-                    f"with noise behind {place} layers one forward has a loss of {one}, three have {three}"
+                    f"with noise behind {place} layers one forward has a loss of {one}, three have {apart}"
                 )
 
 
-def memory_of(arm: str, args) -> float:
-    """Peak resident MiB of two steps of an arm, in a process of its own."""
-    line = [sys.executable, __file__, "--memory", arm]
-    line += ["--quick"] if args.quick else []
-    line += ["--data", str(args.data)] if args.data else []
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the memory of {arm} could not be measured:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _print_memory(arm: str, args) -> None:
-    model, batch = _model(args)
+    model, batch = model_of(args), BATCH
     with tempfile.TemporaryDirectory() as folder, no_curves():
         make_trainer(arm, folder, load_rows(args.data, batch * 2), 2, batch, model).train()
     print(json.dumps(harness.peak_memory()))
@@ -192,13 +148,13 @@ def main(arguments: list[str] | None = None) -> None:
     from posttrain.tables import format_table
 
     # first: nothing else is in memory yet
-    memory = {arm: memory_of(arm, args) for arm in ARMS}
+    memory = {arm: memory_of(__file__, arm, args) for arm in ARMS}
     seconds, losses = measure(args, args.rounds or (3 if args.quick else 12))
     check_losses(losses)
     rows, targets = [], []
     for arm, values in seconds.items():
         ratios = [own / theirs for own, theirs in zip(values, seconds[BASELINE], strict=True)]
-        rows.append({"arm": arm, "seconds": _three(values), "over_sft": _three(ratios), "peak_mib": round(memory[arm])})
+        rows.append({"arm": arm, "seconds": three(values), "over_sft": three(ratios), "peak_mib": round(memory[arm])})
         if arm in WANTED:
             other, steps, wanted = WANTED[arm]
             over = [own / theirs for own, theirs in zip(values, seconds[other], strict=True)]
@@ -215,10 +171,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json:
         content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
         harness.write_json(args.json, content | {"targets": targets})
-
-
-def _three(values) -> list[float]:
-    return [round(value, 4) for value in harness.spread(values)]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def bench(monkeypatch):
 
 def test_the_benchmark_measures_every_arm(bench, tmp_path, capsys, monkeypatch):
     # of processes of their own, whose imports take most of a minute
-    monkeypatch.setattr(bench, "memory_of", lambda arm, args: 1.0)
+    monkeypatch.setattr(bench, "memory_of", lambda script, arm, args: 1.0)
     bench.main(["--quick", "--rounds", "2", "--json", str(tmp_path / "speed.json")])
     content = json.loads((tmp_path / "speed.json").read_text())
     rows = {row["arm"]: row for row in content["rows"]}

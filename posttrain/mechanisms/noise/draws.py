@@ -91,6 +91,17 @@ def token_keys(input_ids: Tensor, found: Sequences, seed: int, step: int, site: 
     return mix(mix(content ^ run)[found.index] + places)
 
 
+def fraction(keys: Tensor, number: int) -> Tensor:
+    """Return a number from 0 up to 1 in fp64 for each key (N,), another one for each whole `number`."""
+    bits = mix(keys + signed((number + 1) * _GOLDEN))
+    return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def below(keys: Tensor, bounds: Tensor, number: int) -> Tensor:
+    """Return an integer from 0 up to each bound (N,), which is excluded, all with equal chance but for 1 in 2**53."""
+    return (fraction(keys, number) * bounds).long().minimum(bounds - 1)
+
+
 def uniform(keys: Tensor, size: int, first: int = 0) -> Tensor:
     """Return numbers (N, size) in fp32, uniform on (-1, 1), for keys (N,): 2**23 values, symmetric around 0.
 

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from trl import SFTTrainer
 
 from posttrain.errors import ConfigError
@@ -9,6 +10,7 @@ from posttrain.mechanisms.noise.controller import EmbeddingNoise, input_embeddin
 from posttrain.trainers.sft.hidden_noise import HiddenNoise
 from posttrain.trainers.sft.mixin import InstructionMixin
 from posttrain.trainers.sft.noisy_sft_config import NoisySFTConfig
+from posttrain.trainers.sft.token_noise import TokenNoise, accepted_tokens
 
 __all__ = ["NoisySFTConfig", "NoisySFTTrainer"]
 
@@ -48,6 +50,19 @@ _NOISEFIT = {
 }""",
 }
 
+_MSN = {
+    "title": "Make Some Noise: Unlocking Language Model Parallel Inference Capability through Noisy Training",
+    "id": "2406.17404",
+    "citation": """@inproceedings{wang2024make,
+    title     = {{Make Some Noise: Unlocking Language Model Parallel Inference Capability through Noisy Training}},
+    author    = {Yixuan Wang and Xianzhen Luo and Fuxuan Wei and Yijun Liu and Qingfu Zhu and Xuanyu Zhang and
+                 Qing Yang and Dongliang Xu and Wanxiang Che},
+    booktitle = {Conference on Empirical Methods in Natural Language Processing},
+    year      = 2024,
+    eprint    = {arXiv:2406.17404},
+}""",
+}
+
 
 class NoisySFTTrainer(InstructionMixin, SFTTrainer):
     """`trl.SFTTrainer` with noise on the embeddings of the forward that is trained: NEFTune, SymNoise and others.
@@ -71,7 +86,7 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
 
     def _begin(self, ready) -> None:
         super()._begin(ready)
-        self._noise, self._hidden = None, None
+        self._noise, self._hidden, self._tokens = None, None, None
 
     def _place(self, ready) -> None:
         super()._place(ready)
@@ -80,6 +95,9 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
             self._hidden = HiddenNoise(self)
             self.add_callback(self._hidden)
             self._name, self._paper = "SFT with noisy hidden states (NoiseFiT)", _NOISEFIT
+        if args.adds_token_noise:
+            self._tokens = TokenNoise(self)
+            self._name, self._paper = "SFT with noisy tokens (MSN)", _MSN
         if not args.adds_noise:
             return
         input_embedding(self.model)
@@ -105,6 +123,8 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
 
     # stands on SFTTrainer.compute_loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._tokens is not None and self.model.training and torch.is_grad_enabled():
+            inputs = self._tokens.added_to(inputs)
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._hidden is not None and self._hidden.passes.squares is not None:
             if self.state.global_step == 0:
@@ -119,6 +139,11 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
             return super().around_policy_forward()
         model = self.accelerator.unwrap_model(self.model)
         return self._noise.added_to(model, self.state.global_step, self.counted_tokens)
+
+    def finish_evaluation(self, dataloader, description: str) -> None:
+        super().finish_evaluation(dataloader, description)
+        if self.args.accepted_tokens_rows:
+            self._metrics["eval"]["accepted_tokens"] = [accepted_tokens(self, dataloader.dataset)]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._noise is not None and self.model.training and self._noise.squares is not None:

@@ -106,8 +106,35 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         card=lambda args: args.hidden_noise != "none",
     )
 
+    token_noise: str = setting(
+        "none",
+        "Noise on input tokens: none; or msn, which replaces a piece of each answer by tokens from in front of it and "
+        "learns the answer as it is, so that the model can check several guessed tokens in one forward.",
+        identity="tokens",
+        card=lambda args: args.adds_token_noise,
+    )
+    token_noise_length: int = setting(
+        5, "Tokens of a piece that token_noise replaces; 0 for none.", identity=False, card=False
+    )
+    token_noise_prob: float = setting(
+        1.0, "Share of the sequences that token_noise falls on, from 0 to 1.", identity=False, card=False
+    )
+    token_noise_copies_special: bool = setting(
+        True, "Whether special tokens of the prefix are copied into the piece as well.", identity=False, card=False
+    )
+    accepted_tokens_rows: int = setting(
+        0,
+        "Rows, from the first on, whose answers an evaluation generates greedily with posttrain.generation.jacobi; "
+        "eval_accepted_tokens is the number of new tokens a forward. 0 for none.",
+        identity=False,
+        card=False,
+    )
+    accepted_tokens_length: int = setting(
+        64, "New tokens of each row of accepted_tokens_rows, at most.", identity=False, card=False
+    )
+
     always_in_card: ClassVar = ("max_length",)
-    says: ClassVar = ("embedding_noise", "hidden_noise")
+    says: ClassVar = ("embedding_noise", "hidden_noise", "token_noise")
 
     @property
     def adds_noise(self) -> bool:
@@ -146,6 +173,51 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
             count = "" if layers == "auto" else f" {self.noise_layer_count}"
             layers = f"{layers}{count} of {self.noise_calibration_rows} rows"
         return f"{self.hidden_noise} {self.hidden_noise_scale!r} {self.hidden_noise_base} behind {layers}, {loss}"
+
+    @property
+    def adds_token_noise(self) -> bool:
+        """Whether any token may be replaced."""
+        return self.token_noise != "none" and self.token_noise_length > 0 and self.token_noise_prob > 0
+
+    @property
+    def tokens(self) -> str | None:
+        """The noise on tokens in words, which a resumed run must share; None where there is none."""
+        if not self.adds_token_noise:
+            return None
+        copied = "" if self.token_noise_copies_special else ", no special token copied"
+        return f"{self.token_noise}, {self.token_noise_length} tokens of a share of {self.token_noise_prob!r}{copied}"
+
+    def _read_tokens(self):
+        check_choice("token_noise", self.token_noise, ("none", "msn"))
+        for name, least in (("token_noise_length", 0), ("accepted_tokens_rows", 0), ("accepted_tokens_length", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of {least} or more.")
+        value = self.token_noise_prob
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"token_noise_prob is {value!r}; it must be a number from 0 to 1.")
+        if not self.adds_token_noise:
+            return
+        others = (("embedding_noise", self.adds_noise), ("hidden_noise", self.hidden_noise != "none"))
+        for name, is_set in others:
+            if is_set:
+                raise ExcludedSetting(
+                    f"token_noise is {self.token_noise} with {name}: {getattr(self, name)}; a run has noise of one "
+                    "kind. Set one of them to none.",
+                    {"token_noise": (name,), name: ("token_noise",)},
+                )
+        if self.packing and self.packing_strategy in ("wrapped", "bfd_split"):
+            raise ExcludedSetting(
+                f"packing_strategy is {self.packing_strategy} with token_noise: {self.token_noise}: it cuts rows in "
+                "two, and the second part's prompt is not known. Set `packing_strategy: bfd`.",
+                {"packing_strategy": ("token_noise",)},
+            )
+        if self.torch_compile:
+            raise ExcludedSetting(
+                f"torch_compile is true with token_noise: {self.token_noise}, whose pieces have other lengths in each "
+                "step. Leave torch_compile out.",
+                {"torch_compile": ("token_noise",)},
+            )
 
     def _read_hidden(self):
         check_choice("hidden_noise", self.hidden_noise, ("none", "noisefit"))
@@ -256,6 +328,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 {"padding_free": ("max_length", "packing")},
             )
         self._read_hidden()
+        self._read_tokens()
         if not self.adds_noise:
             return
         if self.packing and self.packing_strategy == "wrapped":

@@ -1,0 +1,1 @@
+"""Generation of text in ways that `generate` of transformers does not have."""
