@@ -107,13 +107,13 @@ class Method:
 
 def _pairs(folder, output_dir, rows: int = 16, evaluated=False, **settings):
     pairs = make_pairs(rows)
-    return training.build(folder, output_dir, pairs=pairs, held_out=pairs if evaluated else None, **settings)
+    return training.build(folder, output_dir, pairs=pairs, **(dict(held_out=pairs) if evaluated else {}) | settings)
 
 
 def _scored(folder, output_dir, rows: int = 16, prompts=None, length=None, baseline=None, evaluated=False, **settings):
     columns = {} if baseline is None else dict(baseline=[baseline] * rows)
     answers = scored.make_scored(rows, prompts=prompts, length=length, **columns)
-    return scored.build(folder, output_dir, answers, eval_dataset=answers if evaluated else None, **settings)
+    return scored.build(folder, output_dir, answers, **(dict(eval_dataset=answers) if evaluated else {}) | settings)
 
 
 def _rollouts(folder, output_dir, rows: int = 8, **settings):
@@ -124,7 +124,8 @@ def _rollouts(folder, output_dir, rows: int = 8, **settings):
 def _instructions(folder, output_dir, rows: int = 16, evaluated=False, **settings):
     answers = scored.make_scored(rows).remove_columns("reward")
     ours = dict(trainer_class=NoisySFTTrainer, config_class=NoisySFTConfig)
-    return scored.build(folder, output_dir, answers, eval_dataset=answers if evaluated else None, **ours | settings)
+    ours |= dict(eval_dataset=answers) if evaluated else {}
+    return scored.build(folder, output_dir, answers, **ours | settings)
 
 
 def _adapter(peft: bool):
