@@ -139,7 +139,10 @@ def _columns(**settings) -> GiftSWConfig:
     return GiftSWConfig(**dict(r=8, target_modules="all-linear", bits=3, calibration_rows=4) | settings)
 
 
-def _salient(folder, output_dir, rows: int = 16, evaluated=False, peft=None, parent=False, pairs=False, **settings):
+def _salient(
+    folder, output_dir, rows: int = 16, evaluated=False, peft=None, parent=False, pairs=False,
+    trainer_class=NoisySFTTrainer, config_class=NoisySFTConfig, **settings,
+):  # fmt: skip
     """NoisySFTTrainer with a GIFT-SW adapter; TRL's trainer with a LoRA of the same A; or RobustDPOTrainer."""
     scheme = {name: settings.pop(name) for name in ("noise", "bits", "metric") if name in settings}
     if pairs:
@@ -151,7 +154,7 @@ def _salient(folder, output_dir, rows: int = 16, evaluated=False, peft=None, par
     answers = scored.make_scored(rows).remove_columns("reward")
     given = dict(train_dataset=answers, eval_dataset=answers if evaluated else None, peft_config=_columns(**scheme))
     if not parent:
-        return NoisySFTTrainer(folder, args=NoisySFTConfig(**fields), **given)
+        return trainer_class(folder, args=config_class(**fields), **given)
     calibrated = NoisySFTTrainer(folder, args=NoisySFTConfig(**fields | dict(output_dir=f"{output_dir}-A")), **given)
     matrices = {name: value for name, value in calibrated.model.named_parameters() if "lora_A" in name}
     given["peft_config"] = runs.lora(r=8, lora_alpha=8)
