@@ -74,7 +74,7 @@ class Small:
     """
 
     lists, facts, nothing, held_out = 512, 128, 128, 200
-    words, epochs, step, rate, lora_rate, longest = 4, 8, 32, 5e-4, 2e-3, 8
+    words, epochs, step, rate, lora_rate, longest = 4, 16, 32, 5e-4, 2e-3, 8
     lora_is_other = True
 
     def __init__(self, folder: Path):
