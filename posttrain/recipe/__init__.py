@@ -31,7 +31,7 @@ def named_model(data_args: DataArguments, model_args: ModelArguments, training_a
     return resolve_model(model_args.model_name_or_path), adapter_config(model_args)
 
 
-def load_splits(load: Callable, data_args: DataArguments, evaluate: bool, seed: int = 42):
+def load_splits(load: Callable, data_args: DataArguments, evaluate: bool, seed: int):
     """Load the training rows, and those for evaluation (or None) if some are named or `evaluate` asks for them.
 
     Args:

@@ -9,7 +9,7 @@ def load(data_args: DataArguments, training_args):
     """Load the rows to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
     from posttrain.data.instructions.loading import load_instructions
 
-    return recipe.load_splits(load_instructions, data_args, training_args.eval_strategy != "no")
+    return recipe.load_splits(load_instructions, data_args, training_args.eval_strategy != "no", training_args.seed)
 
 
 def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=None) -> dict:

@@ -100,11 +100,11 @@ def describe(
         # of tokens that come with the model: as far as the values alone tell
         rows = answers.weigh(rows, name)
         rows = rows.select([i for i, weight in enumerate(rows["weight"][:]) if weight != 0])
-    kept, fits = len(rows), ready.facts.get("fit")
+    kept, within = len(rows), ready.facts.get("within_max_length")
     first = (rows if kept else ready.train_dataset).select([0])
-    if fits is None:
+    if within is None:
         given = len(ready.train_dataset)
-        fits = f"at most {given}: chat_template_path or eos_token change the tokens once the model is loaded"
+        within = f"at most {given}: chat_template_path or eos_token change the tokens once the model is loaded"
     for part in ("rewards", "advantages"):
         if part in ready.facts:
             facts[part] = "\n" + tables.histogram(ready.facts[part])
@@ -121,7 +121,7 @@ def describe(
     return {
         "processes": args.world_size,
         "scored answers": ready.facts["answers"],
-        "of them within max_length": fits,
+        "of them within max_length": within,
         "of them with a gradient": kept if with_gradient is None else with_gradient,
         "answers per step": batch,
         "steps": f"at most {taken}" if with_gradient is not None and args.max_steps <= 0 else taken,

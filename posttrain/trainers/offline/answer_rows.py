@@ -1,4 +1,4 @@
-"""Rows of scored answers on their way to a batch: scored by one rank, dropped where dead, collated."""
+"""Rows of scored answers on their way to a batch: scored by one rank, left out without a gradient, collated."""
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model

@@ -96,7 +96,7 @@ class Answers:
             }
             for name, dataset in {"train_dataset": train_dataset, **named}.items():
                 limits.check_answers(dataset, tokenizer, args, name)
-            facts["fit"] = len(train_dataset)
+            facts["within_max_length"] = len(train_dataset)
         if score:
             self.check_left(train_dataset)
         if scored:
