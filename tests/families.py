@@ -570,6 +570,7 @@ noisy_sft = Method(
         NOISEFIT | dict(noise_layers="snr"),
         NOISEFIT | dict(noise_layers=[-1, 2]),
         NOISEFIT | dict(noise_layers=[]),
+        NOISEFIT | dict(noise_layers=[1.5]),
         NOISEFIT | dict(noise_layer_count=0),
         NOISEFIT | dict(hidden_noise_scale=-0.1),
         NOISEFIT | dict(ce_weight=1.5),

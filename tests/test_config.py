@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain import NoisySFTConfig, PolicyGradientConfig
 from posttrain.config import (
     REMOVED,
     DataArguments,
@@ -15,6 +16,7 @@ from posttrain.config import (
 from posttrain.errors import ConfigError
 from posttrain.paths import configs_dir
 from posttrain.trainers.preference.robust_dpo import RobustDPOConfig
+from tests.families import CONFIGS as FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = (DataArguments, ModelArguments, RobustDPOConfig)
@@ -62,6 +64,42 @@ def test_values_take_the_type_of_their_field(tmp_path):
 def test_the_command_line_takes_the_same_values_and_wins(tmp_path):
     got = toy(tmp_path, "steps: 1\nkeep: true\nratio: 0.5", "--steps=1e3", "--no_keep", "--ratio", "none", "--share")
     assert got == Toy(steps=1000, keep=False, ratio=None, share=True)
+
+
+ALIKE = [
+    (PolicyGradientConfig, "estimator", "{preset: dapo, ratio_max: 1.9}"),
+    (PolicyGradientConfig, "estimator", '{"preset": "dapo"}'),
+    (PolicyGradientConfig, "reward_weights", "[0.5, 1]"),
+    (PolicyGradientConfig, "soft_gate", "[[1, 0, 0]]"),
+    (RobustDPOConfig, "gradient_checkpointing_kwargs", "{use_reentrant: false}"),
+    (NoisySFTConfig, "noise_layers", "[0, 1]"),
+    (NoisySFTConfig, "noise_layers", "[0]"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "text"), ALIKE)
+def test_a_word_of_the_command_line_is_what_a_file_reads(kind, name, text, tmp_path, monkeypatch):
+    # as it is read, whatever the config makes of it
+    monkeypatch.setattr(kind, "__post_init__", lambda self: None)
+    ways = [f"--{name}", text], ["--config", write(tmp_path, f"{name}: {text}")]
+    word, line = (getattr(parse((kind,), way)[0], name) for way in ways)
+    assert word == line and isinstance(word, list | dict)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_setting_that_is_a_mapping_is_read_from_one_word(kind):
+    types = PosttrainParser((kind,))._types
+    mappings = [name for name, known in types.items() if known.mapping]
+    assert "lr_scheduler_kwargs" in mappings
+    for name in mappings:
+        assert types[name].from_word("{a: 1}") == {"a": 1} == types[name].from_word('{"a": 1}'), name
+
+
+def test_a_text_of_a_file_is_not_read_as_a_mapping(tmp_path):
+    # what a file may not set is looked for in its mappings, before
+    path = write(tmp_path, 'model_init_kwargs: "{trust_remote_code: true}"')
+    with pytest.raises(ConfigError, match="model_init_kwargs is '{trust_remote_code: true}'; it takes a mapping"):
+        parse((RobustDPOConfig,), ["--output_dir", str(tmp_path), "--config", path])
 
 
 def test_merged_keys_are_settings_that_the_files_own_override(tmp_path):

@@ -9,6 +9,7 @@ have to be set in the shell instead. What runs code of others is for the command
 """
 
 import copy
+import functools
 import os
 import re
 import sys
@@ -102,18 +103,19 @@ class PosttrainParser(TrlParser):
         self._sections = {f.name: k.__name__ for k in self.dataclass_types for f in fields(k) if f.init}
         self._places: dict[str, str] = {}
         self._types: dict[str, FieldType] = {}
+        self._flags: set[str | None] = set()
         for kind in self.dataclass_types:
             for name, hint in typing.get_type_hints(kind).items():
                 choices = kind.__dataclass_fields__[name].metadata.get("choices")
                 self._types[name] = FieldType(name, hint, choices)
         for action in self._actions:
             if action.dest in self._sections and action.type is not None:
-                action.type = self._types[action.dest].from_scalar
+                action.type = functools.partial(self._read, action.dest)
 
     def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple:
         """Parse as `parse` does."""
         arguments, path = _split_config(sys.argv[1:] if args is None else list(args))
-        self._places = {}
+        self._places, self._flags = {}, set(map(_flag, arguments))
         if path is not None:
             self._read_defaults(path)
         try:
@@ -124,11 +126,18 @@ class PosttrainParser(TrlParser):
         private.remember(vars(values))
         for name in filter(None, map(_flag, arguments)):
             self._places[name if name in self._sections else name.removeprefix("no_")] = COMMAND_LINE
+            if name in self._types and hasattr(values, name):
+                setattr(values, name, self._types[name].from_words(getattr(values, name)))
         if "allow_code" in self._sections:
             # given by nobody: settings name code, and none of it may run
             values.allow_code = values.allow_code or []
             self._places["allow_code"] = COMMAND_LINE
         return tuple(self._build(kind, values) for kind in self.dataclass_types)
+
+    def _read(self, name: str, text: str):
+        """Convert a word of the command line, or the file's text, which argparse hands over where no flag is given."""
+        kind = self._types[name]
+        return kind.from_word(text) if name in self._flags else kind.from_scalar(text)
 
     def error(self, message: str):
         """Raise what argparse has to say, as a ConfigError."""

@@ -1,6 +1,7 @@
 """Conversion of what a YAML file or a command line says to the type of a dataclass field."""
 
 import contextlib
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,15 @@ from posttrain.checks import near
 
 class BadValue(Exception):
     """A value of the wrong type. No ValueError: argparse would put its own words in the place of these."""
+
+
+def _written(text: str):
+    """Return the value that a text of JSON, else of YAML, writes; the text itself where it writes none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+        return yaml.safe_load(text)
+    return text
 
 
 class FieldType:
@@ -30,6 +40,9 @@ class FieldType:
         # of mappings, such as TRL's `datasets`; their owner reads them
         self.records = any(is_dataclass(kind) for kind in (items[0] if items else ()))
         plain = [m for m in members if isinstance(m, type) and m is not type(None)]
+        self.numbers = any(kind in (int, float) for part in items for kind in part)
+        # lists of lists, and of records, which may be written as one list
+        self.nested = self.records or any(typing.get_origin(kind) is list for part in items for kind in part)
         # argparse gives a list to a field that takes nothing but lists.
         self.only_list = self.list and not plain
         self.kinds = [*plain, *(items[0] if self.only_list else ())]
@@ -86,6 +99,22 @@ class FieldType:
         close = near(text, map(shown, self.choices))
         hint = f" Did you mean {close}?" if close else ""
         raise BadValue(f"`{self.name}` is {text!r}; {self.wanted()}.{hint}")
+
+    def from_word(self, text: str):
+        """Convert a word of the command line, which holds a mapping or a list of numbers as YAML or JSON writes it."""
+        opening = text.lstrip()[:1]
+        if opening == "{" and self.mapping or opening == "[" and self.only_list and self.numbers:
+            made = _written(text)
+            if isinstance(made, dict):
+                return made
+            if isinstance(made, list):
+                return self.from_yaml(made)
+        return self.from_scalar(text)
+
+    def from_words(self, value):
+        """Put words of the command line together: of a single one that is a list, its items."""
+        alone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], list)
+        return value[0] if alone and not self.nested else value
 
     def wanted(self) -> str:
         """Tell what it takes, in words."""

@@ -149,13 +149,13 @@ def _wanted(name: str, hint) -> str:
     objects = [part.__name__ for part in kind.kinds if part not in (bool, int, float, str, dict, list)]
     if objects and not kind.choices and str not in kind.kinds:
         return f"it takes {' or '.join(f'a {name} object' for name in objects)}{', or null' * kind.optional}"
-    items = [_ITEMS[part] for part in typing.get_args(_list_in(hint)) if part in _ITEMS]
-    lists = f"a list of {items[0]}" if items else "a list"
+    items = [_ITEMS[part] for kind in _lists_in(hint) for part in typing.get_args(kind) if part in _ITEMS]
+    lists = f"a list of {' or '.join(items)}" if items else "a list"
     if kind.only_list and name not in _TAKEN_BESIDE:
         # a single item in its place is for YAML and the command line
         return f"it takes {lists}{' or null' * kind.optional}"
     return kind.wanted().replace("a list", lists)
 
 
-def _list_in(hint):
-    return next((part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is list), None)
+def _lists_in(hint) -> list:
+    return [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is list]

@@ -7,9 +7,10 @@ one process on the same rollouts with the same random model and take turns step 
 advantages, forward, backward and the optimiser; sampling is left out, being the same on every side. Losses and gradient
 norms must be equal at every step.
 
-Section `update`: arms `trl`; `padded`, ours with everything off; `dropped`, without rows of zero advantage; `posttrain`, as it
-comes: prompts shared as well. Section `scored`: a KL term and two updates a generation, so that reference and old
-log-probabilities are scored and every row has a gradient; what is left to gain is the sharing of prompts.
+Section `update`: arms `trl`; `padded`, ours with everything off; `dropped`, without rows of zero advantage;
+`posttrain`, as it comes: prompts shared as well. Section `scored`: a KL term and two updates a generation, so that
+reference and old log-probabilities are scored and every row has a gradient; what is left to gain is the sharing of
+prompts.
 """
 
 import random
