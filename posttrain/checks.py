@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from urllib.parse import unquote
 
@@ -58,6 +58,28 @@ def parse_scalar(text: str):
     return {"true": True, "false": False, "null": None}.get(text, text)
 
 
+def is_beyond_floats(value) -> bool:
+    """Tell whether a value is or holds a number, whole or a fraction, that is larger than any float."""
+    if isinstance(value, Mapping):
+        return any(map(is_beyond_floats, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(is_beyond_floats, value))
+    if not isinstance(value, Real):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return True
+    return False
+
+
+def check_holdable(name: str, value) -> None:
+    """Raise ConfigError for a number larger than any float; it is not shown, as it may have thousands of digits."""
+    if is_beyond_floats(value):
+        holds = "is" if isinstance(value, Real) else "holds"
+        raise ConfigError(f"{name} {holds} a number beyond 1.8e308, the largest of a float; give a smaller one.")
+
+
 def plain(value):
     """Return numpy's numbers, booleans, texts and arrays as Python's own, also within lists, tuples and mappings.
 
@@ -66,7 +88,7 @@ def plain(value):
     # by name, as this module is imported where numpy is not
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, Real) and not isinstance(value, int | float):
+    if isinstance(value, Real) and not isinstance(value, int | float) and not is_beyond_floats(value):
         return int(value) if isinstance(value, Integral) else float(value)
     if type(value) not in (list, tuple, dict):
         return value
@@ -86,6 +108,7 @@ def shorten(value, length: int = 80) -> str:
 def check_integer(name: str, value, low: int, high: int | None = None) -> int:
     """Return a whole number as Python's own. Raises ConfigError for what is none, or out of range."""
     value = plain(value)
+    check_holdable(name, value)
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         span = f"of at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{name}={value!r} must be an integer {span}.")
@@ -95,6 +118,7 @@ def check_integer(name: str, value, low: int, high: int | None = None) -> int:
 def check_number(name: str, value, low: float, high: float | None = None, above: bool = False) -> float:
     """Return a number as Python's own. Raises ConfigError for what is none, not finite, or out of range."""
     value = plain(value)
+    check_holdable(name, value)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < low or (above and value == low) or (high is not None and value > high):
         span = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high is not None else "")

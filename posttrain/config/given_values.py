@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
-from posttrain.checks import check_choice, plain
+from posttrain.checks import check_choice, check_holdable, plain
 from posttrain.config.field_types import FieldType
 from posttrain.config.setting import may_be_infinite
 from posttrain.errors import ConfigError
@@ -56,6 +56,7 @@ def check_given(args) -> None:
             setattr(args, name, value)
         if name not in args._written or value is entry.default:
             continue
+        check_holdable(name, value)
         if name in infinite and isinstance(value, str) and _is_infinite(value):
             setattr(args, name, float(value))
         elif not isinstance(value, _TAKEN_BESIDE.get(name, ())) and not _holds(name, value, hints[name]):

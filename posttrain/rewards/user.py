@@ -95,7 +95,7 @@ class UserReward(Reward):
             return None
         try:
             number = float(score)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ConfigError(
                 f"reward function {self.__name__} returned the score {shorten(score)}; a score is a number or None."
             ) from None

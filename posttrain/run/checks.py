@@ -21,7 +21,7 @@ from transformers.utils import (
 
 from posttrain import model_sizes, patterns
 from posttrain.bounded import Overtime, in_time
-from posttrain.checks import check_choice, plain
+from posttrain.checks import check_choice, check_holdable, plain
 from posttrain.compat import loading_names
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.models import check_runs_no_code
@@ -56,6 +56,8 @@ def check_lora(peft_config) -> None:
     as PEFT saves no others.
     """
     vars(peft_config).update(plain(vars(peft_config)))
+    for name, value in vars(peft_config).items():
+        check_holdable(f"{name} of the adapter", value)
     patterns.check_adapter(peft_config)
     # of other kinds `r` may be something else: OFT takes 0 beside its block size
     if isinstance(peft_config, LoraConfig):

@@ -249,6 +249,23 @@ def test_numpys_values_are_taken_in_lists_adapters_and_mixtures(tmp_path):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_a_whole_number_that_no_float_holds_is_refused_by_name(kind, tmp_path):
+    # a text of more than 4300 digits is an error of Python's own
+    for value in (10**400, -(10**5000), Fraction(10**400, 3)):
+        for entry in (one for one in dataclasses.fields(kind) if one.init):
+            with pytest.raises(ConfigError, match=f"^{entry.name} is a number beyond 1.8e308"):
+                make(kind, tmp_path, **{entry.name: value})
+    with pytest.raises(ConfigError, match="label_names holds a number beyond"):
+        make(kind, tmp_path, label_names=[1, 10**400])
+
+
+@pytest.mark.parametrize("setting", [dict(lora_alpha=10**400), dict(alpha_pattern={"q_proj": 10**400})])
+def test_a_whole_number_of_an_adapter_that_no_float_holds_is_refused(setting):
+    with pytest.raises(ConfigError, match="of the adapter (is|holds) a number beyond 1.8e308"):
+        check_lora(LoraConfig(**setting))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_a_copy_of_a_config_holds_the_same_settings(kind, tmp_path):
     args = make(kind, tmp_path, learning_rate=0.5)
     same = args.to_dict()

@@ -119,6 +119,7 @@ def test_exceptions_of_a_users_function_are_counted_shown_and_end_the_run_when_t
         ([1.0], "returned 1 scores for 2 completions"),
         (None, "returned None; it must return a list"),
         ([1.0, "good"], "returned the score 'good'; a score is a number or None"),
+        ([1.0, 10**400], "returned the score 1000.*; a score is a number or None"),
     ],
 )
 def test_wrong_returns_of_a_users_function_are_refused(returned, message):

@@ -208,7 +208,7 @@ def _number(row: Mapping, column: str, place: str) -> float:
         raise DataError(f"{place}: {column} is missing; every answer needs a number. Fill it in, or leave the row out.")
     if not isinstance(value, int | float):
         raise DataError(f"{place}: {column} is {described(value)}; it must be a number.")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{place}: {column} is {value}; it must be a finite number. Mend the row, or leave it out.")
     check_size(value, place, column)
     return float(value)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+from posttrain.checks import is_beyond_floats
 from posttrain.errors import DataError
 
 # Fewer rewards say little of their scale: only such as lie far outside the other source's tell
@@ -121,7 +122,8 @@ def check_range(rewards: Sequence[float], name: str, low: float, high: float, wh
 def check_size(value: float, place: str, what: str) -> None:
     """Raise DataError for a number that cannot be trained with in fp32."""
     if abs(value) > LARGEST:
+        shown = "beyond 1.8e308" if is_beyond_floats(value) else f"{value:g}"
         raise DataError(
-            f"{place}: {what} is {value:g}; numbers beyond {LARGEST:g} cannot be trained with: gradients are squared "
+            f"{place}: {what} is {shown}; numbers beyond {LARGEST:g} cannot be trained with: gradients are squared "
             "in fp32, which ends at 3.4e38. Scale all of them down, to [0, 1], say."
         )

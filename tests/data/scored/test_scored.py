@@ -112,6 +112,7 @@ def test_a_bad_value_in_a_file_is_named_with_its_line(tmp_path):
             {"prompt": "x", "completion": "y"},
             "line 2 lacks reward. Found: prompt, completion. Needed: prompt, completion",
         ),
+        (TWO | {"reward": 10**400}, "line 2: reward is beyond 1.8e308; numbers beyond 1e+18 cannot be trained with"),
         (TWO | {"completion": SAYS}, "line 2: completion is a list of messages, and in"),
         (PAIR | {"prompt": "p", "chosen": "a", "rejected": "b", "rejected_reward": None}, "rejected_reward is missing"),
     ):
