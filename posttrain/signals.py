@@ -61,7 +61,7 @@ _in_fork_hooks = [None]
 
 @contextlib.contextmanager
 def ended_by_exceptions():
-    """Raise, inside, `Terminated` at a signal that ends the process, and KeyboardInterrupt at Ctrl-C, until one is seen.
+    """Raise, inside, `Terminated` at a signal that ends the process and KeyboardInterrupt at Ctrl-C, until one is seen.
 
     One that is raised in a hook, a finaliser or a callback of C code is discarded there, and libraries catch others. So
     it is raised again for as long as nothing handles it and `seen` was not called. Outside the main thread this does

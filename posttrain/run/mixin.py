@@ -113,6 +113,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
                     f"the checkpoint {checkpoint} was not written by posttrain, and init_lora_weights moves the "
                     "base weights, of which it holds no trace. Resume it with the library that wrote it."
                 )
+            training_state.check_scaler(self.accelerator.scaler, checkpoint)
             whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
             # one that is converted on saving has twice the rank there
             check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)

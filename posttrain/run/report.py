@@ -49,7 +49,7 @@ class RunReport(TrainerCallback):
         path = folder / "metrics.jsonl"
         with _writing(folder):
             if state.global_step > 0:
-                self._rows = [row for row in _read_rows(path) if row.get("step", 0) <= state.global_step]
+                self._rows = [row for row in _read_rows(path) if row["step"] <= state.global_step]
             # What an earlier run of this folder left goes; an evaluation by this process before training stays.
             unfinished = path.with_suffix(".tmp")
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
@@ -171,14 +171,14 @@ def _number(value):
 
 
 def _read_rows(path: Path) -> list[dict]:
+    """Return the rows of a file of metrics, without the lines that are none."""
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                # The last line of a run killed while it wrote.
-                continue
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        # the last line of a run killed while it wrote, or what others wrote there
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 
