@@ -234,13 +234,17 @@ def forks_end_with_us() -> None:
     _FORKS_END_WITH_US = True
 
     forking = [0, False]
+    held = threading.local()
 
     def before() -> None:
         forking[:] = os.getpid(), in_main_thread()
         if forking[1]:
             _in_fork_hooks[0] = forking[0]
+        # one that the child got before it has handlers of its own would be lost
+        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*ending(), signal.SIGINT})
 
     def in_parent() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
         if in_main_thread():
             _in_fork_hooks[0] = None
 
@@ -255,5 +259,6 @@ def forks_end_with_us() -> None:
         # to the kernel, a thread is the parent of what it forks, and others end before the process does
         if forking[1]:
             follow_parent(signal.SIGKILL, forking[0])
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
 
     os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)

@@ -102,6 +102,21 @@ def test_a_signal_during_a_fork_ends_the_process_and_not_its_child(hook, ours):
     assert (found.returncode, found.stdout) == (129, "7\n"), found.stderr
 
 
+def test_a_signal_to_a_child_whose_hooks_of_the_fork_still_run_ends_it():
+    """As where a pool is closed at once: else its owner waits for ever."""
+    code = ALONE + (
+        "os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "signals.forks_end_with_us()\n"
+        "with signals.ended_by_exceptions():\n"
+        "    child = os.fork()\n"
+        "    if not child: time.sleep(30); os._exit(7)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "    print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.stdout == "-15\nset()\n", found.stderr
+
+
 def test_what_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -103,9 +103,22 @@ def _keep(code: int) -> None:
 
 
 def _leave(code: int) -> None:
+    if code:
+        _end_children()
     # Threads of gloo still hold Python objects for a moment after their last collective. Where one lets go of them
     # while the interpreter is being torn down, the process aborts, and a run that is saved counts as failed.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end_children() -> None:
+    """End the processes of `multiprocessing` and its twin, for which their exit handlers would wait.
+
+    One that was being started when the signal came is known to nobody else, such as the manager of `datasets`.
+    """
+    for name in ("multiprocess", "multiprocessing"):
+        if name in sys.modules:
+            for child in sys.modules[name].active_children():
+                child.terminate()
