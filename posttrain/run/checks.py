@@ -238,9 +238,10 @@ def check_names(peft_config, model, trust_remote_code: bool = False) -> None:
 def check_loading(kwargs: dict) -> None:
     """Refuse `model_init_kwargs` that upstream would only trip over once it loads the weights."""
     model_sizes.check_sizes(kwargs, "model_init_kwargs")
-    for pattern in kwargs.get("key_mapping") or ():
+    mapped = kwargs.get("key_mapping")
+    for pattern in mapped if isinstance(mapped, dict) else ():
         patterns.check(pattern, "model_init_kwargs: key_mapping")
-    attention, dtype = kwargs.get("attn_implementation"), kwargs.get("dtype")
+    attention, dtype = kwargs.get("attn_implementation"), kwargs.get("dtype") or kwargs.get("torch_dtype")
     # a name with a slash is a kernel of the hub
     if isinstance(attention, str) and "/" not in attention:
         known = [name for name in AttentionInterface().valid_keys() if "|" not in name]

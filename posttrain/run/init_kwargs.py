@@ -1,24 +1,32 @@
 """What `model_init_kwargs` may hold: names of loading, and fields of the model's config that leave its weights."""
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.run import checks
 from posttrain.visible import one_line
 
 # Not among them: what would read other files than the model's own, write some, or return something else than a model
-LOADING = frozenset(
-    """
-    attn_implementation cache_dir code_revision device_map disable_mmap dtype experts_implementation force_download
-    key_mapping local_files_only low_cpu_mem_usage max_memory proxies quantization_config revision token torch_dtype
-    trust_remote_code use_kernels use_safetensors
-    """.split()
-)
+_TEXT, _TRUTH, _MAPPING = (str,), (bool,), (Mapping,)
+LOADING = {
+    "attn_implementation": (str, Mapping), "cache_dir": (str, Path), "code_revision": _TEXT,
+    "device_map": (str, int, torch.device, Mapping), "disable_mmap": _TRUTH, "dtype": (str, torch.dtype, Mapping),
+    "experts_implementation": (str, Mapping), "force_download": _TRUTH, "key_mapping": _MAPPING,
+    "local_files_only": _TRUTH, "low_cpu_mem_usage": _TRUTH, "max_memory": _MAPPING, "proxies": _MAPPING,
+    "quantization_config": (Mapping, QuantizationConfigMixin), "revision": _TEXT, "token": (str, bool),
+    "torch_dtype": (str, torch.dtype, Mapping), "trust_remote_code": _TRUTH, "use_kernels": _TRUTH,
+    "use_safetensors": _TRUTH,
+}  # fmt: skip
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 # Places of weights that cannot be trained
 _AWAY = ("disk", "meta")
 
@@ -41,7 +49,7 @@ def check(args, config) -> None:
         return
     fields = {name: value for name, value in kwargs.items() if name not in LOADING}
     for name in fields:
-        if not isinstance(name, str) or name.startswith("_") or name not in config.to_dict():
+        if name not in config.to_dict() and name not in config.attribute_map:
             raise ConfigError(
                 f"model_init_kwargs names {one_line(repr(name))}, which neither a run's loading takes nor the model's "
                 f"config ({type(config).__name__}) has. Correct it, or leave it out."
@@ -51,20 +59,30 @@ def check(args, config) -> None:
 
 
 def _check_values(kwargs: dict) -> None:
-    if kwargs.get("use_safetensors") not in (None, True):
+    for name, kinds in LOADING.items():
+        value = kwargs.get(name)
+        if value is not None and not isinstance(value, kinds):
+            allowed = " or ".join(kind.__name__.lower() for kind in kinds)
+            raise ConfigError(f"model_init_kwargs: {name} is {one_line(repr(value))}; it must be a {allowed}.")
+    if kwargs.get("use_safetensors") is False:
         raise ConfigError(
-            f"model_init_kwargs: use_safetensors is {kwargs['use_safetensors']!r}, and weights are loaded from "
-            "safetensors alone. Leave it out."
+            "model_init_kwargs: use_safetensors is false, and weights are loaded from safetensors alone. Leave it out."
         )
     places = kwargs.get("device_map")
-    for place in places.values() if isinstance(places, dict) else [places]:
-        if place in _AWAY:
+    for place in places.values() if isinstance(places, Mapping) else [places]:
+        if isinstance(place, str) and place not in (*_SPREAD, *_AWAY):
+            with _answered("device_map"):
+                torch.device(place)
+        if str(place) in _AWAY:
             raise ConfigError(
                 f"model_init_kwargs: device_map puts weights on {place!r}, where they cannot be trained. Name devices "
                 "that hold them, or leave it out."
             )
+    for size in (kwargs.get("max_memory") or {}).values():
+        with _answered("max_memory"):
+            convert_file_size_to_int(size)
     quantised = kwargs.get("quantization_config")
-    if isinstance(quantised, dict):
+    if isinstance(quantised, Mapping):
         with _answered("quantization_config"):
             AutoQuantizationConfig.from_dict(dict(quantised))
 
