@@ -15,6 +15,7 @@ from posttrain.data.row_options import check_settings, tools_of, with_read_tools
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.model_sizes import check_if_there
 from posttrain.remote import check_model_name, model_failure, reads_as_path
+from posttrain.saved import check_tokenizer_files
 from posttrain.visible import one_line
 
 bounds.install()
@@ -42,9 +43,11 @@ def load_processing_class(model: str, revision: str | None = None, trust_remote_
     try:
         return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise model_failure(model, error, "has no tokenizer that can be loaded") from error
+        check_tokenizer_files(Path(model))
+        raise model_failure(model, error, "has no tokenizer that can be loaded", of_tokenizer=True) from error
     # files of a tokenizer are read in Rust and in Python, and neither checks their form
     except (AttributeError, IndexError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        check_tokenizer_files(Path(model))
         raise DataError(
             f"the tokenizer of {model} cannot be read: {type(error).__name__}: {one_line(error)}. One of its files is "
             "damaged."

@@ -95,7 +95,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
             DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
             Preempted: a signal came or `max_minutes` are over; a checkpoint of the last step is there.
         """
-        with lock.held(self.args.output_dir, self.accelerator) if self._has_folder else contextlib.nullcontext():
+        with lock.held(self.args.output_dir, self.accelerator, self) if self._has_folder else contextlib.nullcontext():
             return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def _train(self, resume_from_checkpoint, *args, **kwargs):
