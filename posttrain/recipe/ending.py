@@ -43,7 +43,7 @@ def run_main(main: Callable[[], object]) -> int:
 def _code_of(main: Callable[[], object]) -> int:
     try:
         main()
-    except PosttrainError as error:
+    except (PosttrainError, Preempted) as error:
         signals.seen()
         return _told(str(error) if isinstance(error, Preempted) else f"error: {error}", error.exit_code)
     except (Exception, KeyboardInterrupt, signals.Terminated) as error:

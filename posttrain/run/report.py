@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from posttrain import yaml_text
 from posttrain.environment import device_name, git_commit, library_versions
 from posttrain.errors import EnvironmentIssue
 from posttrain.log import get_logger
@@ -90,8 +91,6 @@ def _writing(folder: Path):
 
 def write_resolved_config(args, path: Path, sections: dict | None = None) -> None:
     """Write the settings of the run: training arguments, `sections`, versions, device, git commit."""
-    import yaml
-
     training = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     report = {
         "training": {name: value for name, value in training.items() if value not in (None, {}, [])},
@@ -103,7 +102,7 @@ def write_resolved_config(args, path: Path, sections: dict | None = None) -> Non
         "processes": args.world_size,
         "git": git_commit(),
     }
-    path.write_text(yaml.safe_dump(_plain(report), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml_text.dump(_plain(report)))
 
 
 def write_csv(rows: list[dict], path: Path) -> None:

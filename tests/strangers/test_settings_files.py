@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain import ALoLConfig, QAEConfig, RobustDPOConfig, yaml_text
+from posttrain import ALoLConfig, QAEConfig, RobustDPOConfig, log, yaml_text
 from posttrain.config import ModelArguments, parse
 from posttrain.config.strangers import VARIABLES
 from posttrain.console import complain
@@ -215,6 +215,34 @@ def test_a_folder_with_weights_as_pickles_alone_is_refused(tiny_folder, tmp_path
         settings.check(str(folder), args, None)
     with pytest.raises(ConfigError, match="names the weights pytorch_model.bin, which are no safetensors"):
         check_holds_safetensors(tiny_folder, SimpleNamespace(transformers_weights="pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("POSTTRAIN_LOG", "foo", "one of debug, info, warning, error, critical"),
+        ("ACCELERATE_LOG_LEVEL", "foo", "one of debug, info, warning, error, critical"),
+        ("OMP_NUM_THREADS", "null", "a variable's value is a text or a number"),
+        ("OMP_NUM_THREADS", "{a: 1}", "a variable's value is a text or a number"),
+        ("WANDB_TAGS", "[a]", "a variable's value is a text or a number"),
+        ("OMP_NUM_THREADS", "two", "a whole number above 0"),
+        ("OMP_NUM_THREADS", "0", "a whole number above 0"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "true", "a whole number above 0"),
+    ],
+)
+def test_env_takes_values_that_their_readers_take(tmp_path, monkeypatch, name, value, told):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"run.yaml:1: `env` sets {name} to .*{told}"):
+        read(tmp_path, f"env: {{{name}: {value}}}\n", kinds=(Toy,))
+    assert os.environ[name] == "1"
+
+
+def test_a_level_of_the_shell_that_is_none_is_named(monkeypatch):
+    monkeypatch.setattr(log, "_logger", logging.getLogger("posttrain.of-a-test"))
+    monkeypatch.setenv("POSTTRAIN_LOG", "foo")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="POSTTRAIN_LOG is 'foo'; it must be one of debug, info"):
+            log.get_logger()
 
 
 @dataclass
