@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from urllib.parse import unquote
 
 from posttrain.errors import ConfigError
@@ -57,20 +58,45 @@ def parse_scalar(text: str):
     return {"true": True, "false": False, "null": None}.get(text, text)
 
 
+def plain(value):
+    """Return numpy's numbers, booleans, texts and arrays as Python's own, also within lists, tuples and mappings.
+
+    Other libraries' real numbers, such as fractions, become floats. What holds none of these is returned itself.
+    """
+    # by name, as this module is imported where numpy is not
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Real) and not isinstance(value, int | float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if type(value) not in (list, tuple, dict):
+        return value
+    items = value.values() if isinstance(value, dict) else value
+    made = [plain(item) for item in items]
+    if all(one is item for one, item in zip(made, items, strict=True)):
+        return value
+    return dict(zip(value, made, strict=True)) if isinstance(value, dict) else type(value)(made)
+
+
 def shorten(value, length: int = 80) -> str:
     """Shorten a value for a message."""
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 10]}...{text[-7:]}"
 
 
-def check_integer(name: str, value, low: int, high: int | None = None) -> None:
+def check_integer(name: str, value, low: int, high: int | None = None) -> int:
+    """Return a whole number as Python's own. Raises ConfigError for what is none, or out of range."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         span = f"of at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{name}={value!r} must be an integer {span}.")
+    return value
 
 
-def check_number(name: str, value, low: float, high: float | None = None, above: bool = False) -> None:
+def check_number(name: str, value, low: float, high: float | None = None, above: bool = False) -> float:
+    """Return a number as Python's own. Raises ConfigError for what is none, not finite, or out of range."""
+    value = plain(value)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < low or (above and value == low) or (high is not None and value > high):
         span = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high is not None else "")
         raise ConfigError(f"{name}={value!r} must be a number {span}.")
+    return value

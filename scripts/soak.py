@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 STEPS = 9
-METHODS = ("robust_dpo", "a_lol", "noisy_sft", "qae")
 EVENTS = ("kill", "term", "usr1", "term twice", "hup", "two runs", "full disk", "minutes")
 ADAPTER = "adapter_model.safetensors"
 # tries of a round that something happens to; the next one is left alone
@@ -36,28 +35,14 @@ DISTURBED = 3
 TRACES = (".saving", ".posttrain.lock")
 
 
-def settings(method: str, folder: Path, data: Path) -> list[str]:
+def settings(method: str, folder: Path) -> list[str]:
     given = dict(
         model_name_or_path="embedded:tiny", output_dir=folder, max_steps=STEPS, use_peft="true", lora_r=4,
-        lora_target_modules="all-linear", per_device_train_batch_size=4, gradient_accumulation_steps=1,
-        learning_rate=1e-2, logging_steps=1, save_strategy="steps", save_steps=2, save_total_limit=2, report_to="none",
-        disable_tqdm="true", use_cpu="true", resume_from_checkpoint="auto", seed=3,
+        lora_target_modules="all-linear", per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        save_strategy="steps", save_steps=2, save_total_limit=2, report_to="none", disable_tqdm="true", use_cpu="true",
+        resume_from_checkpoint="auto", seed=3,
     )  # fmt: skip
-    if method == "qae":
-        tasks = "generated:arithmetic?n=64&operands=2-2&digits=1-1"
-        given |= dict(dataset_name=tasks, num_generations=4, max_completion_length=4, gradient_accumulation_steps=1)
-    else:
-        given |= dict(dataset_name=data / f"{method}.jsonl", max_length=64)
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
-
-
-def write_data(folder: Path) -> None:
-    draw = random.Random(0)
-    pairs = [{"prompt": f"{i} + 2 =", "chosen": f" {i + 2}", "rejected": f" {i + 3}"} for i in range(40)]
-    answers = [{"prompt": p["prompt"], "completion": p["chosen"], "reward": draw.random()} for p in pairs]
-    for name, rows in (("robust_dpo", pairs), ("a_lol", answers), ("noisy_sft", answers)):
-        kept = [{k: v for k, v in row.items() if name != "noisy_sft" or k != "reward"} for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return [word for name, value in (given | GIVEN[method]).items() for word in (f"--{name}", str(value))]
 
 
 class Run:
@@ -152,12 +137,13 @@ class Round:
 
     def __init__(self, number: int, seed: int, work: Path, usual: dict[str, float], events: tuple[str, ...]):
         self.draw = random.Random(f"{seed}/{number}")
-        self.method, self.work, self.usual = METHODS[number % len(METHODS)], work, usual
+        methods = list(GIVEN)
+        self.method, self.work, self.usual = methods[number % len(methods)], work, usual
         self.folder, self.log, self.events = work / "disk" / "run", work / "log", events
         self.happened: list[str] = []
 
     def start(self, *more: str) -> Run:
-        return Run(self.method, [*settings(self.method, self.folder, self.work), *more], self.log)
+        return Run(self.method, [*settings(self.method, self.folder), *more], self.log)
 
     def wait_a_while(self, run: Run) -> None:
         end = time.monotonic() + self.draw.uniform(0, 1.1 * self.usual[self.method])
@@ -253,11 +239,9 @@ def main() -> int:
     failures, happened, began, lost = [], Counter(), time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="posttrain-soak-") as base:
         base, marker = Path(base), f"POSTTRAIN_SOAK={os.getpid()}"
-        write_data(base)
         usual, wholes = {}, {}
         (base / "disk").mkdir()
-        for method in METHODS:
-            number = METHODS.index(method)
+        for number, method in enumerate(GIVEN):
             alone = Round(number, args.seed, base, {}, ())
             assert alone.left_alone() == 0, alone.log.read_text()[-3000:]
             start = time.monotonic()
@@ -301,12 +285,17 @@ def main() -> int:
     return 1 if failures or lost else 0
 
 
-RECIPES = {}
+# by recipe: its module, and its settings
+RECIPES, GIVEN = {}, {}
 
 
 def load_recipes() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for method in METHODS:
+    from tests.families import METHODS
+
+    for family in METHODS.values():
+        GIVEN.update(family.recipes)
+    for method in GIVEN:
         spec = importlib.util.spec_from_file_location(f"recipe_{method}", ROOT / "recipes" / f"{method}.py")
         RECIPES[method] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(RECIPES[method])

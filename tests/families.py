@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+import posttrain
 from posttrain import (
     ALoLConfig,
     ALoLTrainer,
@@ -30,8 +31,8 @@ class Method:
 
     Attributes:
         config: the class of its settings. refused: settings that it refuses, with texts in `contract/messages.txt`.
-        train: `train(folder, output_dir, **settings)` gives the change of the parameters and the trainer. `rows` is
-            how many rows or prompts there are, `peft` whether an adapter is trained.
+        build: `build(folder, output_dir, **settings)` gives a trainer. `rows` is how many rows or prompts there are,
+            `peft` whether an adapter is trained, `evaluated` whether the rows are evaluated on as well.
         parent: settings with which `train` trains TRL's own class.
         neutral: pairs of settings, ours and TRL's beside `parent`, that are to be equal bit for bit. The hardest first.
         step: rows that a step takes in, on one process and in one batch.
@@ -51,13 +52,16 @@ class Method:
         describe: `describe(folder, output_dir, **settings)` is the dry run of the `train` with the same arguments.
         counted: the facts of a dry run that count the rows trained on.
         unloaded: by settings, what a trainer and its dry run say when they refuse them, before a weight is loaded.
+        padded: settings with which the rows of a batch are padded to one length.
+        forwards: settings of a run that has other forwards than those that are backpropagated.
+        recipes: by recipe, settings with which it trains `embedded:tiny` on what is at hand.
         laid_out: ways to lay rows out in steps.
     """
 
     name: str
     config: type
     refused: Sequence[Mapping]
-    train: Callable
+    build: Callable
     parent: Mapping
     neutral: Mapping[str, tuple[Mapping, Mapping]]
     step: int
@@ -79,6 +83,9 @@ class Method:
     describe: Callable = None
     counted: tuple[str, ...] = ()
     unloaded: Mapping[str, Mapping] = field(default_factory=dict)
+    padded: Mapping = field(default_factory=dict)
+    forwards: Mapping = field(default_factory=dict)
+    recipes: Mapping[str, Mapping] = field(default_factory=dict)
     laid_out: Sequence[Mapping] = (
         dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=1.5),
         dict(per_device_train_batch_size=4, gradient_accumulation_steps=1),
@@ -86,29 +93,39 @@ class Method:
         dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, dataloader_drop_last=True),
     )
 
+    @property
+    def trainer(self) -> type:
+        return getattr(posttrain, self.config.__name__.removesuffix("Config") + "Trainer")
+
+    def train(self, folder, output_dir, snapshot=runs.trainable, resume=None, **settings):
+        """(change of the trainable parameters, the trainer)."""
+        return runs.fit(self.build(folder, output_dir, **settings), snapshot, resume)
+
     def split(self, micro: int) -> dict:
         return dict(per_device_train_batch_size=micro, gradient_accumulation_steps=self.step // micro)
 
 
-def _pairs(folder, output_dir, rows: int = 16, **settings):
-    return training.train(folder, output_dir, pairs=make_pairs(rows), **settings)
+def _pairs(folder, output_dir, rows: int = 16, evaluated=False, **settings):
+    pairs = make_pairs(rows)
+    return training.build(folder, output_dir, pairs=pairs, **(dict(held_out=pairs) if evaluated else {}) | settings)
 
 
-def _scored(folder, output_dir, rows: int = 16, prompts=None, length=None, baseline=None, **settings):
+def _scored(folder, output_dir, rows: int = 16, prompts=None, length=None, baseline=None, evaluated=False, **settings):
     columns = {} if baseline is None else dict(baseline=[baseline] * rows)
     answers = scored.make_scored(rows, prompts=prompts, length=length, **columns)
-    return scored.train(folder, output_dir, answers, **settings)
+    return scored.build(folder, output_dir, answers, **(dict(eval_dataset=answers) if evaluated else {}) | settings)
 
 
 def _rollouts(folder, output_dir, rows: int = 8, **settings):
     successes = ([1, 0, 4, 2, 0, 3, 0, 1] * rows)[:rows]
-    return rollouts.train(folder, output_dir, data=rollouts.prompts(successes), **settings)
+    return rollouts.build(folder, output_dir, data=rollouts.prompts(successes), **settings)
 
 
-def _instructions(folder, output_dir, rows: int = 16, **settings):
+def _instructions(folder, output_dir, rows: int = 16, evaluated=False, **settings):
     answers = scored.make_scored(rows).remove_columns("reward")
     ours = dict(trainer_class=NoisySFTTrainer, config_class=NoisySFTConfig)
-    return scored.train(folder, output_dir, answers, **ours | settings)
+    ours |= dict(eval_dataset=answers) if evaluated else {}
+    return scored.build(folder, output_dir, answers, **ours | settings)
 
 
 def _adapter(peft: bool):
@@ -128,7 +145,8 @@ def _told_of_answers(folder, output_dir, rows: int = 16, peft=True, **settings):
 def _told_of_tasks(folder, output_dir, rows: int = 8, peft=True, **settings):
     args = PolicyGradientConfig(**rollouts.settings(output_dir, **settings))
     data = rollouts.prompts(([1, 0, 4, 2, 0, 3, 0, 1] * rows)[:rows])
-    return tasks.describe(folder, args, tasks.TaskArguments(dataset_name="a"), data, _adapter(peft))
+    given = tasks.TaskArguments(dataset_name="a")
+    return tasks.describe(folder, args, given, data, _adapter(peft), rewards=[rollouts.success])
 
 
 def _told_of_instructions(folder, output_dir, rows: int = 16, peft=True, **settings):
@@ -148,10 +166,6 @@ def _width_for_length(monkeypatch) -> dict:
 
     monkeypatch.setattr(draws, "scales", flat)
     return {}
-
-
-def _odd(completion_ids, **columns) -> list[float]:
-    return [float(sum(ids) % 2) for ids in completion_ids]
 
 
 def _mean_of_means(monkeypatch) -> dict:
@@ -184,6 +198,7 @@ _OF_TEXTS = {
     "chat_template_path is '/nope/x', which is no folder and no .jinja": dict(chat_template_path="/nope/x"),
 }
 _SYNCED = "sync_ref_model is true and an adapter is trained"
+_EVALUATED = dict(evaluated=True, eval_strategy="steps", eval_steps=1)
 NAN, INF = float("nan"), float("inf")
 OFF_POLICY = [[0, 1, 0]] * 5
 DR_DPO = dict(reduction="dr_dpo", beta_prime=0.3)
@@ -219,7 +234,7 @@ robust_dpo = Method(
         dict(report_to="wandbb"),
         dict(report_to=["tensorboard", "wandbb"]),
     ),
-    train=_pairs,
+    build=_pairs,
     parent=dict(trainer_class=DPOTrainer, config_class=DPOConfig, **runs.PARENT),
     neutral={
         "rdpo": (PADDED | _SPLIT | dict(pair_loss="rdpo", flip_rate=0.0), _SPLIT),
@@ -275,6 +290,11 @@ robust_dpo = Method(
     plain=PADDED | dict(precompute_ref_log_probs=False),
     describe=_told_of_pairs,
     counted=("training pairs",),
+    padded=PADDED,
+    forwards=_EVALUATED | DR_DPO,
+    recipes={
+        "robust_dpo": dict(dataset_name="generated:reverse_list?n=16", max_length=128, gradient_accumulation_steps=1),
+    },
     unloaded={
         **_PADDED,
         **_ON_CPU,
@@ -318,7 +338,7 @@ a_lol = Method(
         dict(prefix_sharing="on"),
         dict(value="head", value_prompts=1, value_folds=2),
     ),
-    train=_scored,
+    build=_scored,
     parent=dict(trainer_class=SFTTrainer, config_class=SFTConfig, **runs.PARENT),
     # 7 bytes and the end of the turn: 8 tokens, a power of two, so that the scaling is exact
     neutral={
@@ -371,10 +391,18 @@ a_lol = Method(
     sharded=("a_lol-head",),
     describe=_told_of_answers,
     counted=("of them with a gradient",),
+    padded=PADDED,
+    forwards=_EVALUATED,
+    recipes={"a_lol": dict(dataset_name="generated:reverse_list?n=16", max_length=128, gradient_accumulation_steps=1)},
     unloaded=_OF_TEXTS,
 )
 
 _OFF = dict(prefix_sharing="never", drop_zero_advantage_rows=False)
+_TASKS = dict(
+    dataset_name="generated:arithmetic?n=16&operands=2-2&digits=1-1", reward_funcs="tests.rollouts:odd",
+    allow_code="tests.rollouts", use_vllm="false", num_generations=4, max_completion_length=8,
+    per_device_train_batch_size=4, gradient_accumulation_steps=1, steps_per_generation=1,
+)  # fmt: skip
 _DR_GRPO = dict(loss_type="dr_grpo", scale_rewards="none")
 policy_gradient = Method(
     name="policy_gradient",
@@ -403,7 +431,7 @@ policy_gradient = Method(
         dict(estimator="dapo", loss_type="grpo"),
         dict(estimator="grpo", epsilon=0.3),
     ),
-    train=_rollouts,
+    build=_rollouts,
     parent=dict(trainer_class=GRPOTrainer, config_class=GRPOConfig),
     neutral={
         "two-iterations": (_OFF | dict(num_iterations=2), dict(num_iterations=2)),
@@ -423,7 +451,7 @@ policy_gradient = Method(
     wrong=dict(loss_type="bnpo"),
     resumed=(
         # four optimiser steps a generation; a save is due after each third step
-        dict(made_up=False, reward=_odd, max_steps=12, save_strategy="steps", save_steps=3, optim="adamw_torch")
+        dict(made_up=False, reward=rollouts.odd, max_steps=12, save_strategy="steps", save_steps=3, optim="adamw_torch")
         | dict(learning_rate=1e-2, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2)
         | dict(shuffle_dataset=True),
         4,
@@ -451,16 +479,20 @@ policy_gradient = Method(
     generated={"generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)},
     describe=_told_of_tasks,
     counted=("training tasks",),
+    padded=_OFF,
+    forwards=dict(beta=0.1),
+    recipes={"qae": _TASKS, "hpt": _TASKS | dict(max_completion_length=32)},
     unloaded={
         _SYNCED: dict(sync_ref_model=True, beta=0.1),
         "sync_ref_model is true and beta is 0": dict(sync_ref_model=True, peft=False),
+        "success_reward is 'nobody'; it must be one of success": dict(success_reward="nobody"),
         "use_vllm needs the package vllm": dict(use_vllm=True),
         "reward_weights has 2 weights for 1 reward functions": dict(reward_weights=[0.5, 0.5]),
     },
     laid_out=(
-        dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2),
-        dict(per_device_train_batch_size=4, gradient_accumulation_steps=1),
-        dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, num_generations=2, num_iterations=2),
+        dict(rows=5, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2),
+        dict(rows=5, per_device_train_batch_size=4, gradient_accumulation_steps=1),
+        dict(rows=5, per_device_train_batch_size=4, gradient_accumulation_steps=1, num_generations=2, num_iterations=2),
     ),
 )
 
@@ -506,7 +538,7 @@ noisy_sft = Method(
         dict(padding_free=True, max_length=64),
         dict(packing=True, max_length=None),
     ),
-    train=_instructions,
+    build=_instructions,
     parent=dict(trainer_class=SFTTrainer, config_class=SFTConfig, **runs.PARENT),
     neutral={
         "packed": (dict(packing=True, max_length=128) | _SPLIT, dict(packing=True, max_length=128) | _SPLIT),
@@ -547,7 +579,11 @@ noisy_sft = Method(
     plain=dict(padding_free=False),
     describe=_told_of_instructions,
     counted=("of them within max_length",),
+    forwards=_EVALUATED,
+    recipes={"noisy_sft": dict(dataset_name="generated:arithmetic?n=16", gradient_accumulation_steps=1)},
     unloaded=_OF_TEXTS,
 )
 
+# of every method and preset, as the families' folders make them public
+CONFIGS = [getattr(posttrain, name) for name in posttrain.__all__ if name.endswith("Config")]
 METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft)}

@@ -37,6 +37,11 @@ def success(completion_ids, **columns) -> list[float]:
     return [float(ids[0] == SUCCESS) for ids in completion_ids]
 
 
+def odd(completion_ids, **columns) -> list[float]:
+    """A reward that about half of what a random model writes has."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
 def settings(output_dir, **overrides) -> dict:
     base = dict(
         per_device_train_batch_size=4,
@@ -52,7 +57,7 @@ def settings(output_dir, **overrides) -> dict:
     return SETTINGS | dict(output_dir=str(output_dir)) | base | overrides
 
 
-def train(
+def build(
     folder,
     output_dir,
     trainer_class=PolicyGradientTrainer,
@@ -61,15 +66,11 @@ def train(
     reward=success,
     peft=True,
     made_up=True,
-    before=lambda trainer: None,
-    snapshot=trainable,
     preset=None,
-    resume=None,
     **overrides,
 ):
-    """(change of the trainable parameters, the trainer)."""
     trainer_class, config_class = PRESETS.get(preset, (trainer_class, config_class))
-    trainer = trainer_class(
+    return trainer_class(
         folder,
         reward,
         config_class(**settings(output_dir, **overrides)),
@@ -77,6 +78,11 @@ def train(
         peft_config=lora() if peft else None,
         rollout_func=rollouts if made_up else None,
     )
+
+
+def train(folder, output_dir, *given, before=lambda trainer: None, snapshot=trainable, resume=None, **overrides):
+    """(change of the trainable parameters, the trainer)."""
+    trainer = build(folder, output_dir, *given, **overrides)
     before(trainer)
     return fit(trainer, snapshot, resume)
 

@@ -1,3 +1,5 @@
+import pydoc
+
 from posttrain import compat
 
 
@@ -13,30 +15,14 @@ def test_a_renamed_private_name_is_reported(monkeypatch):
     ]
 
 
-def test_every_instance_attribute_in_use_is_still_there(tiny_folder, tmp_path):
+def test_every_instance_attribute_in_use_is_still_there(tiny_folder, tmp_path, monkeypatch):
     import bitsandbytes
 
-    from posttrain import (
-        ALoLConfig,
-        ALoLTrainer,
-        PolicyGradientConfig,
-        PolicyGradientTrainer,
-        RobustDPOConfig,
-        RobustDPOTrainer,
-    )
-    from tests import rollouts
-    from tests.conftest import make_pairs
-    from tests.scored import make_scored
+    from tests.families import METHODS
 
-    trainer = RobustDPOTrainer(tiny_folder, args=RobustDPOConfig(str(tmp_path)), train_dataset=make_pairs(4))
-    args = PolicyGradientConfig(**rollouts.settings(tmp_path / "grpo"))
-    objects = {
-        "trl.GRPOTrainer": PolicyGradientTrainer(tiny_folder, rollouts.success, args, rollouts.prompts([1] * 4)),
-        "trl.DPOTrainer": trainer,
-        "trl.SFTTrainer": ALoLTrainer(tiny_folder, ALoLConfig(str(tmp_path / "a_lol")), train_dataset=make_scored(8)),
-        "transformers.Trainer": trainer,
-        "bitsandbytes.nn.Linear4bit": bitsandbytes.nn.Linear4bit(4, 4),
-    }
-    assert objects.keys() == compat.INSTANCE_ATTRIBUTES.keys()
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    made = [method.build(tiny_folder, tmp_path / method.name) for method in METHODS.values()]
+    made.append(bitsandbytes.nn.Linear4bit(4, 4))
     for owner, names in compat.INSTANCE_ATTRIBUTES.items():
-        assert [name for name in names if not hasattr(objects[owner], name)] == [], owner
+        instances = [one for one in made if isinstance(one, pydoc.locate(owner))]
+        assert instances and {name for name in names for one in instances if not hasattr(one, name)} == set(), owner

@@ -5,13 +5,9 @@ import pytest
 from posttrain import ALoLConfig, HPTConfig, PolicyGradientConfig, QAEConfig, RobustDPOConfig
 from posttrain.config import parse
 from posttrain.errors import ConfigError
-from posttrain.paths import configs_dir
+from tests.recipe.in_process import settings_of, shipped, words
 
 BATCH = "num_generations: 4\nper_device_train_batch_size: 4\n"
-
-
-def words(settings: dict) -> list[str]:
-    return [word for name, value in settings.items() for word in (f"--{name}", value)]
 
 
 def lines(settings: dict) -> str:
@@ -112,27 +108,22 @@ def test_what_the_command_line_says_is_never_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "given", "holds"),
+    ("method", "given", "holds"),
     [
-        (RobustDPOConfig, "robust_dpo", dict(pair_loss="dpo"), dict(pair_loss="dpo", flip_rate=0.0)),
-        (RobustDPOConfig, "robust_dpo", dict(reduction="dr_dpo"), dict(pair_loss="dpo", flip_rate=0.0)),
-        (RobustDPOConfig, "robust_dpo", dict(loss_type="ipo"), dict(pair_loss="ipo", flip_rate=0.0)),
-        (RobustDPOConfig, "robust_dpo", dict(pair_loss="cdpo"), dict(pair_loss="cdpo", flip_rate=0.1)),
-        (RobustDPOConfig, "robust_dpo", dict(flip_rate="0.2"), dict(pair_loss="rdpo", flip_rate=0.2)),
-        (ALoLConfig, "a_lol", dict(variant="nll"), dict(variant="nll")),
-        (QAEConfig, "qae", dict(advantage="group_mean"), dict(advantage="group_mean", quantile=None)),
-        (QAEConfig, "qae", dict(estimator="dapo"), dict(advantage="group_mean", quantile=None)),
-        (HPTConfig, "hpt", dict(gamma="null"), dict(gamma=None)),
+        ("robust_dpo", dict(pair_loss="dpo"), dict(pair_loss="dpo", flip_rate=0.0)),
+        ("robust_dpo", dict(reduction="dr_dpo"), dict(pair_loss="dpo", flip_rate=0.0)),
+        ("robust_dpo", dict(loss_type="ipo"), dict(pair_loss="ipo", flip_rate=0.0)),
+        ("robust_dpo", dict(pair_loss="cdpo"), dict(pair_loss="cdpo", flip_rate=0.1)),
+        ("robust_dpo", dict(flip_rate="0.2"), dict(pair_loss="rdpo", flip_rate=0.2)),
+        ("a_lol", dict(variant="nll"), dict(variant="nll")),
+        ("qae", dict(advantage="group_mean"), dict(advantage="group_mean", quantile=None)),
+        ("qae", dict(estimator="dapo"), dict(advantage="group_mean", quantile=None)),
+        ("hpt", dict(gamma="null"), dict(gamma=None)),
     ],
 )
-def test_a_shipped_file_gives_way_to_one_word_of_the_command_line(tmp_path, monkeypatch, kind, method, given, holds):
-    from posttrain.config import DataArguments, ModelArguments
-    from posttrain.recipe.scored_answers import ScoredArguments
-    from posttrain.recipe.tasks import TaskArguments
-
-    rows = {"robust_dpo": DataArguments, "a_lol": ScoredArguments}.get(method, TaskArguments)
-    argv = ["--config", str(configs_dir() / method / "cpu.yaml"), "--output_dir", str(tmp_path), *words(given)]
-    *_, args = parse((rows, ModelArguments, kind), argv)
+def test_a_shipped_file_gives_way_to_one_word_of_the_command_line(tmp_path, method, given, holds):
+    argv = ["--config", str(shipped(method)), "--output_dir", str(tmp_path), *words(given)]
+    *_, args = settings_of(method, *argv)
     assert {name: getattr(args, name) for name in holds} == holds
 
 

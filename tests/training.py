@@ -11,7 +11,7 @@ def settings(output_dir, **overrides) -> dict:
     return SETTINGS | dict(output_dir=str(output_dir), max_length=256) | more | overrides
 
 
-def train(
+def build(
     folder,
     output_dir,
     trainer_class=RobustDPOTrainer,
@@ -19,12 +19,10 @@ def train(
     pairs=None,
     peft=True,
     collator=None,
-    snapshot=trainable,
-    resume=None,
     held_out=None,
     **overrides,
 ):
-    trainer = trainer_class(
+    return trainer_class(
         model=folder,
         args=config_class(**settings(output_dir, **overrides)),
         train_dataset=pairs if pairs is not None else make_pairs(16),
@@ -32,4 +30,7 @@ def train(
         peft_config=lora() if peft else None,
         data_collator=collator,
     )
-    return fit(trainer, snapshot, resume)
+
+
+def train(folder, output_dir, *given, snapshot=trainable, resume=None, **overrides):
+    return fit(build(folder, output_dir, *given, **overrides), snapshot, resume)

@@ -106,7 +106,7 @@ def tokenizer_beside(folder: str | Path, base: str | None = None, own: bool | No
 
     `own`: whether there is one with the adapter; default: where its config lies there.
     """
-    from posttrain.data.tokens import load_processing_class, tokenizer_of
+    from posttrain.data.processing import load_processing_class, tokenizer_of
 
     own = (Path(folder) / "tokenizer_config.json").is_file() if own is None else own
     source, revision = (str(folder), None) if own else base_of(folder, base)

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
-from posttrain.checks import check_choice
+from posttrain.checks import check_choice, plain
 from posttrain.config.field_types import FieldType
 from posttrain.config.setting import may_be_infinite
 from posttrain.errors import ConfigError
@@ -38,7 +38,9 @@ _JSON_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
 def check_given(args) -> None:
-    """Refuse values of `args._written` that their fields cannot hold; the text inf becomes the number.
+    """Refuse values of `args._written` that their fields cannot hold.
+
+    The text inf becomes the number, and numpy's values become Python's own, so that they can be saved.
 
     Upstream's own liberties are kept: enums by value, paths for texts, a mapping as JSON or as a JSON file, 0 and 1 for
     false and true.
@@ -48,7 +50,10 @@ def check_given(args) -> None:
     hints, infinite = typing.get_type_hints(type(args)), may_be_infinite(type(args))
     for entry in fields(args):
         name = entry.name
-        value = getattr(args, name)
+        given = getattr(args, name)
+        value = plain(given)
+        if value is not given:
+            setattr(args, name, value)
         if name not in args._written or value is entry.default:
             continue
         if name in infinite and isinstance(value, str) and _is_infinite(value):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trl.scripts.utils import DatasetConfig
 
-from posttrain.checks import near
+from posttrain.checks import near, plain
 from posttrain.errors import ConfigError
 
 _HUB_FIELDS = ("name", "data_dir", "data_files")
@@ -74,7 +74,7 @@ def _entry(entry, where: str) -> DatasetConfig:
             raise ConfigError(f"{where} has the unknown key {key!r}; {hint}")
     if not entry.get("path"):
         raise ConfigError(f"{where} has no path; name a local file, a folder, a hub id or a generated data set.")
-    made = DatasetConfig(**entry)
+    made = DatasetConfig(**plain(dict(entry)))
     if isinstance(made.fraction, str):
         # YAML reads 1e-9 as a text
         with contextlib.suppress(ValueError):

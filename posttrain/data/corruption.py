@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Mapping
 
+from posttrain.checks import plain
 from posttrain.data.pairs.sides import swapped, swapped_with_gaps
 from posttrain.log import get_logger
 
@@ -37,7 +38,7 @@ def flip_preferences(dataset, rate: float, seed: int = 0):
 
 def rows_to_flip(count: int, rate: float, seed: int) -> set[int]:
     """Draw exactly `round(rate * count)` of the numbers below `count`."""
-    return set(random.Random(seed).sample(range(count), count)[: round(rate * count)])
+    return set(random.Random(plain(seed)).sample(range(count), count)[: round(rate * count)])
 
 
 def lone_columns(rows: Iterable[Mapping]) -> list[str]:

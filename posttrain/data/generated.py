@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from itertools import accumulate
 
-from posttrain.checks import check_integer, shorten
+from posttrain.checks import check_integer, plain, shorten
 from posttrain.errors import ConfigError
 
 # Common short nouns, each a single token of SmolLM2's vocabulary, at the start of a text and after a space.
@@ -178,7 +178,7 @@ def modular_sum_tasks(
     `arithmetic_tasks` does.
     """
     low, high = _range("terms", terms, 2)
-    check_integer("modulus", modulus, 2, 1_000_000)
+    modulus = check_integer("modulus", modulus, 2, 1_000_000)
     _check_rows(n, high)
     if demonstration_style not in ("steps", "answer"):
         raise ConfigError(f"demonstration_style={demonstration_style!r} is neither 'steps' nor 'answer'.")
@@ -202,7 +202,7 @@ def modular_sum_tasks(
 
 
 def _check_rows(n: int, size: int) -> None:
-    check_integer("n", n, 1, MOST_ROWS)
+    n = check_integer("n", n, 1, MOST_ROWS)
     if n * size > MOST_IN_ALL:
         raise ConfigError(f"n={n} tasks of {size} digits or terms are too many: {MOST_IN_ALL // size} are the most.")
 
@@ -271,7 +271,7 @@ def _task(question: str, demonstration: str, gold: str, difficulty: int, convers
 
 def _range(name: str, value, least: int, greatest: int = MOST_DIGITS) -> tuple[int, int]:
     try:
-        low, high = value
+        low, high = plain(list(value))
     except (TypeError, ValueError):
         low = high = None
     whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (low, high))

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from posttrain.data import formats
+from posttrain.data.processing import tokenizer_of
 from posttrain.data.rendering import applied, continued
-from posttrain.data.tokens import render, tokenized_pairs, tokenizer_of
+from posttrain.data.tokens import render, tokenized_pairs
 
 # Rows whose prompt is rendered once more, alone.
 _PROMPT_ROWS = 64

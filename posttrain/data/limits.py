@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.bounded import in_memory
 from posttrain.data import formats
-from posttrain.data.tokens import render, tokenized_pairs, tokenizer_of
+from posttrain.data.processing import tokenizer_of
+from posttrain.data.tokens import render, tokenized_pairs
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 

@@ -1,4 +1,4 @@
-"""Conversations as TRL takes them, and a row's system message in front of its own."""
+"""Texts and conversations as TRL takes them, and a row's system message in front of its own."""
 
 from collections.abc import Mapping
 
@@ -104,3 +104,69 @@ def _is_blank(content) -> bool:
             for block in content
         )
     return content is None or (isinstance(content, str) and not content.strip())
+
+
+def style_of(value, column: str, place: str) -> str:
+    """Return `a text` or `a list of messages`; DataError for anything else."""
+    if isinstance(value, str):
+        return "a text"
+    problem = None
+    if not isinstance(value, list) or not value:
+        problem = f"{column} is {described(value)}"
+    else:
+        for number, message in enumerate(value, 1):
+            problem = message_problem(message)
+            if problem:
+                problem = f"{column} is a list whose item {number} {problem}"
+                break
+    if problem is None:
+        return "a list of messages"
+    raise DataError(
+        f"{place}: {problem}. It must be a text, or a list of messages such as "
+        '[{"role": "user", "content": "Hello"}]; mend the row or leave it out.'
+    )
+
+
+def message_problem(message) -> str | None:
+    if not isinstance(message, Mapping):
+        return f"is {described(message)}"
+    if "from" in message and "value" in message:
+        return "is a sharegpt turn (posttrain.data.formats.convert makes messages of those)"
+    if not isinstance(message.get("role"), str):
+        return f"has no role (its keys: {', '.join(map(str, message)) or 'none'})"
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return None
+    if isinstance(content, list) and all(isinstance(block, Mapping) for block in content):
+        return None
+    if isinstance(content, str):
+        return None
+    call = ", and its call in the key function_call, which is to be tool_calls" if message.get("function_call") else ""
+    return f"has a content that is {described(content)}{call}"
+
+
+def is_empty(side) -> bool:
+    """Tell whether a side says nothing: of messages, the last one counts."""
+    if isinstance(side, str):
+        return not side.strip()
+    content = side[-1].get("content")
+    if side[-1].get("tool_calls"):
+        return False
+    if isinstance(content, str):
+        return not content.strip()
+    return all(
+        block.get("type", "text") in objects.TEXTS and not (block.get("text") or "").strip() for block in content
+    )
+
+
+def described(value) -> str:
+    """Describe a value of the wrong type in a few words."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return f"an object with the keys {', '.join(map(str, value)) or 'none'}"
+    if isinstance(value, list):
+        return f"a list of {type(value[0]).__name__}" if value else "an empty list"
+    shown = repr(value)
+    kind = "a text" if isinstance(value, str) else "a number" if isinstance(value, (int, float)) else "a value"
+    return f"{kind} ({shown if len(shown) <= 40 else shown[:37] + '...'})"

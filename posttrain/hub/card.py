@@ -181,7 +181,7 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
         ("seed", args.seed),
     ]
     common = {name for name, _ in rows}
-    rows = [*((name, value) for name, value in method.items() if name not in common), *rows]
+    rows = [*((name, _set(args, name, value)) for name, value in method.items() if name not in common), *rows]
     if adapter is not None and adapter.peft_type == "LORA":
         targets = adapter.target_modules
         rows += [
@@ -194,6 +194,11 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     if bits:
         rows.append(("base weights", f"{bits} bit"))
     return [(name, _short(value)) for name, value in rows]
+
+
+def _set(args, name: str, value):
+    """Return a setting's value; for null, in words, what it means."""
+    return f"null ({args.nulls[name]})" if value is None and name in args.nulls else value
 
 
 def _presets(config: type) -> list[str]:

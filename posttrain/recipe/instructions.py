@@ -23,7 +23,7 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
             adapter settings that do not fit the model.
     """
     from posttrain.data.instructions.tokens import learned_ends, tokenised_before_loading
-    from posttrain.data.tokens import processing_class_for, tokenizer_of
+    from posttrain.data.processing import processing_class_for, tokenizer_of
     from posttrain.run.prepared import micro_batches, steps
     from posttrain.trainers.sft import prepare
 

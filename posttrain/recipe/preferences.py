@@ -29,7 +29,8 @@ def describe(
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
-    from posttrain.data.tokens import processing_class_for, tokenized_pairs, tokenizer_of
+    from posttrain.data.processing import processing_class_for, tokenizer_of
+    from posttrain.data.tokens import tokenized_pairs
     from posttrain.run.prepared import check_fills_a_batch, micro_batches, steps
     from posttrain.trainers.preference import prepare
 

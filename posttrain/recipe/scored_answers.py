@@ -75,8 +75,8 @@ def describe(
     """
     from posttrain import tables
     from posttrain.data.instructions.tokens import tokenised_before_loading
-    from posttrain.data.scored import baselines, loading
-    from posttrain.data.tokens import processing_class_for
+    from posttrain.data.processing import processing_class_for
+    from posttrain.data.scored import baselines, scoring
     from posttrain.run.prepared import check_fills_a_batch, micro_batches, steps
     from posttrain.trainers.offline import prompt_values
     from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
@@ -86,7 +86,7 @@ def describe(
     answers = ALoLAnswers(args, data_args.reward_func)
     if data_args.reward_func is not None and args.allow_code is None:
         # one that is none is refused here; what it gives is known once it has scored the answers
-        loading.check_reward(data_args.reward_func)
+        scoring.check_reward(data_args.reward_func)
     if answers.has_head:
         prompt_values.check_heads_can_be_kept(args, data_args.reward_func)
     ready = answers.prepare(
@@ -135,8 +135,8 @@ def describe(
 def _as_learned(row, processing_class, args, name: str) -> dict[str, str]:
     """Render the prompt and the answer of a one-row data set from their tokens, as far as `max_length` leaves them."""
     from posttrain.data.instructions.tokens import learned_ends
+    from posttrain.data.processing import tokenizer_of
     from posttrain.data.scored import answer_tokens
-    from posttrain.data.tokens import tokenizer_of
     from posttrain.trainers.sft.prepare import kept_part
 
     if "input_ids" not in row.column_names:

@@ -94,10 +94,9 @@ def check_tasks(args, rewards: list, train_dataset, eval_dataset) -> None:
     Raises ConfigError or DataError. Rewards with workers start them.
     """
     from posttrain.rewards import check_golds
+    from posttrain.trainers.policy_gradient import reward_setup
 
-    names = [reward.__name__ for reward in rewards]
-    if args.success_reward is not None and args.success_reward not in names:
-        raise ConfigError(f"success_reward is {args.success_reward!r}; it must be one of {', '.join(names)}.")
+    reward_setup.check(args, reward_setup.numbered(rewards))
     for reward in rewards:
         column = getattr(reward, "gold", None)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -117,7 +116,7 @@ def run(trainer_class, config_class) -> None:
         train_dataset, eval_dataset = load_tasks(task_args, training_args)
         check_tasks(training_args, rewards, train_dataset, eval_dataset)
         if training_args.dry_run:
-            facts = describe(model, training_args, task_args, train_dataset, peft_config, eval_dataset)
+            facts = describe(model, training_args, task_args, train_dataset, peft_config, eval_dataset, rewards)
             return dry_run.show(facts)
         for reward in rewards:
             # the workers of a rank that none of the checks needed
@@ -138,26 +137,36 @@ def run(trainer_class, config_class) -> None:
             reward.close()
 
 
-def describe(model_id: str, args, task_args: TaskArguments, train_dataset, peft_config=None, eval_dataset=None) -> dict:
+def describe(
+    model_id: str,
+    args,
+    task_args: TaskArguments,
+    train_dataset,
+    peft_config=None,
+    eval_dataset=None,
+    rewards: list | None = None,
+) -> dict:
     """Describe a run: rollouts, steps, parameters, tokens, checkpoint size, and its first task as the model sees it.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, and the model is built without memory
-    for its weights.
+    for its weights. `rewards`: reward functions; those that `task_args` names by default.
 
     Raises:
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
             adapter settings that do not fit the model.
     """
+    from posttrain.data.processing import processing_class_for, tokenizer_of
     from posttrain.data.tasks import tokens
-    from posttrain.data.tokens import processing_class_for, tokenizer_of
     from posttrain.run.prepared import steps
     from posttrain.trainers.policy_gradient import prepare, reward_setup
 
     config = dry_run.check(model_id, args, peft_config, prepare.has_live_reference(args))
     processor = processing_class_for(model_id, None, args)
     prepare.advantage_function(args)
-    reward_setup.check_weights(args, task_args.reward_funcs)
-    train_dataset = prepare.prepare(model_id, args, config, processor, train_dataset, eval_dataset).train_dataset
+    rewards = reward_setup.reward_functions(task_args.reward_funcs if rewards is None else rewards, args)
+    reward_setup.check(args, rewards)
+    ready = prepare.prepare(model_id, args, config, processor, train_dataset, eval_dataset, rewards=rewards)
+    train_dataset = ready.train_dataset
     tokenizer = tokenizer_of(processor)
     sample = train_dataset.select(range(min(dry_run.SAMPLE_ROWS, len(train_dataset))))
     texts = [_rendered(row, tokenizer, args) for row in sample]

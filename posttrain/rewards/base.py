@@ -122,8 +122,9 @@ class PooledReward(Reward):
 
     def __post_init__(self):
         super().__post_init__()
-        check_number("timeout", self.timeout, 0, None, above=True)
-        check_integer("workers", self.workers, 1, max(MOST_WORKERS, 4 * (os.cpu_count() or 1)))
+        self.timeout = check_number("timeout", self.timeout, 0, None, above=True)
+        most = max(MOST_WORKERS, 4 * (os.cpu_count() or 1))
+        self.workers = check_integer("workers", self.workers, 1, most)
         self._pool = WorkerPool(self.verifier, self.workers, self.timeout)
 
     def start(self) -> None:

@@ -38,8 +38,8 @@ class OverlongPenalty(Reward):
             raise ConfigError(
                 f"{' and '.join(missing)} must be given, in tokens, such as `length?max_length=512&cache=128`."
             )
-        check_integer("max_length", self.max_length, 1)
-        check_integer("cache", self.cache, 1, self.max_length)
+        self.max_length = check_integer("max_length", self.max_length, 1)
+        self.cache = check_integer("cache", self.cache, 1, self.max_length)
 
     def __call__(self, prompts=None, completions=None, completion_ids=None, **columns) -> list[float | None]:
         if completion_ids is None:

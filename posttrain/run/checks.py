@@ -21,7 +21,7 @@ from transformers.utils import (
 
 from posttrain import model_sizes, patterns
 from posttrain.bounded import Overtime, in_time
-from posttrain.checks import check_choice
+from posttrain.checks import check_choice, plain
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.models import check_holds_safetensors, check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
@@ -51,8 +51,10 @@ def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
 def check_lora(peft_config) -> None:
     """Refuse adapter settings that upstream would only trip over once the model is loaded.
 
-    Patterns that may take for ever to match are refused as well.
+    Patterns that may take for ever to match are refused as well. Numpy's numbers become Python's own in the settings,
+    as PEFT saves no others.
     """
+    vars(peft_config).update(plain(vars(peft_config)))
     patterns.check_adapter(peft_config)
     # of other kinds `r` may be something else: OFT takes 0 beside its block size
     if isinstance(peft_config, LoraConfig):

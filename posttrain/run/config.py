@@ -110,6 +110,8 @@ class CommonConfig:
     renamed: ClassVar[dict[str, str]] = {}
     # upstream's settings that a card tells at their default as well
     always_in_card: ClassVar[tuple[str, ...]] = ()
+    # what null of a setting means, for the card
+    nulls: ClassVar[dict[str, str]] = {"max_length": "no row is cut"}
     # what a trainer says of the settings that it read from TRL's config
     says: ClassVar[tuple[str, ...]] = ()
 
@@ -133,6 +135,9 @@ class CommonConfig:
 
     def __post_init__(self):
         check_given(self)
+        if self.hub_token == "<HUB_TOKEN>":
+            # what to_dict gives in the token's place
+            self.hub_token = None
         with upstream_refusals("these settings are refused"):
             self._read()
         if self.neftune_noise_alpha is not None:
@@ -221,6 +226,8 @@ class CommonConfig:
     def to_dict(self):
         """Return the settings as plain values, without secrets."""
         held = super().to_dict()
+        # upstream hides the tokens of a vocabulary as well
+        held |= {name: getattr(self, name) for name in ("eos_token", "pad_token") if name in held}
         return {name: value if name == "hub_token" else without_secrets(value) for name, value in held.items()}
 
     def __repr__(self):

@@ -51,19 +51,20 @@ class ConstructionMixin:
 
     _config_class: type
 
-    def _build(self, model, args, peft_config, prepare: Callable, construct: Callable) -> None:
+    def _build(self, model, args, given: dict, prepare: Callable, construct: Callable) -> None:
         """Construct the trainer, in the one order that every family keeps.
 
         Args:
+            given: what the parent's constructor takes beside model, settings and data sets, by name; `prepare` may add.
             prepare: called with the model, the settings and the model's config; returns a `Prepared`.
-            construct: called with the model, the settings and that; runs the parent's constructor.
+            construct: the parent's constructor.
         """
-        model, args, config = self._check_settings(model, args, peft_config)
+        model, args, config = self._check_settings(model, args, given.get("peft_config"))
         ready = prepare(model, args, config)
         self._begin_run(self._preflight(model, args), args)
         self._begin(ready)
         with checks.upstream_refusals():
-            construct(model, args, ready)
+            construct(model, args=args, train_dataset=ready.train_dataset, eval_dataset=ready.eval_dataset, **given)
         checks.check_parallelism(self.accelerator)
         self._place(ready)
         # the run's folder may be another's, which is asked before anything long

@@ -4,7 +4,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from posttrain.data.tokens import tokenizer_of
+from posttrain.data.processing import tokenizer_of
 from posttrain.log import get_logger
 
 # Rows that are looked at for the mean of an embedding, and the share of their usual distance from it within which a row

@@ -498,8 +498,9 @@ class TestTasks:
 
     @pytest.mark.parametrize("row", TASKS)
     def test_a_task_is_shown_as_the_recipes_render_it(self, row, tmp_path, data, tiny_folder):
+        from posttrain.data.processing import load_processing_class
         from posttrain.data.tasks.loading import load_demonstrations
-        from posttrain.data.tokens import load_processing_class, render
+        from posttrain.data.tokens import render
 
         path = write(tmp_path / "a.jsonl", [row])
         code, out, err = data("inspect", path, "--model", tiny_folder, "--json")

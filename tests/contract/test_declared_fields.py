@@ -1,19 +1,28 @@
 """Every field of a config says what it means for a run's identity and its card; both are derived from that."""
 
+import contextlib
+import copy
 import dataclasses
 import math
+from fractions import Fraction
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from peft import LoraConfig
 from transformers.trainer_utils import SchedulerType
 
 from posttrain import ALoLConfig, HPTConfig, NoisySFTConfig, PolicyGradientConfig, QAEConfig, RobustDPOConfig
+from posttrain.checks import plain
 from posttrain.config import parse
+from posttrain.config.mixture import check_datasets
 from posttrain.config.setting import identity_of, meanings, setting, told_in_card, undeclared
 from posttrain.errors import ConfigError
+from posttrain.hub.card import _settings
+from posttrain.run.checks import check_lora
 from posttrain.run.identity import update_of
-from tests.families import METHODS
+from tests.families import CONFIGS
 
-CONFIGS = (*(method.config for method in METHODS.values()), QAEConfig, HPTConfig)
 SMALL = dict(num_generations=4, per_device_train_batch_size=4)
 
 
@@ -122,6 +131,22 @@ def test_a_card_tells_that_a_preset_was_put_back_to_its_parents_default(tmp_path
     assert told_in_card(make(HPTConfig, tmp_path, gamma=None)) == {"gamma": None}
 
 
+def test_a_null_that_a_card_tells_has_words_for_what_it_means(tmp_path):
+    said, words = set(), set()
+    for kind in CONFIGS:
+        words |= {(kind, name) for name in kind.nulls if name in kind.__dataclass_fields__}
+        # at null by default, a setting is not told
+        for entry in (one for one in dataclasses.fields(kind) if one.default is not None or one.name in kind.nulls):
+            with contextlib.suppress(ConfigError):
+                args = make(kind, tmp_path, **{entry.name: None})
+                run = SimpleNamespace(args=args, state=SimpleNamespace(global_step=1), model=None)
+                told = dict(_settings(run, None))
+                assert "null" not in told.values(), entry.name
+                said |= {(name, value) for name, value in told.items() if value.startswith("null (")}
+    assert {name for name, _ in said} == {name for _, name in words}
+    assert ("quantile", "null (the baseline is the group's mean)") in said
+
+
 INHERITED = [
     (PolicyGradientConfig, dict(beta=0.0), {}),
     (PolicyGradientConfig, dict(
@@ -194,6 +219,51 @@ def test_what_upstream_takes_beside_its_annotations_is_taken(tmp_path):
     assert again.accelerator_config.even_batches is False and again.temperature == 0.5
     assert make(RobustDPOConfig, tmp_path, loss_type="hinge").pair_loss == "hinge"
     assert math.isinf(make(RobustDPOConfig, tmp_path, reduction="dr_dpo", beta_prime="inf").beta_prime)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_numpys_values_are_taken_and_become_pythons_own(kind, tmp_path):
+    given = dict(
+        seed=np.int64(3), max_steps=np.int8(2), learning_rate=np.float32(0.5), check_gradients=np.bool_(False),
+        max_minutes=Fraction(3, 2), optim=np.str_("sgd"), label_names=np.array(["labels"]),
+    )  # fmt: skip
+    given |= {name: np.int32(value) for name, value in SMALL.items() if hasattr(kind, name)}
+    args = make(kind, tmp_path, **given)
+    assert [args.seed, args.learning_rate, args.check_gradients, args.max_minutes] == [3, 0.5, False, 1.5]
+    assert {name for name, value in vars(args).items() if plain(value) is not value} == set()
+    assert args.to_json_string() == make(kind, tmp_path, **{name: plain(value) for name, value in given.items()}
+    ).to_json_string()  # fmt: skip
+    with pytest.raises(ConfigError, match="seed is 0.5; it takes a whole number"):
+        make(kind, tmp_path, seed=np.float32(0.5))
+
+
+def test_numpys_values_are_taken_in_lists_adapters_and_mixtures(tmp_path):
+    gate = np.array([[0, 0, 1]] + [[1, 0, 0]] * 4)
+    assert make(PolicyGradientConfig, tmp_path, soft_gate=gate).soft_gate == gate.tolist()
+    assert make(PolicyGradientConfig, tmp_path, reward_weights=[np.float32(0.5)]).reward_weights == [0.5]
+    assert type(check_datasets([dict(path="a", fraction=np.float32(0.5))])[0].fraction) is float
+    adapter = LoraConfig(r=np.int64(4), lora_alpha=np.float32(8), rank_pattern={"q_proj": np.int8(2)})
+    check_lora(adapter)
+    adapter.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).rank_pattern == {"q_proj": 2}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_copy_of_a_config_holds_the_same_settings(kind, tmp_path):
+    args = make(kind, tmp_path, learning_rate=0.5)
+    same = args.to_dict()
+    for copied in (copy.deepcopy(args), dataclasses.replace(args), kind(**same)):
+        assert copied.to_dict() == same and vars(copied).keys() == vars(args).keys()
+        assert copied.hub_token is None and getattr(copied, "pad_token", None) is None
+    assert dataclasses.replace(args, learning_rate=0.25).to_dict() == same | {"learning_rate": 0.25}
+
+
+def test_a_copys_generation_batch_that_does_not_follow_is_refused(tmp_path):
+    args = make(PolicyGradientConfig, tmp_path)
+    with pytest.raises(ConfigError, match="generation_batch_size is 4 and steps_per_generation is 1, by which it is 8"):
+        dataclasses.replace(args, per_device_train_batch_size=8)
+    wider = dataclasses.replace(args, per_device_train_batch_size=8, generation_batch_size=None)
+    assert (wider.generation_batch_size, wider.steps_per_generation) == (8, 1)
 
 
 def test_a_setting_of_ones_own_that_may_be_infinite_takes_numbers(tmp_path):

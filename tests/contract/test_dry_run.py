@@ -55,8 +55,7 @@ def test_of_scored_answers_how_many_are_left(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("method, place", cases("laid_out"))
 def test_of_every_method_its_steps_rows_and_parameters(method, place, tiny_folder, tmp_path):
-    given = dict(rows=5 if method.name == "policy_gradient" else 13, max_steps=-1, num_train_epochs=1)
-    given |= method.laid_out[place]
+    given = dict(rows=13, max_steps=-1, num_train_epochs=1) | method.laid_out[place]
     told = method.describe(tiny_folder, tmp_path, **given)
     _, trainer = method.train(tiny_folder, tmp_path, **given)
     assert told["steps"] == trainer.state.global_step == trainer.state.max_steps > 0

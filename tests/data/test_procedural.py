@@ -1,8 +1,10 @@
 from collections import Counter
 from itertools import permutations
 
+import numpy as np
 import pytest
 
+from posttrain.data.corruption import rows_to_flip
 from posttrain.data.generated import (
     MODULAR_SUM_CHARACTERS,
     WORDS,
@@ -191,3 +193,10 @@ def test_tasks_come_once_and_held_out_ones_are_disjoint_in_either_form(make, siz
 def test_tasks_that_cannot_be_are_refused(make, arguments, message):
     with pytest.raises(ConfigError, match=message):
         make(**{"n": 5, "seed": 0, **arguments})
+
+
+def test_numpys_numbers_are_those_of_python():
+    given = dict(terms=(np.int8(2), np.int8(3)), modulus=np.int16(10))
+    made = modular_sum_tasks(np.int64(8), np.int64(1), **given)
+    assert made.to_list() == modular_sum_tasks(8, 1, terms=(2, 3), modulus=10).to_list()
+    assert rows_to_flip(20, 0.5, np.int64(3)) == rows_to_flip(20, 0.5, 3)

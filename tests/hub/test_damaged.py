@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import posttrain.cli
-from posttrain.data.tokens import load_processing_class
+from posttrain.data.processing import load_processing_class
 from posttrain.errors import DataError
 from posttrain.hub.base_model import noted_base, run_of
 from posttrain.hub.files import check_files

@@ -5,11 +5,45 @@ import io
 import json
 import runpy
 import sys
+from pathlib import Path
 from unittest import mock
 
-from posttrain.paths import recipes_dir
+from posttrain import config
+from posttrain.paths import configs_dir, recipes_dir
 
 PAIRS = [{"prompt": f"Is {i} even?", "chosen": " yes", "rejected": f" no, {i}"} for i in range(4)]
+
+
+RECIPES = sorted(path.stem for path in recipes_dir().glob("*.py"))
+
+
+def words(settings: dict) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def shipped(recipe: str, name: str = "cpu") -> Path:
+    return configs_dir() / recipe / f"{name}.yaml"
+
+
+def settings_of(recipe: str, *words: str) -> tuple:
+    """Return the sections of settings that a recipe reads from a command line: rows, model, method."""
+
+    class Parsed(Exception):
+        """What the recipe read."""
+
+    def parsed(sections, *args):
+        raise Parsed(config.parse(sections, *args))
+
+    path = recipes_dir() / f"{recipe}.py"
+    main = runpy.run_path(str(path))["main"]
+    # the recipe's own, or that of the function which recipes share
+    holder = main.__globals__ if "parse" in main.__globals__ else vars(sys.modules[main.__globals__["run"].__module__])
+    with mock.patch.dict(holder, parse=parsed), mock.patch.object(sys, "argv", [str(path), *words]):
+        try:
+            main()
+        except Parsed as found:
+            return found.args[0]
+    raise AssertionError("The recipe reads no settings.")
 
 
 def lines(rows) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from posttrain import HPTConfig, QAEConfig, quiet
 from posttrain.cli import main
 from posttrain.config import ModelArguments, parse
+from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
 from posttrain.paths import configs_dir, recipes_dir
 from posttrain.recipe.tasks import TaskArguments
@@ -160,6 +161,20 @@ def test_what_cannot_be_trained_ends_with_its_code(recipe, tmp_path, mode, metho
     found, _, err = recipe(method, *shipped(method, "cpu"), **given)
     assert (found, message in err) == (code, True), err
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_success_may_be_read_from_the_second_reward_of_a_name(tmp_path):
+    from posttrain.recipe.tasks import check_tasks
+    from posttrain.rewards import get_rewards
+
+    def check(name):
+        batch = dict(num_generations=4, per_device_train_batch_size=4)
+        args = QAEConfig(str(tmp_path), success_reward=name, **batch)
+        check_tasks(args, get_rewards(["format", "format?template=boxed"]), None, None)
+
+    check("format_2")
+    with pytest.raises(ConfigError, match="success_reward is 'format_3'; it must be one of format, format_2."):
+        check("format_3")
 
 
 def test_columns_of_other_names_are_read_and_qae_needs_no_demonstration(recipe, tmp_path):

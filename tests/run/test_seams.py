@@ -6,14 +6,11 @@ import json
 import pytest
 import torch
 
-from posttrain import ALoLConfig, ALoLTrainer, QAETrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.run.mixin import without_folder
-from tests import rollouts, scored, training
-from tests.conftest import make_pairs
-from tests.training import lora
+from tests import runs
+from tests.families import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
-FAMILIES = ("preference", "offline", "policy_gradient")
 STEPS = 2
 
 
@@ -30,56 +27,36 @@ class Seams:
     def around_policy_forward(self):
         self.armed, self.inside = self.armed + 1, True
         try:
-            yield
+            with super().around_policy_forward():
+                yield
         finally:
             self.inside = False
 
     def method_state(self):
-        return {"rounds": self.state.global_step * 10}
+        return super().method_state() | {"rounds": self.state.global_step * 10}
 
     def load_method_state(self, state):
+        super().load_method_state(state)
         self.rounds = state["rounds"]
 
     def attach_adapter(self):
+        super().attach_adapter()
         self.attached += 1
 
     def save_beside(self, folder, in_checkpoint):
+        super().save_beside(folder, in_checkpoint)
         (folder / "method.json").write_text(json.dumps({"in_checkpoint": in_checkpoint}))
 
 
-class Pairs(Seams, RobustDPOTrainer):
-    pass
+def build(method, model, folder, **overrides):
+    settings = dict(max_steps=STEPS, save_strategy="steps", save_steps=1, **method.split(method.step // 2)) | overrides
+    seamed = type("Seamed", (Seams, method.trainer), {})
+    return method.build(model, folder, trainer_class=seamed, config_class=method.config, **settings)
 
 
-class Answers(Seams, ALoLTrainer):
-    pass
-
-
-class Rollouts(Seams, QAETrainer):
-    pass
-
-
-def build(family, model, folder, **overrides):
-    settings = dict(max_steps=STEPS, save_strategy="steps", save_steps=1, gradient_accumulation_steps=2) | overrides
-    if family != "policy_gradient":
-        settings["per_device_train_batch_size"] = 2
-    if family == "preference":
-        args = RobustDPOConfig(**training.settings(folder, reduction="dr_dpo", eval_strategy="steps", **settings))
-        return Pairs(model, args=args, train_dataset=make_pairs(8), eval_dataset=make_pairs(4), peft_config=lora())
-    if family == "offline":
-        args = ALoLConfig(**scored.settings(folder, eval_strategy="steps", **settings))
-        rows = scored.make_scored(16)
-        return Answers(model, args=args, train_dataset=rows, eval_dataset=rows, peft_config=lora())
-    args = rollouts.PRESETS["qae"][1](**rollouts.settings(folder, beta=0.1, **settings))
-    return Rollouts(
-        model, rollouts.success, args, rollouts.prompts([1, 0, 4, 2]), peft_config=lora(),
-        rollout_func=rollouts.rollouts,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_methods_forward_is_the_backpropagated_one_and_no_other(family, tiny_folder, tmp_path):
-    trainer = build(family, tiny_folder, tmp_path, eval_steps=1)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_methods_forward_is_the_backpropagated_one_and_no_other(method, tiny_folder, tmp_path):
+    trainer = build(method, tiny_folder, tmp_path, **method.forwards)
     trainer.forwards.clear()
     trainer.train()
     inside = [grad for armed, grad in trainer.forwards if armed]
@@ -90,14 +67,14 @@ def test_a_methods_forward_is_the_backpropagated_one_and_no_other(family, tiny_f
     assert outside and not any(outside)
 
 
-@pytest.mark.core("offline")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_methods_state_and_adapter_come_back_on_resume(family, tiny_folder, tmp_path):
-    trainer = build(family, tiny_folder, tmp_path)
+@pytest.mark.core("a_lol")
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_methods_state_and_adapter_come_back_on_resume(method, tiny_folder, tmp_path):
+    trainer = build(method, tiny_folder, tmp_path)
     assert trainer.attached == 1
     trainer.train()
     assert trainer.attached == 1 and trainer.rounds == 0
-    again = build(family, tiny_folder, tmp_path)
+    again = build(method, tiny_folder, tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert again.rounds == 10 and again.attached == 2
     assert json.loads((tmp_path / "checkpoint-2" / "method.json").read_text()) == {"in_checkpoint": True}
@@ -106,17 +83,17 @@ def test_a_methods_state_and_adapter_come_back_on_resume(family, tiny_folder, tm
 
 
 @pytest.mark.core("policy_gradient")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_without_a_folder_leaves_nothing_but_what_is_saved(family, tiny_folder, tmp_path):
-    base = build(family, tiny_folder, tmp_path / "with", save_strategy="no")
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_run_without_a_folder_leaves_nothing_but_what_is_saved(method, tiny_folder, tmp_path):
+    base = build(method, tiny_folder, tmp_path / "with", save_strategy="no")
     base.train()
     with without_folder():
         # two clients in one place
-        first, second = (build(family, tiny_folder, tmp_path / "without", save_strategy="no") for _ in range(2))
+        first, second = (build(method, tiny_folder, tmp_path / "without", save_strategy="no") for _ in range(2))
     for trainer in (first, second):
         trainer.train()
     assert not (tmp_path / "without").exists() or not any((tmp_path / "without").iterdir())
-    ours, theirs = training.trainable(first.model), training.trainable(base.model)
+    ours, theirs = runs.trainable(first.model), runs.trainable(base.model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     first.save_model(str(tmp_path / "client"))
     assert (tmp_path / "client" / "adapter_model.safetensors").is_file()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from posttrain import RobustDPOConfig, patterns
 from posttrain.adapters.loading import load_adapter
 from posttrain.config import ModelArguments, get_peft_config
-from posttrain.data.tokens import load_processing_class
+from posttrain.data.processing import load_processing_class
 from posttrain.errors import ConfigError
 from posttrain.model_sizes import check_sizes
 from posttrain.models import tiny_model

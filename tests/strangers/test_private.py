@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posttrain import ALoLConfig, HPTConfig, NoisySFTConfig, QAEConfig, RobustDPOConfig, yaml_text
+from posttrain import RobustDPOConfig, yaml_text
 from posttrain.cli.train import _printable
-from posttrain.config import ModelArguments
 from posttrain.errors import ConfigError
 from posttrain.private import hide, hide_forms, hide_words, is_secret_name, remember, without_secrets
-from posttrain.recipe.scored_answers import ScoredArguments
-from posttrain.recipe.tasks import TaskArguments
 from posttrain.run import checkpoint_files
 from posttrain.run.identity import differing
 from posttrain.run.report import write_resolved_config
 from posttrain.visible import visible
+from tests.families import CONFIGS
+from tests.recipe.in_process import RECIPES, settings_of, shipped
 
 SECRETS = """
     token key hub_token HF_TOKEN hfToken api_key apikey X-Api-Key X-Amz-Signature X-Amz-Credential sig signature
@@ -65,15 +64,10 @@ def test_resolved_settings_hold_no_character_that_steers_a_console(name):
     assert (name in text) is (name == "é")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        RobustDPOConfig, QAEConfig, HPTConfig, ALoLConfig, NoisySFTConfig, ModelArguments, TaskArguments,
-        ScoredArguments,
-    ],
-)  # fmt: skip
-def test_of_all_settings_the_hubs_token_alone_is_a_secret(kind):
-    assert {field.name for field in fields(kind) if is_secret_name(field.name)} <= {"hub_token"}
+def test_of_all_settings_the_hubs_token_alone_is_a_secret():
+    sections = {type(part) for recipe in RECIPES for part in settings_of(recipe, "--config", str(shipped(recipe)))}
+    for kind in sections.union(CONFIGS):
+        assert {field.name for field in fields(kind) if is_secret_name(field.name)} <= {"hub_token"}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from posttrain.cli import main
 from posttrain.console import say_json
 from posttrain.data import sources
 from posttrain.data.pairs.loading import load_preferences
+from posttrain.data.processing import load_processing_class
 from posttrain.data.rendering import bounds
 from posttrain.data.sources import read_rows
-from posttrain.data.tokens import load_processing_class, render
+from posttrain.data.tokens import render
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 from posttrain.tables import format_table

@@ -37,10 +37,10 @@ def run(args) -> int:
     from posttrain.cli.data import token_view
     from posttrain.data import tokens
     from posttrain.data.lengths import end_of_turn_tokens, last_token
-    from posttrain.data.tokens import template_facts
+    from posttrain.data.processing import template_facts, tokenizer_of
 
     processing_class = source.processing_class()
-    tokenizer = tokens.tokenizer_of(processing_class)
+    tokenizer = tokenizer_of(processing_class)
     colour = not args.json and token_view.colour_is_wanted()
     examples = []
     for number, row in enumerate(source.rows[: args.rows], 1):

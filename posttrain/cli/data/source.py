@@ -96,7 +96,7 @@ class Source:
         return facts
 
     def processing_class(self):
-        from posttrain.data.tokens import load_processing_class
+        from posttrain.data.processing import load_processing_class
         from posttrain.models import resolve_model
 
         self.model = resolve_model(self.model)
@@ -137,7 +137,7 @@ class Source:
 
     def pair_facts(self, max_length: int) -> dict:
         """Collect counts, lengths and warnings of preference pairs; DataError where they cannot be trained on."""
-        from posttrain.data import tokens
+        from posttrain.data import processing
         from posttrain.data.pairs import faults, schema
         from posttrain.data.rows import as_dataset
 
@@ -150,7 +150,7 @@ class Source:
             return facts | self._sizes([name for name in ("prompt", "chosen", "rejected") if name in self.columns])
         processing_class = self.processing_class()
         data = as_dataset(self.rows, self.name)
-        stop_ids = tokens.generation_stop_ids(self.model)
+        stop_ids = processing.generation_stop_ids(self.model)
         report = schema.examine_preferences(
             data, processing_class, max_length, self.name, stop_ids=stop_ids, places=self.places
         )

@@ -2,8 +2,8 @@
 
 from posttrain.data import formats, generators, objects, shapes, turns
 from posttrain.data.columns import first_with_system, log_left_out_columns, log_system_messages
-from posttrain.data.formats import Format, described, is_empty, style_of
-from posttrain.data.messages import with_system
+from posttrain.data.formats import Format
+from posttrain.data.messages import described, is_empty, style_of, with_system
 from posttrain.data.rows import columns_of
 from posttrain.data.sources import mixed_types, read_rows
 from posttrain.errors import ConfigError, DataError

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from posttrain.data.tokens import as_learned, as_rendered, tokenizer_of
+from posttrain.data.processing import tokenizer_of
+from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.errors import DataError
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from posttrain.data import formats
-from posttrain.data.formats import described, is_empty, style_of
+from posttrain.data.messages import described, is_empty, style_of
 from posttrain.errors import DataError
 
 _SIDES = ("chosen", "rejected")

@@ -7,16 +7,11 @@ from posttrain.data import formats, objects
 from posttrain.data.formats import Format, convert, detect
 from posttrain.data.lengths import Lengths, measure, said_of_prompts
 from posttrain.data.pairs.faults import read_values, scan_pairs
+from posttrain.data.processing import generation_stop_ids, processing_class_for, template_facts, tokenizer_of
 from posttrain.data.rendering import row_checks
 from posttrain.data.rendering.ends import check_ends
 from posttrain.data.rows import refuse_splits
-from posttrain.data.tokens import (
-    generation_stop_ids,
-    processing_class_for,
-    template_facts,
-    tokenized_pairs,
-    tokenizer_of,
-)
+from posttrain.data.tokens import tokenized_pairs
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 

@@ -1,23 +1,22 @@
 """One row against its rendering: its own texts searched in the tokens, and markers put through the chat template."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 
-from posttrain.data.rendering import additions, round_trips
+from posttrain.data.processing import tokenizer_of
+from posttrain.data.rendering import additions, round_trips, values
 from posttrain.data.rendering.applied import control_tokens
 from posttrain.data.rendering.faults import Fault, short
 from posttrain.data.rendering.markers import marked
 from posttrain.data.rendering.marks import REASONING
 from posttrain.data.rendering.round_trips import bare as _bare
-from posttrain.data.tokens import render_text, tokenizer_of
+from posttrain.data.tokens import render_text
 
 _OPENING = ("system", "developer")
 _BLANKS = re.compile(r"\s")
 _THOUGHT = re.compile(r"(<think>)?((?!<think>).)*?</think>", re.DOTALL)
-# Stands in the place of a value
-_VALUE = "qzvaluezq"
 _ANSWERS = ("chosen", "rejected", "completion", "demonstration", "messages", "text")
 
 
@@ -87,6 +86,7 @@ class Probe:
     def _faults(self, prompt: list, answer: list, name: str, learned: Mapping) -> Iterator[Fault]:
         messages, start = [*prompt, *answer], len(prompt)
         options = {} if answer else {"add_generation_prompt": True}
+        render = partial(self._render, tools=self.row.get("tools"), **options)
         stands, pieces, names = marked(messages, self.row.get("tools"))
         try:
             drawn = self._render(*stands, **options)
@@ -125,7 +125,7 @@ class Probe:
             yield from changed
             if not changed and piece.kind in ("content", *REASONING) and _BLANKS.search(piece.text.strip()):
                 if rendered is None:
-                    rendered = self._as_given(messages, options)
+                    rendered = values.rendered(messages, render)
                 yield from self._line_faults(piece, messages, rendered)
         yield from self._order_faults(places)
         if names and drawn is not None and not any(marker in drawn for marker in names.values()):
@@ -133,17 +133,10 @@ class Probe:
                 ("tools",), "the chat template drops the tools", ", ".join(names),
                 "The model is not told of them; use a template that renders tools, or leave the column out.",
             )  # fmt: skip
-        for index, message in enumerate(messages):
+        for index in range(len(messages)):
             if index not in wholly_lost:
                 part = name if index >= start or not prompt else "prompt"
-                yield from self._value_faults(messages, index, message, learned.get(part, ""), options)
-
-    def _as_given(self, messages: list, options) -> str:
-        try:
-            return self._render(messages, self.row.get("tools"), **options)
-        # rendering it as tokens has told what is wrong
-        except Exception:
-            return ""
+                yield from values.faults(messages, index, learned.get(part, ""), render)
 
     def _line_faults(self, piece, messages: list, rendered: str) -> Iterator[Fault]:
         if round_trips.loses_lines(piece.text, rendered):
@@ -241,60 +234,6 @@ class Probe:
                 )  # fmt: skip
                 return
 
-    def _value_faults(self, messages: list, index: int, message: Mapping, text: str, options) -> Iterator[Fault]:
-        """Find content that is no text, and the arguments of tool calls: Python's print of them in the place of a
-        text.
-        """
-        content = message.get("content")
-        if isinstance(content, list) and content and _bare(str(content)) in _bare(text):
-            yield _printed("a list of blocks", content, "Write the content as a text, or use a template for blocks.")
-        elif isinstance(content, list) and not all(block.get("type", "text") == "text" for block in content):
-            others = [block for block in content if block.get("type", "text") != "text"]
-            fewer = [block for block in content if block.get("type", "text") == "text"]
-            if self._are_alike(messages, index, {**message, "content": fewer}, options):
-                kinds = ", ".join(sorted({str(block.get("type")) for block in others}))
-                yield Fault(
-                    ("blocks", kinds), f"the chat template drops blocks of the type {kinds}",
-                    short(json.dumps(others, default=str)),
-                    "The model cannot see what the answer is to. Leave those rows out, or take another model.",
-                    True,
-                )  # fmt: skip
-        for call in message.get("tool_calls") or ():
-            function = call.get("function", call) if isinstance(call, Mapping) else {}
-            arguments, bare = function.get("arguments"), _bare(text)
-            if isinstance(arguments, Mapping) and arguments:
-                is_json = _bare(json.dumps(arguments, ensure_ascii=False)) in bare
-                if _bare(str(arguments)) in bare and not is_json:
-                    yield _printed("the arguments of a tool call", arguments, "Give them as a JSON text.")
-                elif not is_json:
-                    yield from self._argument_faults(messages, index, call, options)
-            if isinstance(arguments, str) and arguments and _bare(arguments) not in bare:
-                if any(_bare(json.dumps(arguments, ensure_ascii=ascii)) in bare for ascii in (True, False)):
-                    yield Fault(
-                        ("quoted",), "the chat template quotes the arguments of a tool call once more",
-                        short(json.dumps(arguments)), "Give them as an object, not as a JSON text.", True,
-                    )  # fmt: skip
-
-    def _argument_faults(self, messages: list, index: int, call: Mapping, options) -> Iterator[Fault]:
-        """Find values among the arguments of a call that the template writes as Python does, each told by a marker."""
-        given = self._as_given(messages, options)
-        for value, changed in _with_markers(call):
-            calls = [changed if one is call else one for one in messages[index]["tool_calls"]]
-            others = [*messages[:index], {**messages[index], "tool_calls": calls}, *messages[index + 1 :]]
-            drawn = self._as_given(others, options)
-            if drawn.count(_VALUE) != 1 or str(value) == json.dumps(value, ensure_ascii=False):
-                continue
-            written = given[len(os.path.commonprefix((given, drawn))) :]
-            if written.startswith(str(value)):
-                yield Fault(
-                    ("printed", "value"),
-                    "the chat template writes a value among the arguments of a tool call as Python prints it",
-                    str(value),
-                    "The model learns to call so. Write it as a text as the tool reads it ('true', 'null'), leave out "
-                    "what is null, or use a template that writes arguments as JSON.",
-                )
-                return
-
     def _takes_blocks(self, messages: list, index: int, options) -> bool:
         """Tell whether the template, which drops the text of a message, renders it as a block in the same place."""
         message = {**messages[index], "content": [{"type": "text", "text": "qzblockzq"}]}
@@ -302,15 +241,6 @@ class Probe:
             changed = [*messages[:index], message, *messages[index + 1 :]]
             return "qzblockzq" in self._render(changed, self.row.get("tools"), **options)
         # it may take no blocks at all
-        except Exception:
-            return False
-
-    def _are_alike(self, messages: list, index: int, other: Mapping, options) -> bool:
-        changed = [*messages[:index], other, *messages[index + 1 :]]
-        try:
-            tools = self.row.get("tools")
-            return self._render(messages, tools, **options) == self._render(changed, tools, **options)
-        # a template that refuses the other form does look at it
         except Exception:
             return False
 
@@ -352,41 +282,9 @@ def _split(row: Mapping) -> tuple:
     return chosen[:length], {"chosen": chosen[length:], "rejected": rejected[length:]}
 
 
-def _with_markers(call: Mapping) -> Iterator[tuple[object, dict]]:
-    """Find each value among the arguments of a call that Python prints in its own way, and the call with a marker
-    there.
-    """
-    function = call.get("function", call)
-
-    def each(value, put):
-        if value is None or isinstance(value, bool | Mapping | list):
-            yield value, put(_VALUE)
-        parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-        for key, part in parts:
-            yield from each(part, lambda new, key=key: put(_replaced(value, key, new)))
-
-    def put(arguments) -> dict:
-        made = {**function, "arguments": arguments}
-        return {**call, "function": made} if "function" in call else made
-
-    for key, part in function["arguments"].items():
-        yield from each(part, lambda new, key=key: put(_replaced(function["arguments"], key, new)))
-
-
-def _replaced(value, key, new):
-    if isinstance(value, Mapping):
-        return {**value, key: new}
-    return [new if index == key else item for index, item in enumerate(value)]
-
-
 def _lost_reasoning(where: str, shown: str, in_answer: bool) -> Fault:
     if in_answer:
         remedy = "The model learns the answer without it; use a template that renders it, or leave it out on purpose."
         return Fault(("reasoning", True), f"the chat template drops the answer's reasoning {where}", shown, remedy)
     remedy = "Many templates leave the reasoning of earlier turns out; this is said once, where there was some."
     return Fault(("reasoning", False), f"the chat template drops the reasoning of the prompt {where}", shown, remedy)
-
-
-def _printed(what: str, value, remedy: str) -> Fault:
-    shown = short(str(value))
-    return Fault(("printed", what), f"the chat template writes {what} as Python prints it", shown, remedy, True)

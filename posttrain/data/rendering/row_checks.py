@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from posttrain.data import formats, objects
+from posttrain.data.processing import tokenizer_of
 from posttrain.data.rendering import continued
 from posttrain.data.rendering.applied import ControlTokens, adds_end
 from posttrain.data.rendering.looks import rows_to_render
 from posttrain.data.rendering.probes import Probe
 from posttrain.data.rendering.survey import Survey
 from posttrain.data.row_options import check_settings, tools_of
-from posttrain.data.tokens import as_rendered, render, tokenized_pairs, tokenizer_of
+from posttrain.data.tokens import as_rendered, render, tokenized_pairs
 from posttrain.errors import DataError
 from posttrain.log import get_logger
 

@@ -3,9 +3,9 @@
 from posttrain.data import formats
 from posttrain.data.instructions.tokens import as_trained
 from posttrain.data.lengths import measure, quantiles, said_of_prompts
+from posttrain.data.processing import tokenizer_of
 from posttrain.data.rendering import row_checks
 from posttrain.data.rendering.ends import check_ends
-from posttrain.data.tokens import tokenizer_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 

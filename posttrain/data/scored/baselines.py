@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain.data.formats import described
-from posttrain.data.scored.loading import check_size
+from posttrain.data.messages import described
+from posttrain.data.scored.scales import check_size
 from posttrain.errors import DataError
 from posttrain.tables import histogram
 

@@ -1,21 +1,16 @@
-"""Answers with a score each: reading them, unrolling pairs with two scores, scoring by a function, checking."""
+"""Answers with a score each: reading them, unrolling pairs with two scores, checking."""
 
-import asyncio
-import contextlib
-import hashlib
-import inspect
-import json
 import math
-import struct
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from posttrain import former_names
 from posttrain.data import formats, generators, objects, shapes, sources, turns
 from posttrain.data.columns import first_with_system, log_left_out_columns, log_system_messages, system_in_front
-from posttrain.data.formats import described, is_empty, style_of
 from posttrain.data.generated import reversed_share
+from posttrain.data.messages import described, is_empty, style_of
 from posttrain.data.pairs import sides
 from posttrain.data.rows import columns_of
-from posttrain.data.scored.scales import check_scales
+from posttrain.data.scored.scales import check_scales, check_size
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
@@ -23,8 +18,6 @@ from posttrain.visible import listed
 
 COLUMNS = ("prompt", "completion", "reward", "baseline", "tools", "chat_template_kwargs")
 _ANSWERS = {"prompt", "completion", "chosen", "rejected"}
-# Optimisers square gradients in fp32, which ends at 3.4e38
-LARGEST = 1e18
 _OTHER_NAMES = ("score", "rating", "value", "label", "rewards", "scores")
 _NEEDED = (
     "Needed: prompt, completion and reward, or pairs with a reward each: prompt, chosen, rejected, chosen_reward, "
@@ -169,87 +162,6 @@ def unroll(
     return made
 
 
-def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64) -> list[float]:
-    """Return the score of each row of prompt, completion and further columns, by a reward function.
-
-    With a cache, an answer whose row was scored before, by this function, is not scored again; values are rounded to
-    fp32 either way. What the function reads beside its arguments (a file, a server) is not part of an entry's key.
-
-    What was scored is kept every minute, and when an error ends it.
-
-    Raises DataError for an answer without a score, EnvironmentIssue where the cache cannot be written.
-    """
-    reward = _one_reward(reward)
-    known = cache.load() if cache is not None else {}
-    digests = [_digest(row) for row in rows]
-    missing = [i for i, digest in enumerate(digests) if digest not in known]
-    fresh: dict[bytes, float] = {}
-    with cache.pending() if cache is not None and missing else contextlib.nullcontext() as pending:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            columns = {column: [rows[i].get(column) for i in batch] for column in columns_of(rows[i] for i in batch)}
-            prompts, completions = columns.pop("prompt"), columns.pop("completion")
-            scores = reward(prompts=prompts, completions=completions, **columns)
-            if inspect.isawaitable(scores):
-                scores = asyncio.run(_awaited(scores))
-            # those beside one that is refused are paid for too
-            found, refused = {}, None
-            for i, value in zip(batch, scores, strict=True):
-                try:
-                    found[digests[i]] = _checked(value, f"{name}, answer {i + 1}", reward)
-                except DataError as error:
-                    refused = refused or error
-            fresh |= found
-            if pending is not None:
-                pending.add(found)
-            if refused is not None:
-                raise refused
-    get_logger().info(
-        "%s: %d of %d answers scored by %s, the others cached", name, len(missing), len(rows), reward.__name__
-    )
-    known |= fresh
-    return [known[digest] for digest in digests]
-
-
-def check_reward(reward, allowed: Collection[str] | None = None) -> None:
-    """Raise ConfigError for what is no reward function, or several."""
-    _one_reward(reward, allowed)
-
-
-def reward_key(reward) -> str | None:
-    """Digest a reward function's code and settings, and our version, whose rewards are known by their names alone.
-
-    None where it has parts that cannot be read.
-    """
-    from datasets.fingerprint import Hasher
-
-    from posttrain import __version__
-
-    try:
-        return Hasher.hash([_one_reward(reward), __version__])
-    # whatever the function closes over is asked to serialise itself
-    except Exception as error:
-        get_logger().info("the reward function's scores are not cached: %s", error)
-        return None
-
-
-def check_range(rewards: Sequence[float], name: str, low: float, high: float, why: str, fix: str) -> None:
-    """Raise DataError for the first reward outside [low, high]."""
-    for number, reward in enumerate(rewards, 1):
-        if not low <= reward <= high:
-            span = f"outside [{low:g}, {high:g}]" if math.isfinite(high) else f"below {low:g}"
-            raise DataError(f"{name}, answer {number}: reward is {reward:g}, {span}; {why}. {fix}")
-
-
-def check_size(value: float, place: str, what: str) -> None:
-    """Raise DataError for a number that cannot be trained with in fp32."""
-    if abs(value) > LARGEST:
-        raise DataError(
-            f"{place}: {what} is {value:g}; numbers beyond {LARGEST:g} cannot be trained with: gradients are squared "
-            "in fp32, which ends at 3.4e38. Scale all of them down, to [0, 1], say."
-        )
-
-
 def _check_kind(dataset, name: str) -> None:
     if isinstance(dataset, Mapping):
         raise ConfigError(
@@ -370,34 +282,9 @@ def _with_rewards(row: Mapping) -> dict:
     return {**row, "chosen_reward": sides["chosen"], "rejected_reward": sides["rejected"]}
 
 
-def _one_reward(reward: Callable, allowed: Collection[str] | None = None):
-    from posttrain.rewards import get_rewards
-
-    rewards = get_rewards(reward, allowed, config_field="reward_func")
-    if len(rewards) != 1:
-        raise ConfigError(f"{len(rewards)} reward functions are given; answers are scored by one.")
-    return rewards[0]
-
-
-def _checked(value: float | None, place: str, reward) -> float:
-    if value is None or not math.isfinite(value):
-        why = f" The last exception: {reward.last_exception}" if reward.last_exception else ""
-        raise DataError(
-            f"{place}: reward function {reward.__name__} gave {value}; every answer needs a number. Mend the "
-            f"function, or leave the row out.{why}"
-        )
-    check_size(value, place, f"the score by {reward.__name__}")
-    return _fp32(value)
-
-
-async def _awaited(scores):
-    return await scores
-
-
-def _digest(row: Mapping) -> bytes:
-    content = json.dumps(row, sort_keys=True, default=str).encode()
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _fp32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
+def __getattr__(name: str):
+    if name in ("check_reward", "reward_key", "score"):
+        return former_names.held("posttrain.data.scored.scoring", name)
+    if name in ("LARGEST", "check_range"):
+        return former_names.held("posttrain.data.scored.scales", name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

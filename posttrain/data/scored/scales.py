@@ -1,4 +1,4 @@
-"""Whether several sources of rewards look to be on one scale."""
+"""Whether rewards lie where they can be trained with, and several sources of them look to be on one scale."""
 
 import itertools
 import math
@@ -13,6 +13,8 @@ _SHIFT = 1 / 3
 _FAR_WIDER = 10.0
 # At either end: of all rewards, of the middle 90% and of the middle half
 _LEFT_OUT = (0, 0.05, 0.25)
+# Optimisers square gradients in fp32, which ends at 3.4e38
+LARGEST = 1e18
 # How unlikely it must be that one source has no negative rewards by chance
 _CHANCE = 1e-4
 
@@ -106,3 +108,20 @@ def _negative_in_one(a: list[float], b: list[float]) -> bool:
         return False
     # that all of so many, drawn from both together, come from `a`
     return negative * math.log(len(a) / (len(a) + len(b))) < math.log(_CHANCE)
+
+
+def check_range(rewards: Sequence[float], name: str, low: float, high: float, why: str, fix: str) -> None:
+    """Raise DataError for the first reward outside [low, high]."""
+    for number, reward in enumerate(rewards, 1):
+        if not low <= reward <= high:
+            span = f"outside [{low:g}, {high:g}]" if math.isfinite(high) else f"below {low:g}"
+            raise DataError(f"{name}, answer {number}: reward is {reward:g}, {span}; {why}. {fix}")
+
+
+def check_size(value: float, place: str, what: str) -> None:
+    """Raise DataError for a number that cannot be trained with in fp32."""
+    if abs(value) > LARGEST:
+        raise DataError(
+            f"{place}: {what} is {value:g}; numbers beyond {LARGEST:g} cannot be trained with: gradients are squared "
+            "in fp32, which ends at 3.4e38. Scale all of them down, to [0, 1], say."
+        )

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from posttrain.bounded import Overtime, in_memory, in_time
-from posttrain.checks import check_integer, check_option, near
+from posttrain.checks import check_integer, check_option, near, plain
 from posttrain.errors import ConfigError, DataError, require
 from posttrain.rewards.gym import encode_task
 
@@ -29,7 +29,7 @@ def gym_tasks(name: str, n: int, seed: int, exclude: Iterable[dict] = (), conver
     """
     from datasets import Dataset
 
-    check_integer("n", n, 1, 1_000_000)
+    n, seed = check_integer("n", n, 1, 1_000_000), plain(seed)
     prompts = (row["prompt"] for row in exclude)
     seen = {prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts}
     # Rows are made when asked for, so a large size costs little. Most data sets seed row i with seed + i: those of the

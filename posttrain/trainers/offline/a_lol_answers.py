@@ -5,7 +5,7 @@ from collections import Counter
 
 import torch
 
-from posttrain.data.scored import baselines, loading
+from posttrain.data.scored import baselines, scales
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.objectives import offline
@@ -51,14 +51,14 @@ class ALoLAnswers(Answers):
         if self.kept_columns():
             baselines.column_of_values(dataset, "baseline", name, args.value_column)
         if args.weighs_by == "rewards":
-            loading.check_range(
+            scales.check_range(
                 dataset["reward"][:], name, 0.0, math.inf,
                 f"variant {args.variant} weighs answers by it, and a negative weight would push one down without bound",
                 "Shift rewards to 0 and above, or take the sigmoid of a reward model's score; variants named a_lol "
                 "take any reward.",
             )  # fmt: skip
         elif args.value == "head":
-            loading.check_range(
+            scales.check_range(
                 dataset["reward"][:], name, 0.0, args.reward_max,
                 f"the value head's values lie between 0 and reward_max ({args.reward_max:g})",
                 "Scale the rewards, take the sigmoid of a reward model's score, or set reward_max to the largest.",

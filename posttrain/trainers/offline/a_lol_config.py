@@ -124,6 +124,7 @@ class ALoLConfig(CommonConfig, SFTConfig):
     )
 
     always_in_card: ClassVar = ("max_length",)
+    nulls: ClassVar = CommonConfig.nulls | {"clip": "exact importance ratios"}
     says: ClassVar = ("variant", "value")
 
     def _read(self):

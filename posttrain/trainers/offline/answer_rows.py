@@ -3,7 +3,7 @@
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 
-from posttrain.data.scored import loading, scales
+from posttrain.data.scored import scales, scoring
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.log import get_logger
 from posttrain.mechanisms.sequence_cache import ReferenceCache
@@ -17,10 +17,10 @@ def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
     """Score rows by the reward function, on one rank for all: it may be slow or random."""
     found = [None]
     if args.process_index == 0:
-        key = loading.reward_key(reward_func)
+        key = scoring.reward_key(reward_func)
         cache = ReferenceCache(cache_dir() / "rewards", key) if key else None
         try:
-            found = [loading.score(rows, reward_func, name, cache)]
+            found = [scoring.score(rows, reward_func, name, cache)]
         except PosttrainError as error:
             found = [error]
     broadcast_object_list(found, from_process=0)

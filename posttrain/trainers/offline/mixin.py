@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import rows, tokens
+from posttrain.data import processing, rows
 from posttrain.data.instructions.tokens import tokenised_before_loading
 from posttrain.data.limits import Limits
 from posttrain.data.scored import answer_tokens
@@ -47,18 +47,14 @@ class OfflineMixin(SFTMixin):
         **kwargs,
     ):
         kwargs = self._by_name(rest, kwargs)
-        peft_config = kwargs.get("peft_config")
-        answer_rows.refuse(model, peft_config, kwargs)
+        answer_rows.refuse(model, kwargs.get("peft_config"), kwargs)
 
         def ready(model, args, config):
             self.answers = self._answers_class(args, reward_func)
             return self.answers.prepare(model, config, processing_class, train_dataset, eval_dataset, same_scale)
 
-        def construct(model, args, ready):
-            given = (args, data_collator, ready.train_dataset, ready.eval_dataset, processing_class)
-            super(OfflineMixin, self).__init__(model, *given, **kwargs)
-
-        self._build(model, args, peft_config, ready, construct)
+        kwargs |= dict(data_collator=data_collator, processing_class=processing_class)
+        self._build(model, args, kwargs, ready, super().__init__)
 
     def _begin(self, ready) -> None:
         self.given_rows = ready.facts["answers"]
@@ -150,7 +146,7 @@ class OfflineMixin(SFTMixin):
         args = self.args
         dataset = self.answers.scored(dataset, name)
         if tokenised_before_loading(args):
-            stop_ids = tokens.generation_stop_ids(self.model)
+            stop_ids = processing.generation_stop_ids(self.model)
             dataset, _ = answer_tokens.drop_overlong(dataset, self.processing_class, args, name, stop_ids)
             Limits(self.model, self.model.config).check_answers(dataset, self.processing_class, args, name)
         if not self.answers.weighed_late:

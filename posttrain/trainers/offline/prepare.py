@@ -5,8 +5,8 @@ import functools
 from posttrain.data import rows
 from posttrain.data.instructions.tokens import tokenised_before_loading
 from posttrain.data.limits import Limits
-from posttrain.data.scored import answer_tokens, baselines, loading
-from posttrain.data.tokens import generation_stop_ids, processing_class_for
+from posttrain.data.processing import generation_stop_ids, processing_class_for
+from posttrain.data.scored import answer_tokens, baselines, loading, scoring
 from posttrain.errors import ConfigError
 from posttrain.run import checks, evaluation
 from posttrain.run.prepared import Prepared
@@ -27,7 +27,7 @@ class Answers:
 
     def __init__(self, args, reward_func=None) -> None:
         if reward_func is not None and getattr(args, "allow_code", None) is not None:
-            loading.check_reward(reward_func, args.allow_code)
+            scoring.check_reward(reward_func, args.allow_code)
         self.args, self.reward_func = args, reward_func
         self.reward_columns: dict[str, dict] = {}
         self.lost = ""

@@ -9,7 +9,7 @@ import xxhash
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset
 
-from posttrain.data.scored import baselines, loading
+from posttrain.data.scored import baselines, scales, scoring
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.mechanisms import value_head
@@ -191,7 +191,7 @@ def _rewards_of_generations(trainer, prompts: list[tuple]) -> list[float]:
         rows.append({**trainer.answers.reward_columns.get(baselines.prompt_key(prompt), {}), "prompt": prompt})
         rows[-1]["completion"] = completion
     rewards = trainer.answers.score(rows, "generations for the value head")
-    loading.check_range(
+    scales.check_range(
         rewards, "generations for the value head", 0.0, trainer.args.reward_max,
         f"the value head's values lie between 0 and reward_max ({trainer.args.reward_max:g})",
         "Scale the reward function's scores, or set reward_max to their largest.",
@@ -260,7 +260,7 @@ def _key(trainer, distinct: list[str], prompts: dict, targets: tuple) -> str:
     )
     facts = [trainer.reference_key, [getattr(args, name) for name in names], trainer.accelerator.device.type]
     if args.value_targets == "generations":
-        facts += [loading.reward_key(trainer.answers.reward_func), args.value_max_new_tokens]
+        facts += [scoring.reward_key(trainer.answers.reward_func), args.value_max_new_tokens]
     digest = xxhash.xxh3_128(json.dumps(facts, default=str).encode())
     for key, mean, count in zip(distinct, *(values.tolist() for values in targets), strict=True):
         digest.update(json.dumps([key, prompts[key], mean, count]).encode())

@@ -152,6 +152,14 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     )
 
     always_in_card: ClassVar = ("beta",)
+    nulls: ClassVar = {
+        "quantile": "the baseline is the group's mean",
+        "gamma": "no prompt learns from its demonstration by the share of successes",
+        "epsilon_high": "as epsilon",
+        "max_completion_length": "as long as the model's generation settings allow",
+        "shuffle_dataset": "in the order of the data set",
+        "vllm_importance_sampling_clip_max": "no upper bound",
+    }
     says: ClassVar = ("advantage", "quantile", "gamma")
     renamed: ClassVar = {
         "drop_dead_rows": "drop_zero_advantage_rows", "max_dead_steps": "max_steps_without_gradient",
@@ -188,8 +196,10 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
             setting_checks.check_skipping(self)
         setting_checks.check_rewards(self)
         setting_checks.check_pairs_of_settings(self)
+        self._copied_batch = setting_checks.take_copied_batch(self)
 
     def _check_resolved(self):
+        setting_checks.check_copied_batch(self, self._copied_batch)
         setting_checks.check_sampling(self)
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(sorted(LOSS_TYPES))}.")

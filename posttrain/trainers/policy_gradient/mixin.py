@@ -1,24 +1,19 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, rows of zero advantage, rollout health."""
 
 import contextlib
-import math
 
 import torch
 import xxhash
-from datasets import Dataset
 from torch import Tensor
 
-from posttrain.data import columns
-from posttrain.data.tasks import task_rows
-from posttrain.data.tokens import as_rendered, tokenizer_of
-from posttrain.errors import ConfigError, DivergedError
+from posttrain.errors import DivergedError
 from posttrain.log import get_logger
 from posttrain.mechanisms import group_rewards, special_tokens
 from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
-from posttrain.rewards.base import check_missing_golds, named_with_settings
+from posttrain.rewards.base import named_with_settings
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
 from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
@@ -31,10 +26,12 @@ from posttrain.trainers.policy_gradient import (
     rollout_log,
     row_templates,
 )
+from posttrain.trainers.policy_gradient.evaluation import RolloutEvaluation
+from posttrain.trainers.policy_gradient.kept_rows import KeptRows
 from posttrain.trainers.policy_gradient.resumption import SaveBetweenGenerations
 
 
-class PolicyGradientMixin(RunMixin):
+class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
     """Trains `trl.GRPOTrainer` by any advantage of a group's rewards, with demonstrations beside rollouts.
 
     TRL generates, scores and computes the loss. The seams are the gathered rewards, the scored batch, the buffer of
@@ -61,25 +58,17 @@ class PolicyGradientMixin(RunMixin):
         *rest,
         **kwargs,
     ):
-        kwargs = self._by_name(rest, kwargs)
-        rewards = []
+        kwargs = self._by_name(rest, kwargs) | dict(processing_class=processing_class)
 
         def ready(model, args, config):
             self._advantage_function = prepare.advantage_function(args)
-            rewards.append(reward_setup.reward_functions(reward_funcs, args))
-            reward_setup.check_weights(args, rewards[0])
-            return prepare.prepare(
-                model, args, config, processing_class, train_dataset, eval_dataset, kwargs, rewards[0]
-            )  # fmt: skip
+            sampling = args.sampling.items()
+            self._drawn_with = ", ".join(f"{name} {value}" for name, value in sampling if value is not None)
+            rewards = kwargs["reward_funcs"] = reward_setup.reward_functions(reward_funcs, args)
+            reward_setup.check(args, rewards, kwargs.get("environment_factory") is not None)
+            return prepare.prepare(model, args, config, processing_class, train_dataset, eval_dataset, kwargs, rewards)
 
-        def construct(model, args, ready):
-            self._drawn_with = ", ".join(
-                f"{name} {value}" for name, value in args.sampling.items() if value is not None
-            )
-            given = (rewards[0], args, ready.train_dataset, ready.eval_dataset, processing_class)
-            super(PolicyGradientMixin, self).__init__(model, *given, **kwargs)
-
-        self._build(model, args, kwargs.get("peft_config"), ready, construct)
+        self._build(model, args, kwargs, ready, super().__init__)
 
     def _begin(self, ready) -> None:
         self._limits = ready.limits
@@ -97,11 +86,8 @@ class PolicyGradientMixin(RunMixin):
         return found | ({"chat_template": xxhash.xxh3_64(repr(template).encode()).hexdigest()} if template else {})
 
     def _place(self, ready) -> None:
-        if self.args.success_reward is not None and self.args.success_reward not in self.reward_func_names:
-            raise ConfigError(
-                f"success_reward is {self.args.success_reward!r}; it must be one of "
-                f"{', '.join(self.reward_func_names)}."
-            )
+        # with the names that environments have brought
+        reward_setup.check_success_reward(self.args, self.reward_func_names)
 
     def _complete(self, ready) -> None:
         self._kept_tokens = special_tokens.KeptTokens(
@@ -165,47 +151,6 @@ class PolicyGradientMixin(RunMixin):
             return super()._tokenize_prompts(prompts)
         return row_templates.tokenise(self, prompts, super()._tokenize_prompts)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Evaluate as TRL does on sampled rollouts, and measure the success of one greedy answer a prompt.
-
-        With several evaluation sets, as `transformers.Trainer.evaluate`, each gets its own.
-        """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._checked(eval_dataset)
-        size, group = self.args.per_device_eval_batch_size * self.args.world_size, self.num_generations_eval
-        if size % group:
-            raise ConfigError(
-                f"an evaluation batch holds {size} rollouts (per_device_eval_batch_size "
-                f"{self.args.per_device_eval_batch_size}, {self.args.world_size} processes), which is no multiple of "
-                f"the {group} drawn for a prompt. Change per_device_eval_batch_size or num_generations_eval."
-            )
-        with completion_log.of_evaluation(self, metric_key_prefix):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _checked(self, dataset):
-        """Check a data set for evaluation as the constructor's are; returns it as the chat template will see it."""
-        # of several by name, each comes here on its own
-        if isinstance(dataset, dict) or not hasattr(dataset, "column_names"):
-            return dataset
-        check_missing_golds(self.reward_funcs, dataset, "eval_dataset")
-        dataset = columns.prepare(dataset, "eval_dataset")
-        tokenizer = tokenizer_of(self.processing_class)
-        dataset = as_rendered(dataset, tokenizer, False, "eval_dataset")
-        task_rows.check(dataset, tokenizer, self.args, "eval_dataset")
-        self._limits.check_prompts(dataset, self.processing_class, self.args, "eval_dataset")
-        return dataset
-
-    def finish_evaluation(self, dataloader, description: str) -> None:
-        dataset = getattr(dataloader, "dataset", None)
-        if description == "Evaluation" and self._answers_greedily and isinstance(dataset, Dataset):
-            self._metrics["eval"]["greedy_success"] = [rollout_log.greedy_success(self, dataset)]
-
-    @property
-    def _answers_greedily(self) -> bool:
-        if self.args.eval_greedy is None:
-            return self.num_generations_eval > 1 and self.rollout_func is None and not self.use_vllm
-        return self.args.eval_greedy and not self.use_vllm
-
     def score_rollouts(self, rows: list[dict]) -> Tensor:
         """Answer and score `rows`, one rollout each, as TRL does; returns the rewards (N, F) of all ranks."""
         with row_templates.of_rows(self, rows):
@@ -245,55 +190,6 @@ class PolicyGradientMixin(RunMixin):
                 "or a higher temperature help; completions/clipped_ratio near 1 says that max_completion_length is too "
                 "short. `max_steps_without_gradient: 0` goes on all the same."
             )
-
-    @property
-    def _learns_from_advantages_alone(self) -> bool:
-        """Return whether the loss has no KL, entropy or auxiliary term, which zero-advantage rows would learn from."""
-        return self.beta == 0.0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
-
-    @property
-    def _drops_zero_advantage_rows(self) -> bool:
-        """Return whether rows of zero advantage are left out of the loss."""
-        return (
-            self.args.drop_zero_advantage_rows
-            and self._learns_from_advantages_alone
-            and self.top_entropy_quantile == 1.0
-        )
-
-    @property
-    def _leaves_out_rows(self) -> bool:
-        """Return whether rows may be left out of the update, so that its means are kept as sums and counts."""
-        return self._drops_zero_advantage_rows or self.args.learns_from_demonstrations
-
-    # stands on GRPOTrainer._prepare_inputs, which refills the buffer once per generation
-    def _prepare_inputs(self, generation_batch):
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if not self.model.training:
-            return inputs
-        if self._buffered_inputs is not before and self._drops_zero_advantage_rows and "pixel_values" not in inputs:
-            self._pack_buffer()
-        inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        self._metrics["train"]["rows/forwarded"].append(float(inputs["completion_ids"].size(0)))
-        return inputs
-
-    def _pack_buffer(self) -> None:
-        # micro-batches of one generation that are surely of one optimiser step
-        size = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
-        buffer = self._buffered_inputs
-        self._buffered_inputs = [
-            batch
-            for start in range(0, len(buffer), size)
-            for batch in group_rewards.pack_kept_rows(
-                buffer[start : start + size], self.loss_type, self._max_over_ranks
-            )
-        ]
-
-    def _max_over_ranks(self, number: int) -> int:
-        """Return the largest `number` of all ranks; all of them call it."""
-        if self.accelerator.num_processes == 1:
-            return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     # stands on GRPOTrainer._compute_loss
     def _compute_loss(self, model, inputs):

@@ -6,9 +6,10 @@ from datasets import Dataset
 from posttrain.checks import shorten
 from posttrain.data import columns
 from posttrain.data.limits import Limits
+from posttrain.data.processing import generation_stop_ids, processing_class_for, tokenizer_of
 from posttrain.data.rows import by_name, refuse_splits
 from posttrain.data.tasks import task_rows, tokens
-from posttrain.data.tokens import as_rendered, generation_stop_ids, processing_class_for, tokenizer_of
+from posttrain.data.tokens import as_rendered
 from posttrain.errors import ConfigError, DataError, require
 from posttrain.mechanisms import special_tokens
 from posttrain.objectives import advantages

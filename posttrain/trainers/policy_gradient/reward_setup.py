@@ -5,6 +5,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import get_config_model_id
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.rewards import get_rewards
@@ -59,13 +60,37 @@ def _reward(spec, args):
     return spec
 
 
-def check_weights(args, functions: list | None) -> None:
-    """Refuse another number of `reward_weights` than of reward functions; an environment's own has weight 1."""
+def check(args, functions: list | None, in_environment: bool = False) -> None:
+    """Check `reward_weights` and `success_reward` against the reward functions, before any weight loads.
+
+    Args:
+        functions: as `reward_functions` resolves them.
+        in_environment: whether an environment may bring a reward of its own, of weight 1, whose name is not known yet.
+
+    Raises:
+        ConfigError: another number of weights, or a name that none of the functions has.
+    """
     count = len(functions or ())
     if args.reward_weights is not None and len(args.reward_weights) != count:
         raise ConfigError(
             f"reward_weights has {len(args.reward_weights)} weights for {count} reward functions; give one for each."
         )
+
+    if not in_environment:
+        check_success_reward(args, list(map(_name, functions or ())))
+
+
+def check_success_reward(args, names: list[str]) -> None:
+    """Raise ConfigError where `success_reward` names none of the reward functions."""
+    if args.success_reward is not None and args.success_reward not in names:
+        raise ConfigError(f"success_reward is {args.success_reward!r}; it must be one of {', '.join(names)}.")
+
+
+def _name(function) -> str:
+    """Return the name that TRL gives a reward function; that of a model is the last part of its id."""
+    if isinstance(function, torch.nn.Module):
+        function = get_config_model_id(function.config)
+    return function.split("/")[-1] if isinstance(function, str) else function.__name__
 
 
 def check_scores(trainer, rewards: Tensor) -> None:

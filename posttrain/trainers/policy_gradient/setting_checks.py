@@ -55,16 +55,33 @@ def check_pairs_of_settings(args) -> None:
             "is no table to send. Set `log_completions: true`, or leave log_completions_hub_repo out.",
             {"log_completions_hub_repo": ("log_completions",)},
         )
-    # TRL's config sets both from either
-    if not args._resolved_upstream and None not in (args.generation_batch_size, args.steps_per_generation):
-        raise ExcludedSetting(
-            f"generation_batch_size is {args.generation_batch_size} and steps_per_generation is "
-            f"{args.steps_per_generation}; each follows from the other. Leave one of them out.",
-            {
-                "generation_batch_size": ("steps_per_generation",),
-                "steps_per_generation": ("generation_batch_size",),
-            },
-        )
+
+
+def take_copied_batch(args) -> int | None:
+    """Return `generation_batch_size`, and leave it to TRL's config, where `steps_per_generation` is given beside it.
+
+    TRL's config sets both from either and refuses both, so that a copy of its fields makes no config.
+    """
+    given = args.generation_batch_size
+    if args._resolved_upstream or args.steps_per_generation is None:
+        return None
+    args.generation_batch_size = None
+    return given
+
+
+def check_copied_batch(args, given: int | None) -> None:
+    """Refuse a `generation_batch_size` that does not follow from the settings beside it."""
+    if given in (None, args.generation_batch_size):
+        return
+    raise ExcludedSetting(
+        f"generation_batch_size is {given} and steps_per_generation is {args.steps_per_generation}, by which it is "
+        f"{args.generation_batch_size}; each follows from the other. Leave one of them out, which in a copy of a "
+        "config is to set it to None.",
+        {
+            "generation_batch_size": ("steps_per_generation",),
+            "steps_per_generation": ("generation_batch_size",),
+        },
+    )
 
 
 def check_sampling(args) -> None:

@@ -1,7 +1,6 @@
 """What preference trainers share; each is (this mixin, TRL's DPOTrainer)."""
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,7 @@ from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
-from posttrain.data import columns, formats, objects, tokens
-from posttrain.data.pairs import schema
-from posttrain.data.tokens import as_learned, as_rendered
+from posttrain.data import formats
 from posttrain.log import get_logger
 from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
 from posttrain.mechanisms.length_sorting import sort_groups
@@ -24,11 +21,11 @@ from posttrain.mechanisms.window import Window
 from posttrain.run import checks, evaluation, new_tokens, start
 from posttrain.run.head import TrueHead
 from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
-from posttrain.run.sharing import PrefixSharing, record_padding
+from posttrain.run.sharing import PrefixSharing
 from posttrain.run.window import ExtraColumns, WindowMixin
-from posttrain.trainers.preference import prepare, reference_logps
+from posttrain.trainers.preference import metrics, prepare, reference_logps
+from posttrain.trainers.preference.rows import PairRows
 
-_SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
 # a batch's vectors that have a number for each row of a side; all others have one for each group
 _SIDES = {"ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED}
 
@@ -50,7 +47,7 @@ class PairLogps:
     shift_mask: Tensor
 
 
-class PreferenceMixin(WindowMixin):
+class PreferenceMixin(PairRows, WindowMixin):
     """Trains on preferences, in four seams: `score`, `pair_losses`, `reduce_pairs`, `extra_metrics`.
 
     Every pass over the model (policy, reference, precompute, window scoring, evaluation) goes through `score`. The
@@ -83,11 +80,8 @@ class PreferenceMixin(WindowMixin):
             prepare.check_reference_is_loadable(model, ref_model, args, peft_config)
             return prepare.prepare(model, args, config, processing_class, train_dataset, eval_dataset)
 
-        def construct(model, args, ready):
-            given = (ref_model, args, data_collator, ready.train_dataset, ready.eval_dataset, processing_class)
-            super(PreferenceMixin, self).__init__(model, *given, **kwargs)
-
-        self._build(model, args, peft_config, ready, construct)
+        kwargs |= dict(ref_model=ref_model, data_collator=data_collator, processing_class=processing_class)
+        self._build(model, args, kwargs, ready, super().__init__)
 
     def _begin(self, ready) -> None:
         self._limits = ready.limits
@@ -117,65 +111,6 @@ class PreferenceMixin(WindowMixin):
 
     def _live_reference(self, args) -> bool:
         return not self._reference_is_given
-
-    # stands on DPOTrainer.evaluate
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Evaluate as `trl.DPOTrainer.evaluate` does; a data set given here is checked as the constructor's are.
-
-        Raises DataError and ConfigError as the constructor does.
-        """
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self._checked(dataset, str(name)) for name, dataset in eval_dataset.items()}
-        elif eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._checked(eval_dataset, "eval_dataset")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _checked(self, dataset, name: str):
-        known = set(objects.names_of(dataset))
-        if not known or known.issuperset(formats.TOKEN_COLUMNS):
-            return dataset
-        args, dataset = self.args, columns.prepare(dataset, name, prepare.READ)
-        report = schema.check_preferences(
-            dataset, self.processing_class, args.max_length, name, args.truncation_mode,
-            tokens.generation_stop_ids(self.model), getattr(args, "end_of_turn", "warn"),
-        )  # fmt: skip
-        if report is not None:
-            self._limits.check_reports({name: report}, {name: dataset}, self.processing_class, args.max_length)
-        prepare.check_flip_rates(args, None, {name: dataset})
-        return dataset
-
-    # stands on DPOTrainer._set_signature_columns_if_needed
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        for name in (*self.extra_columns, self.args.length_column_name):
-            if name not in self._signature_columns:
-                self._signature_columns.append(name)
-
-    # stands on DPOTrainer._prepare_dataset, which would look for text again
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if {"prompt_ids", "chosen_ids", "rejected_ids"}.issubset(objects.names_of(dataset)):
-            dataset = self._short_enough(dataset, args)
-        else:
-            dataset = as_rendered(dataset, processing_class)
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-            given, dataset = dataset, as_learned(dataset, processing_class, dataset_name)
-            if dataset is not given:
-                dataset = self._short_enough(dataset, args)
-        if isinstance(dataset, Dataset):
-            # every row, where a sample was looked at before
-            name = {"train": "train_dataset", "eval": "eval_dataset"}.get(dataset_name, dataset_name)
-            self._limits.check(dataset, _SEQUENCES, processing_class, name, args.max_length)
-        if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
-            return dataset
-        # upstream's sampler reads lengths from a column, or from `input_ids`, which pairs do not have
-        return dataset.add_column(args.length_column_name, [reference_logps.length_of(row) for row in dataset])
-
-    @staticmethod
-    def _short_enough(dataset, args):
-        limit = prepare.prompt_limit(args)
-        if limit is None:
-            return dataset
-        return dataset.filter(_is_shorter, input_columns=["prompt_ids"], fn_kwargs={"limit": limit})
 
     def score(self, model, batch, aux_loss: bool = False) -> PairLogps:
         """Run `model` on a padded batch and sum the log-probabilities of each completion.
@@ -288,7 +223,7 @@ class PreferenceMixin(WindowMixin):
         loss = self.reduce_pairs(losses, inputs, mode)
         loss = self.finish_loss(loss, getattr(scores.outputs, "aux_loss", None), mode)
         with torch.no_grad():
-            self._record(mode, scores, chosen_logratios, rejected_logratios, losses, inputs)
+            metrics.record(self, mode, scores, chosen_logratios, rejected_logratios, losses, inputs)
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**self.model_inputs(inputs), use_cache=False)
@@ -319,41 +254,6 @@ class PreferenceMixin(WindowMixin):
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
         check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))
 
-    def _record(self, mode, scores: PairLogps, chosen_logratios, rejected_logratios, losses, inputs) -> None:
-        means, real, groups = self._means[mode], self.is_real(inputs), self.groups_of(inputs)
-        chosen, rejected = groups.mean(chosen_logratios, CHOSEN), groups.mean(rejected_logratios, REJECTED)
-        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
-        for name, values in (
-            ("rewards/chosen", chosen_rewards),
-            ("rewards/rejected", rejected_rewards),
-            ("rewards/accuracies", (chosen_rewards > rejected_rewards).float()),
-            ("rewards/margins", chosen_rewards - rejected_rewards),
-            ("logps/chosen", groups.mean(scores.chosen_logps, CHOSEN)),
-            ("logps/rejected", groups.mean(scores.rejected_logps, REJECTED)),
-        ):
-            means.add(name, values, real)
-        real_rows = groups.to_rows(real)
-        tokens = scores.shift_mask.bool() & real_rows.unsqueeze(1)
-        width, outputs = tokens.size(1), scores.outputs
-        chosen_tokens, rejected_tokens = groups.split(tokens)
-        if outputs.entropy is not None:
-            means.add("entropy", outputs.entropy[:, -width:], tokens)
-        if outputs.mean_logits is not None:
-            chosen_logits, rejected_logits = groups.split(outputs.mean_logits[:, -width:])
-            means.add("logits/chosen", chosen_logits, chosen_tokens)
-            means.add("logits/rejected", rejected_logits, rejected_tokens)
-        if outputs.is_top1 is not None:
-            chosen_is_top1, _ = groups.split(outputs.is_top1[:, -width:])
-            means.add("mean_token_accuracy", chosen_is_top1.float(), chosen_tokens)
-        if mode == "train":
-            means.add_sum("num_tokens", (inputs["attention_mask"].sum(dim=1) * real_rows).sum().float(), 1)
-            packed = inputs.get("packed")
-            record_padding(means, inputs["attention_mask"], packed)
-            if packed is not None:
-                unshared = torch.full((), packed.unshared, dtype=torch.float32, device=self.accelerator.device)
-                means.add_sum("prefix_sharing/unshared", unshared, groups.count)
-        self.extra_metrics(means, losses, chosen - rejected, inputs, mode)
-
     # stands on Trainer.evaluation_loop, which puts its own `gather_function` back
     def evaluation_loop(self, *args, **kwargs):
         self.gather_function = evaluation.GroupRows(self.accelerator)
@@ -376,7 +276,3 @@ class PreferenceMixin(WindowMixin):
 
     def extra_metrics(self, means: MeanMetrics, losses: Tensor, margins: Tensor, inputs: dict, mode: str) -> None:
         """Add a method's own metrics; `losses` (B,) and `margins` (B,), chosen less rejected log-ratios, in nats."""
-
-
-def _is_shorter(ids: list[int], limit: int) -> bool:
-    return len(ids) < limit

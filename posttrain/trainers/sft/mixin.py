@@ -77,11 +77,8 @@ class InstructionMixin(RenderedRows, WindowMixin):
         def ready(model, args, config):
             return prepare(model, args, config, processing_class, train_dataset, eval_dataset)
 
-        def construct(model, args, ready):
-            given = (args, data_collator, ready.train_dataset, ready.eval_dataset, processing_class)
-            super(InstructionMixin, self).__init__(model, *given, **kwargs)
-
-        self._build(model, args, kwargs.get("peft_config"), ready, construct)
+        kwargs |= dict(data_collator=data_collator, processing_class=processing_class)
+        self._build(model, args, kwargs, ready, super().__init__)
 
     def _begin(self, ready) -> None:
         self._begin_window()

@@ -7,9 +7,9 @@ from posttrain.data.instructions import loading
 from posttrain.data.instructions.tokens import as_trained, learned_ends, tokenised_before_loading
 from posttrain.data.lengths import Lengths, last_token, quantiles
 from posttrain.data.limits import Limits
+from posttrain.data.processing import generation_stop_ids, processing_class_for, tokenizer_of
 from posttrain.data.rendering import row_checks
 from posttrain.data.rendering.ends import check_ends
-from posttrain.data.tokens import generation_stop_ids, processing_class_for, tokenizer_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.run import evaluation

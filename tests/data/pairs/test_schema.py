@@ -11,7 +11,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from posttrain.data.pairs import schema
 from posttrain.data.pairs.schema import check_preferences, check_run, examine_preferences
-from posttrain.data.tokens import template_facts
+from posttrain.data.processing import template_facts
 from posttrain.errors import ConfigError, DataError
 from tests.conftest import make_pairs
 

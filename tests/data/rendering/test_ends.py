@@ -8,10 +8,10 @@ import pytest
 from datasets import Dataset
 
 from posttrain.data.pairs.schema import examine_preferences
+from posttrain.data.processing import generation_stop_ids
 from posttrain.data.rendering.ends import Closing
 from posttrain.data.scored import answer_tokens
 from posttrain.data.tasks import task_rows, tokens
-from posttrain.data.tokens import generation_stop_ids
 from posttrain.errors import DataError
 from tests.conftest import make_pairs
 from tests.data.conversations import TEMPLATES

@@ -10,8 +10,9 @@ from datasets import Dataset, DatasetDict
 
 from posttrain import tables
 from posttrain.data.scored import answer_tokens, baselines
-from posttrain.data.scored.loading import as_scored, check_range, load_scored, reward_key, score
-from posttrain.data.scored.scales import check_scales
+from posttrain.data.scored.loading import as_scored, load_scored
+from posttrain.data.scored.scales import check_range, check_scales
+from posttrain.data.scored.scoring import reward_key, score
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.mechanisms.sequence_cache import ReferenceCache
 
