@@ -99,7 +99,12 @@ def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -
             said = f"has {there} bytes instead of {one_line(size)}" if there is not None else "is missing"
             return f"{one_line(name)} {said}"
     if content.get("files") and (stray := _stray(folder, content["files"])):
-        return f"{one_line(stray)[:200]} was not saved with it, and loading would read it"
+        top = stray.partition("/")[0]
+        moved = one_line(f"{top}/" if (folder / top).is_dir() else top)[:200]
+        return (
+            f"{one_line(stray)[:200]} was not saved with it, and loading would read it. Move {moved} out of the "
+            "checkpoint"
+        )
     saved = {name: digest for name, digest in content.get("digests", {}).items() if name in listed}
     if by_content:
         try:
