@@ -341,7 +341,9 @@ def _has_another_kind(folder: Path) -> bool:
     folders = [form.partition("/")[0] for form in WRITTEN if "/" in form and not form.startswith("*")]
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if any(fnmatch.fnmatchcase(name, form) for form in (files if path.is_dir() else folders)):
+        # a star stands for slashes as well
+        forms = files if path.is_dir() else folders if "/" not in name else ()
+        if any(fnmatch.fnmatchcase(name, form) for form in forms):
             return True
     return False
 

@@ -249,7 +249,9 @@ def test_a_checkpoint_with_a_link_where_a_save_writes_is_not_written_into(tmp_pa
 @pytest.mark.parametrize("name", ["rng_state.pth", "trainer_state.json", "posttrain_saving.json", "optimizer.pt"])
 def test_a_checkpoint_with_a_folder_where_a_save_writes_a_file_is_not_written_into(tmp_path, name):
     folder = tmp_path / "checkpoint-3"
-    (folder / "notes").mkdir(parents=True)
+    for own in ("notes", "global_step3", "optimizer_0", "pytorch_model_fsdp_0", "additional_chat_templates"):
+        (folder / own).mkdir(parents=True)
+        (folder / own / "x_optim_states.pt").touch()
     checkpoint_files.mark(folder, {"identity": {}, "files": {}})
     assert not checkpoint_files.is_occupied(folder)
     (folder / name).mkdir()
