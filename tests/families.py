@@ -1,5 +1,6 @@
 """One record a method: what the contract tests, and two ranks, need to know of it. A new method adds a record."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,11 @@ from posttrain import (
     QAEConfig,
     QAETrainer,
     RobustDPOConfig,
+    RobustDPOTrainer,
 )
+from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.mechanisms.noise import draws
+from posttrain.mechanisms.noise.weights import WeightNoise
 from posttrain.recipe import instructions, preferences, scored_answers, tasks
 from posttrain.recipe.scored_answers import ScoredArguments
 from tests import rollouts, runs, scored, training
@@ -31,6 +35,7 @@ class Method:
 
     Attributes:
         config: the class of its settings. refused: settings that it refuses, with texts in `contract/messages.txt`.
+        given: what refuses them, where that is not the config.
         build: `build(folder, output_dir, **settings)` gives a trainer. `rows` is how many rows or prompts there are,
             `peft` whether an adapter is trained, `evaluated` whether the rows are evaluated on as well.
         parent: settings with which `train` trains TRL's own class.
@@ -81,6 +86,7 @@ class Method:
     generated: Mapping[str, Mapping] = field(default_factory=dict)
     plain: Mapping = field(default_factory=dict)
     describe: Callable = None
+    given: Callable | None = None
     counted: tuple[str, ...] = ()
     unloaded: Mapping[str, Mapping] = field(default_factory=dict)
     padded: Mapping = field(default_factory=dict)
@@ -128,6 +134,38 @@ def _instructions(folder, output_dir, rows: int = 16, evaluated=False, **setting
     return scored.build(folder, output_dir, answers, **ours | settings)
 
 
+# the noise of three bits is so large that it tells
+def _columns(**settings) -> GiftSWConfig:
+    return GiftSWConfig(**dict(r=8, target_modules="all-linear", bits=3, calibration_rows=4) | settings)
+
+
+def _salient(
+    folder, output_dir, rows: int = 16, evaluated=False, peft=None, parent=False, pairs=False,
+    trainer_class=NoisySFTTrainer, config_class=NoisySFTConfig, **settings,
+):  # fmt: skip
+    """NoisySFTTrainer with a GIFT-SW adapter; TRL's trainer with a LoRA of the same A; or RobustDPOTrainer."""
+    scheme = {name: settings.pop(name) for name in ("noise", "bits", "metric") if name in settings}
+    if pairs:
+        args = RobustDPOConfig(**training.settings(output_dir, **settings))
+        config = _columns(**dict(noise="gaussian") | scheme)
+        return RobustDPOTrainer(folder, args=args, train_dataset=make_pairs(rows), peft_config=config)
+    fields = scored.settings(output_dir, **dict(learning_rate=0.5) | settings)
+    del fields["prefix_sharing"]
+    answers = scored.make_scored(rows).remove_columns("reward")
+    given = dict(train_dataset=answers, eval_dataset=answers if evaluated else None, peft_config=_columns(**scheme))
+    if not parent:
+        return trainer_class(folder, args=config_class(**fields), **given)
+    calibrated = NoisySFTTrainer(folder, args=NoisySFTConfig(**fields | dict(output_dir=f"{output_dir}-A")), **given)
+    matrices = {name: value for name, value in calibrated.model.named_parameters() if "lora_A" in name}
+    given["peft_config"] = runs.lora(r=8, lora_alpha=8)
+    trainer = SFTTrainer(folder, args=SFTConfig(**fields | runs.PARENT), **given)
+    for name, value in trainer.model.named_parameters():
+        if name in matrices:
+            value.data.copy_(matrices[name])
+            value.requires_grad_(False)
+    return trainer
+
+
 def _adapter(peft: bool):
     return runs.lora() if peft else None
 
@@ -154,6 +192,25 @@ def _told_of_instructions(folder, output_dir, rows: int = 16, peft=True, **setti
     del settings["prefix_sharing"]
     answers = scored.make_scored(rows).remove_columns("reward")
     return instructions.describe(folder, NoisySFTConfig(**settings), answers, _adapter(peft))
+
+
+def _told_of_columns(folder, output_dir, rows: int = 16, peft=None, **settings):
+    settings = scored.settings(output_dir, **settings)
+    del settings["prefix_sharing"]
+    answers = scored.make_scored(rows).remove_columns("reward")
+    return instructions.describe(folder, NoisySFTConfig(**settings), answers, _columns())
+
+
+def _draw_a_forward(monkeypatch) -> dict:
+    """Each micro-batch draws noise of its own."""
+    drawn = itertools.count()
+    of_step = WeightNoise.during_step
+
+    def during_step(self, model, step):
+        return of_step(self, model, next(drawn))
+
+    monkeypatch.setattr(WeightNoise, "during_step", during_step)
+    return {}
 
 
 def _width_for_length(monkeypatch) -> dict:
@@ -535,6 +592,7 @@ noisy_sft = Method(
         dict(noise_alpha=7.0),
         NEFTUNE | dict(packing=True, packing_strategy="wrapped"),
         NEFTUNE | dict(torch_compile=True),
+        NEFTUNE | dict(gradient_checkpointing_kwargs={"preserve_rng_state": False}),
         dict(padding_free=True, max_length=64),
         dict(packing=True, max_length=None),
     ),
@@ -584,6 +642,59 @@ noisy_sft = Method(
     unloaded=_OF_TEXTS,
 )
 
+gift_sw = Method(
+    name="gift_sw",
+    config=NoisySFTConfig,
+    given=lambda folder, use_cpu, bf16, **fields: GiftSWConfig(**fields),
+    refused=(
+        dict(bits=1),
+        dict(bits=2.5),
+        dict(bits=9),
+        dict(r=0),
+        dict(r=True),
+        dict(noise="normal"),
+        dict(metric="magnitude"),
+        dict(weight_norm=0.5),
+        dict(activation_norm=math.nan),
+        dict(activation_power=-1),
+        dict(calibration_rows=0),
+        dict(r=16, lora_alpha=32),
+        dict(lora_dropout=0.1),
+        dict(use_rslora=True),
+        dict(use_dora=True),
+        dict(init_lora_weights="pissa"),
+        dict(rank_pattern={"q_proj": 4}),
+        dict(target_parameters=["experts.gate_up_proj"]),
+    ),
+    build=_salient,
+    parent=dict(parent=True),
+    neutral={"split": (dict(noise="none") | _SPLIT, _SPLIT)},
+    step=8,
+    cases={
+        "pairs": dict(pairs=True, prefix_sharing="never") | _SHORT,
+        "gaussian": _SHORT,
+        "uniform": dict(noise="uniform") | _SHORT,
+    },
+    wrong=_draw_a_forward,
+    resumed=(
+        dict(max_steps=4, save_strategy="steps", save_steps=2),
+        2,
+        (dict(bits=2), "adapter_scheme: gift_sw 3 bits, auto noise"),
+    ),
+    shared={},
+    compared=("loss", "noise/"),
+    ranks={
+        "gaussian-checkpointed": dict(gradient_checkpointing=True) | _SHORT,
+        "noiseless": dict(noise="none") | _SHORT,
+    },
+    ddp=("pairs",),
+    sharded=("gaussian-checkpointed",),
+    describe=_told_of_columns,
+    counted=("of them within max_length",),
+    forwards=_EVALUATED,
+    unloaded=_OF_TEXTS,
+)
+
 # of every method and preset, as the families' folders make them public
 CONFIGS = [getattr(posttrain, name) for name in posttrain.__all__ if name.endswith("Config")]
-METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft)}
+METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft, gift_sw)}

@@ -7,15 +7,82 @@ from typing import ClassVar
 from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.utils import DatasetConfig
 
+from posttrain.checks import check_choice
 from posttrain.config.mixture import check_datasets
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, ExcludedSetting
+
+# of adapter: lora_r and lora_alpha where they are left out
+_RANKS = {"lora": (16, 32), "gift_sw": (128, None), "none": (16, 32)}
 
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's own names for models, LoRA and quantisation; the adapter drops nothing out unless it is asked to."""
+    """TRL's own names for models, LoRA and quantisation; the adapter drops nothing out unless it is asked to.
 
+    Raises ConfigError for settings that exclude each other, or have no effect beside the adapter.
+    """
+
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "lora; gift_sw, the lora_r most salient columns of each linear layer, with noise on the others; or "
+            "none, the whole model. Default: lora with use_peft, else none."
+        },
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "LoRA rank, or the number of salient columns. Default: 16, of gift_sw 128."}
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "LoRA alpha. Default: 32; gift_sw has none beside lora_r."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    gift_bits: int = field(
+        default=4, metadata={"help": "gift_sw: bits of the rounding whose step gives the noise its size, 2 to 8."}
+    )
+    gift_noise: str = field(
+        default="auto",
+        metadata={"help": "gift_sw: auto (gaussian in supervised fine-tuning, else none), none, gaussian or uniform."},
+    )
+    gift_metric: str = field(
+        default="sensitivity",
+        metadata={"help": "gift_sw: what columns are chosen by, sensitivity or activation, the largest input alone."},
+    )
+    gift_calibration_rows: int = field(
+        default=128, metadata={"help": "gift_sw: how many rows, the first ones, columns are chosen on."}
+    )
+
+    def __post_init__(self):
+        if self.adapter is not None:
+            check_choice("adapter", self.adapter, tuple(_RANKS))
+        if self.adapter == "none" and self.use_peft:
+            raise ExcludedSetting(
+                "adapter is none with use_peft: true; leave one of them out.",
+                {"use_peft": ("adapter",), "adapter": ("use_peft",)},
+            )
+        self.adapter = self.adapter or ("lora" if self.use_peft else "none")
+        # false is its default, so an adapter that is named wins over it
+        self.use_peft = self.adapter != "none"
+        if self.adapter != "gift_sw":
+            for name in ("gift_bits", "gift_noise", "gift_metric", "gift_calibration_rows"):
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                if value != default:
+                    raise ExcludedSetting(
+                        f"{name} is {value!r}, which has no effect on adapter: {self.adapter}. Set `adapter: gift_sw`, "
+                        f"or leave {name} out.",
+                        {name: ("adapter",)},
+                    )
+        elif self.load_in_4bit or self.load_in_8bit:
+            name = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+            raise ExcludedSetting(
+                f"{name} is true with adapter: gift_sw, whose columns are weights of the base itself: the adapter "
+                f"alone would not hold a quantised one. Leave {name} out, or set `adapter: lora`.",
+                {name: ("adapter",), "adapter": (name,)},
+            )
+        rank, alpha = _RANKS[self.adapter]
+        self.lora_r = rank if self.lora_r is None else self.lora_r
+        if self.lora_alpha is None:
+            self.lora_alpha = self.lora_r if alpha is None else alpha
+        super().__post_init__()
 
 
 @dataclass

@@ -73,6 +73,7 @@ def _card(trainer, model_name, dataset_name, tags, evaluated, mixture, has_curve
     name = one_line(Path(model_name or args.hub_model_id or Path(args.output_dir).resolve().name).name)
     datasets = [name for name in _listed(dataset_name) if is_hub_id(name)]
     papers = trainer._paper if isinstance(trainer._paper, list | tuple) else [trainer._paper]
+    papers = [*papers, getattr(adapter, "paper", None)]
     papers = [paper for paper in papers if paper]
 
     kind = "LoRA adapter" if adapter is not None and adapter.peft_type == "LORA" else "adapter" if adapter else "model"
@@ -190,6 +191,8 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
             ("lora_dropout", adapter.lora_dropout),
             ("lora_target_modules", targets if isinstance(targets, str) else ", ".join(sorted(targets or []))),
         ]
+    if hasattr(adapter, "scheme"):
+        rows = adapter.in_card(trainer) + rows
     bits = next((bits for bits in (4, 8) if getattr(trainer.model, f"is_loaded_in_{bits}bit", False)), None)
     if bits:
         rows.append(("base weights", f"{bits} bit"))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from posttrain import yaml_text
+from posttrain.adapters import SIDE_FILE
 from posttrain.errors import DataError
 from posttrain.hub.base_model import is_hub_id
 from posttrain.hub.config_secrets import config_without_secrets
@@ -16,7 +17,7 @@ from posttrain.hub.repository import Destination
 from posttrain.private import hide, without_secrets
 from posttrain.saved import check_safetensors, check_shards, read_json, read_text, read_yaml
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", SIDE_FILE)
 _MODEL = (
     "config.json",
     "generation_config.json",

@@ -4,7 +4,8 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from posttrain.config import DataArguments, ModelArguments, get_peft_config, is_local
+from posttrain.adapters.schemes import adapter_config
+from posttrain.config import DataArguments, ModelArguments, is_local
 from posttrain.config.mixture import rows_of_each
 from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
@@ -27,7 +28,7 @@ def named_model(data_args: DataArguments, model_args: ModelArguments, training_a
         "attn_implementation": model_args.attn_implementation,
         **(training_args.model_init_kwargs or {}),
     }
-    return resolve_model(model_args.model_name_or_path), get_peft_config(model_args)
+    return resolve_model(model_args.model_name_or_path), adapter_config(model_args)
 
 
 def load_splits(load: Callable, data_args: DataArguments, evaluate: bool, seed: int = 42):

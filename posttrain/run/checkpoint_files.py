@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import safe_open
 
+from posttrain.adapters import SIDE_FILE
 from posttrain.errors import ConfigError
 from posttrain.hub.files import TOKENIZER
 from posttrain.private import without_secrets
@@ -52,8 +53,8 @@ WRITTEN = (
     *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, *TOKENIZER, TRAINER_STATE, REFERENCE,
     "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp*", "adapter_config.json", "config.json",
     "generation_config.json", "README.md", "training_args.bin", "scaler.pt", "entropy_ctrl_state.json", "latest",
-    "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", partial_name(ADAPTER[0]),
-    partial_name(MARKER), partial_name(SAVING),
+    "zero_to_*.py", "*/adapter_config.json", "*/adapter_model.safetensors", SIDE_FILE, f"*/{SIDE_FILE}",
+    partial_name(ADAPTER[0]), partial_name(MARKER), partial_name(SAVING),
 )  # fmt: skip
 
 # What loading looks for, as a file or in a folder; PEFT takes every folder that has an adapter's file

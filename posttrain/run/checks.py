@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -227,14 +227,35 @@ def check_names(peft_config, model, trust_remote_code: bool = False) -> None:
             return
         with torch.random.fork_rng(devices=[]), torch.device("meta"), building("the model"):
             try:
-                # the config's own attention may be a kernel of the hub
-                model = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(model), attn_implementation="eager", trust_remote_code=trust_remote_code
-                )
+                model = _without_weights(model, trust_remote_code)
             # a model of another kind, or what the trainer's own checks name
             except Exception:
                 return
     patterns.check_on(found, [name for name, _ in model.named_modules()], "the adapter's config")
+
+
+def _without_weights(config, trust_remote_code: bool):
+    # the config's own attention may be a kernel of the hub
+    return AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
+    )
+
+
+def check_layers(peft_config, model, trust_remote_code: bool = False) -> None:
+    """Refuse an adapter of a scheme of ours that does not fit a model's layers, which the scheme itself says.
+
+    `model`: the model, which its adapter is then put on anyway, or its config, of which one without weights is built.
+    """
+    if not hasattr(peft_config, "scheme") or isinstance(model, torch.nn.Module) or is_deepspeed_zero3_enabled():
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), building("the model"):
+        try:
+            built = _without_weights(model, trust_remote_code)
+        # a model of another kind, or what the trainer's own checks name
+        except Exception:
+            return
+        with upstream_refusals("the adapter cannot be built with these settings"):
+            get_peft_model(built, copy.deepcopy(peft_config))
 
 
 def check_loading(kwargs: dict) -> None:

@@ -110,6 +110,8 @@ class CommonConfig:
     renamed: ClassVar[dict[str, str]] = {}
     # upstream's settings that a card tells at their default as well
     always_in_card: ClassVar[tuple[str, ...]] = ()
+    # whether an adapter's weight noise is gaussian where its config leaves that to the trainer
+    weights_have_noise: ClassVar[bool] = False
     # what null of a setting means, for the card
     nulls: ClassVar[dict[str, str]] = {"max_length": "no row is cut"}
     # what a trainer says of the settings that it read from TRL's config

@@ -12,7 +12,7 @@ from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.models import embedded_name
-from posttrain.run import checks, preemption, run_folder, schedule, settings, start, upstream_configs
+from posttrain.run import checks, preemption, run_folder, schedule, settings, start, upstream_configs, weight_noise
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
@@ -65,7 +65,11 @@ class ConstructionMixin:
         self._begin(ready)
         with checks.upstream_refusals():
             construct(model, args=args, train_dataset=ready.train_dataset, eval_dataset=ready.eval_dataset, **given)
+        if self.args.gradient_checkpointing_kwargs and hasattr(self.args, "activation_checkpointing_kwargs"):
+            # what TRL's constructor settles by the former name: reentrant for an adapter under ZeRO-3
+            self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         checks.check_parallelism(self.accelerator)
+        self._calibrate_adapter()
         self._place(ready)
         # the run's folder may be another's, which is asked before anything long
         self._finish_construction()
@@ -96,7 +100,15 @@ class ConstructionMixin:
     def _note_start(self) -> None:
         # TRL's constructor may forward the reference before it returns, so whoever comes first
         if self._start is None:
+            self._calibrate_adapter()
             self._start = start.Start(self, self._peft_config, self._live_reference(self.args))
+            if self._salient is not None:
+                self._salient.know_copies()
+
+    def _calibrate_adapter(self) -> None:
+        # before any forward with the adapter on
+        if not self._is_calibrated:
+            self._is_calibrated, self._salient = True, weight_noise.of(self)
 
     @classmethod
     def _default_folder(cls, model) -> str:
@@ -138,6 +150,7 @@ class ConstructionMixin:
         self._schedule = schedule.Current()
         self._known_identity, self._folder_is_ours = None, False
         self._finite_loss, self._live_gradients = FiniteLoss(), None
+        self._is_calibrated, self._salient = False, None
 
     def _finish_construction(self) -> None:
         """Note the policy's start and add the callbacks, after the parent's constructor."""
@@ -146,6 +159,8 @@ class ConstructionMixin:
         keep_4bit_weights_trainable(self.model)
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
         self._base_digests |= reference_digest(self)
+        if self._salient is not None:
+            self.add_callback(self._salient)
         self.attach_adapter()
         self._stop_early = preemption.StopEarly(self)
         if not self._has_folder:

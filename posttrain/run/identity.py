@@ -83,6 +83,7 @@ def identity(trainer) -> dict:
         # of a local folder its name alone, as it may lie elsewhere by the time the run goes on
         "model": base_name(source) or (Path(source).name if source else None),
         "adapter": f"{adapter.peft_type.value} r {getattr(adapter, 'r', None)}" if adapter else None,
+        "adapter_scheme": getattr(adapter, "scheme", None),
         "data": fingerprint(trainer.train_dataset, trainer.columns_in_identity()),
         "seed": args.seed,
         "dtype": str(trainer.model.dtype).removeprefix("torch."),

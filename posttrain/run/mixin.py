@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
+from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
@@ -46,6 +47,12 @@ class RunMixin(ConstructionMixin, SavingMixin):
         self._means[mode].add_sum("aux_loss", aux_loss.detach().float(), 1)
         return loss + self.router_aux_loss_coef * aux_loss / steps
 
+    def plain_forward(self):
+        """Return a context without recomputation: it has no use without gradient, and reentrant checkpointing warns."""
+        if not self.args.gradient_checkpointing:
+            return contextlib.nullcontext()
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+
     @contextlib.contextmanager
     def policy_forward(self):
         """Enter the policy's forward whose loss is backpropagated; every family does so around it.
@@ -59,6 +66,34 @@ class RunMixin(ConstructionMixin, SavingMixin):
     def around_policy_forward(self):
         """Return the context that a method puts around that forward and no other; none by default."""
         return contextlib.nullcontext()
+
+    @property
+    def weights_have_noise(self) -> bool:
+        """Return whether an adapter adds noise to the weights of forwards that are trained; others have none."""
+        return self._salient is not None and self._salient.is_on
+
+    @property
+    def weight_noise_kind(self) -> str:
+        """Return the kind of that noise: gaussian, uniform or none."""
+        return "none" if self._salient is None else self._salient.kind
+
+    # stands on Trainer.training_step
+    def training_step(self, *args, **kwargs):
+        if not self.weights_have_noise:
+            return super().training_step(*args, **kwargs)
+        with self._salient.during_step():
+            loss = super().training_step(*args, **kwargs)
+        self._salient.after_step()
+        return loss
+
+    def calibration_ids(self, rows):
+        """Yield the tokens of rows of data, each sequence on its own, that an adapter is calibrated on."""
+        for row in rows:
+            ids, start = row["input_ids"], 0
+            # of a packed row each of its sequences
+            for length in row.get("seq_lengths") or [len(ids)]:
+                yield list(ids[start : start + length])
+                start += length
 
     def method_state(self) -> dict:
         """Return what a method needs beside weights to go on from a checkpoint, as plain JSON; rank 0's is kept."""
@@ -120,6 +155,8 @@ class RunMixin(ConstructionMixin, SavingMixin):
             if not self.args.check_resume and not self.args.resume_weights_only:
                 checkpoints.warn_of_missing_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
+            if self._salient is not None:
+                self._salient.restore(checkpoint)
             synced_reference.load(self, checkpoint)
         if checkpoint is not None and self.args.ignore_data_skip:
             get_logger().warning(

@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
 
+from posttrain.adapters import SIDE_FILE
 from posttrain.errors import ConfigError
 from posttrain.mechanisms import initial_adapter, value_head
 from posttrain.run import checkpoint_files as files
@@ -15,7 +16,7 @@ from posttrain.whole_files import not_plain
 # What a run writes at the top of its folder beside the weights
 BESIDE_WEIGHTS = (
     "README.md", "metrics.csv", "metrics.jsonl", "curves.png", "resolved_config.yaml", "training_args.bin",
-    "config.json", "generation_config.json", "adapter_config.json", files.TRAINER_STATE,
+    "config.json", "generation_config.json", "adapter_config.json", SIDE_FILE, files.TRAINER_STATE,
     *(name for name in files.TOKENIZER if "/" not in name),
 )  # fmt: skip
 # The folders that a run makes beside its checkpoints

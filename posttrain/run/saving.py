@@ -4,8 +4,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from posttrain.adapters import SIDE_FILE
 from posttrain.errors import EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
+from posttrain.hub.base_model import adapter_config
 from posttrain.mechanisms.precision import same_precision
 from posttrain.run import best, checkpoints, run_folder, synced_reference, training_state
 from posttrain.run.places import check_places
@@ -55,6 +57,9 @@ class SavingMixin:
             super().save_model(output_dir, _internal_call=True)
             if self.is_world_process_zero():
                 self._start.saved(folder)
+                if own and not hasattr(adapter_config(self.model), "scheme"):
+                    # of a run whose place this one takes
+                    (folder / SIDE_FILE).unlink(missing_ok=True)
             if notes:
                 run_folder.note_model(folder, self, before)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -68,6 +73,12 @@ class SavingMixin:
             clean_readme(folder, self.args.base_model_id)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # stands on Trainer._save, which under ZeRO-3 is given what trains alone
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is not None and self._salient is not None:
+            state_dict = self._salient.whole(state_dict)
+        super()._save(output_dir, state_dict)
 
     # stands on DPOTrainer._save_checkpoint, and through it on Trainer's
     def _save_checkpoint(self, model, trial):

@@ -5,7 +5,7 @@ from peft import PeftModel
 
 from posttrain.hub import check_push
 from posttrain.models import resolve_model
-from posttrain.run import checks, init_kwargs, lock, run_folder, start
+from posttrain.run import checks, init_kwargs, lock, run_folder, start, weight_noise
 from posttrain.run.sharing import check_setting
 
 
@@ -33,6 +33,8 @@ def check(
         lock.check_free(args.output_dir)
     if peft_config is not None:
         checks.check_lora(peft_config)
+    own = model.peft_config.get("default") if isinstance(model, PeftModel) else None
+    weight_noise.check(peft_config or own, args)
     checks.check_here(args)
     checks.check_synced_reference(args, peft_config is not None or isinstance(model, PeftModel))
     start.check_adapter(model, peft_config, args, live_reference)
@@ -45,6 +47,7 @@ def check(
         init_kwargs.check(args, config)
     named_by = model if isinstance(model, torch.nn.Module) else config
     checks.check_names(peft_config, named_by, args.trust_remote_code)
+    checks.check_layers(peft_config, named_by, args.trust_remote_code)
     checks.check_tying(peft_config, config)
     checks.check_router(args, config)
     if has_folder:

@@ -1,13 +1,11 @@
 """The optimiser step as one batch: rows are counted before the first backward, means kept as sums and counts."""
 
-import contextlib
 import inspect
 import time
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
@@ -94,12 +92,6 @@ class WindowMixin(RunMixin):
             return inputs
         rows = self.rows_in(inputs)
         return {**inputs, "real_rows": real_rows(self.accelerator, rows) if mode == "eval" else rows}
-
-    def plain_forward(self):
-        """Return a context without recomputation: it has no use without gradient, and reentrant checkpointing warns."""
-        if not self.args.gradient_checkpointing:
-            return contextlib.nullcontext()
-        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
 
     # stands on the log of TRL's trainers, which averages the lists in `_metrics`
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -7,7 +7,8 @@ and take turns step by step; a step is timed from one step's end to the next. Th
 
 Arms: `sft`, TRL's SFTTrainer; `transformers`, the same with `neftune_noise_alpha`; `off`, ours without noise;
 `neftune`; `symnoise`, which forwards each row twice; `noisefit_low`, `_middle`, `_high`, hidden noise behind layers
-there, and `three_low`, ..., the same loss from three separate forwards with whole logits. The losses of `off` must be
+there, and `three_low`, ..., the same loss from three separate forwards with whole logits; `columns`, GIFT-SW without
+noise, `gift_sw` with it, and `as_many`, a LoRA with as many trained numbers. The losses of `off` must be
 those of `sft` bit for bit, and those of three forwards those of one, or the run ends with an error.
 
 Peak memory is measured in a process for each side.
@@ -36,6 +37,7 @@ ARMS = {
 # noisy layers by their share of the depth
 PLACES = {"low": (0.0, 0.04, 0.1), "middle": (0.47, 0.5, 0.54), "high": (0.74, 0.8, 0.87)}
 ARMS |= {f"{how}_{place}": {"hidden_noise": "noisefit"} for place in PLACES for how in ("noisefit", "three")}
+ARMS |= {"as_many": {}, "columns": {}, "gift_sw": {}}
 BASELINE = "sft"
 # an arm's step over so many of another arm's, at most
 WANTED = {
@@ -44,6 +46,8 @@ WANTED = {
     "noisefit_low": ("three_low", 1, 0.80),
     "noisefit_middle": ("three_middle", 1, 0.62),
     "noisefit_high": ("three_high", 1, 0.47),
+    "columns": ("as_many", 1, 1.0),
+    "gift_sw": ("as_many", 1, 1.2),
 }
 TOLERANCE = 1e-4
 # rows a step
@@ -68,6 +72,30 @@ def load_rows(data: Path | None, count: int):
     )
 
 
+def adapter_of(arm: str, model: str):
+    """The adapter of an arm: an eighth of each layer's columns, a LoRA with as many numbers, or the others' LoRA."""
+    if arm not in ("as_many", "columns", "gift_sw"):
+        return lora()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from posttrain.adapters.gift_sw import GiftSWConfig
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        modules = AutoModelForCausalLM.from_config(config).base_model.modules()
+    layers = [module for module in modules if isinstance(module, torch.nn.Linear)]
+    count = config.hidden_size // 8
+    if arm != "as_many":
+        noise = "none" if arm == "columns" else "gaussian"
+        return GiftSWConfig(
+            r=count, target_modules="all-linear", noise=noise, calibration_rows=4, task_type="CAUSAL_LM"
+        )
+    numbers = count * sum(layer.out_features for layer in layers)
+    rank = round(numbers / sum(layer.in_features + layer.out_features for layer in layers))
+    return lora(r=rank, lora_alpha=rank)
+
+
 def make_trainer(arm: str, folder: str, rows, steps: int, batch: int, model: str):
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
@@ -78,13 +106,14 @@ def make_trainer(arm: str, folder: str, rows, steps: int, batch: int, model: str
     kind, config = (SFTTrainer, SFTConfig) if theirs else (NoisySFTTrainer, NoisySFTConfig)
     own = dict(ARMS[arm])
     how, _, place = arm.partition("_")
-    if place:
+    if place in PLACES:
         from transformers import AutoConfig
 
         depth = AutoConfig.from_pretrained(model).num_hidden_layers
         own["noise_layers"] = sorted({int(share * depth) for share in PLACES[place]})
         kind = _three_forwards() if how == "three" else kind
-    trainer = kind(model, config(**settings(folder, arm, batch, steps), **own), train_dataset=rows, peft_config=lora())
+    args = config(**settings(folder, arm, batch, steps), **own)
+    trainer = kind(model, args, train_dataset=rows, peft_config=adapter_of(arm, model))
     trainer.remove_callback(PrinterCallback)
     return trainer
 

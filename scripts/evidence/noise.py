@@ -10,9 +10,9 @@ setting was chosen on them: strengths are published ones, learning rates the usu
 the small model's from runs of plain SFT with another seed (`--pilot`).
 
 Measured: loss of the held-out answers, expected calibration error, curvature of the loss along random directions in
-the embeddings (SymNoise's claim), loss after rounding the weights to 4 bits (GIFT-SW's claim), new tokens a forward of
-Jacobi generation (MSN's claim), the share of questions about facts that stand nowhere in the data to which something
-was invented; of the small model also how many lists and known facts are right.
+the embeddings (SymNoise's claim), loss after rounding the base to 4 bits, adapters and salient columns kept (GIFT-SW's
+claim), new tokens a forward of Jacobi generation (MSN's claim), the share of questions about facts that stand nowhere
+in the data to which something was invented; of the small model also how many lists and known facts are right.
 """
 
 import gzip
@@ -205,7 +205,6 @@ def train_cell(source, cell: dict, **overrides) -> dict:
             log = [entry for entry in trainer.state.log_history if "noise/ratio" in entry]
             facts |= {"noise_ratio": round(log[-1]["noise/ratio"], 4)} if log else {}
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     model.eval()
     tokens = tokenised(held_out, tokenizer)
     facts |= noise_measures.answers_of(model, tokens)

@@ -114,13 +114,25 @@ def accepted(model, prompts: list[list[int]], new: int) -> float:
 
 @torch.no_grad()
 def rounded(model, bits: int = 4) -> None:
-    """Round the weights of all linear layers but the head to `bits`, a scale for each row, in place."""
+    """Round the weights of all linear layers but the head to `bits`, a scale for each row, in place.
+
+    Of a model with an adapter those of its base; of GIFT-SW the salient columns stay as they are.
+    """
+    from posttrain.adapters.gift_sw import layers_of
+
     head = model.get_output_embeddings()
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not head:
-            most = 2 ** (bits - 1) - 1
-            scale = layer.weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / most
-            layer.weight.copy_((layer.weight / scale).round().clamp(-most - 1, most) * scale)
+    kept = {layer.get_base_layer(): variant.columns for _, layer, variant, _ in layers_of(model)}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, torch.nn.Linear) or layer is head or "lora_" in name:
+            continue
+        most, weight = 2 ** (bits - 1) - 1, layer.weight.clone()
+        columns = kept.get(layer, torch.empty(0, dtype=torch.long))
+        # their size must not set the scale of the others
+        weight[:, columns] = 0.0
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / most
+        weight = (weight / scale).round().clamp(-most - 1, most) * scale
+        weight[:, columns] = layer.weight[:, columns]
+        layer.weight.copy_(weight)
 
 
 def _padded(rows):

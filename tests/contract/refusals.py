@@ -94,7 +94,8 @@ def model(folder: Path, architecture: str = "llama", special=(), weights: bool =
 
 def _config(method: str, fields: dict, folder: Path):
     rollouts = dict(num_generations=4, per_device_train_batch_size=16) if method == "policy_gradient" else {}
-    METHODS[method].config(str(folder), use_cpu=True, bf16=False, **rollouts | fields)
+    build = METHODS[method].given or METHODS[method].config
+    build(str(folder), use_cpu=True, bf16=False, **rollouts | fields)
 
 
 def _file(text: str, folder: Path):
@@ -190,7 +191,22 @@ DRY_RUN_TOO = [
     dict(lr_scheduler_type="warmup_stable_decay"),
 ]
 
+DRY_RUN_TOO += [
+    dict(adapter="gift_sw", **given)
+    for given in (
+        dict(gift_bits=1),
+        dict(lora_r=64),
+        dict(gift_noise="gaussian", gradient_checkpointing_kwargs='{"preserve_rng_state": false}'),
+        dict(gift_noise="gaussian", torch_compile="true"),
+    )
+]
+
 RECIPE_SETTINGS = [
+    dict(adapter="giftsw"),
+    dict(adapter="none"),
+    dict(adapter="gift_sw", load_in_4bit="true"),
+    dict(adapter="gift_sw", lora_alpha=32),
+    dict(gift_bits=3),
     dict(learning_rat=0.1),
     dict(warmup_ratio=0.1),
     dict(max_train_rows=0),

@@ -14,7 +14,11 @@ from posttrain.models import resolve_model
 from posttrain.paths import configs_dir, recipes_dir
 
 
-def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "ratio", "paper"),
+    [("cpu", "noise/ratio", "2310.05914"), ("gift_sw", "noise/weight_ratio", "2408.15300")],
+)
+def test_a_config_trains_an_adapter_that_plain_peft_loads(name, ratio, paper, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     given = dict(
@@ -22,7 +26,7 @@ def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(tmp_path, monkey
         per_device_train_batch_size="2", save_strategy="no", disable_tqdm="true",
     )  # fmt: skip
     flags = [part for name, value in given.items() for part in (f"--{name}", value)]
-    config = str(configs_dir() / "noisy_sft" / "cpu.yaml")
+    config = str(configs_dir() / "noisy_sft" / f"{name}.yaml")
     monkeypatch.setattr(sys, "argv", ["noisy_sft.py", "--config", config, *flags])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(recipes_dir() / "noisy_sft.py"), run_name="__main__")
@@ -31,11 +35,12 @@ def test_the_cpu_config_trains_an_adapter_that_plain_peft_loads(tmp_path, monkey
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    assert len(steps) == 2 and all(row["noise/ratio"] > 0 for row in steps)
+    assert len(steps) == 2 and all(row[ratio] > 0 for row in steps)
     tokens = torch.arange(1, 9)[None]
     base = AutoModelForCausalLM.from_pretrained(resolve_model("embedded:tiny"))
     trained = AutoPeftModelForCausalLM.from_pretrained(run)(tokens).logits
     assert trained.isfinite().all() and (trained - base(tokens).logits).abs().max() > 1e-6
     settings = yaml.safe_load((run / "resolved_config.yaml").read_text())
     assert settings["data"]["dataset_name"] == "generated:arithmetic?n=16"
-    assert settings["training"]["embedding_noise"] == "neftune" and "2310.05914" in (run / "README.md").read_text()
+    assert settings["model"]["adapter"] == {"cpu": "lora", "gift_sw": "gift_sw"}[name]
+    assert paper in (run / "README.md").read_text()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from posttrain.models import resolve_model
@@ -20,6 +21,26 @@ BIN = Path(sys.executable).parent
 # a step of an optimiser that bf16 does not round away
 LEARNING_RATE = ["--learning_rate", "1e-2", "--warmup_steps", "0"]
 SETTINGS = {recipe: given for method in METHODS.values() for recipe, given in method.recipes.items()}
+
+
+@pytest.mark.slow
+def test_salient_columns_train_sharded_and_are_saved_as_a_plain_adapter(tmp_path):
+    command = [
+        BIN / "accelerate", "launch", "--config_file", configs_dir() / "accelerate" / "cpu_zero3.yaml",
+        recipes_dir() / "noisy_sft.py", "--config", configs_dir() / "noisy_sft" / "gift_sw.yaml",
+        "--model_name_or_path", "embedded:tiny", "--output_dir", "run", "--max_steps", "2", "--save_steps", "2",
+        "--dataset_name", "generated:arithmetic?n=16", "--gradient_accumulation_steps", "1", "--lora_r", "8",
+    ]  # fmt: skip
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(recipes_dir().parent)}
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(step.get("noise/weight_ratio", 0) > 0 for step in steps) == 2
+    tokens, base = torch.arange(1, 9)[None], AutoModelForCausalLM.from_pretrained(resolve_model("embedded:tiny"))
+    trained = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")(tokens).logits
+    assert trained.isfinite().all() and (trained - base(tokens).logits).abs().max() > 1e-6
 
 
 def test_every_recipe_has_settings_and_a_config_of_zero3():

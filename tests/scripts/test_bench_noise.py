@@ -21,7 +21,7 @@ def test_the_benchmark_measures_every_arm(bench, tmp_path, capsys, monkeypatch):
     rows = {row["arm"]: row for row in content["rows"]}
     assert list(rows) == list(bench.ARMS) and all(min(row["seconds"]) > 0 for row in rows.values())
     assert rows["sft"]["over_sft"] == [1.0, 1.0, 1.0]
-    assert [target["wanted"] for target in content["targets"]] == [1.02, 1.0, 0.8, 0.62, 0.47]
+    assert [target["wanted"] for target in content["targets"]] == [1.02, 1.0, 0.8, 0.62, 0.47, 1.0, 1.2]
     assert "a step of symnoise over 2 of sft, at most" in capsys.readouterr().out
 
 

@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
 from posttrain import HPTTrainer, PolicyGradientConfig, PolicyGradientTrainer, QAETrainer
+from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.errors import ConfigError, DataError
 from posttrain.models import byte_tokenizer, tiny_model
 from tests import rollouts
@@ -62,7 +63,7 @@ def chat_tokenizer():
 
 def build(output_dir, data=None, kind=QAETrainer, config=None, reward=None, calls=True, sets=None, **fields):
     """A trainer of whose rollouts every second one calls the tool, and then stops."""
-    given = {name: fields.pop(name) for name in ("environment_factory", "tools") if name in fields}
+    given = {name: fields.pop(name) for name in ("environment_factory", "tools", "peft_config") if name in fields}
     fields = rollouts.settings(
         output_dir, max_completion_length=400, per_device_eval_batch_size=4, max_steps=1, gradient_accumulation_steps=2,
         **fields,
@@ -118,6 +119,13 @@ def test_an_environment_may_own_prompts_and_rewards(tmp_path, counter, kind, dat
     columns = {"none": {"prompt"}, "no prompts": {"level"}}.get(data, {"prompt", "level"})
     assert set(counter.resets[0]) == columns
     assert row["grad_norm"] > 0 and row["rows/kept_share"] > 0
+
+
+def test_an_adapter_is_calibrated_on_the_prompts_of_an_environment_as_they_are(tmp_path, counter):
+    adapter = GiftSWConfig(r=4, target_modules=["q_proj"], calibration_rows=2)
+    trainer = build(tmp_path, asked(), environment_factory=counter, num_generations=4, peft_config=adapter)
+    assert len(trainer.model.peft_config["default"].salient) == 2 and not counter.resets
+    assert trainer.environment_factories is not None
 
 
 @pytest.mark.slow

@@ -76,6 +76,14 @@ def sequences(input_ids: Tensor, attention_mask: Tensor | None = None, position_
     return Sequences(index, place, real, lengths)
 
 
+def run_key(seed: int, step: int, site: int = 0) -> Tensor:
+    """Return the key () of a site in the model at an optimiser step of a run."""
+    key = torch.zeros((), dtype=torch.long)
+    for number in (seed, step, site):
+        key = mix((key + signed(number + 1)) * signed(_GOLDEN))
+    return key
+
+
 def token_keys(input_ids: Tensor, found: Sequences, seed: int, step: int, site: int = 0) -> Tensor:
     """Return a key for each token (B * T,): of the seed, step and site, its sequence's tokens, and its place there.
 
@@ -85,9 +93,7 @@ def token_keys(input_ids: Tensor, found: Sequences, seed: int, step: int, site: 
     # a sum does not depend on the order in which it is taken
     parts = mix(mix(input_ids.flatten().long() + 1) + places) * found.real
     content = torch.zeros_like(parts).index_add_(0, found.index, parts)
-    run = torch.zeros((), dtype=torch.long, device=input_ids.device)
-    for number in (seed, step, site):
-        run = mix((run + signed(number + 1)) * signed(_GOLDEN))
+    run = run_key(seed, step, site).to(input_ids.device)
     return mix(mix(content ^ run)[found.index] + places)
 
 

@@ -13,6 +13,7 @@ from posttrain.data.scored import answer_tokens
 from posttrain.mechanisms.dropout import drops_out
 from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.run import new_tokens
+from posttrain.run.checks import evaluating
 from posttrain.run.head import TrueHead
 from posttrain.run.reference import end_engine, starts_as_identity
 from posttrain.run.sharing import PrefixSharing
@@ -125,6 +126,9 @@ class OfflineMixin(SFTMixin):
         if reference is None or not self.args.check_reference or self.has_trained or drops_out(self.model):
             return
         with torch.no_grad():
+            if self.weights_have_noise:
+                with evaluating(self.model_wrapped), self.plain_forward():
+                    logps, mask = self.score(self.model_wrapped, inputs)
             tokens = mask.sum(dim=1).clamp(min=1)
             gaps = torch.where(mask, logps - reference, 0.0).sum(dim=1).abs() / tokens
             worst = self.accelerator.gather(gaps.max().unsqueeze(0)).max().item()

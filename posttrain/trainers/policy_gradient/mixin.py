@@ -1,6 +1,8 @@
 """The mixin of the policy gradient trainers: advantages, demonstrations, rows of zero advantage, rollout health."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 import xxhash
@@ -14,6 +16,7 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.objectives import advantages, policy_gradient
 from posttrain.objectives.estimators import PRESETS
 from posttrain.rewards.base import named_with_settings
+from posttrain.run.checks import evaluating
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
 from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
@@ -84,6 +87,18 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
         template = getattr(self.processing_class, "chat_template", None)
         # prompts become tokens while the run goes on
         return found | ({"chat_template": xxhash.xxh3_64(repr(template).encode()).hexdigest()} if template else {})
+
+    def calibration_ids(self, rows):
+        # an environment may own its prompts
+        for row in (row for row in rows if row.get("prompt")):
+            # TRL renders an environment's tools only once it has been reset
+            factories, self.environment_factories = self.environment_factories, None
+            try:
+                with row_templates.of_rows(self, [row]):
+                    ids, *_ = self._tokenize_prompts([row["prompt"]])
+            finally:
+                self.environment_factories = factories
+            yield from ids
 
     def _place(self, ready) -> None:
         # with the names that environments have brought
@@ -218,14 +233,20 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
         with self.policy_forward() if self._scored is not None else contextlib.nullcontext():
             result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._scored is not None:
-            self._check_first_kl(self._scored, result[0].detach())
+            self._check_first_kl(self._scored, functools.partial(self._clean_logps, result, model, *args, **kwargs))
             if self.args.weighs_tokens:
                 self._weigh_tokens(self._scored, result[0].detach())
             if "demonstrations" in self._scored:
                 self._weigh_demonstrations(self._scored, result[0].detach())
         return result
 
-    def _check_first_kl(self, inputs: dict, logps: Tensor) -> None:
+    def _clean_logps(self, result, model, *args, **kwargs) -> Tensor:
+        if not self.weights_have_noise:
+            return result[0].detach()
+        with torch.no_grad(), evaluating(self.model), self.plain_forward():
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[0]
+
+    def _check_first_kl(self, inputs: dict, logps: Callable[[], Tensor]) -> None:
         """Check before the first step that the policy is its reference."""
         if self._reference_checked or not self.model.training:
             return
@@ -235,7 +256,7 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
             return
         if drops_out(self.model) or not may_be_identity(self.model):
             return
-        gaps = (logps - reference).abs() * inputs["completion_mask"]
+        gaps = (logps() - reference).abs() * inputs["completion_mask"]
         per_token = gaps.sum(dim=1) / inputs["completion_mask"].sum(dim=1).clamp(min=1)
         worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
         check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))

@@ -244,7 +244,7 @@ class PreferenceMixin(PairRows, WindowMixin):
             return
         if not may_be_identity(self.model):
             return
-        if self._drops_out:
+        if self._drops_out or self.weights_have_noise:
             with torch.no_grad(), checks.evaluating(model), self.plain_forward():
                 scores = self.score(model, inputs)
         tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)

@@ -41,6 +41,11 @@ class PairRows:
         prepare.check_flip_rates(args, None, {name: dataset})
         return dataset
 
+    def calibration_ids(self, rows):
+        for row in rows:
+            for _, side in _SEQUENCES:
+                yield [*row["prompt_ids"], *row[side]][: self.args.max_length]
+
     # stands on DPOTrainer._set_signature_columns_if_needed
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

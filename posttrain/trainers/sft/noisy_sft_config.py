@@ -134,6 +134,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     )
 
     always_in_card: ClassVar = ("max_length",)
+    weights_have_noise: ClassVar = True
     says: ClassVar = ("embedding_noise", "hidden_noise", "token_noise")
 
     @property
@@ -159,6 +160,11 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
             return not silent
         no_consistency = self.consistency_mode == "ce_kl" or silent or self.consistency_weight == 0
         return not (self.consistency_mode in ("full", "ce_kl") and self.ce_weight == 1 and no_consistency)
+
+    @property
+    def adds_any_noise(self) -> bool:
+        """Whether embeddings or hidden states get noise."""
+        return self.adds_noise or self.adds_hidden_noise
 
     @property
     def hidden(self) -> str | None:
@@ -286,6 +292,13 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 f"packing_strategy is wrapped with hidden_noise: {self.hidden_noise}: such rows do not tell where a "
                 "sequence begins, by whose states the noise is scaled. Set `packing_strategy: bfd`.",
                 {"packing_strategy": ("hidden_noise",)},
+            )
+
+    def _check_resolved(self):
+        if (self.gradient_checkpointing_kwargs or {}).get("preserve_rng_state") is False and self.adds_any_noise:
+            raise ConfigError(
+                "gradient_checkpointing_kwargs has preserve_rng_state false beside noise: of the recomputed forward "
+                "the noise would be the same, and whatever else is drawn in it another. Leave preserve_rng_state out."
             )
 
     def _read(self):
