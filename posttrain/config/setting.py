@@ -1,7 +1,7 @@
 """Fields of configs that say what they mean beyond their value; identity, card and checks of values ask them."""
 
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from typing import NamedTuple
 
 
@@ -10,9 +10,9 @@ class Meaning(NamedTuple):
 
     Attributes:
         identity: whether a run that goes on must share it; a callable decides that by the config; a name is of the
-            attribute that counts in its place.
+            attribute that counts in its place, and every field that the attribute reads names it.
         card: whether the model card tells it, where it, or a preset's default, is not at its default; a callable says
-            by the config whether it tells it in any case.
+            by the config whether it tells it in any case. What may be in the identity, the card tells.
         infinite: whether it may be infinity.
         default: of the class that declares it.
     """
@@ -87,6 +87,12 @@ def told_in_card(args) -> dict[str, object]:
         if meaning.card and (always or value != meaning.default):
             found[name] = value
     return found
+
+
+def defaults_of(kind: type) -> dict[str, object]:
+    """Return the default of each field of a dataclass."""
+    made = {entry.name: entry.default_factory() for entry in fields(kind) if entry.default_factory is not MISSING}
+    return {entry.name: entry.default for entry in fields(kind)} | made
 
 
 def may_be_infinite(config_class: type) -> set[str]:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from posttrain.config.setting import defaults_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.hub.metadata import license_fields, read_metadata
 from posttrain.models import SMOLLM2, TINY, embedded_name
@@ -12,6 +13,15 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
 # What a checkpoint of ours, and a run, say that they are; a trainer's state is in every checkpoint
 _MARKER, _NOTE, _STATE = "posttrain_complete.json", "posttrain_run.json", "trainer_state.json"
+
+# Of an adapter's config, what says in words where the adapter lies; the modules that it took tell better
+_PLACES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
+# and what says beside that where it came from or how it began
+NOT_THE_ADAPTER = _PLACES | {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core",
+    "tokenizer_name_or_path", "tokenizer_kwargs", "runtime_config",
+}  # fmt: skip
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -30,6 +40,14 @@ def adapter_config(model):
     """Return the PEFT config of a model's own adapter; None where it has none."""
     configs = getattr(model, "peft_config", None)
     return configs.get("default", next(iter(configs.values()))) if configs else None
+
+
+def changed_settings(adapter) -> dict[str, object]:
+    """Return the settings of a PEFT config that change the model and are not at PEFT's default, by name."""
+    kind = next(kind for kind in type(adapter).__mro__ if kind.__module__.split(".")[0] == "peft")
+    defaults = defaults_of(kind)
+    told = {name: value for name, value in adapter.to_dict().items() if name in _PLACES or name not in NOT_THE_ADAPTER}
+    return {name: value for name, value in told.items() if value != defaults.get(name)}
 
 
 def loaded_from(model) -> str | None:

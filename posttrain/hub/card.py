@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 from posttrain.environment import library_versions
-from posttrain.hub.base_model import adapter_config, base_license, base_name, is_hub_id, loaded_from
+from posttrain.hub.base_model import adapter_config, base_license, base_name, changed_settings, is_hub_id, loaded_from
 from posttrain.hub.metadata import Evaluation, eval_results, last_evaluation, render_card
 from posttrain.hub.passages import introduction, loading_section
 from posttrain.models import SMOLLM2, TINY
@@ -24,6 +24,12 @@ _TRL_CITATION = """@software{vonwerra2020trl,
   url     = {https://github.com/huggingface/trl},
   year    = {2020}
 }"""
+
+# the settings of recipes for those of PEFT
+_ADAPTER_NAMES = {
+    "r": "lora_r", "target_modules": "lora_target_modules", "target_parameters": "lora_target_parameters",
+    "modules_to_save": "lora_modules_to_save",
+}  # fmt: skip
 
 
 def write_model_card(
@@ -183,20 +189,27 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     ]
     common = {name for name, _ in rows}
     rows = [*((name, _set(args, name, value)) for name, value in method.items() if name not in common), *rows]
-    if adapter is not None and adapter.peft_type == "LORA":
-        targets = adapter.target_modules
-        rows += [
-            ("lora_r", adapter.r),
-            ("lora_alpha", adapter.lora_alpha),
-            ("lora_dropout", adapter.lora_dropout),
-            ("lora_target_modules", targets if isinstance(targets, str) else ", ".join(sorted(targets or []))),
-        ]
+    if adapter is not None:
+        rows += _adapter(adapter)
     if hasattr(adapter, "scheme"):
         rows = adapter.in_card(trainer) + rows
     bits = next((bits for bits in (4, 8) if getattr(trainer.model, f"is_loaded_in_{bits}bit", False)), None)
     if bits:
         rows.append(("base weights", f"{bits} bit"))
     return [(name, _short(value)) for name, value in rows]
+
+
+def _adapter(adapter) -> list[tuple[str, object]]:
+    """Tell an adapter's settings: of a LoRA the usual ones, and what is not at PEFT's default."""
+    changed = changed_settings(adapter)
+    if adapter.peft_type == "LORA":
+        usual = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        changed = {name: getattr(adapter, name) for name in usual if getattr(adapter, name) is not None} | changed
+    else:
+        changed = {"adapter": adapter.peft_type.value} | changed
+    rows = [(_ADAPTER_NAMES.get(name, name), value) for name, value in changed.items()]
+    lists = (list, tuple, set)
+    return [(name, ", ".join(sorted(map(str, v))) if isinstance(v, lists) else v) for name, v in rows]
 
 
 def _set(args, name: str, value):

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import warnings
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -206,18 +206,8 @@ class CommonConfig:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
 
     def inherited_in_card(self) -> dict[str, object]:
-        """Return the settings of TRL's config that a card tells: those of the update that are not at their default."""
-        trl = next(kind for kind in type(self).__mro__ if kind.__module__.split(".")[0] == "trl")
-        defaults = {
-            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
-            for entry in fields(trl)
-        }
-        settings = {name: getattr(self, name) for name in identity.update_of_trl(type(self))}
-        return {
-            name: value
-            for name, value in settings.items()
-            if name in self.always_in_card or value != defaults.get(name, value)
-        }
+        """Return upstream's settings that a card tells: those of the update that are not at their default."""
+        return identity.changed_upstream(self, self.always_in_card)
 
     def __getstate__(self):
         # training_args.bin is a pickle, and goes wherever the run folder goes

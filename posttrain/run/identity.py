@@ -9,8 +9,8 @@ from pathlib import Path
 import xxhash
 from transformers import TrainingArguments
 
-from posttrain.config.setting import identity_of, meanings
-from posttrain.hub.base_model import adapter_config, base_name, loaded_from
+from posttrain.config.setting import defaults_of, identity_of, meanings
+from posttrain.hub.base_model import NOT_THE_ADAPTER, adapter_config, base_name, loaded_from
 from posttrain.mechanisms.base_digests import base_digests, plain, quantisation
 from posttrain.private import without_secrets
 from posttrain.visible import one_line
@@ -37,14 +37,6 @@ _ASIDE = {
 }  # fmt: skip
 _ASIDE_BY_PREFIX = ("log_", "vllm_", "use_transformers_", "transformers_")
 _BUT_NOT = ("vllm_importance_sampling", "vllm_structured_outputs")
-
-# Of an adapter's config, what says where it came from or how it began, and what the modules that it took tell better
-_NOT_THE_ADAPTER = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "tokenizer_name_or_path",
-    "tokenizer_kwargs", "runtime_config",
-}  # fmt: skip
 
 
 def fingerprint(dataset, read: Collection[str] = ()) -> str | None:
@@ -117,11 +109,31 @@ def update_settings(trainer) -> dict:
 
 
 def update_of(args) -> dict:
-    """Return the upstream settings of a config on which an update depends, by name."""
-    names = [*_UPDATE, *update_of_trl(type(args))]
-    found = {name: plain(getattr(args, name)) for name in names if hasattr(args, name)}
+    """Return the upstream settings of a config on which an update depends, by name, as plain JSON."""
+    return {name: plain(value) for name, (value, _) in _upstream(args).items()}
+
+
+def changed_upstream(args, always: Collection[str] = ()) -> dict:
+    """Return those of `update_of` that are not at upstream's default, and those of `always`, by name, as they are.
+
+    Without bf16 and fp16, which the machine chooses where nobody does.
+    """
+    found = {name: both for name, both in _upstream(args).items() if name not in ("bf16", "fp16")}
+    return {name: value for name, (value, default) in found.items() if name in always or value != default}
+
+
+def _upstream(args) -> dict[str, tuple]:
+    """Return value and upstream's default of the settings on which an update depends, by name."""
+    trl = next(kind for kind in type(args).__mro__ if kind.__module__.split(".")[0] == "trl")
+    names = [name for name in (*_UPDATE, *update_of_trl(type(args))) if hasattr(args, name)]
     order = args.accelerator_config
-    return found | {name: plain(getattr(order, name)) for name in _ORDER if hasattr(order, name)}
+    found = _with_defaults(args, trl, names)
+    return found | _with_defaults(order, type(order), [name for name in _ORDER if hasattr(order, name)])
+
+
+def _with_defaults(holder, kind: type, names: list[str]) -> dict[str, tuple]:
+    defaults = defaults_of(kind)
+    return {name: (getattr(holder, name), defaults.get(name, getattr(holder, name))) for name in names}
 
 
 def update_of_trl(config_class: type) -> list[str]:
@@ -138,7 +150,7 @@ def _is_aside(name: str) -> bool:
 
 def adapter_settings(model) -> dict:
     """Return what decides the adapter of a PeftModel as plain JSON: its config, and the modules that it took."""
-    settings = {name: value for name, value in adapter_config(model).to_dict().items() if name not in _NOT_THE_ADAPTER}
+    settings = {name: value for name, value in adapter_config(model).to_dict().items() if name not in NOT_THE_ADAPTER}
     tuner = model.base_model
     for name, kind in (("target_modules", "targeted_module_names"), ("target_parameters", "targeted_parameter_names")):
         taken = sorted(set(getattr(tuner, kind, ())))

@@ -43,6 +43,61 @@ def test_a_field_without_a_meaning_is_found():
     assert undeclared(careless) == ["learning"]
 
 
+def read_by(kind, name) -> set[str]:
+    """Return the names that a property of a config reads, and the properties that it reads."""
+    read, waiting = set(), [name]
+    while waiting:
+        known = getattr(kind, waiting.pop(), None)
+        if isinstance(known, property):
+            waiting += set(known.fget.__code__.co_names) - read
+            read |= set(known.fget.__code__.co_names)
+    return read
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_card_tells_what_a_resumed_run_must_share(kind):
+    declared = meanings(kind)
+    assert [name for name, meaning in declared.items() if meaning.identity and not meaning.card] == []
+    for counts in {meaning.identity for meaning in declared.values() if isinstance(meaning.identity, str)}:
+        owners = {name for name, meaning in declared.items() if meaning.identity == counts}
+        # what it reads and the identity has by its own name is in it already
+        read = {name for name in read_by(kind, counts) & declared.keys() if declared[name].identity is not True}
+        assert owners and read <= owners, counts
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_card_tells_every_upstream_setting_that_a_resumed_run_must_share(kind, tmp_path):
+    args = make(kind, tmp_path)
+    # bf16 and fp16 are the precision
+    names = update_of(args).keys() - {"bf16", "fp16"}
+    for name in names:
+        setattr(args if hasattr(args, name) else args.accelerator_config, name, "other")
+    told = dict(_settings(SimpleNamespace(args=args, state=SimpleNamespace(global_step=1), model=None), None))
+    assert {name for name in names if told.get(name) != "other"} == set()
+    assert {"label_smoothing_factor", "lr_scheduler_kwargs", "adam_beta2", "even_batches"} <= names
+
+
+ADAPTERS = [
+    (dict(use_rslora=True), {"use_rslora": "True"}),
+    (dict(use_dora=True), {"use_dora": "True"}),
+    (dict(rank_pattern={"q_proj": 2}), {"rank_pattern": "{'q_proj': 2}"}),
+    (dict(bias="all"), {"bias": "all"}),
+    (dict(layers_to_transform=[0]), {"layers_to_transform": "0"}),
+    (dict(init_lora_weights="pissa"), {"init_lora_weights": "pissa"}),
+    (dict(modules_to_save=["norm", "embed_tokens"]), {"lora_modules_to_save": "embed_tokens, norm"}),
+    (dict(), {}),
+]
+
+
+@pytest.mark.parametrize(("given", "changed"), ADAPTERS)
+def test_a_card_tells_what_of_an_adapter_is_not_pefts_default(given, changed, tmp_path):
+    run = SimpleNamespace(args=make(RobustDPOConfig, tmp_path), state=SimpleNamespace(global_step=1), model=None)
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj"], **given)
+    told = dict(set(_settings(run, adapter)) - set(_settings(run, None)))
+    usual = {"lora_r": "4", "lora_alpha": "8", "lora_dropout": "0", "lora_target_modules": "k_proj, q_proj"}
+    assert told == usual | changed
+
+
 # two settings whose updates differ
 APART = [
     (PolicyGradientConfig, dict(estimator=dict(preset="hpt_rollouts", reference="one", shaping="luffy")),
@@ -123,6 +178,10 @@ def test_a_card_tells_inherited_settings_of_a_preset(tmp_path):
     assert told_in_card(make(ALoLConfig, tmp_path)) == {
         "variant": "a_lol", "clip": 0.9, "value": "mean", "advantage_weighting": "weight",
     }  # fmt: skip
+    given = dict(token_noise="msn", token_noise_length=3, token_noise_prob=0.5, token_noise_copies_special=False)
+    assert told_in_card(make(NoisySFTConfig, tmp_path, **given)) == given
+    given = dict(hidden_noise="noisefit", noise_layer_count=1, noise_calibration_rows=4)
+    assert given.items() <= told_in_card(make(NoisySFTConfig, tmp_path, **given)).items()
     assert told_in_card(make(ALoLConfig, tmp_path, variant="nll")) == {"variant": "nll"}
 
 
@@ -156,6 +215,10 @@ INHERITED = [
     (NoisySFTConfig, dict(loss_type="dft", packing=True, max_length=64, completion_only_loss=False), {}),
     (RobustDPOConfig, dict(ld_alpha=0.5, max_length=64), dict(beta=0.1)),
     (ALoLConfig, dict(max_length=1024), {}),
+    (ALoLConfig, dict(
+        max_length=64, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.3},
+        adam_beta2=0.5, dataloader_drop_last=True, train_sampling_strategy="group_by_length",
+    ), {}),
 ]  # fmt: skip
 
 

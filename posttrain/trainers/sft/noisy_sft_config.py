@@ -35,7 +35,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
     noise_alpha: float = setting(
         5.0,
         "Strength of the noise; 0 for none. Published: 5 to 15.",
-        identity=False,
+        identity="noise",
         card=lambda args: args.adds_noise,
     )
 
@@ -43,7 +43,7 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         "sequence",
         "What L is: sequence, the tokens of each sequence itself; tensor, the width of the batch, as transformers' "
         "neftune_noise_alpha has it, bit for bit, drawn from the global generator: for embedding_noise: neftune.",
-        identity=False,
+        identity="noise",
         card=lambda args: args.adds_noise and args.length_mode != "sequence",
     )
 
@@ -60,49 +60,49 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         "greatest or least ratio of signal to noise on noise_calibration_rows rows, found when training begins; auto, "
         "those whose noise moves the predictions most and cross-entropy little, each with a scale of its own; or "
         "numbers of layers from 0.",
-        identity=False,
+        identity="hidden",
         card=lambda args: args.hidden_noise != "none",
     )
-    noise_layer_count: int = setting(3, "How many layers noise_layers picks.", identity=False, card=False)
+    noise_layer_count: int = setting(3, "How many layers noise_layers picks.", identity="hidden", card=True)
     noise_calibration_rows: int = setting(
-        32, "Rows, from the first on, that noise_layers looks at.", identity=False, card=False
+        32, "Rows, from the first on, that noise_layers looks at.", identity="hidden", card=True
     )
     hidden_noise_scale: float = setting(
         0.1,
         "Scale of the hidden noise, in units of the median distance of a token's channels from their median.",
-        identity=False,
+        identity="hidden",
         card=lambda args: args.hidden_noise != "none",
     )
     hidden_noise_base: str = setting(
         "mad",
         "mad; or legacy, where hidden_noise_scale is multiplied by the standard deviation of the states, as version 1 "
         "of the published code does: in upper layers of many models that is noise of several times the states' norm.",
-        identity=False,
+        identity="hidden",
         card=lambda args: args.hidden_noise_base != "mad",
     )
     consistency_mode: str = setting(
         "full",
         "The loss of hidden noise: full, ce_kl, ce_noisy, kl_only or consistency_only.",
-        identity=False,
+        identity="hidden",
         card=lambda args: args.hidden_noise != "none",
     )
     ce_weight: float = setting(
         0.5,
         "Share of cross-entropy in the loss of hidden noise, from 0 to 1; the divergences from the clean pass have the "
         "rest.",
-        identity=False,
+        identity="hidden",
         card=lambda args: args.hidden_noise != "none",
     )
     consistency_weight: float = setting(
         0.1,
         "Weight of the divergence between the two noisy passes.",
-        identity=False,
+        identity="hidden",
         card=lambda args: args.hidden_noise != "none",
     )
     consistency_temperature: float = setting(
         1.0,
         "Temperature of the divergences, which are multiplied by its square.",
-        identity=False,
+        identity="hidden",
         card=lambda args: args.hidden_noise != "none",
     )
 
@@ -114,13 +114,13 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         card=lambda args: args.adds_token_noise,
     )
     token_noise_length: int = setting(
-        5, "Tokens of a piece that token_noise replaces; 0 for none.", identity=False, card=False
+        5, "Tokens of a piece that token_noise replaces; 0 for none.", identity="tokens", card=True
     )
     token_noise_prob: float = setting(
-        1.0, "Share of the sequences that token_noise falls on, from 0 to 1.", identity=False, card=False
+        1.0, "Share of the sequences that token_noise falls on, from 0 to 1.", identity="tokens", card=True
     )
     token_noise_copies_special: bool = setting(
-        True, "Whether special tokens of the prefix are copied into the piece as well.", identity=False, card=False
+        True, "Whether special tokens of the prefix are copied into the piece as well.", identity="tokens", card=True
     )
     accepted_tokens_rows: int = setting(
         0,
