@@ -1,12 +1,15 @@
 """A method that joins a family declares what is its own; the rest is the family's, at neutral answers."""
 
+import ast
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from posttrain import ALoLConfig, ALoLTrainer
+import posttrain
+from posttrain import ALoLConfig, ALoLTrainer, PolicyGradientConfig
 from posttrain.config.setting import identity_of, setting, told_in_card
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.row_groups import CHOSEN, REJECTED
@@ -82,6 +85,63 @@ class ThresholdTrainer(OfflineMixin, SFTTrainer):
         return -torch.where(mask, logps, 0.0).sum(dim=1)
 
 
+@dataclass(repr=False)
+class BonusConfig(PolicyGradientConfig):
+    bonus: float = setting(0.0, "Added to every reward.", identity=True, card=True)
+
+    def _read(self):
+        if not self.bonus >= 0:
+            raise ConfigError(f"bonus is {self.bonus!r}; it must be 0 or more.")
+
+
+# by family: an invented member's settings, which of them are its own, and what the family's recipes share
+MEMBERS = {
+    "preference": (OffsetDPOConfig, {}, "offset", "preferences"),
+    "sft": (ScaledSFTConfig, {}, "loss_scale", "instructions"),
+    "offline": (ThresholdConfig, {}, "threshold", "scored_answers"),
+    "policy_gradient": (
+        BonusConfig, dict(num_generations=4, per_device_train_batch_size=4, estimator="grpo"), "bonus", "tasks",
+    ),
+}  # fmt: skip
+
+
+def _read_settings(tree) -> set[str]:
+    """Names of the settings that a module reads as `args.NAME`, or `anything.args.NAME`."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and (getattr(node.value, "id", None) in ("args", "training_args") or getattr(node.value, "attr", "") == "args")
+    }
+
+
+def _modules(family: str) -> dict[Path, ast.Module]:
+    """The modules that a family's mixin and `prepare` stand on, those of its own folder."""
+    folder, found, left = Path(posttrain.__file__).parent / "trainers" / family, {}, ["mixin", "prepare"]
+    while left:
+        path = folder / f"{left.pop()}.py"
+        if path in found or not path.exists():
+            continue
+        found[path] = ast.parse(path.read_text())
+        for node in ast.walk(found[path]):
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"posttrain.trainers.{family}."):
+                left += [node.module.rpartition(".")[2], *(name.name for name in node.names)]
+    return found
+
+
+@pytest.mark.parametrize("family", MEMBERS)
+def test_a_family_reads_no_setting_that_one_member_alone_has(family, tmp_path):
+    kind, settings, own, recipe = MEMBERS[family]
+    known = set(dir(kind(output_dir=str(tmp_path), report_to=[], **settings))) - {own}
+    recipe = Path(posttrain.__file__).parent / "recipe" / f"{recipe}.py"
+    modules = _modules(family) | {recipe: ast.parse(recipe.read_text())}
+    assert {path.name: _read_settings(tree) - known for path, tree in modules.items()} == dict.fromkeys(
+        (path.name for path in modules), set()
+    )
+    # the reader sees the settings of a member where they are read
+    assert len(set().union(*map(_read_settings, modules.values()))) > 5
+
+
 def _offset(folder, output_dir, trainer_class=OffsetDPOTrainer, config_class=OffsetDPOConfig, **settings):
     kinds = dict(trainer_class=trainer_class, config_class=config_class)
     return training.train(folder, output_dir, **kinds, **settings)[0]
@@ -101,10 +161,9 @@ def test_a_second_preference_method_at_its_neutral_setting_is_trls_bit_for_bit(t
     reference = _offset(tiny_folder, tmp_path / "trl", **parent, **SPLIT)
     assert identical(_offset(tiny_folder, tmp_path / "neutral", **PADDED), reference)
     # shared and cached as any member of the family
-    cached = dict(ref_cache_dir=str(tmp_path / "cache"), precompute_ref_log_probs=True)
-    shared = _offset(tiny_folder, tmp_path / "shared", **SPLIT, **cached, prefix_sharing="always")
-    assert distance(shared, reference) < 1e-4 and any((tmp_path / "cache").iterdir())
-    assert distance(_offset(tiny_folder, tmp_path / "offset", **PADDED, offset=0.5), reference) > 1e-2
+    cached = dict(ref_cache_dir=str(tmp_path / "cache"), precompute_ref_log_probs=True, prefix_sharing="always")
+    change = _offset(tiny_folder, tmp_path / "offset", **SPLIT, **cached, offset=0.5)
+    assert distance(change, reference) > 1e-2 and any((tmp_path / "cache").iterdir())
 
 
 def test_a_second_method_of_instructions_at_its_neutral_setting_is_trls_bit_for_bit(tiny_folder, tmp_path):
