@@ -128,24 +128,6 @@ def keep_4bit_weights_trainable(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def loading_names() -> set[str]:
-    """Return every name that `from_pretrained` may take: its parameters, and the texts in its code.
-
-    Most of what it takes it picks out of its keywords, and no list of them is public.
-    """
-    from transformers import AutoModelForCausalLM, PreTrainedModel
-
-    names = {"architecture"}
-    for kind in (AutoModelForCausalLM, PreTrainedModel):
-        function = inspect.unwrap(kind.from_pretrained.__func__)
-        names |= set(inspect.signature(function).parameters)
-        for constant in function.__code__.co_consts:
-            names |= {
-                part for part in (constant if isinstance(constant, tuple) else [constant]) if isinstance(part, str)
-            }
-    return names
-
-
 def missing_names() -> list[str]:
     """Tell what of `PRIVATE_NAMES` the installed releases no longer have, a sentence each."""
     missing = []

@@ -15,10 +15,13 @@ class PosttrainError(Exception):
     exit_code = 1
 
     def __str__(self):
-        text = super().__str__()
-        if len(text) > _LONGEST:
-            text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
-        return visible(hide(text))
+        return _shown(super().__str__())
+
+
+def _shown(text: str) -> str:
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
+    return visible(hide(text))
 
 
 class ConfigError(PosttrainError, ValueError):
@@ -59,11 +62,24 @@ class DivergedError(PosttrainError, RuntimeError):
     exit_code = 5
 
 
-class Preempted(PosttrainError, RuntimeError):
-    """A run that was told to end early, and has saved a checkpoint that it goes on from."""
+class Preempted(SystemExit):
+    """A run that was told to end early, and has saved a checkpoint that it goes on from.
+
+    A program that does not catch it ends with its exit code. It is no Exception, which others catch and go on.
+    """
 
     # EX_TEMPFAIL of sysexits.h: try again later
     exit_code = 75
+
+    def __init__(self, message: str):
+        super().__init__(self.exit_code)
+        self.message = message
+
+    def __str__(self):
+        return _shown(self.message)
+
+    def __reduce__(self):
+        return type(self), (self.message,)
 
 
 def require(package: str, extra: str, why: str) -> None:

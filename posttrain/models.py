@@ -89,6 +89,23 @@ def check_runs_no_code(config, source: str) -> None:
             )
 
 
+def check_holds_safetensors(source: str, config=None) -> None:
+    """Raise ConfigError for a model's folder whose weights are pickles. `config`: the model's."""
+    folder = Path(source)
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise ConfigError(
+            f"config.json of {source} names the weights {one_line(named)}, which are no safetensors, and nothing else "
+            "is loaded. Take it out there."
+        )
+    if any(folder.glob("pytorch_model*.bin*")) and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model {source!r} holds its weights as pickles (pytorch_model.bin), and only safetensors are loaded. "
+            "Where you trust it, convert it once in Python: `from transformers import AutoModelForCausalLM as M`, "
+            f"`M.from_pretrained({source!r}).save_pretrained(FOLDER)`, and copy its tokenizer's files there."
+        )
+
+
 def embedded_name(name: str | None) -> str | None:
     """Return the `embedded:` name of a model given by it, or by the folder it was written to, on any machine; else
     None.

@@ -61,6 +61,10 @@ _COMMON = frozenset(
     """.split()
 )
 
+# names of tables as often as of secrets, and what a secret among them looks like
+_TABLES = ("tokens", "keys")
+_LONG = re.compile(r"(?=(?:.*\d){2})(?=.*[A-Za-z])[\w+=-]{12,}")
+
 _remembered: set[str] = set()
 
 
@@ -135,6 +139,7 @@ def remember(value, is_secret: bool = False) -> None:
         for name, item in value.items():
             text = _text(name).lower()
             holds = named if text in _VALUE else is_secret_name(_text(name)) and not (named and text == "key")
+            holds |= text in _TABLES and _are_secrets(item)
             remember(item, is_secret or holds)
     elif isinstance(value, list | tuple):
         for item, before in zip(value, [None, *value], strict=False):
@@ -162,7 +167,7 @@ def _mapping(value: Mapping, instead):
         # the key of a key and its value; and that of a module or a table, with a number
         is_key = text == "key" and (has_value or isinstance(item, int | float))
         is_value = named and text in _VALUE and not (isinstance(item, int | float) and abs(item) < 10_000)
-        hides = (is_secret_name(_text(name)) and not is_key) or is_value
+        hides = (is_secret_name(_text(name)) and not is_key) or is_value or (text in _TABLES and _are_secrets(item))
         shown = without_secrets(name) if isinstance(name, str | bytes) else name
         if not hides or item is None or isinstance(item, bool):
             kept[shown] = without_secrets(item, instead)
@@ -205,6 +210,11 @@ def _belongs(item, before, length: int) -> bool:
     if length == 2:
         return isinstance(item, str | bytes | list | tuple | Mapping)
     return bool(_LOOKS.fullmatch(_text(item)))
+
+
+def _are_secrets(value) -> bool:
+    items = value if isinstance(value, list | tuple) else [value]
+    return bool(items) and all(_LONG.fullmatch(_text(item)) for item in items)
 
 
 def _names_a_secret(value: Mapping) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from posttrain.checks import near
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 
+_TOKENIZER = "tokenizer_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -58,7 +59,9 @@ def check_model_name(name: str) -> None:
     raise ConfigError(f"model {name!r} is a folder that does not exist (working folder: {Path.cwd()}).{hint}")
 
 
-def model_failure(name: str, error: Exception, what: str = "cannot be loaded") -> PosttrainError:
+def model_failure(
+    name: str, error: Exception, what: str = "cannot be loaded", of_tokenizer: bool = False
+) -> PosttrainError:
     """Return the error to raise where a model, or a part of it, could not be loaded under `name` for `error`.
 
     EnvironmentIssue where the hub cannot be reached, ConfigError where the name, or the folder, is wrong.
@@ -68,7 +71,9 @@ def model_failure(name: str, error: Exception, what: str = "cannot be loaded") -
             f"model {name!r} is no folder here and not in the cache, and the hub cannot be reached. "
             f"{offline_reason()}, or give a local folder."
         )
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+    there = {own for own in ("adapter_config.json", "config.json", _TOKENIZER) if (Path(name) / own).is_file()}
+    # of a tokenizer beside an adapter it is another fault
+    if there == {"adapter_config.json"} or there == {"adapter_config.json", _TOKENIZER} and not of_tokenizer:
         return ConfigError(
             f"model {name!r} holds an adapter, not a model. Give its base model, or merge the two first: "
             f"posttrain merge {name} FOLDER."

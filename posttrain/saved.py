@@ -13,6 +13,11 @@ _MOST_CHARACTERS = 128 << 20
 # of lists and objects in one another; far fewer than a program can follow
 _MOST_LEVELS = 64
 
+_OF_TOKENIZERS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "processor_config.json", "preprocessor_config.json", "chat_template.json",
+)  # fmt: skip
+
 
 def read_text(path: Path) -> str:
     """Return the text of a file; DataError where it is not UTF-8 or cannot be read."""
@@ -65,6 +70,18 @@ def check_safetensors(path: Path) -> set[str]:
         raise DataError(
             f"{path} is damaged, or no safetensors file ({error}). Save it again, or name another checkpoint."
         ) from None
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse a folder in which a file of a tokenizer is damaged: cut off, of another form, a folder, not UTF-8.
+
+    Raises DataError, which names it.
+    """
+    for pattern, read in (("*.json", read_json), ("*.jinja", read_text), ("*.txt", read_text)):
+        for path in (*folder.glob(pattern), *folder.glob(f"additional_chat_templates/{pattern}")):
+            # the model's own configs are no part of it
+            if path.suffix == ".jinja" or path.name in _OF_TOKENIZERS:
+                read(path)
 
 
 def check_shards(index: Path) -> None:

@@ -14,7 +14,9 @@ _FORMS = re.compile(
     r"|(?<![A-Za-z0-9])eyJ[\w-]{5,}(?:\.[\w-]{2,}\.[\w-]*(?:\.[\w-]+){0,2}|\.\.[\w-]+\.[\w-]+\.[\w-]+)"
     r"|(?<![\w-])(?:sk|pk|rk)[-_](?=[\w-]{0,80}[0-9A-Z])[\w-]{8,}"
     r"|\b(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|gsk_|nvapi-|dckr_pat_|npm_|pypi-AgE|dop_v1_|shpat_|r8_|hv[sbr]\."
-    r"|GOCSPX-|tgp_v1_|lin_api_)[\w-]{8,}|\bAGE-SECRET-KEY-\w{4,}|\b(?:xai-|pplx-|ntn_)(?=[A-Za-z]*\d)\w{12,}|\bdapi[0-9a-f]{32}"
+    r"|GOCSPX-|tgp_v1_|lin_api_|figd_|sq0[a-z]{3}-|whsec_|xapp-\d-)[\w-]{8,}|\b(?:hf_oauth|api_org)_[A-Za-z0-9]{12,}"
+    r"|\bsecret_(?=[A-Za-z]*\d)[A-Za-z0-9]{16,}|\bkey-[0-9a-f]{32}\b|\bAGE-SECRET-KEY-\w{4,}|\b(?:xai-|pplx-|ntn_)(?=[A-Za-z]*\d)\w{12,}"
+    r"|\bdapi[0-9a-f]{32}"
     r"|(?<!\d)\d{8,12}:AA[\w-]{30,}"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b|\bAIza[\w-]{20,}|\bya29\.[\w-]{8,}|\bSG\.[\w-]{8,}\.[\w-]{8,}"
     r"|(?<=hooks\.slack\.com/services/)[\w/]+|(?<=/api/webhooks/)[\w/-]+",
@@ -23,6 +25,8 @@ _FORMS = re.compile(
 # a token of the hub has letters and digits alone; hf_pairs.jsonl, hf_org/name and hf_raise_for_status are names
 _HUB_TOKEN = re.compile(r"(?<![\w./-])hf_[A-Za-z0-9]{10,}(?![\w-]|[./]\w)|(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}")
 _BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/=-]{4,}|\b(Token\s+)(?=[a-zA-Z_-]*\d)[\w.~+/=-]{8,}")
+# to the end of the line: its parts are quoted, and the name of the user is one of them
+_DIGEST = re.compile(r"\b(Digest\s+)(?=\w+=)(?=[^\r\n]*\b(?:response|nonce)=)[^\r\n]+")
 # of a user and password in base64
 _BASIC = re.compile(r"\b(Basic\s+)([A-Za-z0-9+/]{6,}={0,2})(?![\w+/])", re.IGNORECASE)
 # The second form is of passwords that hold /, ? or #; a port and what follows it are none
@@ -48,6 +52,7 @@ def hide_forms(text: str) -> str:
         text = _CURL.sub(rf"\1{HIDDEN}", text)
     text = _BASIC.sub(_hide_basic, _BEARER.sub(lambda m: f"{m[1] or m[2]}{HIDDEN}", text))
     if "=" in text:
+        text = _DIGEST.sub(rf"\1{HIDDEN}", text)
         text = _QUERY.sub(_hide_query, text)
     return _ENCODED_QUERY.sub(_hide_encoded_query, text) if "%3" in text else text
 

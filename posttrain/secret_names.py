@@ -7,7 +7,7 @@ import re
 _SECRET = {
     "secret", "secrets", "password", "passwords", "passwd", "passphrase", "passcode", "passwort", "pwd", "credential",
     "credentials", "creds", "authorization", "authorisation", "bearer", "cookie", "cookies", "jwt", "apikey", "apikeys",
-    "authtoken", "accesstoken", "webhook",
+    "authtoken", "accesstoken", "webhook", "sastoken", "privkey", "psk", "mnemonic",
 }  # fmt: skip
 # ... where they are its last word
 _SECRET_AT_END = {"auth", "signature", "sig", "pass", "dsn", "otp", "token", "key"}
@@ -43,10 +43,10 @@ _TABLES = {
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _RUN_TOGETHER = re.compile(
     r"passw|secret|credential|(?:access|api|auth|bearer|hf|hub|private|refresh|session|ssh)_?(?:token|key)s?$"
-    r"|connection_?string|(?:^|_)(?:database|db|mongo|postgres|redis|broker)_?(?:url|uri)$"
+    r"|conn(?:ection)?[_-]?str(?:ing)?$|connection_?string|seed_?phrase|(?:^|_)(?:database|db|mongo|postgres|redis|broker)_?(?:url|uri)$"
 )
-# which goes with a signature
-_KEY_ID = re.compile(r"access_?key_?id|key_pair_id|google_?access_?id", re.IGNORECASE)
+# which goes with a signature, or is as good as a login
+_KEY_ID = re.compile(r"access_?key_?id|key_pair_id|google_?access_?id|session_?id$", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,5 +1,6 @@
 """What a process does when it is told to end: an exception that runs every `finally`, and children that end with it."""
 
+import _thread
 import contextlib
 import os
 import signal
@@ -41,7 +42,76 @@ def raise_terminated(number: int, frame=None) -> None:
     """Handle a signal: raise `Terminated`, and let the next one of the kind end the process where it is."""
     # the kernel keeps a container's first process from a signal that it has no handler for
     signal.signal(number, signal.SIG_DFL if os.getpid() != 1 else lambda number, frame: os._exit(128 + number))
-    raise Terminated(number)
+    _insist(Terminated, number)
+
+
+def raise_interrupted(number: int, frame=None) -> None:
+    """Handle Ctrl-C: raise KeyboardInterrupt, as Python does."""
+    _insist(KeyboardInterrupt)
+
+
+# Does nothing to a process that has no handler for it
+_REMINDER = getattr(signal, "SIGURG", None)
+_REMINDED_EVERY = 0.1
+# the process that ends by exceptions, and what its `main` has not seen yet of a signal: an exception's kind, arguments
+_insisting: list = [None, None]
+# the process of whose forks hooks are running
+_in_fork_hooks = [None]
+
+
+@contextlib.contextmanager
+def ended_by_exceptions():
+    """Raise, inside, `Terminated` at a signal that ends the process and KeyboardInterrupt at Ctrl-C, until one is seen.
+
+    One that is raised in a hook, a finaliser or a callback of C code is discarded there, and libraries catch others. So
+    it is raised again for as long as nothing handles it and `seen` was not called. Outside the main thread this does
+    nothing.
+    """
+    if not in_main_thread() or _REMINDER is None or _insisting[0] == os.getpid():
+        with handled(raise_terminated, ending()):
+            yield
+        return
+    # a handler of the caller's own stays
+    interrupts = (signal.SIGINT,) if signal.getsignal(signal.SIGINT) is signal.default_int_handler else ()
+    with handled(raise_terminated, ending()), handled(raise_interrupted, interrupts), handled(_remind, (_REMINDER,)):
+        _insisting[:] = os.getpid(), None
+        try:
+            yield
+        finally:
+            _insisting[:] = None, None
+
+
+def seen() -> None:
+    """Tell that the exception of a signal has come to where the process ends by it."""
+    _insisting[1] = None
+
+
+def _insist(kind: type[BaseException], *arguments) -> None:
+    # not in a process that was forked from it
+    if _insisting[0] == os.getpid():
+        is_first, _insisting[1] = _insisting[1] is None, (kind, arguments)
+        if is_first:
+            # a `threading.Thread` takes locks that what was interrupted may hold
+            _thread.start_new_thread(_send_reminders, (threading.main_thread().ident,))
+        if _in_fork_hooks[0] == os.getpid():
+            return
+    raise kind(*arguments)
+
+
+def _send_reminders(thread: int) -> None:
+    while True:
+        time.sleep(_REMINDED_EVERY)
+        if _insisting[1] is None:
+            return
+        signal.pthread_kill(thread, _REMINDER)
+
+
+def _remind(number: int, frame=None) -> None:
+    unseen = _insisting[1]
+    # while a `finally` runs because of it, it is on its way
+    if unseen is not None and _in_fork_hooks[0] != os.getpid() and behind(sys.exception()) is None:
+        kind, arguments = unseen
+        raise kind(*arguments)
 
 
 def behind(error: BaseException) -> BaseException | None:
@@ -164,11 +234,23 @@ def forks_end_with_us() -> None:
     _FORKS_END_WITH_US = True
 
     forking = [0, False]
+    held = threading.local()
 
     def before() -> None:
         forking[:] = os.getpid(), in_main_thread()
+        if forking[1]:
+            _in_fork_hooks[0] = forking[0]
+        # one that the child got before it has handlers of its own would be lost
+        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*ending(), signal.SIGINT})
+
+    def in_parent() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
+        if in_main_thread():
+            _in_fork_hooks[0] = None
 
     def in_child() -> None:
+        if signal.getsignal(signal.SIGINT) is raise_interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in ending():
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
@@ -177,5 +259,6 @@ def forks_end_with_us() -> None:
         # to the kernel, a thread is the parent of what it forks, and others end before the process does
         if forking[1]:
             follow_parent(signal.SIGKILL, forking[0])
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
 
-    os.register_at_fork(before=before, after_in_child=in_child)
+    os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)

@@ -1,6 +1,8 @@
-"""Reading YAML of strangers in bounded time and memory: its size, and the size of what its aliases stand for."""
+"""YAML of strangers, read in bounded time and memory: its size, and that of what its aliases stand for; and written."""
 
 import yaml
+
+from posttrain.visible import visible
 
 # Settings of a run are some thousand characters; a file of its resolved settings some ten thousand.
 MOST_BYTES = 4 << 20
@@ -29,6 +31,12 @@ def load(text: str):
     """Return the content of a text. Raises as `compose`, and RecursionError for what is nested too deeply."""
     loader, root = compose(text)
     return None if root is None else loader.construct_document(root)
+
+
+def dump(content) -> str:
+    """Return YAML of plain values in their order, of which no character steers a console."""
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text if visible(text) == text else yaml.safe_dump(content, sort_keys=False)
 
 
 def read(path, most: int = MOST_BYTES) -> bytes:

@@ -1,8 +1,10 @@
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,75 @@ def test_an_error_of_a_finally_is_not_why_a_run_ended(number, said, capsys):
             raise TimeoutError
 
     assert run_main(main) == 128 + number and capsys.readouterr().err == f"{said}\n"
+
+
+def lost_in_a_finaliser(number):
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+
+    Dying()
+
+
+def lost_in_a_callback(number):
+    weakref.finalize(dying := type("Dying", (), {})(), os.kill, os.getpid(), number)
+    del dying
+
+
+def lost_in_a_library(number):
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("lose", [lost_in_a_finaliser, lost_in_a_callback, lost_in_a_library])
+def test_a_signal_whose_exception_is_discarded_ends_the_run(lose, number, code, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: None)
+    done = []
+
+    def main():
+        try:
+            lose(number)
+            time.sleep(30)
+        finally:
+            # that it is raised again must not interrupt what the first one runs
+            time.sleep(3 * signals._REMINDED_EVERY)
+            done.append("finally")
+
+    handlers = [signal.getsignal(each) for each in (number, signals._REMINDER)]
+    assert run_main(main) == code and done == ["finally"]
+    assert [signal.getsignal(each) for each in (number, signals._REMINDER)] == handlers
+
+
+@pytest.mark.parametrize("ours", ["first", "last"])
+@pytest.mark.parametrize("hook", ["before", "after_in_parent"])
+def test_a_signal_during_a_fork_ends_the_process_and_not_its_child(hook, ours):
+    register = f"os.register_at_fork({hook}=lambda: os.kill(os.getpid(), signal.SIGHUP))", "signals.forks_end_with_us()"
+    code = ALONE + (
+        "\n".join(register if ours == "last" else reversed(register)) + "\n"
+        "with signals.ended_by_exceptions():\n"
+        "    child = os.fork()\n"
+        "    if not child: time.sleep(0.5); os._exit(7)\n"
+        "    try: time.sleep(30)\n"
+        "    finally: print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (129, "7\n"), found.stderr
+
+
+def test_a_signal_to_a_child_whose_hooks_of_the_fork_still_run_ends_it():
+    """As where a pool is closed at once: else its owner waits for ever."""
+    code = ALONE + (
+        "os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "signals.forks_end_with_us()\n"
+        "with signals.ended_by_exceptions():\n"
+        "    child = os.fork()\n"
+        "    if not child: time.sleep(30); os._exit(7)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "    print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.stdout == "-15\nset()\n", found.stderr
 
 
 def test_what_is_ignored_stays_ignored():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from posttrain import model_sizes, patterns
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.models import check_runs_no_code, embedded_name, resolve_model
+from posttrain.models import check_holds_safetensors, check_runs_no_code, embedded_name, resolve_model
 from posttrain.remote import check_model_name, model_failure
 from posttrain.saved import check_safetensors, check_shards, read_text
 from posttrain.visible import one_line
@@ -67,6 +67,7 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
         model_sizes.check_folder(source, revision)
         config = AutoConfig.from_pretrained(source, revision=revision)
         check_runs_no_code(config, source)
+        check_holds_safetensors(source, config)
         if to_merge and getattr(config, "quantization_config", None):
             raise ConfigError(
                 f"the base model {source} is stored quantised; merging into it would change it. Keep the adapter "

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(visible(f"unrecognized arguments: {' '.join(hide_words(rest))}"))
     try:
         # an exception runs what is to run at the end, and reaches a container's first process
-        with signals.handled(signals.raise_terminated, signals.ending()):
+        with signals.ended_by_exceptions():
             return modules[args.verb].run(args)
     except PosttrainError as error:
         complain(f"posttrain {args.verb}: error: {error}")

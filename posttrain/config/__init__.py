@@ -138,9 +138,11 @@ class PosttrainParser(TrlParser):
         settings, lines = _read_yaml(path)
         private.remember(settings)
         for name, value in (settings.pop("env", None) or {}).items():
-            strangers.check_variable(str(name), f"{path}:{lines['env']}")
+            place = f"{path}:{lines['env']}"
+            strangers.check_variable(str(name), place)
+            text = strangers.value_of_variable(str(name), value, place)
             try:
-                os.environ[str(name)] = str(value)
+                os.environ[str(name)] = text
             except (OSError, ValueError) as error:
                 raise ConfigError(f"{path}:{lines['env']}: `env` cannot set {str(name)!r}: {error}.") from None
         for name, value in settings.items():

@@ -1,10 +1,12 @@
 """What a settings file may not do by itself: run code, change the programs that run, send completions away."""
 
 import json
+import re
 from collections.abc import Mapping
 
 from posttrain.checks import near
 from posttrain.errors import ConfigError
+from posttrain.log import LEVELS
 from posttrain.visible import one_line
 
 # Variables of the number of threads and devices, of notes, of names in a tracker. Not among them: what says where
@@ -24,6 +26,10 @@ VARIABLES = frozenset(
 )
 
 
+_OF_LEVELS = ("POSTTRAIN_LOG", "ACCELERATE_LOG_LEVEL")
+_OF_NUMBERS = ("_NUM_THREADS", "_MAXIMUM_THREADS", "_TIMEOUT", "_MAX_CONNECTIONS")
+_WHOLE_NUMBER = re.compile(r"[1-9]\d{0,8}")
+
 # Settings with texts that a model reads or writes, such as the ends of an answer; all others are names and numbers
 _TEXTS = ("generation_kwargs", "chat_template_kwargs")
 
@@ -36,6 +42,22 @@ def check_variable(name: str, place: str) -> None:
             f"offline modes and trackers' projects, such as {near(name, VARIABLES) or 'OMP_NUM_THREADS'}; "
             f"docs/strangers.md lists them. Set it in the shell: `{one_line(name)}=... posttrain train ...`."
         )
+
+
+def value_of_variable(name: str, value, place: str) -> str:
+    """Return the text of a variable of `env:`.
+
+    Raises ConfigError for a value that is none, or that the library which reads it would trip over.
+    """
+    said = f"{place}: `env` sets {name} to {one_line(value)}"
+    if not isinstance(value, str | int | float):
+        raise ConfigError(f"{said}; a variable's value is a text or a number. Write one, or leave it out.")
+    text = str(value)
+    if name in _OF_LEVELS and text.lower() not in LEVELS:
+        raise ConfigError(f"{said}; it must be one of {', '.join(LEVELS)}.")
+    if name.endswith(_OF_NUMBERS) and (isinstance(value, bool) or not _WHOLE_NUMBER.fullmatch(text)):
+        raise ConfigError(f"{said}; it must be a whole number above 0.")
+    return text
 
 
 def check_setting(name: str, value, place: str) -> None:

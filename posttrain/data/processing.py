@@ -7,6 +7,7 @@ from posttrain.data.rendering import bounds
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.model_sizes import check_if_there
 from posttrain.remote import check_model_name, model_failure, reads_as_path
+from posttrain.saved import check_tokenizer_files
 from posttrain.visible import one_line
 
 
@@ -23,9 +24,11 @@ def load_processing_class(model: str, revision: str | None = None, trust_remote_
     try:
         return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise model_failure(model, error, "has no tokenizer that can be loaded") from error
+        check_tokenizer_files(Path(model))
+        raise model_failure(model, error, "has no tokenizer that can be loaded", of_tokenizer=True) from error
     # files of a tokenizer are read in Rust and in Python, and neither checks their form
     except (AttributeError, IndexError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        check_tokenizer_files(Path(model))
         raise DataError(
             f"the tokenizer of {model} cannot be read: {type(error).__name__}: {one_line(error)}. One of its files is "
             "damaged."

@@ -44,6 +44,9 @@ def cells(rows: list[dict], places: list[str]):
     from datasets import Dataset
 
     names = columns_of(rows)
+    for place, row in zip(places, rows, strict=True):
+        if half := sources.half_characters([dict.fromkeys(row)], [place]):
+            raise half
     columns: dict[str, list] = {name: [] for name in names}
     for place, row in zip(places, rows, strict=True):
         for name in names:

@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from posttrain.data import generators, objects
@@ -31,11 +31,8 @@ def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exce
     """Return the error to raise where the values of some column have no common type, which pyarrow said as `error`."""
     seen: dict[str, tuple[str, str]] = {}
     for place, row in zip(places, rows, strict=True):
-        half = _half_character(row)
-        if half:
-            return DataError(
-                f"{place}: {half!r} is half of a surrogate pair, and no character. Mend the row, or leave it out."
-            )
+        if half := half_characters([row], [place]):
+            return half
         for name, value in row.items():
             for part, kind in _kinds(value, name):
                 known, where = seen.setdefault(part, (kind, place))
@@ -47,10 +44,18 @@ def mixed_types(rows: Sequence[dict], places: Sequence[str], source, error: Exce
     return DataError(f"{source}: the rows do not have the same types throughout: {error}")
 
 
-def _half_character(row: dict) -> str | None:
-    """Find a lone surrogate, which JSON can write and a text cannot hold."""
-    found = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str))
-    return found and found.group()
+def half_characters(rows: Iterable[dict], places: Iterable[str]) -> DataError | None:
+    """Return the error to raise for the first row with a lone surrogate, which JSON can write and a text cannot hold.
+
+    Names of columns count as well. None where there is no such row.
+    """
+    for place, row in zip(places, rows, strict=True):
+        if found := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
+            return DataError(
+                f"{place}: {found.group()!r} is half of a surrogate pair, and no character. Mend the row, or leave it "
+                "out."
+            )
+    return None
 
 
 def _kinds(value, name: str) -> Iterator[tuple[str, str]]:

@@ -5,8 +5,6 @@ import os
 import re
 from pathlib import Path
 
-import yaml
-
 from posttrain import yaml_text
 from posttrain.adapters import SIDE_FILE
 from posttrain.errors import DataError
@@ -249,7 +247,7 @@ def _without_paths_in_config(content: bytes, base_model_id: str) -> bytes:
 
 def _without_paths_in_yaml(content: bytes) -> bytes:
     clean = without_secrets(yaml_text.load(content.decode()))
-    return yaml.safe_dump(_without_folders(clean), sort_keys=False, allow_unicode=True).encode()
+    return yaml_text.dump(_without_folders(clean)).encode()
 
 
 def _without_folders(value):

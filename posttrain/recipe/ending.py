@@ -32,7 +32,7 @@ def run_main(main: Callable[[], object]) -> int:
     if os.environ.get("POSTTRAIN_EXIT_CODE_FILE") and os.environ.get("LOCAL_RANK", "0") == "0":
         # of an earlier run, or made by `mktemp`
         Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).unlink(missing_ok=True)
-    with signals.handled(signals.raise_terminated, signals.ending()), signals.counting_from_the_start():
+    with signals.ended_by_exceptions(), signals.counting_from_the_start():
         code = _code_of(main)
     is_waited_for = getattr(main, "__module__", None) == "__main__" and (code > 128 or code == Preempted.exit_code)
     if is_waited_for or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -43,10 +43,12 @@ def run_main(main: Callable[[], object]) -> int:
 def _code_of(main: Callable[[], object]) -> int:
     try:
         main()
-    except PosttrainError as error:
+    except (PosttrainError, Preempted) as error:
+        signals.seen()
         return _told(str(error) if isinstance(error, Preempted) else f"error: {error}", error.exit_code)
     except (Exception, KeyboardInterrupt, signals.Terminated) as error:
         ended = signals.behind(error)
+        signals.seen()
         if ended is None:
             if _is_of_a_lost_rank(error):
                 return _told_of_a_lost_rank(error)
@@ -54,6 +56,7 @@ def _code_of(main: Callable[[], object]) -> int:
             raise
         # as the shell has it for a program that Ctrl-C ended
         return _told(str(ended), ended.code) if isinstance(ended, signals.Terminated) else _told("interrupted", 130)
+    signals.seen()
     return 0
 
 
@@ -100,9 +103,22 @@ def _keep(code: int) -> None:
 
 
 def _leave(code: int) -> None:
+    if code:
+        _end_children()
     # Threads of gloo still hold Python objects for a moment after their last collective. Where one lets go of them
     # while the interpreter is being torn down, the process aborts, and a run that is saved counts as failed.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end_children() -> None:
+    """End the processes of `multiprocessing` and its twin, for which their exit handlers would wait.
+
+    One that was being started when the signal came is known to nobody else, such as the manager of `datasets`.
+    """
+    for name in ("multiprocess", "multiprocessing"):
+        if name in sys.modules:
+            for child in sys.modules[name].active_children():
+                child.terminate()

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safetensors import safe_open
 
@@ -57,6 +57,13 @@ WRITTEN = (
     partial_name(ADAPTER[0]), partial_name(MARKER), partial_name(SAVING),
 )  # fmt: skip
 
+# What loading looks for, as a file or in a folder; PEFT takes every folder that has an adapter's file
+_READ = (
+    *ADAPTER, *MODEL, *_OPTIMIZER, *_SCHEDULER, *_RANDOM, TRAINER_STATE, REFERENCE, "model-*-of-*.safetensors",
+    "pytorch_model-*-of-*.bin", "*pytorch_model_fsdp*", "*optimizer*", "adapter_config.json", "config.json",
+    "scaler.pt", "latest", *(f"*/{name}" for name in ADAPTER),
+)  # fmt: skip
+
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of files, several at a time; what they hold is on the disk then."""
@@ -72,7 +79,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -> str:
-    """Say which file of a complete checkpoint is not as it was saved; empty where all are.
+    """Say which file of a complete checkpoint is not as it was saved, or none of its own; empty where all are.
 
     Args:
         folder: of the checkpoint.
@@ -92,6 +99,13 @@ def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -
         if there != size:
             said = f"has {there} bytes instead of {one_line(size)}" if there is not None else "is missing"
             return f"{one_line(name)} {said}"
+    if content.get("files") and (stray := _stray(folder, content["files"])):
+        top = stray.partition("/")[0]
+        moved = one_line(f"{top}/" if (folder / top).is_dir() else top)[:200]
+        return (
+            f"{one_line(stray)[:200]} was not saved with it, and loading would read it. Move {moved} out of the "
+            "checkpoint"
+        )
     saved = {name: digest for name, digest in content.get("digests", {}).items() if name in listed}
     if by_content:
         try:
@@ -101,6 +115,13 @@ def damage(folder: Path, weights_only: bool = False, by_content: bool = False) -
         changed = next((name for name in saved if found[name] != saved[name]), None)
         return "" if changed is None else f"{one_line(changed)} has another content than was saved"
     return ""
+
+
+def _stray(folder: Path, listed: Iterable[str]) -> str | None:
+    """Return what lies in a checkpoint that is none of its files, and that loading would read; None for nothing."""
+    known = {str(path) for name in listed for path in (PurePosixPath(name), *PurePosixPath(name).parents)}
+    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return min((name for name in there if name not in known and _matches(name, _READ)), default=None)
 
 
 def is_complete(folder: Path) -> bool:
@@ -123,12 +144,12 @@ def is_half_left(folder: Path, identity: dict | None = None) -> bool:
 
 
 def is_occupied(folder: Path) -> bool:
-    """Return whether a save there would write over a file, a link or a checkpoint that is not ours."""
+    """Return whether a save there would write over a file, a link or a checkpoint that is not ours, or could not."""
     if folder.is_symlink():
         return True
     if not folder.is_dir():
         return folder.exists()
-    if any(map(_is_in_the_way, not_plain(folder, lambda name: True))):
+    if any(map(_is_in_the_way, not_plain(folder, lambda name: True))) or _has_another_kind(folder):
         return True
     return not (is_complete(folder) or is_half_left(folder)) and any(map(_is_written, files_in(folder)))
 
@@ -313,6 +334,19 @@ def _is_in_the_way(link: str) -> bool:
     """Return whether a save would write to this path, or to one behind it if it is a link to a folder."""
     behind = (form.partition("/")[0] for form in WRITTEN if "/" in form and not form.startswith("*"))
     return link in (MARKER, SAVING) or _is_written(link) or any(fnmatch.fnmatchcase(link, form) for form in behind)
+
+
+def _has_another_kind(folder: Path) -> bool:
+    """Return whether a folder stands where a save writes a file, or a file where it makes a folder."""
+    files = [form for form in (*WRITTEN, MARKER, SAVING) if not form.endswith("*")]
+    folders = [form.partition("/")[0] for form in WRITTEN if "/" in form and not form.startswith("*")]
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        # a star stands for slashes as well
+        forms = files if path.is_dir() else folders if "/" not in name else ()
+        if any(fnmatch.fnmatchcase(name, form) for form in forms):
+            return True
+    return False
 
 
 def _is_written(name: str) -> bool:

@@ -22,9 +22,8 @@ from transformers.utils import (
 from posttrain import model_sizes, patterns
 from posttrain.bounded import Overtime, in_time
 from posttrain.checks import check_choice, plain
-from posttrain.compat import loading_names
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
-from posttrain.models import check_runs_no_code
+from posttrain.models import check_holds_safetensors, check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
 
 # of a model of any size some seconds
@@ -139,22 +138,6 @@ def check_router(args, config) -> None:
         )
 
 
-def check_init_kwargs(args, config) -> None:
-    """Refuse names in `model_init_kwargs` that neither transformers' loading nor the model's config knows.
-
-    `config`: the model's. A model of its own code may take any.
-    """
-    if args.trust_remote_code or not isinstance(args.model_init_kwargs, dict):
-        return
-    known = loading_names()
-    for name in args.model_init_kwargs:
-        if name not in known and not hasattr(config, name):
-            raise ConfigError(
-                f"model_init_kwargs names {name!r}, which neither from_pretrained nor the model's config "
-                f"({type(config).__name__}) has. Correct it, or leave it out."
-            )
-
-
 def check_optimiser(args) -> None:
     """Refuse an optimiser or a schedule that upstream would only trip over once the model is loaded.
 
@@ -211,6 +194,7 @@ def load_config(model_id: str, args):
         raise
     except (OSError, ValueError) as error:
         raise model_failure(model_id, error) from error
+    check_holds_safetensors(model_id, config)
     if not (args.model_init_kwargs or {}).get("attn_implementation"):
         check_runs_no_code(config, model_id)
     return config
@@ -277,9 +261,10 @@ def check_layers(peft_config, model, trust_remote_code: bool = False) -> None:
 def check_loading(kwargs: dict) -> None:
     """Refuse `model_init_kwargs` that upstream would only trip over once it loads the weights."""
     model_sizes.check_sizes(kwargs, "model_init_kwargs")
-    for pattern in kwargs.get("key_mapping") or ():
+    mapped = kwargs.get("key_mapping")
+    for pattern in mapped if isinstance(mapped, dict) else ():
         patterns.check(pattern, "model_init_kwargs: key_mapping")
-    attention, dtype = kwargs.get("attn_implementation"), kwargs.get("dtype")
+    attention, dtype = kwargs.get("attn_implementation"), kwargs.get("dtype") or kwargs.get("torch_dtype")
     # a name with a slash is a kernel of the hub
     if isinstance(attention, str) and "/" not in attention:
         known = [name for name in AttentionInterface().valid_keys() if "|" not in name]

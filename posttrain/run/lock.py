@@ -26,16 +26,27 @@ _STALE = 10
 # seconds between two renewals of such a lock
 _RENEWAL = 60.0
 
-# this process's own, by the file's true path: how often it was taken, the open file, the process's number, and what
-# ends its renewals
+# this process's own, by the file's true path: the trainers by which it is held, None for others, the open file, the
+# process's number, and what ends its renewals
 _own: dict[Path, list] = {}
+# the file system's locks keep no thread of a process from another
+_taking = threading.Lock()
+
+
+def _begin_anew() -> None:
+    global _taking
+    _taking = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def check_free(folder: str | Path) -> None:
     """Refuse a run folder that another process holds now. Raises ConfigError; writes nothing."""
     path = _path_in(folder)
     _refuse_other(path, folder)
-    if not path.is_file() or path in _own:
+    if not path.is_file() or _is_own(path):
         return
     with contextlib.suppress(OSError), path.open("r+b") as file:
         if _is_taken(file, path, shared=True):
@@ -43,19 +54,26 @@ def check_free(folder: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: str | Path, accelerator=None):
+def held(folder: str | Path, accelerator=None, trainer=None):
     """Hold a run folder inside, on the main process; the other ranks share its fate.
 
-    A process may hold a folder several times over. A lock whose process has ended is taken.
+    A process may hold a folder several times over, but for two trainers at once; what it forks holds none. A lock whose
+    process has ended is taken.
+
+    Args:
+        folder: of the run.
+        accelerator: of the ranks that hold it together.
+        trainer: the one that trains inside.
 
     Raises:
-        ConfigError: another process holds it, which is named with its host, number and start.
+        ConfigError: another process holds it, which is named with its host, number and start, or another trainer.
         EnvironmentIssue: the folder cannot be written to.
     """
     is_main, problem, taken = accelerator is None or accelerator.is_main_process, [None], None
     if is_main:
         try:
-            taken = _take(Path(folder))
+            with _taking:
+                taken = _take(Path(folder), trainer)
         except (ConfigError, EnvironmentIssue) as error:
             problem = [error]
     if accelerator is not None and accelerator.num_processes > 1:
@@ -71,16 +89,27 @@ def held(folder: str | Path, accelerator=None):
         yield
     finally:
         if taken is not None:
-            _release(taken)
+            _release(taken, trainer)
     if accelerator is not None and accelerator.num_processes > 1 and torch.distributed.is_initialized():
         # a rank that builds its next trainer at once must not find the lock of the one before
         accelerator.wait_for_everyone()
 
 
-def _take(folder: Path) -> Path:
+def _is_own(path: Path) -> bool:
+    """Tell whether this process holds a lock, and not one that it was forked from."""
+    return path in _own and _own[path][2] == os.getpid()
+
+
+def _take(folder: Path, trainer) -> Path:
     path = _path_in(folder)
-    if path in _own:
-        _own[path][0] += 1
+    if _is_own(path):
+        holders = _own[path][0]
+        if trainer is not None and any(holder not in (None, trainer) for holder in holders):
+            raise ConfigError(
+                f"output_dir is {one_line(folder)}, where another trainer of this process trains at this moment. Wait "
+                "for its end, or choose another output_dir."
+            )
+        holders.append(trainer)
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +135,7 @@ def _take(folder: Path) -> Path:
     except OSError as error:
         raise EnvironmentIssue(f"{folder} cannot be written to: {error.strerror or error}") from error
     released = threading.Event()
-    _own[path] = [1, file, os.getpid(), released]
+    _own[path] = [[trainer], file, os.getpid(), released]
     if not _is_guarded(file):
         # a long evaluation is no end of the run
         threading.Thread(target=_renew, args=(path, released), name="posttrain-lock", daemon=True).start()
@@ -157,11 +186,13 @@ def _is_guarded(file) -> bool:
     return True
 
 
-def _release(path: Path) -> None:
-    entry = _own[path]
-    entry[0] -= 1
+def _release(path: Path, trainer) -> None:
     # a process that was forked meanwhile has no part in it
-    if entry[0] == 0 and entry[2] == os.getpid():
+    if not _is_own(path):
+        return
+    entry = _own[path]
+    entry[0].remove(trainer)
+    if not entry[0]:
         del _own[path]
         entry[3].set()
         if _is_at(path, entry[1]):

@@ -130,7 +130,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
             DivergedError: the loss or the gradient became NaN or infinite, or adapter tensors get no gradient.
             Preempted: a signal came or `max_minutes` are over; a checkpoint of the last step is there.
         """
-        with lock.held(self.args.output_dir, self.accelerator) if self._has_folder else contextlib.nullcontext():
+        with lock.held(self.args.output_dir, self.accelerator, self) if self._has_folder else contextlib.nullcontext():
             return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def _train(self, resume_from_checkpoint, *args, **kwargs):
@@ -148,6 +148,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
                     f"the checkpoint {checkpoint} was not written by posttrain, and init_lora_weights moves the "
                     "base weights, of which it holds no trace. Resume it with the library that wrote it."
                 )
+            training_state.check_scaler(self.accelerator.scaler, checkpoint)
             whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
             # one that is converted on saving has twice the rank there
             check_adapter_fits(self.model, checkpoint, shapes=whole and not self._start.converts)

@@ -1,4 +1,4 @@
-"""The places of a run's own files in its folder: refused where a link, a pipe or a device stands there."""
+"""The places of a run's own files in its folder: refused where a link, a pipe, a device or a folder stands there."""
 
 import fnmatch
 from collections.abc import Iterable
@@ -31,6 +31,8 @@ _FILES = (
 def check_places(output_dir: str | Path, adapters: Iterable[str] = ()) -> None:
     """Refuse a run folder where a link stands in the place of a file that a run writes: it would be followed.
 
+    Folders in the places of files, and the reverse, are refused as well.
+
     The folder itself may be a link to a folder. Only names are looked at.
 
     Args:
@@ -38,7 +40,7 @@ def check_places(output_dir: str | Path, adapters: Iterable[str] = ()) -> None:
         adapters: the names of the run's adapters, each of which PEFT saves into a folder of that name.
 
     Raises:
-        ConfigError: it names the links, and the pipes, sockets and devices that stand so.
+        ConfigError: it names the links, and the pipes, sockets, devices and folders that stand so.
     """
     own = {*_FOLDERS, *adapters}
 
@@ -46,10 +48,22 @@ def check_places(output_dir: str | Path, adapters: Iterable[str] = ()) -> None:
         return name.split("/")[0] in own
 
     paths = not_plain(Path(output_dir), is_in_own)
-    found = sorted(name for name in paths if is_in_own(name) or any(fnmatch.fnmatchcase(name, form) for form in _FILES))
+    found = sorted(name for name in paths if is_in_own(name) or _is_file(name))
     if found:
         raise ConfigError(
             f"output_dir is {one_line(output_dir)}, where links (or pipes, or devices) stand in the places of files "
             f"that a run writes: {listed(found)}. What they lead to would be written over. Remove them, or choose "
             "another output_dir."
         )
+    there = Path(output_dir).iterdir() if Path(output_dir).is_dir() else ()
+    made = own - {"default"}
+    found = sorted(path.name for path in there if (_is_file(path.name) if path.is_dir() else path.name in made))
+    if found:
+        raise ConfigError(
+            f"output_dir is {one_line(output_dir)}, where folders stand in the places of files that a run writes, or "
+            f"files in those of its folders: {listed(found)}. Remove them, or choose another output_dir."
+        )
+
+
+def _is_file(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, form) for form in _FILES)

@@ -142,8 +142,12 @@ class StopEarly(TrainerCallback):
         args.save_only_model = self._saves_alone
         # a launcher ends the others as soon as one of them has ended
         self._trainer.accelerator.wait_for_everyone()
-        raise Preempted(
+        ended = Preempted(
             f"{self.reason}: the run ended after step {state.global_step} of {state.max_steps} with the checkpoint "
             f"{args.output_dir}/checkpoint-{state.global_step}; start it again with `resume_from_checkpoint: auto` to "
             "go on."
         )
+        if signals.began is None:
+            # no recipe, whose end says it
+            get_logger().warning("%s", ended)
+        raise ended

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from posttrain import yaml_text
 from posttrain.environment import device_name, git_commit, library_versions
 from posttrain.errors import EnvironmentIssue
 from posttrain.log import get_logger
@@ -49,7 +50,7 @@ class RunReport(TrainerCallback):
         path = folder / "metrics.jsonl"
         with _writing(folder):
             if state.global_step > 0:
-                self._rows = [row for row in _read_rows(path) if row.get("step", 0) <= state.global_step]
+                self._rows = [row for row in _read_rows(path) if row["step"] <= state.global_step]
             # What an earlier run of this folder left goes; an evaluation by this process before training stays.
             unfinished = path.with_suffix(".tmp")
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
@@ -90,8 +91,6 @@ def _writing(folder: Path):
 
 def write_resolved_config(args, path: Path, sections: dict | None = None) -> None:
     """Write the settings of the run: training arguments, `sections`, versions, device, git commit."""
-    import yaml
-
     training = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     report = {
         "training": {name: value for name, value in training.items() if value not in (None, {}, [])},
@@ -103,7 +102,7 @@ def write_resolved_config(args, path: Path, sections: dict | None = None) -> Non
         "processes": args.world_size,
         "git": git_commit(),
     }
-    path.write_text(yaml.safe_dump(_plain(report), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml_text.dump(_plain(report)))
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
@@ -171,14 +170,14 @@ def _number(value):
 
 
 def _read_rows(path: Path) -> list[dict]:
+    """Return the rows of a file of metrics, without the lines that are none."""
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                # The last line of a run killed while it wrote.
-                continue
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        # the last line of a run killed while it wrote, or what others wrote there
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 

@@ -9,7 +9,7 @@ from posttrain.errors import EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.hub.base_model import adapter_config
 from posttrain.mechanisms.precision import same_precision
-from posttrain.run import best, checkpoints, run_folder, synced_reference
+from posttrain.run import best, checkpoints, run_folder, synced_reference, training_state
 from posttrain.run.places import check_places
 
 
@@ -113,7 +113,8 @@ class SavingMixin:
         if self._start.converts:
             self._start.load(resume_from_checkpoint)
         else:
-            with same_precision(model if model is not None else self.model):
+            answered = training_state.answered(resume_from_checkpoint, "config.json or the weights", otherwise="")
+            with answered, same_precision(model if model is not None else self.model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.attach_adapter()
 

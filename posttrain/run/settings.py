@@ -5,7 +5,7 @@ from peft import PeftModel
 
 from posttrain.hub import check_push
 from posttrain.models import resolve_model
-from posttrain.run import checks, lock, run_folder, start, weight_noise
+from posttrain.run import checks, init_kwargs, lock, run_folder, start, weight_noise
 from posttrain.run.sharing import check_setting
 
 
@@ -44,7 +44,7 @@ def check(
         config = model.config
     else:
         config = checks.load_config(model, args)
-        checks.check_init_kwargs(args, config)
+        init_kwargs.check(args, config)
     named_by = model if isinstance(model, torch.nn.Module) else config
     checks.check_names(peft_config, named_by, args.trust_remote_code)
     checks.check_layers(peft_config, named_by, args.trust_remote_code)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.run import checkpoint_files as files
 from posttrain.run.markers import is_number
 from posttrain.saved import check_safetensors, read_json
@@ -65,6 +65,7 @@ def fault(folder: Path, weights_only: bool = False) -> str:
         except DataError:
             return f"{name} cannot be read as safetensors"
     checked = {path.name: _check_random for path in (*folder.glob("rng_state.pth"), *folder.glob("rng_state_*.pth"))}
+    checked["scaler.pt"] = _check_scaler
     if not weights_only:
         checked |= {"scheduler.pt": _check_schedule, "optimizer.pt": _check_optimizer}
     for name, check in sorted(checked.items()):
@@ -94,15 +95,32 @@ def check_intervals(args, state, checkpoint: Path) -> None:
             )
 
 
+def check_scaler(scaler, checkpoint: Path) -> None:
+    """Refuse a checkpoint with the state of a gradient scaler where the run has none. `scaler`: of the run."""
+    if scaler is None and (checkpoint / "scaler.pt").is_file():
+        raise ConfigError(
+            f"the checkpoint {checkpoint} holds scaler.pt, the state of a gradient scaler, and this run has none. "
+            "Train with `fp16: true` as that run did, or move scaler.pt out of the checkpoint."
+        )
+
+
+_WITHOUT_STATE = ", or go on from its weights alone: `resume_weights_only: true`"
+
+
 @contextlib.contextmanager
-def answered(checkpoint, names: str):
-    """Raise ConfigError, inside, where the files of a checkpoint do not fit the run that loads them."""
+def answered(checkpoint, names: str, otherwise: str = _WITHOUT_STATE):
+    """Raise ConfigError, inside, where the files of a checkpoint do not fit the run that loads them.
+
+    `otherwise`: what can be done beside resuming from another one.
+    """
     try:
         yield
+    except PosttrainError:
+        raise
     except _OTHER_FORM as error:
         raise ConfigError(
             f"{names} of the checkpoint {checkpoint} cannot be loaded into this run: {_reason(error)}. Resume from "
-            "another checkpoint, or go on from its weights alone: `resume_weights_only: true`."
+            f"another checkpoint{otherwise}."
         ) from error
 
 
@@ -148,6 +166,11 @@ def _check_schedule(content) -> None:
         raise TypeError("it would replace a part of the program")
     if type(content.get("last_epoch", 0)) is not int:
         raise TypeError("last_epoch is no whole number")
+
+
+def _check_scaler(content) -> None:
+    if not isinstance(content, dict):
+        raise TypeError(f"a {type(content).__name__}")
 
 
 def _check_random(content) -> None:

@@ -90,6 +90,25 @@ def test_broken_data_is_answered_with_one_line_and_code_3(tmp_path, data):
     assert re.fullmatch(rf"posttrain data: error: {re.escape(path)}, line 2, column \d+: broken JSON: .*\.\n", err)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "\ud800", "chosen": "a", "rejected": "b"}, {"prompt": "a", "completion": "\udfff"}, {"\ud800": 1}],
+)
+def test_half_a_character_is_answered_with_its_line(tmp_path, data, logged, row):
+    path = write(tmp_path / "rows.jsonl", "".join(json.dumps(each) + "\n" for each in (ROWS[0], row)))
+    said = f"{path}, line 2: '.*' is half of a surrogate pair, and no character"
+    for verb in ("inspect", "stats"):
+        code, out, err = data(verb, path, "--model", "embedded:tiny")
+        assert (code, out) == (3, "") and re.match(f"posttrain data: error: {said}", err)
+    assert data("inspect", path)[0] == 0 and re.search(f"{said}.* Training refuses it", logged.text)
+
+
+def test_half_a_character_in_a_columns_name_is_no_traceback_of_flip(tmp_path, data):
+    path = write(tmp_path / "rows.jsonl", json.dumps(ROWS[0] | {"\ud800": 1}) + "\n")
+    code, out, err = data("flip", path, str(tmp_path / "out.jsonl"), "--rate", "0.5")
+    assert code == 3 and "line 1: '\\ud800' is half of a surrogate pair" in err
+
+
 def test_a_missing_action_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["data"])

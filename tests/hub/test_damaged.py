@@ -1,12 +1,14 @@
 """Which files a folder named as a checkpoint is pushed with, and what is said of files that are damaged."""
 
 import json
+import re
 import shutil
 
 import pytest
 import yaml
 
 import posttrain.cli
+from posttrain.data.processing import load_processing_class
 from posttrain.errors import DataError
 from posttrain.hub.base_model import noted_base, run_of
 from posttrain.hub.files import check_files
@@ -122,6 +124,29 @@ def test_a_damaged_file_is_named_and_nothing_is_pushed(saved_run, tmp_path, caps
         error = capsys.readouterr().err
         assert "cannot be written" not in error and str(run) in error
         assert not (tmp_path / "merged").exists()
+
+
+def as_folder(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+TOKENIZERS = {
+    "tokenizer.json is no valid JSON": lambda run: cut(run / "tokenizer.json"),
+    "tokenizer_config.json is no valid JSON": lambda run: (run / "tokenizer_config.json").write_text("{"),
+    "tokenizer.json cannot be read: it is no regular file": lambda run: as_folder(run / "tokenizer.json"),
+    "chat_template.jinja is not UTF-8 text": lambda run: (run / "chat_template.jinja").write_bytes(b"\xff\xfe"),
+    "tokenizer.json holds a list": lambda run: (run / "tokenizer.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("told", TOKENIZERS)
+def test_a_damaged_tokenizer_beside_an_adapter_is_named(saved_run, tmp_path, capsys, told):
+    run = shutil.copytree(saved_run.folder, tmp_path / "run")
+    load_processing_class(str(run))
+    TOKENIZERS[told](run)
+    with pytest.raises(DataError, match=f"{re.escape(str(run))}/{told}"):
+        load_processing_class(str(run))
 
 
 def test_a_base_that_is_cut_off_is_named(saved_run, tmp_path, capsys):

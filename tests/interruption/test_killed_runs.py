@@ -49,8 +49,10 @@ def steps_of(rows):
     return [row for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("method", [pytest.param("dpo", marks=pytest.mark.slow), "dr_dpo"])
-def test_a_run_killed_several_times_ends_as_the_one_left_alone(warm, tiny_folder, tmp_path, method):
+@pytest.mark.core("saving-dr_dpo")
+@pytest.mark.parametrize("method", ["dpo", "dr_dpo"])
+@pytest.mark.parametrize("when", ["saving", "any time"])
+def test_a_run_killed_several_times_ends_as_the_one_left_alone(warm, tiny_folder, tmp_path, method, when):
     def start(folder, out, method):
         return warm.start("tests.interruption.child:main", folder, str(out), method, log=log_of(out))
 
@@ -71,11 +73,12 @@ def test_a_run_killed_several_times_ends_as_the_one_left_alone(warm, tiny_folder
         lambda: has_logged(broken, late),
         lambda: (broken / "checkpoint-10").exists(),
     ]
-    for moment in moments:
-        kills += kill_when(start(tiny_folder, broken, method), moment)
-        if kills == 2:
+    wanted = (1, 2) if when == "saving" else range(len(moments))
+    for number in wanted:
+        kills += kill_when(start(tiny_folder, broken, method), moments[number])
+        if number == 1:
             assert half_saved.exists() and not named.exists()
-    assert kills == len(moments)
+    assert kills == len(wanted)
     finish(start(tiny_folder, broken, method), broken)
 
     assert steps_of(logged(broken)) == expected, "every logged number of every step, bit for bit"

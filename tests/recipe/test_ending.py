@@ -1,13 +1,15 @@
+import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from posttrain import signals
 from posttrain.errors import ConfigError, DataError, DivergedError, EnvironmentIssue
-from posttrain.recipe import run_main
+from posttrain.recipe import ending, run_main
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +69,16 @@ def test_only_a_distributed_run_ends_in_run_main(monkeypatch, processes, expecte
     monkeypatch.setattr("atexit._run_exitfuncs", lambda: done.append("handlers"))
     monkeypatch.setattr("os._exit", lambda code: done.append(f"exit {code}"))
     assert run_main(lambda: done.append("main")) == 0 and done == expected
+
+
+def test_a_run_that_is_told_to_end_waits_for_no_process_of_a_library(monkeypatch):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    done = []
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: done.append(child.join(60) or child.exitcode))
+    monkeypatch.setattr("os._exit", done.append)
+    ending._leave(143)
+    assert done == [-signal.SIGTERM, 143]
 
 
 @pytest.mark.slow

@@ -18,6 +18,9 @@ RUN = dict(
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def killed(tiny_folder, tmp_path_factory):
     """A run that was killed after its third step, best after its first."""
@@ -40,7 +43,6 @@ def weights(trainer):
     return {n.replace(".default", ""): p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.slow
 def test_a_copied_run_ends_with_its_own_best_and_keeps_it(tiny_folder, tmp_path, killed):
     shutil.copytree(killed, tmp_path / "copy")
     trainer = goes_on(tiny_folder, tmp_path / "copy", save_total_limit=1)

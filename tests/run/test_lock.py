@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,49 @@ def test_a_run_leaves_no_lock_and_two_trainers_of_a_process_follow_each_other(ti
     for _ in range(2):
         train(tiny_folder, tmp_path / "run", max_steps=1)
     assert not (tmp_path / "run" / lock.NAME).exists()
+
+
+def test_a_second_trainer_of_a_process_is_refused_while_the_first_one_trains(tmp_path):
+    first, second = object(), object()
+    with lock.held(tmp_path), lock.held(tmp_path, trainer=first):
+        with lock.held(tmp_path, trainer=first), lock.held(tmp_path):
+            pass
+        with pytest.raises(ConfigError, match="another trainer of this process trains"):
+            with lock.held(tmp_path, trainer=second):
+                raise AssertionError("two train")
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match="another trainer of this process trains"):
+            pool.submit(lock.held(tmp_path, trainer=second).__enter__).result()
+    with lock.held(tmp_path), lock.held(tmp_path, trainer=second):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trainer_that_is_built_while_another_trains_does_not_train(tiny_folder, tmp_path):
+    with lock.held(tmp_path, trainer=object()):
+        with pytest.raises(ConfigError, match="another trainer of this process trains"):
+            train(tiny_folder, tmp_path, max_steps=1)
+
+
+def test_what_is_forked_from_a_run_does_not_hold_its_folder(tmp_path):
+    """Nor does it end the lock of the process that it was forked from."""
+    answers, write = os.pipe()
+    with lock.held(tmp_path):
+        child = os.fork()
+        if not child:
+            said = []
+            for ask in (lambda: lock.check_free(tmp_path), lambda: lock.held(tmp_path).__enter__()):
+                try:
+                    ask()
+                    said.append("free")
+                except ConfigError as error:
+                    said.append(f"process {os.getppid()} on" in str(error))
+            lock._release(lock._path_in(tmp_path), None)
+            os.write(write, json.dumps(said).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert json.loads(os.read(answers, 100)) == [True, True]
+        assert (tmp_path / lock.NAME).is_file()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_answer(tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import time
@@ -219,3 +220,10 @@ def test_a_job_that_is_told_to_end_whole_saves_with_workers_of_rows(tiny_folder,
     # they end with the loader
     gc.collect()
     assert len(sends.workers) == 2 and not psutil.wait_procs(sends.workers, 60)[1]
+
+
+def test_a_program_that_does_not_catch_it_ends_with_the_code_and_others_do_not_swallow_it():
+    ended = Preempted("SIGTERM came: hub_token is 'abcdefgh'")
+    assert ended.code == Preempted.exit_code == 75 and isinstance(ended, SystemExit)
+    assert not isinstance(ended, Exception)
+    assert str(ended) == str(pickle.loads(pickle.dumps(ended))) == "SIGTERM came: hub_token is '***'"

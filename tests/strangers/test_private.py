@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posttrain import RobustDPOConfig
+from posttrain import RobustDPOConfig, yaml_text
 from posttrain.cli.train import _printable
 from posttrain.errors import ConfigError
 from posttrain.private import hide, hide_forms, hide_words, is_secret_name, remember, without_secrets
 from posttrain.run import checkpoint_files
 from posttrain.run.identity import differing
 from posttrain.run.report import write_resolved_config
+from posttrain.visible import visible
 from tests.families import CONFIGS
 from tests.recipe.in_process import RECIPES, settings_of, shipped
 
@@ -23,7 +24,7 @@ SECRETS = """
     Authorization Proxy-Authorization password db_password PASSWD passphrase aws_secret_access_key AWSAccessKeyId
     use_auth_token push_to_hub_token WANDB_API_KEY openai_key client_secret private_key access_token session_token
     auth hub_token_2 judge_key cookie jwt webhook_url user_token oauth_token sshkey connection_string database_url
-    passcode creds
+    passcode creds session_id sessionId psk wifi_psk privkey sastoken conn_str connStr mnemonic seed_phrase
 """.split()
 NONE = """
     tokenizer tokenizer_name max_tokens num_tokens pad_token eos_token bos_token_id stop_token image_token tokens keys
@@ -42,6 +43,25 @@ def test_names_of_secrets_are_known(name):
 @pytest.mark.parametrize("name", NONE)
 def test_names_of_tokens_and_columns_are_no_secrets(name):
     assert not is_secret_name(name)
+
+
+def test_tokens_and_keys_are_left_out_where_they_look_like_secrets():
+    held = {"tokens": ["a1b2c3d4e5f6g7h8"], "keys": "a1b2c3d4e5f6g7h8"}
+    assert without_secrets(held) == {}
+    harmless = {"tokens": ["<|im_end|>", "a1b2c3d4e5f6g7h8"], "keys": ["prompt", "chosen"], "n": {"tokens": 5}}
+    assert without_secrets(harmless) == harmless
+
+
+def test_words_that_begin_as_tokens_do_are_none():
+    for text in ("hf_oauth_url_handler api_org_name secret_sharing_protocols key-value sq0 digest x=1, y=2",):
+        assert hide(text) == text
+
+
+@pytest.mark.parametrize("name", ["a\u202eb", "a\x1b[31m", "\u2066é", "é"])
+def test_resolved_settings_hold_no_character_that_steers_a_console(name):
+    text = yaml_text.dump({"dataset": name, name: 1})
+    assert visible(text) == text and yaml.safe_load(text) == {"dataset": name, name: 1}
+    assert (name in text) is (name == "é")
 
 
 def test_of_all_settings_the_hubs_token_alone_is_a_secret():
@@ -124,6 +144,10 @@ def test_an_entry_left_out_shows_no_secret_of_its_name():
         ("curl -u user:pw https://h", "curl -u user:*** https://h"),
         ("eyJhbGciOiJSU0Et.OKOaw.48V1.5eym8.XFBo", "***"),
         ("eyJhbGciOiJkaXIi..48V1.5eym8.XFBo", "***"),
+        ("hf_oauth_" + "a" * 16 + " api_org_" + "aB" * 16 + " xapp-1-A012-345-abcdef", "*** *** ***"),
+        ("whsec_abcdef1234567890ABCD secret_abcdefghijklmnop1234 figd_abcdefghijkl", "*** *** ***"),
+        ("sq0atp-abcdefghijkl123 sq0csp-abcdefghijkl123 key-" + "0a" * 16, "*** *** ***"),
+        ('Digest username="Mufasa", response="6629fa"', "Digest ***"),
         ("run with `--judge_api_key abc` and password: cardPw1122", "run with `--judge_api_key ***` and password: ***"),
     ],
 )  # fmt: skip

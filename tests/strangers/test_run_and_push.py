@@ -20,7 +20,7 @@ from posttrain.hub.metadata import parse_card
 from posttrain.hub.own_files import found, links_in
 from posttrain.hub.repository import Destination
 from posttrain.private import hide
-from posttrain.run import checkpoint_files, checkpoints
+from posttrain.run import checkpoint_files, checkpoints, report, training_state
 from posttrain.run.markers import MARKER
 from posttrain.run.places import check_places
 from posttrain.run.report import RunReport
@@ -246,6 +246,40 @@ def test_a_checkpoint_with_a_link_where_a_save_writes_is_not_written_into(tmp_pa
     assert checkpoint_files.is_occupied(folder)
 
 
+@pytest.mark.parametrize("name", ["rng_state.pth", "trainer_state.json", "posttrain_saving.json", "optimizer.pt"])
+def test_a_checkpoint_with_a_folder_where_a_save_writes_a_file_is_not_written_into(tmp_path, name):
+    folder = tmp_path / "checkpoint-3"
+    for own in ("notes", "global_step3", "optimizer_0", "pytorch_model_fsdp_0", "additional_chat_templates"):
+        (folder / own).mkdir(parents=True)
+        (folder / own / "x_optim_states.pt").touch()
+    checkpoint_files.mark(folder, {"identity": {}, "files": {}})
+    assert not checkpoint_files.is_occupied(folder)
+    (folder / name).mkdir()
+    assert checkpoint_files.is_occupied(folder)
+
+
+def test_a_checkpoint_with_a_file_where_a_save_makes_a_folder_is_not_written_into(tmp_path):
+    checkpoint_files.mark(tmp_path, {"identity": {}, "files": {}})
+    (tmp_path / "additional_chat_templates").write_text("")
+    assert checkpoint_files.is_occupied(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "posttrain_run.json", "metrics.tmp"])
+def test_a_run_folder_with_a_folder_in_the_place_of_a_file_is_refused(tmp_path, name):
+    for other in ("completions", "notes", "checkpoint-3"):
+        (tmp_path / other).mkdir()
+    check_places(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"folders stand in the places of files .*: {name}. Remove"):
+        check_places(tmp_path)
+
+
+def test_a_run_folder_with_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / ".saving").write_text("")
+    with pytest.raises(ConfigError, match="or files in those of its folders: .saving. Remove"):
+        check_places(tmp_path)
+
+
 class Evil:
     def __init__(self, mark):
         self.mark = str(mark)
@@ -320,6 +354,47 @@ def test_auto_passes_over_a_state_of_another_form_with_a_word(run, tmp_path, nam
     assert checkpoints.passed_over(tmp_path, None).startswith(f"checkpoint-1 is damaged: {name} ")
     with pytest.raises(ConfigError, match=f"checkpoint-1 is damaged: {name} "):
         checkpoints.refuse_damaged(folder, weights_only=False, by_content=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin", "scaler.pt", "config.json", "pytorch_model_fsdp_0/", "model.safetensors", "optimizer.bin",
+        "model.safetensors.index.json", "optimizer_0/", "global_step1/x", "other/adapter_model.bin", "rng_state_1.pth",
+    ],
+)  # fmt: skip
+def test_auto_passes_over_a_checkpoint_with_a_file_that_no_save_wrote_and_loading_reads(run, tmp_path, name):
+    folder = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    for harmless in ("notes.txt", "plots/loss.png"):
+        (folder / harmless).parent.mkdir(exist_ok=True)
+        (folder / harmless).write_text("of the user")
+    assert checkpoints.find(tmp_path, "auto", by_content=True) == folder
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if name.endswith("/") else path.write_bytes(b"evil")
+    assert checkpoints.find(tmp_path, "auto", by_content=True) is None
+    said = f"checkpoint-1 is damaged: {name.rstrip('/')} was not saved with it, and loading would read it"
+    assert checkpoints.passed_over(tmp_path, None).startswith(said)
+    with pytest.raises(ConfigError, match=said):
+        checkpoints.refuse_damaged(folder, weights_only=False)
+
+
+def test_a_scaler_of_another_precision_is_named(tmp_path):
+    training_state.check_scaler(None, tmp_path)
+    (tmp_path / "scaler.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds scaler.pt, .* this run has none"):
+        training_state.check_scaler(None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", [b"5", b"null", b"[1]", b'{"step": "x"}', b'{"a": 1}', b'{"step": 1e400}', b"\xff{nope", b"\0" * 9,
+             b"[" * 100_000, b'{"step": 3, "lo']
+)  # fmt: skip
+def test_lines_of_metrics_that_are_none_are_passed_over(tmp_path, line):
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    good = [json.dumps(row).encode() for row in rows]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], line, good[1], line]))
+    assert report._read_rows(tmp_path / "metrics.jsonl") == rows
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,24 @@
 
 import logging
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
-from posttrain import ALoLConfig, QAEConfig, yaml_text
+from posttrain import ALoLConfig, QAEConfig, RobustDPOConfig, log, yaml_text
 from posttrain.config import ModelArguments, parse
 from posttrain.config.strangers import VARIABLES
 from posttrain.console import complain
 from posttrain.errors import ConfigError, DataError
 from posttrain.hub.metadata import parse_card
+from posttrain.models import check_holds_safetensors
 from posttrain.objectives.advantages import leave_one_out_advantage
 from posttrain.recipe.tasks import TaskArguments
 from posttrain.rewards import get_rewards
+from posttrain.run import settings
 from posttrain.saved import read_yaml
 from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
 from posttrain.trainers.policy_gradient.prepare import advantage_function
@@ -164,6 +168,81 @@ def test_the_command_line_may_trust_a_models_code_and_send_completions_away(tmp_
     assert read(tmp_path, "log_completions_hub_repo:\n", *sends)[2].log_completions_hub_repo == "me/mine"
     assert read(tmp_path, "seed: 1\n", "--trust_remote_code", "true")[2].trust_remote_code is True
     assert read(tmp_path, "trust_remote_code: false\n")[2].trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    "kwargs, told",
+    [
+        *(
+            ({name: value}, f"names '{name}', which neither a run's loading takes nor the model's config")
+            for name, value in {
+                "gguf_file": "x.gguf", "subfolder": "../../etc", "variant": "../../x", "kernel_config": {"a": 1},
+                "offload_folder": "X", "ignore_mismatched_sizes": True, "weights_only": False, "config": {},
+                "state_dict": {}, "output_loading_info": True, "tp_plan": "auto", "_commit_hash": "x",
+            }.items()
+        ),
+        ({"use_safetensors": False}, "weights are loaded from safetensors alone"),
+        ({"device_map": {"": "disk"}}, "device_map puts weights on 'disk', where they cannot be trained"),
+        ({"device_map": "/etc/passwd"}, "device_map cannot be taken"),
+        ({"quantization_config": {"quant_method": "evil"}}, "quantization_config cannot be taken: Unknown quant"),
+        ({"max_memory": {"cpu": "1x"}}, "max_memory cannot be taken"),
+        ({"key_mapping": 5}, "key_mapping is 5; it must be a mapping"),
+        ({"hidden_size": 100_000}, "sets hidden_size, with which the model would have other weights"),
+        ({"vocab_size": 100_000_000}, "sets vocab_size, with which the model would have other weights"),
+        ({"attention_bias": True}, "sets attention_bias, with which the model would have other weights"),
+        ({"rope_parameters": 5}, "rope_parameters cannot be taken"),
+    ],
+)  # fmt: skip
+def test_settings_of_loading_that_cannot_be_are_refused_by_the_check_of_dry_run_and_trainer(tiny_folder, kwargs, told):
+    args = RobustDPOConfig("x", use_cpu=True, report_to="none", model_init_kwargs=kwargs)
+    with pytest.raises(ConfigError, match=f"model_init_kwargs.* {told}"):
+        settings.check(tiny_folder, args, None)
+
+
+def test_a_field_of_the_config_that_leaves_the_weights_may_be_set(tiny_folder):
+    kwargs = {"attention_dropout": 0.0, "rms_norm_eps": 1e-5, "dtype": "float32", "device_map": {"": "cpu"}}
+    args = RobustDPOConfig("x", use_cpu=True, report_to="none", model_init_kwargs=kwargs)
+    assert settings.check(tiny_folder, args, None)[0] == tiny_folder
+
+
+def test_a_folder_with_weights_as_pickles_alone_is_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(b"evil")
+    check_holds_safetensors(str(folder))
+    (folder / "model.safetensors").unlink()
+    args = RobustDPOConfig("x", use_cpu=True, report_to="none")
+    with pytest.raises(ConfigError, match="holds its weights as pickles .* only safetensors are loaded.*save_pretrain"):
+        settings.check(str(folder), args, None)
+    with pytest.raises(ConfigError, match="names the weights pytorch_model.bin, which are no safetensors"):
+        check_holds_safetensors(tiny_folder, SimpleNamespace(transformers_weights="pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("POSTTRAIN_LOG", "foo", "one of debug, info, warning, error, critical"),
+        ("ACCELERATE_LOG_LEVEL", "foo", "one of debug, info, warning, error, critical"),
+        ("OMP_NUM_THREADS", "null", "a variable's value is a text or a number"),
+        ("OMP_NUM_THREADS", "{a: 1}", "a variable's value is a text or a number"),
+        ("WANDB_TAGS", "[a]", "a variable's value is a text or a number"),
+        ("OMP_NUM_THREADS", "two", "a whole number above 0"),
+        ("OMP_NUM_THREADS", "0", "a whole number above 0"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "true", "a whole number above 0"),
+    ],
+)
+def test_env_takes_values_that_their_readers_take(tmp_path, monkeypatch, name, value, told):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"run.yaml:1: `env` sets {name} to .*{told}"):
+        read(tmp_path, f"env: {{{name}: {value}}}\n", kinds=(Toy,))
+    assert os.environ[name] == "1"
+
+
+def test_a_level_of_the_shell_that_is_none_is_named(monkeypatch):
+    monkeypatch.setattr(log, "_logger", logging.getLogger("posttrain.of-a-test"))
+    monkeypatch.setenv("POSTTRAIN_LOG", "foo")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="POSTTRAIN_LOG is 'foo'; it must be one of debug, info"):
+            log.get_logger()
 
 
 @dataclass

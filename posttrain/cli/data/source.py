@@ -33,10 +33,15 @@ class Source:
         from posttrain.data.columns import first_with_system, log_system_messages
         from posttrain.data.formats import detect
         from posttrain.data.rows import columns_of
-        from posttrain.data.sources import read_rows
+        from posttrain.data.sources import half_characters, read_rows
+        from posttrain.log import get_logger
 
         self.name, self.model = args.source, args.model
         self.rows, self.places = read_rows(args.source, args.split, limit)
+        if half := half_characters(self.rows, self.places):
+            if self.model is not None:
+                raise half
+            get_logger().warning("%s Training refuses it.", half)
         self.rows = turns.read_all(self.rows, self.places, args.source)
         self.shape = None if args.as_is else shapes.find(columns_of(self.rows), self.rows[0], name=args.source)
         self.rows, self.places = shapes.as_ours(self.rows, self.places, self.shape, args.source)
