@@ -37,13 +37,12 @@ def setting(default, help: str, *, identity, card, infinite: bool = False):
 
 
 def meanings(config_class: type) -> dict[str, Meaning]:
-    """Return what each field declares that a class, or one that it stands on, made with `setting`."""
+    """Return what each field declares that a class, or one that it stands on, made with `setting`; its own first."""
     found: dict[str, Meaning] = {}
     for kind in reversed(config_class.__mro__):
-        for name, entry in vars(kind).get("__dataclass_fields__", {}).items():
-            text = entry.metadata.get("help")
-            if isinstance(text, _Help):
-                found.setdefault(name, text.meaning)
+        texts = {name: entry.metadata.get("help") for name, entry in vars(kind).get("__dataclass_fields__", {}).items()}
+        own = {n: text.meaning for n, text in texts.items() if isinstance(text, _Help) and n not in found}
+        found = own | found
     return found
 
 

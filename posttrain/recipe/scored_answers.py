@@ -33,14 +33,17 @@ class ScoredArguments(DataArguments):
         return {yours: ours for ours, yours in named.items() if yours is not None and yours != ours}
 
 
-def load_answers(data_args: ScoredArguments, training_args):
-    """Load the scored answers to train on, and those for evaluation if named or asked for by `eval_strategy`."""
+def load_answers(data_args: ScoredArguments, training_args, answers_class=None):
+    """Load the scored answers to train on, and those for evaluation if named or asked for by `eval_strategy`.
+
+    `answers_class`: the trainer's; A-LoL's by default.
+    """
     from posttrain.data.scored.loading import load_scored
     from posttrain.data.scored.scales import check_scales
     from posttrain.trainers.offline.a_lol_answers import ALoLAnswers
 
     needs_reward = training_args.weighs_by is not None and data_args.reward_func is None
-    keep, rewards = tuple(ALoLAnswers(training_args).kept_columns()), {}
+    keep, rewards = tuple((answers_class or ALoLAnswers)(training_args).kept_columns()), {}
 
     def load(source, split, limit, convert=True, **given):
         found = load_scored(
@@ -61,13 +64,20 @@ def load_answers(data_args: ScoredArguments, training_args):
 
 
 def describe(
-    model_id: str, args, data_args: ScoredArguments, train_dataset, peft_config=None, eval_dataset=None
+    model_id: str,
+    args,
+    data_args: ScoredArguments,
+    train_dataset,
+    peft_config=None,
+    eval_dataset=None,
+    answers_class=None,
 ) -> dict:
     """Describe a run: answers, steps, parameters and checkpoint size, statistics of the rewards, the first answer.
 
     Settings and data are checked as the trainer would. The tokenizer is loaded, every answer is tokenised, and the
     model is built without memory for its weights. Answers that fit `max_length` are weighed; those that will have no
-    gradient are counted where their values are known without the model.
+    gradient are counted where their values are known without the model. `answers_class`: the trainer's; A-LoL's by
+    default.
 
     Raises:
         ConfigError, DataError, EnvironmentIssue: what the trainer would refuse before the model's weights load, and
@@ -83,7 +93,7 @@ def describe(
 
     config, name = dry_run.check(model_id, args, peft_config), "train_dataset"
     processing_class = processing_class_for(model_id, None, args)
-    answers = ALoLAnswers(args, data_args.reward_func)
+    answers = (answers_class or ALoLAnswers)(args, data_args.reward_func)
     if data_args.reward_func is not None and args.allow_code is None:
         # one that is none is refused here; what it gives is known once it has scored the answers
         scoring.check_reward(data_args.reward_func)

@@ -126,11 +126,18 @@ class CommonConfig:
         self._resolved_upstream = False
         return self
 
+    def _read_family(self):
+        """Read what the family's mixin reads of every method's settings, before `_read`. Raises ConfigError."""
+
     def _read(self):
         """Read the method's own settings, before TRL's config reads the others: fill in what follows, refuse the rest.
 
         Raises ConfigError.
         """
+
+    def _unused(self) -> dict[str, tuple[tuple, str]]:
+        """Return the inherited settings that the trainer does not use: the values that ask for nothing, and advice."""
+        return {}
 
     def _check_resolved(self):
         """Check settings that TRL's config fills in. Raises ConfigError."""
@@ -141,7 +148,12 @@ class CommonConfig:
             # what to_dict gives in the token's place
             self.hub_token = None
         with upstream_refusals("these settings are refused"):
+            self._read_family()
             self._read()
+        for name, (neutral, instead) in self._unused().items():
+            value = getattr(self, name)
+            if value not in neutral:
+                raise ConfigError(f"{name} is {value}, which this trainer does not use; {instead}. Leave {name} out.")
         if self.neftune_noise_alpha is not None:
             raise ConfigError(
                 f"neftune_noise_alpha is {self.neftune_noise_alpha}; its noise would fall on reference and scoring "

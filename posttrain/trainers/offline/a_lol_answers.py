@@ -26,16 +26,11 @@ class ALoLAnswers(Answers):
         self._mean_reward: float | None = None
 
     @property
-    def needs_rewards(self) -> bool:
-        return self.args.weighs_by is not None
-
-    @property
     def weighed_late(self) -> bool:
         return self.args.value == "head" or super().weighed_late
 
     @property
     def has_head(self) -> bool:
-        """Return whether the values of prompts are learned by a value head."""
         return self.args.weighs_by == "advantages" and self.args.value == "head"
 
     def kept_columns(self) -> dict[str, str]:

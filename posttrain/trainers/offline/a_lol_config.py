@@ -11,7 +11,7 @@ from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import offline
-from posttrain.run.config import CommonConfig
+from posttrain.trainers.offline.config import OfflineConfig
 
 VALUES = ("mean", "per_prompt", "column", "head")
 WEIGHTINGS = ("weight", "sample", "sample_and_weight")
@@ -22,7 +22,7 @@ def _has_head(args) -> bool:
 
 
 @dataclass(repr=False)
-class ALoLConfig(CommonConfig, SFTConfig):
+class ALoLConfig(OfflineConfig, SFTConfig):
     """Settings of `ALoLTrainer`: those of `trl.SFTConfig` and the ones below.
 
     Raises:
@@ -103,34 +103,13 @@ class ALoLConfig(CommonConfig, SFTConfig):
     value_head_dir: str | None = setting(
         None, "Folder where value heads are looked for and kept. Default: output_dir.", identity=False, card=False
     )
-    prefix_sharing: str = setting(
-        "auto",
-        "Compute a prompt once for all of its answers in a batch, and no padding: auto, always or never.",
-        identity=False,
-        card=True,
-    )
-    check_reference: bool = setting(
-        True,
-        "Stop where the policy differs from its own starting weights before the first step.",
-        identity=False,
-        card=True,
-    )
-    ref_cache_dir: str | None = setting(
-        None,
-        "Folder of cached reference log-probabilities. Default: reference_logps in $POSTTRAIN_CACHE or "
-        "~/.cache/posttrain.",
-        identity=False,
-        card=False,
-    )
 
-    always_in_card: ClassVar = ("max_length",)
-    nulls: ClassVar = CommonConfig.nulls | {"clip": "exact importance ratios"}
+    nulls: ClassVar = OfflineConfig.nulls | {"clip": "exact importance ratios"}
     says: ClassVar = ("variant", "value")
 
     def _read(self):
         check_choice("variant", self.variant, offline.VARIANTS)
         check_choice("value", self.value, VALUES)
-        check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
         check_choice("advantage_weighting", self.advantage_weighting, WEIGHTINGS)
         for name in ("clip", "kl_beta", "reward_max", "value_learning_rate"):
             value = getattr(self, name)
@@ -157,16 +136,19 @@ class ALoLConfig(CommonConfig, SFTConfig):
         self._check_head()
         self._check_weighting()
         self._warn_of_settings_without_effect()
-        self._refuse_settings_without_effect()
 
     @property
     def weighs_by(self) -> str | None:
-        """Return by what an answer is weighed: "rewards", "advantages" or None."""
         return offline.weight_of(self.variant)
 
     @property
     def needs_reference(self) -> bool:
         return self.variant in offline.NEEDS_REFERENCE
+
+    @property
+    def drawn_by(self) -> str | None:
+        drawn = self.advantage_weighting != "weight"
+        return f"advantage_weighting is {self.advantage_weighting}" if drawn else None
 
     def _check_head(self):
         for name in ("reward_max", "value_learning_rate"):
@@ -254,19 +236,6 @@ class ALoLConfig(CommonConfig, SFTConfig):
             if not used and getattr(self, name) != fields[name].default:
                 get_logger().warning("%s: %s has no effect here: %s.", name, getattr(self, name), why)
 
-    def _refuse_settings_without_effect(self):
-        packing = (
-            "an answer's importance ratio is of the whole sequence" if self.needs_reference else "a row has a weight"
-        )
-        for name, value, neutral, instead in (
-            ("loss_type", self.loss_type, ("nll",), "choose with `variant`"),
-            ("packing", self.packing, (False,), f"{packing}, so rows cannot be joined"),
-            ("eval_packing", self.eval_packing, (None, False), f"{packing}, so rows cannot be joined"),
-            ("padding_free", self.padding_free, (False,), f"{packing}, so rows cannot be joined"),
-            ("completion_only_loss", self.completion_only_loss, (None, True), "the answer is what was scored"),
-            ("assistant_only_loss", self.assistant_only_loss, (False,), "the answer is what was scored"),
-            ("label_smoothing_factor", self.label_smoothing_factor, (0, 0.0), "it would smooth the importance ratio"),
-            ("dataset_kwargs", self.dataset_kwargs or None, (None,), "rows are prepared here"),
-        ):
-            if value not in neutral:
-                raise ConfigError(f"{name} is {value}, which this trainer does not use; {instead}. Leave {name} out.")
+    def _unused(self):
+        unused = super()._unused()
+        return unused | {"loss_type": (unused["loss_type"][0], "choose with `variant`")}

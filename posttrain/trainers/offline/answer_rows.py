@@ -72,10 +72,10 @@ class AnswerColumns(ExtraColumns):
 
 def check_stream(args, dataset) -> None:
     """Refuse a stream where rows are drawn by weight."""
-    if dataset is not None and not hasattr(dataset, "__len__") and args.advantage_weighting != "weight":
+    if dataset is not None and not hasattr(dataset, "__len__") and args.drawn_by is not None:
         raise ConfigError(
-            f"train_dataset is a stream, and advantage_weighting is {args.advantage_weighting}: rows are drawn by "
-            "their weights, which are known of all rows or not at all. Load it into memory, "
+            f"train_dataset is a stream, and {args.drawn_by}: rows are drawn by their weights, which are known of all "
+            "rows or not at all. Load it into memory, "
             "`datasets.Dataset.from_list(list(stream.take(n)))`."
         )
 

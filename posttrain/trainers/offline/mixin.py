@@ -110,7 +110,7 @@ class OfflineMixin(SFTMixin):
 
     # stands on Trainer._get_train_sampler
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.advantage_weighting == "weight":
+        if self.args.drawn_by is None:
             return super()._get_train_sampler(train_dataset)
         weights = self.train_dataset["weight"][:]
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed

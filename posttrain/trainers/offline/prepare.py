@@ -35,7 +35,12 @@ class Answers:
     @property
     def needs_rewards(self) -> bool:
         """Return whether rows need a reward."""
-        return True
+        return self.args.weighs_by is not None
+
+    @property
+    def has_head(self) -> bool:
+        """Return whether the values of prompts are learned by a value head."""
+        return False
 
     @property
     def weighed_late(self) -> bool:

@@ -22,7 +22,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     """Settings of `PolicyGradientTrainer`: those of `trl.GRPOConfig` and the ones below.
 
     At the defaults it is TRL's GRPOTrainer bit for bit, with `prefix_sharing: never` and `drop_zero_advantage_rows:
-    false`.
+    false`. It is its family's config: every method on rollouts has these settings, and `_read` is free for its own.
 
     Raises:
         ConfigError: (a ValueError) a value out of range, or settings that exclude each other.
@@ -165,7 +165,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         "drop_dead_rows": "drop_zero_advantage_rows", "max_dead_steps": "max_steps_without_gradient",
     }  # fmt: skip
 
-    def _read(self):
+    def _read_family(self):
         self.weighs_tokens = False
         if self.estimator is not None:
             self._compile_estimator()

@@ -76,10 +76,7 @@ def check_flip_rates(args, train_dataset, eval_dataset) -> None:
     """Refuse a flip_rate column with an impossible rate, where the loss reads it."""
     if not args.reads_flip_rate:
         if "flip_rate" in (getattr(train_dataset, "column_names", None) or ()):
-            get_logger().warning(
-                "train_dataset's column flip_rate is not read by pair_loss %s; `pair_loss: rdpo` or `cdpo` reads it",
-                args.pair_loss,
-            )
+            get_logger().warning("train_dataset's column flip_rate is not read by %s", args.flip_rate_is_not_read_by)
         return
     named = {"train_dataset": train_dataset}
     named.update(eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset})

@@ -11,7 +11,8 @@ from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import preference
-from posttrain.run.config import CommonConfig, under_deepspeed
+from posttrain.run.config import under_deepspeed
+from posttrain.trainers.preference.config import PreferenceConfig
 
 PAIR_LOSSES = ("dpo", "cdpo", "rdpo", "hinge", "ipo")
 NEEDS_FLIP_RATE = ("cdpo", "rdpo")
@@ -20,7 +21,7 @@ LOSS_TYPES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "rdpo"
 
 
 @dataclass(repr=False)
-class RobustDPOConfig(CommonConfig, DPOConfig):
+class RobustDPOConfig(PreferenceConfig, DPOConfig):
     """Settings of `RobustDPOTrainer`: those of `trl.DPOConfig` and the ones below.
 
     At the defaults it is TRL's DPO. `loss_type: sigmoid | hinge | ipo | robust` chooses the pair loss by TRL's name for
@@ -70,29 +71,8 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
         identity=True,
         card=True,
     )
-    prefix_sharing: str = setting(
-        "auto",
-        "Compute the prompt of a pair once for both answers: auto (where the model allows), always (an "
-        "error where it does not) or never (padded pairs, as TRL has them).",
-        identity=False,
-        card=True,
-    )
-    check_reference: bool = setting(
-        True,
-        "Stop where policy and reference, meant to be the same weights, differ before the first step.",
-        identity=False,
-        card=True,
-    )
-    ref_cache_dir: str | None = setting(
-        None,
-        "Folder of cached reference log-probabilities, used with precompute_ref_log_probs. Default: "
-        "reference_logps in $POSTTRAIN_CACHE or ~/.cache/posttrain.",
-        identity=False,
-        card=False,
-    )
 
     replaces: ClassVar = {"loss_type": ("pair_loss",), "pair_loss": ("loss_type",)}
-    always_in_card: ClassVar = ("beta", "max_length")
     says: ClassVar = ("pair_loss", "flip_rate")
 
     @property
@@ -102,14 +82,16 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
 
     @property
     def reads_flip_rate(self) -> bool:
-        """Return whether the loss of a pair depends on how likely its label is flipped."""
         return self.pair_loss in NEEDS_FLIP_RATE
+
+    @property
+    def flip_rate_is_not_read_by(self) -> str:
+        return f"pair_loss {self.pair_loss}; `pair_loss: rdpo` or `cdpo` reads it"
 
     def _read(self):
         check_choice("reduction", self.reduction, ("mean", "dr_dpo"))
         check_choice("dr_dpo_scope", self.dr_dpo_scope, ("global", "micro_batch"))
         check_choice("dr_dpo_window", self.dr_dpo_window, ("two_pass", "rescale"))
-        check_choice("prefix_sharing", self.prefix_sharing, ("auto", "always", "never"))
         self._read_loss_type()
         if self.pair_loss is None:
             self.pair_loss = "rdpo" if self.flip_rate and self.reduction == "mean" else "dpo"
@@ -127,11 +109,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
                 f"`pair_loss: {'rdpo` or `' * (self.reduction == 'mean')}cdpo`, or `flip_rate: 0`.",
                 {"flip_rate": ("pair_loss", "loss_type", "reduction")},
             )
-        if isinstance(self.beta, str) or not self.beta > 0:
-            raise ConfigError(f"beta is {self.beta!r}; it must be a number above 0 (0.1 is usual).")
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ConfigError(f"ld_alpha is {self.ld_alpha}; it must lie in [0, 1], or be left out.")
-        self._refuse_settings_without_effect()
+        self._check_label_smoothing()
         self._check_dr_dpo()
 
     def _read_loss_type(self):
@@ -164,7 +142,7 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
                     "loss_type robust with label_smoothing 0 is plain DPO: it assumes no flipped label"
                 )
 
-    def _refuse_settings_without_effect(self):
+    def _check_label_smoothing(self):
         if self.label_smoothing and (self.pair_loss != "rdpo" or self.label_smoothing != self.flip_rate):
             what = f"flip_rate is {self.flip_rate:g}" if self.pair_loss in NEEDS_FLIP_RATE else "it reads none"
             raise ExcludedSetting(
@@ -172,14 +150,11 @@ class RobustDPOConfig(CommonConfig, DPOConfig):
                 f"({what}). Set `flip_rate` with `pair_loss: rdpo` or `cdpo`, and leave label_smoothing out.",
                 {"label_smoothing": ("pair_loss", "loss_type", "flip_rate"), "flip_rate": ("label_smoothing",)},
             )
-        for name, value, neutral, instead in (
-            ("f_divergence_type", self.f_divergence_type, "reverse_kl", "trl.DPOTrainer has it"),
-            ("use_weighting", self.use_weighting, False, "trl.DPOTrainer has WPO weights"),
-            ("label_smoothing_factor", self.label_smoothing_factor, 0.0, "write `flip_rate` with `pair_loss: cdpo`"),
-            ("padding_free", self.padding_free, False, "TRL itself ignores it for now"),
-        ):
-            if value != neutral:
-                raise ConfigError(f"{name} is {value}, which this trainer does not use; {instead}. Leave {name} out.")
+
+    def _unused(self):
+        read = ("loss_type", "loss_weights", "label_smoothing")
+        unused = {name: told for name, told in super()._unused().items() if name not in read}
+        return unused | {"label_smoothing_factor": ((0.0,), "write `flip_rate` with `pair_loss: cdpo`")}
 
     def _check_dr_dpo(self):
         if self.reduction != "dr_dpo":

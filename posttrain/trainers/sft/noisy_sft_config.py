@@ -11,11 +11,11 @@ from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.mechanisms.noise.draws import KINDS
 from posttrain.objectives.consistency import MODES
-from posttrain.run.config import CommonConfig
+from posttrain.trainers.sft.config import InstructionConfig
 
 
 @dataclass(repr=False)
-class NoisySFTConfig(CommonConfig, SFTConfig):
+class NoisySFTConfig(InstructionConfig, SFTConfig):
     """Settings of `NoisySFTTrainer`: those of `trl.SFTConfig` and the ones below.
 
     Raises:
@@ -133,7 +133,6 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
         64, "New tokens of each row of accepted_tokens_rows, at most.", identity=False, card=False
     )
 
-    always_in_card: ClassVar = ("max_length",)
     weights_have_noise: ClassVar = True
     says: ClassVar = ("embedding_noise", "hidden_noise", "token_noise")
 
@@ -328,17 +327,6 @@ class NoisySFTConfig(CommonConfig, SFTConfig):
                 ("embedding_noise",),
                 f"noise_alpha is {alpha:g}, which has no effect on embedding_noise: none. Set `embedding_noise: "
                 "neftune`, or leave noise_alpha out.",
-            )
-        check_choice("loss_type", self.loss_type, ("nll", "dft", "chunked_nll"))
-        check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
-        if self.packing and self.max_length is None:
-            raise ConfigError("packing is true, and max_length is null: rows are filled up to it. Set max_length.")
-        if self.padding_free and not self.packing and self.max_length is not None:
-            raise ExcludedSetting(
-                f"padding_free is true, where nothing cuts rows to max_length ({self.max_length}). Set `max_length: "
-                "null`, or `packing: true`.",
-                # left out, max_length would be TRL's
-                {"padding_free": ("max_length", "packing")},
             )
         self._read_hidden()
         self._read_tokens()
