@@ -193,6 +193,9 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
         rows += _adapter(adapter)
     if hasattr(adapter, "scheme"):
         rows = adapter.in_card(trainer) + rows
+    dtype = str(getattr(trainer.model, "dtype", "float32")).removeprefix("torch.")
+    if dtype != "float32":
+        rows.append(("dtype", dtype))
     bits = next((bits for bits in (4, 8) if getattr(trainer.model, f"is_loaded_in_{bits}bit", False)), None)
     if bits:
         rows.append(("base weights", f"{bits} bit"))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig
 from transformers.trainer_utils import SchedulerType
 
@@ -75,6 +76,13 @@ def test_a_card_tells_every_upstream_setting_that_a_resumed_run_must_share(kind,
     told = dict(_settings(SimpleNamespace(args=args, state=SimpleNamespace(global_step=1), model=None), None))
     assert {name for name in names if told.get(name) != "other"} == set()
     assert {"label_smoothing_factor", "lr_scheduler_kwargs", "adam_beta2", "even_batches"} <= names
+
+
+def test_a_card_tells_the_kind_of_the_weights_where_it_is_not_fp32(tmp_path):
+    run = SimpleNamespace(args=make(RobustDPOConfig, tmp_path), state=SimpleNamespace(global_step=1))
+    for dtype, told in ((torch.bfloat16, "bfloat16"), (torch.float32, None)):
+        run.model = SimpleNamespace(dtype=dtype)
+        assert dict(_settings(run, None)).get("dtype") == told
 
 
 ADAPTERS = [
