@@ -33,7 +33,7 @@ UNSHARDED = {f"{name}/{key}" for name, m in METHODS.items() for key in m.unshard
 DDP = [f"{name}/{key}" for name, m in METHODS.items() for key in m.ddp]
 SHARDED = [f"{name}/{key}" for name, m in METHODS.items() for key in m.sharded]
 # ZeRO-2 is between the others: of it what is saved and evaluated
-CORE = {"cpu_ddp": DDP, "cpu_zero2": [*(f"robust_dpo/{key}" for key in SAVED), EVALUATED], "cpu_zero3": SHARDED}
+CORE = {"cpu_ddp": DDP, "cpu_zero2": [*SAVED, EVALUATED], "cpu_zero3": SHARDED}
 
 
 def method_of(key: str):
@@ -76,11 +76,11 @@ class Launch:
 
     def change(self, case: str) -> dict[str, torch.Tensor]:
         # DDP and the engines prefix nothing: the names are those of the inner model
-        start = f"{case.split('/')[1]}|"
+        start = f"{case}|"
         return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
 
     def __getitem__(self, name: str):
-        return lambda case: self.results[name][case.split("/")[1]]
+        return lambda case: self.results[name][case]
 
 
 FORKED = [f"{backend}-forked" for backend in ("cpu_ddp", "cpu_zero2", "cpu_zero3")]
@@ -103,7 +103,7 @@ def single(tiny_folder, tmp_path_factory):
         if name not in known:
             whole = case | method.split(method.step) | method.plain | (ANSWERS if key == EVALUATED else {})
             change, trainer = method.train(tiny_folder, tmp_path_factory.mktemp("single"), **whole)
-            held_out = trainer.evaluate(make_pairs(**HELD_OUT)) if key.split("/")[1] in SAVED else None
+            held_out = trainer.evaluate(make_pairs(**HELD_OUT)) if key in SAVED else None
             held_out = trainer.evaluate() if key == EVALUATED else held_out
             known[name] = change, entries(trainer), method.outcome(trainer), held_out
         return known[name]
@@ -172,8 +172,9 @@ def test_saved_models_reload_on_one_process_with_equal_logits(launch, tiny_folde
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     with torch.no_grad():
         untrained = base(input_ids=ids).logits
-        adapted = PeftModel.from_pretrained(base, launch.out / "dr_dpo" / "saved").eval()(input_ids=ids).logits
-        full = AutoModelForCausalLM.from_pretrained(launch.out / "dr_dpo-full" / "saved").eval()(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, launch.out / "robust_dpo/dr_dpo/saved").eval()(input_ids=ids).logits
+        full = AutoModelForCausalLM.from_pretrained(launch.out / "robust_dpo/dr_dpo-full/saved").eval()
+        full = full(input_ids=ids).logits
     for kind, logits in (("lora", adapted), ("full", full)):
         torch.testing.assert_close(logits, launch.tensors[f"logits|{kind}"], atol=1e-5, rtol=1e-5)
         assert (logits - untrained).abs().max() > 1e-3, "training changed nothing"
@@ -181,9 +182,9 @@ def test_saved_models_reload_on_one_process_with_equal_logits(launch, tiny_folde
 
 def test_an_adapter_checkpoint_leaves_the_frozen_base_out(launch, tiny_folder):
     base = (Path(tiny_folder) / "model.safetensors").stat().st_size
-    adapter = (launch.out / "dr_dpo" / "saved" / "adapter_model.safetensors").stat().st_size
+    adapter = (launch.out / "robust_dpo/dr_dpo" / "saved" / "adapter_model.safetensors").stat().st_size
     assert adapter < base / 5
-    checkpoint = launch.out / "dr_dpo" / "checkpoint-2"
+    checkpoint = launch.out / "robust_dpo/dr_dpo" / "checkpoint-2"
     weights = [path for path in checkpoint.rglob("*") if re.search(r"\.(safetensors|pt|bin)$", path.name)]
     states = sum(path.stat().st_size for path in weights if "rng" not in path.name)
     assert adapter < states < base, "the adapter and its optimiser, not the base"
@@ -192,8 +193,7 @@ def test_an_adapter_checkpoint_leaves_the_frozen_base_out(launch, tiny_folder):
 
 def test_evaluation_counts_every_row_once(launch, single):
     # 11 rows over 2 ranks x 3: the last round is filled up
-    for case, kind in SAVED.items():
-        key = f"robust_dpo/{case}"
+    for key, kind in SAVED.items():
         expected, ours = single(key, EQUAL[key])[3], launch.results[kind]["eval"]
         for name in expected:
             if "/" in name or name == "eval_loss":

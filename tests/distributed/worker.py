@@ -21,7 +21,7 @@ from tests.scored import make_scored
 # a seed without a pair of equal sides: rounding would decide which of them is the likelier
 HELD_OUT = dict(n=11, seed=10)
 # runs that are saved and evaluated as well: one of an adapter, one of the whole model
-SAVED = {"dr_dpo": "lora", "dr_dpo-full": "full"}
+SAVED = {"robust_dpo/dr_dpo": "lora", "robust_dpo/dr_dpo-full": "full"}
 # a run that is evaluated: a rank has eight of eleven rows, the other three, and five that fill up
 EVALUATED = "noisy_sft/noisefit"
 ANSWERS = dict(per_device_eval_batch_size=8, eval_dataset=make_scored(11, seed=10).remove_columns("reward"))
@@ -98,16 +98,16 @@ def main(folder: str, out: str, chosen: str, embedded: str) -> None:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     # what is imported by now need not be gone over at the end of each run
     gc.freeze()
-    for whole_key, case in json.loads(chosen).items():
-        name, key = whole_key.split("/")
-        method, target = METHODS[name], out / key
+    for key, case in json.loads(chosen).items():
+        # methods may have cases of one name
+        method, target = METHODS[key.split("/")[0]], out / key
         # a second engine in the process would otherwise find the first one's plugin
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
         more = dict(save_strategy="steps", save_steps=2, per_device_eval_batch_size=3) if key in SAVED else {}
         if more:
             more["held_out"] = make_pairs(**HELD_OUT)
-        if whole_key == EVALUATED:
+        if key == EVALUATED:
             more = ANSWERS
         change, trainer = method.train(folder, target, snapshot=snapshot, **case, **more, **method.launch)
         changes |= {f"{key}|{part}": value.contiguous().cpu() for part, value in change.items()}
@@ -117,7 +117,7 @@ def main(folder: str, out: str, chosen: str, embedded: str) -> None:
             results["engine"] = engine_facts(trainer)
             # while ZeRO-3 is configured: all ranks ask for a model that is not built yet
             results["embedded"] = embedded and sorted(os.listdir(resolve_model(embedded)))
-        if whole_key == EVALUATED:
+        if key == EVALUATED:
             results["answers"] = trainer.evaluate()
         if key in SAVED:
             results[SAVED[key]] = saved(trainer, target)
