@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from posttrain.config.setting import defaults_of
 from posttrain.errors import ConfigError, DataError
 from posttrain.hub.metadata import license_fields, read_metadata
 from posttrain.models import SMOLLM2, TINY, embedded_name
@@ -44,6 +43,9 @@ def adapter_config(model):
 
 def changed_settings(adapter) -> dict[str, object]:
     """Return the settings of a PEFT config that change the model and are not at PEFT's default, by name."""
+    # the package loads TRL
+    from posttrain.config.setting import defaults_of
+
     kind = next(kind for kind in type(adapter).__mro__ if kind.__module__.split(".")[0] == "peft")
     defaults = defaults_of(kind)
     told = {name: value for name, value in adapter.to_dict().items() if name in _PLACES or name not in NOT_THE_ADAPTER}
