@@ -342,7 +342,7 @@ robust_dpo = Method(
     },
     # by DeepSpeed, as tests/trainers asserts
     unsharded=("dr_dpo-rescale",),
-    ddp=("dr_dpo", "dr_dpo-rescale", "dr_dpo-full"),
+    ddp=("dr_dpo", "dr_dpo-full"),
     sharded=("dr_dpo", "dr_dpo-full"),
     plain=PADDED | dict(precompute_ref_log_probs=False),
     describe=_told_of_pairs,
@@ -444,7 +444,7 @@ a_lol = Method(
             "a_lol-head": dict(variant="a_lol", value="head", value_folds=2, value_learning_rate=0.01),
         }.items()
     },
-    ddp=("a_lol-sampled-and-weighed", "a_lol-head"),
+    ddp=("a_lol-sampled-and-weighed",),
     sharded=("a_lol-head",),
     describe=_told_of_answers,
     counted=("of them with a gradient",),
@@ -531,7 +531,7 @@ policy_gradient = Method(
     },
     # use_cpu would have accelerate look past DeepSpeed
     launch=dict(use_cpu=None),
-    ddp=("hpt", "dapo"),
+    ddp=("hpt",),
     sharded=("hpt",),
     generated={"generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)},
     describe=_told_of_tasks,

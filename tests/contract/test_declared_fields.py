@@ -319,6 +319,7 @@ def test_numpys_values_are_taken_in_lists_adapters_and_mixtures(tmp_path):
     assert LoraConfig.from_pretrained(tmp_path).rank_pattern == {"q_proj": 2}
 
 
+@pytest.mark.core("ALoLConfig", "HPTConfig")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_whole_number_that_no_float_holds_is_refused_by_name(kind, tmp_path):
     # a text of more than 4300 digits is an error of Python's own

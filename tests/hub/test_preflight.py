@@ -103,6 +103,7 @@ def test_a_push_at_the_end_gives_the_address_of_its_commit(client, hub, saved_ru
     assert client("push_run", blocking=False, **settings).value == f"{hub.endpoint}/me/run/commit/{1:040x}"
 
 
+@pytest.mark.core("fault2")
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

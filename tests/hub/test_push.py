@@ -115,6 +115,7 @@ def test_the_card_names_the_base_its_license_and_the_repository(client, hub, sav
     assert "24 training rows, 6 evaluation rows" in text and "2403.00409" in text and "None" not in text
 
 
+@pytest.mark.slow
 def test_the_pushed_adapter_loads_with_plain_peft_and_says_the_same(client, hub, saved_run, tmp_path):
     push(client, saved_run)
     arrive(hub, tmp_path)
@@ -134,6 +135,7 @@ def test_the_local_run_still_names_its_local_base(client, hub, saved_run):
     assert {path: path.read_bytes() for path in saved_run.folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_merged_push_is_a_model_that_says_what_the_adapter_said(client, hub, saved_run, tmp_path):
     answer = push(client, saved_run, merged=True)
     assert answer.error is None
@@ -186,6 +188,7 @@ def test_the_card_that_peft_writes_in_a_checkpoint_loses_the_local_path(saved_ru
     assert metadata_of((tmp_path / "README.md").read_bytes())["base_model"] == "org/base"
 
 
+@pytest.mark.slow
 def test_a_second_push_of_the_same_run_makes_no_empty_commit(client, hub, saved_run):
     push(client, saved_run)
     again = push(client, saved_run)
@@ -211,6 +214,7 @@ def test_a_server_error_that_passes_is_tried_again(client, hub, saved_run, place
     assert answer.log[0].endswith("Trying again in 0.05 s.")
 
 
+@pytest.mark.slow
 def test_a_server_error_that_stays_ends_after_the_last_try(client, hub, saved_run):
     hub.fail(COMMIT, 503, times=99, message="under maintenance")
     answer = push(client, saved_run)
@@ -235,6 +239,7 @@ def test_a_line_that_goes_dead_is_tried_again(client, hub, saved_run, place):
     assert hub.repositories["me/run"].files["adapter_model.safetensors"] == weights
 
 
+@pytest.mark.slow
 def test_a_line_that_stays_dead_is_named(client, hub, saved_run):
     hub.fail(COMMIT, "drop", times=99)
     answer = push(client, saved_run)
@@ -260,6 +265,7 @@ def test_a_conflict_is_tried_again_and_then_named(client, hub, saved_run):
     assert hub.count(COMMIT) == 2 + 3
 
 
+@pytest.mark.slow
 def test_an_existing_repository_is_written_to(client, hub, saved_run):
     push(client, saved_run)
     (file,) = [line for line in hub.requests if "auth-check" in line] or [None]
@@ -344,6 +350,7 @@ MODEL_FILES = (
 )
 
 
+@pytest.mark.core("model.safetensors.index.json")
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_an_adapter_is_not_put_beside_a_whole_model(client, hub, saved_run, name):
     hub.repositories["me/run"] = Repository(files={name: b"theirs", "config.json": b"{}"})
@@ -356,6 +363,7 @@ def test_an_adapter_is_not_put_beside_a_whole_model(client, hub, saved_run, name
     assert client("preflight", is_adapter=False).error is None
 
 
+@pytest.mark.core("adapter_model.safetensors")
 @pytest.mark.parametrize("name", ADAPTER_FILES)
 def test_a_whole_model_is_not_put_beside_an_adapter(client, hub, saved_run, name):
     hub.repositories["me/run"] = Repository(files={name: b"theirs", "README.md": b"mine"})
@@ -368,6 +376,7 @@ def test_a_whole_model_is_not_put_beside_an_adapter(client, hub, saved_run, name
     assert client("preflight", is_adapter=True).error is None
 
 
+@pytest.mark.core("eval")
 @pytest.mark.parametrize("name", ["model_card.md", "eval/model.safetensors", "adapter_notes.txt", "config.json"])
 def test_other_files_of_a_repository_are_no_weights(client, hub, saved_run, name):
     hub.repositories["me/run"] = Repository(files={name: b"theirs"})

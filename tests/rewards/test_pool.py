@@ -245,6 +245,7 @@ def test_a_fork_that_comes_back_from_the_verifier_replies_to_nobody(pool):
         assert [outcome.value for outcome in score(pool, *answers)] == [0.0, 1.0, 0.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_after_a_map_that_was_cut_short_the_next_gets_its_own_replies(pool):
     with pytest.raises(TypeError, match="not JSON serializable"):
         score(pool, "1", object())

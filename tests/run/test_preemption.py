@@ -85,6 +85,7 @@ def test_an_evaluation_that_was_due_is_left_out(tiny_folder, tmp_path, sending, 
     assert "SIGTERM came: the evaluation that was due at step 2 is left out" in logged.text
 
 
+@pytest.mark.slow
 def test_the_epoch_of_a_run_that_ends_early_is_not_over(tiny_folder, tmp_path, sending, logged):
 
     sending(1, signal.SIGTERM)
@@ -108,6 +109,7 @@ def test_the_minutes_leave_room_for_the_longest_step(monkeypatch):
     assert stop._reason_of(stop._asked(Args, True), Args) == "max_minutes: 2.5 leave no time to go on"
 
 
+@pytest.mark.slow
 def test_a_handler_of_the_caller_is_left_in_place(tiny_folder, tmp_path, sending):
     got = []
     sending(2, signal.SIGUSR1)

@@ -77,7 +77,7 @@ METHODS = {
 }
 
 
-@pytest.mark.core("a_lol", "r_lol", "wbc")
+@pytest.mark.core("a_lol_seq", "r_lol")
 @pytest.mark.parametrize("variant", METHODS)
 def test_a_run_is_that_of_the_pure_function_on_full_logits(tiny_folder, tmp_path, variant):
     rows, steps = make_scored(8), 2

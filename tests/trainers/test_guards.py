@@ -147,6 +147,7 @@ def test_a_run_that_was_done_takes_no_further_step(tiny_folder, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_with_its_file(tiny_folder, tmp_path):
     run = dict(max_steps=2, save_strategy="steps", save_steps=2)
     build(tiny_folder, tmp_path, **run).train()

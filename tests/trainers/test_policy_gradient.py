@@ -36,6 +36,7 @@ def said(caplog, monkeypatch):
     return lambda: caplog.text
 
 
+@pytest.mark.slow
 def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):
     def even(completion_ids, **columns):
         return [float(sum(ids) % 2) for ids in completion_ids]
@@ -50,7 +51,7 @@ def test_generated_rollouts_are_the_parents_too(tiny_folder, tmp_path):
 QUICK = ("grpo", "bnpo", "dapo", "gspo")
 
 
-@pytest.mark.core("dapo-2", "gspo-8")
+@pytest.mark.core("dapo-2")
 @pytest.mark.parametrize("size", [1, 2, 8])
 @pytest.mark.parametrize(
     "loss", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]

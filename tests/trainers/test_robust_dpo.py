@@ -14,6 +14,7 @@ PARENT = dict(trainer_class=DPOTrainer, config_class=DPOConfig, use_cpu=True, bf
 DR_DPO = dict(reduction="dr_dpo", beta_prime=0.3)
 
 
+@pytest.mark.slow
 def test_rdpo_is_trl_robust(tiny_folder, tmp_path):
     reference, parent = train(tiny_folder, tmp_path / "trl", loss_type="robust", label_smoothing=0.2, **PARENT)
     change, trainer = train(tiny_folder, tmp_path / "ours", pair_loss="rdpo", flip_rate=0.2, prefix_sharing="never")
@@ -111,6 +112,7 @@ def test_one_dominant_pair_is_warned_about_after_ten_logs(tiny_folder, tmp_path,
     assert "drdpo/effective_pairs was below 2 for 10 logs running" in logged.text
 
 
+@pytest.mark.slow
 def test_bf16_passes_agree(tiny_folder, tmp_path):
     # the weights of two_pass are computed from the losses of pass one: pass two must see the same ones
     args = RobustDPOConfig(

@@ -307,6 +307,7 @@ def test_a_folder_that_another_run_took_may_be_taken_where_that_is_asked(tiny_fo
     build(tiny_folder, out).train()
 
 
+@pytest.mark.slow
 def test_answers_with_other_advantages_are_other_rows(tiny_folder, tmp_path):
     def digest(baseline):
         args = ALoLConfig(**scored.settings(tmp_path / str(baseline), value="column"))

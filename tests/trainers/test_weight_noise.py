@@ -116,6 +116,7 @@ class Watched:
 MORE = {"pairs": dict(reduction="dr_dpo"), "rollouts": dict(num_iterations=2)}
 
 
+@pytest.mark.core("pairs")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_backpropagated_forward_has_it_and_no_other(family, tiny_folder, tmp_path, monkeypatch):
     split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2) if family != "rollouts" else {}
@@ -198,6 +199,7 @@ def test_a_resumed_run_takes_over_the_columns_of_its_checkpoint(tiny_folder, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_that_is_given_keeps_columns_and_reference(tiny_folder, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

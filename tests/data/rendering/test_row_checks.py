@@ -636,6 +636,7 @@ def test_a_tokenizer_that_joins_words_is_said():
     assert "the tokenizer loses tabs or blanks" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["One two, three - four.", "  at both ends \t", "a b\n", "do not , know .", "5 % of"])
 @pytest.mark.parametrize("body", ["m.content | trim", "m.content.split() | join(' ')", "m.content"])
 def test_single_blanks_and_trimmed_ends_raise_no_alarm(words, body):

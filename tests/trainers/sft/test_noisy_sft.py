@@ -103,7 +103,7 @@ def test_without_noise_it_is_sft_trainer_bit_for_bit(case, tmp_path):
         assert logs_of(ours) == logs_of(theirs)
 
 
-@pytest.mark.core("padding-free", "reentrant")
+@pytest.mark.core("padding-free")
 @pytest.mark.parametrize(
     "layout",
     [
@@ -149,7 +149,7 @@ def symmetric(tmp_path_factory):
     return train(tmp_path_factory.mktemp("symmetric"), **SYMNOISE, per_device_train_batch_size=16, max_steps=1)
 
 
-@pytest.mark.core("split", "packed")
+@pytest.mark.core("packed")
 @pytest.mark.parametrize(
     "layout",
     [
@@ -187,6 +187,7 @@ def test_the_update_is_even_in_the_noise_and_that_of_one_sign_is_not(symmetric, 
 NOISEFIT = dict(hidden_noise="noisefit", hidden_noise_scale=0.3, consistency_weight=5.0, noise_layer_count=1)
 
 
+@pytest.mark.slow
 def test_layers_below_others_take_packed_rows_and_words_of_a_command_line(tmp_path):
     low = dict(NOISEFIT, noise_layers=[0], max_steps=1)
     whole, _ = train(tmp_path / "whole", **low, per_device_train_batch_size=16)
@@ -431,7 +432,7 @@ def test_a_stream_of_rows_is_trained_on_as_the_rows_are(tmp_path):
     assert distance(change, expected) < 1e-5
 
 
-@pytest.mark.core("packed", "cut in front")
+@pytest.mark.core("packed")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -15,7 +15,7 @@ def noisy(tmp_path_factory):
     return train(tmp_path_factory.mktemp("noisy"), **MSN, per_device_train_batch_size=16, max_steps=1)
 
 
-@pytest.mark.core("packed", "padding-free")
+@pytest.mark.core("packed")
 @pytest.mark.parametrize(
     "layout",
     [
