@@ -62,11 +62,12 @@ def losses(trainer) -> list[float]:
 
 
 def same_metrics(ours: list[dict], theirs: list[dict], names=None, **tolerance) -> None:
-    """The means of each step are the same, however its rows were laid out. `names`: how those to compare begin, each of
-    at least one; by default all that are no matter of layout."""
+    """The means of each step are the same, however its rows were laid out. `names`: how those to compare begin, of which
+    both sides have the same; by default all of the other side's that are no matter of layout."""
     for own, other in zip(ours, theirs, strict=True):
-        assert all(any(name.startswith(start) for name in other) for start in names or ())
-        for name in (name for name in other if name.startswith(tuple(names or ("",)))):
+        chosen = [name for name in other if name.startswith(tuple(names or ("",)))]
+        assert chosen and (names is None or set(chosen) == {name for name in own if name.startswith(tuple(names))})
+        for name in chosen:
             is_mean = "/" in name or name in ("loss", "num_tokens", "entropy", "mean_token_accuracy")
             if is_mean and not name.startswith(LAYOUT):
                 assert own[name] == pytest.approx(other[name], **tolerance), name

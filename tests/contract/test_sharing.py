@@ -6,6 +6,7 @@ from tests.contract.conftest import cases
 from tests.runs import distance, losses
 
 
+@pytest.mark.core("robust_dpo-dr_dpo")
 @pytest.mark.parametrize(("method", "name"), cases("shared"))
 def test_shared_prefixes_end_where_padded_rows_end(method, name, tiny_folder, tmp_path):
     run = method.shared[name]

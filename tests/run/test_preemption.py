@@ -77,6 +77,7 @@ def test_the_minutes_end_a_run_as_a_signal_does(tiny_folder, tmp_path):
     assert len(checkpoints.complete(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_due_is_left_out(tiny_folder, tmp_path, sending, logged):
 
     sending(2, signal.SIGTERM)
@@ -127,6 +128,7 @@ def test_a_second_signal_ends_at_once(tiny_folder, tmp_path, sending, monkeypatc
     assert ended.value.code == 143 and not checkpoints.complete(tmp_path)
 
 
+@pytest.mark.slow
 def test_without_it_a_signal_is_for_the_caller(tiny_folder, tmp_path, sending):
     got = []
     sending(2, signal.SIGTERM)
@@ -209,6 +211,7 @@ class ToAll(TrainerCallback):
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_told_to_end_whole_saves_with_workers_of_rows(tiny_folder, tmp_path, monkeypatch):
     from posttrain.run.construction import ConstructionMixin
 

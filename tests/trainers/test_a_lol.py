@@ -213,6 +213,7 @@ def test_precompute_leaves_the_random_state_alone(tiny_folder, tmp_path):
     assert list((tmp_path / "other").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_sampling_draws_by_weight_and_counts_every_row_alike(tiny_folder, tmp_path):
     rows = make_scored(16)
     trainer = build(tiny_folder, tmp_path / "a", rows, advantage_weighting="sample", variant="a_lol_ref_free")

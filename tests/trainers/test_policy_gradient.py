@@ -67,6 +67,7 @@ def test_leaving_out_dead_rows_leaves_the_update(tiny_folder, tmp_path, loss, si
     assert sum(row["rows/forwarded"] for row in logs) < len(logs) * size or size == 1
 
 
+@pytest.mark.slow
 def test_rows_stay_in_the_optimiser_step_that_they_were_generated_for(tiny_folder, tmp_path):
     # one generation serves two steps, of which the second has other rows
     run = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, steps_per_generation=8)
@@ -510,6 +511,7 @@ def test_skipping_is_refused_under_deepspeed(tmp_path, monkeypatch):
         PolicyGradientConfig(str(tmp_path), skip_grad_norm=80.0)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_no_number_is_skipped_where_asked_for(tiny_folder, tmp_path, said):
     def broken(trainer):
         parameter = next(p for p in trainer.model.parameters() if p.requires_grad)

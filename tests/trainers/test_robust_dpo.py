@@ -42,6 +42,7 @@ def test_a_mean_of_means_over_weighs_a_short_last_micro_batch(tiny_folder, tmp_p
     assert distance(theirs, whole) > 1e-3
 
 
+@pytest.mark.slow
 def test_dr_dpo_logs_its_objective_and_its_batch(tiny_folder, tmp_path):
     split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
     _, trainer = train(tiny_folder, tmp_path, **split, **DR_DPO)
@@ -89,6 +90,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tiny_folder, tmp_path):
     assert first["eval_drdpo/objective"] < first["eval_drdpo/dpo_loss"]
 
 
+@pytest.mark.slow
 def test_evaluation_objective_is_that_of_the_whole_set(tiny_folder, tmp_path):
     _, trainer = train(tiny_folder, tmp_path, per_device_eval_batch_size=4, **DR_DPO)
     kept = []

@@ -317,6 +317,7 @@ def test_answers_with_other_advantages_are_other_rows(tiny_folder, tmp_path):
     assert digest(0.1) == digest(0.1) != digest(0.2)
 
 
+@pytest.mark.slow
 def test_other_columns_named_as_reference_values_are_none(tiny_folder, tmp_path):
     def trained(name, rows, **overrides):
         trainer = RobustDPOTrainer(
@@ -334,6 +335,7 @@ def test_other_columns_named_as_reference_values_are_none(tiny_folder, tmp_path)
         assert same(one[0], other_one[0]) and one[1]["data"] == other_one[1]["data"]
 
 
+@pytest.mark.slow
 def test_the_order_of_rows_and_the_precision_are_the_runs(tiny_folder, tmp_path):
     def of(**overrides):
         trainer = build(tiny_folder, tmp_path, **overrides)

@@ -251,6 +251,7 @@ def test_layers_are_those_of_the_greatest_ratio_and_are_kept_on_resumption(fitte
         build(tmp_path / "other", **settings | dict(hidden_noise_scale=0.2)).train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.slow
 def test_layers_and_scales_may_be_found_by_what_noise_does(tmp_path):
     settings = dict(NOISEFIT, noise_layers="auto", noise_calibration_rows=8, max_steps=2)
     _, trainer = train(tmp_path / "a", **settings, save_strategy="steps", save_steps=1)
