@@ -62,8 +62,11 @@ def losses(trainer) -> list[float]:
 
 
 def same_metrics(ours: list[dict], theirs: list[dict], names=None, **tolerance) -> None:
-    """The means of each step are the same, however its rows were laid out. `names`: how those to compare begin, of which
-    both sides have the same; by default all of the other side's that are no matter of layout."""
+    """The means of each step are the same, however its rows were laid out.
+
+    `names`: how those to compare begin, of which both sides have the same; by default all of the other side's that are
+    no matter of layout.
+    """
     for own, other in zip(ours, theirs, strict=True):
         chosen = [name for name in other if name.startswith(tuple(names or ("",)))]
         assert chosen and (names is None or set(chosen) == {name for name in own if name.startswith(tuple(names))})
