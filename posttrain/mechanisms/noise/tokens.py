@@ -96,14 +96,14 @@ def noisy(
     """
     ids = input_ids.flatten().clone()
     is_noise = torch.zeros_like(found.real)
-    at = starts(labels, found, length)
+    at, learned = starts(labels, found, length), (labels.flatten() != _NOT_LEARNED) & found.real
     # a sequence's key is that of its first token
     order = found.real.nonzero().squeeze(1)
     heads = order[found.place[order] == 0]
     keys = draws.token_keys(input_ids, found, seed, step)[heads]
     allowed = torch.zeros_like(found.index).index_add_(0, found.index, at.allowed.long())
     sequence = found.index[heads]
-    has_learned = torch.zeros_like(allowed).index_add_(0, found.index, _learned(labels, found).long())[sequence] > 0
+    has_learned = torch.zeros_like(allowed).index_add_(0, found.index, learned.long())[sequence] > 0
     counts = allowed[sequence]
     chosen = (counts > 0) & (draws.fraction(keys, _WHETHER) < prob)
     places = at.allowed.nonzero().squeeze(1)
@@ -120,24 +120,20 @@ def noisy(
         source = _source(ids, heads[going], target, keys[going], number, special, found)
         ids[target] = torch.where(source >= 0, ids[source.clamp(min=0)], ids[target])
         is_noise[target] = source >= 0
-    first = _first_learned(labels, found)
+    first = _first_learned(learned, found)
     return NoisyTokens(
         ids.view_as(input_ids),
         is_noise.view_as(input_ids),
-        _learned(labels, found).sum(),
+        learned.sum(),
         has_learned.sum(),
         (has_learned & (allowed[sequence] == 0)).sum(),
         (first[sequence] <= 1).sum(),
     )
 
 
-def _learned(labels: Tensor, found: draws.Sequences) -> Tensor:
-    return (labels.flatten() != _NOT_LEARNED) & found.real
-
-
-def _first_learned(labels: Tensor, found: draws.Sequences) -> Tensor:
+def _first_learned(learned: Tensor, found: draws.Sequences) -> Tensor:
     """Return the place of the first learned token of sequence i; beyond any where there is none."""
-    places = torch.where(_learned(labels, found), found.place, len(found.place) + 2)
+    places = torch.where(learned, found.place, len(found.place) + 2)
     whole = torch.full_like(found.place, len(found.place) + 2)
     return whole.scatter_reduce_(0, found.index, places, "amin")
 

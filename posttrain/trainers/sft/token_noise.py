@@ -38,7 +38,8 @@ class TokenNoise:
         means = trainer._means["train"]
         means.add_sum("noise/tokens", made.is_noise.sum(), made.learned)
         means.add_sum("noise/skipped", made.skipped, made.sequences)
-        if not self._said and made.full:
+        # a number is read off the device in the first step alone
+        if not self._said and trainer.state.global_step == 0 and made.full:
             self._said = True
             get_logger().warning(
                 "token_noise: rows are learned from their first token on, so prompts are noised like answers. Give "
