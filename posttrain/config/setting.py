@@ -75,6 +75,17 @@ def identity_of(args) -> dict[str, object]:
     return found
 
 
+def before_declared(config_class: type) -> dict[str, object]:
+    """Return what the entries of an identity were in a run of a version without them, by name.
+
+    Those of a field alone were its default, unless that is None, in whose place a config may put another value. Those
+    that count in place of fields were None.
+    """
+    known = meanings(config_class).items()
+    own = {name: own.default for name, own in known if own.identity is True and own.default is not None}
+    return own | {own.identity: None for _, own in known if isinstance(own.identity, str)}
+
+
 def told_in_card(args) -> dict[str, object]:
     """Return the settings that a model card tells of a run, by name, in the order of their declaration."""
     found = {}

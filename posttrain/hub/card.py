@@ -11,6 +11,7 @@ from posttrain.environment import library_versions
 from posttrain.hub.base_model import adapter_config, base_license, base_name, changed_settings, is_hub_id, loaded_from
 from posttrain.hub.metadata import Evaluation, eval_results, last_evaluation, render_card
 from posttrain.hub.passages import introduction, loading_section
+from posttrain.mechanisms.base_digests import quantisation
 from posttrain.models import SMOLLM2, TINY
 from posttrain.private import hide_forms, without_secrets
 from posttrain.tables import format_table
@@ -196,9 +197,11 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     dtype = str(getattr(trainer.model, "dtype", "float32")).removeprefix("torch.")
     if dtype != "float32":
         rows.append(("dtype", dtype))
-    bits = next((bits for bits in (4, 8) if getattr(trainer.model, f"is_loaded_in_{bits}bit", False)), None)
-    if bits:
-        rows.append(("base weights", f"{bits} bit"))
+    rounded = quantisation(trainer.model)
+    method = rounded.pop("quantisation")
+    if method:
+        told = ", ".join(f"{name} {value}" for name, value in rounded.items() if value is not False)
+        rows.append(("base weights", f"{method} ({told})" if told else method))
     return [(name, _short(value)) for name, value in rows]
 
 

@@ -64,7 +64,7 @@ def base_digests(
 
 def quantisation(model) -> dict:
     """Return how a model's weights are quantised, by name: the method, None where they are not, and its settings."""
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return {"quantisation": None}
     settings = plain(config if isinstance(config, dict) else config.to_dict())

@@ -190,7 +190,7 @@ def _without_state(lost: list[str]) -> str:
     )
 
 
-def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
+def read(folder: Path, now: dict | None, weights_only: bool = False, before: dict | None = None) -> dict:
     """Read a checkpoint's marker; ConfigError if the checkpoint is damaged, or of other settings than `now`.
 
     Of a checkpoint that another library wrote, what its own state tells.
@@ -199,6 +199,7 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
         folder: of the checkpoint.
         now: identity and update settings of the run that resumes; None to take any.
         weights_only: optimizer, schedule and random state may be gone.
+        before: what settings count as that the checkpoint, of an earlier version, does not tell.
     """
     if not files.is_complete(folder):
         get_logger().warning(
@@ -212,7 +213,7 @@ def read(folder: Path, now: dict | None, weights_only: bool = False) -> dict:
     if "num_tokens" not in content.get("state", {}):
         raise damaged(folder / MARKER)
     refuse_damaged(folder, weights_only)
-    told = "" if now is None else differing(now, settings_of(content))
+    told = "" if now is None else differing(now, settings_of(content), before)
     if told:
         raise ConfigError(
             f"the checkpoint {folder} was written by another run ({told}). Resume with the same settings and "

@@ -162,8 +162,13 @@ def adapter_settings(model) -> dict:
     return {name: plain(value) for name, value in settings.items()}
 
 
-def differing(now: dict, then: dict) -> str:
-    """Say in which entries two identities differ; empty for none. Entries that one of them lacks are passed over."""
+def differing(now: dict, then: dict, before: dict | None = None) -> str:
+    """Say in which entries two identities differ; empty for none. Entries that one of them lacks are passed over.
+
+    `before`: what entries count as that `then`, of the same method in an earlier version, lacks.
+    """
+    if before and now.get("method") == then.get("method"):
+        then = before | then
     # a marker holds no secrets
     now, then = without_secrets(plain(now)), without_secrets(plain(then))
     names = [name for name in sorted(now.keys() & then) if plain(now[name]) != plain(then[name])]

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from trl.models.utils import disable_gradient_checkpointing
 
+from posttrain.config.setting import before_declared
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.run import checkpoints, evaluation, lock, preemption, schedule, synced_reference, training_state
@@ -138,7 +139,8 @@ class RunMixin(ConstructionMixin, SavingMixin):
         self._schedule.resumed, self.resumed_from = None, checkpoint
         if checkpoint is not None:
             now = self._identity() | update_settings(self) if self.args.check_resume else None
-            state = checkpoints.read(checkpoint, now, self.args.resume_weights_only).get("state", {})
+            before = before_declared(type(self.args))
+            state = checkpoints.read(checkpoint, now, self.args.resume_weights_only, before).get("state", {})
             self._total_train_tokens = state.get("num_tokens", 0)
             self.load_method_state(state.get("method") or {})
             then = state.get("schedule") or {"total": checkpoints.planned_steps(checkpoint), "knots": []}
@@ -204,7 +206,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
             return found
         if found is not None and args.overwrite and str(wanted).lower() == "auto":
             then = checkpoints.settings_of(checkpoints.read(found, None, args.resume_weights_only))
-            told = differing(self._identity() | update_settings(self), then)
+            told = differing(self._identity() | update_settings(self), then, before_declared(type(args)))
             if told and args.check_resume:
                 get_logger().warning("%s is of another run (%s): overwrite is true, this one starts anew", found, told)
                 return None

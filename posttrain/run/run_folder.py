@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from posttrain.config.setting import identity_of
+from posttrain.config.setting import before_declared, identity_of
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.hub.base_model import loaded_from
 from posttrain.log import get_logger
@@ -40,20 +40,22 @@ def check_args(args, method: str | None) -> None:
     """
     check_places(args.output_dir)
     known = vars(args) | identity_of(args) | update_of(args) | ({"method": method} if method else {})
-    check_folder(args.output_dir, known if args.check_resume and not args.overwrite else {})
+    asked = known if args.check_resume and not args.overwrite else {}
+    check_folder(args.output_dir, asked, before_declared(type(args)))
     if args.check_resume and args.max_steps > 0 and not hasattr(args, "steps_per_generation"):
         # a checkpoint of another library is not resumed from, so the run begins at one of ours or at step 0
         newest = next(reversed(checkpoints.complete(args.output_dir)), None)
         check_way(args, checkpoints.step_of(newest) if newest else 0, args.max_steps)
 
 
-def check_folder(output_dir: str | Path, now: dict) -> None:
+def check_folder(output_dir: str | Path, now: dict, before: dict | None = None) -> None:
     """Refuse a run folder with the model, or the complete checkpoints, of another run, or anyone else's model.
 
     Args:
         output_dir: the folder; missing or empty is as good as any.
         now: what is known of the run that wants to write there, by name: of its identity, of the settings its updates
             depend on, and others. Empty where it may take the place of another run.
+        before: what settings count as that a run of an earlier version did not tell.
 
     Raises:
         ConfigError: it is another run's, or holds a model of which no run says that it is its own.
@@ -69,8 +71,7 @@ def check_folder(output_dir: str | Path, now: dict) -> None:
     if not now or weights is None and newest is None:
         return
     then = checkpoints.settings_of(content_of(folder / NOTE if weights is not None else newest / MARKER))
-    shared = now.keys() & then
-    told = differing({name: now[name] for name in shared}, {name: then[name] for name in shared})
+    told = differing(now, then, before)
     if told:
         what = "a model" if weights is not None else "checkpoints"
         raise ConfigError(
@@ -169,7 +170,7 @@ def check_free(trainer) -> None:
     args, folder = trainer.args, Path(trainer.args.output_dir)
     # the identity takes a pass over the data, which a new folder does not need
     if args.check_resume and not args.overwrite and ((folder / NOTE).is_file() or checkpoints.complete(folder)):
-        check_folder(folder, trainer._identity() | update_settings(trainer))
+        check_folder(folder, trainer._identity() | update_settings(trainer), before_declared(type(args)))
 
 
 def claim(folder: Path, trainer) -> None:
@@ -201,7 +202,7 @@ def check_not_anothers(folder: Path, trainer) -> None:
     if not (folder / NOTE).is_file():
         return
     then = checkpoints.settings_of(content_of(folder / NOTE))
-    told = differing(trainer._identity() | update_settings(trainer), then)
+    told = differing(trainer._identity() | update_settings(trainer), then, before_declared(type(trainer.args)))
     if told:
         raise ConfigError(
             f"the model cannot be saved to {folder}, which is the folder of another run ({told}). Save it elsewhere."

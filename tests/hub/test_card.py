@@ -83,6 +83,19 @@ def test_card_tells_method_settings_evaluation_versions_and_citations(trained):
     assert text.count("```bibtex") == 2 and "vonwerra2020trl" in text
 
 
+def test_card_tells_how_the_base_is_quantised(trained, monkeypatch):
+    assert "base weights" not in card_of(trained)[0].text
+    rounded = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+    }
+    monkeypatch.setattr(trained.model.config, "quantization_config", rounded, raising=False)
+    text = card_of(trained)[0].text
+    assert re.search(r"\| base weights +\| bitsandbytes \(load_in_4bit True, bnb_4bit_quant_type nf4\) +\|", text)
+
+
 def test_card_tells_all_of_several_evaluation_sets(trained, monkeypatch):
     history = [{"step": 1, "eval_old_loss": 9.0}]
     for name, loss in (("easy", 0.25), ("hard", 0.75)):

@@ -1,13 +1,15 @@
 """A run goes on only with the adapter and the base that its checkpoint was trained with."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 
-from posttrain import RobustDPOConfig, RobustDPOTrainer
+from posttrain import NoisySFTConfig, RobustDPOConfig, RobustDPOTrainer
+from posttrain.config.setting import before_declared
 from posttrain.errors import ConfigError
 from posttrain.models import byte_tokenizer, tiny_model
 from posttrain.run.checkpoint_files import MARKER
@@ -123,6 +125,19 @@ def test_another_base_of_the_same_name_is_refused_and_a_moved_one_taken(base, ch
     assert trainer.state.global_step == 2
 
 
+def test_a_checkpoint_of_a_version_without_a_setting_goes_on_with_its_default_alone(base, checkpoint, tmp_path):
+    old = tmp_path / "run/checkpoint-1"
+    shutil.copytree(checkpoint, old)
+    content = json.loads((old / MARKER).read_text())
+    del content["identity"]["reduction"]
+    (old / MARKER).write_text(json.dumps(content))
+    build(base, tmp_path / "same", qv(), max_steps=1).train(resume_from_checkpoint=str(old))
+    for out, overrides in (("other", {}), ("run", {}), ("run", {"overwrite": True})):
+        with pytest.raises(ConfigError, match="reduction: mean there, dr_dpo here"):
+            trainer = build(base, tmp_path / out, qv(), max_steps=1, reduction="dr_dpo", **overrides)
+            trainer.train(resume_from_checkpoint=str(old))
+
+
 @pytest.mark.slow
 def test_a_whole_model_of_another_depth_does_not_go_on(base, tmp_path):
     build(base, tmp_path / "run", None, max_steps=1).train()
@@ -136,4 +151,7 @@ def test_a_whole_model_of_another_depth_does_not_go_on(base, tmp_path):
 def test_identities_are_compared_as_json_holds_them_and_as_far_as_both_tell():
     assert plain({"a": {"y", "x"}, "b": frozenset()}) == {"a": ["x", "y"], "b": []}
     assert differing({"a": (1, 2), "new": 1}, {"a": [1, 2], "old": 2}) == ""
+    assert before_declared(NoisySFTConfig)["noise"] is None
+    assert differing({"a": 1, "method": "m"}, {"method": "m"}, {"a": 0, "b": 1}) == "a: 0 there, 1 here"
+    assert differing({"a": 1, "method": "m"}, {"method": "n"}, {"a": 0}) == "method: n there, m here"
     assert differing({"a": (1, 2)}, {"a": [2, 1]}) == "a: [2, 1] there, [1, 2] here"
