@@ -190,6 +190,8 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     ]
     common = {name for name, _ in rows}
     rows = [*((name, _set(args, name, value)) for name, value in method.items() if name not in common), *rows]
+    found = trainer.found_by_method() if hasattr(trainer, "found_by_method") else {}
+    rows = [(name, _listed_values(value)) for name, value in found.items()] + rows
     if adapter is not None:
         rows += _adapter(adapter)
     if hasattr(adapter, "scheme"):
@@ -203,6 +205,10 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
         told = ", ".join(f"{name} {value}" for name, value in rounded.items() if value is not False)
         rows.append(("base weights", f"{method} ({told})" if told else method))
     return [(name, _short(value)) for name, value in rows]
+
+
+def _listed_values(value):
+    return ", ".join(map(_short, value)) if isinstance(value, list | tuple) else value
 
 
 def _adapter(adapter) -> list[tuple[str, object]]:

@@ -168,4 +168,7 @@ class ConstructionMixin:
         self.add_callback(self._stop_early)
         if not any(isinstance(callback, RunReport) for callback in self.callback_handler.callbacks):
             self.add_callback(RunReport())
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RunReport):
+                callback.found = self.found_by_method
         self.add_callback(run_folder.RunFolder(self))

@@ -103,6 +103,10 @@ class RunMixin(ConstructionMixin, SavingMixin):
     def load_method_state(self, state: dict) -> None:
         """Restore what `method_state` returned when the checkpoint was written; empty if another method wrote it."""
 
+    def found_by_method(self) -> dict[str, object]:
+        """Return what a method found out when training began, by name, for card and report."""
+        return {}
+
     def may_stop_here(self) -> bool:
         """Return whether a checkpoint of this step can be gone on from; asked at the end of a step."""
         return True

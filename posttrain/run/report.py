@@ -27,21 +27,23 @@ _MOST_PANELS = 12
 class RunReport(TrainerCallback):
     """Writes metrics, curves and the resolved settings of a run into `output_dir`, from the main process.
 
-    - `metrics.jsonl`: a line per log, with step, epoch and every number logged. A resumed run drops the lines
-    beyond
+    - `metrics.jsonl`: a line per log, with step, epoch and every number logged. A resumed run drops the lines beyond
       the step it resumes from.
-    - `metrics.csv` and `curves.png` at the end of training (curves only where matplotlib is installed). -
-    `resolved_config.yaml` at the start: the training arguments that have a value, `sections`, versions and
-    the git
-      commit of the working folder. Tokens and other secrets are left out.
+    - `metrics.csv` and `curves.png` at the end of training (curves only where matplotlib is installed).
+    - `resolved_config.yaml` at the start: the training arguments that have a value, `sections`, what the method found
+      out, versions and the git commit of the working folder. Tokens and other secrets are left out.
 
-    `sections`: further settings to record, a name to a mapping each (the model's and the data's, for
-    example).
+    `sections`: further settings to record, a name to a mapping each (the model's and the data's, for example).
+
+    Attributes:
+        found: returns what a method found out when training began, by name; asked at the first step.
     """
 
     def __init__(self, sections: dict | None = None):
         self.sections = sections or {}
+        self.found = dict
         self._rows: list[dict] = []
+        self._is_told = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -56,6 +58,17 @@ class RunReport(TrainerCallback):
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
             unfinished.replace(path)
             write_resolved_config(args, folder / "resolved_config.yaml", self.sections)
+        self._is_told = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._is_told or not state.is_world_process_zero:
+            return
+        self._is_told = True
+        # callbacks that find it out may come after this one
+        if found := self.found():
+            folder = Path(args.output_dir)
+            with _writing(folder):
+                write_resolved_config(args, folder / "resolved_config.yaml", self.sections | {"found": found})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:

@@ -1,5 +1,6 @@
 """GIFT-SW adapters in a run, whatever its family: what is refused, calibration, noise in a step, resumption."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class SalientColumns(TrainerCallback):
 
     def _calibrate(self, model, config) -> None:
         trainer, engine = self._trainer, None
-        rows = (row for row, _ in zip(iter(trainer.train_dataset), range(config.calibration_rows), strict=False))
+        rows = itertools.islice(trainer.train_dataset, config.calibration_rows)
         device = trainer.accelerator.device
 
         def forward(ids):

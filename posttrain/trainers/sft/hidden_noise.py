@@ -177,6 +177,12 @@ class HiddenNoise(TrainerCallback):
         """Return the layers and the table that they were chosen by, for a checkpoint."""
         return {"noise_layers": self.chosen, "noise_snr": self.snr, "noise_scales": self.bases}
 
+    def found(self) -> dict[str, list]:
+        """Return the layers and the table that they were chosen by, by name, for card and report."""
+        by = "score of each layer" if self.bases else "signal to noise behind each layer"
+        found = {"noisy layers": self.chosen, by: self.snr, "scales of their noise": self.bases}
+        return {name: value for name, value in found.items() if value is not None}
+
     def restore(self, state: dict) -> None:
         """Take over what `state` returned."""
         if state.get("noise_layers") is not None:

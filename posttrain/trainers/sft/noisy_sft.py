@@ -121,6 +121,9 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
         if self._hidden is not None:
             self._hidden.restore(state)
 
+    def found_by_method(self) -> dict[str, object]:
+        return super().found_by_method() | ({} if self._hidden is None else self._hidden.found())
+
     # stands on SFTTrainer.compute_loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._tokens is not None and self.model.training and torch.is_grad_enabled():

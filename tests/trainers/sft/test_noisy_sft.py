@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
@@ -14,6 +17,7 @@ from posttrain import NoisySFTConfig, NoisySFTTrainer
 from posttrain.config import parse
 from posttrain.config.setting import identity_of, told_in_card, undeclared
 from posttrain.errors import ConfigError, DataError
+from posttrain.hub import write_model_card
 from posttrain.mechanisms.noise import draws
 from posttrain.models import byte_tokenizer, tiny_model
 from posttrain.recipe import instructions
@@ -238,6 +242,11 @@ def test_layers_are_those_of_the_greatest_ratio_and_are_kept_on_resumption(fitte
     _, whole = fitted
     snr = whole._hidden.snr
     assert len(snr) == 2 and whole._hidden.chosen == [snr.index(max(snr))]
+    told = yaml.safe_load(Path(whole.args.output_dir, "resolved_config.yaml").read_text())["found"]
+    assert told == {"noisy layers": whole._hidden.chosen, "signal to noise behind each layer": snr}
+    card = re.sub(" +", " ", write_model_card(whole).read_text())
+    assert f"| noisy layers | {whole._hidden.chosen[0]} |" in card
+    assert f"| signal to noise behind each layer | {snr[0]:.4g}, {snr[1]:.4g} |" in card
     low = build(tmp_path / "low", **NOISEFIT, noise_layers="snr_low")
     low.train()
     assert low._hidden.chosen == [snr.index(min(snr))]
