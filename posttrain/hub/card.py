@@ -11,7 +11,6 @@ from posttrain.environment import library_versions
 from posttrain.hub.base_model import adapter_config, base_license, base_name, changed_settings, is_hub_id, loaded_from
 from posttrain.hub.metadata import Evaluation, eval_results, last_evaluation, render_card
 from posttrain.hub.passages import introduction, loading_section
-from posttrain.mechanisms.base_digests import quantisation
 from posttrain.models import SMOLLM2, TINY
 from posttrain.private import hide_forms, without_secrets
 from posttrain.tables import format_table
@@ -168,6 +167,7 @@ def _evaluation(found: Evaluation) -> str:
 
 def _settings(trainer, adapter) -> list[tuple[str, str]]:
     from posttrain.config.setting import told_in_card
+    from posttrain.mechanisms.base_digests import quantisation
 
     args = trainer.args
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
