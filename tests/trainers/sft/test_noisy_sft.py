@@ -48,15 +48,20 @@ def as_messages(rows):
 
 
 def build(folder, trainer_class=NoisySFTTrainer, rows=None, peft_config=None, **overrides):
-    given = {name: overrides.pop(name) for name in ("eval_dataset", "callbacks", "data_collator") if name in overrides}
+    given = {
+        name: overrides.pop(name)
+        for name in ("eval_dataset", "callbacks", "data_collator", "model")
+        if name in overrides
+    }
     fields = dict(
         output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=0.05,
         lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, max_steps=2, seed=3, logging_steps=1,
         save_strategy="no", disable_tqdm=True, report_to=[],
     )  # fmt: skip
     config_class = SFTConfig if trainer_class is SFTTrainer else NoisySFTConfig
+    model = given.pop("model", None)
     return trainer_class(
-        tiny_model(), args=config_class(**{**fields, **ONE, **overrides}),
+        tiny_model() if model is None else model, args=config_class(**{**fields, **ONE, **overrides}),
         train_dataset=make_rows() if rows is None else rows, processing_class=byte_tokenizer(),
         peft_config=peft_config, **given,
     )  # fmt: skip
