@@ -136,7 +136,7 @@ def test_ids_are_taken_as_lists_and_tensors_alike(prompts):
 
 
 def test_texts_end_where_learned_positions_do():
-    model = tiny_model("gpt2", n_positions=16)
+    model = tiny_model("gpt2", max_position_embeddings=16).eval()
     ids = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(0))
     made = jacobi.generate(model, ids, max_new_tokens=5, eos_token_id=[], pad_token_id=0)
     assert torch.equal(made.sequences, greedy(model, ids, None, 5))

@@ -61,7 +61,7 @@ class GiftSWConfig(LoraConfig):
         metric: what columns are chosen by: sensitivity, the norm of what rounding leaves of a column times that of its
             inputs; activation, the largest input alone, as the published code has it.
         weight_norm, activation_norm: of the sensitivity, a number of 1 or more, or inf. activation_power: of the
-            inputs' norm. Published is the family; the defaults are a choice.
+            inputs' norm, finite. Published is the family; the defaults are a choice.
         calibration_rows: how many rows, the first ones, the inputs are measured on.
 
     Raises:
@@ -99,8 +99,10 @@ class GiftSWConfig(LoraConfig):
         check_choice("gift_sw: metric", self.metric, METRICS)
         for name, low in (("weight_norm", 1), ("activation_norm", 1), ("activation_power", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
-                raise ConfigError(f"gift_sw: {name} is {value!r}; it must be a number of {low} or more.")
+            most = 1e30 if name == "activation_power" else math.inf
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= most:
+                told = f"from {low} to {most:g}" if most < math.inf else f"of {low} or more, or inf"
+                raise ConfigError(f"gift_sw: {name} is {value!r}; it must be a number {told}.")
         if self.lora_alpha != self.r:
             raise ConfigError(
                 f"lora_alpha is {self.lora_alpha} with {self.r} salient columns; GIFT-SW does not scale the columns' "

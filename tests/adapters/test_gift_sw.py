@@ -160,6 +160,21 @@ def test_there_must_be_tokens_and_finite_weights(base):
         calibration.calibrate(broken, IDS.tolist())
 
 
+@pytest.mark.parametrize("settings", [dict(weight_norm=60.0), dict(activation_norm=1e4), dict(activation_power=1000.0)])
+def test_columns_are_chosen_by_exponents_of_any_size(settings, base):
+    columns = [variant.columns.tolist() for _, _, variant, _ in layers_of(adapted(base, **settings))]
+    assert columns.count(list(range(8))) == 0
+    with pytest.raises(ConfigError, match="activation_power is inf; it must be a number from 0 to"):
+        GiftSWConfig(activation_power=float("inf"))
+
+
+def test_a_layer_of_which_no_column_stands_out_is_named(base):
+    broken = adapted(base, calibrated=False)
+    broken.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.data.zero_()
+    with pytest.raises(ConfigError, match="no column of model.layers.1.mlp.up_proj is more salient than another"):
+        calibration.calibrate(broken, IDS.tolist())
+
+
 def test_columns_of_a_checkpoint_are_taken_over_and_compared(base):
     ours, theirs = adapted(base), adapted(base, metric="activation")
     table = theirs.peft_config["default"].salient

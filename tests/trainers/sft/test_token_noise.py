@@ -90,7 +90,7 @@ def test_rows_without_room_for_an_answer_end_no_evaluation(tmp_path, logged):
         [{"input_ids": [4 + i % 9 for i in range(n)], "labels": [-100] * (n - 1) + [5]} for n in (4, 14, 16)] * 2
     )
     trainer = build(
-        tmp_path, rows=ids, model=tiny_model("gpt2", n_positions=16), max_length=16,
+        tmp_path, rows=ids, model=tiny_model("gpt2", max_position_embeddings=16), max_length=16,
         eval_dataset=ids.with_format("numpy"), accepted_tokens_rows=3, accepted_tokens_length=6,
     )  # fmt: skip
     for _ in range(2):
