@@ -9,6 +9,7 @@ from torch import Tensor
 
 from posttrain.adapters.gift_sw import GiftSWConfig, layers_of
 from posttrain.errors import ConfigError, DataError
+from posttrain.log import get_logger
 from posttrain.mechanisms.noise.weights import RowNoise
 from posttrain.objectives import salience
 
@@ -40,6 +41,11 @@ def calibrate(
         DataError: no tokens.
     """
     config = model.peft_config[adapter]
+    if isinstance(config, GiftSWConfig) and config.left_out:
+        config.check_placed(model, adapter)
+        get_logger().info(
+            "adapter gift_sw: left out of all-linear, as no plain linear layers: %s", config.what_was_left_out()
+        )
     unknown = [found for found in layers_of(model, adapter) if not _is_known(found)]
     if unknown:
         norms = _norms_of_inputs(model, unknown, sequences, config, forward or (lambda ids: model(input_ids=ids)))

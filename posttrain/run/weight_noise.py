@@ -181,6 +181,11 @@ class SalientColumns(TrainerCallback):
 
 def of(trainer) -> SalientColumns | None:
     """Return what holds a trainer's GIFT-SW adapter, calibrated; None for every other adapter."""
-    if not is_peft_model(trainer.model) or not layers_of(trainer.model, "default"):
+    if not is_peft_model(trainer.model):
+        return None
+    config = trainer.model.peft_config.get("default")
+    if isinstance(config, GiftSWConfig):
+        config.check_placed(trainer.model)
+    if not layers_of(trainer.model, "default"):
         return None
     return SalientColumns(trainer)

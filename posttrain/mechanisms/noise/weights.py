@@ -64,7 +64,7 @@ class WeightNoise:
         self._expected[rows.number] = rows.squares(self.kind)
 
     def take_ratio(self) -> float:
-        """Return the expected norm of the noise over that of the columns with it, of layers drawn since the last call."""
+        """Return the expected norm of the noise over that of the columns with it, of layers drawn since last asked."""
         found, self._expected = self._expected.values(), {}
         noise, weights = (sum(part) for part in zip(*found, strict=True)) if found else (0.0, 1.0)
         return (noise / max(weights, 1e-30)) ** 0.5
