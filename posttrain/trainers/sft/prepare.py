@@ -37,6 +37,7 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset, 
     evaluation.check_sets(args, eval_dataset)
     if hasattr(args, "accepted_tokens_rows"):
         token_noise.check_accepted(model, args, config, peft_config, eval_dataset)
+    args.check_model(config)
     processing_class = processing_class_for(model, processing_class, args)
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
     stop_ids = generation_stop_ids(model, revision)

@@ -8,7 +8,6 @@ from datasets import Dataset
 from peft import PromptTuningConfig
 
 from posttrain.errors import ConfigError
-from posttrain.models import tiny_model
 from posttrain.trainers.sft import token_noise
 from tests.runs import distance, identical
 from tests.trainers.sft.test_noisy_sft import build, logs_of, make_rows, train
@@ -90,7 +89,7 @@ def test_rows_without_room_for_an_answer_end_no_evaluation(tmp_path, logged):
         [{"input_ids": [4 + i % 9 for i in range(n)], "labels": [-100] * (n - 1) + [5]} for n in (4, 14, 16)] * 2
     )
     trainer = build(
-        tmp_path, rows=ids, model=tiny_model("gpt2", max_position_embeddings=16), max_length=16,
+        tmp_path, rows=ids, kind=dict(architecture="gpt2", max_position_embeddings=16), max_length=16,
         eval_dataset=ids.with_format("numpy"), accepted_tokens_rows=3, accepted_tokens_length=6,
     )  # fmt: skip
     for _ in range(2):
