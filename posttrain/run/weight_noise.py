@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from pathlib import Path
 
 from accelerate.utils import broadcast, is_peft_model
@@ -84,7 +85,7 @@ class SalientColumns(TrainerCallback):
 
     def _calibrate(self, model, config) -> None:
         trainer, engine = self._trainer, None
-        rows = itertools.islice(trainer.train_dataset, config.calibration_rows)
+        rows = itertools.islice(trainer.train_dataset, min(config.calibration_rows, sys.maxsize))
         device = trainer.accelerator.device
 
         def forward(ids):

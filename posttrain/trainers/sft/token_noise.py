@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import torch
 from trl.models.utils import unwrap_model_for_generation
@@ -108,7 +109,7 @@ def prompts(rows, length: int, positions: float) -> list[tuple[list[int], int]]:
         first = next((place for place, label in enumerate(labels or ids) if label != -100), len(ids))
         prompt = ids[: max(first, 1)]
         # the last new token is not forwarded
-        found.append((prompt, int(min(length, positions - len(prompt) + 1))))
+        found.append((prompt, int(min(length, positions - len(prompt) + 1, sys.maxsize))))
     return found
 
 
@@ -124,7 +125,7 @@ def accepted_tokens(trainer, dataset) -> float:
     """
     args, accelerator = trainer.args, trainer.accelerator
     counts = torch.zeros(2, dtype=torch.float64)
-    rows = itertools.islice(iter(dataset), args.accepted_tokens_rows)
+    rows = itertools.islice(iter(dataset), min(args.accepted_tokens_rows, sys.maxsize))
     with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
         found = prompts(rows, args.accepted_tokens_length, support.learned_positions(model))
         short = sum(room < args.accepted_tokens_length for _, room in found)
