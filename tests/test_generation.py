@@ -212,6 +212,13 @@ def test_adapters_that_hang_on_the_whole_text_are_refused(config, kind):
         jacobi.generate(get_peft_model(tiny_model(), config), LONG, max_new_tokens=4)
 
 
+def test_an_adapter_without_a_model_of_its_own_is_taken(prompts):
+    model, (ids, mask) = repetitive(), prompts
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"]))
+    made = jacobi.generate(model, ids, mask, max_new_tokens=8, eos_token_id=[], pad_token_id=0)
+    assert torch.equal(made.sequences, greedy(model, ids, mask, 8))
+
+
 def test_caches_that_keep_what_was_wrong_are_refused():
     from transformers import MambaConfig, MambaForCausalLM
 

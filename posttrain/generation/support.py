@@ -134,8 +134,11 @@ def check_model(model: nn.Module) -> None:
     own = getattr(type(inner), "generate", GenerationMixin.generate) is not GenerationMixin.generate
     if own or "generate" in vars(inner):
         raise ConfigError(f"{type(inner).__name__} has a `generate` of its own, which is not greedy search. {_INSTEAD}")
-    for name in getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ():
-        check_adapter(model.peft_config[name])
+    if hasattr(model, "peft_config"):
+        # transformers' own adapters are told by a method
+        names = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+        for name in names:
+            check_adapter(model.peft_config[name])
     # a PeftModel may have one of its own
     check_generation_config(getattr(model, "generation_config", None))
 
