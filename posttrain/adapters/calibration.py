@@ -9,6 +9,7 @@ from torch import Tensor
 
 from posttrain.adapters.gift_sw import GiftSWConfig, layers_of
 from posttrain.errors import ConfigError, DataError
+from posttrain.log import get_logger
 from posttrain.mechanisms.noise.weights import RowNoise
 from posttrain.objectives import salience
 
@@ -35,10 +36,16 @@ def calibrate(
         Whether columns were chosen.
 
     Raises:
-        ConfigError: a layer that no token reaches, or whose weight or inputs are not finite.
+        ConfigError: a layer that no token reaches, whose weight or inputs are not finite, or of which no column has
+            inputs and an error of rounding.
         DataError: no tokens.
     """
     config = model.peft_config[adapter]
+    if isinstance(config, GiftSWConfig) and config.left_out:
+        config.check_placed(model, adapter)
+        get_logger().info(
+            "adapter gift_sw: left out of all-linear, as no plain linear layers: %s", config.what_was_left_out()
+        )
     unknown = [found for found in layers_of(model, adapter) if not _is_known(found)]
     if unknown:
         norms = _norms_of_inputs(model, unknown, sequences, config, forward or (lambda ids: model(input_ids=ids)))
@@ -50,7 +57,13 @@ def calibrate(
                     raise ConfigError(f"adapter gift_sw: weight or inputs of {path} are not finite numbers.")
                 by_weight = config.weight_norm if config.metric == "sensitivity" else 0.0
                 power = config.activation_power if config.metric == "sensitivity" else 1.0
-                columns = salience.salient(full, inputs, config.r, config.bits, by_weight, power)
+                scores = salience.sensitivity(full, inputs, config.bits, by_weight, power)
+                if not scores.max().isfinite():
+                    raise ConfigError(
+                        f"adapter gift_sw: no column of {path} is more salient than another: for each of them either "
+                        "its inputs or what rounding leaves of it are zero. Leave it out with exclude_modules."
+                    )
+                columns = salience.largest(scores, config.r)
             variant.columns = shared(columns)
     _settle(model, adapter, shared)
     return bool(unknown)
@@ -134,18 +147,13 @@ def _matrix_of(variant, matrix: Tensor) -> Tensor:
 def _norms_of_inputs(model, layers, sequences, config: GiftSWConfig, forward: Callable) -> list[Tensor]:
     """Return the norm (N,) of each input feature of the layers, over all tokens of the sequences."""
     norm = config.activation_norm if config.metric == "sensitivity" else float("inf")
-    found: dict[int, Tensor] = {}
+    found = [salience.FeatureNorm(norm) for _ in layers]
 
     def measure(place):
         def hook(module, given):
-            inputs = given[0].detach().flatten(0, -2).double().abs()
-            if not len(inputs):
-                return
-            if norm == float("inf"):
-                own, before = inputs.amax(dim=0), found.get(place)
-                found[place] = own if before is None else torch.maximum(before, own)
-            else:
-                found[place] = found.get(place, 0.0) + inputs.pow(norm).sum(dim=0)
+            inputs = given[0].detach().flatten(0, -2)
+            if len(inputs):
+                found[place].add(inputs)
 
         return hook
 
@@ -171,11 +179,11 @@ def _norms_of_inputs(model, layers, sequences, config: GiftSWConfig, forward: Ca
             module.training = mode
     if not count:
         raise DataError("adapter gift_sw: there is no token to calibrate on; its columns are chosen by their inputs.")
-    for place, (path, *_) in enumerate(layers):
-        if place not in found:
+    norms = [one.value() for one in found]
+    for value, (path, *_) in zip(norms, layers, strict=True):
+        if value is None:
             raise ConfigError(
                 f"adapter gift_sw: no token of the {count} sequences of calibration reaches {path}. Give more "
                 "calibration_rows, or leave it out of target_modules."
             )
-    power = 1.0 if norm == float("inf") else 1.0 / norm
-    return [found[place].pow(power).float() for place in range(len(layers))]
+    return [value.float() for value in norms]

@@ -7,6 +7,8 @@ what is saved is a plain LoRA, which PEFT loads and merges without this library.
 import copy
 import json
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +37,8 @@ PAPER = {
     eprint = {arXiv:2408.15300},
 }""",
 }
+# subclasses of nn.Linear with a forward of their own that is its product and bias all the same
+_AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 # of LoraConfig: what has no meaning for columns, and its value
 _NOT_OURS = {
     "use_rslora": False, "use_dora": False, "lora_bias": False, "lora_dropout": 0.0, "init_lora_weights": True,
@@ -61,7 +65,7 @@ class GiftSWConfig(LoraConfig):
         metric: what columns are chosen by: sensitivity, the norm of what rounding leaves of a column times that of its
             inputs; activation, the largest input alone, as the published code has it.
         weight_norm, activation_norm: of the sensitivity, a number of 1 or more, or inf. activation_power: of the
-            inputs' norm. Published is the family; the defaults are a choice.
+            inputs' norm, finite. Published is the family; the defaults are a choice.
         calibration_rows: how many rows, the first ones, the inputs are measured on.
 
     Raises:
@@ -86,6 +90,10 @@ class GiftSWConfig(LoraConfig):
         super().__post_init__()
         # columns by the path of their layer, once they are chosen
         self.salient: dict[str, list[int]] = {}
+        # PEFT writes names in the place of all-linear
+        self._takes_what_fits = isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+        # of each module that was left out of all-linear, by its path: its class, and whether a tensor of it was named
+        self.left_out: dict[str, tuple[str, bool]] = {}
         self._check()
         self._register_custom_module({nn.Module: _layer})
 
@@ -99,8 +107,10 @@ class GiftSWConfig(LoraConfig):
         check_choice("gift_sw: metric", self.metric, METRICS)
         for name, low in (("weight_norm", 1), ("activation_norm", 1), ("activation_power", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
-                raise ConfigError(f"gift_sw: {name} is {value!r}; it must be a number of {low} or more.")
+            most = 1e30 if name == "activation_power" else math.inf
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= most:
+                told = f"from {low} to {most:g}" if most < math.inf else f"of {low} or more, or inf"
+                raise ConfigError(f"gift_sw: {name} is {value!r}; it must be a number {told}.")
         if self.lora_alpha != self.r:
             raise ConfigError(
                 f"lora_alpha is {self.lora_alpha} with {self.r} salient columns; GIFT-SW does not scale the columns' "
@@ -139,9 +149,39 @@ class GiftSWConfig(LoraConfig):
             ("share of the adapter's file that names the columns", f"{share:.0%}"),
         ]
 
+    def leave_out(self, path: str, module: nn.Module, is_parameter: bool) -> None:
+        """Note a module of all-linear without a GIFT-SW adapter. `is_parameter`: the path is that of a tensor in it."""
+        if is_parameter:
+            path = path.rpartition(".")[0]
+            # what PEFT has made of all-linear for a mixture's experts
+            self.target_parameters, self.rank_pattern, self.alpha_pattern = None, {}, {}
+        self.left_out[path] = type(module).__name__, is_parameter
+
+    def what_was_left_out(self) -> str:
+        """Return the modules that were left out of all-linear in words, by class; empty where none was."""
+        counts = Counter(kind for kind, _ in self.left_out.values())
+        told = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        fused = any(is_parameter for _, is_parameter in self.left_out.values())
+        return f"{told}, and linear layers that are named like the experts of a mixture" if fused else told
+
+    def check_placed(self, model, adapter: str = "default") -> None:
+        """Raise ConfigError where the adapter is on no layer of a PeftModel, as all of all-linear were left out."""
+        if self.left_out and not layers_of(model, adapter):
+            raise ConfigError(
+                "adapter gift_sw: all-linear has no plain linear layer in this model, which it could take "
+                f"({self.what_was_left_out()}). Use LoRA for this model."
+            )
+
     def to_dict(self) -> dict:
         """Return the config of the plain LoRA that is saved."""
-        return {name: value for name, value in super().to_dict().items() if name not in _OWN}
+        found = {name: value for name, value in super().to_dict().items() if name not in _OWN}
+        paths = sorted(path for path, (_, is_parameter) in self.left_out.items() if not is_parameter)
+        before = found["exclude_modules"]
+        if paths and isinstance(before, str):
+            found["exclude_modules"] = "|".join([f"(?:{before})", *map(re.escape, paths)])
+        elif paths:
+            found["exclude_modules"] = sorted({*(before or ()), *paths})
+        return found
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save the config of a plain LoRA, and beside it `posttrain_adapter.json`: settings and salient columns."""
@@ -251,8 +291,11 @@ class GiftSWLinear(Linear):
             return super().forward(x, *args, **kwargs)
 
 
-def _layer(target, adapter_name: str, config: GiftSWConfig, parameter_name=None, **kwargs) -> GiftSWLinear:
-    """Make the layer that PEFT puts in a target's place; ConfigError for one that has no columns to choose."""
+def _layer(target, adapter_name: str, config: GiftSWConfig, parameter_name=None, **kwargs) -> nn.Module:
+    """Make the layer that PEFT puts in a target's place; ConfigError for one that has no columns to choose.
+
+    Of all-linear such a one stays as it is.
+    """
     name = kwargs.get("target_name") or type(target).__name__
     reason = None
     if kwargs.get("loaded_in_4bit") or kwargs.get("loaded_in_8bit") or _is_quantised(target):
@@ -262,7 +305,10 @@ def _layer(target, adapter_name: str, config: GiftSWConfig, parameter_name=None,
         )
     elif type(target).__name__ == "Conv1D":
         reason = "is a Conv1D, whose weight is transposed: its columns are outputs. Use LoRA for this model"
-    elif not isinstance(target, nn.Linear) or type(target).forward is not nn.Linear.forward:
+    elif not _is_linear(target):
+        if config._takes_what_fits:
+            config.leave_out(name, target, parameter_name is not None)
+            return target
         reason = f"is a {type(target).__name__}, and GIFT-SW is for linear layers. Leave it out of target_modules"
     if reason:
         raise ConfigError(f"adapter gift_sw: {name} {reason}.")
@@ -275,6 +321,12 @@ def _layer(target, adapter_name: str, config: GiftSWConfig, parameter_name=None,
     plain = copy.copy(config)
     plain._custom_modules = None
     return GiftSWLinear(target, adapter_name, config=plain, **kwargs)
+
+
+def _is_linear(target) -> bool:
+    kind = type(target)
+    plain = kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__qualname__}" in _AS_LINEAR
+    return isinstance(target, nn.Linear) and plain
 
 
 def _is_quantised(target) -> bool:

@@ -109,24 +109,35 @@ def tokenizer_of(processing_class):
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
+def generation_config(model, revision: str | None = None):
+    """Return the generation config of a model, or None.
+
+    `model`: a hub id or folder, of which the weights are not read, or a model.
+    """
+    from transformers import GenerationConfig
+
+    if not isinstance(model, str):
+        return getattr(model, "generation_config", None)
+    try:
+        return GenerationConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError):
+        return None
+
+
 def generation_stop_ids(model, revision: str | None = None) -> set[int]:
     """Return the token ids at which a model's generation stops; empty where it does not say.
 
     `model`: a hub id or folder, of which the weights are not read, or a model.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
-    if isinstance(model, str):
+    config = generation_config(model, revision)
+    if config is None and isinstance(model, str):
+        # a model without one generates by its own config
         try:
-            config = GenerationConfig.from_pretrained(model, revision=revision)
+            config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
         except (OSError, ValueError):
-            # a model without one generates by its own config
-            try:
-                config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
-            except (OSError, ValueError):
-                return set()
-    else:
-        config = getattr(model, "generation_config", None)
+            return set()
     ids = getattr(config, "eos_token_id", None)
     return set(ids) if isinstance(ids, list) else {ids} - {None}
 

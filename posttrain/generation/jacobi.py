@@ -6,30 +6,14 @@ ordinary greedy generation, whatever is guessed, and a good guess saves a forwar
 `token_noise: msn` (arXiv 2406.17404) guess better.
 """
 
+import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-
-# of a GenerationConfig: what changes logits, with the value at which it does not
-_PENALTIES = {
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "exponential_decay_length_penalty": None,
-    "sequence_bias": None,
-    "guidance_scale": None,
-    "watermarking_config": None,
-}
+from posttrain.generation import support
 
 
 class Generated(NamedTuple):
@@ -54,12 +38,12 @@ class Generated(NamedTuple):
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    input_ids: Tensor | list[list[int]],
+    attention_mask: Tensor | list[list[int]] | None = None,
     *,
     max_new_tokens: int,
     draft_tokens: int = 5,
-    eos_token_id: int | list[int] | None = None,
+    eos_token_id: int | list[int] | Tensor | None = None,
     pad_token_id: int | None = None,
     seed: int = 0,
 ) -> Generated:
@@ -74,22 +58,29 @@ def generate(
         attention_mask: (B, T), 0 for padding on either side; None where no token is padding.
         max_new_tokens: 1 or more, for each row.
         draft_tokens: guesses a forward; 0 for ordinary greedy generation.
-        eos_token_id: what ends a row; the generation config's where None.
+        eos_token_id: what ends a row, one id or several, none of them for an empty list; the generation config's where
+            None.
         pad_token_id: what fills rows up; the generation config's, or else what ends a row, or 0.
-        seed: of the guesses drawn from the text.
+        seed: of the guesses drawn from the text, a whole number of 0 or more.
 
     Raises:
-        ConfigError: for a number out of range, a row without a token, penalties in the generation config, an
+        ConfigError: for an argument out of range, a row without a token, ids that the model has no embedding for, more
+            tokens than it has learned positions, and what `posttrain.generation.support.check_model` refuses: a
+            generation config by which greedy search would take other tokens, virtual tokens of an adapter, an
             encoder-decoder, and a model whose cache cannot give tokens back.
     """
+    support.check_model(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = inner.generation_config
-    _check(inner, config, input_ids, attention_mask, max_new_tokens, draft_tokens)
-    ends = config.eos_token_id if eos_token_id is None else eos_token_id
-    ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-    if pad_token_id is None:
-        pad_token_id = config.pad_token_id if config.pad_token_id is not None else (ends or [0])[0]
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    config = getattr(model, "generation_config", None)
+    _check_numbers(("max_new_tokens", max_new_tokens, 1), ("draft_tokens", draft_tokens, 0), ("seed", seed, 0))
+    input_ids = _table("input_ids", input_ids, next(model.parameters()).device)
+    mask = torch.ones_like(input_ids)
+    if attention_mask is not None:
+        mask = _table("attention_mask", attention_mask, input_ids.device)
+    _check(model, input_ids, mask, max_new_tokens)
+    ends = _ids("eos_token_id", getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id)
+    fills = _ids("pad_token_id", getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id)
+    fill = (fills or ends or [0])[0]
     rows, forwards, was_training = [], [], model.training
     model.eval()
     try:
@@ -100,37 +91,64 @@ def generate(
             forwards.append(count)
     finally:
         model.train(was_training)
-    filled = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    filled = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
     counts = torch.tensor([len(row) for row in rows], device=input_ids.device)
     forwards = torch.tensor(forwards, device=input_ids.device)
     return Generated(torch.cat([input_ids, filled], dim=1), counts, forwards)
 
 
-def _check(inner, config, input_ids, attention_mask, max_new_tokens, draft_tokens) -> None:
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("draft_tokens", draft_tokens, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _check_numbers(*named: tuple[str, int, int]) -> None:
+    for name, value, least in named:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of {least} or more.")
-    if input_ids.dim() != 2:
-        raise ConfigError(f"input_ids is {tuple(input_ids.shape)}; it must be of two dimensions, (rows, tokens).")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+
+
+def _table(name: str, given, device) -> Tensor:
+    """Return ids or a mask (B, T) as a tensor: its own device's, or `device`'s where it is a list."""
+    try:
+        found = given if isinstance(given, Tensor) else torch.as_tensor(given, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{name} is no tensor, and no list of rows that are equally long. Pad them.") from None
+    if found.dim() != 2:
+        raise ConfigError(f"{name} is {tuple(found.shape)}; it must be of two dimensions, (rows, tokens).")
+    if name == "input_ids" and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
+        raise ConfigError(f"{name} is of {found.dtype}; token ids are whole numbers (torch.long).")
+    return found.long() if name == "input_ids" else found
+
+
+def _ids(name: str, given) -> list[int]:
+    """Return the token ids that are given as one number, several, or None."""
+    values = given.tolist() if hasattr(given, "tolist") else given
+    values = [] if values is None else list(values) if isinstance(values, list | tuple | set) else [values]
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError
+        return [operator.index(value) for value in values]
+    except TypeError:
+        several = " or several" if name == "eos_token_id" else ""
+        raise ConfigError(f"{name} is {given!r}; it must be a token's id, a whole number{several}.") from None
+
+
+def _check(model, input_ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+    if mask.shape != input_ids.shape:
         raise ConfigError(
-            f"attention_mask is {tuple(attention_mask.shape)}; it must have the shape of input_ids, "
-            f"{tuple(input_ids.shape)}."
+            f"attention_mask is {tuple(mask.shape)}; it must have the shape of input_ids, {tuple(input_ids.shape)}."
         )
-    tokens = input_ids.size(1) if attention_mask is None else attention_mask.bool().sum(dim=1).min()
-    if len(input_ids) == 0 or tokens == 0:
+    lengths = mask.bool().sum(dim=1).tolist()
+    if not lengths or not min(lengths):
         raise ConfigError("input_ids has a row without a token, after which nothing can be generated.")
-    if inner.config.is_encoder_decoder:
-        raise ConfigError(
-            f"the model is a {type(inner).__name__}, an encoder-decoder; a causal language model is needed."
-        )
-    for name, neutral in _PENALTIES.items():
-        value = getattr(config, name, None)
-        if value not in (None, neutral, []):
+    real, rows = input_ids[mask.bool()], support.vocabulary(model)
+    for worst in (real.min().item(), real.max().item()):
+        if not 0 <= worst < rows:
             raise ConfigError(
-                f"the generation config has {name} {value!r}, which generation by guesses does not apply. Set "
-                f"`model.generation_config.{name} = {neutral!r}`, or use `model.generate`."
+                f"input_ids has the id {worst}, and the model has embeddings for ids from 0 to {rows - 1}."
             )
+    longest, positions = max(lengths), support.learned_positions(model)
+    if longest + max_new_tokens - 1 > positions:
+        raise ConfigError(
+            f"max_new_tokens is {max_new_tokens} behind {longest} tokens, and the model has {positions} learned "
+            f"positions. Set it to {max(positions - longest + 1, 0)} or less, or shorten the prompt."
+        )
 
 
 def _row(model, inner, prompt: Tensor, limit: int, drafts: int, ends: set, random) -> tuple[Tensor, int]:
@@ -140,11 +158,6 @@ def _row(model, inner, prompt: Tensor, limit: int, drafts: int, ends: set, rando
     cache = DynamicCache(config=inner.config)
     # layers of a sliding window keep what a wrong guess would push out
     cache.activate_past_recording()
-    if not cache.is_croppable:
-        raise ConfigError(
-            f"the cache of {type(inner).__name__} cannot give tokens back, which wrong guesses need. Use "
-            "`model.generate`."
-        )
     text, entered, guesses, forwards = prompt.tolist(), 0, [], 0
     length = len(text) + limit
     while len(text) < length:

@@ -29,7 +29,7 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
 
     config = dry_run.check(model_id, args, peft_config)
     processing_class = processing_class_for(model_id, None, args)
-    ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset)
+    ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset, peft_config)
     facts = {"processes": args.world_size, "training rows": len(train_dataset)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if not tokenised_before_loading(args):

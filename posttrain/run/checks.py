@@ -21,7 +21,7 @@ from transformers.utils import (
 
 from posttrain import model_sizes, patterns
 from posttrain.bounded import Overtime, in_time
-from posttrain.checks import check_choice, check_holdable, plain
+from posttrain.checks import check_choice, check_holdable, plain, shorten
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.models import check_holds_safetensors, check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
@@ -31,6 +31,9 @@ BUILD_SECONDS = 60.0
 _FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 # What architectures call their input embedding
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+# Of an adapter's config what names modules: by texts or a pattern, and by texts alone.
+_NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+_LISTS_OF_NAMES = ("modules_to_save", "target_parameters")
 # Optimisers that ask for more of a model than its parameters.
 _NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
@@ -57,6 +60,8 @@ def check_lora(peft_config) -> None:
     vars(peft_config).update(plain(vars(peft_config)))
     for name, value in vars(peft_config).items():
         check_holdable(f"{name} of the adapter", value)
+    for name in (*_NAMES, *_LISTS_OF_NAMES):
+        _check_module_names(name, getattr(peft_config, name, None), name in _NAMES)
     patterns.check_adapter(peft_config)
     # of other kinds `r` may be something else: OFT takes 0 beside its block size
     if isinstance(peft_config, LoraConfig):
@@ -75,6 +80,15 @@ def check_lora(peft_config) -> None:
             "lora_target_modules names lm_head, whose weight is read directly, so an adapter on it would never train. "
             "Leave it out."
         )
+
+
+def _check_module_names(name: str, value, takes_text: bool) -> None:
+    """Refuse what names no modules in an adapter's config. `takes_text`: whether one text or pattern is taken too."""
+    several = isinstance(value, list | tuple | set | frozenset) and all(isinstance(one, str) for one in value)
+    if value is None or several or (takes_text and isinstance(value, str)):
+        return
+    wanted = "a name, a pattern or a list of names" if takes_text else "a list of names, written [a, b]"
+    raise ConfigError(f"{name} of the adapter is {shorten(value)}; it must be {wanted}.")
 
 
 def check_tying(peft_config, config) -> None:
@@ -257,7 +271,8 @@ def check_layers(peft_config, model, trust_remote_code: bool = False) -> None:
         except Exception:
             return
         with upstream_refusals("the adapter cannot be built with these settings"):
-            get_peft_model(built, copy.deepcopy(peft_config))
+            adapter = copy.deepcopy(peft_config)
+            adapter.check_placed(get_peft_model(built, adapter))
 
 
 def check_loading(kwargs: dict) -> None:

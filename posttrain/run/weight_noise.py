@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from pathlib import Path
 
 from accelerate.utils import broadcast, is_peft_model
@@ -84,7 +85,7 @@ class SalientColumns(TrainerCallback):
 
     def _calibrate(self, model, config) -> None:
         trainer, engine = self._trainer, None
-        rows = itertools.islice(trainer.train_dataset, config.calibration_rows)
+        rows = itertools.islice(trainer.train_dataset, min(config.calibration_rows, sys.maxsize))
         device = trainer.accelerator.device
 
         def forward(ids):
@@ -181,6 +182,11 @@ class SalientColumns(TrainerCallback):
 
 def of(trainer) -> SalientColumns | None:
     """Return what holds a trainer's GIFT-SW adapter, calibrated; None for every other adapter."""
-    if not is_peft_model(trainer.model) or not layers_of(trainer.model, "default"):
+    if not is_peft_model(trainer.model):
+        return None
+    config = trainer.model.peft_config.get("default")
+    if isinstance(config, GiftSWConfig):
+        config.check_placed(trainer.model)
+    if not layers_of(trainer.model, "default"):
         return None
     return SalientColumns(trainer)

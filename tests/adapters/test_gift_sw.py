@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from posttrain.adapters import SIDE_FILE, calibration
@@ -160,6 +162,21 @@ def test_there_must_be_tokens_and_finite_weights(base):
         calibration.calibrate(broken, IDS.tolist())
 
 
+@pytest.mark.parametrize("settings", [dict(weight_norm=60.0), dict(activation_norm=1e4), dict(activation_power=1000.0)])
+def test_columns_are_chosen_by_exponents_of_any_size(settings, base):
+    columns = [variant.columns.tolist() for _, _, variant, _ in layers_of(adapted(base, **settings))]
+    assert columns.count(list(range(8))) == 0
+    with pytest.raises(ConfigError, match="activation_power is inf; it must be a number from 0 to"):
+        GiftSWConfig(activation_power=float("inf"))
+
+
+def test_a_layer_of_which_no_column_stands_out_is_named(base):
+    broken = adapted(base, calibrated=False)
+    broken.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.data.zero_()
+    with pytest.raises(ConfigError, match="no column of model.layers.1.mlp.up_proj is more salient than another"):
+        calibration.calibrate(broken, IDS.tolist())
+
+
 def test_columns_of_a_checkpoint_are_taken_over_and_compared(base):
     ours, theirs = adapted(base), adapted(base, metric="activation")
     table = theirs.peft_config["default"].salient
@@ -192,10 +209,65 @@ def test_layers_without_columns_to_choose_are_refused(base):
     twin = copy.deepcopy(base)
     twin.model.layers[0].mlp.up_proj.__class__ = Other
     with pytest.raises(ConfigError, match="up_proj is a Other"):
-        adapted(twin)
+        adapted(twin, target_modules=["up_proj"])
     twin.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ConfigError, match="up_proj is quantised"):
         adapted(twin)
+
+
+SMALL = dict(
+    vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+FAMILIES = {
+    # experts and router are fused tensors
+    "qwen3_moe": (lambda: transformers.Qwen3MoeConfig(**SMALL, head_dim=8, **EXPERTS), 8,
+                  "2 Qwen3MoeExperts, 2 Qwen3MoeTopKRouter, and linear layers that are named like"),
+    # the router is a linear layer with a forward of its own
+    "phimoe": (lambda: transformers.PhimoeConfig(**SMALL, num_local_experts=4), 8, "2 PhimoeTopKRouter"),
+    # whose forward adds the bias apart
+    "falcon": (lambda: transformers.FalconConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2,
+                                                 num_attention_heads=4), 8, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_is_what_it_can_take(family, tmp_path, logged):
+    made, count, left_out = FAMILIES[family]
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForCausalLM.from_config(made()).eval()
+    with logged.at_level("INFO", logger="posttrain"):
+        model = adapted(whole, r=4)
+    assert len(layers_of(model)) == count and model.peft_config["default"].what_was_left_out().startswith(left_out)
+    assert logged.text.count("left out of all-linear") == bool(left_out) and left_out in logged.text
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(copy.deepcopy(whole), tmp_path).eval()
+    assert sum(isinstance(module, LoraLayer) for module in plain.modules()) == count
+    torch.testing.assert_close(logits(plain), logits(model), atol=1e-6, rtol=1e-5)
+    config = GiftSWConfig.from_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(whole), tmp_path, config=config, is_trainable=True)
+    assert calibration.calibrate(again, []) is False and len(layers_of(again)) == count
+
+
+def test_what_was_named_and_cannot_be_taken_is_refused():
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["phimoe"][0]())
+    with pytest.raises(ConfigError, match="router is a PhimoeTopKRouter"):
+        get_peft_model(model, GiftSWConfig(r=4, target_modules=["router", "q_proj"]))
+    twin = tiny_model(num_hidden_layers=1)
+    for module in twin.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = Other
+    with pytest.raises(ConfigError, match=r"all-linear has no plain linear layer in this model.*\(7 Other\)"):
+        adapted(twin)
+
+
+def test_what_is_left_out_stands_beside_what_was_excluded():
+    for before, after in ((None, ["a.b"]), (["c"], ["a.b", "c"]), (r".*\.c", r"(?:.*\.c)|a\.b")):
+        config = GiftSWConfig(r=4, target_modules="all-linear", exclude_modules=before)
+        config.leave_out("a.b", nn.Identity(), False)
+        config.leave_out("a.experts.down_proj", nn.Identity(), True)
+        assert config.to_dict()["exclude_modules"] == after
 
 
 def test_recipes_settings_name_the_scheme():

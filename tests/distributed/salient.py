@@ -55,7 +55,7 @@ def main(folder: str, out: str) -> None:
         GradientState._reset_state()
         if name == "resumed":
             # this calibration would choose others
-            salience.salient = lambda weight, *rest: torch.arange(8)
+            salience.largest = lambda scores, count: torch.arange(count)
         target = out / ("saved" if name == "resumed" else name)
         change, trainer = METHODS["gift_sw"].train(folder, target, snapshot=snapshot, **RUN, **more)
         with gathered(trainer.model):

@@ -139,6 +139,26 @@ def test_its_ratio_to_the_weights_is_the_expected_one(armed):
     assert noise.take_ratio() == 0
 
 
+def test_the_ratio_leaves_out_the_columns_without_noise(armed):
+    model, noise = armed
+    noise.measured = {}
+    squares, first = torch.zeros(2, dtype=torch.float64), layers_of(model)[0]
+    with torch.no_grad():
+        # what is salient may be large
+        first[1].get_base_layer().weight[:, first[2].columns] = 100.0
+    for _, layer, variant, _ in layers_of(model):
+        weight = layer.get_base_layer().weight.detach().double()
+        rest = torch.ones(weight.size(1), dtype=torch.bool).index_fill(0, variant.columns, False)
+        expected = variant.rows.step.double().square().sum() * rest.sum() / 4, weight[:, rest].square().sum()
+        squares += torch.stack(expected)
+        found = RowNoise(variant.rows.step, variant.columns, 0, weight.float()).squares("gaussian")
+        assert found == pytest.approx([part.item() for part in expected], rel=1e-6)
+    gradients(model, noise)
+    assert noise.take_ratio() == pytest.approx((squares[0] / squares[1]).sqrt().item(), rel=1e-6)
+    drawn, weights = torch.stack(list(noise.measured.values())).sum(dim=0).tolist()
+    assert weights == pytest.approx(squares[1].item(), rel=1e-5) and drawn == pytest.approx(squares[0].item(), rel=0.1)
+
+
 @pytest.mark.parametrize(("kind", "spread"), [("gaussian", 0.5), ("uniform", 12**-0.5)])
 def test_its_size_is_that_of_the_rows_step(kind, spread):
     weight, step = torch.zeros(4, 4096), torch.tensor([0.1, 1.0, 0.0, 2.0])

@@ -62,3 +62,59 @@ def test_rows_of_zeros_have_no_step_and_no_error():
 
 def test_of_equal_columns_the_first_are_taken():
     assert salience.salient(torch.ones(3, 8), torch.ones(8), 3, 4).tolist() == [0, 1, 2]
+
+
+WIDE = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
+INPUTS = torch.randn(40, 24, generator=torch.Generator().manual_seed(2)).abs()
+
+
+def by_hand(norm, power, count=6):
+    """The columns by exact fractions of logarithms, of another form than the library's."""
+    errors = (WIDE - salience._rounded(WIDE, (salience.row_scales(WIDE, 4)[0] / 7)[:, None], 4)).abs().double()
+    top = errors.amax(0)
+    norms = top.log() if norm == math.inf else top.log() + ((errors / top).log() * norm).exp().sum(0).log() / norm
+    scores = norms + power * INPUTS.amax(0).double().log()
+    return sorted(scores.argsort(descending=True)[:count].tolist())
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, 3.0, 4.0, 20.0, 60.0, 1000.0, 1e30, math.inf])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 100.0, 1000.0, 1e30])
+def test_columns_are_the_exponents_own_however_far_their_powers_go(norm, power):
+    for scale in (1e-18, 1.0, 1e18):
+        found = salience.salient(WIDE * scale, INPUTS.amax(0) * scale, 6, 4, norm, power)
+        assert found.tolist() == by_hand(norm, power) != list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("norm", "power"), [(1.0, 1.0), (2.0, 1.0), (2.0, 0.5), (3.0, 2.0), (math.inf, 1.0), (0.0, 1.0)]
+)
+def test_ordinary_exponents_order_columns_as_their_plain_product_does(norm, power):
+    scores = INPUTS.amax(0) ** power
+    if norm:
+        step = (salience.row_scales(WIDE, 4)[0] / 7)[:, None]
+        scores = scores * torch.linalg.vector_norm(WIDE - salience._rounded(WIDE, step, 4), ord=norm, dim=0)
+    order = salience.sensitivity(WIDE, INPUTS.amax(0), 4, norm, power).sort(descending=True, stable=True).indices
+    assert torch.equal(order, scores.sort(descending=True, stable=True).indices)
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, 50.0, 200.0, 1e4, 1e30, math.inf])
+def test_norms_of_features_are_those_of_all_tokens_at_once(norm):
+    for scale in (1e-30, 1.0, 1e30):
+        values, found = INPUTS.double() * scale, salience.FeatureNorm(norm)
+        values[:, 3] = 0
+        assert found.value() is None
+        for part in values.split([1, 30, 9]):
+            found.add(-part)
+        top = values.amax(0).clamp(min=1e-300)
+        expected = top if norm == math.inf else top * (values / top).pow(norm).sum(0).pow(1 / norm)
+        torch.testing.assert_close(found.value(), expected * (values.amax(0) > 0), rtol=1e-12, atol=1e-290)
+    plain, whole = salience.FeatureNorm(2.0), INPUTS.double()
+    for part in whole.split(7):
+        plain.add(part)
+    assert torch.equal(plain.value(), sum(part.pow(2).sum(0) for part in whole.split(7)).pow(0.5))
+
+
+def test_columns_without_inputs_or_errors_are_told():
+    assert (salience.sensitivity(WIDE, torch.zeros(24), 4) == -math.inf).all()
+    assert (salience.sensitivity(torch.ones(3, 24), INPUTS[0], 4) == -math.inf).all()
+    assert salience.sensitivity(WIDE, INPUTS[0], 4).isfinite().all()

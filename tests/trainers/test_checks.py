@@ -4,8 +4,10 @@ from decimal import Decimal
 
 import pytest
 from datasets import Dataset, IterableDataset, Value
+from peft import IA3Config, LoraConfig
 
 from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
+from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.run import checks
 from posttrain.trainers.preference import prepare
@@ -124,3 +126,28 @@ def test_streams_without_column_names_train_on_their_system_messages(tiny_folder
     args = PolicyGradientConfig(**rollouts.settings(tmp_path / "c"))
     trainer = PolicyGradientTrainer(tiny_folder, rollouts.success, args, IterableDataset.from_generator(rows))
     assert next(iter(trainer.train_dataset))["prompt"] == [turn("system", "Be short."), ASKED]
+
+
+@pytest.mark.parametrize("config", [LoraConfig, GiftSWConfig, IA3Config], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "name", ["target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters"]
+)
+def test_what_names_no_modules_in_an_adapter_is_refused_by_name(config, name):
+    for value in (5, True, 0.5, float("nan"), [1], ["q_proj", None], {"q_proj": 1}):
+        adapter = config()
+        # a constructor of its own may ask first
+        setattr(adapter, name, value)
+        with pytest.raises(ConfigError, match=f"{name} of the adapter is .*; it must be a"):
+            checks.check_lora(adapter)
+    texts = ["k_proj", r".*\.k_proj"] if name in ("target_modules", "exclude_modules", "feedforward_modules") else []
+    for value in (None, ["q_proj"], {"q_proj"}, ("q_proj",), *texts):
+        adapter = config()
+        setattr(adapter, name, value)
+        checks.check_lora(adapter)
+
+
+def test_an_adapter_that_names_a_number_is_refused_by_a_trainer(weightless, tmp_path):
+    args = RobustDPOConfig(**settings(tmp_path))
+    for adapter in (LoraConfig(target_modules=5), GiftSWConfig(r=4, target_modules=True)):
+        with pytest.raises(ConfigError, match="target_modules of the adapter is (5|True); it must be a name"):
+            RobustDPOTrainer(weightless, args=args, train_dataset=make_pairs(8), peft_config=adapter)

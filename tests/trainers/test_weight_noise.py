@@ -189,7 +189,7 @@ def test_a_resumed_run_takes_over_the_columns_of_its_checkpoint(tiny_folder, tmp
     # of a base that was rounded differently, or other kernels
     from posttrain.objectives import salience
 
-    monkeypatch.setattr(salience, "salient", lambda weight, *rest: torch.arange(8))
+    monkeypatch.setattr(salience, "largest", lambda scores, count: torch.arange(count))
     again = on_instructions(tiny_folder, tmp_path, **run | dict(save_strategy="no"))
     columns = [variant.columns.tolist() for _, _, variant, _ in layers_of(first.model)]
     assert [variant.columns.tolist() for _, _, variant, _ in layers_of(again.model)] != columns

@@ -33,7 +33,7 @@ class WeightNoise:
         self.seed, self.kind, self.step = seed, kind, 0
         self._under_way, self._entered = False, False
         self._expected: dict[int, tuple[float, float]] = {}
-        # of the noise drawn and of the weights, by layer; measured only where it is asked for
+        # of the noise drawn and of the columns which have it, by layer; measured only where it is asked for
         self.measured: dict[int, Tensor] | None = None
 
     @contextlib.contextmanager
@@ -64,7 +64,7 @@ class WeightNoise:
         self._expected[rows.number] = rows.squares(self.kind)
 
     def take_ratio(self) -> float:
-        """Return the expected norm of the noise over that of the weights of layers drawn since the last call."""
+        """Return the expected norm of the noise over that of the columns with it, of layers drawn since last asked."""
         found, self._expected = self._expected.values(), {}
         noise, weights = (sum(part) for part in zip(*found, strict=True)) if found else (0.0, 1.0)
         return (noise / max(weights, 1e-30)) ** 0.5
@@ -81,10 +81,11 @@ class RowNoise:
     def __init__(self, step: Tensor, columns: Tensor, number: int, weight: Tensor) -> None:
         self.step, self.columns, self.number = step, columns, number
         noise = step.double().square().sum() * (weight.size(1) - len(columns))
-        self._squares = noise.item(), weight.double().square().sum().item()
+        weights = weight.double().square().sum(dim=0).index_fill(0, columns.to(weight.device), 0.0)
+        self._squares = noise.item(), weights.sum().item()
 
     def squares(self, kind: str) -> tuple[float, float]:
-        """Return the expected square of the noise, and that of the weights."""
+        """Return the expected square of the noise, and that of the weights in the columns which have it."""
         noise, weights = self._squares
         return noise / (4 if kind == "gaussian" else 12), weights
 
@@ -134,7 +135,8 @@ class _NoisyProduct(torch.autograd.Function):
         weight = module.weight.detach()
         drawn = rows.draw(weight, kind, seed)
         if measured is not None:
-            measured[rows.number] = torch.stack([part.float().square().sum() for part in (drawn, weight)])
+            noisy = weight.index_fill(1, rows.columns, 0.0)
+            measured[rows.number] = torch.stack([part.float().square().sum() for part in (drawn, noisy)])
         return F.linear(x.to(dtype), drawn.add_(weight).to(dtype))
 
     @staticmethod

@@ -75,7 +75,8 @@ class InstructionMixin(RenderedRows, WindowMixin):
             )
 
         def ready(model, args, config):
-            return prepare(model, args, config, processing_class, train_dataset, eval_dataset)
+            adapter = kwargs.get("peft_config")
+            return prepare(model, args, config, processing_class, train_dataset, eval_dataset, adapter)
 
         kwargs |= dict(data_collator=data_collator, processing_class=processing_class)
         self._build(model, args, kwargs, ready, super().__init__)

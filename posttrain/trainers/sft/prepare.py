@@ -14,18 +14,19 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.run import evaluation
 from posttrain.run.prepared import Prepared, check_fills_a_batch
+from posttrain.trainers.sft import token_noise
 
 READ = (*loading.COLUMNS, "label", "input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
 
 
-def prepare(model, args, config, processing_class, train_dataset, eval_dataset) -> Prepared:
+def prepare(model, args, config, processing_class, train_dataset, eval_dataset, peft_config=None) -> Prepared:
     """Check settings and rows as far as that needs no weights; tokenise them as `trl.SFTTrainer` does.
 
     Args:
         model: its name, or the model itself. config: the model's.
         processing_class: a tokenizer or processor, or None for the model's own.
         train_dataset: rows of prompt and completion, messages or texts, tokenised rows, or a stream of any.
-        eval_dataset: likewise, several by name, or None.
+        eval_dataset: likewise, several by name, or None. peft_config: of a new adapter, or None.
 
     Raises:
         ConfigError, DataError, EnvironmentIssue: settings, rows or a tokenizer that cannot be trained with.
@@ -34,6 +35,8 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
         raise ConfigError("train_dataset is missing; give a datasets.Dataset of prompt and completion, or messages.")
     rows.refuse_splits(train_dataset)
     evaluation.check_sets(args, eval_dataset)
+    if hasattr(args, "accepted_tokens_rows"):
+        token_noise.check_accepted(model, args, config, peft_config, eval_dataset)
     args.check_model(config)
     processing_class = processing_class_for(model, processing_class, args)
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
