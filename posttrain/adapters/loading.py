@@ -1,14 +1,27 @@
 """Reading a saved adapter onto its base model, with the tokenizer beside it."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 from posttrain import model_sizes, patterns
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.models import check_holds_safetensors, check_runs_no_code, embedded_name, resolve_model
+from posttrain.models import (
+    SMOLLM2_FOLDER,
+    TINY_FOLDER,
+    check_holds_safetensors,
+    check_runs_no_code,
+    embedded_name,
+    is_cached,
+    resolve_model,
+)
 from posttrain.remote import check_model_name, model_failure
 from posttrain.saved import check_safetensors, check_shards, read_text
 from posttrain.visible import one_line
+
+# a model's folder in the cache of any version
+_OF_THE_CACHE = re.compile(rf"[/\\]models[/\\](?:{SMOLLM2_FOLDER}|{TINY_FOLDER})-[0-9a-f]{{8}}$")
 
 
 def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | None]:
@@ -27,8 +40,14 @@ def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | Non
     named = config.get("base_model_name_or_path")
     if not named or not isinstance(named, str) or one_line(named) != named:
         raise ConfigError(f"the adapter in {folder} names no base model; give it with --base MODEL.")
-    # a cached folder may be another machine's, or cleared by now
-    return resolve_model(embedded_name(named) or named), config.get("revision")
+    # a cached folder may be another machine's, cleared or damaged by now; any other that is there is the base itself
+    embedded = embedded_name(named) if is_cached(named) or not os.path.lexists(named) else None
+    if embedded is None and _OF_THE_CACHE.search(named) and not os.path.lexists(named):
+        raise ConfigError(
+            f"the adapter in {folder} was trained on {named}, an embedded model as another version of posttrain wrote "
+            "it, which is not here. Where that model is this version's as well, give it: --base embedded:NAME."
+        )
+    return resolve_model(embedded or named), config.get("revision")
 
 
 def _config_of(folder: str | Path) -> dict:
