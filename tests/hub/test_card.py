@@ -169,7 +169,9 @@ def test_card_takes_the_license_of_a_local_base(trained):
 
 
 def test_card_says_that_the_tiny_model_is_random(trained, monkeypatch):
-    monkeypatch.setattr(trained.model.peft_config["default"], "base_model_name_or_path", f"/x/models/{folder_name(TINY)}")
+    monkeypatch.setattr(
+        trained.model.peft_config["default"], "base_model_name_or_path", f"/x/models/{folder_name(TINY)}"
+    )
     card, metadata = card_of(trained)
     assert "random weights (`embedded:tiny`)" in card.text
     assert not {"base_model", "license"} & set(metadata)
