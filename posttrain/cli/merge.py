@@ -4,6 +4,7 @@ from pathlib import Path
 
 from posttrain.console import say, say_json
 from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.private import hide
 
 
 def add_parser(subparsers) -> None:
@@ -44,7 +45,7 @@ def run(args) -> int:
     if args.json:
         say_json(facts)
     else:
-        say(f"Merged into {args.output} in {args.dtype}.")
+        say(hide(f"Merged into {args.output} in {args.dtype}."))
         say(f"Against base and adapter, on {found.tokens} tokens: largest logit difference", end=" ")
         say(f"{found.largest_logit_difference:.3g}, top-1 agreement {found.top1_agreement:.1%}.")
     return 0

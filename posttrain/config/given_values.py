@@ -107,7 +107,7 @@ def _check_text(args, name: str, text: str) -> None:
         takes = "it takes a mapping, such as `{key: value}`, or one as JSON"
         if name in _JSON_FILES:
             takes += ", or the path of a JSON file"
-            text = _content(text, takes_base64=name == "deepspeed")
+            text = content_of(text, takes_base64=name == "deepspeed")
         with_mapping = text == "" and name == "deepspeed"
         try:
             with_mapping = with_mapping or isinstance(json.loads(text), dict)
@@ -126,7 +126,7 @@ def _check_sharding(words) -> None:
         check_choice("fsdp", word, [option.value for option in FSDPOption])
 
 
-def _content(text: str, takes_base64: bool) -> str:
+def content_of(text: str, takes_base64: bool) -> str:
     """Return the JSON that a text is, encodes or names as a file; the text itself where it does none of that."""
     if text.startswith("{"):
         return text

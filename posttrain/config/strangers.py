@@ -1,10 +1,11 @@
-"""What a settings file may not do by itself: run code, change the programs that run, send completions away."""
+"""What a settings file may not do by itself: run code, change the programs that run, write elsewhere, send away."""
 
 import json
 import re
 from collections.abc import Mapping
 
 from posttrain.checks import near
+from posttrain.config.deepspeed_paths import check_paths
 from posttrain.errors import ConfigError
 from posttrain.log import LEVELS
 from posttrain.visible import one_line
@@ -76,6 +77,8 @@ def check_setting(name: str, value, place: str) -> None:
             f"{place}: `allow_code` says which code you trust, so it is for the command line: --allow_code MODULE. "
             "Leave it out here."
         )
+    if name == "deepspeed":
+        check_paths(value, place)
     if name == "log_completions_hub_repo" and value is not None:
         raise ConfigError(
             f"{place}: `log_completions_hub_repo: {value}` sends prompts and completions away, which a settings file "

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from posttrain.data import generators, objects
+from posttrain.data import folders, generators, objects
 from posttrain.data.columns import READ
 from posttrain.data.parquet import read_parquet
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
@@ -148,15 +148,26 @@ def load_hub(source: str, split: str, **given):
     """Load a split of a hub data set, or of a folder that `datasets` reads or wrote.
 
     `given`: `name`, `data_dir` and `data_files` of `datasets.load_dataset`, as far as they are set.
+
+    Of a folder only files are read that lie in it, and those of `data_files`.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetsError
 
     if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
         return load_saved(source, split)
     try:
-        return load_dataset(source, split=split, **given)
+        if not Path(source).is_dir():
+            return load_dataset(source, split=split, **given)
+        folders.check_before(source)
+        if "data_files" not in given:
+            folders.check_files(source, load_dataset_builder(source, **given))
+        dataset = load_dataset(source, split=split, **given)
+        folders.check_media(source, dataset)
+        return dataset
+    except DataError:
+        raise
     except EmptyDatasetError:
         raise DataError(
             f"the data set {source!r} is a folder without data files that can be read; give a file "
@@ -184,14 +195,17 @@ def load_saved(source: str, split: str):
     """Tell what `save_to_disk` wrote: a data set, which is taken for any split, or several by name."""
     from datasets import DatasetDict, load_from_disk
 
+    folders.check_saved(source)
     try:
         saved = load_from_disk(source)
     except (OSError, ValueError) as error:
         raise DataError(f"the data set in the folder {source!r} cannot be read: {error}") from None
     if not isinstance(saved, DatasetDict):
+        folders.check_media(source, saved)
         return saved
     if split not in saved:
         raise DataError(f"the data set in the folder {source!r} has no split {split!r}; it has {', '.join(saved)}.")
+    folders.check_media(source, saved[split])
     return saved[split]
 
 

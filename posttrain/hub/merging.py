@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from posttrain.adapters.loading import base_of, load_adapter, tokenizer_beside
+from posttrain.adapters.loading import UNFIT, base_of, load_adapter, tokenizer_beside
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.hub.files import TOKENIZER, saved_weights
 from posttrain.hub.own_files import found, name_links
@@ -84,7 +84,7 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
         try:
             merged = _merged(model)
             merged.save_pretrained(partial)
-        except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+        except UNFIT as error:
             raise ConfigError(
                 f"the adapter in {run} cannot be merged: {str(error).rstrip('.')}. Keep it beside its base; push it "
                 "without --merged."

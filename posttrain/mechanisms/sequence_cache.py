@@ -107,12 +107,20 @@ class ReferenceCache:
             return {}, f"has the format {head.get('format')!r} and not {_FORMAT!r}"
         if head.get("digest") != self._digest(tensors):
             return {}, "is damaged or belongs to another key: its digest is not that of its content"
-        raw = tensors["digests"].numpy().tobytes()
+        digests = tensors.pop("digests", None)
+        whole = digests is not None and digests.dtype == torch.uint8 and digests.shape[1:] == (_DIGEST_BYTES,)
+        if not (whole and self._are_values(tensors, len(digests))):
+            return {}, "is damaged: its tensors are not those of a cache of this kind"
+        raw = digests.numpy().tobytes()
         keys = [raw[i : i + _DIGEST_BYTES] for i in range(0, len(raw), _DIGEST_BYTES)]
         return dict(zip(keys, self._from_tensors(tensors), strict=True)), None
 
     def _digest(self, tensors: Mapping[str, torch.Tensor]) -> str:
         return whole_files.digest_of_tensors(self.path.stem, tensors)
+
+    def _are_values(self, tensors: Mapping[str, torch.Tensor], count: int) -> bool:
+        """Tell whether tensors are the values of so many entries, as `_to_tensors` makes them."""
+        return tensors.keys() == {"logps"} and _are_numbers(tensors["logps"]) and len(tensors["logps"]) == count
 
     def _from_tensors(self, tensors: dict[str, torch.Tensor]) -> Sequence:
         return tensors["logps"].tolist()
@@ -166,11 +174,28 @@ class TokenCache(ReferenceCache):
     def __init__(self, directory: str | Path, key: str) -> None:
         super().__init__(directory, f"{key}-tokens")
 
+    def _are_values(self, tensors, count):
+        if tensors.keys() != {"logps", "lengths"} or not _are_numbers(tensors["logps"]):
+            return False
+        lengths = tensors["lengths"]
+        return (
+            lengths.dtype == torch.int64
+            and lengths.shape == (count,)
+            and bool((lengths >= 0).all())
+            # a sum of huge lengths could come round
+            and bool((lengths <= len(tensors["logps"])).all())
+            and int(lengths.sum()) == len(tensors["logps"])
+        )
+
     def _from_tensors(self, tensors):
         return tensors["logps"].split(tensors["lengths"].tolist())
 
     def _to_tensors(self, values):
         return {"lengths": torch.tensor([len(logps) for logps in values]), "logps": torch.cat(values)}
+
+
+def _are_numbers(values: torch.Tensor) -> bool:
+    return values.ndim == 1 and values.is_floating_point()
 
 
 def forwarded(

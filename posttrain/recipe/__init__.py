@@ -9,6 +9,7 @@ from posttrain.config import DataArguments, ModelArguments, is_local
 from posttrain.config.mixture import rows_of_each
 from posttrain.errors import ConfigError
 from posttrain.models import resolve_model
+from posttrain.private import hide
 from posttrain.recipe.ending import run_main as run_main
 from posttrain.run import lock
 from posttrain.visible import visible
@@ -111,7 +112,7 @@ def _train(trainer, data_args: DataArguments, evaluate: bool) -> None:
     trainer.save_model(_internal_call=True)
     on_hub = hub_data(data_args)
     trainer.create_model_card(**on_hub)
-    trainer.accelerator.print(visible(f"Saved to {args.output_dir}"))
+    trainer.accelerator.print(visible(hide(f"Saved to {args.output_dir}")))
     if args.push_to_hub:
         trainer.push_to_hub(**on_hub)
     trainer.end()

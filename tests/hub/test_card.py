@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.data.generated import reverse_list_pairs
 from posttrain.hub import Destination, is_hub_id, loading_lines, write_model_card
-from posttrain.models import SMOLLM2_FOLDER, TINY_FOLDER, byte_tokenizer, tiny_model
+from posttrain.models import SMOLLM2, TINY, byte_tokenizer, folder_name, tiny_model
 
 
 def make_trainer(output_dir, model, peft=True, **settings):
@@ -126,7 +126,7 @@ def test_card_names_hub_base_data_and_tags(trained, monkeypatch):
 
 
 def test_card_says_that_the_embedded_model_is_not_the_hubs(trained, monkeypatch):
-    path = f"/home/someone/.cache/posttrain/models/{SMOLLM2_FOLDER}-12345678"
+    path = f"/home/someone/.cache/posttrain/models/{folder_name(SMOLLM2)}"
     monkeypatch.setattr(trained.model.peft_config["default"], "base_model_name_or_path", path)
     card, metadata = card_of(trained)
     assert "someone" not in card.content and "base_model" not in metadata
@@ -144,7 +144,7 @@ def test_card_names_the_base_that_a_local_one_is_said_to_be(trained, monkeypatch
 
 
 def test_card_of_the_embedded_model_names_both_it_and_the_hubs(trained, monkeypatch):
-    path = f"/home/someone/.cache/posttrain/models/{SMOLLM2_FOLDER}-12345678"
+    path = f"/home/someone/.cache/posttrain/models/{folder_name(SMOLLM2)}"
     monkeypatch.setattr(trained.model.peft_config["default"], "base_model_name_or_path", path)
     monkeypatch.setattr(trained.args, "base_model_id", "HuggingFaceTB/SmolLM2-135M-Instruct", raising=False)
     card, metadata = card_of(trained)
@@ -169,7 +169,9 @@ def test_card_takes_the_license_of_a_local_base(trained):
 
 
 def test_card_says_that_the_tiny_model_is_random(trained, monkeypatch):
-    monkeypatch.setattr(trained.model.peft_config["default"], "base_model_name_or_path", f"/x/{TINY_FOLDER}-12345678")
+    monkeypatch.setattr(
+        trained.model.peft_config["default"], "base_model_name_or_path", f"/x/models/{folder_name(TINY)}"
+    )
     card, metadata = card_of(trained)
     assert "random weights (`embedded:tiny`)" in card.text
     assert not {"base_model", "license"} & set(metadata)

@@ -5,7 +5,7 @@ import pytest
 from posttrain.errors import ConfigError
 from posttrain.hub import preflight
 from posttrain.hub.base_model import base_license, hub_base, noted_base
-from posttrain.models import SMOLLM2_FOLDER, TINY_FOLDER, tiny_model
+from posttrain.models import SMOLLM2, TINY, folder_name, tiny_model
 from tests.hub.client import arguments
 
 
@@ -41,8 +41,8 @@ def test_a_name_that_no_repository_can_have_is_refused_without_asking(name):
     ("base", "shown"),
     [
         ("/models/my-sft", "the local folder /models/my-sft"),
-        (f"/home/a/.cache/posttrain/models/{SMOLLM2_FOLDER}-1234abcd", "embedded:smollm2-135m"),
-        (f"/home/a/.cache/posttrain/models/{TINY_FOLDER}-1234abcd", "embedded:tiny"),
+        (f"/home/a/.cache/posttrain/models/{folder_name(SMOLLM2)}", "embedded:smollm2-135m"),
+        (f"/home/a/.cache/posttrain/models/{folder_name(TINY)}", "embedded:tiny"),
         ("embedded:tiny", "embedded:tiny"),
         (tiny_model(), "a model without a name"),
     ],
@@ -173,7 +173,7 @@ def test_a_license_is_taken_from_the_card_of_a_local_base_where_it_has_one(tmp_p
     card.write_text("---\nlicense: [broken\n---\n# Base\n")
     assert base_license(str(tmp_path)) == {}
     assert base_license("org/not-in-the-cache") == {} and base_license("embedded:tiny") == {}
-    assert base_license(f"/x/{SMOLLM2_FOLDER}-1234abcd") == {"license": "apache-2.0"}
+    assert base_license(f"/x/models/{folder_name(SMOLLM2)}") == {"license": "apache-2.0"}
 
 
 def test_a_saved_run_tells_the_base_it_was_given_and_the_one_it_loaded(saved_run, tmp_path):

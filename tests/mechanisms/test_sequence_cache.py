@@ -38,6 +38,36 @@ def test_a_file_of_another_kind_is_passed_over_named_and_set_aside(tmp_path, log
 
 
 @pytest.mark.parametrize("kind", [ReferenceCache, TokenCache])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"logps": None},
+        {"digests": None},
+        {"more": torch.zeros(4)},
+        {"logps": torch.zeros(3)},
+        {"logps": torch.zeros(4, 1)},
+        {"logps": torch.zeros(4, dtype=torch.int64)},
+        {"digests": torch.zeros(4, 8, dtype=torch.uint8)},
+        {"digests": torch.zeros(4, 16)},
+        {"lengths": torch.tensor([1, 1, 1, 2])},
+        {"lengths": torch.tensor([2, 2, 1, -1])},
+        {"lengths": torch.ones(4)},
+        {"lengths": None, "logps": torch.zeros(5)},
+    ],
+    ids=lambda harm: "-".join(harm),
+)
+def test_tensors_of_another_kind_are_set_aside_though_their_digest_is_right(tmp_path, logged, kind, harm):
+    cache = kind(tmp_path, "key")
+    fresh = {key: torch.tensor([value]) if kind is TokenCache else value for key, value in ENTRIES.items()}
+    cache.add(fresh)
+    tensors = {name: value for name, value in (load_file(cache.path) | harm).items() if value is not None}
+    save_file(tensors, cache.path, {"format": "2", "digest": cache._digest(tensors)})
+    assert cache.load() == {} and "its tensors are not those of a cache of this kind" in logged.text
+    cache.add(fresh)
+    assert cache.load().keys() == fresh.keys() and left(tmp_path) == {cache.path.name, f"{cache.path.name}.damaged1"}
+
+
+@pytest.mark.parametrize("kind", [ReferenceCache, TokenCache])
 def test_every_altered_byte_is_noticed(tmp_path, kind, logged):
     cache = kind(tmp_path, "key")
     cache.add({key: torch.tensor([value]) if kind is TokenCache else value for key, value in ENTRIES.items()})

@@ -25,13 +25,16 @@ SECRETS = """
     use_auth_token push_to_hub_token WANDB_API_KEY openai_key client_secret private_key access_token session_token
     auth hub_token_2 judge_key cookie jwt webhook_url user_token oauth_token sshkey connection_string database_url
     passcode creds session_id sessionId psk wifi_psk privkey sastoken conn_str connStr mnemonic seed_phrase
+    pw bind_pw cred db_cred pat github_pat PAT sas sas_token sasUrl presigned_url csrf XSRF-TOKEN kennwort mot_de_passe
+    userpwd PHPSESSID amqp_url appkey
 """.split()
 NONE = """
     tokenizer tokenizer_name max_tokens num_tokens pad_token eos_token bos_token_id stop_token image_token tokens keys
     special_tokens kept_tokens max_new_tokens mean_token_accuracy token_type key_column gold_key sort_key keyword monkey
     author keep signal design forward_pass signature_columns logits_to_keep TOKENIZERS_PARALLELISM hub_model_id
     metric_for_best_model remove_unused_columns query_key_value attention.self.key projection_prng_key
-    wandb_url
+    wandb_url path paths pattern patterns patience lora_target_modules target_modules password_file conv_pw log_pw
+    credit sasrec patch patch_size compat power
 """.split()
 
 
@@ -78,6 +81,13 @@ def test_of_all_settings_the_hubs_token_alone_is_a_secret():
         ({"args": ["--api-key", "abc", "--n", "3"]}, {"args": ["--api-key", "***", "--n", "3"]}),
         ({"env": [{"name": "DB_PASSWORD", "value": "x"}]}, {"env": [{"name": "DB_PASSWORD"}]}),
         ({"env": [{"Name": "Authorization", "Value": "x"}]}, {"env": [{"Name": "Authorization"}]}),
+        ({"fields": [{"name": "password", "default": "x"}]}, {"fields": [{"name": "password"}]}),
+        ({"tokens": {"hf": "a1b2c3d4e5f6g7h8", "n": "a1b2c3d4e5f6g7h8"}, "n": 1}, {"n": 1}),
+        ({"tokens": {"pad": "<pad>", "eos": "</s>"}, "path": "a1b2c3d4", "patience": 3, "pattern": "a1b2"},) * 2,
+        ({"pw": "x", "creds": ["x"], "github_pat": "x", "sas_token": "x", "tokenizer": "x"}, {"tokenizer": "x"}),
+        (["pw", "dense"], ["pw", "dense"]),
+        ({"name": "eos_token", "default": "</s>"}, {"name": "eos_token", "default": "</s>"}),
+        (Path("https://u:Zq7Xw9@h/x.jsonl"), Path("https:/***@h/x.jsonl")),
         ({b"hub_token": "x", "key": "X-Api-Key", "val": "y"}, {"key": "X-Api-Key"}),
         ((b"X-Api-Key", b"abc"), (b"X-Api-Key", "***")),
         (["X-Api-Key", "abcd1234", "Accept", "text"], ["X-Api-Key", "***", "Accept", "text"]),
@@ -140,6 +150,9 @@ def test_an_entry_left_out_shows_no_secret_of_its_name():
         ("GOCSPX-abcdefghijkl", "***"),
         ("https://h/x?access%5Ftoken=abc123&n=1", "https://h/x?access%5Ftoken=***&n=1"),
         ("to=https%3A%2F%2Fh%3Ftoken%3Dabc%26n%3D1", "to=https%3A%2F%2Fh%3Ftoken%3D***%26n%3D1"),
+        ("https:/u:Zq7Xw9@h/x.jsonl of /proc/s3:/u:Zq@h/x", "https:/***@h/x.jsonl of /proc/s3:/***@h/x"),
+        ("to=https%3A%2F%2Fme%3AZq7Xw9%40host%2Fx", "to=https%3A%2F%2F***%40host%2Fx"),
+        ("https://hooks.zapier.com/hooks/catch/123/Zq7Xw9", "https://hooks.zapier.com/hooks/catch/***"),
         ("https://u:a/b@h/x https://u:a#b@h/x https://u:a?b@h/x", "https://***@h/x " * 2 + "https://***@h/x"),
         ("curl -u user:pw https://h", "curl -u user:*** https://h"),
         ("eyJhbGciOiJSU0Et.OKOaw.48V1.5eym8.XFBo", "***"),
@@ -167,6 +180,20 @@ def test_forms_of_services_and_urls_are_hidden_whole(text, shown):
         ("--hub-token abc --max_tokens 5", "--hub-token *** --max_tokens 5"),
         ("401 for https://h/x?sig=a%2Fb: no", "401 for https://h/x?sig=*** no"),
         ("password=hunter2, n=3", "password=***, n=3"),
+        ("token => Zq7Xw9Lm, token -> Zq7Xw9Lm, token := Zq7Xw9Lm", "token => ***, token -> ***, token := ***"),
+        ("token == Zq7Xw9Lm and TOKEN:'Zq7Xw9Lm'", "token == *** and TOKEN:'***'"),
+        ("sent bearer Zq7Xw9Lm there", "sent bearer *** there"),
+        ("password hunter2 was refused, secret tr0ub4dor&3 too", "password *** was refused, secret *** too"),
+        ("passphrase correct!horse; credential 'abc-12345'", "passphrase ***; credential '***'"),
+        ("the api key is Zq7Xw9, the access-key: Zq7Xw9", "the api key is ***, the access-key: ***"),
+        ("token a1b2c3d4e5f6g7 expired, token\ta1b2c3d4e5f6g7", "token *** expired, token\t***"),
+        (
+            "<password>hunter</password><apiKey a='b'> Zq7X </apiKey>",
+            "<password>***</password><apiKey a='b'> *** </apiKey>",
+        ),
+        ("<token>Zq7Xw9Lm2</token>", "<token>***</token>"),
+        ("machine h login me password horse", "machine h login me password ***"),
+        ("--hub-token:Zq7Xw9Lm", "--hub-token:***"),
     ],
 )
 def test_messages_hide_what_stands_behind_a_secrets_name(text, shown):
@@ -187,6 +214,11 @@ def test_messages_hide_what_stands_behind_a_secrets_name(text, shown):
         "def get(hf_token: str): return call(hf_token=hf_token, wandb_url=url)",
         'login(token=os.environ["HF_TOKEN"]) or --hub_token $HF_TOKEN or --hub_token <your token>',
         "the secret is out: chmod -u a:b; password: see above",
+        "the password was refused; password required! A password re-entered; secret-sharing of the password/secret",
+        "token <|im_end|> and token llama3, token 151643 of 152064; Token 1.5e-05; the api key is missing",
+        "<token>the</token><key>abcdef</key><answer>x1234567</answer>",
+        "def key_of(hf_token: str) -> str; x -> y; a => b; (lambda token: token) == other; a bearer of news",
+        "patience 12345678, path /a/b1c2d3e4f5, pattern => a1b2c3d4e5 and pat: see above",
     ],
 )
 def test_messages_without_secrets_stay_as_they_are(text):
@@ -239,7 +271,32 @@ def test_hiding_a_form_leaves_prose_and_code_alone():
 
 @pytest.mark.parametrize(
     "unit",
-    ["sk-", "eyJ", "'a': ", "://", "a:b?", "--a ", "\\", "{", "?a=", "a.", "curl -u=", "://a:", "?%", ";a", "%3Fa"],
+    [
+        "sk-",
+        "eyJ",
+        "'a': ",
+        "://",
+        "a:b?",
+        "--a ",
+        "\\",
+        "{",
+        "?a=",
+        "a.",
+        "curl -u=",
+        "://a:",
+        "?%",
+        ";a",
+        "%3Fa",
+        "token:",
+        "password ",
+        "a->",
+        "<a>",
+        "<token>x",
+        "https:/a:b",
+        "%3A%2F%2F",
+        "login a ",
+        "secret\t",
+    ],
 )
 def test_a_long_text_without_secrets_is_hidden_nothing_of(unit):
     assert hide(unit * 20_000) == unit * 20_000

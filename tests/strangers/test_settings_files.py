@@ -1,5 +1,7 @@
 """A settings file of a stranger runs nothing by itself, and is read in bounded time and memory."""
 
+import base64
+import json
 import logging
 import os
 import shutil
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from posttrain import ALoLConfig, QAEConfig, RobustDPOConfig, log, yaml_text
-from posttrain.config import ModelArguments, parse
+from posttrain.config import ModelArguments, parse, strangers
 from posttrain.config.strangers import VARIABLES
 from posttrain.console import complain
 from posttrain.errors import ConfigError, DataError
@@ -331,3 +333,54 @@ def test_the_end_of_an_answer_may_be_a_line_break(tmp_path):
     path.write_text('generation_kwargs: {stop: ["\\n"]}\nnested: {a: b}\n')
     (named,) = parse((Named,), ["--config", str(path)])
     assert named.generation_kwargs == {"stop": ["\n"]}
+
+
+@dataclass
+class Sharded:
+    size: int = 1
+    deepspeed: str | None = None
+
+
+ELSEWHERE = [
+    {"csv_monitor": {"enabled": True, "output_path": "/elsewhere"}},
+    {"csv_monitor": {"enabled": True}},
+    {"monitor_config": {"tensorboard": {"enabled": "true"}}},
+    {"wandb": {"enabled": 1}},
+    {"autotuning": {"enabled": True}},
+    {"flops_profiler": {"enabled": True, "output_file": "notes"}},
+    {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/local"}}},
+    {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "swap"}}},
+    {"data_efficiency": {"data_sampling": {"metrics": [{"index_to_metric_paths": "x"}]}}},
+    {"checkpoint": {"tag": "../../x"}},
+]
+
+
+@pytest.mark.parametrize("settings", ELSEWHERE)
+@pytest.mark.parametrize("how", ["mapping", "json", "base64", "file"])
+def test_deepspeed_settings_of_a_file_name_nothing_to_write_to(tmp_path, settings, how):
+    text = json.dumps({"train_batch_size": "auto", **settings})
+    (tmp_path / "ds.json").write_text(text)
+    encoded = base64.urlsafe_b64encode(text.encode()).decode()
+    given = {"mapping": text, "json": f"'{text}'", "base64": encoded, "file": str(tmp_path / "ds.json")}[how]
+    with pytest.raises(ConfigError, match=r"run.yaml:1: `deepspeed` .*--deepspeed FILE"):
+        read(tmp_path, f"deepspeed: {given}\n")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "nvme_path": None}}, "bf16": {}},
+        {"csv_monitor": {"enabled": False}, "flops_profiler": {"enabled": True, "output_file": None}},
+        {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "comms_logger": {"enabled": True, "prof_ops": []}},
+    ],
+)
+def test_deepspeed_settings_that_write_nothing_are_taken(settings):
+    strangers.check_setting("deepspeed", settings, "run.yaml:1")
+    strangers.check_setting("deepspeed", "ds.json", "run.yaml:1")
+
+
+def test_a_deepspeed_file_of_the_command_line_may_name_paths(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(ELSEWHERE[0]))
+    (tmp_path / "run.yaml").write_text("size: 2\n")
+    words = ["--config", str(tmp_path / "run.yaml"), "--deepspeed", str(tmp_path / "ds.json")]
+    assert parse((Sharded,), words)[0] == Sharded(2, str(tmp_path / "ds.json"))

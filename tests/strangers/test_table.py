@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from posttrain import QAEConfig, RobustDPOConfig
+from posttrain import ALoLConfig, QAEConfig, RobustDPOConfig
 from posttrain.config import DataArguments, ModelArguments, parse
 from posttrain.data.pairs.loading import load_preferences
 from posttrain.data.tokens import render
@@ -33,6 +33,8 @@ SHOWN = f"{TEXTS}:test_errors_notes_tables_and_json_show_control_characters_as_t
 CODE = f"{RUN}:test_code_beside_an_adapter_or_a_data_set_is_not_run"
 PICKLE = f"{RUN}:test_a_pickle_in_a_checkpoint_is_never_run"
 OF_SETTINGS = f"{OWN}:test_what_settings_may_do_they_are_read_for"
+DEEPSPEED = f"{SETTINGS}:test_deepspeed_settings_of_a_file_name_nothing_to_write_to"
+OWN_FILES = "tests.data.test_folders:test_a_link_that_leads_out_is_not_read"
 OF_ADAPTER = f"{OWN}:test_an_adapter_names_the_base_that_is_read"
 # what is told of a settings file, an adapter or model, a checkpoint, a data set: the test of each
 CELLS = {
@@ -57,8 +59,8 @@ CELLS = {
         f"{OWN}:test_a_template_learns_nothing_of_the_process",
         f"{RUN}:test_no_file_of_a_push_holds_a_secret_whoever_wrote_the_run", VERBATIM,
     ),
-    "reads other files of yours": (OF_SETTINGS, OF_ADAPTER, BEST, VERBATIM),
-    "writes over files": (OF_SETTINGS, f"{RUN}:test_a_merge_copies_no_file_behind_a_link", KEPT, VERBATIM),
+    "reads other files of yours": (OF_SETTINGS, OF_ADAPTER, BEST, OWN_FILES),
+    "writes over files": (DEEPSPEED, f"{RUN}:test_a_merge_copies_no_file_behind_a_link", KEPT, VERBATIM),
     "sends something away": (OF_SETTINGS, LINKS, KEPT, VERBATIM),
     "makes the model say what it likes": (OF_SETTINGS, OF_ADAPTER, BEST, VERBATIM),
 }  # fmt: skip
@@ -138,6 +140,6 @@ def test_what_settings_may_do_they_are_read_for():
     text = (Path(__file__).parents[2] / "docs" / "strangers.md").read_text()
     cells = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")]
     named = set(re.findall(r"`(\w+)`", " ".join(cell for cell in cells if "**yes" in cell)))
-    kinds = (DataArguments, ModelArguments, RobustDPOConfig, QAEConfig)
+    kinds = (DataArguments, ModelArguments, RobustDPOConfig, QAEConfig, ALoLConfig)
     known = {field.name for kind in kinds for field in fields(kind)}
     assert "dataset_name" in named and "output_dir" in named and named <= known

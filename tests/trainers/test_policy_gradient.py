@@ -264,6 +264,8 @@ REFUSED = [
     (dict(loss_type="ppo"), "loss_type is 'ppo'; it must be one of"),
     (dict(temperature=0.0), "temperature is 0.0; it must be above 0"),
     (dict(generation_kwargs={"temperature": 0.5}), "generation_kwargs sets temperature"),
+    (dict(generation_kwargs={"stop_strings": ["a"]}), "generation_kwargs sets stop_strings to ['a']; it needs the tok"),
+    (dict(generation_kwargs={"prompt_lookup_num_tokens": 3}), "sets prompt_lookup_num_tokens to 3; it drafts for a si"),
     (dict(top_p=0.9, use_vllm=True), "top_p is 0.9, so rollouts are drawn from another distribution"),
     (dict(generation_kwargs={"top_k": 5}, use_vllm=True), "top_k is 5, so rollouts"),
     (dict(data=prompts([0] * 3)), "train_dataset has 3 rows, and a generation takes 4 prompts"),

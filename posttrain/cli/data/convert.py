@@ -3,6 +3,7 @@
 from posttrain.cli.data.output import output_file, write_lines
 from posttrain.cli.data.source import add_source, print_json
 from posttrain.console import say
+from posttrain.private import hide
 
 
 def add_parser(actions) -> None:
@@ -33,5 +34,5 @@ def run(args) -> int:
         facts = {"output": str(out), "rows": len(made), "read": len(rows), "from": found.name, "to": found.kind}
         print_json(facts | {"why": found.why})
     else:
-        say(f"{out}: {len(made)} rows ({found.kind}) of {len(rows)} {found.name} rows ({found.why})")
+        say(f"{hide(str(out))}: {len(made)} rows ({found.kind}) of {len(rows)} {found.name} rows ({found.why})")
     return 0

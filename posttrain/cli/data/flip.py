@@ -4,6 +4,7 @@ from posttrain.cli.data.output import output_file, write_lines
 from posttrain.cli.data.source import add_source, print_json
 from posttrain.console import say
 from posttrain.errors import ConfigError, DataError
+from posttrain.private import hide
 
 
 def add_parser(actions) -> None:
@@ -48,7 +49,9 @@ def run(args) -> int:
         facts = {"output": str(out), "rows": len(rows), "flipped": swapped, "rate": args.rate, "seed": args.seed}
         print_json(facts | ({"warnings": lost} if lost else {}))
     else:
-        say(f"{out}: {len(rows)} rows, {swapped} of them with chosen and rejected swapped (seed {args.seed})")
+        say(
+            f"{hide(str(out))}: {len(rows)} rows, {swapped} of them with chosen and rejected swapped (seed {args.seed})"
+        )
         for said in lost:
             say(said)
     return 0

@@ -2,6 +2,7 @@
 
 from posttrain.console import say_json
 from posttrain.errors import DataError
+from posttrain.private import hide
 from posttrain.visible import listed, one_line
 
 
@@ -84,13 +85,13 @@ class Source:
         columns = listed(self.columns)
         converted = f"{self.shape.name} rows, converted to {self.shape.kind} ({self.shape.why})\n" if self.shape else ""
         return converted + (
-            f"{one_line(self.name)}: {len(self.rows)} rows; columns {columns}\n"
+            f"{one_line(hide(self.name))}: {len(self.rows)} rows; columns {columns}\n"
             f"format: {self.format} ({one_line(self.format.why)})"
         )
 
     def facts(self) -> dict:
         kind = {"kind": self.format.kind, "style": self.format.style, "why": self.format.why}
-        facts = {"source": self.name, "rows": len(self.rows), "columns": self.columns, "format": kind}
+        facts = {"source": hide(self.name), "rows": len(self.rows), "columns": self.columns, "format": kind}
         if self.shape:
             facts["converted"] = {"from": self.shape.name, "to": self.shape.kind, "why": self.shape.why}
         return facts

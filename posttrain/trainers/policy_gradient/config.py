@@ -201,6 +201,7 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
     def _check_resolved(self):
         setting_checks.check_copied_batch(self, self._copied_batch)
         setting_checks.check_sampling(self)
+        setting_checks.check_generation(self)
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(sorted(LOSS_TYPES))}.")
 

@@ -2,11 +2,62 @@
 
 import math
 
+import torch
+
 from posttrain.checks import shorten
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives.advantages import order_statistic
 from posttrain.run.config import under_deepspeed
+
+# Of transformers' generation, what rollouts cannot have: they are drawn in batches, by model and prompts alone
+_NEEDS_TOKENIZER = "it needs the tokenizer, which is not handed on"
+_ONE_AT_A_TIME = "it drafts for a single prompt, and rollouts are drawn in batches"
+_MOVED = "transformers loads its code from the hub, which is not run"
+_OTHER_SHAPE = "a rollout is one sequence of tokens"
+_NO_ROLLOUTS = {
+    "stop_strings": _NEEDS_TOKENIZER,
+    "token_healing": _NEEDS_TOKENIZER,
+    "prompt_lookup_num_tokens": _ONE_AT_A_TIME,
+    "assistant_early_exit": _ONE_AT_A_TIME,
+    "is_assistant": _ONE_AT_A_TIME,
+    "use_mtp": _ONE_AT_A_TIME,
+    "constraints": _MOVED,
+    "custom_generate": _MOVED,
+    "dola_layers": _MOVED,
+    "force_words_ids": _MOVED,
+    "num_beam_groups": _MOVED,
+    "penalty_alpha": _MOVED,
+    "return_dict_in_generate": _OTHER_SHAPE,
+    "num_return_sequences": _OTHER_SHAPE,
+}
+
+
+def check_generation(args) -> None:
+    """Refuse settings of transformers' generation with which it would fail, or give no rollouts."""
+    given = dict(args.generation_kwargs or {})
+    if args.use_vllm:
+        return
+    for name, why in _NO_ROLLOUTS.items():
+        neutral = (None, False) if name not in ("num_return_sequences", "num_beam_groups") else (None, 1)
+        if name in given and given[name] not in neutral:
+            raise ConfigError(f"generation_kwargs sets {name} to {shorten(given[name])}; {why}. Leave it out.")
+    place = "generation_kwargs sets cache_implementation to" if "cache_implementation" in given else None
+    cache = given.get("cache_implementation", args.cache_implementation)
+    if cache == "quantized" or (str(cache).startswith("offloaded") and not torch.cuda.is_available()):
+        why = (
+            "rounds what the log-probabilities come from" if cache == "quantized" else "needs a GPU, and there is none"
+        )
+        raise ConfigError(f"{place or 'cache_implementation is'} {cache}, a cache that {why}. Leave it out.")
+    if not given:
+        return
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig(**({"max_new_tokens": args.max_completion_length} | given))
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"generation_kwargs is {shorten(given)}, which transformers refuses: {reason}.") from None
 
 
 def check_rewards(args) -> None:
