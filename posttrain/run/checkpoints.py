@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.run import checkpoint_files as files
-from posttrain.run import training_state
+from posttrain.run import lock, training_state
 from posttrain.run.checkpoint_files import MARKER
 from posttrain.run.identity import differing, update_settings
 from posttrain.run.markers import content_of, damaged
@@ -279,13 +279,10 @@ def complete_or_not_there(trainer, folder: Path):
             complete checkpoint is left as it is.
     """
     output_dir, main = folder.parent, trainer.accelerator.is_main_process
-    occupied = [main and files.is_occupied(folder)]
-    broadcast_object_list(occupied)
-    if occupied[0]:
-        raise EnvironmentIssue(
-            f"the checkpoint {folder} could not be saved: something lies there that posttrain did not write, and that "
-            f"would be written over. {_last_of(output_dir)}"
-        )
+    told = [_hindrance(folder) if main else ""]
+    broadcast_object_list(told)
+    if told[0]:
+        raise EnvironmentIssue(f"the checkpoint {folder} could not be saved: {told[0]}")
     partial = output_dir / files.PARTIAL / folder.name
     # Upstream would rotate before the marker is written, and might delete the last complete checkpoint
     limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
@@ -323,6 +320,20 @@ def complete_or_not_there(trainer, folder: Path):
         trainer.args.save_total_limit = limit
     if main:
         rotate(output_dir, limit, trainer.state.best_model_checkpoint, trainer._identity())
+
+
+def _hindrance(folder: Path) -> str:
+    """Say why no checkpoint can be saved as a folder; empty where one can."""
+    try:
+        lock.check_held(folder.parent)
+    except EnvironmentIssue as error:
+        return str(error)
+    if files.is_occupied(folder):
+        return (
+            f"something lies there that posttrain did not write, and that would be written over. "
+            f"{_last_of(folder.parent)}"
+        )
+    return ""
 
 
 def _name_best(trainer, partial: Path, folder: Path) -> None:

@@ -11,7 +11,16 @@ from trl.models.utils import disable_gradient_checkpointing
 from posttrain.config.setting import before_declared
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.run import checkpoints, evaluation, lock, preemption, schedule, synced_reference, training_state
+from posttrain.run import (
+    checkpoints,
+    evaluation,
+    lock,
+    preemption,
+    run_folder,
+    schedule,
+    synced_reference,
+    training_state,
+)
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
 from posttrain.run.construction import ConstructionMixin
 from posttrain.run.construction import without_folder as without_folder
@@ -210,6 +219,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
             checkpoints.refuse_damaged(found, weights_only, by_content=True, fits=fits)
         if str(wanted).lower() not in ("auto", "true"):
             return found
+        run_folder.check_unfinished(self, found)
         if found is not None and args.overwrite and str(wanted).lower() == "auto":
             then = checkpoints.settings_of(checkpoints.read(found, None, args.resume_weights_only))
             told = differing(self._identity() | update_settings(self), then, before_declared(type(args)))
@@ -275,8 +285,9 @@ class RunMixin(ConstructionMixin, SavingMixin):
         if checkpoint is None or not self.args.resume_weights_only:
             if checkpoint is not None and (told := training_state.misfit(Path(checkpoint), self)):
                 raise ConfigError(
-                    f"optimizer.pt or scheduler.pt of the checkpoint {checkpoint} cannot be loaded into this run: {told}. "
-                    "Resume from another checkpoint, or go on from its weights alone: `resume_weights_only: true`."
+                    f"optimizer.pt or scheduler.pt of the checkpoint {checkpoint} cannot be loaded into this run: "
+                    f"{told}. Resume from another checkpoint, or go on from its weights alone: "
+                    "`resume_weights_only: true`."
                 )
             with training_state.answered(checkpoint, "optimizer.pt or scheduler.pt"):
                 super()._load_optimizer_and_scheduler(checkpoint)

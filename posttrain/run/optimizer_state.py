@@ -10,8 +10,8 @@ import torch
 
 # of one number for each parameter's number
 _MOMENTS = {
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum",
-    "ax", "prev", "step_size", "state1", "state2", "m1_m2", "nu",
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
+    "sum", "ax", "prev", "step_size", "state1", "state2", "m1_m2", "nu",
 }  # fmt: skip
 # Adam's alone, without which its step ends in an error
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
@@ -33,6 +33,8 @@ def check_form(content) -> None:
     state, groups = content.get("state", {}), content.get("param_groups", [])
     if not isinstance(state, dict):
         raise TypeError("its state is no mapping")
+    if "param_groups" in content and not groups:
+        raise ValueError("it has no groups of parameters")
     numbered = []
     for group in groups:
         numbered += list(group["params"])

@@ -434,7 +434,12 @@ def test_a_folder_in_the_place_of_a_marker_marks_nothing(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("optimizer.pt", {"state": {}, "param_groups": []}, "optimizer.pt or scheduler.pt of the checkpoint .* cannot"),
+        ("optimizer.pt", {"state": {}, "param_groups": [{"params": [0]}] * 2}, "damaged: optimizer.pt holds no such"),
+        (
+            "optimizer.pt",
+            {"param_groups": [{"params": [0]}, {"params": []}]},
+            "optimizer.pt or scheduler.pt of .* cannot",
+        ),
         ("scheduler.pt", {"last_epoch": 1}, "optimizer.pt or scheduler.pt of the checkpoint .* cannot be loaded"),
         ("trainer_state.json", {"save_steps": 0}, "trainer_state.json has no save_steps, and save_strategy is steps"),
     ],
