@@ -110,7 +110,7 @@ def check_held(folder: str | Path) -> None:
         if not _is_folder(named, entry[5]):
             raise EnvironmentIssue(
                 f"{one_line(folder)} is not the folder any more that this run began in: it was renamed, moved or "
-                "deleted, so nothing is written. Where it was moved, its last checkpoint lies there: start again with "
+                "deleted, so nothing is written. Where it was moved to, its checkpoints lie: start again with "
                 "that output_dir and `resume_from_checkpoint: auto`."
             )
         if not _is_at(path, entry[1], unless=True):

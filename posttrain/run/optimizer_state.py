@@ -11,7 +11,7 @@ import torch
 # of one number for each parameter's number
 _MOMENTS = {
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
-    "sum", "ax", "prev", "step_size", "state1", "state2", "m1_m2", "nu",
+    "sum", "ax", "prev", "step_size", "state1", "state2", "m1_m2", "nu", "variance",
 }  # fmt: skip
 # Adam's alone, without which its step ends in an error
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
@@ -160,9 +160,11 @@ def _is_plausible(entry: str, shape: torch.Size, own: torch.Size) -> bool:
     if entry.startswith("absmax"):
         blocks = -(-numbers // _BLOCK)
         return shape in ((blocks,), (2, blocks))
-    # Adafactor's rows and columns, in the forms of torch and of transformers
-    factors = (own[:-1], (*own[:-1], 1), (*own[:-2], *own[-1:]), (*own[:-2], 1, *own[-1:])) if len(own) > 1 else ()
-    return math.prod(shape) == 1 or shape == own or shape in factors or entry == "gnorm_vec" and shape == (100,)
+    if len(own) > 1 and entry.endswith(("row", "col", "row_var", "col_var")):
+        # Adafactor's, in the forms of transformers and of torch
+        row, column = (own[:-1], (*own[:-1], 1)), ((*own[:-2], own[-1]), (*own[:-2], 1, own[-1]))
+        return shape in (row if "row" in entry else column)
+    return math.prod(shape) == 1 or shape == own or entry == "gnorm_vec" and shape == (100,)
 
 
 def _check_setting(name: str, value) -> None:
@@ -211,7 +213,10 @@ def _is_number(value) -> bool:
     """Tell whether a value is one finite number, or a tensor of one."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex() and math.isfinite(value.item())
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # no float holds a larger whole number
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 1000
 
 
 def _plain(value) -> float:
