@@ -554,9 +554,10 @@ policy_gradient = Method(
 )
 
 NOISEFIT = dict(hidden_noise="noisefit", noise_layers=[0, 1], hidden_noise_scale=0.3, consistency_weight=5.0)
-SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=8.0)
+# of embeddings of 64 channels, about 0.02 each
+SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=0.8)
 MSN = dict(token_noise="msn", token_noise_length=3)
-NEFTUNE = dict(embedding_noise="neftune", noise_alpha=5.0)
+NEFTUNE = dict(embedding_noise="neftune", noise_alpha=1.5)
 noisy_sft = Method(
     name="noisy_sft",
     config=NoisySFTConfig,
@@ -577,7 +578,14 @@ noisy_sft = Method(
         NOISEFIT | dict(consistency_temperature=0),
         NOISEFIT | dict(consistency_mode="both"),
         NOISEFIT | dict(hidden_noise_base="std"),
-        NOISEFIT | dict(noise_layers="auto", hidden_noise_base="legacy"),
+        dict(hidden_noise="noisefit", noise_layers="auto", hidden_noise_base="legacy"),
+        dict(hidden_noise="noisefit", noise_layers="auto", hidden_noise_scale=0.5),
+        dict(hidden_noise="noisefit", noise_layers=[0], noise_layer_count=2),
+        dict(hidden_noise="noisefit", consistency_mode="ce_noisy", consistency_temperature=2.0),
+        NOISEFIT | dict(consistency_temperature=1e30),
+        dict(noise_layers=[1]),
+        dict(token_noise_prob=0.5),
+        dict(accepted_tokens_length=8),
         NOISEFIT | dict(loss_type="dft"),
         NOISEFIT | dict(label_smoothing_factor=0.1),
         NOISEFIT | dict(embedding_noise="neftune"),
@@ -605,7 +613,7 @@ noisy_sft = Method(
         "tokens": (MSN | _SPLIT | dict(token_noise_length=0), _SPLIT),
         "hidden": (NOISEFIT | _SPLIT | dict(ce_weight=1.0, consistency_weight=0.0), _SPLIT),
         # transformers' own noise
-        "tensor": (NEFTUNE | _SPLIT | dict(length_mode="tensor"), _SPLIT | dict(neftune_noise_alpha=5.0)),
+        "tensor": (NEFTUNE | _SPLIT | dict(length_mode="tensor"), _SPLIT | dict(neftune_noise_alpha=1.5)),
         "full": (dict(peft=False), dict(peft=False)),
     },
     step=8,
@@ -614,14 +622,14 @@ noisy_sft = Method(
         "symnoise": SYMNOISE | _SHORT,
         "noisefit": NOISEFIT | _SHORT,
         "msn": MSN | _SHORT,
-        "uniform": dict(embedding_noise="uniform") | _SHORT,
-        "gaussian": dict(embedding_noise="gaussian") | _SHORT,
+        "uniform": dict(embedding_noise="uniform", noise_alpha=0.8) | _SHORT,
+        "gaussian": dict(embedding_noise="gaussian", noise_alpha=0.8) | _SHORT,
     },
     wrong=_width_for_length,
     resumed=(
         NEFTUNE | dict(max_steps=4, save_strategy="steps", save_steps=2, peft=False),
         2,
-        (dict(noise_alpha=4.0), "noise: neftune 5 there, neftune 4 here"),
+        (dict(noise_alpha=1.0), "noise: neftune 1.5 there, neftune 1 here"),
     ),
     shared={},
     # TRL's other means are means of micro-batches' means

@@ -29,6 +29,12 @@ def rates_in_modules(model) -> set[float]:
     }
 
 
+def fields_above_zero(model) -> dict[str, float]:
+    """Return the fields of a model's config that are rates of dropout above 0, by name."""
+    settings = model.config.get_text_config().to_dict().items()
+    return {name: value for name, value in settings if _is_rate(name, value)}
+
+
 def check_functional_dropout(model, can_run: bool = True) -> None:
     """Refuse a model that still drops out by a function where `disable_dropout` has switched off its modules.
 
@@ -42,8 +48,7 @@ def check_functional_dropout(model, can_run: bool = True) -> None:
         ConfigError: names the fields of the model's config, and the setting that clears them.
     """
     rates = rates_in_modules(model)
-    settings = model.config.get_text_config().to_dict().items()
-    fields = {name: value for name, value in settings if _is_rate(name, value)}
+    fields = fields_above_zero(model)
     if not rates and not (fields and can_run):
         return
     if can_run and not _is_random(model):

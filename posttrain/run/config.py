@@ -252,6 +252,9 @@ class CommonConfig:
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    def check_model(self, config) -> None:
+        """Refuse settings that do not fit a model, by its config."""
+
     def _has_no_effect(self, name: str, neutral, because: tuple[str, ...], message: str) -> None:
         """Refuse a setting that others leave without effect; where it is a preset's own default, take `neutral`."""
         if name in self._written:

@@ -29,10 +29,10 @@ from bench.sides import no_curves
 
 ARMS = {
     "sft": {},
-    "transformers": {"neftune_noise_alpha": 5.0},
+    "transformers": {"neftune_noise_alpha": 1.0},
     "off": {"embedding_noise": "none"},
-    "neftune": {"embedding_noise": "neftune", "noise_alpha": 5.0},
-    "symnoise": {"embedding_noise": "symnoise", "noise_alpha": 5.0},
+    "neftune": {"embedding_noise": "neftune", "noise_alpha": 1.0},
+    "symnoise": {"embedding_noise": "symnoise", "noise_alpha": 1.0},
 }
 # noisy layers by their share of the depth
 PLACES = {"low": (0.0, 0.04, 0.1), "middle": (0.47, 0.5, 0.54), "high": (0.74, 0.8, 0.87)}

@@ -73,7 +73,7 @@ def test_rounding_leaves_fifteen_values_a_row_and_the_head_alone(evidence):
 @pytest.mark.slow
 def test_the_evidence_script_trains_every_arm(evidence, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.import_module("evidence.reversing"), "STEPS", 3)
-    for name, value in dict(lists=12, facts=6, nothing=4, held_out=5, epochs=1, step=8, longest=3).items():
+    for name, value in dict(lists=12, facts=6, nothing=4, held_out=5, epochs=1, step=8, longest=3, alpha=0.5).items():
         monkeypatch.setattr(evidence.Small, name, value)
     source = evidence.Small(tmp_path / "work")
     grid = evidence.cells("small", 1)

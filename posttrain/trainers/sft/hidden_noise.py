@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
+from posttrain.mechanisms.dropout import drops_out, fields_above_zero
 from posttrain.mechanisms.noise import calibration, draws, hidden
 from posttrain.mechanisms.noise.controller import innermost
 from posttrain.mechanisms.noise.passes import NoisyPasses, settle
@@ -58,6 +59,15 @@ class HiddenNoise(TrainerCallback):
                     f"lora_dropout is {adapter.lora_dropout} with hidden_noise: {args.hidden_noise}; the passes would "
                     "differ by chance and not by their noise alone. Set `lora_dropout: 0`."
                 )
+        if drops_out(model):
+            fields = fields_above_zero(model)
+            rates = ", ".join(f"{name} {rate}" for name, rate in fields.items()) or "in its modules"
+            remedy = ", ".join(f"{name}: 0.0" for name in fields or ("dropout",))
+            raise ConfigError(
+                f"the model has dropout of its own ({rates}) with hidden_noise: {args.hidden_noise}; the passes would "
+                f"differ by chance and not by their noise alone. Set `model_init_kwargs: {{{remedy}}}`, or the "
+                "config's fields before the model is built."
+            )
         if is_adapted(innermost(model)):
             raise ConfigError(
                 f"an adapter sits on the output embedding, past which the loss of hidden noise reads. {_WHERE}, or "
@@ -70,18 +80,7 @@ class HiddenNoise(TrainerCallback):
             )
         if trainer.compute_loss_func is not None:
             raise ConfigError(f"compute_loss_func is given, in the place of the loss of hidden noise. {_WHERE}.")
-        wanted = args.noise_layers
-        if wanted == "auto":
-            return
-        if isinstance(wanted, str):
-            if args.noise_layer_count > layers:
-                raise ConfigError(
-                    f"noise_layer_count is {args.noise_layer_count}, and the model has {layers} decoder layers."
-                )
-        elif wanted[-1] >= layers:
-            raise ConfigError(
-                f"noise_layers names layer {wanted[-1]}, and the model has {layers} decoder layers, from 0 on."
-            )
+        args.check_layers(layers)
 
     def on_train_begin(self, args, state, control, **kwargs):
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)

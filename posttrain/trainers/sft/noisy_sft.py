@@ -135,6 +135,29 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
             self._hidden.add_metrics(self._means["train"])
         return found
 
+    # stands on Trainer.training_step
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self._noise is not None and self.state.global_step == 0 and self.accelerator.sync_gradients:
+            self._check_ratio()
+        return loss
+
+    def _check_ratio(self) -> None:
+        """Raise ConfigError where the first step's noise is none, or greater than the embeddings, on all ranks."""
+        squares = self._noise.squares
+        noise, embeddings = self.accelerator.reduce(torch.zeros(2) if squares is None else squares, "sum").tolist()
+        ratio, alpha = math.sqrt(noise / max(embeddings, 1e-30)), self.args.noise_alpha
+        if 0 < ratio <= 1:
+            return
+        size = (
+            f"has {ratio:.3g} times the norm of the embeddings. Set it to {alpha / ratio:.2g} or less" if ratio else ""
+        )
+        raise ConfigError(
+            f"noise_alpha is {alpha:g}, and the first step's noise "
+            f"{size or 'has no size. Set it higher, or `embedding_noise: none`'}. Published strengths are 5 to 15, for "
+            "models whose embeddings are larger than that noise."
+        )
+
     def around_policy_forward(self):
         if self._hidden is not None:
             return self._hidden.passes.added_to(self.state.global_step, self.counted_tokens)

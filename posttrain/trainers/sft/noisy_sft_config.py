@@ -13,6 +13,20 @@ from posttrain.mechanisms.noise.draws import KINDS
 from posttrain.objectives.consistency import MODES
 from posttrain.trainers.sft.config import InstructionConfig
 
+_OF_HIDDEN = (
+    "noise_layers", "noise_layer_count", "noise_calibration_rows", "hidden_noise_scale", "hidden_noise_base",
+    "consistency_mode", "ce_weight", "consistency_weight", "consistency_temperature",
+)  # fmt: skip
+_OF_TOKENS = ("token_noise_length", "token_noise_prob", "token_noise_copies_special")
+# what a loss has no term for
+_IDLE_BY_MODE = {
+    "full": (),
+    "ce_kl": ("consistency_weight",),
+    "ce_noisy": ("ce_weight", "consistency_weight", "consistency_temperature"),
+    "kl_only": ("ce_weight", "consistency_weight"),
+    "consistency_only": ("ce_weight", "consistency_weight"),
+}
+
 
 @dataclass(repr=False)
 class NoisySFTConfig(InstructionConfig, SFTConfig):
@@ -71,7 +85,7 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
         0.1,
         "Scale of the hidden noise, in units of the median distance of a token's channels from their median.",
         identity="hidden",
-        card=lambda args: args.hidden_noise != "none",
+        card=lambda args: args.hidden_noise != "none" and args.noise_layers != "auto",
     )
     hidden_noise_base: str = setting(
         "mad",
@@ -192,6 +206,18 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
         copied = "" if self.token_noise_copies_special else ", no special token copied"
         return f"{self.token_noise}, {self.token_noise_length} tokens of a share of {self.token_noise_prob!r}{copied}"
 
+    def _have_no_effect(self, names: tuple[str, ...], because: str, other: str | None = None) -> None:
+        """Refuse those of some settings that another one leaves without effect; `other`: its value that would not."""
+        value = getattr(self, because)
+        for name in names:
+            # a copy, by dataclasses.replace for one, gives every field
+            own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if own != default:
+                remedy = f"Set `{because}: {other}`, or leave {name} out" if other else f"Leave {name} out"
+                text = f"{own:g}" if isinstance(own, float) else f"{own}"
+                message = f"{name} is {text}, which has no effect on {because}: {value}. {remedy}."
+                self._has_no_effect(name, default, (because,), message)
+
     def _read_tokens(self):
         check_choice("token_noise", self.token_noise, ("none", "msn"))
         for name, least in (("token_noise_length", 0), ("accepted_tokens_rows", 0), ("accepted_tokens_length", 1)):
@@ -201,6 +227,10 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
         value = self.token_noise_prob
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ConfigError(f"token_noise_prob is {value!r}; it must be a number from 0 to 1.")
+        if self.token_noise == "none":
+            self._have_no_effect(_OF_TOKENS, "token_noise", "msn")
+        if not self.accepted_tokens_rows:
+            self._have_no_effect(("accepted_tokens_length",), "accepted_tokens_rows")
         if not self.adds_token_noise:
             return
         others = (("embedding_noise", self.adds_noise), ("hidden_noise", self.hidden_noise != "none"))
@@ -250,20 +280,24 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of {least} or more.")
         numbers = (
             ("hidden_noise_scale", 0, math.inf), ("ce_weight", 0, 1), ("consistency_weight", 0, math.inf),
-            ("consistency_temperature", 0, math.inf),
+            # beyond, logits over it are all alike, or no numbers
+            ("consistency_temperature", 0.001, 1000),
         )  # fmt: skip
         for name, low, high in numbers:
             value = getattr(self, name)
             good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-            if not good or not low <= value <= high or (name == "consistency_temperature" and value == 0):
-                wanted = (
-                    "a number above 0"
-                    if name == "consistency_temperature"
-                    else f"a number from {low}" + (f" to {high}" if high < math.inf else " on")
-                )
-                raise ConfigError(f"{name} is {value!r}; it must be {wanted}.")
+            if not good or not low <= value <= high:
+                wanted = f"from {low} to {high}" if high < math.inf else f"from {low} on"
+                raise ConfigError(f"{name} is {value!r}; it must be a number {wanted}.")
         if self.hidden_noise == "none":
+            self._have_no_effect(_OF_HIDDEN, "hidden_noise", "noisefit")
             return
+        self._have_no_effect(_IDLE_BY_MODE[self.consistency_mode], "consistency_mode")
+        if self.noise_layers == "auto":
+            # it finds number and scales of the layers by itself
+            self._have_no_effect(("hidden_noise_scale", "noise_layer_count"), "noise_layers")
+        elif not isinstance(self.noise_layers, str):
+            self._have_no_effect(("noise_layer_count", "noise_calibration_rows"), "noise_layers")
         if self.noise_layers == "auto" and self.hidden_noise_base != "mad":
             raise ConfigError(
                 f"hidden_noise_base is {self.hidden_noise_base} with noise_layers: auto, which finds the scales by "
@@ -300,6 +334,22 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
                 "the noise would be the same, and whatever else is drawn in it another. Leave preserve_rng_state out."
             )
 
+    def check_model(self, config) -> None:
+        if self.hidden_noise != "none":
+            self.check_layers(getattr(config.get_text_config(), "num_hidden_layers", None) or math.inf)
+
+    def check_layers(self, layers: float) -> None:
+        """Refuse `noise_layers` that a model of so many decoder layers has not."""
+        wanted = self.noise_layers
+        if isinstance(wanted, list) and wanted[-1] >= layers:
+            raise ConfigError(
+                f"noise_layers names layer {wanted[-1]}, and the model has {layers} decoder layers, from 0 on."
+            )
+        if wanted in ("snr_high", "snr_low") and self.noise_layer_count > layers:
+            raise ConfigError(
+                f"noise_layer_count is {self.noise_layer_count}, and the model has {layers} decoder layers."
+            )
+
     def _read(self):
         if self.neftune_noise_alpha is not None:
             raise ConfigError(
@@ -318,16 +368,8 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
         alpha = self.noise_alpha
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
             raise ConfigError(f"noise_alpha is {alpha!r}; it must be a number of 0 or more.")
-        default = type(self).__dataclass_fields__["noise_alpha"].default
-        # a copy, by dataclasses.replace for one, gives every field
-        if self.embedding_noise == "none" and alpha > 0 and alpha != default:
-            self._has_no_effect(
-                "noise_alpha",
-                default,
-                ("embedding_noise",),
-                f"noise_alpha is {alpha:g}, which has no effect on embedding_noise: none. Set `embedding_noise: "
-                "neftune`, or leave noise_alpha out.",
-            )
+        if self.embedding_noise == "none" and alpha > 0:
+            self._have_no_effect(("noise_alpha",), "embedding_noise", "neftune")
         self._read_hidden()
         self._read_tokens()
         if not self.adds_noise:

@@ -34,6 +34,7 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
         raise ConfigError("train_dataset is missing; give a datasets.Dataset of prompt and completion, or messages.")
     rows.refuse_splits(train_dataset)
     evaluation.check_sets(args, eval_dataset)
+    args.check_model(config)
     processing_class = processing_class_for(model, processing_class, args)
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
     stop_ids = generation_stop_ids(model, revision)

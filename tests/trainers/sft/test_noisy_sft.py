@@ -24,7 +24,7 @@ from posttrain.recipe import instructions
 from tests.conftest import WORDS
 from tests.training import distance, trainable
 
-NOISE = dict(embedding_noise="neftune", noise_alpha=5.0)
+NOISE = dict(embedding_noise="neftune", noise_alpha=1.5)
 ONE = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1)
 
 
@@ -49,6 +49,7 @@ def as_messages(rows):
 
 def build(folder, trainer_class=NoisySFTTrainer, rows=None, peft_config=None, **overrides):
     given = {name: overrides.pop(name) for name in ("eval_dataset", "callbacks", "data_collator") if name in overrides}
+    kind = overrides.pop("kind", {})
     fields = dict(
         output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=0.05,
         lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, max_steps=2, seed=3, logging_steps=1,
@@ -56,7 +57,7 @@ def build(folder, trainer_class=NoisySFTTrainer, rows=None, peft_config=None, **
     )  # fmt: skip
     config_class = SFTConfig if trainer_class is SFTTrainer else NoisySFTConfig
     return trainer_class(
-        tiny_model(), args=config_class(**{**fields, **ONE, **overrides}),
+        tiny_model(**kind), args=config_class(**{**fields, **ONE, **overrides}),
         train_dataset=make_rows() if rows is None else rows, processing_class=byte_tokenizer(),
         peft_config=peft_config, **given,
     )  # fmt: skip
@@ -145,7 +146,7 @@ def test_packed_sequences_have_the_noise_of_their_own_length(tmp_path, monkeypat
     assert distance(wrong, expected) > 1e-2
 
 
-SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=8.0)
+SYMNOISE = dict(embedding_noise="symnoise", noise_alpha=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +194,12 @@ NOISEFIT = dict(hidden_noise="noisefit", hidden_noise_scale=0.3, consistency_wei
 
 @pytest.mark.slow
 def test_layers_below_others_take_packed_rows_and_words_of_a_command_line(tmp_path):
-    low = dict(NOISEFIT, noise_layers=[0], max_steps=1)
+    low = dict(NOISEFIT, noise_layers=[0], noise_layer_count=3, max_steps=1)
     whole, _ = train(tmp_path / "whole", **low, per_device_train_batch_size=16)
     packed, trainer = train(tmp_path / "packed", **low, packing=True, max_length=4096, per_device_train_batch_size=1)
     assert distance(packed, whole) < 1e-4 and not trainer._hidden.passes.from_start
     for words, layers in ((["snr_low"], "snr_low"), (["auto"], "auto"), (["0", "1"], [0, 1]), ("[1]", [1])):
-        assert NoisySFTConfig(str(tmp_path), **NOISEFIT | dict(noise_layers=words)).noise_layers == layers
+        assert NoisySFTConfig(str(tmp_path), hidden_noise="noisefit", noise_layers=words).noise_layers == layers
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_layers_are_those_of_the_greatest_ratio_and_are_kept_on_resumption(fitte
 
 @pytest.mark.slow
 def test_layers_and_scales_may_be_found_by_what_noise_does(tmp_path):
-    settings = dict(NOISEFIT, noise_layers="auto", noise_calibration_rows=8, max_steps=2)
+    settings = dict(hidden_noise="noisefit", noise_layers="auto", noise_calibration_rows=8, max_steps=2)
     _, trainer = train(tmp_path / "a", **settings, save_strategy="steps", save_steps=1)
     held = trainer._hidden
     assert held.chosen == held.passes.layers and len(held.chosen) == len(held.bases) and len(held.snr) == 2
@@ -275,6 +276,25 @@ def test_layers_and_scales_may_be_found_by_what_noise_does(tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in trainable(resumed.model).items())
 
 
+@pytest.mark.parametrize(
+    ("alpha", "text"),
+    [
+        (
+            1e6,
+            "noise_alpha is 1e.06, and the first step's noise has .* times the norm of the embeddings. Set it to [12]",
+        ),
+        (1e30, "noise_alpha is 1e.30, and the first step's noise has .* times the norm of the embeddings"),
+        (
+            1e-30,
+            "noise_alpha is 1e-30, and the first step's noise has no size. Set it higher, or `embedding_noise: none`",
+        ),
+    ],
+)
+def test_noise_above_the_embeddings_or_of_no_size_stops_the_run(alpha, text, tmp_path):
+    with pytest.raises(ConfigError, match=text):
+        train(tmp_path, **NOISE | dict(noise_alpha=alpha))
+
+
 def test_noise_above_the_states_stops_the_run(tmp_path):
     with pytest.raises(ConfigError, match="behind decoder layer [01] the noise has .* times the norm of the states"):
         train(tmp_path, **NOISEFIT | dict(hidden_noise_scale=100.0))
@@ -283,10 +303,20 @@ def test_noise_above_the_states_stops_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "given", "text"),
     [
-        (dict(noise_layers=[0, 2]), {}, "noise_layers names layer 2, and the model has 2 decoder layers"),
+        (
+            dict(noise_layers=[0, 2], noise_layer_count=3),
+            {},
+            "noise_layers names layer 2, and the model has 2 decoder layers",
+        ),
         (dict(noise_layer_count=3), {}, "noise_layer_count is 3, and the model has 2 decoder layers"),
         ({}, dict(peft_config=LoraConfig(r=4, lora_dropout=0.05)), "lora_dropout is 0.05 with hidden_noise"),
         ({}, dict(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), "PROMPT_TUNING, whose"),
+        (
+            {},
+            dict(kind=dict(architecture="gpt2", resid_pdrop=0.1, attn_pdrop=0.0, embd_pdrop=0.0)),
+            "dropout of its own .resid_pdrop 0.1, .* Set `model_init_kwargs: {resid_pdrop: 0.0, ",
+        ),
+        ({}, dict(kind=dict(attention_dropout=0.1)), "dropout of its own .attention_dropout 0.1. with hidden_noise"),
     ],
 )
 def test_what_passes_cannot_be_made_of_is_refused(tmp_path, settings, given, text):
@@ -342,8 +372,8 @@ def test_a_resumed_run_draws_the_noise_of_the_uninterrupted_one(peft_config, tmp
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.state.global_step == 3
     assert all(torch.equal(value, weights[name]) for name, value in trainable(resumed.model).items())
-    with pytest.raises(ConfigError, match="noise: neftune 5 there, neftune 4 here"):
-        build(tmp_path, peft_config=peft_config, **settings | dict(noise_alpha=4)).train(
+    with pytest.raises(ConfigError, match="noise: neftune 1.5 there, neftune 1 here"):
+        build(tmp_path, peft_config=peft_config, **settings | dict(noise_alpha=1)).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-1")
         )
 
