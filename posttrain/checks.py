@@ -1,12 +1,16 @@
 """Checks of single values: names that are known, numbers in a range."""
 
+import contextlib
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from urllib.parse import unquote
 
 from posttrain.errors import ConfigError
+from posttrain.visible import one_line
 
 
 def near(value, known: Iterable[str]) -> str | None:
@@ -21,6 +25,21 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     close = near(value, allowed)
     hint = f" Did you mean {close}?" if close else ""
     raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.{hint}")
+
+
+def check_links(path: str | Path, name: str) -> None:
+    """Raise ConfigError where a link on the way to `path`, or the path itself, leads nowhere or to itself.
+
+    `name`: of the setting.
+    """
+    whole = Path(path).absolute()
+    for part in (*reversed(whole.parents), whole):
+        with contextlib.suppress(OSError):
+            if part.is_symlink() and not part.exists():
+                raise ConfigError(
+                    f"{name} is {one_line(path)}, and {one_line(part)} is a link that leads nowhere "
+                    f"({one_line(os.readlink(part))}). Remove it, or choose another."
+                )
 
 
 def check_option(owner: str, option: str, known: Sequence[str], noun: str = "option") -> None:

@@ -21,6 +21,8 @@ LAYERS = (
         "paths",
         "compat",
         "console",
+        "outputs",
+        "exit_codes",
         "private",
         "secret_forms",
         "secret_names",

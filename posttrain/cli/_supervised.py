@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from posttrain import signals
+from posttrain import exit_codes, signals
 
 # Seconds that what a killed command leaves behind has to end by itself
 LEFT = 60.0
@@ -18,6 +18,8 @@ AT_ONCE = 10.0
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a command and return its exit code, or 128 and the number of the signal that ended it.
+
+    A code that says why a run ended, such as 75, stays after a signal as well.
 
     SIGTERM, SIGINT, SIGHUP and SIGUSR1 go on to all processes of its group; some seconds after a second one everything
     is killed, and so is what the command leaves when it has ended. As the first process of a container, this one also
@@ -36,7 +38,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
         _signal(child.pid, signal.SIGKILL)
     if code < 0:
         return 128 - code
-    return 128 + got.numbers[0] if got.numbers and code else code
+    return 128 + got.numbers[0] if got.numbers and code and code not in exit_codes.OWN else code
 
 
 class Forwarded:

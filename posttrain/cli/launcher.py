@@ -9,15 +9,15 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-from posttrain import signals
+from posttrain import exit_codes, outputs, signals
 from posttrain.console import complain
 
 
 def main() -> int:
     import psutil
 
+    outputs.keep_going()
     parent, got = os.getppid(), []
 
     def handle(number: int, frame) -> None:
@@ -62,16 +62,14 @@ def _launch() -> tuple[str, int]:
 def _told(who: str, code: int, was_signalled: bool) -> int:
     """Return the exit code to end with; say whose it is where no rank has told why it failed."""
     ends = 128 - code if code < 0 else code
-    path = os.environ.get("POSTTRAIN_EXIT_CODE_FILE")
-    kept = int(Path(path).read_text() or 0) if path and Path(path).is_file() else None
+    kept = exit_codes.kept()
     # a signal that did not come from outside is how torch ended the ranks that had not failed
     if kept is None or kept > 128 and kept != ends and not was_signalled:
-        # a single process that failed has told why, or Python has
-        if code < 0 or who != "the run":
+        # a single process that failed has told why, or Python has, and so has a rank with a code of ours
+        if code < 0 or who != "the run" and code not in exit_codes.OWN:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             complain(f"{who} {how}")
-        if path:
-            Path(path).write_text(str(ends))
+        exit_codes.keep(ends, anew=False)
     elif kept == 1 and who != "the run":
         complain(f"{who} ended with exit code 1")
     return ends

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from posttrain.checks import check_links
 from posttrain.console import say, say_json
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.private import hide
@@ -24,6 +25,7 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Merge; exit code 0 once the merged model was saved and agrees, 4 where it is another one."""
+    check_links(args.output, "output")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ConfigError(f"output is {args.output}, which is not empty; give a new folder.")
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from posttrain.checks import check_links
 from posttrain.console import say
 from posttrain.errors import DivergedError, EnvironmentIssue
 
@@ -267,6 +268,7 @@ class _Job:
 
 
 def _output_folder(name: str) -> Path:
+    check_links(Path(name).expanduser(), "--output")
     folder = Path(name).expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)

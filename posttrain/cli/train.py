@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from posttrain import exit_codes, outputs
 from posttrain.cli import _supervised
 from posttrain.console import say
 from posttrain.errors import ConfigError
@@ -32,6 +33,7 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Launch the recipe; the exit code is the recipe's own, which `accelerate launch` alone would hide."""
+    outputs.keep_going()
     default = "single_gpu" if _has_accelerator() else "cpu"
     config = _shipped(args.config or default, configs_dir() / args.method, "config")
     launch = _shipped(args.launch or default, configs_dir() / "accelerate", "launch")
@@ -40,12 +42,18 @@ def run(args) -> int:
     line = ["accelerate", "launch", "--quiet", "--config_file", launch, *_threads(launch)]
     line += [recipe, "--config", config, *args.settings]
     say(_printable(map(str, line)), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        code_file = Path(folder) / "exit_code"
-        # the same interpreter, whatever `accelerate` the PATH would find
-        command = [sys.executable, "-m", "posttrain.cli.launcher", *map(str, line[2:])]
-        code = _supervised.run(command, os.environ | {"POSTTRAIN_EXIT_CODE_FILE": str(code_file)})
-        return int(code_file.read_text()) if code_file.exists() else code
+    # the same interpreter, whatever `accelerate` the PATH would find
+    command = [sys.executable, "-m", "posttrain.cli.launcher", *map(str, line[2:])]
+    try:
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    except OSError:
+        # the code of a process is its run's as well, where no rank ends with another
+        return _supervised.run(command, os.environ)
+    with folder:
+        code_file = Path(folder.name) / "exit_code"
+        code = _supervised.run(command, os.environ | {exit_codes.VARIABLE: str(code_file)})
+        kept = exit_codes.kept(code_file)
+        return code if kept is None else kept
 
 
 def _threads(launch: Path) -> list[str]:

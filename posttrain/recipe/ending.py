@@ -1,16 +1,14 @@
 """The end of a recipe's process: its message, its exit code, and what ends with it."""
 
 import atexit
-import contextlib
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from posttrain import signals, started
+from posttrain import exit_codes, outputs, signals, started
 from posttrain.console import complain, guard_tracebacks
 from posttrain.errors import PosttrainError, Preempted
 from posttrain.visible import one_line
@@ -21,17 +19,18 @@ def run_main(main: Callable[[], object]) -> int:
 
     The error is printed as one message, once a machine, with the rank where that is not the first. A signal that ends
     the process (SIGTERM, SIGHUP, SIGUSR1) becomes an exception, so that every `finally` runs, and the code is 128 and
-    its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. A distributed run
+    its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. Output that
+    nobody takes is dropped. A distributed run
     ends here, and so does a recipe that was told to end: taking the libraries apart takes seconds.
     """
+    outputs.keep_going()
     guard_tracebacks()
     if signals.in_main_thread() and signals.is_launched():
         # which may have ended while the libraries were imported
         signals.follow_parent(signal.SIGTERM, started.PARENT)
     signals.forks_end_with_us()
-    if os.environ.get("POSTTRAIN_EXIT_CODE_FILE") and os.environ.get("LOCAL_RANK", "0") == "0":
-        # of an earlier run, or made by `mktemp`
-        Path(os.environ["POSTTRAIN_EXIT_CODE_FILE"]).unlink(missing_ok=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        exit_codes.forget()
     with signals.ended_by_exceptions(), signals.counting_from_the_start():
         code = _code_of(main)
     is_waited_for = getattr(main, "__module__", None) == "__main__" and (code > 128 or code == Preempted.exit_code)
@@ -52,7 +51,7 @@ def _code_of(main: Callable[[], object]) -> int:
         if ended is None:
             if _is_of_a_lost_rank(error):
                 return _told_of_a_lost_rank(error)
-            _keep(1)
+            exit_codes.keep(1)
             raise
         # as the shell has it for a program that Ctrl-C ended
         return _told(str(ended), ended.code) if isinstance(ended, signals.Terminated) else _told("interrupted", 130)
@@ -77,7 +76,7 @@ def _told(message: str, code: int) -> int:
     if rank != "0":
         message = f"rank {rank}: {message}"
     complain(message)
-    _keep(code)
+    exit_codes.keep(code)
     return code
 
 
@@ -94,12 +93,6 @@ def _told_of_a_lost_rank(error: BaseException) -> int:
     except (signals.Terminated, KeyboardInterrupt):
         return 128 + signal.SIGTERM
     return _told(f"error: the connection to another rank was lost ({one_line(error)}).", 1)
-
-
-def _keep(code: int) -> None:
-    if os.environ.get("POSTTRAIN_EXIT_CODE_FILE"):
-        with contextlib.suppress(FileExistsError), open(os.environ["POSTTRAIN_EXIT_CODE_FILE"], "x") as file:
-            file.write(str(code))
 
 
 def _leave(code: int) -> None:

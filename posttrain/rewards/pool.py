@@ -27,6 +27,8 @@ from posttrain.rewards.keeper import END
 
 # Seconds for an interpreter to start and import its verifier: about two, on a busy machine more.
 START_TIMEOUT = 120.0
+# Workers in a row that are killed while they start, after which no other is started.
+STARTS = 3
 # Seconds the worker has to end an overlong sample by itself before it is killed.
 GRACE = 1.0
 # Seconds for idle workers to leave by themselves at the end.
@@ -66,6 +68,8 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._pid = os.getpid()
         self._finalizer = None
+        # in a row, while they started
+        self._killed = 0
 
     @property
     def pids(self) -> list[int]:
@@ -150,7 +154,7 @@ class WorkerPool:
                         f"the verifier {self.module} cannot be loaded in its worker: {reply['failed']}"
                     )
                 if "pid" in reply:
-                    worker.pid, worker.ready, worker.deadline = reply["pid"], True, math.inf
+                    worker.pid, worker.ready, worker.deadline, self._killed = reply["pid"], True, math.inf, 0
                 elif reply.pop("call") == worker.call:
                     leaves = reply.pop("leaves")
                     outcomes[worker.index] = Outcome(**reply)
@@ -169,7 +173,13 @@ class WorkerPool:
         worker = self._workers[slot]
         code = worker.process.wait()
         if not worker.ready:
-            raise EnvironmentIssue(f"a worker for {self.module} ended while it started (exit code {code}).")
+            self._killed += 1
+            if code < 0 and self._killed < STARTS:
+                return self._replace(slot)
+            how = f"exit code {code}"
+            if code < 0:
+                how = f"{signal.Signals(-code).name}, {self._killed} times in a row, as where memory runs out"
+            raise EnvironmentIssue(f"a worker for {self.module} ended while it started ({how}).")
         if worker.index is not None:
             outcomes[worker.index] = Outcome(error=f"the worker died (exit code {code})")
         self._replace(slot)

@@ -6,6 +6,7 @@ run that is killed while it saves leaves a folder without one, which is never re
 
 import contextlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.run import checkpoint_files as files
-from posttrain.run import training_state
+from posttrain.run import lock, training_state
 from posttrain.run.checkpoint_files import MARKER
 from posttrain.run.identity import differing, update_settings
 from posttrain.run.markers import content_of, damaged
@@ -84,6 +85,7 @@ def find(
     check: bool = True,
     weights_only: bool = False,
     by_content: bool = False,
+    fits: Callable[[Path], str] | None = None,
 ) -> Path | None:
     """Find the checkpoint to resume from.
 
@@ -94,6 +96,7 @@ def find(
         check: refuse one that another library wrote; it is taken by its path alone in any case.
         weights_only: take one without optimizer, schedule or random state as well.
         by_content: read them whole, to compare what they hold with what was saved.
+        fits: says of a checkpoint that is whole why this run could not load it, empty where it could.
 
     Raises:
         ConfigError: no complete checkpoint where one was asked for.
@@ -101,7 +104,7 @@ def find(
     if wanted is None or wanted is False or str(wanted).lower() in ("false", "none"):
         return None
     ready = [folder for folder in complete(output_dir) if weights_only or not files.missing_state(folder)]
-    newest = next((folder for folder in reversed(ready) if not _damage(folder, weights_only, by_content)), None)
+    newest = next((folder for folder in reversed(ready) if not _damage(folder, weights_only, by_content, fits)), None)
     if str(wanted).lower() == "auto":
         return newest
     if wanted is True or str(wanted).lower() == "true":
@@ -135,17 +138,21 @@ def find(
     )
 
 
-def passed_over(output_dir: str | Path, taken: Path | None, weights_only: bool = False) -> str:
+def passed_over(
+    output_dir: str | Path, taken: Path | None, weights_only: bool = False, fits: Callable[[Path], str] | None = None
+) -> str:
     """List the later checkpoints of a run folder that were not resumed from, each with the reason; empty for none."""
     first = step_of(taken) if taken is not None else -1
-    found = _reasons(output_dir, weights_only, by_content=True)
-    return " ".join(f"{folder.name} {reason}" for folder, reason in found if step_of(folder) > first)
+    found = _reasons(output_dir, weights_only, by_content=True, fits=fits, after=first)
+    return " ".join(f"{folder.name} {reason}" for folder, reason in found)
 
 
-def _damage(folder: Path, weights_only: bool, by_content: bool) -> str:
+def _damage(folder: Path, weights_only: bool, by_content: bool, fits: Callable[[Path], str] | None = None) -> str:
     try:
-        return files.damage(folder, weights_only, by_content) or (
-            training_state.fault(folder, weights_only) if by_content else ""
+        return (
+            files.damage(folder, weights_only, by_content)
+            or (training_state.fault(folder, weights_only) if by_content else "")
+            or (fits(folder) if fits else "")
         )
     except ConfigError:
         return f"{MARKER} cannot be read"
@@ -164,15 +171,21 @@ def _others(output_dir: str | Path) -> str:
 _INCOMPLETE = "is not complete."
 
 
-def _reasons(output_dir: str | Path, weights_only: bool = False, by_content: bool = False) -> list[tuple[Path, str]]:
-    """Return the checkpoint folders that cannot be resumed from as they are, each with the reason."""
+def _reasons(
+    output_dir: str | Path,
+    weights_only: bool = False,
+    by_content: bool = False,
+    fits: Callable[[Path], str] | None = None,
+    after: int = -1,
+) -> list[tuple[Path, str]]:
+    """Return the checkpoint folders of later steps that cannot be resumed from as they are, each with the reason."""
     found = []
-    for folder in filter(Path.is_dir, folders(output_dir)):
+    for folder in (path for path in folders(output_dir) if path.is_dir() and step_of(path) > after):
         lost = files.missing_state(folder) if files.is_complete(folder) and not weights_only else []
         if lost:
             found.append((folder, _without_state(lost)))
         elif files.is_complete(folder):
-            if what := _damage(folder, weights_only, by_content):
+            if what := _damage(folder, weights_only, by_content, fits):
                 found.append((folder, f"is damaged: {what}."))
         elif files.is_foreign(folder):
             found.append(
@@ -222,10 +235,15 @@ def read(folder: Path, now: dict | None, weights_only: bool = False, before: dic
     return content
 
 
-def refuse_damaged(folder: Path, weights_only: bool, by_content: bool = False) -> None:
-    """Raise ConfigError where a file of a checkpoint is not as it was saved, or `by_content` holds no state."""
+def refuse_damaged(
+    folder: Path, weights_only: bool, by_content: bool = False, fits: Callable[[Path], str] | None = None
+) -> None:
+    """Raise ConfigError where a file of a checkpoint is not as it was saved, or `by_content` holds no state.
+
+    `fits`: as in `find`.
+    """
     what = files.damage(folder, weights_only, by_content) if files.is_complete(folder) else ""
-    if what := what or (by_content and training_state.fault(folder, weights_only)):
+    if what := what or (by_content and training_state.fault(folder, weights_only)) or (fits and fits(folder)):
         raise ConfigError(f"the checkpoint {folder} is damaged: {what}. Resume from another one, or delete it.")
 
 
@@ -261,13 +279,10 @@ def complete_or_not_there(trainer, folder: Path):
             complete checkpoint is left as it is.
     """
     output_dir, main = folder.parent, trainer.accelerator.is_main_process
-    occupied = [main and files.is_occupied(folder)]
-    broadcast_object_list(occupied)
-    if occupied[0]:
-        raise EnvironmentIssue(
-            f"the checkpoint {folder} could not be saved: something lies there that posttrain did not write, and that "
-            f"would be written over. {_last_of(output_dir)}"
-        )
+    told = [_hindrance(folder) if main else ""]
+    broadcast_object_list(told)
+    if told[0]:
+        raise EnvironmentIssue(f"the checkpoint {folder} could not be saved: {told[0]}")
     partial = output_dir / files.PARTIAL / folder.name
     # Upstream would rotate before the marker is written, and might delete the last complete checkpoint
     limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
@@ -305,6 +320,20 @@ def complete_or_not_there(trainer, folder: Path):
         trainer.args.save_total_limit = limit
     if main:
         rotate(output_dir, limit, trainer.state.best_model_checkpoint, trainer._identity())
+
+
+def _hindrance(folder: Path) -> str:
+    """Say why no checkpoint can be saved as a folder; empty where one can."""
+    try:
+        lock.check_held(folder.parent)
+    except EnvironmentIssue as error:
+        return str(error)
+    if files.is_occupied(folder):
+        return (
+            f"something lies there that posttrain did not write, and that would be written over. "
+            f"{_last_of(folder.parent)}"
+        )
+    return ""
 
 
 def _name_best(trainer, partial: Path, folder: Path) -> None:

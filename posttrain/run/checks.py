@@ -21,7 +21,7 @@ from transformers.utils import (
 
 from posttrain import model_sizes, patterns
 from posttrain.bounded import Overtime, in_time
-from posttrain.checks import check_choice, check_holdable, plain, shorten
+from posttrain.checks import check_choice, check_holdable, check_links, plain, shorten
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.models import check_holds_safetensors, check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
@@ -40,6 +40,7 @@ _NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
 def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
     """Refuse a folder that cannot be made or written to; leaves nothing behind. `name`: of the setting."""
+    check_links(output_dir, name)
     folder = Path(output_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:

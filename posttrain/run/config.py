@@ -252,8 +252,13 @@ class CommonConfig:
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    def check_model(self, config) -> None:
-        """Refuse settings that do not fit a model, by its config."""
+    def check_model(self, model, config, peft_config=None, eval_dataset=None) -> None:
+        """Refuse settings that do not fit a model, before its weights load.
+
+        Args:
+            model: its name, or the model itself. config: the model's.
+            peft_config: of a new adapter, or None. eval_dataset: as given to the trainer.
+        """
 
     def _has_no_effect(self, name: str, neutral, because: tuple[str, ...], message: str) -> None:
         """Refuse a setting that others leave without effect; where it is a preset's own default, take `neutral`."""

@@ -27,7 +27,7 @@ _STALE = 10
 _RENEWAL = 60.0
 
 # this process's own, by the file's true path: the trainers by which it is held, None for others, the open file, the
-# process's number, and what ends its renewals
+# process's number, what ends its renewals, and the folder as it was named and found
 _own: dict[Path, list] = {}
 # the file system's locks keep no thread of a process from another
 _taking = threading.Lock()
@@ -95,6 +95,59 @@ def held(folder: str | Path, accelerator=None, trainer=None):
         accelerator.wait_for_everyone()
 
 
+def check_held(folder: str | Path) -> None:
+    """Refuse to go on in a run folder that this process holds where another has come into its place, before a write.
+
+    A lock of this process that somebody has deleted is taken anew. A folder that it does not hold is passed over.
+
+    Raises:
+        EnvironmentIssue: the folder was renamed, moved or deleted, or another run has it.
+    """
+    named = os.path.abspath(folder)
+    for path, entry in list(_own.items()):
+        if entry[2] != os.getpid() or entry[4] != named:
+            continue
+        if not _is_folder(named, entry[5]):
+            raise EnvironmentIssue(
+                f"{one_line(folder)} is not the folder any more that this run began in: it was renamed, moved or "
+                "deleted, so nothing is written. Where it was moved to, its checkpoints lie: start again with "
+                "that output_dir and `resume_from_checkpoint: auto`."
+            )
+        if not _is_at(path, entry[1], unless=True):
+            _take_again(path, entry, folder)
+
+
+def _take_again(path: Path, entry: list, folder: str | Path) -> None:
+    """Take a lock of this process, which somebody has deleted, unless another process has it meanwhile."""
+    file = None
+    with contextlib.suppress(OSError, ConfigError):
+        _refuse_other(path, folder)
+        file = open(path, "a+b", opener=_unfollowed)
+        if not _is_taken(file, path) and _is_at(path, file):
+            file.truncate(0)
+            file.write(json.dumps(_ours()).encode())
+            file.flush()
+            entry[1].close()
+            entry[1] = file
+            return
+    if file is not None:
+        file.close()
+    raise EnvironmentIssue(
+        f"{one_line(folder)} is another run's since somebody deleted {NAME} there, by which this one held it; nothing "
+        f"is written. The other: {_holder(_content(path))}."
+    )
+
+
+def _is_folder(named: str, status: os.stat_result) -> bool:
+    """Tell whether a folder is the one that was found there; where nobody can tell, as on a lost network, it is."""
+    try:
+        return os.path.samestat(os.stat(named), status)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
 def _is_own(path: Path) -> bool:
     """Tell whether this process holds a lock, and not one that it was forked from."""
     return path in _own and _own[path][2] == os.getpid()
@@ -132,10 +185,11 @@ def _take(folder: Path, trainer) -> Path:
         file.truncate(0)
         file.write(json.dumps(_ours()).encode())
         file.flush()
+        status = os.stat(path.parent)
     except OSError as error:
         raise EnvironmentIssue(f"{folder} cannot be written to: {error.strerror or error}") from error
     released = threading.Event()
-    _own[path] = [[trainer], file, os.getpid(), released]
+    _own[path] = [[trainer], file, os.getpid(), released, os.path.abspath(folder), status]
     if not _is_guarded(file):
         # a long evaluation is no end of the run
         threading.Thread(target=_renew, args=(path, released), name="posttrain-lock", daemon=True).start()
@@ -144,7 +198,7 @@ def _take(folder: Path, trainer) -> Path:
 
 def _path_in(folder: str | Path) -> Path:
     """Return the lock's true path, which is one by whatever links the folder is reached."""
-    return Path(folder).resolve() / NAME
+    return Path(os.path.realpath(folder)) / NAME
 
 
 def _refuse_other(path: Path, folder: str | Path) -> None:
@@ -161,12 +215,14 @@ def _unfollowed(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _is_at(path: Path, file) -> bool:
-    """Tell whether an open file lies at a path itself, and not behind a link there."""
+def _is_at(path: Path, file, unless: bool = False) -> bool:
+    """Tell whether an open file lies at a path itself, and not behind a link there; `unless`: where nobody can tell."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        return unless
 
 
 def _renew(path: Path, released: threading.Event) -> None:

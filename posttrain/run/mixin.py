@@ -11,11 +11,21 @@ from trl.models.utils import disable_gradient_checkpointing
 from posttrain.config.setting import before_declared
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.run import checkpoints, evaluation, lock, preemption, schedule, synced_reference, training_state
+from posttrain.run import (
+    checkpoints,
+    evaluation,
+    lock,
+    preemption,
+    run_folder,
+    schedule,
+    synced_reference,
+    training_state,
+)
 from posttrain.run.checkpoint_files import check_adapter_fits, is_complete
 from posttrain.run.construction import ConstructionMixin
 from posttrain.run.construction import without_folder as without_folder
 from posttrain.run.identity import differing, identity, update_settings
+from posttrain.run.markers import MARKER, content_of
 from posttrain.run.saving import SavingMixin
 from posttrain.run.watches import LiveGradients, stop
 
@@ -203,18 +213,20 @@ class RunMixin(ConstructionMixin, SavingMixin):
 
     def _found_checkpoint(self, wanted):
         args, weights_only = self.args, self.args.resume_weights_only
-        found = checkpoints.find(args.output_dir, wanted, args.check_resume, weights_only, by_content=True)
+        fits = None if weights_only or not args.check_resume else self._misfit
+        found = checkpoints.find(args.output_dir, wanted, args.check_resume, weights_only, by_content=True, fits=fits)
         if found is not None:
-            checkpoints.refuse_damaged(found, weights_only, by_content=True)
+            checkpoints.refuse_damaged(found, weights_only, by_content=True, fits=fits)
         if str(wanted).lower() not in ("auto", "true"):
             return found
+        run_folder.check_unfinished(self, found)
         if found is not None and args.overwrite and str(wanted).lower() == "auto":
             then = checkpoints.settings_of(checkpoints.read(found, None, args.resume_weights_only))
             told = differing(self._identity() | update_settings(self), then, before_declared(type(args)))
             if told and args.check_resume:
                 get_logger().warning("%s is of another run (%s): overwrite is true, this one starts anew", found, told)
                 return None
-        over = checkpoints.passed_over(args.output_dir, found, weights_only)
+        over = checkpoints.passed_over(args.output_dir, found, weights_only, fits)
         if over:
             get_logger().warning(
                 "resume_from_checkpoint is %s: %s. Passed over: %s",
@@ -223,6 +235,13 @@ class RunMixin(ConstructionMixin, SavingMixin):
                 over,
             )
         return found
+
+    def _misfit(self, checkpoint: Path) -> str:
+        """Say why a checkpoint of this very run could not be loaded; of another run, its settings tell."""
+        then = checkpoints.settings_of(content_of(checkpoint / MARKER)) if is_complete(checkpoint) else {}
+        if differing(self._identity() | update_settings(self), then, before_declared(type(self.args))):
+            return ""
+        return training_state.misfit(checkpoint, self)
 
     def columns_in_identity(self) -> set[str]:
         """Return the columns of training rows that reach a batch, but for those that a model computed.
@@ -264,6 +283,12 @@ class RunMixin(ConstructionMixin, SavingMixin):
     # stands on Trainer._load_optimizer_and_scheduler, and on GRPOTrainer's
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not self.args.resume_weights_only:
+            if checkpoint is not None and (told := training_state.misfit(Path(checkpoint), self)):
+                raise ConfigError(
+                    f"optimizer.pt or scheduler.pt of the checkpoint {checkpoint} cannot be loaded into this run: "
+                    f"{told}. Resume from another checkpoint, or go on from its weights alone: "
+                    "`resume_weights_only: true`."
+                )
             with training_state.answered(checkpoint, "optimizer.pt or scheduler.pt"):
                 super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is None or not self._schedule.changed:

@@ -19,6 +19,7 @@ from posttrain.environment import device_name, git_commit, library_versions
 from posttrain.errors import EnvironmentIssue
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
+from posttrain.run import lock
 
 _NOT_PLOTTED = re.compile(r"epoch|step|total_flos|train_loss|num_tokens|.*(_runtime|_per_second)")
 _MOST_PANELS = 12
@@ -83,6 +84,7 @@ class RunReport(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
+        lock.check_held(args.output_dir)
         # A run that has trained is not lost for want of a table or a picture.
         for write, name in ((write_csv, "metrics.csv"), (plot_curves, "curves.png")):
             try:
@@ -95,6 +97,8 @@ class RunReport(TrainerCallback):
 
 @contextlib.contextmanager
 def _writing(folder: Path):
+    # a folder that was renamed is not made anew
+    lock.check_held(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

@@ -17,6 +17,7 @@ from posttrain.run import checkpoint_files as files
 from posttrain.run.identity import differing, update_of, update_settings
 from posttrain.run.markers import MARKER, NOTE, content_of, mark
 from posttrain.run.places import BESIDE_WEIGHTS, check_places
+from posttrain.visible import one_line
 
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 # Other libraries' and other programs' forms of weights
@@ -131,6 +132,7 @@ class RunFolder(TrainerCallback):
         check_free(trainer)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._finished_at = None
         if self._trainer.resumed_from is not None:
             training_state.check_intervals(args, state, self._trainer.resumed_from)
             best.find_again(self._trainer, self._trainer.resumed_from)
@@ -140,6 +142,7 @@ class RunFolder(TrainerCallback):
         if not state.global_step:
             self._begin_anew(args)
         note_run(Path(args.output_dir), self._trainer)
+        unfinish(Path(args.output_dir))
 
     def _begin_anew(self, args) -> None:
         folder, left = Path(args.output_dir), checkpoints.complete(args.output_dir)
@@ -241,11 +244,62 @@ def keep_others(folder: Path) -> None:
 def note_model(folder: Path, trainer, before: set[str]) -> None:
     """Note in a run folder which run's model lies there: all files not there `before`, or noted already."""
     there = _top_files(folder)
-    _note(folder, trainer, there & (_noted(folder) | (there - before)))
+    _note(folder, trainer, there & (_noted(folder) | (there - before)), _finish(trainer))
 
 
-def _note(folder: Path, trainer, own: set[str]) -> None:
-    mark(folder, {"identity": trainer._identity(), "update": update_settings(trainer), "files": sorted(own)}, NOTE)
+def _note(folder: Path, trainer, own: set[str], finish: dict | None = None) -> None:
+    content = {"identity": trainer._identity(), "update": update_settings(trainer), "files": sorted(own)}
+    mark(folder, content | ({"finished": finish} if finish else {}), NOTE)
+
+
+def _finish(trainer) -> dict | None:
+    """Return at which step of which length of run a trainer's training has come to its end; None where it has not."""
+    if trainer._finished_at is None:
+        return None
+    return {"step": trainer._finished_at} | _length(trainer.args)
+
+
+def _length(args) -> dict:
+    return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+
+
+def check_unfinished(trainer, found: Path | None) -> None:
+    """Refuse to go on by itself from a checkpoint of a run that was finished since, whose model would be replaced.
+
+    A run that is to be longer than it was goes on from there with a warning.
+
+    Args:
+        trainer: of the run that resumes.
+        found: the newest checkpoint.
+
+    Raises:
+        ConfigError: the model of the finished run lies in the folder, and no checkpoint of its last step.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    if found is None or args.overwrite or _weights(folder) is None or not (folder / NOTE).is_file():
+        return
+    finish, step = content_of(folder / NOTE).get("finished"), checkpoints.step_of(found)
+    if not isinstance(finish, dict) or type(finish.get("step")) is not int or finish["step"] <= step:
+        return
+    said = (
+        f"{one_line(args.output_dir)} holds the model of this run, which was finished at step {finish['step']}, and "
+        f"no checkpoint later than {found.name}"
+    )
+    if {name: finish.get(name) for name in _length(args)} != _length(args):
+        get_logger().warning("%s: the run goes on from there, and its model is going to replace that one", said)
+        return
+    raise ConfigError(
+        f"{said}: there is nothing to go on with. To train from that checkpoint again, in the place of the model, name "
+        f"it: `resume_from_checkpoint: {found}`. To keep a checkpoint of the last step, set `save_strategy: steps`."
+    )
+
+
+def unfinish(folder: Path) -> None:
+    """Take out of a run folder's note that the run was finished, as it goes on or begins anew."""
+    if (folder / NOTE).is_file():
+        content = content_of(folder / NOTE)
+        if content.pop("finished", None) is not None:
+            mark(folder, content, NOTE)
 
 
 def replace(output_dir: str | Path) -> None:

@@ -9,7 +9,7 @@ from posttrain.errors import EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.hub.base_model import adapter_config
 from posttrain.mechanisms.precision import same_precision
-from posttrain.run import best, checkpoints, run_folder, synced_reference, training_state
+from posttrain.run import best, checkpoints, lock, run_folder, synced_reference, training_state
 from posttrain.run.places import check_places
 
 
@@ -18,6 +18,8 @@ class SavingMixin:
 
     # where a checkpoint lies while it is saved
     _saved_in = None
+    # the step at which training came to its end
+    _finished_at: int | None = None
 
     def _claim_folder(self) -> None:
         if not self._has_folder:
@@ -34,7 +36,11 @@ class SavingMixin:
             self._folder_is_ours = True
 
     def _check_places(self) -> None:
-        """Refuse links in the run folder in the places of its files; they may have come since construction."""
+        """Refuse links in the run folder in the places of its files, which may have come since construction.
+
+        A folder that was renamed since the run began there is not made anew.
+        """
+        lock.check_held(self.args.output_dir)
         check_places(self.args.output_dir, getattr(self.model, "peft_config", None) or ())
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -105,6 +111,7 @@ class SavingMixin:
             output = super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
+        self._finished_at = self.state.global_step
         best.keep_alone(self, Path(self._get_output_dir(trial)))
         return output
 

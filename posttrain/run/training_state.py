@@ -12,18 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.run import checkpoint_files as files
+from posttrain.run import optimizer_state
 from posttrain.run.markers import is_number
 from posttrain.saved import check_safetensors, read_json
 from posttrain.visible import one_line
 
 # what a file of another form brings where it is taken for a state
 _OTHER_FORM = (AttributeError, EOFError, IndexError, KeyError, OverflowError, TypeError, ValueError, pickle.PickleError)
+_OPTIMIZER = "optimizer.pt"
+_WEIGHTS = (
+    files.ADAPTER[0], files.MODEL[0], "model-*-of-*.safetensors", f"*/{files.ADAPTER[0]}",
+)  # fmt: skip
 # Fields of transformers' state that a run reckons with
 _COUNTS = ("global_step", "max_steps")
 _NUMBERS = ("epoch", "eval_steps", "logging_steps", "num_input_tokens_seen", "save_steps", "total_flos")
@@ -48,7 +54,7 @@ def trainer_state(folder: Path) -> dict:
 def fault(folder: Path, weights_only: bool = False) -> str:
     """Say which file of a checkpoint does not hold the state that its name says; empty where all do.
 
-    What depends on the run that resumes, such as the number of an optimizer's parameters, shows when it is loaded.
+    What depends on the run that resumes, such as the shapes of its parameters, is for `misfit`.
 
     Args:
         folder: of the checkpoint.
@@ -58,16 +64,18 @@ def fault(folder: Path, weights_only: bool = False) -> str:
         trainer_state(folder)
     except ConfigError:
         return f"{files.TRAINER_STATE} cannot be read as the state of a trainer"
-    for name in (files.ADAPTER[0], files.MODEL[0]):
+    for path in sorted(path for form in _WEIGHTS for path in folder.glob(form) if path.is_file()):
+        name = one_line(path.relative_to(folder).as_posix())
         try:
-            if (folder / name).is_file():
-                check_safetensors(folder / name)
-        except DataError:
+            check_safetensors(path)
+            if nameless := _not_a_number(path):
+                return f"{name} holds numbers that are none (NaN), in {one_line(nameless)[:200]}"
+        except (DataError, SafetensorError):
             return f"{name} cannot be read as safetensors"
     checked = {path.name: _check_random for path in (*folder.glob("rng_state.pth"), *folder.glob("rng_state_*.pth"))}
     checked["scaler.pt"] = _check_scaler
     if not weights_only:
-        checked |= {"scheduler.pt": _check_schedule, "optimizer.pt": _check_optimizer}
+        checked |= {"optimizer.pt": optimizer_state.check_form, "scheduler.pt": _schedule_check(folder)}
     for name, check in sorted(checked.items()):
         if not (folder / name).is_file():
             continue
@@ -150,22 +158,62 @@ def _loaded(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def _check_optimizer(content) -> None:
-    if not isinstance(content, dict) or not content:
-        raise TypeError(f"a {type(content).__name__}")
-    if not isinstance(content.get("state", {}), dict):
-        raise TypeError("its state is no mapping")
-    for group in content.get("param_groups", []):
-        list(group["params"])
+def _schedule_check(folder: Path):
+    """Return a check of a schedule, for as many groups as the optimizer beside it has."""
+
+    def check(content) -> None:
+        groups = None
+        if (folder / _OPTIMIZER).is_file():
+            with contextlib.suppress(*_OTHER_FORM, RuntimeError):
+                groups = len(_loaded(folder / _OPTIMIZER)["param_groups"])
+        _check_schedule(content, groups)
+
+    return check
 
 
-def _check_schedule(content) -> None:
+def _not_a_number(path: Path) -> str:
+    """Name a tensor of a file of safetensors that holds NaN; empty where none does."""
+    with safe_open(path, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if not optimizer_state.is_finite(tensors.get_tensor(name), nan_alone=True):
+                return name
+    return ""
+
+
+def misfit(folder: Path, trainer) -> str:
+    """Say what of a checkpoint's optimizer and schedule does not fit the run that resumes; empty where all does.
+
+    Files that cannot be read are left to `fault`, and those of an engine that spreads the state to the engine.
+    """
+    found = optimizer_state.groups_of(trainer)
+    if found is None or not (folder / _OPTIMIZER).is_file():
+        return ""
+    try:
+        content = _loaded(folder / _OPTIMIZER)
+        optimizer_state.check_form(content)
+        schedule = _loaded(folder / "scheduler.pt") if (folder / "scheduler.pt").is_file() else {}
+        step = trainer_state(folder)["global_step"]
+    except (*_OTHER_FORM, RuntimeError):
+        return ""
+    told = optimizer_state.misfit(content, *found)
+    if not told and trainer.optimizer is not None:
+        told = optimizer_state.other_settings(content, trainer.optimizer)
+    if told:
+        return f"{_OPTIMIZER} {one_line(told)}"
+    own = trainer.lr_scheduler is None or trainer._created_lr_scheduler
+    if own and "base_lrs" in schedule and schedule.get("last_epoch", 0) > step:
+        return f"scheduler.pt is at step {schedule['last_epoch']}, and {files.TRAINER_STATE} at step {step}"
+    return ""
+
+
+def _check_schedule(content, groups: int | None = None) -> None:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise TypeError(f"a {type(content).__name__}")
     if any(callable(getattr(kind, name, None)) for name in content for kind in (LambdaLR, ReduceLROnPlateau)):
         raise TypeError("it would replace a part of the program")
-    if type(content.get("last_epoch", 0)) is not int:
-        raise TypeError("last_epoch is no whole number")
+    if "optimizer" in content:
+        raise TypeError("it would replace a part of the program")
+    optimizer_state.check_schedule_lists(content, groups)
 
 
 def _check_scaler(content) -> None:

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -5,10 +6,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from posttrain.cli import _supervised, launcher
+from posttrain import exit_codes
+from posttrain.cli import _supervised, launcher, train
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
@@ -96,6 +99,7 @@ def test_what_a_command_leaves_in_its_group_is_killed(tmp_path):
         ("rank 1", 3, 3, False, 3, ""),
         ("rank 0", 75, 75, True, 75, ""),
         ("the run", 3, 3, False, 3, ""),
+        ("rank 1", 3, None, False, 3, ""),
         ("the run", -9, None, False, 137, "the run was ended by SIGKILL\n"),
     ],
 )
@@ -108,6 +112,53 @@ def test_the_first_failure_counts_and_not_how_the_others_were_ended(
     monkeypatch.setenv("POSTTRAIN_EXIT_CODE_FILE", str(path))
     assert launcher._told(who, code, was_signalled) == ends and path.read_text() == str(ends)
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5, 75])
+def test_the_code_of_a_run_stays_after_a_signal_where_no_file_could_hold_it(code):
+    child = f"import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit({code})); "
+    child += "os.kill(os.getppid(), 15); time.sleep(60)"
+    assert _supervised.run([sys.executable, "-c", child], os.environ) == code
+
+
+@pytest.mark.parametrize("content, kept", [("75", 75), ("", None), ("7 5", None), ("-9", None), ("9" * 5000, None)])
+def test_a_file_of_a_code_that_is_no_code_says_nothing(tmp_path, monkeypatch, capsys, content, kept):
+    path = tmp_path / "code"
+    path.write_text(content)
+    assert exit_codes.kept(path) == kept and exit_codes.kept(tmp_path / "none") is None
+    monkeypatch.setenv(exit_codes.VARIABLE, str(path))
+    assert launcher._told("rank 0", 75, was_signalled=True) == 75 and path.read_text() == "75"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_code_that_cannot_be_written_is_no_end_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(exit_codes.VARIABLE, "/dev/full")
+    exit_codes.keep(75, anew=False)
+    monkeypatch.setenv(exit_codes.VARIABLE, str(tmp_path / "gone" / "code"))
+    exit_codes.forget()
+    exit_codes.keep(75)
+    assert exit_codes.kept() is None
+
+
+@pytest.mark.parametrize("content, code", [(None, 143), ("", 143), ("75", 75)])
+def test_posttrain_train_ends_with_what_the_file_or_else_the_process_says(monkeypatch, content, code):
+    def run(command, environment):
+        if content is not None:
+            Path(environment[exit_codes.VARIABLE]).write_text(content)
+        return 143
+
+    monkeypatch.setattr(_supervised, "run", run)
+    args = SimpleNamespace(config="cpu", launch="cpu", method="robust_dpo", settings=[])
+    assert train.run(args) == code
+
+
+def test_without_a_temporary_folder_the_process_says_it(monkeypatch):
+    def full(**given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr(_supervised, "run", lambda command, environment: 75)
+    assert train.run(SimpleNamespace(config="cpu", launch="cpu", method="robust_dpo", settings=[])) == 75
 
 
 @pytest.mark.slow

@@ -226,6 +226,29 @@ def test_what_a_worker_has_started_ends_after_its_keeper_was_killed(pool, tmp_pa
         os.kill(own_session, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("killed", [2, 3])
+def test_a_worker_that_is_killed_while_it_starts_is_replaced_but_not_for_ever(monkeypatch, killed):
+    begin, begun = pools._Worker.__init__, []
+
+    def begin_and_kill(worker, module):
+        begin(worker, module)
+        begun.append(worker)
+        if len(begun) <= killed:
+            worker.process.kill()
+
+    monkeypatch.setattr(pools._Worker, "__init__", begin_and_kill)
+    pool = WorkerPool(MODULE, workers=1, timeout=5)
+    try:
+        if killed < pools.STARTS:
+            assert score(pool, "1") == [Outcome(1.0)] and pool._killed == 0
+        else:
+            with pytest.raises(EnvironmentIssue, match=r"ended while it started \(SIGKILL, 3 times in a row, as where"):
+                score(pool, "1")
+        assert len(begun) == 3
+    finally:
+        pool.close()
+
+
 def test_replies_to_other_calls_are_dropped(pool, monkeypatch):
     read = pools._Worker.read
 

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -10,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.run import lock
-from tests.training import train
+from tests.training import build, train
 
 ROOT = Path(__file__).parents[2]
 HOLD = f"""
@@ -216,3 +218,67 @@ def test_a_link_that_takes_the_locks_place_is_not_deleted(tmp_path):
         (tmp_path / lock.NAME).symlink_to(tmp_path / "precious")
         (tmp_path / "precious").write_text("x")
     assert (tmp_path / lock.NAME).is_symlink() and (tmp_path / "precious").read_text() == "x"
+
+
+@pytest.mark.parametrize("how", ["renamed", "deleted", "replaced", "link"])
+def test_a_run_does_not_write_where_its_folder_was(tmp_path, how):
+    folder, real = tmp_path / "run", tmp_path / "real"
+    if how == "link":
+        real.mkdir()
+        folder.symlink_to(real)
+    with lock.held(folder):
+        lock.check_held(folder)
+        if how == "link":
+            folder.unlink()
+        else:
+            folder.rename(tmp_path / "moved")
+        if how == "deleted":
+            (tmp_path / "moved" / lock.NAME).unlink()
+        if how in ("replaced", "link"):
+            folder.mkdir()
+        with pytest.raises(EnvironmentIssue, match="/run is not the folder any more that this run began in"):
+            lock.check_held(folder)
+        # as if a relative path led there
+        with pytest.raises(EnvironmentIssue), contextlib.chdir(tmp_path):
+            lock.check_held("run")
+    assert not folder.exists() or not list(folder.iterdir())
+    lock.check_held(folder)
+
+
+def test_a_lock_that_was_deleted_by_hand_is_taken_again(tmp_path):
+    with lock.held(tmp_path):
+        (tmp_path / lock.NAME).unlink()
+        lock.check_held(tmp_path)
+        # to read it here would end it
+        other = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True)
+        assert other.returncode == 1 and f"writing to: process {os.getpid()} on" in other.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_run_took_after_its_lock_was_deleted_is_that_ones(tmp_path):
+    with lock.held(tmp_path):
+        (tmp_path / lock.NAME).unlink()
+        with subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(EnvironmentIssue, match=f"is another run's .* The other: process {other.pid} on"):
+                lock.check_held(tmp_path)
+            other.kill()
+
+
+def test_a_run_whose_folder_was_renamed_ends_and_writes_nothing_there(tiny_folder, tmp_path):
+    class Rename(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    trainer = build(tiny_folder, tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Rename())
+    with pytest.raises(EnvironmentIssue, match="not the folder any more"):
+        trainer.train()
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "moved").glob("checkpoint-*"))
+    with pytest.raises(EnvironmentIssue, match="not the folder any more"), lock.held(tmp_path / "moved"):
+        (tmp_path / "moved").rename(tmp_path / "again")
+        trainer.args.output_dir = str(tmp_path / "moved")
+        trainer.save_model()
+    assert not (tmp_path / "moved").exists()

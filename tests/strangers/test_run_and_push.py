@@ -12,8 +12,10 @@ import torch
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.adapters.loading import base_of, load_adapter
+from posttrain.cli import merge
+from posttrain.cli.data.output import write_lines
 from posttrain.data.sources import read_rows
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.hub.files import clean_readme, files_to_push, saved_weights
 from posttrain.hub.merging import merge_adapter
 from posttrain.hub.metadata import parse_card
@@ -21,6 +23,7 @@ from posttrain.hub.own_files import found, links_in
 from posttrain.hub.repository import Destination
 from posttrain.private import hide
 from posttrain.run import checkpoint_files, checkpoints, report, training_state
+from posttrain.run.checks import check_output_dir
 from posttrain.run.markers import MARKER
 from posttrain.run.places import check_places
 from posttrain.run.report import RunReport
@@ -222,6 +225,24 @@ def test_links_that_come_after_construction_are_refused_before_a_write(tiny_fold
         with pytest.raises(ConfigError, match="README.md, metrics.csv"):
             act(*([make_pairs(2)] if act == trainer.evaluate else []))
     assert (tmp_path / "private").read_text() == "PRIVATE"
+
+
+@pytest.mark.parametrize("name", ["loop", "dangling", "loop/run", "dangling/run", "behind"])
+def test_a_path_with_a_link_that_leads_nowhere_is_refused_in_words(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere/else")
+    (tmp_path / "behind").symlink_to("loop/run")
+    told = f"output_dir is .*/{name}, and .*/{name.split('/')[0]} is a link that leads nowhere"
+    with pytest.raises(ConfigError, match=told):
+        check_output_dir(tmp_path / name)
+    with pytest.raises(ConfigError, match="output is .* is a link that leads nowhere"):
+        merge.run(SimpleNamespace(output=tmp_path / name))
+    assert not (tmp_path / "nowhere").exists()
+    with contextlib.suppress(EnvironmentIssue):
+        # where there is no way, in words
+        write_lines(tmp_path / name, [{}])
+    (tmp_path / "whole").symlink_to(tmp_path)
+    check_output_dir(tmp_path / "whole" / "whole" / "run")
 
 
 def test_a_run_folder_may_be_a_link_and_others_links_in_it_stay(tmp_path):
@@ -434,7 +455,12 @@ def test_a_folder_in_the_place_of_a_marker_marks_nothing(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("optimizer.pt", {"state": {}, "param_groups": []}, "optimizer.pt or scheduler.pt of the checkpoint .* cannot"),
+        ("optimizer.pt", {"state": {}, "param_groups": [{"params": [0]}] * 2}, "damaged: optimizer.pt holds no such"),
+        (
+            "optimizer.pt",
+            {"param_groups": [{"params": [0]}, {"params": []}]},
+            "optimizer.pt or scheduler.pt of .* cannot",
+        ),
         ("scheduler.pt", {"last_epoch": 1}, "optimizer.pt or scheduler.pt of the checkpoint .* cannot be loaded"),
         ("trainer_state.json", {"save_steps": 0}, "trainer_state.json has no save_steps, and save_strategy is steps"),
     ],

@@ -1,6 +1,7 @@
 """What is ours in a run folder is rotated, resumed from and replaced; what is not stays as it is."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, EnvironmentIssue
-from posttrain.run import checkpoint_files, checkpoints, markers, run_folder
+from posttrain.run import checkpoint_files, checkpoints, markers, run_folder, training_state
 from posttrain.run.checkpoint_files import MARKER, SAVING
+from posttrain.run.markers import NOTE, content_of
 from tests.conftest import make_pairs
 from tests.training import lora, losses, settings
 
@@ -622,3 +625,85 @@ def test_a_marker_that_was_edited_by_hand_is_damaged(tmp_path, part):
     (folder / MARKER).write_text(json.dumps({"identity": {}} | part))
     with pytest.raises(ConfigError, match=f"{MARKER} is damaged"):
         checkpoints.read(folder, None)
+
+
+def forged(folder, change):
+    """Have the optimizer of a checkpoint hold something else, of which the marker says that it was saved so."""
+    content = torch.load(folder / "optimizer.pt", weights_only=True)
+    change(content)
+    torch.save(content, folder / "optimizer.pt")
+    marker = json.loads((folder / MARKER).read_text())
+    marker["files"]["optimizer.pt"] = (folder / "optimizer.pt").stat().st_size
+    marker["digests"]["optimizer.pt"] = hashlib.sha256((folder / "optimizer.pt").read_bytes()).hexdigest()
+    (folder / MARKER).write_text(json.dumps(marker))
+
+
+def of_another_shape(content):
+    for state in content["state"].values():
+        state.update(exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3))
+
+
+def test_a_state_of_another_shape_is_passed_over_refused_by_name_and_never_loaded(
+    tiny_folder, our_run, tmp_path, logged
+):
+    out = tmp_path / "run"
+    shutil.copytree(our_run[0], out)
+    forged(out / "checkpoint-4", of_another_shape)
+    trainer = build(tiny_folder, out)
+    assert trainer._found_checkpoint("auto") == out / "checkpoint-2"
+    told = r"checkpoint-4 is damaged: optimizer.pt has exp_avg of shape \[3\] for base_model.*lora_A.* of shape \[\d+, "
+    assert re.search(f"Passed over: {told}", logged.text)
+    with pytest.raises(ConfigError, match=told):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-4"))
+    # where settings are not compared, it shows as it is loaded
+    trainer = build(tiny_folder, out, check_resume=False, max_steps=5)
+    with pytest.raises(ConfigError, match="optimizer.pt or scheduler.pt of the checkpoint .* has exp_avg of shape"):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-4"))
+    forged(out / "checkpoint-2", lambda content: content["param_groups"][0].update(maximize=True))
+    with pytest.raises(ConfigError, match="has maximize True, and the run False"):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+
+
+def test_weights_that_are_no_numbers_are_damage(our_run, tmp_path):
+    folder = shutil.copytree(our_run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = max(weights)
+    weights[name].view(-1)[-1] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    told = training_state.fault(folder)
+    assert told == f"adapter_model.safetensors holds numbers that are none (NaN), in {name}"
+    weights[name].view(-1)[-1] = float("-inf")
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    assert training_state.fault(folder) == ""
+
+
+def test_a_finished_run_is_not_trained_again_from_an_earlier_checkpoint(tiny_folder, our_run, tmp_path, logged):
+    """As a run without saves has one of a preemption, from which it went on to its end."""
+    out, given = tmp_path / "run", dict(save_strategy="no", max_steps=4)
+    shutil.copytree(our_run[0], out, ignore=shutil.ignore_patterns("checkpoint-4"))
+    trainer = build(tiny_folder, out, **given)
+    trainer.train(resume_from_checkpoint="auto")
+    trainer.save_model(_internal_call=True)
+    assert content_of(out / NOTE)["finished"]["step"] == 4
+    again = build(tiny_folder, out, **given)
+    for wanted in ("auto", True):
+        with pytest.raises(ConfigError, match="finished at step 4, and no checkpoint later than checkpoint-2"):
+            again.train(resume_from_checkpoint=wanted)
+    again.args.overwrite = True
+    assert again._found_checkpoint("auto") == out / "checkpoint-2"
+    assert build(tiny_folder, out, **given | dict(max_steps=6))._found_checkpoint("auto") == out / "checkpoint-2"
+    assert "the run goes on from there, and its model is going to replace that one" in logged.text
+    # while a run that was named trains, it is not finished
+    again.args.overwrite = False
+    again.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    assert "finished" not in content_of(out / NOTE)
+
+
+def test_a_finished_run_with_a_checkpoint_of_its_end_may_be_asked_again(tiny_folder, our_run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(our_run[0], out)
+    trainer = build(tiny_folder, out)
+    trainer.train(resume_from_checkpoint="auto")
+    trainer.save_model(_internal_call=True)
+    assert content_of(out / NOTE)["finished"]["step"] == 4
+    assert build(tiny_folder, out)._found_checkpoint("auto") == out / "checkpoint-4"

@@ -24,7 +24,8 @@ def output_file(args) -> Path:
 
 def write_lines(path: Path, rows) -> None:
     """Write a JSON line per row, all of them or no file; equal rows give equal bytes."""
-    target = path.resolve()
+    # where links go round in a circle, the path as it is
+    target = Path(os.path.realpath(path))
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

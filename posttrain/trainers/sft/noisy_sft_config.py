@@ -334,7 +334,10 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
                 "the noise would be the same, and whatever else is drawn in it another. Leave preserve_rng_state out."
             )
 
-    def check_model(self, config) -> None:
+    def check_model(self, model, config, peft_config=None, eval_dataset=None) -> None:
+        from posttrain.trainers.sft import token_noise
+
+        token_noise.check_accepted(model, self, config, peft_config, eval_dataset)
         if self.hidden_noise != "none":
             self.check_layers(getattr(config.get_text_config(), "num_hidden_layers", None) or math.inf)
 

@@ -14,7 +14,6 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
 from posttrain.run import evaluation
 from posttrain.run.prepared import Prepared, check_fills_a_batch
-from posttrain.trainers.sft import token_noise
 
 READ = (*loading.COLUMNS, "label", "input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
 
@@ -35,9 +34,7 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset, 
         raise ConfigError("train_dataset is missing; give a datasets.Dataset of prompt and completion, or messages.")
     rows.refuse_splits(train_dataset)
     evaluation.check_sets(args, eval_dataset)
-    if hasattr(args, "accepted_tokens_rows"):
-        token_noise.check_accepted(model, args, config, peft_config, eval_dataset)
-    args.check_model(config)
+    args.check_model(model, config, peft_config, eval_dataset)
     processing_class = processing_class_for(model, processing_class, args)
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
     stop_ids = generation_stop_ids(model, revision)
