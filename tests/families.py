@@ -641,7 +641,7 @@ noisy_sft = Method(
         "symnoise-flat": SYMNOISE | _SHORT | dict(padding_free=True, max_length=None),
         "neftune-flat": NEFTUNE | _SHORT | dict(padding_free=True, max_length=None),
     },
-    ddp=("symnoise", "noisefit"),
+    ddp=("noisefit",),
     sharded=("noisefit",),
     plain=dict(padding_free=False),
     describe=_told_of_instructions,

@@ -255,6 +255,7 @@ def test_a_lock_that_was_deleted_by_hand_is_taken_again(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_run_took_after_its_lock_was_deleted_is_that_ones(tmp_path):
     with lock.held(tmp_path):
         (tmp_path / lock.NAME).unlink()

@@ -264,7 +264,7 @@ def test_a_save_over_our_own_checkpoint_keeps_no_file_of_the_earlier_one(tiny_fo
 # what lies where a run would save
 
 
-@pytest.mark.core("overrides2-trl", "overrides3-link")
+@pytest.mark.core("overrides3-link")
 @pytest.mark.parametrize("what", ["trl", "file", "link", "unmarked"])
 @pytest.mark.parametrize("overrides", [{}, dict(overwrite=True), dict(check_resume=False), dict(max_steps=-1)])
 def test_what_is_not_ours_is_not_written_over(tiny_folder, trl_run, our_run, tmp_path, what, overrides):
@@ -699,6 +699,7 @@ def test_a_finished_run_is_not_trained_again_from_an_earlier_checkpoint(tiny_fol
     assert "finished" not in content_of(out / NOTE)
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_a_checkpoint_of_its_end_may_be_asked_again(tiny_folder, our_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(our_run[0], out)
