@@ -17,6 +17,7 @@ from posttrain.mechanisms.noise.controller import innermost
 from posttrain.mechanisms.noise.passes import NoisyPasses, settle
 from posttrain.mechanisms.own_head import is_adapted
 from posttrain.objectives.consistency import mode
+from posttrain.trainers.sft import setting_checks
 
 _WHERE = "Set `hidden_noise: none`"
 
@@ -80,7 +81,7 @@ class HiddenNoise(TrainerCallback):
             )
         if trainer.compute_loss_func is not None:
             raise ConfigError(f"compute_loss_func is given, in the place of the loss of hidden noise. {_WHERE}.")
-        args.check_layers(layers)
+        setting_checks.check_layers(args, layers)
 
     def on_train_begin(self, args, state, control, **kwargs):
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)

@@ -6,26 +6,10 @@ from typing import ClassVar
 
 from trl import SFTConfig
 
-from posttrain.checks import check_choice
 from posttrain.config.setting import setting
-from posttrain.errors import ConfigError, ExcludedSetting
-from posttrain.mechanisms.noise.draws import KINDS
-from posttrain.objectives.consistency import MODES
+from posttrain.errors import ConfigError
+from posttrain.trainers.sft import setting_checks
 from posttrain.trainers.sft.config import InstructionConfig
-
-_OF_HIDDEN = (
-    "noise_layers", "noise_layer_count", "noise_calibration_rows", "hidden_noise_scale", "hidden_noise_base",
-    "consistency_mode", "ce_weight", "consistency_weight", "consistency_temperature",
-)  # fmt: skip
-_OF_TOKENS = ("token_noise_length", "token_noise_prob", "token_noise_copies_special")
-# what a loss has no term for
-_IDLE_BY_MODE = {
-    "full": (),
-    "ce_kl": ("consistency_weight",),
-    "ce_noisy": ("ce_weight", "consistency_weight", "consistency_temperature"),
-    "kl_only": ("ce_weight", "consistency_weight"),
-    "consistency_only": ("ce_weight", "consistency_weight"),
-}
 
 
 @dataclass(repr=False)
@@ -206,127 +190,6 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
         copied = "" if self.token_noise_copies_special else ", no special token copied"
         return f"{self.token_noise}, {self.token_noise_length} tokens of a share of {self.token_noise_prob!r}{copied}"
 
-    def _have_no_effect(self, names: tuple[str, ...], because: str, other: str | None = None) -> None:
-        """Refuse those of some settings that another one leaves without effect; `other`: its value that would not."""
-        value = getattr(self, because)
-        for name in names:
-            # a copy, by dataclasses.replace for one, gives every field
-            own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if own != default:
-                remedy = f"Set `{because}: {other}`, or leave {name} out" if other else f"Leave {name} out"
-                text = f"{own:g}" if isinstance(own, float) else f"{own}"
-                message = f"{name} is {text}, which has no effect on {because}: {value}. {remedy}."
-                self._has_no_effect(name, default, (because,), message)
-
-    def _read_tokens(self):
-        check_choice("token_noise", self.token_noise, ("none", "msn"))
-        for name, least in (("token_noise_length", 0), ("accepted_tokens_rows", 0), ("accepted_tokens_length", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of {least} or more.")
-        value = self.token_noise_prob
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ConfigError(f"token_noise_prob is {value!r}; it must be a number from 0 to 1.")
-        if self.token_noise == "none":
-            self._have_no_effect(_OF_TOKENS, "token_noise", "msn")
-        if not self.accepted_tokens_rows:
-            self._have_no_effect(("accepted_tokens_length",), "accepted_tokens_rows")
-        if not self.adds_token_noise:
-            return
-        others = (("embedding_noise", self.adds_noise), ("hidden_noise", self.hidden_noise != "none"))
-        for name, is_set in others:
-            if is_set:
-                raise ExcludedSetting(
-                    f"token_noise is {self.token_noise} with {name}: {getattr(self, name)}; a run has noise of one "
-                    "kind. Set one of them to none.",
-                    {"token_noise": (name,), name: ("token_noise",)},
-                )
-        if self.packing and self.packing_strategy in ("wrapped", "bfd_split"):
-            raise ExcludedSetting(
-                f"packing_strategy is {self.packing_strategy} with token_noise: {self.token_noise}: it cuts rows in "
-                "two, and the second part's prompt is not known. Set `packing_strategy: bfd`.",
-                {"packing_strategy": ("token_noise",)},
-            )
-        if self.torch_compile:
-            raise ExcludedSetting(
-                f"torch_compile is true with token_noise: {self.token_noise}, whose pieces have other lengths in each "
-                "step. Leave torch_compile out.",
-                {"torch_compile": ("token_noise",)},
-            )
-
-    def _read_hidden(self):
-        check_choice("hidden_noise", self.hidden_noise, ("none", "noisefit"))
-        check_choice("hidden_noise_base", self.hidden_noise_base, ("mad", "legacy"))
-        check_choice("consistency_mode", self.consistency_mode, MODES)
-        layers = self.noise_layers
-        if isinstance(layers, list) and len(layers) == 1 and isinstance(layers[0], str):
-            # as a command line gives one word
-            layers = self.noise_layers = layers[0]
-        if isinstance(layers, str) and layers not in ("snr_high", "snr_low", "auto"):
-            layers = layers.strip("[]").replace(",", " ").split()
-        if not isinstance(layers, str):
-            try:
-                layers = self.noise_layers = sorted({int(str(layer)) for layer in layers})
-            except (TypeError, ValueError):
-                layers = []
-            if not layers or layers[0] < 0:
-                raise ConfigError(
-                    f"noise_layers is {self.noise_layers!r}; it must be snr_high, snr_low, auto, or numbers of layers "
-                    "from 0."
-                )
-        for name, least in (("noise_layer_count", 1), ("noise_calibration_rows", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of {least} or more.")
-        numbers = (
-            ("hidden_noise_scale", 0, math.inf), ("ce_weight", 0, 1), ("consistency_weight", 0, math.inf),
-            # beyond, logits over it are all alike, or no numbers
-            ("consistency_temperature", 0.001, 1000),
-        )  # fmt: skip
-        for name, low, high in numbers:
-            value = getattr(self, name)
-            good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-            if not good or not low <= value <= high:
-                wanted = f"from {low} to {high}" if high < math.inf else f"from {low} on"
-                raise ConfigError(f"{name} is {value!r}; it must be a number {wanted}.")
-        if self.hidden_noise == "none":
-            self._have_no_effect(_OF_HIDDEN, "hidden_noise", "noisefit")
-            return
-        self._have_no_effect(_IDLE_BY_MODE[self.consistency_mode], "consistency_mode")
-        if self.noise_layers == "auto":
-            # it finds number and scales of the layers by itself
-            self._have_no_effect(("hidden_noise_scale", "noise_layer_count"), "noise_layers")
-        elif not isinstance(self.noise_layers, str):
-            self._have_no_effect(("noise_layer_count", "noise_calibration_rows"), "noise_layers")
-        if self.noise_layers == "auto" and self.hidden_noise_base != "mad":
-            raise ConfigError(
-                f"hidden_noise_base is {self.hidden_noise_base} with noise_layers: auto, which finds the scales by "
-                "itself. Leave hidden_noise_base out."
-            )
-        if self.adds_noise:
-            raise ExcludedSetting(
-                f"hidden_noise is {self.hidden_noise} with embedding_noise: {self.embedding_noise}; the clean pass "
-                "would have noise. Set one of them to none.",
-                {"hidden_noise": ("embedding_noise",), "embedding_noise": ("hidden_noise",)},
-            )
-        refused = (
-            ("loss_type", self.loss_type == "dft", "whose loss is made of whole log-probabilities of one pass"),
-            ("label_smoothing_factor", bool(self.label_smoothing_factor), "which needs the logits of one pass"),
-            ("torch_compile", bool(self.torch_compile), "which is added by hooks that are there in some forwards only"),
-        )
-        for name, is_set, why in refused:
-            if is_set:
-                raise ExcludedSetting(
-                    f"{name} is {getattr(self, name)} with hidden_noise: {self.hidden_noise}, {why}. Leave {name} out.",
-                    {name: ("hidden_noise",)},
-                )
-        if self.packing and self.packing_strategy == "wrapped":
-            raise ExcludedSetting(
-                f"packing_strategy is wrapped with hidden_noise: {self.hidden_noise}: such rows do not tell where a "
-                "sequence begins, by whose states the noise is scaled. Set `packing_strategy: bfd`.",
-                {"packing_strategy": ("hidden_noise",)},
-            )
-
     def _check_resolved(self):
         if (self.gradient_checkpointing_kwargs or {}).get("preserve_rng_state") is False and self.adds_any_noise:
             raise ConfigError(
@@ -339,53 +202,8 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
 
         token_noise.check_accepted(model, self, config, peft_config, eval_dataset)
         if self.hidden_noise != "none":
-            self.check_layers(getattr(config.get_text_config(), "num_hidden_layers", None) or math.inf)
-
-    def check_layers(self, layers: float) -> None:
-        """Refuse `noise_layers` that a model of so many decoder layers has not."""
-        wanted = self.noise_layers
-        if isinstance(wanted, list) and wanted[-1] >= layers:
-            raise ConfigError(
-                f"noise_layers names layer {wanted[-1]}, and the model has {layers} decoder layers, from 0 on."
-            )
-        if wanted in ("snr_high", "snr_low") and self.noise_layer_count > layers:
-            raise ConfigError(
-                f"noise_layer_count is {self.noise_layer_count}, and the model has {layers} decoder layers."
-            )
+            layers = getattr(config.get_text_config(), "num_hidden_layers", None) or math.inf
+            setting_checks.check_layers(self, layers)
 
     def _read(self):
-        if self.neftune_noise_alpha is not None:
-            raise ConfigError(
-                f"neftune_noise_alpha is {self.neftune_noise_alpha}, whose noise falls on every forward in training "
-                "mode and shrinks with padding and packing. Use embedding_noise instead: `embedding_noise: neftune` "
-                f"and `noise_alpha: {self.neftune_noise_alpha}`."
-            )
-        check_choice("embedding_noise", self.embedding_noise, ("none", *KINDS))
-        check_choice("length_mode", self.length_mode, ("sequence", "tensor"))
-        if self.length_mode == "tensor" and self.embedding_noise != "neftune":
-            raise ExcludedSetting(
-                f"length_mode is tensor with embedding_noise: {self.embedding_noise}; by the width of the batch there "
-                "is transformers' NEFTune alone. Set `embedding_noise: neftune`, or leave length_mode out.",
-                {"length_mode": ("embedding_noise",)},
-            )
-        alpha = self.noise_alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
-            raise ConfigError(f"noise_alpha is {alpha!r}; it must be a number of 0 or more.")
-        if self.embedding_noise == "none" and alpha > 0:
-            self._have_no_effect(("noise_alpha",), "embedding_noise", "neftune")
-        self._read_hidden()
-        self._read_tokens()
-        if not self.adds_noise:
-            return
-        if self.packing and self.packing_strategy == "wrapped":
-            raise ExcludedSetting(
-                f"packing_strategy is wrapped with embedding_noise: {self.embedding_noise}: such rows do not tell "
-                "where a sequence begins, and the noise goes by its length. Set `packing_strategy: bfd`.",
-                {"packing_strategy": ("embedding_noise",)},
-            )
-        if self.torch_compile:
-            raise ExcludedSetting(
-                f"torch_compile is true with embedding_noise: {self.embedding_noise}, which is added by a hook that is "
-                "there in some forwards only. Leave torch_compile out.",
-                {"torch_compile": ("embedding_noise",)},
-            )
+        setting_checks.check_noise(self)
