@@ -109,7 +109,7 @@ def check_hidden_noise(args) -> None:
     if args.noise_layers == "auto" and args.hidden_noise_base != "mad":
         raise ConfigError(
             f"hidden_noise_base is {args.hidden_noise_base} with noise_layers: auto, which finds the scales by "
-            "itargs. Leave hidden_noise_base out."
+            "itself. Leave hidden_noise_base out."
         )
     if args.adds_noise:
         raise ExcludedSetting(
