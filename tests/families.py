@@ -647,7 +647,9 @@ noisy_sft = Method(
     describe=_told_of_instructions,
     counted=("of them within max_length",),
     forwards=_EVALUATED,
-    recipes={"noisy_sft": dict(dataset_name="generated:arithmetic?n=16", gradient_accumulation_steps=1)},
+    recipes={
+        "noisy_sft": dict(dataset_name="generated:arithmetic?n=16", gradient_accumulation_steps=1, noise_alpha=2.0)
+    },
     unloaded=_OF_TEXTS,
 )
 
