@@ -48,7 +48,7 @@ def greedy(model, ids, mask, new, **ends):
 
 @pytest.mark.parametrize(
     ("kind", "window"),
-    [("llama", None), ("mistral", 6), ("gemma3_text", 8)],
+    [("llama", None), pytest.param("mistral", 6, marks=pytest.mark.slow), ("gemma3_text", 8)],
 )
 @pytest.mark.parametrize("drafts", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_tokens_are_those_of_greedy_generation(kind, window, drafts, prompts):

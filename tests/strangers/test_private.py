@@ -269,6 +269,7 @@ def test_hiding_a_form_leaves_prose_and_code_alone():
     assert hide_forms(prose) == prose
 
 
+@pytest.mark.core("sk-", "eyJ", "a->", "<token>x", "https:/a:b", "secret", "://")
 @pytest.mark.parametrize(
     "unit",
     [
