@@ -342,7 +342,7 @@ robust_dpo = Method(
     },
     # by DeepSpeed, as tests/trainers asserts
     unsharded=("dr_dpo-rescale",),
-    ddp=("dr_dpo",),
+    ddp=("dr_dpo", "dr_dpo-full"),
     sharded=("dr_dpo", "dr_dpo-full"),
     plain=PADDED | dict(precompute_ref_log_probs=False),
     describe=_told_of_pairs,
