@@ -20,8 +20,8 @@ def run_main(main: Callable[[], object]) -> int:
     The error is printed as one message, once a machine, with the rank where that is not the first. A signal that ends
     the process (SIGTERM, SIGHUP, SIGUSR1) becomes an exception, so that every `finally` runs, and the code is 128 and
     its number; after Ctrl-C 130. What the process forks ends with it, and it ends with its launcher. Output that
-    nobody takes is dropped. A distributed run
-    ends here, and so does a recipe that was told to end: taking the libraries apart takes seconds.
+    nobody takes is dropped. A distributed run ends here, and so does a recipe that was told to end: taking the
+    libraries apart takes seconds.
     """
     outputs.keep_going()
     guard_tracebacks()

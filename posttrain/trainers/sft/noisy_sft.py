@@ -144,8 +144,9 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
 
     def _check_ratio(self) -> None:
         """Raise ConfigError where the first step's noise is none, or greater than the embeddings, on all ranks."""
-        squares = self._noise.squares
-        noise, embeddings = self.accelerator.reduce(torch.zeros(2) if squares is None else squares, "sum").tolist()
+        nothing = torch.zeros(2, device=self.accelerator.device)
+        squares = nothing if self._noise.squares is None else self._noise.squares
+        noise, embeddings = self.accelerator.reduce(squares, "sum").tolist()
         ratio, alpha = math.sqrt(noise / max(embeddings, 1e-30)), self.args.noise_alpha
         if 0 < ratio <= 1:
             return
