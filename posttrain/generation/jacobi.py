@@ -1,4 +1,4 @@
-"""Greedy generation that checks several guessed tokens in each forward: linear Jacobi decoding.
+"""Greedy generation that checks several guessed tokens in each forward: Jacobi decoding, of a line or a tree.
 
 The guesses are the model's own predictions from the forward before, which stood behind a token that was wrong; missing
 ones are drawn from the text so far. A guess is accepted where it is what the model says: the tokens are those of
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.generation import support
+from posttrain.generation import support, tree
+
+_MOST_NODES = 1024
 
 
 class Generated(NamedTuple):
@@ -45,6 +47,8 @@ def generate(
     draft_tokens: int = 5,
     eos_token_id: int | list[int] | Tensor | None = None,
     pad_token_id: int | None = None,
+    tree_nodes: int = 0,
+    retrieval: int = 0,
     seed: int = 0,
 ) -> Generated:
     """Generate greedily, and check `draft_tokens` guessed tokens in each forward.
@@ -57,7 +61,10 @@ def generate(
         input_ids: (B, T), prompts of at least one token each.
         attention_mask: (B, T), 0 for padding on either side; None where no token is padding.
         max_new_tokens: 1 or more, for each row.
-        draft_tokens: guesses a forward; 0 for ordinary greedy generation.
+        draft_tokens: guesses a forward, one behind the other; 0 for ordinary greedy generation.
+        tree_nodes: guesses a forward beside that line, which branch off it: less likely ones for the same places.
+        retrieval: how many of the text's last tokens are looked for in what stands before them; what followed there is
+            a branch as well. 0 for none; published is 3, beside 62 other guesses.
         eos_token_id: what ends a row, one id or several, none of them for an empty list; the generation config's where
             None.
         pad_token_id: what fills rows up; the generation config's, or else what ends a row, or 0.
@@ -65,28 +72,33 @@ def generate(
 
     Raises:
         ConfigError: for an argument out of range, a row without a token, ids that the model has no embedding for, more
-            tokens than it has learned positions, and what `posttrain.generation.support.check_model` refuses: a
-            generation config by which greedy search would take other tokens, virtual tokens of an adapter, an
-            encoder-decoder, and a model whose cache cannot give tokens back.
+            tokens than it has learned positions, a tree for a model with windows of attention or without masks of its
+            own, and what `posttrain.generation.support.check_model` refuses: a generation config by which greedy search
+            would take other tokens, virtual tokens of an adapter, an encoder-decoder, and a model whose cache cannot
+            give tokens back.
     """
     support.check_model(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(model, "generation_config", None)
-    _check_numbers(("max_new_tokens", max_new_tokens, 1), ("draft_tokens", draft_tokens, 0), ("seed", seed, 0))
+    named = {"draft_tokens": draft_tokens, "tree_nodes": tree_nodes, "retrieval": retrieval, "seed": seed}
+    _check_numbers(("max_new_tokens", max_new_tokens, 1), *((name, value, 0) for name, value in named.items()))
     input_ids = _table("input_ids", input_ids, next(model.parameters()).device)
     mask = torch.ones_like(input_ids)
     if attention_mask is not None:
         mask = _table("attention_mask", attention_mask, input_ids.device)
     _check(model, input_ids, mask, max_new_tokens)
+    search = _search(draft_tokens, tree_nodes, retrieval)
     ends = _ids("eos_token_id", getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id)
     fills = _ids("pad_token_id", getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id)
     fill = (fills or ends or [0])[0]
     rows, forwards, was_training = [], [], model.training
     model.eval()
     try:
+        if search.branches:
+            tree.check(model, inner)
         for ids, real in zip(input_ids, mask.bool(), strict=True):
             random = torch.Generator().manual_seed(seed)
-            made, count = _row(model, inner, ids[real], max_new_tokens, draft_tokens, set(ends), random)
+            made, count = _row(model, inner, ids[real], max_new_tokens, search, set(ends), random)
             rows.append(made)
             forwards.append(count)
     finally:
@@ -151,34 +163,62 @@ def _check(model, input_ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         )
 
 
-def _row(model, inner, prompt: Tensor, limit: int, drafts: int, ends: set, random) -> tuple[Tensor, int]:
+class _Search(NamedTuple):
+    """What is guessed in a forward: a line of tokens, branches by the ranks of guesses, and one found in the text."""
+
+    drafts: int
+    paths: list[tuple[int, ...]]
+    retrieval: int
+
+    @property
+    def branches(self) -> bool:
+        return bool(self.paths or self.retrieval)
+
+
+def _search(drafts: int, nodes: int, retrieval: int) -> _Search:
+    if nodes > _MOST_NODES:
+        raise ConfigError(f"tree_nodes is {nodes}; it must be {_MOST_NODES} or less.")
+    for name, value in (("tree_nodes", nodes), ("retrieval", retrieval)):
+        if value and not drafts:
+            raise ConfigError(f"{name} is {value} with draft_tokens 0, which asks for no guess. Leave {name} out.")
+    return _Search(drafts, tree.shape(nodes, drafts), retrieval)
+
+
+def _row(model, inner, prompt: Tensor, limit: int, search: _Search, ends: set, random) -> tuple[Tensor, int]:
     """Return the new tokens of a row, at most `limit`, and the number of forwards."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=inner.config)
+    cache, dtype = DynamicCache(config=inner.config), next(model.parameters()).dtype
     # layers of a sliding window keep what a wrong guess would push out
     cache.activate_past_recording()
     text, entered, guesses, forwards = prompt.tolist(), 0, [], 0
     length = len(text) + limit
     while len(text) < length:
-        wanted = min(drafts, length - len(text) - 1)
+        wanted = min(search.drafts, length - len(text) - 1)
         guesses = guesses[:wanted]
         picks = torch.randint(len(text), (wanted - len(guesses),), generator=random).tolist()
-        guesses += [text[pick] for pick in picks]
-        block = torch.tensor([text[entered:] + guesses], device=prompt.device)
-        mask = torch.ones(1, len(text) + len(guesses), dtype=torch.long, device=prompt.device)
-        logits = model(input_ids=block, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-        said = logits[0, -len(guesses) - 1 :].argmax(dim=-1).tolist()
+        guesses += [[text[pick]] for pick in picks]
+        found = tree.continuation(text, search.retrieval, wanted) if search.retrieval else []
+        made = tree.grow(guesses, search.paths, found)
+        block, before = torch.tensor([text[entered:] + made.tokens], device=prompt.device), len(text)
+        if made.is_line:
+            given = {"attention_mask": torch.ones(1, before + len(made), dtype=torch.long, device=prompt.device)}
+        else:
+            given = tree.inputs(made, before, entered, dtype, prompt.device)
+        logits = model(input_ids=block, **given, past_key_values=cache, use_cache=True).logits[0, -len(made) - 1 :]
+        said = logits.argmax(dim=-1).tolist()
         forwards += 1
-        right = 0
-        while right < len(guesses) and guesses[right] == said[right]:
-            right += 1
-        entered = len(text) + right
-        # none as well: layers of a sliding window then let go what lies outside
-        cache.crop(right - len(guesses))
-        for token in said[: right + 1]:
+        right = made.accepted(said)
+        entered = before + len(right)
+        tree.keep(cache, before, right, len(made))
+        for token in [said[0], *(said[place + 1] for place in right)]:
             text.append(token)
             if token in ends:
                 return torch.tensor(text[len(prompt) :], device=prompt.device), forwards
-        guesses = said[right + 1 :]
+        behind = made.likeliest_behind(right[-1] if right else -1)
+        if search.paths:
+            ranked = logits[[place + 1 for place in behind]].topk(min(tree.WIDEST, logits.size(-1)), dim=-1)
+            guesses = ranked.indices.tolist()
+        else:
+            guesses = [[said[place + 1]] for place in behind]
     return torch.tensor(text[len(prompt) :], device=prompt.device), forwards
