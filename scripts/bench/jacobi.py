@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python scripts/bench/jacobi.py --data ../shared/data --json docs/evidence/jacobi_speed.json
 
 SmolLM2-135M is trained on 120 GSM8K solutions, an epoch with LoRA that is then merged, once as it is (`sft`) and once
-with noise on tokens (`msn`). Each of both, and the model before, answers the same held-out questions in three ways, one
-text at a time, which take turns question by question: `greedy`, `line` (5 guesses a forward), `tree` (5, 62 beside them,
-and one line found in the text). The table tells how many texts have other tokens than `greedy` makes, as where two logits
-are equal up to rounding. The first question does not count.
+with noise on tokens (`msn`). Each of both, and the model before, answers the same held-out questions in three ways,
+one text at a time, which take turns question by question: `greedy`, `line` (5 guesses a forward), `tree` (5, 62 beside
+them, and one line found in the text). The table tells how many texts have other tokens than `greedy` makes, as where
+two logits are equal up to rounding. The first question does not count.
 """
 
 import gzip
