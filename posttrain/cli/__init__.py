@@ -15,7 +15,7 @@ from posttrain.errors import PosttrainError
 from posttrain.private import hide_words
 from posttrain.visible import visible
 
-VERBS = ("quickstart", "train", "recipes", "data", "env", "generate", "merge", "push")
+VERBS = ("quickstart", "train", "recipes", "data", "env", "generate", "adapters", "merge", "push")
 
 _EPILOG = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 5 training diverged,
 75 ended early with a checkpoint to go on from (--resume_from_checkpoint auto), 128 + n ended by signal n;

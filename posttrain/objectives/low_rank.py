@@ -1,0 +1,308 @@
+"""Algebra of low-rank changes of a weight, s B A with A (r, d_in) and B (d_out, r), from the two factors alone.
+
+Nothing here forms the product (d_out, d_in). What a product's singular value decomposition tells is had from
+A^T = Qa Ra and B = Qb Rb: that of the small matrix Rb Ra^T, in O((d_in + d_out) r^2 + r^3).
+
+Source: arXiv 2505.12805 (FedSVD) for the refactorisation; the sum and its truncation are Eckart and Young's.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posttrain.checks import check_holdable, check_integer, check_number, plain
+from posttrain.errors import ConfigError, DataError
+
+# of entries that are equally large but for rounding, the first one decides a row's sign
+_TIE = 1000
+_PRECISIONS = (torch.float64, torch.float32)
+
+
+class Refactored(NamedTuple):
+    """A product in its canonical factors, and how the given ones were turned into them.
+
+    Attributes:
+        A: (r, d_in), orthonormal rows in the order of their singular values; A' = N A.
+        B: (d_out, r), the left singular vectors times the singular values; B' = B N^-1.
+        to: N (r, r); None where the given A has no full row rank, and so no N exists.
+        back: N^-1 (r, r), as `to`.
+    """
+
+    A: Tensor
+    B: Tensor
+    to: Tensor | None
+    back: Tensor | None
+
+
+class Compressed(NamedTuple):
+    """A product, or sum of products, in as few columns and rows as it needs or was given.
+
+    Attributes:
+        A: (k, d_in), orthonormal rows in the order of their singular values. B: (d_out, k), with every scale in it.
+        singular_values: of the exact product, the largest first, without those that are rounding alone; in fp64.
+        relative_error: ||B A - exact|| / ||exact|| in the Frobenius norm, with what storing in A's type rounds; 0
+            where both are zero.
+        norms: ||B A - exact|| and ||exact||.
+    """
+
+    A: Tensor
+    B: Tensor
+    singular_values: Tensor
+    relative_error: float
+    norms: tuple[float, float]
+
+
+def refactor(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Write the product B A with an orthonormal A, its rows in the order of the singular values; returns (A', B').
+
+    A' is the first r right singular vectors of B A, B' the left ones times the singular values, each row of A' with its
+    largest entry positive, so that equal products have equal factors (but for turns within equal singular values).
+    Where B A has a lower rank, also where d_out < r, B' has columns of zeros, and the rows of A' beside them complete
+    an orthonormal basis, which spans the rows of A wherever those are independent.
+
+    Args:
+        A: (r, d_in), r <= d_in. B: (d_out, r). Both of one floating type, which the results have.
+        precision: of the computation: torch.float64, or float32 where a device has no other.
+
+    Raises:
+        ConfigError: shapes that do not fit, or d_in < r, of which no r rows are orthonormal.
+        DataError: numbers that are not finite, or whose product is beyond the type.
+    """
+    return refactored(A, B, precision=precision)[:2]
+
+
+def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64) -> Refactored:
+    """Refactor as `refactor` does, and return the change of basis N as well, in `precision`."""
+    check(A, B)
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"precision is {precision}; it must be torch.float64 or torch.float32.")
+    rank, width = A.shape
+    if width < rank:
+        raise ConfigError(
+            f"A is {rank} x {width}: of {width} inputs no {rank} rows are orthonormal. Truncate the product to a rank "
+            f"of {width} or less first."
+        )
+    q_a, r_a = torch.linalg.qr(A.detach().to(precision).T)
+    q_b, r_b = torch.linalg.qr(B.detach().to(precision))
+    # where d_out < r the core is wide, and the rows of its whole V^T stand for the missing directions too
+    left, values, right = torch.linalg.svd(_finite(r_b @ r_a.T), full_matrices=True)
+    turned = right @ q_a.T
+    signs = _signs(turned)
+    right, turned = signs[:, None] * right, signs[:, None] * turned
+    found = len(values)
+    outer = (q_b @ left[:, :found]) * (values * signs[:found])
+    if found < rank:
+        outer = torch.cat([outer, outer.new_zeros(len(outer), rank - found)], dim=1)
+    to = back = None
+    if _is_regular(r_a):
+        # N = V^T Ra^-T
+        to, back = torch.linalg.solve_triangular(r_a, right.T, upper=True).T, r_a.T @ right.T
+    return Refactored(_stored(turned, A.dtype), _stored(outer, B.dtype), to, back)
+
+
+def truncate(
+    A: Tensor,
+    B: Tensor,
+    rank: int | None = None,
+    energy: float | None = None,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Compressed:
+    """Find the best approximation of scale B A of a lower rank, in factors; computed in fp64.
+
+    Args:
+        A: (r, d_in). B: (d_out, r); r may be larger than either width.
+        rank: the most that the result may have. energy: in (0, 1], the least share of the sum of squared singular
+            values that it keeps, with the fewest of them. Without both, all that are not rounding.
+        scale: of the product, which the result's B holds.
+        dtype: of the result; that of the factors by default.
+
+    Raises:
+        ConfigError: both of rank and energy, one out of range, or shapes that do not fit.
+        DataError: numbers that are not finite, or whose product is beyond the type.
+    """
+    return merge([(A, B, scale)], None, rank, energy, dtype=dtype)
+
+
+def merge(
+    factors: Sequence[tuple[Tensor, Tensor, float]],
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Compressed:
+    """Add products w_i s_i B_i A_i and write the sum in factors of its own rank, or of a lower one; computed in fp64.
+
+    The sum is exact: [w_1 s_1 B_1, w_2 s_2 B_2, ...] times [A_1; A_2; ...], whatever the ranks r_i. Left out of it are
+    the singular values that are rounding alone, of up to eps max(d_out, d_in) sum_i ||w_i s_i B_i|| ||A_i||. A sum that
+    is zero has rank one, and a B of zeros.
+
+    Args:
+        factors: (A_i, B_i, s_i) each, A_i (r_i, d_in) and B_i (d_out, r_i).
+        weights: w_i, of any sign; 1 each by default.
+        rank, energy: as in `truncate`.
+        dtype: of the result; by default the one that holds all of the factors'.
+
+    Raises:
+        ConfigError, DataError: as `truncate`; also where there is nothing to add, or as many weights as factors are
+            not there.
+    """
+    check_size(rank, energy)
+    factors = [tuple(entry) for entry in factors]
+    if not factors or any(len(entry) != 3 for entry in factors):
+        raise ConfigError("merge takes one or more of (A, B, scale), each a triple.")
+    weights = check_weights(weights, len(factors))
+    outer, inner, size = [], [], 0.0
+    for (a, b, scale), weight in zip(factors, weights, strict=True):
+        check(a, b)
+        check_finite("scale", scale)
+        first = factors[0]
+        if (a.shape[1], b.shape[0], a.device) != (first[0].shape[1], first[1].shape[0], first[0].device):
+            raise ConfigError(
+                f"factors of {b.shape[0]} x {a.shape[1]} on {a.device} cannot be added to those of "
+                f"{first[1].shape[0]} x {first[0].shape[1]} on {first[0].device}: they change other weights."
+            )
+        a, b = a.detach().double(), b.detach().double() * (float(weight) * float(scale))
+        outer.append(b)
+        inner.append(a)
+        size += (torch.linalg.norm(a) * torch.linalg.norm(b)).item()
+    exact_a, exact_b = torch.cat(inner), torch.cat(outer, dim=1)
+    q_a, q_b, core = _core(exact_a, exact_b)
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    least = torch.finfo(torch.float64).eps * max(exact_a.shape[1], exact_b.shape[0]) * size
+    values = values[: max(int((values > least).sum()), 1)]
+    if values[0] <= least:
+        values = torch.zeros_like(values)
+    kept = kept_rank(values, rank, energy)
+    turned = right[:kept] @ q_a.T
+    signs = _signs(turned)
+    if dtype is None:
+        dtype = factors[0][0].dtype
+        for a, b, _ in factors:
+            dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
+    made_a = _stored(signs[:, None] * turned, dtype)
+    made_b = _stored((q_b @ left[:, :kept]) * (signs * values[:kept]), dtype)
+    gap = product_norm(torch.cat([exact_a, made_a.double()]), torch.cat([exact_b, -made_b.double()], dim=1))
+    whole = torch.linalg.norm(values).item()
+    error = gap / whole if whole else (0.0 if not made_b.any() else math.inf)
+    return Compressed(made_a, made_b, values, error, (gap, whole))
+
+
+def singular_values(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the singular values of scale B A, the largest first, min(r, d_in, d_out) of them, in fp64."""
+    check(A, B)
+    return torch.linalg.svdvals(_core(A.detach().double(), B.detach().double())[2]) * abs(scale)
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """Return ||B A|| in the Frobenius norm; accurate also where much of it cancels."""
+    return torch.linalg.norm(_core(A, B)[2]).item()
+
+
+def kept_rank(values: Tensor, rank: int | None = None, energy: float | None = None) -> int:
+    """Return how many of the singular values (K,), the largest first, a rank or an energy keeps; 1 at the least."""
+    kept = len(values)
+    if energy is not None:
+        sums = values.double().square().cumsum(0)
+        # of a float that is one rounding short of the whole sum there is no more to add
+        kept = min(int((sums < energy * sums[-1]).sum()) + 1, kept)
+    return max(min(kept, rank or kept), 1)
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp(entropy of s_i / sum s): the rank that equally large singular values would have; 0 for none.
+
+    Source: Roy and Vetterli, The effective rank (EUSIPCO 2007).
+    """
+    shares = values.double()[values > 0]
+    if not len(shares):
+        return 0.0
+    shares = shares / shares.sum()
+    return math.exp(-(shares * shares.log()).sum().item())
+
+
+def check_size(rank: int | None, energy: float | None) -> None:
+    """Raise ConfigError for a rank or an energy that cannot be, or both."""
+    if rank is not None and energy is not None:
+        raise ConfigError(f"rank is {rank!r} and energy is {energy!r}; give one of them.")
+    if rank is not None:
+        check_integer("rank", rank, 1)
+    if energy is not None:
+        check_number("energy", energy, 0, 1, above=True)
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return `count` weights, 1 each by default; ConfigError for others than so many finite numbers, or zeros alone."""
+    weights = [1.0] * count if weights is None else list(plain(weights))
+    if len(weights) != count:
+        raise ConfigError(f"there are {len(weights)} weights for {count} adapters; give one for each.")
+    for weight in weights:
+        check_finite("weights", weight)
+    if not any(weights):
+        raise ConfigError("all weights are 0, so there is nothing to add.")
+    return [float(weight) for weight in weights]
+
+
+def check_finite(name: str, value) -> None:
+    """Raise ConfigError for what is no finite number."""
+    check_holdable(name, value)
+    held = plain(value)
+    if isinstance(held, bool) or not isinstance(held, int | float) or not math.isfinite(held):
+        raise ConfigError(f"{name} has {value!r:.100}; it must be a finite number.")
+
+
+def check(A: Tensor, B: Tensor) -> None:
+    """Raise ConfigError where A (r, d_in) and B (d_out, r) make no product, DataError where they are not finite."""
+    for name, value in (("A", A), ("B", B)):
+        if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point() or not value.numel():
+            shown = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"{name} is {shown}; A (r, d_in) and B (d_out, r) are matrices of floating numbers.")
+    if A.shape[0] != B.shape[1] or A.device != B.device:
+        raise ConfigError(
+            f"A is {list(A.shape)} on {A.device} and B {list(B.shape)} on {B.device}: as many rows of A as "
+            "columns of B, on one device, make a product."
+        )
+    for name, value in (("A", A), ("B", B)):
+        if not torch.isfinite(value).all():
+            raise DataError(f"{name} holds numbers that are not finite.")
+
+
+def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Qa, Qb and the matrix Rb Ra^T, which has the singular values of B A."""
+    q_a, r_a = torch.linalg.qr(A.T)
+    q_b, r_b = torch.linalg.qr(B)
+    return q_a, q_b, _finite(r_b @ r_a.T)
+
+
+def _finite(core: Tensor) -> Tensor:
+    if not torch.isfinite(core).all():
+        raise DataError("the product of the factors has numbers beyond those of its precision; they are too large.")
+    return core
+
+
+def _signs(rows: Tensor) -> Tensor:
+    """Return the sign (k,) of each row's largest entry, by magnitude."""
+    sizes = rows.abs()
+    top = sizes.amax(dim=1, keepdim=True) * (1 - _TIE * torch.finfo(rows.dtype).eps)
+    first = (sizes >= top).to(torch.uint8).argmax(dim=1, keepdim=True)
+    return torch.where(rows.gather(1, first)[:, 0] < 0, -1.0, 1.0).to(rows.dtype)
+
+
+def _is_regular(triangle: Tensor) -> bool:
+    """Tell whether a matrix (r, r) can be inverted in its precision."""
+    values = torch.linalg.svdvals(triangle)
+    return bool(values[-1] > len(values) * torch.finfo(triangle.dtype).eps * values[0])
+
+
+def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = value.to(dtype).contiguous()
+    if not torch.isfinite(stored).all():
+        raise DataError(
+            f"a factor has entries of {value.abs().max().item():.3g}, which {dtype} does not hold; use a wider type."
+        )
+    return stored
