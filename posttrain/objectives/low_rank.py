@@ -97,9 +97,10 @@ def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64) 
     if found < rank:
         outer = torch.cat([outer, outer.new_zeros(len(outer), rank - found)], dim=1)
     to = back = None
-    if _is_regular(r_a):
+    if _is_regular(r_a, A.dtype):
         # N = V^T Ra^-T
-        to, back = torch.linalg.solve_triangular(r_a, right.T, upper=True).T, r_a.T @ right.T
+        to = torch.linalg.solve_triangular(r_a, right.T, upper=True).T.contiguous()
+        back = r_a.T @ right.T
     return Refactored(_stored(turned, A.dtype), _stored(outer, B.dtype), to, back)
 
 
@@ -293,10 +294,11 @@ def _signs(rows: Tensor) -> Tensor:
     return torch.where(rows.gather(1, first)[:, 0] < 0, -1.0, 1.0).to(rows.dtype)
 
 
-def _is_regular(triangle: Tensor) -> bool:
-    """Tell whether a matrix (r, r) can be inverted in its precision."""
+def _is_regular(triangle: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a matrix (r, r) has an inverse, as numbers of a type tell it."""
     values = torch.linalg.svdvals(triangle)
-    return bool(values[-1] > len(values) * torch.finfo(triangle.dtype).eps * values[0])
+    eps = max(torch.finfo(dtype).eps, torch.finfo(triangle.dtype).eps)
+    return bool(values[-1] > len(values) * eps * values[0])
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
-from posttrain.run import checkpoints, identity, preemption
+from posttrain.run import checkpoints, identity, preemption, refactoring
 from posttrain.run.checks import check_optimiser, check_reporters, upstream_refusals
 
 
@@ -104,6 +104,19 @@ class CommonConfig:
         card=False,
     )
 
+    refactor_every: int | None = setting(
+        0,
+        "Steps between two refactorisations of a LoRA, which make A orthonormal and leave the model as it is. 0: none.",
+        identity=True,
+        card=True,
+    )
+    refactor_second_moment: str = setting(
+        "estimate",
+        "What refactorisations do about Adam's second moments: estimate them, or refuse such an optimizer.",
+        identity=True,
+        card=True,
+    )
+
     # by setting: others that it stands in the place of, so that a file's give way to it on the command line
     replaces: ClassVar[dict[str, tuple[str, ...]]] = {}
     # names that settings had before: theirs to ours
@@ -163,6 +176,7 @@ class CommonConfig:
         self._check_ranges()
         check_reporters(self.report_to)
         preemption.check(self)
+        refactoring.check_settings(self)
         if self.fp16 and self.bf16:
             raise ExcludedSetting(
                 "fp16 and bf16 are both true; keep one of them.", {"fp16": ("bf16",), "bf16": ("fp16",)}

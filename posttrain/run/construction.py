@@ -12,7 +12,17 @@ from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.models import embedded_name
-from posttrain.run import checks, preemption, run_folder, schedule, settings, start, upstream_configs, weight_noise
+from posttrain.run import (
+    checks,
+    preemption,
+    refactoring,
+    run_folder,
+    schedule,
+    settings,
+    start,
+    upstream_configs,
+    weight_noise,
+)
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
@@ -161,6 +171,8 @@ class ConstructionMixin:
         self._base_digests |= reference_digest(self)
         if self._salient is not None:
             self.add_callback(self._salient)
+        if self.args.refactor_every:
+            self.add_callback(refactoring.callback(self))
         self.attach_adapter()
         self._stop_early = preemption.StopEarly(self)
         if not self._has_folder:

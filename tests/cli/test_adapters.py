@@ -1,0 +1,138 @@
+"""`posttrain adapters merge | truncate | info` on saved folders."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from posttrain import errors, quiet
+from posttrain.cli import main
+
+IDS = torch.arange(20, 44).view(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def libraries_keep_their_voice(monkeypatch):
+    monkeypatch.setattr(quiet, "quiet_libraries", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_folder, tmp_path_factory):
+    folders = []
+    for seed, settings in enumerate((dict(r=4), dict(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"]))):
+        config = LoraConfig(**dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") | settings)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config)
+        generator = torch.Generator().manual_seed(seed)
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.data.normal_(std=0.1, generator=generator)
+        folders.append(tmp_path_factory.mktemp("adapter"))
+        model.save_pretrained(folders[-1])
+    return list(map(str, folders))
+
+
+@torch.no_grad()
+def logits(base, folder, **more):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    for name, other in more.items():
+        model.load_adapter(other, name)
+    return model, model(IDS).logits
+
+
+def test_a_merge_is_the_sum(adapters, tiny_folder, tmp_path, capsys):
+    out = str(tmp_path / "new" / "sum")
+    assert main(["adapters", "merge", *adapters, out, "--weights", "1", "-0.5", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["weights"] == [1.0, -0.5] and facts["relative_error"] < 1e-6 and facts["output"] == out
+    part = next(one for path, one in facts["modules"].items() if path.endswith("0.self_attn.q_proj"))
+    assert part["ranks"] == [4, 2] and part["exact_rank"] == part["rank"] == len(part["singular_values"]) == 6
+    model, _ = logits(tiny_folder, adapters[0], b=adapters[1])
+    model.add_weighted_adapter(["default", "b"], [1.0, -0.5], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tiny_folder, out)[1], model(IDS).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_a_truncation_tells_its_error(adapters, tmp_path, capsys):
+    out = tmp_path / "cut"
+    assert main(["adapters", "truncate", adapters[0], str(out), "--rank", "2", "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert "modules of rank 2; the exact sum has 4." in said and "stored as bfloat16" in said
+    assert "| largest errors" in said and json.loads((out / "adapter_config.json").read_text())["r"] == 2
+    assert main(["adapters", "truncate", adapters[0], str(tmp_path / "most"), "--energy", "0.5"]) == 0
+    assert "Relative error: 0." in capsys.readouterr().out
+
+
+REFUSED = {
+    "neither --rank nor --energy is given": (2, ["truncate", "A", "OUT"]),
+    "rank is 2 and energy is 0.5; give one of them": (2, ["truncate", "A", "OUT", "--rank", "2", "--energy", "0.5"]),
+    "energy=1.5 must be a number above 0 and at most 1": (2, ["truncate", "A", "OUT", "--energy", "1.5"]),
+    "there are 1 weights for 2 adapters": (2, ["merge", "A", "B", "OUT", "--weights", "1"]),
+    "weights has nan": (2, ["merge", "A", "B", "OUT", "--weights", "nan", "1"]),
+    "all weights are 0": (2, ["merge", "A", "B", "OUT", "--weights", "0", "0"]),
+    "output is .*A, which is not empty": (2, ["merge", "A", "B", "A"]),
+    "adapter is .*gone, which is no folder": (2, ["merge", "A", "gone", "OUT"]),
+    "gone, which is no folder": (2, ["info", "gone"]),
+    "adapter_model.safetensors is damaged": (3, ["info", "CUT"]),
+    "damaged, or no safetensors file": (3, ["merge", "CUT", "A", "OUT"]),
+    "--plot is x.pdf; its name must end in .png": (2, ["info", "A", "--plot", "x.pdf"]),
+    "mine.png exists already. Name another file, or add --force": (2, ["info", "A", "--plot", "mine.png"]),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_mistakes_are_answered_and_nothing_is_written(said, adapters, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, folder in zip(("A", "B", "CUT"), (*adapters, adapters[0]), strict=True):
+        shutil.copytree(folder, name)
+    weights = tmp_path / "CUT" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    (tmp_path / "mine.png").write_text("mine")
+    code, words = REFUSED[said]
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["adapters", *words]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(said, captured.err) and captured.err.startswith("posttrain adapters: error: ")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "mine.png").read_text() == "mine"
+
+
+def test_info_is_a_table_json_and_a_picture(adapters, tmp_path, capsys):
+    picture = tmp_path / "pictures" / "spectra.png"
+    assert main(["adapters", "info", adapters[1], "--plot", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert "LoRA r 2, alpha 8, of " in said and "4 modules; Frobenius norm of all changes" in said
+    assert "| model.layers.0.mlp.up_proj" in said and "| effective |" in said
+    assert picture.read_bytes().startswith(b"\x89PNG") and len(list(picture.parent.iterdir())) == 1
+    assert main(["adapters", "info", adapters[1], "--plot", str(picture)]) == 2
+    assert main(["adapters", "info", adapters[1], "--plot", str(picture), "--force", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["r"] == 2 and facts["scheme"] is None and facts["more_than_a_and_b"] == []
+    one = facts["modules"]["model.layers.0.mlp.up_proj"]
+    assert one["scale"] == 4.0 and one["rank"] == len(one["singular_values"]) == 2
+    assert one["largest"] == max(one["singular_values"]) and set(one["rank_for"]) == {"0.9", "0.99"}
+    squares = sum(value**2 for module in facts["modules"].values() for value in module["singular_values"])
+    assert facts["norm"] == pytest.approx(squares**0.5)
+
+
+def test_a_picture_needs_matplotlib(adapters, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    assert main(["adapters", "info", adapters[0], "--plot", str(tmp_path / "a.png")]) == 4
+    assert 'pip install "posttrain[plots]"' in capsys.readouterr().err
+
+
+def test_the_tokenizer_goes_with_the_adapters_where_they_have_the_same(adapters, tiny_folder, tmp_path, logged):
+    folders = [shutil.copytree(folder, tmp_path / name) for folder, name in zip(adapters, "ab", strict=True)]
+    for folder in folders:
+        shutil.copy(f"{tiny_folder}/tokenizer.json", folder)
+    command = ["adapters", "merge", *map(str, folders)]
+    assert main([*command, str(tmp_path / "same")]) == 0
+    assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (folders[0] / "tokenizer.json").read_bytes()
+    (folders[1] / "tokenizer.json").write_text("{}")
+    assert main([*command, str(tmp_path / "other")]) == 0
+    assert not (tmp_path / "other" / "tokenizer.json").exists()
+    assert "the adapters come with different tokenizers, so none is copied" in logged.text
