@@ -290,6 +290,12 @@ robust_dpo = Method(
         dict(num_train_epochs=INF),
         dict(report_to="wandbb"),
         dict(report_to=["tensorboard", "wandbb"]),
+        dict(refactor_every=-1),
+        dict(refactor_every=True),
+        dict(refactor_every=2, optim="adafactor"),
+        dict(refactor_every=2, optim="adamw_torch", refactor_second_moment="refuse"),
+        dict(refactor_every=2, refactor_second_moment="drop"),
+        dict(refactor_second_moment="refuse"),
     ),
     build=_pairs,
     parent=dict(trainer_class=DPOTrainer, config_class=DPOConfig, **runs.PARENT),
@@ -339,9 +345,10 @@ robust_dpo = Method(
         # at the higher rate full fine-tuning enlarges what is rounded
         "dr_dpo-full": DR_DPO | _SHORT | dict(peft=False, learning_rate=0.02),
         "dr_dpo-padded": DR_DPO | _SHORT | PADDED,
+        "refactored": DPO | _SHORT | dict(refactor_every=1),
     },
-    # by DeepSpeed, as tests/trainers asserts
-    unsharded=("dr_dpo-rescale",),
+    # by DeepSpeed, as tests/trainers and tests/run assert
+    unsharded=("dr_dpo-rescale", "refactored"),
     ddp=("dr_dpo", "dr_dpo-full"),
     sharded=("dr_dpo", "dr_dpo-full"),
     plain=PADDED | dict(precompute_ref_log_probs=False),

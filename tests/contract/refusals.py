@@ -201,6 +201,12 @@ DRY_RUN_TOO += [
     )
 ]
 
+DRY_RUN_TOO += [
+    dict(refactor_every=2, adapter="gift_sw"),
+    dict(refactor_every=2, use_peft="false"),
+    dict(refactor_every=2, optim="adagrad"),
+]
+
 RECIPE_SETTINGS = [
     dict(adapter="giftsw"),
     dict(adapter="none"),
@@ -323,9 +329,9 @@ def _blocked(folder: Path):
     _dpo(folder / "file", at=model(folder))
 
 
-def _adapter(fields: dict, folder: Path):
-    weights = fields["target_modules"] == ["q_projj"]
-    _dpo(folder, at=model(folder, weights=weights), adapter=LoraConfig(**fields))
+def _adapter(fields: dict, folder: Path, **settings):
+    weights = fields.get("target_modules") == ["q_projj"]
+    _dpo(folder, at=model(folder, weights=weights), adapter=LoraConfig(**fields), **settings)
 
 
 def _none(folder: Path):
@@ -351,6 +357,10 @@ PREFERENCE = {
             dict(target_modules=["q_projj"]),
             dict(target_modules=["q_proj"], lora_dropout=1.5),
         )
+    },
+    **{
+        f"refactor_every, adapter {fields!r}": leaves_nothing(partial(_adapter, fields, refactor_every=2))
+        for fields in (dict(use_dora=True), dict(target_parameters=["experts.gate_up_proj"]))
     },
 }
 
