@@ -135,9 +135,8 @@ def merge_adapters(
         ConfigError: an adapter that is more than A and B, adapters of different bases or shapes, values out of range.
         DataError: files that are damaged, or numbers that are not finite.
     """
-    adapters = list(adapters)
-    if not adapters:
-        raise ConfigError("there are no adapters to add; give one or more.")
+    if isinstance(adapters, str | os.PathLike) or not (adapters := list(adapters)):
+        raise ConfigError(f"adapters is {adapters!r:.200}; give a list of one or more.")
     if not all(isinstance(one, str | os.PathLike) for one in adapters):
         if any(isinstance(one, str | os.PathLike) for one in adapters) or base is not None:
             raise ConfigError("adapters are folders, or (A, B, scale) each, and base is for folders; give one kind.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from posttrain.checks import check_choice, check_integer
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.log import get_logger
 from posttrain.objectives import low_rank
 
@@ -49,6 +49,7 @@ class RefactorCallback(TrainerCallback):
     Raises:
         ConfigError: at construction, a value out of range; when training begins, an optimizer, engine or adapter that
             it has no meaning for.
+        DivergedError: factors that are not finite any more.
     """
 
     def __init__(self, every: int, second_moment: str = "estimate", adapter: str = "default") -> None:
@@ -64,7 +65,13 @@ class RefactorCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step % self.every:
             return
-        left_out = refactor_adapter(model, optimizer, self.adapter, self.second_moment)
+        try:
+            left_out = refactor_adapter(model, optimizer, self.adapter, self.second_moment)
+        except DataError as error:
+            raise DivergedError(
+                f"refactor_every: after step {state.global_step} the adapter cannot be refactored: {error} A lower "
+                "learning_rate usually helps."
+            ) from error
         if left_out and not self._said:
             self._said = True
             get_logger().warning(
@@ -94,7 +101,10 @@ def refactor_adapter(model, optimizer=None, adapter: str = "default", second_mom
     check_optimizer(optimizer, second_moment)
     found, left_out = factors_of(model, adapter), []
     for path, A, B in found:
-        made_a, made_b, to, back = _shared(A, B)
+        try:
+            made_a, made_b, to, back = _shared(A, B)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
         if to is None:
             left_out.append(path)
             continue

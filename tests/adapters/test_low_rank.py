@@ -217,8 +217,9 @@ def test_factors_are_added_as_folders_are(base, tmp_path):
         torch.testing.assert_close(ours, made.tensors[name], atol=1e-6, rtol=1e-5)
     with pytest.raises(ConfigError, match="give one kind"):
         merge_adapters([folders[0], (part.A, part.B, 1.0)])
-    with pytest.raises(ConfigError, match="there are no adapters to add"):
-        merge_adapters([])
+    for nothing in ([], "folder"):
+        with pytest.raises(ConfigError, match="adapters is .*; give a list of one or more"):
+            merge_adapters(nothing)
     with pytest.raises(ConfigError, match="dtype is torch.int8"):
         merge_adapters(folders, dtype=torch.int8)
 

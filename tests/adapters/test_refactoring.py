@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from posttrain.adapters import refactoring
 from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.adapters.refactoring import RefactorCallback, factors_of, refactor_adapter, second_moment_estimate
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.models import tiny_model
 from posttrain.objectives import low_rank
 
@@ -260,8 +260,10 @@ def test_models_without_such_an_adapter_are_refused(base):
         refactor_adapter(columns)
     broken = adapted(base)
     factors_of(broken)[0].B.data[0, 0] = float("nan")
-    with pytest.raises(DataError, match="B holds numbers that are not finite"):
+    with pytest.raises(DataError, match="down_proj|q_proj|embed_tokens.*: B holds numbers that are not finite"):
         refactor_adapter(broken)
+    with pytest.raises(DivergedError, match="after step 2 the adapter cannot be refactored: .* lower learning_rate"):
+        RefactorCallback(2).on_step_end(None, type("State", (), dict(global_step=2))(), None, model=broken)
 
 
 @pytest.mark.parametrize("given", [dict(every=0), dict(every=True), dict(every=1.5), dict(every=2, second_moment="x")])
