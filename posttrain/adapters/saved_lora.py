@@ -105,6 +105,9 @@ def read(folder: str | Path) -> SavedLora:
             pickled = name == WEIGHTS and (folder / "adapter_model.bin").exists()
             why = "; weights as a pickle (adapter_model.bin) are not read, save them as safetensors" if pickled else ""
             raise ConfigError(f"adapter is {folder}, which has no {name}{why or '; give the folder of an adapter'}.")
+        if not (folder / name).is_file():
+            # a pipe would be waited for
+            raise ConfigError(f"{folder / name} is no regular file; give the folder of an adapter.")
     config = read_json(folder / CONFIG)
     owner = f"the adapter in {folder}"
     lora_settings.check(config, owner)

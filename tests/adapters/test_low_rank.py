@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import struct
 import warnings
 
@@ -326,6 +327,11 @@ def pickled(folder):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+def piped(folder):
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")
+
+
 def cut(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -343,6 +349,7 @@ HOSTILE = {
     ),
     "adapter_config.json holds a list": (DataError, lambda folder: config(folder, "[]")),
     "adapter_model.safetensors is damaged": (DataError, cut),
+    "adapter_config.json is no regular file": (ConfigError, piped),
     "r is 'x'; it must be a whole number": (ConfigError, lambda folder: change(folder, r="x")),
     "r is True; it must be a whole number": (ConfigError, lambda folder: change(folder, r=True)),
     "lora_alpha is None": (ConfigError, lambda folder: change(folder, lora_alpha=None)),
