@@ -67,7 +67,7 @@ def gap(ours, theirs):
 
 def test_the_model_stays_and_a_becomes_orthonormal(base):
     model = adapted(base)
-    scalings = [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "scaling")]
+    scalings = [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")]
     before, held = loss(model).item(), [one.A for one in factors_of(model)]
     with torch.no_grad():
         logits = model(IDS).logits
@@ -79,7 +79,7 @@ def test_the_model_stays_and_a_becomes_orthonormal(base):
         torch.testing.assert_close(one.A @ one.A.T, torch.eye(4, dtype=one.A.dtype), atol=1e-12, rtol=0)
         sizes = one.B.detach().norm(dim=0)
         assert sizes.tolist() == sorted(sizes.tolist(), reverse=True)
-    assert scalings == [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "scaling")]
+    assert scalings == [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")]
     assert len(held) == 5
 
 
@@ -236,7 +236,7 @@ LAYERS = {
     "its factors are of torch.bfloat16, which would round the model": (dict(), half),
     "it shares its factors with another layer": (dict(target_modules=["q_proj", "k_proj"]), shared),
     r"of its 64 inputs no 70 rows \(its rank\) are orthonormal": (dict(r=70, target_modules=["q_proj"]), None),
-    "use_dora, which is more than the two factors": (dict(use_dora=True, target_modules=["q_proj"]), None),
+    "use_dora, whose magnitudes train beside the factors": (dict(use_dora=True, target_modules=["q_proj"]), None),
     "it is no plain LoRA": (dict(alora_invocation_tokens=[3], target_modules=["q_proj"], task_type="CAUSAL_LM"), None),
 }
 

@@ -61,7 +61,7 @@ def test_a_truncation_tells_its_error(adapters, tmp_path, capsys):
     out = tmp_path / "cut"
     assert main(["adapters", "truncate", adapters[0], str(out), "--rank", "2", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
-    assert "modules of rank 2; the exact sum has 4." in said and "stored as bfloat16" in said
+    assert "modules of rank 2, of an exact sum of rank 4." in said and "stored as bfloat16" in said
     assert "| largest errors" in said and json.loads((out / "adapter_config.json").read_text())["r"] == 2
     assert main(["adapters", "truncate", adapters[0], str(tmp_path / "most"), "--energy", "0.5"]) == 0
     assert "Relative error: 0." in capsys.readouterr().out

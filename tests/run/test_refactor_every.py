@@ -72,7 +72,8 @@ def test_trls_trainer_takes_the_callback(tiny_folder, tmp_path):
 def test_an_optimizer_that_is_given_is_checked_when_the_trainer_is_built(tiny_folder, tmp_path):
     class Given(training.RobustDPOTrainer):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, optimizer_cls_and_kwargs=(torch.optim.RMSprop, {}), **kwargs)
+            optimizer = torch.optim.RMSprop([torch.nn.Parameter(torch.zeros(1))])
+            super().__init__(*args, optimizers=(optimizer, None), **kwargs)
 
     with pytest.raises(ConfigError, match="the optimizer is torch.optim.rmsprop.RMSprop"):
         training.build(tiny_folder, tmp_path, trainer_class=Given, refactor_every=2)
