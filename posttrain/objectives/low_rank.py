@@ -71,11 +71,11 @@ def refactor(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64) ->
         ConfigError: shapes that do not fit, or d_in < r, of which no r rows are orthonormal.
         DataError: numbers that are not finite, or whose product is beyond the type.
     """
-    return refactored(A, B, precision=precision)[:2]
+    return refactored(A, B, precision=precision, basis=False)[:2]
 
 
-def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64) -> Refactored:
-    """Refactor as `refactor` does, and return the change of basis N as well, in `precision`."""
+def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64, basis: bool = True) -> Refactored:
+    """Refactor as `refactor` does, and return the change of basis N as well, in `precision`; without it, None."""
     check(A, B)
     if precision not in _PRECISIONS:
         raise ConfigError(f"precision is {precision}; it must be torch.float64 or torch.float32.")
@@ -97,7 +97,7 @@ def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64) 
     if found < rank:
         outer = torch.cat([outer, outer.new_zeros(len(outer), rank - found)], dim=1)
     to = back = None
-    if _is_regular(r_a, A.dtype):
+    if basis and _is_regular(r_a, A.dtype):
         # N = V^T Ra^-T
         to = torch.linalg.solve_triangular(r_a, right.T, upper=True).T.contiguous()
         back = r_a.T @ right.T
