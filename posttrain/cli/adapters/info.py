@@ -67,7 +67,10 @@ def run(args) -> int:
         ),
         end="",
     )
-    say(f"{', rsLoRA' if facts['use_rslora'] else ''}, of {one_line(hide(str(facts['base_model'])))}", end="")
+    say(
+        f"{', rsLoRA' if facts['use_rslora'] else ''}, of {one_line(hide(str(facts['base_model'] or 'a base that it does not name')))}",
+        end="",
+    )
     say(f", trained as {found.scheme}" if found.scheme else "")
     for reason in found.refused:
         say(f"It is more than A and B, so merge and truncate refuse it: {reason}.")
