@@ -61,17 +61,10 @@ def run(args) -> int:
         return 0
     from posttrain.tables import format_table
 
-    say(
-        hide(
-            f"{args.adapter}: LoRA r {config.get('r')}, alpha {config.get('lora_alpha')}",
-        ),
-        end="",
-    )
-    say(
-        f"{', rsLoRA' if facts['use_rslora'] else ''}, of {one_line(hide(str(facts['base_model'] or 'a base that it does not name')))}",
-        end="",
-    )
-    say(f", trained as {found.scheme}" if found.scheme else "")
+    base = one_line(facts["base_model"] or "a base that it does not name")
+    how = ", rsLoRA" if facts["use_rslora"] else ""
+    trained = f", trained as {found.scheme}" if found.scheme else ""
+    say(hide(f"{args.adapter}: LoRA r {config.get('r')}, alpha {config.get('lora_alpha')}{how}, of {base}{trained}"))
     for reason in found.refused:
         say(f"It is more than A and B, so merge and truncate refuse it: {reason}.")
     headers = ("module", "weight", "rank", "scale", "norm", "largest", "smallest", "effective", "90%", "99%")
