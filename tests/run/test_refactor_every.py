@@ -9,6 +9,7 @@ from posttrain.adapters.refactoring import RefactorCallback, factors_of
 from posttrain.errors import ConfigError
 from posttrain.hub.card import _settings
 from tests import runs, training
+from tests.families import METHODS
 from tests.runs import entries, identical, losses, trainable
 
 EVERY = dict(refactor_every=2, max_steps=5, optim="adamw_torch", learning_rate=1e-2, pair_loss="dpo")
@@ -86,3 +87,19 @@ def test_engines_are_refused_by_the_config(setting, variable, tmp_path, monkeypa
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ConfigError, match="refactor_every under|FSDP was asked for"):
         RobustDPOConfig(str(tmp_path), refactor_every=2)
+
+
+# GIFT-SW fixes its A
+FAMILIES = [name for name in METHODS if name not in ("robust_dpo", "gift_sw")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_refactors_and_resumes(name, tiny_folder, tmp_path):
+    settings, step, _ = METHODS[name].resumed
+    settings = settings | dict(refactor_every=1, peft=True)
+    _, straight = METHODS[name].train(tiny_folder, tmp_path, **settings)
+    assert is_orthonormal(straight.model)
+    again = dict(save_strategy="no", resume=str(tmp_path / f"checkpoint-{step}"))
+    _, resumed = METHODS[name].train(tiny_folder, tmp_path, **settings | again)
+    assert identical(trainable(resumed.model), trainable(straight.model))
