@@ -22,7 +22,7 @@ import harness
 # rank, width of a square layer
 RANK, WIDTH, QUICK_WIDTH = 16, 4096, 512
 # of the model that two adapters are added on: width, inner width, blocks
-MODEL, QUICK_MODEL = (1024, 2816, 2), (256, 512, 1)
+MODEL, QUICK_MODEL = (768, 2048, 1), (256, 512, 1)
 # blocks and matrices (d_out, d_in) of one, in units of the width: those of a Llama of 7B
 BLOCKS, MATRICES = 32, ((1, 1),) * 4 + ((2.6875, 1),) * 2 + ((1, 2.6875),)
 WEIGHTS = (0.7, -0.3)
