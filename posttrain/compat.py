@@ -30,6 +30,8 @@ PRIVATE_NAMES = (
     ("trl.trainer.grpo_trainer", "GRPOTrainer._get_train_sampler", ("dataset",)),
     ("transformers", "Trainer._save", ("output_dir", "state_dict")),
     ("peft", "LoraConfig._register_custom_module", ("mapping",)),
+    ("peft", "LoraModel._create_new_module", ("lora_config", "adapter_name", "target")),
+    ("peft.tuners.lora.layer", "LoraVariant.forward", ("module", "active_adapter", "x", "result")),
     ("peft.tuners.lora.layer", "Linear.resolve_lora_variant", ("config",)),
     ("peft.tuners.lora.variants", "_register_frozen_peft_weight", ("module", "adapter_name", "weight_name")),
     ("peft.utils.integrations", "gather_params_ctx", ("param", "modifier_rank")),

@@ -20,7 +20,9 @@ from posttrain import (
     RobustDPOConfig,
     RobustDPOTrainer,
 )
+from posttrain.adapters.allora import ALLoRAConfig
 from posttrain.adapters.gift_sw import GiftSWConfig
+from posttrain.mechanisms import scaled_rows
 from posttrain.mechanisms.noise import draws
 from posttrain.mechanisms.noise.weights import WeightNoise
 from posttrain.recipe import instructions, preferences, scored_answers, tasks
@@ -166,6 +168,23 @@ def _salient(
     return trainer
 
 
+def _scaled(
+    folder, output_dir, rows: int = 16, evaluated=False, peft=None, pairs=False, trainer_class=NoisySFTTrainer,
+    config_class=NoisySFTConfig, **settings,
+):  # fmt: skip
+    """NoisySFTTrainer, or TRL's, with an ALLoRA adapter; or RobustDPOTrainer."""
+    scheme = {name: settings.pop(name) for name in ("eta", "form") if name in settings}
+    config = ALLoRAConfig(**dict(r=4, target_modules="all-linear") | scheme)
+    if pairs:
+        args = RobustDPOConfig(**training.settings(output_dir, **settings))
+        return RobustDPOTrainer(folder, args=args, train_dataset=make_pairs(rows), peft_config=config)
+    fields = scored.settings(output_dir, **dict(learning_rate=0.2, max_steps=3) | settings)
+    del fields["prefix_sharing"]
+    answers = scored.make_scored(rows).remove_columns("reward")
+    given = dict(train_dataset=answers, eval_dataset=answers if evaluated else None, peft_config=config)
+    return trainer_class(folder, args=config_class(**fields), **given)
+
+
 def _adapter(peft: bool):
     return runs.lora() if peft else None
 
@@ -201,6 +220,14 @@ def _told_of_columns(folder, output_dir, rows: int = 16, peft=None, **settings):
     return instructions.describe(folder, NoisySFTConfig(**settings), answers, _columns())
 
 
+def _told_of_factors(folder, output_dir, rows: int = 16, peft=None, **settings):
+    settings = scored.settings(output_dir, **settings)
+    del settings["prefix_sharing"]
+    answers = scored.make_scored(rows).remove_columns("reward")
+    adapter = ALLoRAConfig(r=4, target_modules="all-linear")
+    return instructions.describe(folder, NoisySFTConfig(**settings), answers, adapter)
+
+
 def _draw_a_forward(monkeypatch) -> dict:
     """Each micro-batch draws noise of its own."""
     drawn = itertools.count()
@@ -210,6 +237,14 @@ def _draw_a_forward(monkeypatch) -> dict:
         return of_step(self, model, next(drawn))
 
     monkeypatch.setattr(WeightNoise, "during_step", during_step)
+    return {}
+
+
+def _factors_a_micro_batch(monkeypatch) -> dict:
+    """Each micro-batch has factors of its own."""
+    counted = itertools.count()
+    factors = scaled_rows.allora_scale
+    monkeypatch.setattr(scaled_rows, "allora_scale", lambda A, B, eta: factors(A, B, eta) / (1 + next(counted) % 28))
     return {}
 
 
@@ -713,6 +748,56 @@ gift_sw = Method(
     unloaded=_OF_TEXTS,
 )
 
+allora = Method(
+    name="allora",
+    config=NoisySFTConfig,
+    given=lambda folder, use_cpu, bf16, **fields: ALLoRAConfig(**fields),
+    refused=(
+        dict(eta=0),
+        dict(eta=-1.0),
+        dict(eta=math.nan),
+        dict(eta=math.inf),
+        dict(eta=True),
+        dict(eta="2"),
+        dict(form="both"),
+        dict(r=0),
+        dict(r=8, lora_alpha=16),
+        dict(lora_dropout=0.1),
+        dict(lora_bias=True),
+        dict(use_rslora=True),
+        dict(use_dora=True),
+        dict(init_lora_weights="pissa"),
+        dict(init_lora_weights=False),
+        dict(target_parameters=["experts.gate_up_proj"]),
+        dict(alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
+    ),
+    build=_scaled,
+    parent=dict(trainer_class=SFTTrainer, config_class=SFTConfig, **runs.PARENT),
+    # TRL's own trainer takes the config as it is
+    neutral={"split": (_SPLIT, _SPLIT)},
+    step=8,
+    cases={
+        "pairs": dict(pairs=True, prefix_sharing="never", max_steps=3) | _SHORT,
+        "gradient": _SHORT,
+        "update": dict(form="update") | _SHORT,
+    },
+    wrong=_factors_a_micro_batch,
+    resumed=(
+        dict(max_steps=4, save_strategy="steps", save_steps=2),
+        2,
+        (dict(eta=3.0), "adapter_scheme: allora eta 2.0, gradient form there, allora eta 3.0"),
+    ),
+    shared={},
+    compared=("loss", "allora/"),
+    ranks={"gradient-checkpointed": dict(gradient_checkpointing=True) | _SHORT},
+    # by RowScales
+    unsharded=("update",),
+    describe=_told_of_factors,
+    counted=("of them within max_length",),
+    forwards=_EVALUATED,
+    unloaded=_OF_TEXTS,
+)
+
 # of every method and preset, as the families' folders make them public
 CONFIGS = [getattr(posttrain, name) for name in posttrain.__all__ if name.endswith("Config")]
-METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft, gift_sw)}
+METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft, gift_sw, allora)}

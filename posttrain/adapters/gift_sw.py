@@ -5,24 +5,18 @@ what is saved is a plain LoRA, which PEFT loads and merges without this library.
 """
 
 import copy
-import json
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.layer import Linear, LoraVariant
+from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor, nn
 
-from posttrain.adapters import SIDE_FILE
+from posttrain.adapters.plain_lora import VARIANTS, MergesAsLora, SchemeConfig, variants_of
 from posttrain.checks import check_choice
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.noise import weights
-from posttrain.saved import read_json
 
 NOISE = ("auto", "none", *weights.KINDS)
 METRICS = ("sensitivity", "activation")
@@ -40,19 +34,14 @@ PAPER = {
 # subclasses of nn.Linear with a forward of their own that is its product and bias all the same
 _AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 # of LoraConfig: what has no meaning for columns, and its value
-_NOT_OURS = {
-    "use_rslora": False, "use_dora": False, "lora_bias": False, "lora_dropout": 0.0, "init_lora_weights": True,
-    "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": None, "layer_replication": None,
-    "fan_in_fan_out": False, "alora_invocation_tokens": None, "use_bdlora": None, "arrow_config": None,
-    "velora_config": None, "monteclora_config": None, "kasa_config": None, "megatron_config": None,
+_NOT_OURS = VARIANTS | {
+    "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
+    "fan_in_fan_out": False,
 }  # fmt: skip
-_OWN = (
-    "bits", "noise", "metric", "weight_norm", "activation_norm", "activation_power", "calibration_rows",
-)  # fmt: skip
 
 
 @dataclass
-class GiftSWConfig(LoraConfig):
+class GiftSWConfig(SchemeConfig):
     """Config of a GIFT-SW adapter, for `peft_config=` or `get_peft_model`; the trainers here calibrate it.
 
     In another trainer call `posttrain.adapters.calibration.calibrate` first; the noise is of the trainers here alone.
@@ -82,20 +71,22 @@ class GiftSWConfig(LoraConfig):
     activation_power: float = field(default=1.0, metadata={"help": "Exponent of that norm."})
     calibration_rows: int = field(default=128, metadata={"help": "Rows that the inputs are measured on."})
 
+    called = "gift_sw"
+    title = "a GIFT-SW adapter"
+    own = (
+        "bits", "noise", "metric", "weight_norm", "activation_norm", "activation_power", "calibration_rows",
+    )  # fmt: skip
+
     def __post_init__(self):
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ConfigError(f"the number of salient columns (r, lora_r) is {self.r!r}; it must be 1 or more.")
-        if self.lora_alpha is None:
-            self.lora_alpha = self.r
         super().__post_init__()
         # columns by the path of their layer, once they are chosen
         self.salient: dict[str, list[int]] = {}
-        # PEFT writes names in the place of all-linear
-        self._takes_what_fits = isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
-        # of each module that was left out of all-linear, by its path: its class, and whether a tensor of it was named
-        self.left_out: dict[str, tuple[str, bool]] = {}
         self._check()
         self._register_custom_module({nn.Module: _layer})
+
+    @property
+    def what_r_is(self) -> str:
+        return "the number of salient columns (r, lora_r)"
 
     def _check(self) -> None:
         for name, low, high in (("bits", 2, 8), ("calibration_rows", 1, math.inf)):
@@ -149,85 +140,31 @@ class GiftSWConfig(LoraConfig):
             ("share of the adapter's file that names the columns", f"{share:.0%}"),
         ]
 
-    def leave_out(self, path: str, module: nn.Module, is_parameter: bool) -> None:
-        """Note a module of all-linear without a GIFT-SW adapter. `is_parameter`: the path is that of a tensor in it."""
-        if is_parameter:
-            path = path.rpartition(".")[0]
-            # what PEFT has made of all-linear for a mixture's experts
-            self.target_parameters, self.rank_pattern, self.alpha_pattern = None, {}, {}
-        self.left_out[path] = type(module).__name__, is_parameter
+    def placed(self, model, adapter: str) -> list:
+        return layers_of(model, adapter)
 
-    def what_was_left_out(self) -> str:
-        """Return the modules that were left out of all-linear in words, by class; empty where none was."""
-        counts = Counter(kind for kind, _ in self.left_out.values())
-        told = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-        fused = any(is_parameter for _, is_parameter in self.left_out.values())
-        return f"{told}, and linear layers that are named like the experts of a mixture" if fused else told
-
-    def check_placed(self, model, adapter: str = "default") -> None:
-        """Raise ConfigError where the adapter is on no layer of a PeftModel, as all of all-linear were left out."""
-        if self.left_out and not layers_of(model, adapter):
-            raise ConfigError(
-                "adapter gift_sw: all-linear has no plain linear layer in this model, which it could take "
-                f"({self.what_was_left_out()}). Use LoRA for this model."
-            )
-
-    def to_dict(self) -> dict:
-        """Return the config of the plain LoRA that is saved."""
-        found = {name: value for name, value in super().to_dict().items() if name not in _OWN}
-        paths = sorted(path for path, (_, is_parameter) in self.left_out.items() if not is_parameter)
-        before = found["exclude_modules"]
-        if paths and isinstance(before, str):
-            found["exclude_modules"] = "|".join([f"(?:{before})", *map(re.escape, paths)])
-        elif paths:
-            found["exclude_modules"] = sorted({*(before or ()), *paths})
-        return found
-
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Save the config of a plain LoRA, and beside it `posttrain_adapter.json`: settings and salient columns."""
-        super().save_pretrained(save_directory, **kwargs)
-        found = {"scheme": "gift_sw"} | {name: getattr(self, name) for name in _OWN}
-        # JSON has no infinity
-        found |= {name: "inf" for name in _OWN if found[name] == math.inf}
-        (Path(save_directory) / SIDE_FILE).write_text(json.dumps(found | {"columns": self.salient}), encoding="utf-8")
+    def beside(self) -> dict:
+        return {"columns": self.salient}
 
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
-        """Read the config of a saved adapter; give it as `config=` to `PeftModel.from_pretrained` to train it on.
-
-        Raises ConfigError where the folder has no file of this library beside the adapter.
-        """
-        found = read_saved(folder)
-        if found is None:
-            raise ConfigError(f"{folder} has no {SIDE_FILE} of a GIFT-SW adapter; use peft.LoraConfig for it.")
-        plain = LoraConfig.from_pretrained(folder, **kwargs)
-        names = cls.__dataclass_fields__.keys() - set(_OWN)
-        given = {name: getattr(plain, name) for name in names if name in LoraConfig.__dataclass_fields__}
-        config = cls(**{n: v for n, v in given.items() if cls.__dataclass_fields__[n].init}, **found["settings"])
-        config.salient = found["columns"]
+        config = super().from_pretrained(folder, **kwargs)
+        config.salient = cls.read_saved(folder)["columns"]
         return config
 
+    @classmethod
+    def is_side_file(cls, found: dict) -> bool:
+        columns = found.get("columns")
+        return isinstance(columns, dict) and all(
+            isinstance(ids, list) and all(isinstance(one, int) and one >= 0 for one in ids) for ids in columns.values()
+        )
 
-def read_saved(folder) -> dict | None:
-    """Return settings and columns of a saved adapter: {"settings": ..., "columns": ...}; None where there is no file.
-
-    Raises ConfigError for a file of another form.
-    """
-    path = Path(folder) / SIDE_FILE
-    if not path.is_file():
-        return None
-    found = read_json(path)
-    columns = found.get("columns") if isinstance(found, dict) else None
-    is_table = isinstance(columns, dict) and all(
-        isinstance(ids, list) and all(isinstance(one, int) and one >= 0 for one in ids) for ids in columns.values()
-    )
-    if not is_table or found.get("scheme") != "gift_sw":
-        raise ConfigError(f"{path} is none of a GIFT-SW adapter: it must have the scheme gift_sw, and columns.")
-    settings = {name: math.inf if found[name] == "inf" else found[name] for name in _OWN if name in found}
-    return {"settings": settings, "columns": columns}
+    @classmethod
+    def told_beside(cls) -> str:
+        return ", and columns"
 
 
-class GiftSWVariant(LoraVariant):
+class GiftSWVariant(MergesAsLora):
     """The adapter of one layer: B times the salient inputs.
 
     Attributes:
@@ -258,15 +195,6 @@ class GiftSWVariant(LoraVariant):
         change = module.lora_B[active_adapter](x.index_select(-1, self.columns))
         scale = module.scaling[active_adapter]
         return result + (change if scale == 1 else change * scale)
-
-    def merge_safe(self, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
-
-    def merge_unsafe(self, module, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
-
-    def unmerge(self, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
 class GiftSWLinear(Linear):
@@ -337,12 +265,7 @@ def _is_quantised(target) -> bool:
 
 def layers_of(model, adapter: str | None = None) -> list[tuple[str, GiftSWLinear, GiftSWVariant, str]]:
     """Return path, layer, variant and adapter's name of each GIFT-SW adapter of a model, in the model's order."""
-    found = []
-    for path, layer in model.named_modules():
-        for name, variant in getattr(layer, "lora_variant", {}).items():
-            if isinstance(variant, GiftSWVariant) and adapter in (None, name):
-                found.append((path.removeprefix("base_model.model."), layer, variant, name))
-    return found
+    return variants_of(model, GiftSWVariant, adapter)
 
 
 def file_share(model, adapter: str = "default") -> float:

@@ -1,8 +1,7 @@
 """The adapter that a recipe's settings ask for."""
 
-from dataclasses import fields
-
 from posttrain.config import ModelArguments, get_peft_config
+from posttrain.config.schemes import SCHEMES, named
 
 
 def adapter_config(model_args: ModelArguments):
@@ -10,16 +9,7 @@ def adapter_config(model_args: ModelArguments):
 
     Raises ConfigError where PEFT or the scheme refuses them.
     """
-    plain = get_peft_config(model_args)
-    if plain is None or model_args.adapter != "gift_sw":
+    plain, scheme = get_peft_config(model_args), SCHEMES[model_args.adapter]
+    if plain is None or scheme.config is None:
         return plain
-    from posttrain.adapters.gift_sw import GiftSWConfig
-
-    given = {entry.name: getattr(plain, entry.name) for entry in fields(plain) if entry.init}
-    return GiftSWConfig(
-        **given,
-        bits=model_args.gift_bits,
-        noise=model_args.gift_noise,
-        metric=model_args.gift_metric,
-        calibration_rows=model_args.gift_calibration_rows,
-    )
+    return named(scheme.config).of_plain(plain, **{own: getattr(model_args, n) for n, own in scheme.fields.items()})

@@ -9,10 +9,8 @@ from trl.scripts.utils import DatasetConfig
 
 from posttrain.checks import check_choice
 from posttrain.config.mixture import check_datasets
+from posttrain.config.schemes import SCHEMES
 from posttrain.errors import ConfigError, ExcludedSetting
-
-# of adapter: lora_r and lora_alpha where they are left out
-_RANKS = {"lora": (16, 32), "gift_sw": (128, None), "none": (16, 32)}
 
 
 @dataclass
@@ -25,17 +23,28 @@ class ModelArguments(ModelConfig):
     adapter: str | None = field(
         default=None,
         metadata={
-            "help": "lora; gift_sw, the lora_r most salient columns of each linear layer, with noise on the others; or "
-            "none, the whole model. Default: lora with use_peft, else none."
+            "help": "lora; allora, a LoRA whose rows have rates by the norms of their changes; gift_sw, the lora_r "
+            "most salient columns of each linear layer, with noise on the others; or none, the whole model. Default: "
+            "lora with use_peft, else none."
         },
     )
     lora_r: int | None = field(
         default=None, metadata={"help": "LoRA rank, or the number of salient columns. Default: 16, of gift_sw 128."}
     )
     lora_alpha: int | None = field(
-        default=None, metadata={"help": "LoRA alpha. Default: 32; gift_sw has none beside lora_r."}
+        default=None, metadata={"help": "LoRA alpha. Default: 32; allora and gift_sw have none beside lora_r."}
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; allora and gift_sw have none."})
+    allora_eta: float = field(
+        default=2.0, metadata={"help": "allora: the rate's factor of a row that has not changed, its largest."}
+    )
+    allora_form: str = field(
+        default="gradient",
+        metadata={
+            "help": "allora: what a row's factor multiplies; gradient, the gradients of A and B, as published; or "
+            "update, the optimizer's update of B, which Adam does not undo."
+        },
+    )
     gift_bits: int = field(
         default=4, metadata={"help": "gift_sw: bits of the rounding whose step gives the noise its size, 2 to 8."}
     )
@@ -53,7 +62,7 @@ class ModelArguments(ModelConfig):
 
     def __post_init__(self):
         if self.adapter is not None:
-            check_choice("adapter", self.adapter, tuple(_RANKS))
+            check_choice("adapter", self.adapter, tuple(SCHEMES))
         if self.adapter == "none" and self.use_peft:
             raise ExcludedSetting(
                 "adapter is none with use_peft: true; leave one of them out.",
@@ -62,27 +71,39 @@ class ModelArguments(ModelConfig):
         self.adapter = self.adapter or ("lora" if self.use_peft else "none")
         # false is its default, so an adapter that is named wins over it
         self.use_peft = self.adapter != "none"
-        if self.adapter != "gift_sw":
-            for name in ("gift_bits", "gift_noise", "gift_metric", "gift_calibration_rows"):
-                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-                if value != default:
-                    raise ExcludedSetting(
-                        f"{name} is {value!r}, which has no effect on adapter: {self.adapter}. Set `adapter: gift_sw`, "
-                        f"or leave {name} out.",
-                        {name: ("adapter",)},
-                    )
-        elif self.load_in_4bit or self.load_in_8bit:
+        self._check_scheme()
+        super().__post_init__()
+
+    def _check_scheme(self) -> None:
+        """Refuse settings that the adapter does not read; give rank and alpha their defaults."""
+        own = SCHEMES[self.adapter]
+        for name, scheme in ((name, scheme) for scheme, row in SCHEMES.items() for name in row.fields):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if scheme != self.adapter and value != default:
+                raise ExcludedSetting(
+                    f"{name} is {value!r}, which has no effect on adapter: {self.adapter}. Set `adapter: {scheme}`, or "
+                    f"leave {name} out.",
+                    {name: ("adapter",)},
+                )
+        if own.unquantised and (self.load_in_4bit or self.load_in_8bit):
             name = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
             raise ExcludedSetting(
-                f"{name} is true with adapter: gift_sw, whose columns are weights of the base itself: the adapter "
-                f"alone would not hold a quantised one. Leave {name} out, or set `adapter: lora`.",
+                f"{name} is true with adapter: {self.adapter}, {own.unquantised}. Leave {name} out, or set `adapter: "
+                "lora`.",
                 {name: ("adapter",), "adapter": (name,)},
             )
-        rank, alpha = _RANKS[self.adapter]
-        self.lora_r = rank if self.lora_r is None else self.lora_r
+        self.lora_r = own.rank if self.lora_r is None else self.lora_r
+        if own.alpha is None:
+            neutral = {"lora_alpha": self.lora_r, "lora_dropout": 0.0}
+            for name, value in neutral.items():
+                if getattr(self, name) not in (None, value):
+                    raise ExcludedSetting(
+                        f"{name} is {getattr(self, name)!r} with adapter: {self.adapter} and lora_r {self.lora_r}; "
+                        f"{own.why}. Leave {name} out.",
+                        {name: ("adapter",)},
+                    )
         if self.lora_alpha is None:
-            self.lora_alpha = self.lora_r if alpha is None else alpha
-        super().__post_init__()
+            self.lora_alpha = self.lora_r if own.alpha is None else own.alpha
 
 
 @dataclass

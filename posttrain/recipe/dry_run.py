@@ -22,8 +22,8 @@ def check(model_id: str, args, peft_config, live_reference: bool = False):
     return settings.check(model_id, args, peft_config, live_reference=live_reference)[1]
 
 
-def sizes(config, args, peft_config) -> dict[str, int]:
-    """Count parameters and checkpoint bytes of a model that is built without memory for its weights."""
+def sizes(config, args, peft_config) -> dict[str, int | str]:
+    """Count parameters and checkpoint bytes of a model without weights in memory; name its adapter's scheme."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -42,6 +42,7 @@ def sizes(config, args, peft_config) -> dict[str, int]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = trainable if peft_config is None else saved
     return {
+        **({"adapter": peft_config.scheme} if hasattr(peft_config, "scheme") else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable parameters": trainable,
         # fp32; AdamW keeps two numbers a parameter beside the weights

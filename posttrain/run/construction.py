@@ -13,6 +13,7 @@ from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.models import embedded_name
 from posttrain.run import (
+    adapter_schemes,
     checks,
     preemption,
     refactoring,
@@ -21,7 +22,6 @@ from posttrain.run import (
     settings,
     start,
     upstream_configs,
-    weight_noise,
 )
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
@@ -112,13 +112,12 @@ class ConstructionMixin:
         if self._start is None:
             self._calibrate_adapter()
             self._start = start.Start(self, self._peft_config, self._live_reference(self.args))
-            if self._salient is not None:
-                self._salient.know_copies()
+            self._scheme.know_copies()
 
     def _calibrate_adapter(self) -> None:
         # before any forward with the adapter on
         if not self._is_calibrated:
-            self._is_calibrated, self._salient = True, weight_noise.of(self)
+            self._is_calibrated, self._scheme = True, adapter_schemes.of(self)
 
     @classmethod
     def _default_folder(cls, model) -> str:
@@ -160,7 +159,7 @@ class ConstructionMixin:
         self._schedule = schedule.Current()
         self._known_identity, self._folder_is_ours = None, False
         self._finite_loss, self._live_gradients = FiniteLoss(), None
-        self._is_calibrated, self._salient = False, None
+        self._is_calibrated, self._scheme = False, adapter_schemes.InRun()
 
     def _finish_construction(self) -> None:
         """Note the policy's start and add the callbacks, after the parent's constructor."""
@@ -169,8 +168,8 @@ class ConstructionMixin:
         keep_4bit_weights_trainable(self.model)
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
         self._base_digests |= reference_digest(self)
-        if self._salient is not None:
-            self.add_callback(self._salient)
+        if type(self._scheme) is not adapter_schemes.InRun:
+            self.add_callback(self._scheme)
         if self.args.refactor_every:
             self.add_callback(refactoring.callback(self))
         self.attach_adapter()

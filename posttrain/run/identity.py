@@ -168,7 +168,8 @@ def differing(now: dict, then: dict, before: dict | None = None) -> str:
     `before`: what entries count as that `then`, of the same method in an earlier version, lacks.
     """
     if before and now.get("method") == then.get("method"):
-        then = before | then
+        # a version without schemes had plain adapters
+        then = {"adapter_scheme": None} | before | then
     # a marker holds no secrets
     now, then = without_secrets(plain(now)), without_secrets(plain(then))
     names = [name for name in sorted(now.keys() & then) if plain(now[name]) != plain(then[name])]

@@ -81,20 +81,18 @@ class RunMixin(ConstructionMixin, SavingMixin):
     @property
     def weights_have_noise(self) -> bool:
         """Return whether an adapter adds noise to the weights of forwards that are trained; others have none."""
-        return self._salient is not None and self._salient.is_on
+        return self._scheme.noise_kind != "none"
 
     @property
     def weight_noise_kind(self) -> str:
         """Return the kind of that noise: gaussian, uniform or none."""
-        return "none" if self._salient is None else self._salient.kind
+        return self._scheme.noise_kind
 
     # stands on Trainer.training_step
     def training_step(self, *args, **kwargs):
-        if not self.weights_have_noise:
-            return super().training_step(*args, **kwargs)
-        with self._salient.during_step():
+        with self._scheme.during_step():
             loss = super().training_step(*args, **kwargs)
-        self._salient.after_step()
+        self._scheme.after_step()
         return loss
 
     def calibration_ids(self, rows):
@@ -171,8 +169,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
             if not self.args.check_resume and not self.args.resume_weights_only:
                 checkpoints.warn_of_missing_random_state(checkpoint, self.args.world_size)
             self._start.resume(checkpoint, self.state.global_step > 0)
-            if self._salient is not None:
-                self._salient.restore(checkpoint)
+            self._scheme.restore(checkpoint)
             synced_reference.load(self, checkpoint)
         if checkpoint is not None and self.args.ignore_data_skip:
             get_logger().warning(

@@ -82,8 +82,8 @@ class SavingMixin:
 
     # stands on Trainer._save, which under ZeRO-3 is given what trains alone
     def _save(self, output_dir=None, state_dict=None):
-        if state_dict is not None and self._salient is not None:
-            state_dict = self._salient.whole(state_dict)
+        if state_dict is not None:
+            state_dict = self._scheme.whole(state_dict)
         super()._save(output_dir, state_dict)
 
     # stands on DPOTrainer._save_checkpoint, and through it on Trainer's

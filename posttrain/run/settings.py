@@ -5,7 +5,7 @@ from peft import PeftModel
 
 from posttrain.hub import check_push
 from posttrain.models import resolve_model
-from posttrain.run import checks, init_kwargs, lock, refactoring, run_folder, start, weight_noise
+from posttrain.run import adapter_schemes, checks, init_kwargs, lock, refactoring, run_folder, start
 from posttrain.run.sharing import check_setting
 
 
@@ -34,7 +34,7 @@ def check(
     if peft_config is not None:
         checks.check_lora(peft_config)
     own = model.peft_config.get("default") if isinstance(model, PeftModel) else None
-    weight_noise.check(peft_config or own, args)
+    adapter_schemes.check(peft_config or own, args)
     refactoring.check(model, peft_config, args)
     checks.check_here(args)
     checks.check_synced_reference(args, peft_config is not None or isinstance(model, PeftModel))

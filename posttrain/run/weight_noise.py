@@ -5,16 +5,16 @@ import os
 import sys
 from pathlib import Path
 
-from accelerate.utils import broadcast, is_peft_model
-from transformers import TrainerCallback
+from accelerate.utils import broadcast
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed
 
 from posttrain.adapters import SIDE_FILE, calibration
-from posttrain.adapters.gift_sw import GiftSWConfig, file_share, layers_of, read_saved
+from posttrain.adapters.gift_sw import GiftSWConfig, file_share, layers_of
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.mechanisms.noise.weights import WeightNoise
+from posttrain.run.adapter_schemes import InRun
 
 
 def kind_of(config: GiftSWConfig, args) -> str:
@@ -22,66 +22,61 @@ def kind_of(config: GiftSWConfig, args) -> str:
     return ("gaussian" if args.weights_have_noise else "none") if config.noise == "auto" else config.noise
 
 
-def check(config, args) -> None:
-    """Refuse settings beside an adapter's weight noise under which it would not be what it says.
-
-    Args:
-        config: an adapter's, of any kind, or None. args: the trainer's config.
-
-    Raises:
-        ConfigError: FSDP, torch_compile, hidden noise, a recomputation of another random state.
-    """
-    if not isinstance(config, GiftSWConfig):
-        return
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ConfigError(
-            "adapter gift_sw under FSDP, which leaves a layer a part of its weight: columns are chosen, and noise is "
-            "drawn, by whole weights. Use DDP or ZeRO (configs/accelerate), or adapter: lora."
-        )
-    kind = kind_of(config, args)
-    if kind == "none":
-        return
-    because = f"with adapter gift_sw, whose noise is {kind}"
-    if args.torch_compile:
-        raise ExcludedSetting(
-            f"torch_compile is true {because}: it is there in some forwards only. Leave torch_compile out, or set "
-            "`gift_noise: none`.",
-            {"torch_compile": ()},
-        )
-    if (args.gradient_checkpointing_kwargs or {}).get("preserve_rng_state") is False:
-        raise ConfigError(
-            f"gradient_checkpointing_kwargs has preserve_rng_state false {because}: of the recomputed forward the "
-            "noise would be the same, and whatever else is drawn in it another. Leave preserve_rng_state out."
-        )
-    if getattr(args, "adds_hidden_noise", False):
-        raise ConfigError(
-            f"hidden_noise is {args.hidden_noise} {because}: the clean pass would have it too. Set `gift_noise: none`, "
-            "or `hidden_noise: none`."
-        )
-
-
-class SalientColumns(TrainerCallback):
+class SalientColumns(InRun):
     """Holds a run's GIFT-SW adapter: calibrates it, gives training steps its noise, and watches over both.
 
     Attributes:
-        kind: of the noise: gaussian, uniform or none.
+        noise_kind: gaussian, uniform or none.
     """
 
     def __init__(self, trainer) -> None:
         """Calibrate the adapter of a trainer whose rows are tokenised, on its first rows; all ranks call it."""
         self._trainer, self._noise, self._watched = trainer, None, False
         model, config = trainer.model, trainer.model.peft_config["default"]
-        self.kind = kind_of(config, trainer.args)
+        self.noise_kind = kind_of(config, trainer.args)
         self._calibrate(model, config)
-        if self.kind != "none":
-            self._noise = WeightNoise(trainer.args.seed, self.kind)
+        if self.noise_kind != "none":
+            self._noise = WeightNoise(trainer.args.seed, self.noise_kind)
             for _, layer, _, _ in layers_of(model, "default"):
                 layer.weight_noise = self._noise
         get_logger().info(
             "adapter gift_sw: %d salient columns in each of %d layers, %s noise on the others; %.0f%% of the numbers "
             "in the adapter's file say which columns they are",
-            config.r, len(config.salient), self.kind, 100 * file_share(model),
+            config.r, len(config.salient), self.noise_kind, 100 * file_share(model),
         )  # fmt: skip
+
+    @staticmethod
+    def check(config, args) -> None:
+        """Refuse settings beside weight noise under which it would not be what it says.
+
+        Raises:
+            ConfigError: FSDP, torch_compile, hidden noise, a recomputation of another random state.
+        """
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigError(
+                "adapter gift_sw under FSDP, which leaves a layer a part of its weight: columns are chosen, and noise "
+                "is drawn, by whole weights. Use DDP or ZeRO (configs/accelerate), or adapter: lora."
+            )
+        kind = kind_of(config, args)
+        if kind == "none":
+            return
+        because = f"with adapter gift_sw, whose noise is {kind}"
+        if args.torch_compile:
+            raise ExcludedSetting(
+                f"torch_compile is true {because}: it is there in some forwards only. Leave torch_compile out, or set "
+                "`gift_noise: none`.",
+                {"torch_compile": ()},
+            )
+        if (args.gradient_checkpointing_kwargs or {}).get("preserve_rng_state") is False:
+            raise ConfigError(
+                f"gradient_checkpointing_kwargs has preserve_rng_state false {because}: of the recomputed forward the "
+                "noise would be the same, and whatever else is drawn in it another. Leave preserve_rng_state out."
+            )
+        if getattr(args, "adds_hidden_noise", False):
+            raise ConfigError(
+                f"hidden_noise is {args.hidden_noise} {because}: the clean pass would have it too. Set `gift_noise: "
+                "none`, or `hidden_noise: none`."
+            )
 
     def _calibrate(self, model, config) -> None:
         trainer, engine = self._trainer, None
@@ -106,21 +101,11 @@ class SalientColumns(TrainerCallback):
             if engine is not None:
                 engine.destroy()
 
-    @property
-    def is_on(self) -> bool:
-        """Whether the forwards that are trained have noise."""
-        return self._noise is not None
-
     def know_copies(self) -> None:
-        """Find the columns of adapters that were copied from this one, as the reference's."""
         calibration.find_columns(self._trainer.model)
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over the salient columns of a checkpoint, before training goes on from it.
-
-        Raises ConfigError where it has none.
-        """
-        found = read_saved(checkpoint)
+        found = GiftSWConfig.read_saved(checkpoint)
         if found is None:
             raise ConfigError(
                 f"the checkpoint {checkpoint} does not say which columns its adapter trains (no {SIDE_FILE} of "
@@ -129,7 +114,6 @@ class SalientColumns(TrainerCallback):
         calibration.restore(self._trainer.model, found["columns"])
 
     def whole(self, state_dict: dict) -> dict:
-        """Return a model's tensors by name with the frozen matrices A, where these were left out."""
         model, found = self._trainer.accelerator.unwrap_model(self._trainer.model), dict(state_dict)
         names = {id(value): name for name, value in model.named_parameters()}
         for _, layer, variant, adapter in layers_of(model):
@@ -144,14 +128,16 @@ class SalientColumns(TrainerCallback):
         calibration.check(self._trainer.accelerator.unwrap_model(self._trainer.model))
 
     def during_step(self):
-        """Return the context of a training step's forward and backward."""
+        if self._noise is None:
+            return super().during_step()
         trainer = self._trainer
         if not self._watched:
             self._noise.measured = {}
         return self._noise.during_step(trainer.accelerator.unwrap_model(trainer.model), trainer.state.global_step)
 
     def after_step(self) -> None:
-        """Log the ratio of noise to weights; stop at the first step where there is none, or too much."""
+        if self._noise is None:
+            return
         if not self._watched:
             self._check_measured()
         self._trainer._metrics["train"]["noise/weight_ratio"].append(self._noise.take_ratio())
@@ -179,14 +165,3 @@ class SalientColumns(TrainerCallback):
                 "modules, or not within its own forward. Set `gift_noise: none`."
             )
 
-
-def of(trainer) -> SalientColumns | None:
-    """Return what holds a trainer's GIFT-SW adapter, calibrated; None for every other adapter."""
-    if not is_peft_model(trainer.model):
-        return None
-    config = trainer.model.peft_config.get("default")
-    if isinstance(config, GiftSWConfig):
-        config.check_placed(trainer.model)
-    if not layers_of(trainer.model, "default"):
-        return None
-    return SalientColumns(trainer)

@@ -205,9 +205,16 @@ DRY_RUN_TOO += [
     dict(refactor_every=2, adapter="gift_sw"),
     dict(refactor_every=2, use_peft="false"),
     dict(refactor_every=2, optim="adagrad"),
+    dict(adapter="allora", allora_eta=0),
+    dict(adapter="allora", allora_form="update", weight_decay=0.1),
+    dict(adapter="allora", lora_target_modules="embed_tokens"),
 ]
 
 RECIPE_SETTINGS = [
+    dict(adapter="allora", lora_alpha=32),
+    dict(adapter="allora", lora_dropout=0.1),
+    dict(adapter="allora", use_rslora="true"),
+    dict(allora_eta=1.0),
     dict(adapter="giftsw"),
     dict(adapter="none"),
     dict(adapter="gift_sw", load_in_4bit="true"),

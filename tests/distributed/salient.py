@@ -13,36 +13,15 @@ from posttrain.adapters.gift_sw import layers_of
 from posttrain.objectives import salience
 from posttrain.run import report
 from posttrain.run.weight_noise import SalientColumns
-from tests.distributed.worker import gathered, snapshot
+from tests.distributed.worker import gathered, in_parts, snapshot
 from tests.families import METHODS
 
 RUN = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4)
 
 
-def in_parts():
-    """Have DeepSpeed keep no parameter whole, however small; returns how many were so in each training step."""
-    import deepspeed
-
-    seen, initialize, after_step = [], deepspeed.initialize, SalientColumns.after_step
-
-    def of_parts(*args, **kwargs):
-        for value in kwargs.values():
-            if isinstance(value, dict) and "zero_optimization" in value:
-                value["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return initialize(*args, **kwargs)
-
-    def seeing(self):
-        after_step(self)
-        parameters = list(self._trainer.model.parameters())
-        seen.append([sum(p.numel() == 0 for p in parameters), len(parameters)])
-
-    deepspeed.initialize, SalientColumns.after_step = of_parts, seeing
-    return seen
-
-
 def main(folder: str, out: str) -> None:
     report.plot_curves, report.git_commit = (lambda *args: None), (lambda: None)
-    out, seen = Path(out), in_parts()
+    out, seen = Path(out), in_parts(SalientColumns)
     changes, columns = {}, {}
     runs = {
         "plain": {},

@@ -47,6 +47,30 @@ def snapshot(model) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def in_parts(holder: type) -> list:
+    """Have DeepSpeed keep no parameter whole, however small; returns how many were so in each training step.
+
+    `holder`: the class of what the adapter's scheme does in a run, which hears of each step.
+    """
+    import deepspeed
+
+    seen, initialize, after_step = [], deepspeed.initialize, holder.after_step
+
+    def of_parts(*args, **kwargs):
+        for value in kwargs.values():
+            if isinstance(value, dict) and value.get("zero_optimization", {}).get("stage") == 3:
+                value["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return initialize(*args, **kwargs)
+
+    def seeing(self):
+        after_step(self)
+        parameters = list(self._trainer.model.parameters())
+        seen.append([sum(p.numel() == 0 for p in parameters), len(parameters)])
+
+    deepspeed.initialize, holder.after_step = of_parts, seeing
+    return seen
+
+
 def engine_facts(trainer) -> dict:
     facts = {
         "world_size": trainer.accelerator.num_processes,

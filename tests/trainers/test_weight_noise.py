@@ -16,7 +16,7 @@ from posttrain import (
 from posttrain.adapters.gift_sw import GiftSWConfig, layers_of
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.noise.weights import WeightNoise
-from posttrain.run import weight_noise
+from posttrain.run import adapter_schemes
 from posttrain.run.identity import identity
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
@@ -123,7 +123,7 @@ def test_the_backpropagated_forward_has_it_and_no_other(family, tiny_folder, tmp
     trainer = FAMILIES[family](tiny_folder, tmp_path, noise="gaussian", **MORE.get(family, {}), **split)
     watched = Watched(trainer)
     # what the hooks take is not there to be logged
-    monkeypatch.setattr(trainer._salient, "after_step", lambda: None)
+    monkeypatch.setattr(trainer._scheme, "after_step", lambda: None)
     trainer.train()
     before = len(watched.forwards)
     if family != "rollouts":
@@ -172,8 +172,8 @@ def test_weights_in_parts_of_fsdp_are_refused(tmp_path, monkeypatch):
     args = NoisySFTConfig(str(tmp_path))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="adapter gift_sw under FSDP, which leaves a layer a part of its weight"):
-        weight_noise.check(adapter(noise="none"), args)
-    weight_noise.check(training.lora(), args)
+        adapter_schemes.check(adapter(noise="none"), args)
+    adapter_schemes.check(training.lora(), args)
 
 
 def test_a_run_whose_layers_are_not_reached_stops(tiny_folder, tmp_path, monkeypatch):

@@ -1,0 +1,43 @@
+"""ALLoRA's factors (arXiv 2410.09692): of each row of a weight, by the norm of the change that B A has made to it."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def row_norms(A: Tensor, B: Tensor) -> Tensor:
+    """Compute the l2 norm of each row of B A, without forming it.
+
+        ||(B A)_i||^2 = B_i (A A^T) B_i^T
+
+    Formed in float64: where rows of A are nearly parallel and B lies in the directions that they hardly have, the
+    r x r products cancel, and fp32 is wrong by several percent. Rounding below zero counts as zero.
+
+    Args:
+        A: (r, d_in). B: (d_out, r).
+
+    Returns:
+        (d_out,) in float64, detached.
+    """
+    A, B = A.detach().double(), B.detach().double()
+    return ((B @ (A @ A.T)) * B).sum(dim=1).clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def allora_scale(A: Tensor, B: Tensor, eta: float) -> Tensor:
+    """Compute the factor by which ALLoRA multiplies each row of the gradient of B A.
+
+        s_i = 1 / sqrt(||(B A)_i||_2 + 1 / eta^2)
+
+    The norm itself is in it, not its square, and of a row of the product. A row that has not changed has eta, the
+    largest value. Nothing is backpropagated through it.
+
+    Args:
+        A: (r, d_in). B: (d_out, r). eta: above 0.
+
+    Returns:
+        (d_out,) in float64, detached.
+
+    Source: arXiv 2410.09692, section 4.2.
+    """
+    return (row_norms(A, B) + eta**-2).rsqrt()

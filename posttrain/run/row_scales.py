@@ -1,0 +1,142 @@
+"""ALLoRA adapters in a run, whatever its family: what is refused, factors in the log, updates that are scaled."""
+
+import os
+
+import torch
+from peft.utils.integrations import gather_params_ctx
+
+from posttrain.adapters.allora import layers_of
+from posttrain.adapters.scaled_updates import ScaledUpdates
+from posttrain.errors import ConfigError
+from posttrain.log import get_logger
+from posttrain.objectives.row_scales import row_norms
+from posttrain.run.adapter_schemes import InRun, attach
+from posttrain.run.config import under_deepspeed
+
+# parts of the names of optimizers whose update is the gradient times a rate, or a mean of such
+_KEEP_THE_SIZE = ("sgd", "lomo")
+
+
+class RowScales(InRun):
+    """Holds a run's ALLoRA adapter: logs its factors, scales updates where that is its form, and watches over it."""
+
+    def __init__(self, trainer) -> None:
+        self._trainer, self._scaled, self._measured_at, self._is_told = trainer, None, None, False
+        # one that the trainer was given, in the place of `optim`
+        self._given = getattr(trainer, "optimizer", None)
+        self._config = trainer.model.peft_config["default"]
+        get_logger().info(
+            "adapter allora: %d layers, eta %g, of the %s",
+            len(layers_of(trainer.model, "default")), self._config.eta,
+            "gradients of A and B" if self._config.form == "gradient" else "optimizer's update of B",
+        )  # fmt: skip
+
+    @staticmethod
+    def check(config, args) -> None:
+        if config.form != "update":
+            return
+        if under_deepspeed(args):
+            raise ConfigError(
+                "allora's form is update under DeepSpeed, whose optimizer steps on parts of the weights. Set "
+                "`allora_form: gradient`, or use DDP (configs/accelerate)."
+            )
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigError(
+                "allora's form is update under FSDP, whose optimizer steps on parts of the weights. Set `allora_form: "
+                "gradient`, or use DDP (configs/accelerate)."
+            )
+        if args.weight_decay:
+            raise ConfigError(
+                f"weight_decay is {args.weight_decay} with allora's form update, which would scale the decay of B as "
+                "well. Set `weight_decay: 0`, or `allora_form: gradient`."
+            )
+        name = _name_of(args.optim)
+        if "lomo" in name or name.endswith("layerwise"):
+            raise ConfigError(
+                f"optim is {name} with allora's form update; it updates weights within backward, where nothing scales "
+                "them. Choose another, or set `allora_form: gradient`."
+            )
+
+    def know_copies(self) -> None:
+        attach(self._trainer.model)
+
+    @property
+    def _model(self):
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self._layers = layers_of(self._model, "default")
+        self._check_apart()
+        if self._config.form == "gradient":
+            self._warn_of_adam(args)
+        else:
+            self._scaled = ScaledUpdates(self._model, optimizer)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._scaled is not None:
+            self._scaled.remove()
+            self._scaled = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._check_apart()
+        self._steps_before = self._scaled.steps if self._scaled is not None else 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._scaled is not None and not self._trainer.accelerator.optimizer_step_was_skipped:
+            if self._scaled.steps == self._steps_before:
+                raise ConfigError(
+                    f"allora's form is update, and the optimizer ({type(self._trainer.optimizer).__name__}) steps "
+                    "without the hooks of torch's. Choose another `optim`, or set `allora_form: gradient`."
+                )
+        self._log_where_due(state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._log_where_due(state, control)
+
+    def _check_apart(self) -> None:
+        merged = [path for path, layer, _, name in self._layers if name in layer.merged_adapters]
+        if merged:
+            raise ConfigError(
+                f"adapter allora is merged into the base ({merged[0]}), so that it would not be trained. Call "
+                "unmerge_adapter() first."
+            )
+
+    def _warn_of_adam(self, args) -> None:
+        name, kind = _name_of(args.optim), self._trainer.optimizer_cls_and_kwargs
+        if self._given is not None or kind is not None:
+            name = (type(self._given) if kind is None else kind[0]).__name__
+        if not any(part in name.lower() for part in _KEEP_THE_SIZE):
+            get_logger().warning(
+                "adapter allora with optim %s: an optimizer that divides a gradient by its own size, as Adam does, "
+                "nearly undoes the factors of its rows. Use `optim: sgd`, or scale the updates: `allora_form: update`",
+                name,
+            )
+
+    def _log_where_due(self, state, control) -> None:
+        """Put the factors of the weights, as they are after the step, into the step's log, on all ranks."""
+        if not control.should_log or self._measured_at == state.global_step:
+            return
+        self._measured_at = state.global_step
+        norms, etas = [], []
+        for _, layer, variant, name in self._layers:
+            weights = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+            with gather_params_ctx(weights, modifier_rank=None):
+                if not all(weight.dim() == 2 and type(weight.data) is torch.Tensor for weight in weights):
+                    return self._tell_of_parts()
+                norms.append(row_norms(*weights))
+                etas.append(torch.full_like(norms[-1], variant.eta))
+        found = torch.cat([part.to(norms[0].device) for part in norms])
+        scales = (found + torch.cat([part.to(norms[0].device) for part in etas]) ** -2).rsqrt()
+        means = torch.stack([scales.min(), scales.mean(), scales.max(), found.mean()]).tolist()
+        names = ("allora/scale_min", "allora/scale_mean", "allora/scale_max", "allora/row_norm_mean")
+        for name, value in zip(names, means, strict=True):
+            self._trainer._metrics["train"][name].append(value)
+
+    def _tell_of_parts(self) -> None:
+        if not self._is_told:
+            self._is_told = True
+            get_logger().info("adapter allora: no factors in the log, as the weights lie in parts between steps")
+
+
+def _name_of(optim) -> str:
+    return str(getattr(optim, "value", optim))
