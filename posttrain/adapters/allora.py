@@ -140,6 +140,9 @@ class ALLoRAVariant(MergesAsLora):
     def __init__(self, config: ALLoRAConfig) -> None:
         self.eta, self.form, self.updates = config.eta, config.form, config.updates
 
+    def init(self, module, adapter_name: str, **kwargs) -> None:
+        """Leave a layer's matrices as PEFT has made them."""
+
     def config_is(self, config: ALLoRAConfig) -> bool:
         """Return whether the variant is one of this config."""
         return (self.eta, self.form) == (config.eta, config.form) and self.updates is config.updates

@@ -149,7 +149,7 @@ class SchemeConfig(LoraConfig):
         if not path.is_file():
             return None
         found = read_json(path)
-        if not isinstance(found, dict) or found.get("scheme") != cls.called or not cls.is_side_file(found):
+        if found.get("scheme") != cls.called or not cls.is_side_file(found):
             wanted = f"the scheme {cls.called}{cls.told_beside()}"
             raise ConfigError(f"{path} is none of {cls.title}: it must have {wanted}.")
         settings = {name: math.inf if found[name] == "inf" else found[name] for name in cls.own if name in found}

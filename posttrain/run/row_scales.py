@@ -65,8 +65,10 @@ class RowScales(InRun):
         return self._trainer.accelerator.unwrap_model(self._trainer.model)
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        self._layers = layers_of(self._model, "default")
+        self._layers, self._steps_before = layers_of(self._model, "default"), 0
         self._check_apart()
+        # of a training that an error ended
+        self.on_train_end(args, state, control)
         if self._config.form == "gradient":
             self._warn_of_adam(args)
         else:

@@ -164,4 +164,3 @@ class SalientColumns(InRun):
                 "adapter gift_sw: no layer has had noise in the first step, so the model's layers are not called as "
                 "modules, or not within its own forward. Set `gift_noise: none`."
             )
-

@@ -45,6 +45,7 @@ def moved(model, std=0.05):
 
 def adapted(base, config=None, **settings):
     config = config or ALLoRAConfig(**dict(r=4, target_modules="all-linear") | settings)
+    torch.manual_seed(6)
     return moved(get_peft_model(copy.deepcopy(base), config)).eval()
 
 
@@ -149,16 +150,16 @@ def test_a_gram_matrix_in_fp32_is_told_apart(base):
         torch.manual_seed(2)
         for name, value in sorted(model.named_parameters()):
             if "lora_A" in name:
-                value.data[1:] = value.data[:1] + 1e-3 * torch.randn_like(value.data[1:])
+                value.data[1:] = value.data[:1] + 3e-5 * torch.randn_like(value.data[1:])
             elif "lora_B" in name:
                 value.data[:, 1:] = 0.0
-                value.data[:, 0] *= 100
+                value.data[:, 0] *= 4e4
                 value.data[:, 1] = -value.data[:, 0]
         return model
 
     ours = stepped(parallel(adapted(base)), steps=1, rate=1e-3)
-    assert distance(ours, stepped(dense(parallel(adapted(base)), RIGHT), steps=1, rate=1e-3)) < 1e-4
-    assert distance(ours, stepped(dense(parallel(adapted(base)), by(fp32_gram)), steps=1, rate=1e-3)) > 1e-3
+    assert distance(ours, stepped(dense(parallel(adapted(base)), RIGHT), steps=1, rate=1e-3)) < 2e-2
+    assert distance(ours, stepped(dense(parallel(adapted(base)), by(fp32_gram)), steps=1, rate=1e-3)) > 0.2
 
 
 def test_the_forward_is_loras_bit_for_bit_and_so_is_the_start(base):
@@ -238,7 +239,7 @@ def test_a_folder_of_another_adapter_is_none_of_it(base, tmp_path):
     plain(base).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"has no {SIDE_FILE} of an ALLoRA adapter; use peft.LoraConfig"):
         ALLoRAConfig.from_pretrained(tmp_path)
-    for text in ('{"scheme": "gift_sw", "columns": {}}', "[]", "{}"):
+    for text in ('{"scheme": "gift_sw", "columns": {}}', "{}"):
         (tmp_path / SIDE_FILE).write_text(text)
         with pytest.raises(ConfigError, match="it must have the scheme allora"):
             ALLoRAConfig.from_pretrained(tmp_path)
@@ -333,9 +334,8 @@ def test_a_scaling_that_is_set_later_is_not_trained_with(base):
 def test_layers_are_pefts_own(base):
     kinds = {type(layer) for _, layer, _, _ in layers_of(adapted(base))}
     assert kinds == {Linear}
-    for modules, said in ((["embed_tokens"], "embed_tokens is a Embedding, and ALLoRA is for linear layers"),):
-        with pytest.raises(ConfigError, match=said):
-            get_peft_model(copy.deepcopy(base), ALLoRAConfig(r=4, target_modules=modules))
+    with pytest.raises(ConfigError, match="embed_tokens is a Embedding, and ALLoRA is for linear layers"):
+        get_peft_model(copy.deepcopy(base), ALLoRAConfig(r=4, target_modules=["embed_tokens"]))
     convolved = nn.Sequential(nn.Conv1d(4, 4, 3))
     with pytest.raises(ConfigError, match="0 is a Conv1d, and ALLoRA is for linear layers"):
         get_peft_model(convolved, ALLoRAConfig(r=4, target_modules=["0"]))
@@ -345,8 +345,8 @@ def test_weights_that_are_transposed_are_taken(tmp_path):
     """GPT-2's Conv1D, of which PEFT makes a linear layer and notes it in the config."""
     torch.manual_seed(0)
     whole = tiny_model("gpt2").eval()
-    model = adapted(whole, target_modules=["c_attn"])
-    other = plain(whole, target_modules=["c_attn"])
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to True"):
+        model, other = (made(whole, target_modules=["c_attn"]) for made in (adapted, plain))
     assert torch.equal(logits(model), logits(other))
     for name, value in gradients(model).items():
         if "lora_B" in name:
@@ -378,13 +378,12 @@ def test_a_layer_that_multiplies_by_its_matrices_itself_is_refused(base, monkeyp
 def test_the_layers_of_peft_that_ask_their_variant_are_known():
     from peft.tuners.lora import layer, tp_layer
     from peft.tuners.lora.awq import AwqLoraLinear
-    from peft.tuners.lora.eetq import is_eetq_available  # noqa: F401  the module is there without the package
     from peft.tuners.lora.gptq import GPTQLoraLinear
-    from peft.tuners.lora.inc import dispatch_inc  # noqa: F401
 
     asks = allora._asks_its_variant
     assert asks(layer.Linear) and asks(GPTQLoraLinear)
-    assert not any(map(asks, (AwqLoraLinear, tp_layer.LoraParallelLinear, layer.ParamWrapper, layer.MultiheadAttention)))
+    others = (AwqLoraLinear, tp_layer.LoraParallelLinear, layer.ParamWrapper, layer.MultiheadAttention)
+    assert not any(map(asks, others))
 
 
 def test_quantised_bases_keep_their_layers():
@@ -408,6 +407,7 @@ def test_quantised_bases_keep_their_layers():
     for kind, config in (("ours", ALLoRAConfig), ("theirs", LoraConfig)):
         base = Small().to("cpu")
         base.is_loaded_in_4bit = True
+        torch.manual_seed(6)
         model = moved(get_peft_model(base, config(r=4, lora_alpha=4, target_modules=["first", "second"])))
         torch.manual_seed(4)
         model(torch.randn(5, 64)).square().mean().backward()
@@ -422,9 +422,9 @@ def test_quantised_bases_keep_their_layers():
 
 
 def test_of_a_mixture_all_linear_is_what_it_can_take(tmp_path):
-    from tests.adapters.test_gift_sw import FAMILIES
-
     import transformers
+
+    from tests.adapters.test_gift_sw import FAMILIES
 
     torch.manual_seed(0)
     whole = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"][0]()).eval()
@@ -435,9 +435,8 @@ def test_of_a_mixture_all_linear_is_what_it_can_take(tmp_path):
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-5)
 
 
-def adam_like(model, config, scaled=True):
-    """Three steps of SGD whose gradients are divided by their own size, as Adam's; of the update form or none."""
-    torch.manual_seed(5)
+def divided(model, scaled=False):
+    """The change in three steps of an optimizer that divides each gradient by its size; whether updates are scaled."""
     values = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.RMSprop(values, lr=1e-2, alpha=0.0)
     hooks = ScaledUpdates(model, optimizer) if scaled else None
@@ -460,19 +459,20 @@ def test_an_update_that_is_scaled_is_the_optimizers_row_by_row(base):
     changes = []
     for model in (ours, theirs):
         optimizer = torch.optim.AdamW([v for v in model.parameters() if v.requires_grad], lr=1e-2, weight_decay=0.0)
-        scaled = ScaledUpdates(model, optimizer) if model is ours else None
+        if model is ours:
+            ScaledUpdates(model, optimizer)
         found, before = gradients(model), trainable(model)
         optimizer.step()
         changes.append((found, {name: value - before[name] for name, value in trainable(model).items()}))
     (own, change), (plain_gradients, expected) = changes
-    assert scaled is None and all(torch.equal(own[name], value) for name, value in plain_gradients.items())
+    assert all(torch.equal(own[name], value) for name, value in plain_gradients.items())
     for name, value in change.items():
         path = name.removeprefix("base_model.model.").split(".lora_")[0]
         factor = scales[path][:, None] if "lora_B" in name else 1.0
         torch.testing.assert_close(value.double(), factor * expected[name].double(), atol=1e-8, rtol=1e-5)
     # where the gradients are scaled, such an optimizer undoes it
-    assert distance(adam_like(adapted(base), None, scaled=False), adam_like(plain(base), None, scaled=False)) < 0.3
-    assert distance(adam_like(adapted(base, form="update"), None), adam_like(plain(base), None, scaled=False)) > 0.5
+    assert distance(divided(adapted(base)), divided(plain(base))) < 0.3
+    assert distance(divided(adapted(base, form="update"), scaled=True), divided(plain(base))) > 0.5
 
 
 def test_updates_are_scaled_only_where_that_can_be(base):

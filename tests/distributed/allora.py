@@ -46,7 +46,7 @@ def runs(folder: str, out: Path) -> dict[str, torch.Tensor]:
 
 
 def recipe(name: str, out: Path) -> None:
-    """The recipe's line in the README, with an ALLoRA adapter, and with the model and the rows replaced by tiny ones."""
+    """The recipe's line in the README with `--adapter allora`, with the model and the rows replaced by tiny ones."""
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
     given = SETTINGS[name] | dict(
