@@ -243,8 +243,8 @@ def _draw_a_forward(monkeypatch) -> dict:
 def _factors_a_micro_batch(monkeypatch) -> dict:
     """Each micro-batch has factors of its own."""
     counted = itertools.count()
-    factors = scaled_rows.allora_scale
-    monkeypatch.setattr(scaled_rows, "allora_scale", lambda A, B, eta: factors(A, B, eta) / (1 + next(counted) % 28))
+    factors = scaled_rows.scale_of
+    monkeypatch.setattr(scaled_rows, "scale_of", lambda gram, B, eta: factors(gram, B, eta) / (1 + next(counted) % 28))
     return {}
 
 

@@ -16,7 +16,7 @@ from posttrain.adapters.plain_lora import VARIANTS, MergesAsLora, SchemeConfig, 
 from posttrain.checks import check_choice, check_holdable, plain, shorten
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.mechanisms.scaled_rows import scaled_rows
+from posttrain.mechanisms.scaled_rows import become_scaled, scaled_rows
 from posttrain.objectives.row_scales import allora_scale as allora_scale
 
 FORMS = ("gradient", "update")
@@ -123,7 +123,7 @@ class ALLoRAConfig(SchemeConfig):
                 known = layer.lora_variant.get(adapter)
                 found += [] if known is not None and known.config_is(self) else [layer]
         for layer in found:
-            layer.lora_variant[adapter] = ALLoRAVariant(self)
+            _take(layer, adapter, self)
 
 
 @dataclass
@@ -149,7 +149,7 @@ class ALLoRAVariant(MergesAsLora):
 
     def forward(self, module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         A, B, scaling = module.lora_A[active_adapter], module.lora_B[active_adapter], module.scaling[active_adapter]
-        change = scaled_rows(x, A.weight, B.weight, self.eta) if self.form == "gradient" else B(A(x))
+        change = scaled_rows(x, A, B, self.eta) if self.form == "gradient" else B(A(x))
         trains = change.requires_grad and B.weight.requires_grad
         if self.form == "update" and trains:
             self._tell_of_plain_updates()
@@ -230,8 +230,14 @@ def _layer(target, adapter_name: str, config: ALLoRAConfig, parameter_name=None,
     layer = LoraModel._create_new_module(own, adapter_name, target, **kwargs)
     config.fan_in_fan_out = own.fan_in_fan_out
     _check_layer(layer, adapter_name, name)
-    layer.lora_variant[adapter_name] = ALLoRAVariant(config)
+    _take(layer, adapter_name, config)
     return layer
+
+
+def _take(layer, adapter: str, config: ALLoRAConfig) -> None:
+    """Make a layer's adapter ALLoRA's."""
+    become_scaled(layer.lora_A[adapter], layer.lora_B[adapter])
+    layer.lora_variant[adapter] = ALLoRAVariant(config)
 
 
 def _check_layer(layer, adapter: str, name: str) -> None:

@@ -1,7 +1,18 @@
-"""ALLoRA's factors (arXiv 2410.09692): of each row of a weight, by the norm of the change that B A has made to it."""
+"""ALLoRA's factors (arXiv 2410.09692): of each row of a weight, by the norm of the change that B A has made to it.
+
+All in float64: where rows of A are nearly parallel and B lies in the directions that they hardly have, r x r products
+cancel, and fp32 is wrong by several percent. They are too small to cost anything.
+"""
 
 import torch
 from torch import Tensor
+
+
+@torch.no_grad()
+def gram(A: Tensor) -> Tensor:
+    """Compute A A^T in float64, (r, r) of A (r, d_in); detached."""
+    A = A.detach().double()
+    return A @ A.T
 
 
 @torch.no_grad()
@@ -10,8 +21,7 @@ def row_norms(A: Tensor, B: Tensor) -> Tensor:
 
         ||(B A)_i||^2 = B_i (A A^T) B_i^T
 
-    Formed in float64: where rows of A are nearly parallel and B lies in the directions that they hardly have, the
-    r x r products cancel, and fp32 is wrong by several percent. Rounding below zero counts as zero.
+    Rounding below zero counts as zero.
 
     Args:
         A: (r, d_in). B: (d_out, r).
@@ -19,8 +29,7 @@ def row_norms(A: Tensor, B: Tensor) -> Tensor:
     Returns:
         (d_out,) in float64, detached.
     """
-    A, B = A.detach().double(), B.detach().double()
-    return ((B @ (A @ A.T)) * B).sum(dim=1).clamp(min=0).sqrt()
+    return _norms(gram(A), B)
 
 
 @torch.no_grad()
@@ -40,4 +49,15 @@ def allora_scale(A: Tensor, B: Tensor, eta: float) -> Tensor:
 
     Source: arXiv 2410.09692, section 4.2.
     """
-    return (row_norms(A, B) + eta**-2).rsqrt()
+    return scale_of(gram(A), B, eta)
+
+
+@torch.no_grad()
+def scale_of(gram_of_A: Tensor, B: Tensor, eta: float) -> Tensor:
+    """Compute `allora_scale` by A A^T (r, r) in the place of A."""
+    return (_norms(gram_of_A, B) + eta**-2).rsqrt()
+
+
+def _norms(gram_of_A: Tensor, B: Tensor) -> Tensor:
+    B = B.detach().double()
+    return ((B @ gram_of_A) * B).sum(dim=1).clamp(min=0).sqrt()

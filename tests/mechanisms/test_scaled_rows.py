@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from posttrain.mechanisms.scaled_rows import scaled_rows
+from posttrain.mechanisms import scaled_rows as halves
 from posttrain.objectives.row_scales import allora_scale
 
 A = torch.tensor([[1, -2, 0.5], [0, 1, 1]], dtype=torch.float64)
@@ -21,6 +21,16 @@ GOLDEN = {
         [[-1.4901845338, 1.9869127117], [12.1795525639, 0]],
     ),
 }
+
+
+def scaled_rows(x, A, B, eta):
+    """Of matrices, which are the leaves."""
+    down, up = (torch.nn.Linear(*matrix.T.shape, bias=False) for matrix in (A, B))
+    halves.become_scaled(down, up)
+    for layer, matrix in ((down, A), (up, B)):
+        del layer.weight
+        layer.weight = matrix
+    return halves.scaled_rows(x, down, up, eta)
 
 
 def gradients(made, *leaves, delta=None):
