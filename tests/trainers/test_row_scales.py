@@ -79,7 +79,8 @@ def on_instructions(folder, output_dir, config=None, **settings):
 FAMILIES = {"pairs": on_pairs, "answers": on_answers, "rollouts": on_rollouts, "instructions": on_instructions}
 
 
-@pytest.mark.core("pairs")
+# of the core suite tests/contract has one
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gradient", "update"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_resumed_run_is_the_straight_one_bit_for_bit(family, form, tiny_folder, tmp_path):
@@ -93,21 +94,27 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(family, form, tiny_folder
     assert ours == theirs and len({tuple(row) for row in ours}) == 4
 
 
+@pytest.mark.core("lora-allora")
+@pytest.mark.parametrize("now", ["lora", "allora", "eta", "update"])
 @pytest.mark.parametrize("before", ["lora", "allora"])
-def test_an_adapter_of_another_scheme_or_eta_is_not_resumed(before, tiny_folder, tmp_path):
+def test_an_adapter_of_another_scheme_or_eta_is_not_resumed(before, now, tiny_folder, tmp_path):
     kinds = {"lora": plain(), "allora": adapter(), "eta": adapter(eta=3.0), "update": adapter(form="update")}
     run = dict(max_steps=1, save_strategy="steps", save_steps=1)
     on_instructions(tiny_folder, tmp_path, kinds[before], **run).train()
     told = {"lora": "None", "allora": "allora eta 2.0, gradient form"}[before]
-    for name in kinds.keys() - {before}:
-        # in its folder, and from elsewhere
-        with pytest.raises(ConfigError, match=f"adapter_scheme: {told} there"):
-            on_instructions(tiny_folder, tmp_path, kinds[name], **run)
-        again = on_instructions(tiny_folder, tmp_path / name, kinds[name], **run | dict(max_steps=2))
-        with pytest.raises(ConfigError, match=f"adapter_scheme: {told} there"):
-            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = on_instructions(tiny_folder, tmp_path / now, kinds[now], **run | dict(max_steps=2))
+    checkpoint = str(tmp_path / "checkpoint-1")
+    if now == before:
+        again.train(resume_from_checkpoint=checkpoint)
+        return
+    with pytest.raises(ConfigError, match=f"adapter_scheme: {told} there"):
+        again.train(resume_from_checkpoint=checkpoint)
+    # and it does not write over that run
+    with pytest.raises(ConfigError, match=f"adapter_scheme: {told} there"):
+        on_instructions(tiny_folder, tmp_path, kinds[now], **run)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_version_without_schemes_is_one_of_a_plain_adapter(tiny_folder, tmp_path):
     from posttrain.run.markers import MARKER
 
@@ -147,16 +154,18 @@ def on_and_trained(folder, output_dir):
     return trainer
 
 
-def test_an_optimizer_that_undoes_it_is_warned_of(tiny_folder, tmp_path, logged):
+@pytest.mark.core("adamw_torch-gradient", "sgd")
+@pytest.mark.parametrize(
+    ("optim", "form", "count"),
+    [("adamw_torch", "gradient", 1), ("sgd", "gradient", 0), ("rmsprop", "gradient", 1), ("adamw_torch", "update", 0)],
+)
+def test_an_optimizer_that_undoes_it_is_warned_of(optim, form, count, tiny_folder, tmp_path, logged):
     said = "nearly undoes the factors of its rows"
-    for optim, form, count in (
-        ("adamw_torch", "gradient", 1), ("sgd", "gradient", 0), ("rmsprop", "gradient", 1), ("adamw_torch", "update", 0)
-    ):  # fmt: skip
-        logged.clear()
-        on_instructions(tiny_folder, tmp_path / f"{optim}-{form}", adapter(form=form), optim=optim, max_steps=1).train()
-        assert logged.text.count(said) == count and (not count or f"with optim {optim}: " in logged.text)
+    on_instructions(tiny_folder, tmp_path, adapter(form=form), optim=optim, max_steps=1).train()
+    assert logged.text.count(said) == count and (not count or f"with optim {optim}: " in logged.text)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_given_is_named_by_its_class(tiny_folder, tmp_path, logged):
     rows = scored.make_scored(8).remove_columns("reward")
     for kind, count in ((torch.optim.SGD, 0), (torch.optim.Adagrad, 1)):
@@ -169,6 +178,7 @@ def test_an_optimizer_that_is_given_is_named_by_its_class(tiny_folder, tmp_path,
         assert logged.text.count("nearly undoes") == count and (not count or "with optim Adagrad: " in logged.text)
 
 
+@pytest.mark.slow
 def test_trls_own_trainer_makes_the_same_update(tiny_folder, tmp_path, logged):
     rows = scored.make_scored(16).remove_columns("reward")
 
@@ -191,6 +201,7 @@ def test_trls_own_trainer_makes_the_same_update(tiny_folder, tmp_path, logged):
     assert distance(scaled, without) > 0.1 and distance(scaled, ours) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_first_step_of_sgd_is_the_same_in_both_forms(tiny_folder, tmp_path):
     run = dict(max_steps=1)
     ours, _ = fit(on_instructions(tiny_folder, tmp_path / "gradient", **run))
@@ -288,6 +299,7 @@ def test_updates_that_cannot_be_scaled_are_refused(settings, said):
     adapter_schemes.check(plain(), args)
 
 
+@pytest.mark.slow
 def test_an_optimizer_without_hooks_is_noticed(tiny_folder, tmp_path, monkeypatch):
     trainer = on_instructions(tiny_folder, tmp_path, adapter(form="update"))
     monkeypatch.setattr(
