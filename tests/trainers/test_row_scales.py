@@ -320,3 +320,21 @@ def test_the_scheme_is_in_the_identity_the_card_and_the_settings(tiny_folder, tm
     assert rows["a row's factor multiplies"] == "the gradients of A and B"
     assert "2410.09692" in card and "huang2024allora" in card
     assert "optim" in yaml.safe_load((tmp_path / "resolved_config.yaml").read_text())["training"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optim", "rate", "form", "low", "high"),
+    [
+        ("sgd", 0.02, "gradient", 0.5, 2.0),
+        ("adamw_torch", 1e-3, "gradient", 0.0, 0.03),
+        ("adamw_torch", 1e-3, "update", 0.5, 1.5),
+    ],
+)
+def test_adam_nearly_undoes_the_gradient_form(optim, rate, form, low, high, tiny_folder, tmp_path):
+    """The change of B in 20 steps, against a plain LoRA's with the same optimizer: as the figures of the page."""
+    run = dict(max_steps=20, optim=optim, learning_rate=rate)
+    plainly, _ = fit(on_instructions(tiny_folder, tmp_path / "lora", plain(), **run))
+    change, _ = fit(on_instructions(tiny_folder, tmp_path / "allora", adapter(form=form), **run))
+    ours, theirs = ({n: v for n, v in found.items() if "lora_B" in n} for found in (change, plainly))
+    assert low < distance(ours, theirs) < high, distance(ours, theirs)
