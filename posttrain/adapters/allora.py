@@ -16,7 +16,7 @@ from posttrain.adapters.plain_lora import VARIANTS, MergesAsLora, SchemeConfig, 
 from posttrain.checks import check_choice, check_holdable, plain, shorten
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.mechanisms.scaled_rows import become_scaled, scaled_rows
+from posttrain.mechanisms.scaled_rows import become_scaled, scaled_rows, trains
 from posttrain.objectives.row_scales import allora_scale as allora_scale
 
 FORMS = ("gradient", "update")
@@ -150,12 +150,11 @@ class ALLoRAVariant(MergesAsLora):
     def forward(self, module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         A, B, scaling = module.lora_A[active_adapter], module.lora_B[active_adapter], module.scaling[active_adapter]
         change = scaled_rows(x, A, B, self.eta) if self.form == "gradient" else B(A(x))
-        trains = change.requires_grad and B.weight.requires_grad
-        if self.form == "update" and trains:
+        if self.form == "update" and change.requires_grad and trains(B):
             self._tell_of_plain_updates()
         if scaling == 1:
             return result + change
-        if trains:
+        if change.requires_grad and trains(B):
             raise ConfigError(
                 f"adapter allora is trained with a scaling of {scaling:g}, which was set after it was made; it has "
                 "none. Set it back to 1."

@@ -88,6 +88,11 @@ def become_scaled(down: nn.Linear, up: nn.Linear) -> None:
     down.__class__, up.__class__ = Down, Up
 
 
+def trains(layer: nn.Module) -> bool:
+    """Return whether a layer has a weight that requires a gradient, without having an engine gather it."""
+    return any(value.requires_grad for value in layer.parameters(recurse=False))
+
+
 def scaled_rows(x: Tensor, down: Down, up: Up, eta: float) -> Tensor:
     """Compute x A^T B^T, whose gradients of A and B are ALLoRA's.
 
@@ -107,7 +112,7 @@ def scaled_rows(x: Tensor, down: Down, up: Up, eta: float) -> Tensor:
 
     Source: arXiv 2410.09692, section 4.2.
     """
-    if not (torch.is_grad_enabled() and (down.weight.requires_grad or up.weight.requires_grad)):
+    if not (torch.is_grad_enabled() and (trains(down) or trains(up))):
         return up(down(x))
     both, gram_of_A = down(x, True)
     return up(both, gram_of_A, eta)
