@@ -90,7 +90,9 @@ def become_scaled(down: nn.Linear, up: nn.Linear) -> None:
 
 def trains(layer: nn.Module) -> bool:
     """Return whether a layer has a weight that requires a gradient, without having an engine gather it."""
-    return any(value.requires_grad for value in layer.parameters(recurse=False))
+    held = [value.requires_grad for value in layer.parameters(recurse=False)]
+    # an engine may keep a view of its own in the parameter's place
+    return any(held) if held else layer.weight.requires_grad
 
 
 def scaled_rows(x: Tensor, down: Down, up: Up, eta: float) -> Tensor:
