@@ -25,6 +25,7 @@ from posttrain.checks import check_choice, check_holdable, check_links, plain, s
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.models import check_holds_safetensors, check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
+from posttrain.run import optimizers
 
 # of a model of any size some seconds
 BUILD_SECONDS = 60.0
@@ -163,10 +164,13 @@ def check_optimiser(args) -> None:
     if isinstance(args.optim_target_modules, str):
         patterns.check(args.optim_target_modules, "optim_target_modules")
     parameters = [torch.nn.Parameter(torch.zeros(1))]
-    name = args.optim.value
+    name = getattr(args.optim, "value", args.optim)
     hint = " (written name=value,name=value)" if args.optim_args else ""
     with upstream_refusals(f"optim {name} cannot be built with optim_args {args.optim_args!r}{hint}"):
-        if name.startswith(_NEED_THE_MODEL):
+        if not optimizers.is_upstream(name):
+            # built by the trainers here, which `optimizers.check` asks
+            pass
+        elif name.startswith(_NEED_THE_MODEL):
             with contextlib.suppress(ValueError):
                 Trainer.get_optimizer_cls_and_kwargs(args)
         else:

@@ -1,5 +1,6 @@
 """Settings every trainer's config shares."""
 
+import contextlib
 import copy
 import math
 import os
@@ -17,17 +18,15 @@ from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
-from posttrain.run import checkpoints, identity, preemption, refactoring
+from posttrain.run import checkpoints, identity, optimizers, preemption, refactoring
 from posttrain.run.checks import check_optimiser, check_reporters, upstream_refusals
-
-
-def under_deepspeed(args) -> bool:
-    """Return whether a run with these training arguments goes through DeepSpeed."""
-    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+from posttrain.run.engines import under_deepspeed as under_deepspeed
+from posttrain.run.engines import under_fsdp
+from posttrain.run.update_config import UpdateConfig
 
 
 @dataclass
-class CommonConfig:
+class CommonConfig(UpdateConfig):
     """Adds to TRL's configs what all trainers here share: defaults that fit the machine, watches over a run.
 
     TRL's configs ask for bf16 and gradient checkpointing, and raise where there is no accelerator. Here a field left
@@ -84,8 +83,8 @@ class CommonConfig:
 
     allow_code: list[str] | None = setting(
         None,
-        "Modules whose functions the settings may name, as rewards or advantages; on the command line alone. A module "
-        "beside the recipe needs no such word.",
+        "Modules whose code the settings may name, as rewards, advantages or optimizers; on the command line alone. A "
+        "module beside the recipe needs no such word.",
         identity=False,
         card=False,
     )
@@ -161,6 +160,7 @@ class CommonConfig:
             # what to_dict gives in the token's place
             self.hub_token = None
         with upstream_refusals("these settings are refused"):
+            self._read_update()
             self._read_family()
             self._read()
         for name, (neutral, instead) in self._unused().items():
@@ -189,7 +189,7 @@ class CommonConfig:
             )
         chosen = []
         if not torch.accelerator.is_available():
-            if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            if under_fsdp(self):
                 by = f"fsdp is {self.fsdp!r}" if self.fsdp else "ACCELERATE_USE_FSDP is true"
                 raise ConfigError(
                     f"{by}: FSDP was asked for on a machine without an accelerator, where it would train as plain "
@@ -218,9 +218,10 @@ class CommonConfig:
             with warnings.catch_warnings():
                 # transformers is renaming the field that TRL still reads
                 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-                with upstream_refusals("these settings are refused"):
+                with upstream_refusals("these settings are refused"), self._upstreams_optim():
                     super().__post_init__()
         check_optimiser(self)
+        self._check_update()
         if self.resume_weights_only and under_deepspeed(self):
             raise ConfigError(
                 "resume_weights_only is true under DeepSpeed, which loads weights and optimizer as one. Start a new "
@@ -230,6 +231,19 @@ class CommonConfig:
         self._check_resolved()
         if chosen:
             get_logger().info("no accelerator here, so %s", ", ".join(chosen))
+
+    @contextlib.contextmanager
+    def _upstreams_optim(self):
+        # transformers takes its own names alone
+        optim = self.optim
+        if optimizers.is_upstream(optim):
+            yield
+            return
+        self.optim = self.default_optim
+        try:
+            yield
+        finally:
+            self.optim = optim
 
     def inherited_in_card(self) -> dict[str, object]:
         """Return upstream's settings that a card tells: those of the update that are not at their default."""

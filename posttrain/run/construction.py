@@ -15,17 +15,21 @@ from posttrain.models import embedded_name
 from posttrain.run import (
     adapter_schemes,
     checks,
+    optimizers,
     preemption,
     refactoring,
     run_folder,
     schedule,
     settings,
     start,
+    update_config,
     upstream_configs,
 )
+from posttrain.run.agreement import Agreement
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
+from posttrain.run.sharpness import Sharpness
 from posttrain.run.watches import FiniteLoss
 
 _FOLDERLESS = contextvars.ContextVar("folderless", default=False)
@@ -79,6 +83,7 @@ class ConstructionMixin:
             # what TRL's constructor settles by the former name: reentrant for an adapter under ZeRO-3
             self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         checks.check_parallelism(self.accelerator)
+        optimizers.give_to(self)
         self._calibrate_adapter()
         self._place(ready)
         # the run's folder may be another's, which is asked before anything long
@@ -160,10 +165,14 @@ class ConstructionMixin:
         self._known_identity, self._folder_is_ours = None, False
         self._finite_loss, self._live_gradients = FiniteLoss(), None
         self._is_calibrated, self._scheme = False, adapter_schemes.InRun()
+        tau = args.gradient_agreement
+        self._agreement = None if tau is None else Agreement(self, tau)
+        self._sharpness = Sharpness(self) if args.perturbs_weights else None
 
     def _finish_construction(self) -> None:
         """Note the policy's start and add the callbacks, after the parent's constructor."""
         start.check_trains(self.model)
+        update_config.check_precision(self)
         self._note_start()
         keep_4bit_weights_trainable(self.model)
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)

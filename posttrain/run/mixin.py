@@ -89,11 +89,33 @@ class RunMixin(ConstructionMixin, SavingMixin):
         return self._scheme.noise_kind
 
     # stands on Trainer.training_step
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         with self._scheme.during_step():
-            loss = super().training_step(*args, **kwargs)
+            loss = self._micro_batch(model, inputs, *args, **kwargs)
         self._scheme.after_step()
         return loss
+
+    def _micro_batch(self, model, inputs, *args, **kwargs):
+        """Run forward and backward of a micro-batch, under the rules by which its gradient becomes the step's."""
+        train = super().training_step
+        if self._agreement is not None:
+            with self._agreement.micro_batch(model):
+                return train(model, inputs, *args, **kwargs)
+        if self._sharpness is not None:
+            with self._sharpness.micro_batch(model, lambda batch: train(model, batch, *args, **kwargs)) as losses:
+                losses.append(train(model, inputs, *args, **kwargs))
+            return losses[0]
+        return train(model, inputs, *args, **kwargs)
+
+    def begin_step(self, batches: list[dict]) -> None:
+        """Note the micro-batches of the step to come, once each knows what its loss needs of the others."""
+        if self._sharpness is not None and batches:
+            self._sharpness.begin(batches)
+
+    def put_weights_back(self) -> None:
+        """Put the weights back to what the last update made of them, where they are moved for the step's gradient."""
+        if self._sharpness is not None:
+            self._sharpness.put_back()
 
     def calibration_ids(self, rows):
         """Yield the tokens of rows of data, each sequence on its own, that an adapter is calibrated on."""
@@ -264,7 +286,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
     @property
     def step_moved(self) -> bool:
         """Return whether the last optimiser step could move the weights."""
-        return True
+        return self._agreement is None or not self._agreement.skipped
 
     # stands on Trainer.create_scheduler, which is called with the number of steps once a checkpoint's state is there
     def create_scheduler(self, num_training_steps, optimizer=None):

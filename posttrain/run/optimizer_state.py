@@ -8,15 +8,22 @@ from collections.abc import Sequence
 
 import torch
 
+from posttrain.run.optimizer_names import SHARDABLE
+
 # of one number for each parameter's number
 _MOMENTS = {
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
     "sum", "ax", "prev", "step_size", "state1", "state2", "m1_m2", "nu", "variance",
+    # of pytorch_optimizer's elementwise ones
+    "exp_avg_slow", "exp_avg_var", "max_exp_avg_var", "exp_avg_diff", "exp_avg_lr", "exp_mean_avg_beta2",
+    "previous_grad", "grad_sum_sq", "x0", "grad_buffer", "i_buffer", "d_buffer", "pos_momentum", "neg_momentum",
 }  # fmt: skip
 # Adam's alone, without which its step ends in an error
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
 # Modules of optimizers of which all state is known here
 _KNOWN = ("torch.optim.", "transformers.optimization", "bitsandbytes.optim.")
+# of D-Adaptation: how much faster a step size may grow
+_MAY_BE_INFINITE = {"growth_rate"}
 _RATES = ("lr", "initial_lr", "eps", "weight_decay", "momentum", "dampening", "alpha")
 # Flags that say how an optimizer computes, and not what
 _HOW = {"foreach", "fused", "capturable", "differentiable"}
@@ -41,10 +48,12 @@ def check_form(content) -> None:
         for name, value in group.items():
             if name != "params":
                 _check_setting(name, value)
-    if len(set(numbered)) < len(numbered) or "param_groups" in content and state.keys() - set(numbered):
+    # by a text some keep what belongs to no parameter, as MADGRAD its step
+    others = {name for name in state if isinstance(name, str)}
+    if len(set(numbered)) < len(numbered) or "param_groups" in content and state.keys() - others - set(numbered):
         raise ValueError("its parameters are not those of its groups")
     for number, held in state.items():
-        for name, value in _values(held):
+        for name, value in _values({number: held} if number in others else held):
             _check_value(f"{name} of parameter {number}", name, value)
 
 
@@ -104,6 +113,10 @@ def misfit(content: dict, groups: Sequence[Sequence[tuple[str, torch.Size]]], ki
         return f"has groups of {counts} parameters, and the run of {[len(group) for group in groups]}"
     if not _is_known(kind):
         return ""
+    if not kind.__module__.startswith("pytorch_optimizer.") and any(
+        1 in (group.get("betas") or ()) for group in theirs
+    ):
+        return "has a beta of 1, at which its mean would never move"
     for number, (name, shape) in zip(
         (number for group in theirs for number in group["params"]), (p for group in groups for p in group), strict=True
     ):
@@ -147,7 +160,12 @@ def is_finite(tensor: torch.Tensor, nan_alone: bool = False) -> bool:
 
 
 def _is_known(kind: type | None) -> bool:
-    return isinstance(kind, type) and f"{kind.__module__}.".startswith(_KNOWN)
+    if not isinstance(kind, type):
+        return False
+    module = f"{kind.__module__}."
+    # of an elementwise rule each tensor has the shape of its parameter, or is one number
+    elementwise = module.startswith("pytorch_optimizer.") and f"pytorch_optimizer:{kind.__name__.lower()}" in SHARDABLE
+    return module.startswith(_KNOWN) or elementwise
 
 
 def _is_plausible(entry: str, shape: torch.Size, own: torch.Size) -> bool:
@@ -169,13 +187,15 @@ def _is_plausible(entry: str, shape: torch.Size, own: torch.Size) -> bool:
 
 def _check_setting(name: str, value) -> None:
     parts = value if isinstance(value, tuple | list) else [value]
+    if name in _MAY_BE_INFINITE and value == math.inf:
+        return
     for part in parts:
         if isinstance(part, float | int | torch.Tensor) and not isinstance(part, bool) and not _is_number(part):
             raise ValueError(f"{name} is no finite number")
     if name == "betas" and not (
-        isinstance(value, tuple | list) and 2 <= len(value) <= 3 and all(_is_number(b) and 0 <= b < 1 for b in value)
+        isinstance(value, tuple | list) and 2 <= len(value) <= 3 and all(_is_number(b) and 0 <= b <= 1 for b in value)
     ):
-        raise ValueError("betas are not two or three numbers from 0 to below 1")
+        raise ValueError("betas are not two or three numbers from 0 to 1")
     if name in _RATES and value is not None:
         for part in parts:
             if part is not None and not (_is_number(part) and _plain(part) >= 0):

@@ -33,6 +33,7 @@ class FiniteLoss:
 
 def stop(trainer, what: str) -> None:
     """Save the weights if they are finite and raise DivergedError; called by all ranks."""
+    trainer.put_weights_back()
     step = trainer.state.global_step + 1
     folder = Path(trainer.args.output_dir) / f"last-finite-{step - 1}"
     weights = torch.stack([torch.isfinite(p.detach()).all() for p in trainer.model.parameters() if p.requires_grad])

@@ -79,6 +79,7 @@ class WindowMixin(RunMixin):
             batches = self.sorted_window(batches)
             rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
             self.prepare_window(batches, Window(len(batches), self.accelerator.num_processes, rows))
+            self.begin_step(batches)
         return batches, items
 
     def _counting_rows(self, batches):

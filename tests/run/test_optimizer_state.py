@@ -135,7 +135,6 @@ def group(content, **settings):
         (lambda content: group(content, lr=True), "lr is no number of 0 or more"),
         (lambda content: group(content, lr=10**400), "lr is no finite number"),
         (lambda content: group(content, betas=0.9), "betas are not two or three numbers"),
-        (lambda content: group(content, betas=(0.9, 1.0)), "betas are not two or three numbers"),
         (lambda content: group(content, betas=(2.0, 3.0)), "betas are not two or three numbers"),
         (lambda content: group(content, betas=(0.9,)), "betas are not two or three numbers"),
         (lambda content: group(content, eps=[math.inf, 1.0]), "eps is no finite number"),
@@ -149,6 +148,19 @@ def test_a_state_that_no_optimizer_has_written_is_refused(damage, told):
     damage(content)
     with pytest.raises((TypeError, ValueError), match=told):
         optimizer_state.check_form(content)
+
+
+def test_a_beta_of_one_is_taken_where_the_optimizer_may_have_it():
+    optimizer, groups = stepped(torch.optim.AdamW, lr=0.1)
+    content = optimizer.state_dict()
+    group(content, betas=(0.9, 1.0))
+    optimizer_state.check_form(content)
+    assert "has a beta of 1" in optimizer_state.misfit(content, groups, torch.optim.AdamW)
+    # of PNM, whose second beta is 1
+    kind = type("PNM", (torch.optim.AdamW,), {"__module__": "pytorch_optimizer.optimizer.pnm"})
+    assert optimizer_state.misfit(content, groups, kind) == ""
+    group(content, growth_rate=math.inf)
+    optimizer_state.check_form(content)
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,11 @@ class PolicyGradientConfig(CommonConfig, GRPOConfig):
         setting_checks.check_pairs_of_settings(self)
         self._copied_batch = setting_checks.take_copied_batch(self)
 
+    def _unused(self):
+        # a generation's rollouts reach the step one micro-batch after the other
+        instead = "its micro-batches come one after the other, and SAM needs those of a step at once"
+        return super()._unused() | {"sam_rho": ((0,), instead)}
+
     def _check_resolved(self):
         setting_checks.check_copied_batch(self, self._copied_batch)
         setting_checks.check_sampling(self)

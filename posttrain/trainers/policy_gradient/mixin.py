@@ -299,7 +299,7 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
 
     @property
     def step_moved(self) -> bool:
-        return not self._generations_without_gradient and not self._skipped
+        return super().step_moved and not self._generations_without_gradient and not self._skipped
 
     def skips_step(self, model, norm) -> bool:
         limit = self.args.skip_grad_norm

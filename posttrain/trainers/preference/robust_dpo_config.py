@@ -159,6 +159,7 @@ class RobustDPOConfig(PreferenceConfig, DPOConfig):
     def _check_dr_dpo(self):
         if self.reduction != "dr_dpo":
             return
+        self._check_update_of_weighed_pairs()
         if self.pair_loss == "rdpo":
             raise ExcludedSetting(
                 "pair_loss is rdpo and reduction is dr_dpo; rDPO's loss is unbounded below, so Dr. DPO would lock on "
@@ -181,4 +182,20 @@ class RobustDPOConfig(PreferenceConfig, DPOConfig):
             get_logger().warning(
                 "dr_dpo_scope is micro_batch with per_device_train_batch_size 1: of one pair Dr. DPO is DPO. "
                 "Set `dr_dpo_scope: global`."
+            )
+
+    def _check_update_of_weighed_pairs(self):
+        if self.weighs_pairs and self.sam_rho:
+            raise ExcludedSetting(
+                f"sam_rho is {self.sam_rho} and reduction is dr_dpo, which weighs pairs by their losses at the weights "
+                "themselves, and SAM takes its gradient at others. Set `reduction: mean`, or leave sam_rho out.",
+                {"sam_rho": ("reduction",), "reduction": ("sam_rho",)},
+            )
+        rescales = self.dr_dpo_scope == "global" and self.dr_dpo_window == "rescale"
+        if self.weighs_pairs and rescales and self.gradient_agreement is not None:
+            raise ExcludedSetting(
+                f"dr_dpo_window is rescale and gradient_agreement is {self.gradient_agreement}; gradients are divided "
+                "by the weights of all pairs at the end of a step, also of those left out. Set `dr_dpo_window: "
+                "two_pass`, or leave gradient_agreement out.",
+                {"dr_dpo_window": ("gradient_agreement",), "gradient_agreement": ("dr_dpo_window",)},
             )

@@ -1,0 +1,148 @@
+"""Settings of how a step's gradients become an update, shared by every trainer: optimizer, agreement, sharpness."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainingArguments
+
+from posttrain.checks import check_choice
+from posttrain.config.setting import setting
+from posttrain.errors import ConfigError, ExcludedSetting
+from posttrain.run import optimizer_names, optimizers
+from posttrain.run.engines import sharding
+
+# the share of weights that FSAM perturbs where none is set
+_MASK_SHARE = 0.5
+
+
+@dataclass
+class UpdateConfig:
+    """Adds to a config what every trainer here does between a step's gradients and its update."""
+
+    optim: str = setting(
+        TrainingArguments.default_optim,
+        "Optimizer: one of transformers' names, torch.optim:NAME, pytorch_optimizer:NAME (the extra `optimizers`), or "
+        "module:Class of your own, which needs --allow_code. Arguments in optim_args: betas=(0.9,0.999),eps=1e-8.",
+        identity=False,
+        card=False,
+    )
+    gradient_agreement: float | None = setting(
+        None,
+        "Leave out of a step the micro-batches whose gradient has a larger cosine distance than this, in (0, 2], to "
+        "the mean of those accepted before (GAF); 0.95 to 1 is usual. What a micro-batch is decides the result. "
+        "Default: none is left out.",
+        identity=True,
+        card=True,
+    )
+    sam_rho: float = setting(
+        0.0,
+        "Take the gradient at weights that are moved by so much against the loss (SAM), 0.01 to 0.1; two passes a "
+        "step. 0: at the weights themselves.",
+        identity=True,
+        card=True,
+    )
+    sam_mask: str = setting(
+        "none",
+        "Weights that SAM moves: none (all of them, without a mask) or fisher (FSAM: the largest squared gradients).",
+        identity=True,
+        card=True,
+    )
+    sam_mask_share: float | None = setting(
+        None,
+        f"Share of the trained weights that `sam_mask: fisher` moves, in (0, 1]. Default: {_MASK_SHARE}.",
+        identity=True,
+        card=True,
+    )
+
+    @property
+    def perturbs_weights(self) -> bool:
+        """Return whether gradients are taken at moved weights."""
+        return self.sam_rho > 0
+
+    def _read_update(self) -> None:
+        """Read these settings, before TRL's config reads the others. Raises ConfigError."""
+        self.optim = optimizers.canonical(self.optim)
+        tau, rho, share = self.gradient_agreement, self.sam_rho, self.sam_mask_share
+        if tau is not None and not (_is_number(tau) and 0 < tau <= 2):
+            raise ConfigError(
+                f"gradient_agreement is {tau!r}; it must be a number above 0 and at most 2, the largest cosine "
+                "distance, or null."
+            )
+        if not (_is_number(rho) and rho >= 0):
+            raise ConfigError(f"sam_rho is {rho!r}; it must be a number of 0 or more.")
+        check_choice("sam_mask", self.sam_mask, ("none", "fisher"))
+        if self.sam_mask != "none" and not rho:
+            raise ExcludedSetting(
+                f"sam_mask is {self.sam_mask} and sam_rho is 0, at which no weight is moved. Set sam_rho, or leave "
+                "sam_mask out.",
+                {"sam_mask": ("sam_rho",)},
+            )
+        if share is not None and not (_is_number(share) and 0 < share <= 1):
+            raise ConfigError(f"sam_mask_share is {share!r}; it must be a number above 0 and at most 1.")
+        if share is not None and self.sam_mask == "none":
+            raise ExcludedSetting(
+                f"sam_mask_share is {share} and sam_mask is none. Set `sam_mask: fisher`, or leave sam_mask_share out.",
+                {"sam_mask_share": ("sam_mask", "sam_rho")},
+            )
+        if self.sam_mask == "fisher" and share is None:
+            self.sam_mask_share = _MASK_SHARE
+        if tau is not None and rho:
+            raise ExcludedSetting(
+                f"gradient_agreement is {tau} and sam_rho is {rho}; both change what a step's gradient is, and their "
+                "order is defined nowhere. Leave one of them out.",
+                {"gradient_agreement": ("sam_rho",), "sam_rho": ("gradient_agreement",)},
+            )
+
+    def _check_update(self) -> None:
+        """Refuse these settings where TRL's have them change nothing, or cannot do with them. Raises ConfigError."""
+        optimizers.check(self)
+        rules = {"gradient_agreement": self.gradient_agreement, "sam_rho": self.sam_rho or None}
+        for name, value in rules.items():
+            if value is not None:
+                self._check_rule(name, value)
+        micro_batches = self.gradient_accumulation_steps * self.world_size
+        if self.gradient_agreement is not None and micro_batches == 1:
+            raise ExcludedSetting(
+                f"gradient_agreement is {self.gradient_agreement}, and a step is one micro-batch, which has no other "
+                "to agree with. Set gradient_accumulation_steps above 1, or leave gradient_agreement out.",
+                {"gradient_agreement": ("gradient_accumulation_steps",)},
+            )
+
+    def _check_rule(self, name: str, value: float) -> None:
+        engine = sharding(self)
+        if engine is not None:
+            raise ConfigError(
+                f"{name} is {value} under {engine}, which keeps a step's gradients in parts inside its engine. Use DDP "
+                f"or one process, or leave {name} out."
+            )
+        if self.fp16:
+            raise ExcludedSetting(
+                f"{name} is {value} and fp16 is true, whose gradient scaler looks at one gradient a step. Set `bf16: "
+                f"true` instead, or leave {name} out.",
+                {name: ("fp16",), "fp16": (name,)},
+            )
+        if optimizer_names.steps_within_backward(str(getattr(self.optim, "value", self.optim))):
+            raise ExcludedSetting(
+                f"{name} is {value}, and optim {getattr(self.optim, 'value', self.optim)} moves weights within the "
+                f"backward pass, before the step's gradient is there. Choose another optim, or leave {name} out.",
+                {name: ("optim",), "optim": (name,)},
+            )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_precision(trainer) -> None:
+    """Refuse SAM on trained weights of 16 bits, which would lose its perturbation to rounding. Raises ConfigError."""
+    if not trainer.args.perturbs_weights:
+        return
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"sam_rho is {trainer.args.sam_rho}, and {name} is trained in {kind}, where a perturbation of that "
+                "size is lost to rounding. Set `dtype: float32` for the model, or train a LoRA adapter, whose weights "
+                "are float32."
+            )
