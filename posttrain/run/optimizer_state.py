@@ -25,8 +25,8 @@ _KNOWN = ("torch.optim.", "transformers.optimization", "bitsandbytes.optim.")
 # of D-Adaptation: how much faster a step size may grow
 _MAY_BE_INFINITE = {"growth_rate"}
 _RATES = ("lr", "initial_lr", "eps", "weight_decay", "momentum", "dampening", "alpha")
-# Flags that say how an optimizer computes, and not what
-_HOW = {"foreach", "fused", "capturable", "differentiable"}
+# Flags that say how an optimizer computes, and not what; and whether a schedule-free one's weights are those of training
+_HOW = {"foreach", "fused", "capturable", "differentiable", "train_mode"}
 # bitsandbytes has a scale for so many numbers, and a map of the values of a byte
 _BLOCK, _MAP = 256, 256
 # numbers that are looked at at once

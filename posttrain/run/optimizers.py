@@ -81,8 +81,8 @@ def _known(owner: str, name: str) -> str:
     found = by_letters.get(name.lower())
     if found is None:
         close = near(name.lower().replace("_", "").replace("-", ""), by_letters)
-        hint = f" Did you mean {owner}:{by_letters[close]}?" if close else ""
-        raise ConfigError(f"optim is {owner}:{name}, which {owner} does not have.{hint} It has {', '.join(names)}.")
+        hint = f"Did you mean {owner}:{by_letters[close]}?" if close else f"It has {', '.join(names)}."
+        raise ConfigError(f"optim is {shorten(f'{owner}:{name}')}, which {owner} does not have. {hint}")
     return found
 
 

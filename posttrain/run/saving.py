@@ -43,11 +43,17 @@ class SavingMixin:
         lock.check_held(self.args.output_dir)
         check_places(self.args.output_dir, getattr(self.model, "peft_config", None) or ())
 
+    def _rest_optimizer(self) -> None:
+        """Have an optimizer that trains at other weights than it ends at, a schedule-free one, put in the latter."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the adapter or model, and push it with `push_to_hub: true`, as TRL's trainers do; all ranks call it.
 
         No local path is left in the card that PEFT writes. In the run folder, a note says whose model it is.
         """
+        self._rest_optimizer()
         folder = Path(output_dir or self.args.output_dir)
         own = folder.resolve() == Path(self.args.output_dir).resolve()
         notes = own and self.is_world_process_zero() and self._has_folder

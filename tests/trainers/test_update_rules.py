@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from posttrain import RobustDPOTrainer
 from posttrain.errors import ConfigError, DivergedError
@@ -88,6 +89,24 @@ def test_an_optimizer_given_beside_the_name_of_another_is_refused(tiny_folder, t
         RobustDPOTrainer(
             tiny_folder, args=args, train_dataset=make_pairs(8), peft_config=training.lora(), optimizers=(given, None)
         )
+
+
+@pytest.mark.slow
+def test_a_schedule_free_run_saves_the_weights_that_it_ends_at_and_goes_on(tiny_folder, tmp_path):
+    run = dict(optim="pytorch_optimizer:schedulefreeadamw", learning_rate=1e-2, max_steps=4)
+    run |= dict(save_strategy="steps", save_steps=2)
+    _, straight = train("noisy_sft", tiny_folder, tmp_path, **run)
+    straight.optimizer.train()
+    during = trainable(straight.model)
+    straight.save_model()
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    ended = {key.replace(".default", ""): value for key, value in trainable(straight.model).items()}
+    assert saved.keys() == ended.keys() and all(torch.equal(saved[key], ended[key]) for key in saved)
+    assert not identical(during, trainable(straight.model))
+    checkpoint = str(tmp_path / "checkpoint-2")
+    _, resumed = train("noisy_sft", tiny_folder, tmp_path, resume=checkpoint, **run)
+    resumed.save_model()
+    assert identical(trainable(resumed.model), trainable(straight.model))
 
 
 # agreement of micro-gradients
