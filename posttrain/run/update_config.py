@@ -32,28 +32,38 @@ class UpdateConfig:
         "Leave out of a step the micro-batches whose gradient has a larger cosine distance than this, in (0, 2], to "
         "the mean of those accepted before (GAF); 0.95 to 1 is usual. What a micro-batch is decides the result. "
         "Default: none is left out.",
-        identity=True,
+        identity="update_rule",
         card=True,
     )
     sam_rho: float = setting(
         0.0,
         "Take the gradient at weights that are moved by so much against the loss (SAM), 0.01 to 0.1; two passes a "
         "step. 0: at the weights themselves.",
-        identity=True,
+        identity="update_rule",
         card=True,
     )
     sam_mask: str = setting(
         "none",
         "Weights that SAM moves: none (all of them, without a mask) or fisher (FSAM: the largest squared gradients).",
-        identity=True,
+        identity="update_rule",
         card=True,
     )
     sam_mask_share: float | None = setting(
         None,
         f"Share of the trained weights that `sam_mask: fisher` moves, in (0, 1]. Default: {_MASK_SHARE}.",
-        identity=True,
+        identity="update_rule",
         card=True,
     )
+
+    @property
+    def update_rule(self) -> str | None:
+        """Return by which rule a step's gradient is made; None for the plain sum at the weights themselves."""
+        if self.gradient_agreement is not None:
+            return f"gradient_agreement {self.gradient_agreement:g}"
+        if not self.sam_rho:
+            return None
+        mask = "" if self.sam_mask == "none" else f", {self.sam_mask} {self.sam_mask_share:g}"
+        return f"sam_rho {self.sam_rho:g}{mask}"
 
     @property
     def perturbs_weights(self) -> bool:

@@ -190,7 +190,7 @@ def test_a_run_that_filters_goes_on_bit_for_bit(tiny_folder, tmp_path):
     checkpoint = str(tmp_path / "checkpoint-2")
     _, resumed = train("noisy_sft", tiny_folder, tmp_path, resume=checkpoint, **run | dict(save_strategy="no"))
     assert identical(trainable(resumed.model), trainable(straight.model))
-    with pytest.raises(ConfigError, match="gradient_agreement: 0.9 there, 1.1 here"):
+    with pytest.raises(ConfigError, match="update_rule: gradient_agreement 0.9 there, gradient_agreement 1.1 here"):
         train("noisy_sft", tiny_folder, tmp_path, **run | dict(gradient_agreement=1.1))
 
 
@@ -272,7 +272,7 @@ def test_a_run_with_sam_goes_on_bit_for_bit(noise, tiny_folder, tmp_path):
     checkpoint = str(tmp_path / "checkpoint-2")
     _, resumed = train("noisy_sft", tiny_folder, tmp_path, resume=checkpoint, **run | dict(save_strategy="no"))
     assert identical(trainable(resumed.model), trainable(straight.model))
-    with pytest.raises(ConfigError, match="sam_rho: 0.3 there, 0.0 here"):
+    with pytest.raises(ConfigError, match="update_rule: sam_rho 0.3 there, None here"):
         train("noisy_sft", tiny_folder, tmp_path, **run | dict(sam_rho=0.0))
 
 
