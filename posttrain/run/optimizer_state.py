@@ -25,7 +25,7 @@ _KNOWN = ("torch.optim.", "transformers.optimization", "bitsandbytes.optim.")
 # of D-Adaptation: how much faster a step size may grow
 _MAY_BE_INFINITE = {"growth_rate"}
 _RATES = ("lr", "initial_lr", "eps", "weight_decay", "momentum", "dampening", "alpha")
-# Flags that say how an optimizer computes, and not what; and whether a schedule-free one's weights are those of training
+# Flags that say how an optimizer computes, and not what; and which of a schedule-free one's weights the model has
 _HOW = {"foreach", "fused", "capturable", "differentiable", "train_mode"}
 # bitsandbytes has a scale for so many numbers, and a map of the values of a byte
 _BLOCK, _MAP = 256, 256
