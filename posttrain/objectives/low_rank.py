@@ -91,9 +91,9 @@ def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64, 
     left, values, right = torch.linalg.svd(_finite(r_b @ r_a.T), full_matrices=True)
     turned = right @ q_a.T
     signs = _signs(turned)
-    right, turned = signs[:, None] * right, signs[:, None] * turned
-    found = len(values)
-    outer = (q_b @ left[:, :found]) * (values * signs[:found])
+    right, turned, found = signs[:, None] * right, turned.mul_(signs[:, None]), len(values)
+    # of the transposes, which lie row by row in memory
+    outer = ((left[:, :found] * (values * signs[:found])).T @ q_b.T).T
     if found < rank:
         outer = torch.cat([outer, outer.new_zeros(len(outer), rank - found)], dim=1)
     to = back = None
@@ -269,8 +269,13 @@ def check(A: Tensor, B: Tensor) -> None:
             "columns of B, on one device, make a product."
         )
     for name, value in (("A", A), ("B", B)):
-        if not torch.isfinite(value).all():
+        if not _is_finite(value):
             raise DataError(f"{name} holds numbers that are not finite.")
+
+
+def _is_finite(value: Tensor) -> bool:
+    # a sum is one pass, and finite only where all its terms are; it may overflow where they are
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,7 +286,7 @@ def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _finite(core: Tensor) -> Tensor:
-    if not torch.isfinite(core).all():
+    if not _is_finite(core):
         raise DataError("the product of the factors has numbers beyond those of its precision; they are too large.")
     return core
 
@@ -303,7 +308,7 @@ def _is_regular(triangle: Tensor, dtype: torch.dtype) -> bool:
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     stored = value.to(dtype).contiguous()
-    if not torch.isfinite(stored).all():
+    if not _is_finite(stored):
         raise DataError(
             f"a factor has entries of {value.abs().max().item():.3g}, which {dtype} does not hold; use a wider type."
         )
