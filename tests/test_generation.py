@@ -103,6 +103,7 @@ LONG = torch.ones(2, 4, dtype=torch.long)
         (dict(seed="a"), "seed is 'a'; it must be a whole number of 0 or more"),
         (dict(seed=None), "seed is None; it must be a whole number"),
         (dict(pad_token_id="x"), "pad_token_id is 'x'; it must be a token's id, a whole number."),
+        (dict(pad_token_id=1 << 70), "pad_token_id is 1180591620717411303424; it must be a token's id"),
         (dict(eos_token_id="x"), "eos_token_id is 'x'; it must be a token's id, a whole number or several"),
         (dict(eos_token_id=[3, 1.5]), r"eos_token_id is \[3, 1.5\]; it must be a token's id"),
         (dict(eos_token_id=torch.tensor([0.5])), "eos_token_id is .*; it must be a token's id"),
@@ -228,6 +229,26 @@ def test_caches_that_keep_what_was_wrong_are_refused():
     # before there are weights
     with pytest.raises(ConfigError, match="MambaForCausalLM cannot give tokens back"):
         support.check_config(config)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="dynamic", factor=4.0),
+        dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=32),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_positions_that_hang_on_the_length_of_the_text_are_refused(rope):
+    model = tiny_model(rope_parameters=rope | {"rope_theta": 10000.0})
+    with pytest.raises(ConfigError, match="LlamaForCausalLM turns all positions by how long"):
+        jacobi.generate(model, LONG, max_new_tokens=4)
+
+
+def test_what_is_no_model_is_refused():
+    for model in ("x", torch.nn.Linear(2, 2)):
+        with pytest.raises(ConfigError, match=f"model is a {type(model).__name__}; a causal language model is needed"):
+            jacobi.generate(model, LONG, max_new_tokens=4)
 
 
 def test_a_generate_of_the_models_own_is_refused():

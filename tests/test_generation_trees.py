@@ -87,6 +87,13 @@ def test_what_is_found_followed_the_longest_piece_that_is_the_end():
     assert tree.continuation(text, 4, 3) == [] and tree.continuation([1, 1], 2, 3) == []
     # a repetition runs up to the end of the text
     assert tree.continuation([4, 4, 4], 1, 3) == [4]
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        text = torch.randint(3, (12,), generator=random).tolist()
+        # by trying each place
+        sizes = [sum(text[:at][-n:] == text[-n:] for n in range(1, at + 1)) for at in range(len(text))]
+        best = max(range(len(text)), key=lambda at: (sizes[at], at))
+        assert tree.continuation(text, 2, 4) == (text[best : best + 4] if sizes[best] >= 2 else [])
 
 
 def test_each_node_sees_the_text_and_what_it_stands_behind():

@@ -135,7 +135,10 @@ def _ids(name: str, given) -> list[int]:
     try:
         if any(isinstance(value, bool) for value in values):
             raise TypeError
-        return [operator.index(value) for value in values]
+        found = [operator.index(value) for value in values]
+        if any(not -(1 << 63) <= value < 1 << 63 for value in found):
+            raise TypeError
+        return found
     except TypeError:
         several = " or several" if name == "eos_token_id" else ""
         raise ConfigError(f"{name} is {given!r}; it must be a token's id, a whole number{several}.") from None

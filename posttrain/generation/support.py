@@ -6,6 +6,7 @@ from torch import nn
 
 from posttrain.data.limits import Limits
 from posttrain.errors import ConfigError
+from posttrain.mechanisms.prefix_sharing.support import scales_with_length
 
 _INSTEAD = "Use `model.generate`."
 # of a GenerationConfig, what changes no token of greedy search: ids that are read here, lengths that are given, what
@@ -99,7 +100,7 @@ def check_adapter(config) -> None:
 
 
 def check_config(config, kind: type | None = None) -> None:
-    """Refuse a model that is no decoder alone, or whose cache cannot give tokens back.
+    """Refuse a model that is no decoder alone, whose cache cannot give tokens back, or whose positions hang on guesses.
 
     Args:
         config: the model's. kind: its class; by default that of causal language models with such a config.
@@ -115,6 +116,11 @@ def check_config(config, kind: type | None = None) -> None:
     takes = kind is None or "past_key_values" in inspect.signature(kind.forward).parameters
     if not takes or not cache.is_croppable:
         raise ConfigError(f"the cache of {name} cannot give tokens back, which wrong guesses need. {_INSTEAD}")
+    if scales_with_length(config):
+        raise ConfigError(
+            f"{name} turns all positions by how long a forward's text is (rope_type dynamic or longrope): guesses, "
+            f"which lie beyond the text, would change the tokens. {_INSTEAD}"
+        )
 
 
 def check_model(model: nn.Module) -> None:
@@ -129,6 +135,8 @@ def check_model(model: nn.Module) -> None:
     """
     from transformers import GenerationMixin
 
+    if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise ConfigError(f"model is a {type(model).__name__}; a causal language model is needed, or a PeftModel.")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_config(inner.config, type(inner))
     own = getattr(type(inner), "generate", GenerationMixin.generate) is not GenerationMixin.generate

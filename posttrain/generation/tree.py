@@ -105,21 +105,21 @@ def continuation(text: list[int], matched: int, count: int) -> list[int]:
     """Return what followed the text's last tokens where these stood before: at most `count` tokens, or none.
 
     Of the places where `matched` of them stood that counts behind which the longest piece is the text's end, and of
-    these the last.
+    these the last. Takes a number of steps proportional to the text.
     """
-    best, longest = [], 0
-    if len(text) <= matched:
-        return best
-    end = text[-matched:]
-    for at in range(len(text) - 1, matched - 1, -1):
-        if text[at - matched : at] != end:
-            continue
-        length = matched
-        while length < at and text[at - length - 1] == text[-length - 1]:
-            length += 1
-        if length > longest:
-            best, longest = text[at : at + count], length
-    return best
+    backwards, best, longest = text[::-1], 0, matched - 1
+    # how far the text behind each place is the end of all of it: the Z array of the text backwards
+    same, left, right = [0] * len(text), 0, 0
+    for place in range(1, len(text)):
+        size = min(right - place, same[place - left]) if place < right else 0
+        while place + size < len(text) and backwards[size] == backwards[place + size]:
+            size += 1
+        same[place] = size
+        if place + size > right:
+            left, right = place, place + size
+        if size > longest:
+            best, longest = place, size
+    return text[len(text) - best :][:count] if best else []
 
 
 def inputs(tree: Tree, text: int, entered: int, dtype: torch.dtype, device) -> dict[str, Tensor]:

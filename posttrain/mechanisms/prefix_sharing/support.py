@@ -62,11 +62,12 @@ def sliding_window(config) -> int | None:
 
 
 def scales_with_length(config) -> bool:
-    """Return whether rotary factors depend on the longest row of a batch, so that its grouping matters."""
+    """Return whether rotary factors depend on the longest row of a forward, so that what is in it matters."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return any(entry.get("rope_type") in ("dynamic", "longrope") for entry in nested)
+    kinds = [str(entry.get("rope_type")) for entry in nested]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
 def attention_cost(config) -> float:
