@@ -30,7 +30,9 @@ def check(
     if has_folder:
         run_folder.check_args(args, method)
         checks.check_output_dir(args.output_dir)
-        lock.check_free(args.output_dir)
+        # the first rank takes it, maybe before a slower one of the same run has come here
+        if args.process_index == 0:
+            lock.check_free(args.output_dir)
     if peft_config is not None:
         checks.check_lora(peft_config)
     own = model.peft_config.get("default") if isinstance(model, PeftModel) else None

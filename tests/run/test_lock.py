@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.run import lock
@@ -52,6 +52,15 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_is_no_hindrance(hold
     with lock.held(folder):
         assert json.loads((folder / lock.NAME).read_text())["process"] == os.getpid()
     assert not list(folder.iterdir())
+
+
+def test_a_rank_that_is_slower_than_the_first_is_not_refused_by_its_own_run(holder, tmp_path, tiny_folder, monkeypatch):
+    folder = tmp_path / "run"
+    with pytest.raises(ConfigError, match="which another run is writing to"):
+        build(tiny_folder, folder)
+    # the first rank of its run holds it
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
+    assert build(tiny_folder, folder).args.output_dir == str(folder)
 
 
 def test_a_start_is_the_same_in_any_time_zone():
