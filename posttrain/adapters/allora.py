@@ -17,6 +17,8 @@ from posttrain.checks import check_choice, check_holdable, plain, shorten
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.mechanisms.scaled_rows import become_scaled, scaled_rows, trains
+from posttrain.objectives.row_scales import LEAST_ETA as _LEAST
+from posttrain.objectives.row_scales import MOST_ETA as _MOST
 from posttrain.objectives.row_scales import allora_scale as allora_scale
 
 FORMS = ("gradient", "update")
@@ -30,8 +32,6 @@ PAPER = {
     eprint = {arXiv:2410.09692},
 }""",
 }
-# beyond these the factors would leave the range of half precision
-_LEAST, _MOST = 1e-4, 1e4
 _WHY = {
     "lora_dropout": "it does without dropout",
     "lora_bias": "its factors are of the product B A, and a bias would have none",
