@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from posttrain import (
@@ -367,3 +367,16 @@ def test_those_that_keep_the_size_are_linear_in_the_gradients(name):
 def test_names_that_keep_the_size_are_told_by_their_package():
     assert keeps_the_size(torch.optim.ASGD.__module__, "ASGD") and keeps_the_size("torch.optim", "SGD")
     assert keeps_the_size("", "sgd") and keeps_the_size("", "lomo") and not keeps_the_size("mine", "SGD")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("names", ["embed_tokens", [], ["nope"]])
+def test_target_modules_that_name_no_layer_are_refused(names, loaded, tiny_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder) if loaded else tiny_folder
+    args = NoisySFTConfig(**instructions(tmp_path))
+    rows = scored.make_scored(8).remove_columns("reward")
+    with pytest.raises(ConfigError, match="target_modules|Target modules"):
+        NoisySFTTrainer(
+            model, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+            peft_config=ALLoRAConfig(r=4, target_modules=names),
+        )  # fmt: skip
