@@ -17,6 +17,8 @@ from posttrain.checks import check_choice, check_holdable, plain, shorten
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.mechanisms.scaled_rows import become_scaled, scaled_rows, trains
+from posttrain.objectives.row_scales import LEAST_ETA as _LEAST
+from posttrain.objectives.row_scales import MOST_ETA as _MOST
 from posttrain.objectives.row_scales import allora_scale as allora_scale
 
 FORMS = ("gradient", "update")
@@ -30,9 +32,17 @@ PAPER = {
     eprint = {arXiv:2410.09692},
 }""",
 }
-# beyond these the factors would leave the range of half precision
-_LEAST, _MOST = 1e-4, 1e4
+# of LoraConfig, what trains something without factors, or makes another start or other layers: its neutral value
+_NOT_OURS = VARIANTS | {
+    "bias": "none", "layer_replication": None, "eva_config": None, "corda_config": None, "lora_ga_config": None,
+    "loftq_config": {}, "ensure_weight_tying": False,
+}  # fmt: skip
+_START = "its B begins at zero beside an untouched base, and A is random"
 _WHY = {
+    "bias": "its factors are of the product B A, and biases of the base would have none",
+    "layer_replication": "it is for the layers that the model has",
+    "ensure_weight_tying": "it is for linear layers alone, which share no weight",
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config"), _START),
     "lora_dropout": "it does without dropout",
     "lora_bias": "its factors are of the product B A, and a bias would have none",
     "use_rslora": "it has no scaling; eta sets the size of its rates",
@@ -69,7 +79,10 @@ class ALLoRAConfig(SchemeConfig):
     own = ("eta", "form")
 
     def __post_init__(self):
+        # PEFT empties it where it has no effect
+        loftq = self.loftq_config
         super().__post_init__()
+        self.loftq_config = loftq
         self.eta = plain(self.eta)
         # shared by the variants of all layers
         self.updates = Updates()
@@ -89,7 +102,7 @@ class ALLoRAConfig(SchemeConfig):
                 f"lora_alpha is {self.lora_alpha} with rank {self.r} and adapter allora, which has no scaling; eta "
                 "sets the size of its rates. Leave lora_alpha out."
             )
-        for name, neutral in VARIANTS.items():
+        for name, neutral in _NOT_OURS.items():
             value = getattr(self, name, neutral)
             if value and value != neutral:
                 why = _WHY.get(name, "its factors are of the product B A alone")

@@ -5,7 +5,7 @@ from peft import PeftModel
 
 from posttrain.adapters.allora import ALLoRAConfig, layers_of
 from posttrain.errors import ConfigError
-from posttrain.objectives.row_scales import allora_scale
+from posttrain.objectives.row_scales import gram, scale_of
 
 
 class ScaledUpdates:
@@ -76,7 +76,7 @@ class ScaledUpdates:
             updates.are_scaled = are_scaled
 
     def _begin(self, optimizer, args, kwargs) -> None:
-        self._before = [(B.detach().clone(), allora_scale(A, B, eta)) for A, B, eta in self._matrices]
+        self._before = [(B.detach().clone(), scale_of(gram(A), B, eta)) for A, B, eta in self._matrices]
 
     @torch.no_grad()
     def _end(self, optimizer, args, kwargs) -> None:

@@ -7,6 +7,12 @@ cancel, and fp32 is wrong by several percent. They are too small to cost anythin
 import torch
 from torch import Tensor
 
+from posttrain.checks import check_number
+from posttrain.objectives.low_rank import check
+
+# beyond these eta, factors would leave the range of half precision
+LEAST_ETA, MOST_ETA = 1e-4, 1e4
+
 
 @torch.no_grad()
 def gram(A: Tensor) -> Tensor:
@@ -42,13 +48,19 @@ def allora_scale(A: Tensor, B: Tensor, eta: float) -> Tensor:
     largest value. Nothing is backpropagated through it.
 
     Args:
-        A: (r, d_in). B: (d_out, r). eta: above 0.
+        A: (r, d_in). B: (d_out, r). eta: from 0.0001 to 10000.
 
     Returns:
         (d_out,) in float64, detached.
 
+    Raises:
+        ConfigError: another eta, or what are no two matrices of floating numbers with a product B A.
+        DataError: numbers that are not finite.
+
     Source: arXiv 2410.09692, section 4.2.
     """
+    check(A, B)
+    eta = check_number("eta", eta, LEAST_ETA, MOST_ETA)
     return scale_of(gram(A), B, eta)
 
 

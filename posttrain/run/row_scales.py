@@ -13,8 +13,13 @@ from posttrain.objectives.row_scales import row_norms
 from posttrain.run.adapter_schemes import InRun, attach
 from posttrain.run.config import under_deepspeed
 
-# parts of the names of optimizers whose update is the gradient times a rate, or a mean of such
-_KEEP_THE_SIZE = ("sgd", "lomo")
+# Optimizers whose update is linear in the gradients, by package and class, and transformers' own names of such ones.
+# pytorch_optimizer's ASGD, another than torch's, has a rate by the gradients' sizes, and its SGDSaI by their spread.
+_KEEP_THE_SIZE = frozenset({
+    "sgd", "schedule_free_sgd", "lomo",
+    "torch:sgd", "torch:asgd", "bitsandbytes:sgd", "schedulefree:sgdschedulefree", "lomo_optim:lomo",
+    *(f"pytorch_optimizer:{name}" for name in "accsgd aggmo lomo pid qhm schedulefreesgd sgd sgdw".split()),
+})  # fmt: skip
 
 
 class RowScales(InRun):
@@ -105,9 +110,12 @@ class RowScales(InRun):
 
     def _warn_of_adam(self, args) -> None:
         name, kind = _name_of(args.optim), self._trainer.optimizer_cls_and_kwargs
+        package, _, known = name.rpartition(":")
         if self._given is not None or kind is not None:
-            name = (type(self._given) if kind is None else kind[0]).__name__
-        if not any(part in name.lower() for part in _KEEP_THE_SIZE):
+            made = type(self._given) if kind is None else kind[0]
+            package, name = made.__module__, made.__name__
+            known = name
+        if not keeps_the_size(package, known):
             get_logger().warning(
                 "adapter allora with optim %s: an optimizer that divides a gradient by its own size, as Adam does, "
                 "nearly undoes the factors of its rows. Use `optim: sgd`, or scale the updates: `allora_form: update`",
@@ -138,6 +146,15 @@ class RowScales(InRun):
         if not self._is_told:
             self._is_told = True
             get_logger().info("adapter allora: no factors in the log, as the weights lie in parts between steps")
+
+
+def keeps_the_size(package: str, name: str) -> bool:
+    """Return whether an optimizer's update is linear in the gradients, as far as it is known.
+
+    `package`: of its class, or the module in it; empty for a name of transformers.
+    """
+    package = package.split(".")[0]
+    return (f"{package}:{name}" if package else name).lower() in _KEEP_THE_SIZE
 
 
 def _name_of(optim) -> str:

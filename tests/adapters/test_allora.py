@@ -8,8 +8,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
@@ -526,3 +527,33 @@ def test_recipes_settings_name_the_scheme():
 def test_settings_without_effect_beside_the_adapter_are_refused(given, said):
     with pytest.raises(ExcludedSetting, match=said):
         ModelArguments(**given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(bias="all"), "bias is 'all' with adapter allora: its factors are of the product B A"),
+        (dict(bias="lora_only"), "bias is 'lora_only' with adapter allora"),
+        (dict(layer_replication=[(0, 1), (0, 1)]), "layer_replication is .* the layers that the model has"),
+        (dict(loftq_config={"loftq_bits": 4}), "loftq_config is .* its B begins at zero"),
+        (dict(corda_config=CordaConfig()), "corda_config is .* its B begins at zero"),
+        (dict(eva_config=EvaConfig()), "eva_config is .* its B begins at zero"),
+        (dict(megatron_config={"a": 1}), "megatron_config is .* with adapter allora"),
+    ],
+)
+def test_what_trains_without_factors_or_starts_otherwise_is_refused(settings, said):
+    with warnings.catch_warnings():
+        # PEFT's own, of configs without effect
+        warnings.simplefilter("ignore")
+        with pytest.raises(ConfigError, match=said):
+            ALLoRAConfig(r=4, target_modules="all-linear", **settings)
+
+
+def test_whole_modules_train_beside_it_with_their_own_gradients(base):
+    made = adapted(base, target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[1, 2])
+    found = gradients(made)
+    expected = gradients(
+        plain(base, target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[1, 2])
+    )
+    others = [name for name in found if "lora_" not in name]
+    assert len(others) == 6 and all(torch.equal(found[name], expected[name]) for name in others)

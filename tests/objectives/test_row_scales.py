@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
+from posttrain.errors import ConfigError, DataError
 from posttrain.objectives.row_scales import allora_scale, row_norms
 
 A = tensor([[1, -2, 0.5], [0, 1, 1]], dtype=torch.float64)
@@ -72,3 +73,26 @@ def test_factors_are_float64_and_carry_no_gradient(dtype):
     found = allora_scale(*matrices, 2.0)
     assert found.dtype == torch.float64 and not found.requires_grad
     torch.testing.assert_close(found, allora_scale(A, B, 2.0), atol=0, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ((B, A, 2.0), ConfigError, "as many rows of A as columns of B"),
+        ((A.numpy(), B.numpy(), 2.0), ConfigError, "A is ndarray; A .* are matrices of floating numbers"),
+        ((A, B.to(torch.complex64), 2.0), ConfigError, "B is torch.complex64"),
+        ((A.long(), B, 2.0), ConfigError, "A is torch.int64"),
+        ((A[0], B, 2.0), ConfigError, "are matrices of floating numbers"),
+        ((A, B * float("nan"), 2.0), DataError, "B holds numbers that are not finite"),
+        ((A / 0, B, 2.0), DataError, "A holds numbers that are not finite"),
+        *[((A, B, eta), ConfigError, "eta") for eta in (0, -1.0, float("nan"), float("inf"), "2", True, None, 1e-200)],
+        ((A, B, 10**400), ConfigError, "eta is a number beyond"),
+    ],
+)
+def test_what_has_no_factors_is_refused(given, kind, said):
+    with pytest.raises(kind, match=said):
+        allora_scale(*given)
+
+
+def test_eta_of_another_library_is_a_number():
+    near(allora_scale(A, B, torch.tensor([2.0]).numpy()[0]), golden(0.9934563559, 1.1072320513))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from posttrain import (
@@ -24,6 +24,7 @@ from posttrain.errors import ConfigError
 from posttrain.objectives.row_scales import allora_scale, row_norms
 from posttrain.run import adapter_schemes
 from posttrain.run.identity import identity
+from posttrain.run.row_scales import keeps_the_size
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 from tests.runs import PARENT, distance, entries, fit, identical, lora, trainable
@@ -338,3 +339,44 @@ def test_adam_nearly_undoes_the_gradient_form(optim, rate, form, low, high, tiny
     change, _ = fit(on_instructions(tiny_folder, tmp_path / "allora", adapter(form=form), **run))
     ours, theirs = ({n: v for n, v in found.items() if "lora_B" in n} for found in (change, plainly))
     assert low < distance(ours, theirs) < high, distance(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["signsgd", "sgdsai", "dadaptsgd", "vsgd", "asgd", "adalomo", "swats", "Adam"])
+def test_a_name_like_sgds_is_not_taken_for_one_that_keeps_the_size(name):
+    assert not keeps_the_size("pytorch_optimizer", name)
+    assert not keeps_the_size("", name)
+
+
+@pytest.mark.parametrize("name", ["accsgd", "aggmo", "pid", "qhm", "schedulefreesgd", "sgd", "sgdw"])
+def test_those_that_keep_the_size_are_linear_in_the_gradients(name):
+    optimizers = pytest.importorskip("pytorch_optimizer")
+    kind = optimizers.load_optimizer(name)
+    assert keeps_the_size("pytorch_optimizer", name) and keeps_the_size(kind.__module__, kind.__name__)
+    changes = []
+    for size in (1.0, 3.0):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
+        optimizer = kind([weight], lr=1e-2)
+        for _ in range(4):
+            weight.grad = size * torch.randn(4, 3, dtype=torch.float64)
+            optimizer.step()
+        changes.append(weight.detach().clone())
+    assert changes[0].any() and torch.allclose(changes[1], 3 * changes[0], rtol=1e-9, atol=0)
+
+
+def test_names_that_keep_the_size_are_told_by_their_package():
+    assert keeps_the_size(torch.optim.ASGD.__module__, "ASGD") and keeps_the_size("torch.optim", "SGD")
+    assert keeps_the_size("", "sgd") and keeps_the_size("", "lomo") and not keeps_the_size("mine", "SGD")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("names", ["embed_tokens", [], ["nope"]])
+def test_target_modules_that_name_no_layer_are_refused(names, loaded, tiny_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder) if loaded else tiny_folder
+    args = NoisySFTConfig(**instructions(tmp_path))
+    rows = scored.make_scored(8).remove_columns("reward")
+    with pytest.raises(ConfigError, match="target_modules|Target modules"):
+        NoisySFTTrainer(
+            model, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+            peft_config=ALLoRAConfig(r=4, target_modules=names),
+        )  # fmt: skip
