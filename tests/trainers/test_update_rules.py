@@ -173,6 +173,33 @@ def test_where_all_agree_it_is_the_plain_step_bit_for_bit(name, tiny_folder, tmp
     assert entries(trainer)[0]["gradient_agreement/accepted"] == 1
 
 
+@pytest.mark.parametrize("limit", [2.0, 1e-6])
+def test_a_last_window_of_one_micro_batch_trains_plainly(limit, tiny_folder, tmp_path):
+    # sixteen rows: seven micro-batches, then one
+    run = dict(per_device_train_batch_size=2, gradient_accumulation_steps=7, max_steps=2)
+    plain, reference = train("noisy_sft", tiny_folder, tmp_path / "plain", **run)
+    change, trainer = train("noisy_sft", tiny_folder, tmp_path / "ours", **run, gradient_agreement=limit)
+    assert [entry["gradient_agreement/skipped"] for entry in entries(trainer)] == [float(limit < 1), 0]
+    assert any(value.any() for value in change.values())
+    assert identical(change, plain) is (limit == 2.0)
+    assert limit < 1 or losses(trainer) == losses(reference)
+
+
+@pytest.mark.parametrize("limit", [None, 0.9])
+def test_preference_rows_keep_their_micro_batches(limit, tiny_folder, tmp_path):
+    run = dict(SPLIT, prefix_sharing="always", max_steps=1, gradient_agreement=limit)
+    trainer = METHODS["robust_dpo"].build(tiny_folder, tmp_path, **run)
+    found, sort = [], trainer.sorted_window
+
+    def seen(batches):
+        found.extend((batch, sorted_) for batch, sorted_ in zip(batches, sort(batches), strict=True))
+        return [sorted_ for _, sorted_ in found]
+
+    trainer.sorted_window = seen
+    fit(trainer)
+    assert len(found) == 4 and all((one is other) is (limit is not None) for one, other in found)
+
+
 def test_a_step_in_which_none_agree_moves_nothing(tiny_folder, tmp_path):
     run = dict(**SPLIT, max_steps=1, gradient_agreement=1e-6, optim="adamw_torch", weight_decay=0.5, max_grad_norm=1.0)
     change, trainer = train("noisy_sft", tiny_folder, tmp_path, **run)
