@@ -201,7 +201,7 @@ class PreferenceMixin(PairRows, WindowMixin):
 
     @property
     def split_matters(self) -> bool:
-        """Return whether the step depends on which pairs share a micro-batch, as the agreement of their gradients does."""
+        """Return whether the step depends on which pairs share a micro-batch, as the agreement of gradients does."""
         return self.args.gradient_agreement is not None
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
