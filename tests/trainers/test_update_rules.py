@@ -223,6 +223,13 @@ def test_a_run_that_filters_goes_on_bit_for_bit(tiny_folder, tmp_path):
 
 # sharpness-aware minimisation
 
+
+@pytest.mark.parametrize("rho", [0.0, 0, 1e-4, 10, 10.0])
+def test_the_ends_of_the_range_of_sam_rho_are_taken(rho, tmp_path):
+    args = METHODS["noisy_sft"].config(str(tmp_path), use_cpu=True, bf16=False, sam_rho=rho)
+    assert args.sam_rho == rho and args.perturbs_weights is (rho > 0)
+
+
 RHO = 0.3
 
 
@@ -349,7 +356,11 @@ REFUSED = [
     ("noisy_sft", dict(gradient_agreement=float("nan")), "gradient_agreement is nan; it must"),
     ("noisy_sft", dict(gradient_agreement=True), "gradient_agreement is True; it takes a number"),
     ("noisy_sft", dict(gradient_agreement=0.9), "a step is one micro-batch, which has no other to agree with"),
-    ("noisy_sft", dict(sam_rho=-0.1), "sam_rho is -0.1; it must be a number of 0 or more"),
+    ("noisy_sft", dict(sam_rho=-0.1), "sam_rho is -0.1; it must be 0 or a number from 0.0001 to 10"),
+    ("noisy_sft", dict(sam_rho=1e30), "sam_rho is 1e\\+30; it must be 0 or .* does not tell how the loss changes"),
+    ("noisy_sft", dict(sam_rho=1e-30), "sam_rho is 1e-30; it must be 0 or .* a shorter one is lost to rounding"),
+    ("noisy_sft", dict(sam_rho=10.5), "sam_rho is 10.5; it must"),
+    ("noisy_sft", dict(sam_rho=9e-5), "sam_rho is 9e-05; it must"),
     ("noisy_sft", dict(sam_rho=float("inf")), "sam_rho is inf; it must"),
     ("noisy_sft", dict(sam_mask="fisher"), "sam_mask is fisher and sam_rho is 0"),
     ("noisy_sft", dict(sam_rho=0.1, sam_mask="fischer"), "Did you mean fisher"),
