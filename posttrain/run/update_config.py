@@ -85,8 +85,8 @@ class UpdateConfig:
         if not (_is_number(rho) and (rho == 0 or least <= rho <= most)):
             raise ConfigError(
                 f"sam_rho is {rho!r}; it must be 0 or a number from {least:g} to {most:g}, the length of the move of "
-                "all weights together: a shorter one is lost to rounding, and over a longer one the gradient does not tell "
-                "how the loss changes. 0.01 to 0.1 is usual."
+                "all weights together: a shorter one is lost to rounding, and over a longer one the gradient does not "
+                "tell how the loss changes. 0.01 to 0.1 is usual."
             )
         check_choice("sam_mask", self.sam_mask, ("none", "fisher"))
         if self.sam_mask != "none" and not rho:
