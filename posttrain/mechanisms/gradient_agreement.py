@@ -2,10 +2,11 @@
 
 With micro-gradients g_1, ..., g_M in order, S the sum and c the number of those accepted, at first S = g_1 and c = 1:
 g_i is accepted where d(S / c, g_i) <= tau, with the cosine distance d(a, b) = 1 - <a, b> / (|a| |b|); then S += g_i and
-c += 1. The step's gradient is S / c. Where c stays 1 nothing agrees, and no step is taken.
+c += 1. The step's gradient is S / c. Where c stays 1 of several nothing agrees, and no step is taken. One alone has no
+other to disagree with, and is the step's gradient.
 
 Micro-gradients of zero have no direction: they are neither accepted nor rejected, and count nowhere. One that is not
-finite is accepted, so that it reaches whatever watches over the step's gradient.
+finite is accepted, so that it reaches whatever watches over the step's gradient; so is one that meets a sum of zero.
 
 Source: arXiv 2412.18052, Algorithm 1. The code published with it halves instead: (mean + g_i) / 2, which weighs the
 last micro-gradient as much as all before.
@@ -40,31 +41,39 @@ class AgreeingMean:
         """
         square = inner(gradients, gradients)
         if square == 0:
+            # zeros are kept: an optimizer treats a parameter of zero gradient otherwise than one that has none
+            self._keep(gradients)
             return False
         self.count += 1
-        if self.sum is not None:
-            distance = 1 - inner(self.sum, gradients) / math.sqrt(inner(self.sum, self.sum) * square)
+        total = inner(self.sum, self.sum) if self.accepted else 0.0
+        # opposite gradients cancel at a limit of 2 alone, at which all are accepted
+        if total != 0:
+            # rounding may take the cosine below -1
+            distance = min(1 - inner(self.sum, gradients) / (math.sqrt(total) * math.sqrt(square)), 2.0)
             self.compared += 1
             self.distances += distance
             # a distance that is no number is accepted
             if distance > self.tau:
                 return False
         self.accepted += 1
+        self._keep(gradients)
+        return True
+
+    def _keep(self, gradients: Sequence[Tensor | None]) -> None:
         if self.sum is None:
             self.sum = list(gradients)
         else:
             self.sum = [_added(one, other) for one, other in zip(self.sum, gradients, strict=True)]
-        return True
 
     @property
     def agrees(self) -> bool:
-        """Return whether at least two micro-gradients agree, without which no step is taken."""
-        return self.accepted > 1
+        """Return whether two micro-gradients agree, or fewer than two have a direction; else no step is taken."""
+        return self.accepted > 1 or self.count < 2
 
     @property
     def factor(self) -> float:
         """Return what makes of the sum a step's gradient where each micro-gradient is its share of one: M / c."""
-        return self.count / self.accepted
+        return self.count / self.accepted if self.accepted else 1.0
 
 
 def inner(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:

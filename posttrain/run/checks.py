@@ -25,7 +25,7 @@ from posttrain.checks import check_choice, check_holdable, check_links, plain, s
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.models import check_holds_safetensors, check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
-from posttrain.run import optimizers
+from posttrain.run import optimizers, upstream_optimizers
 
 # of a model of any size some seconds
 BUILD_SECONDS = 60.0
@@ -165,8 +165,9 @@ def check_optimiser(args) -> None:
         patterns.check(args.optim_target_modules, "optim_target_modules")
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     name = getattr(args.optim, "value", args.optim)
-    hint = " (written name=value,name=value)" if args.optim_args else ""
-    with upstream_refusals(f"optim {name} cannot be built with optim_args {args.optim_args!r}{hint}"):
+    if optimizers.is_upstream(name):
+        upstream_optimizers.check(args, name)
+    with upstream_refusals(f"optim {name} cannot be built with optim_args {args.optim_args!r}"):
         if not optimizers.is_upstream(name):
             # built by the trainers here, which `optimizers.check` asks
             pass

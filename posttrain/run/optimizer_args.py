@@ -5,7 +5,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from posttrain.checks import near
 from posttrain.errors import ConfigError
@@ -47,6 +47,13 @@ def split(text: str | None) -> dict[str, str]:
     return found
 
 
+def refuse_elsewhere(names: Iterable[str]) -> None:
+    """Raise ConfigError for a name that other settings say: a trainer's groups would take its place."""
+    for name in names:
+        if name in _ELSEWHERE:
+            raise ConfigError(f"optim_args names {name}, which has a setting of its own: {_ELSEWHERE[name]}.")
+
+
 def read(kind: type, text: str | None, optim: str) -> dict[str, object]:
     """Return the arguments of an optimizer beside rate and weight decay, each of the kind that its default has.
 
@@ -59,9 +66,9 @@ def read(kind: type, text: str | None, optim: str) -> dict[str, object]:
     """
     known, hints = arguments(kind), _hints(kind)
     found = {}
-    for name, value in split(text).items():
-        if name in _ELSEWHERE:
-            raise ConfigError(f"optim_args names {name}, which has a setting of its own: {_ELSEWHERE[name]}.")
+    given = split(text)
+    refuse_elsewhere(given)
+    for name, value in given.items():
         if name not in known:
             close = near(name, known)
             hint = f"Did you mean {close}? " if close else ""

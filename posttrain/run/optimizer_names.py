@@ -26,8 +26,12 @@ SHARDABLE = frozenset(
     ]
 )
 
+# Types of an `optimizer` block that DeepSpeed builds by itself, of any case, beside classes of torch.optim
+DEEPSPEED_ELEMENTWISE = ("Adam", "AdamW", "Adagrad", "Lion")
+
 _MATRIX = "uses statistics or factors of a whole matrix"
 _TENSOR = "uses a norm or a mean of each tensor"
+_SHAPES = "has a rate by the shape of each matrix"
 _GLOBAL = "uses norms over all parameters"
 # Why an optimizer that is not on the list cannot have parts of matrices, where that is known
 NOT_SHARDABLE = {
@@ -38,6 +42,7 @@ NOT_SHARDABLE = {
     "galore_adamw": _MATRIX, "galore_adamw_8bit": _MATRIX, "galore_adafactor": _MATRIX,
     "galore_adamw_layerwise": _MATRIX, "galore_adamw_8bit_layerwise": _MATRIX, "galore_adafactor_layerwise": _MATRIX,
     "apollo_adamw": _MATRIX, "apollo_adamw_layerwise": _MATRIX, "scion": _MATRIX, "scionlight": _MATRIX,
+    "muon": _MATRIX, "muadam": _SHAPES, "muadamw": _SHAPES, "musgd": _SHAPES,
     "lamb": _TENSOR, "lars": _TENSOR, "stable_adamw": _TENSOR, "stableadamw": _TENSOR, "novograd": _TENSOR,
     "adamp": _TENSOR, "sgdp": _TENSOR, "nero": _TENSOR, "fromage": _TENSOR, "adai": _TENSOR, "adalite": _TENSOR,
     "grokadamw": "treats each tensor by its place among the others",
@@ -104,6 +109,12 @@ def finds_step_size(name: str) -> bool:
 def steps_within_backward(name: str) -> bool:
     """Tell whether an optimizer moves weights before all gradients of a step are there."""
     return name in _WITHIN_BACKWARD or name.endswith("_layerwise")
+
+
+def is_elementwise_in_deepspeed(kind: str) -> bool:
+    """Tell whether the type of an `optimizer` block in a DeepSpeed config is known to treat each number by itself."""
+    own = {name.lower() for name in DEEPSPEED_ELEMENTWISE}
+    return kind.lower() in own or f"torch.optim:{kind}" in SHARDABLE
 
 
 def why_not_sharded(name: str) -> str:

@@ -198,14 +198,15 @@ def _check_engine(args, name: str, chosen: Chosen | None) -> None:
     engine, settings = sharding(args), deepspeed_settings(args)
     if engine is None:
         return
-    block = settings.get("optimizer")
-    if block and under_deepspeed(args) and "optim" in args._written:
+    block, has_block = settings.get("optimizer"), under_deepspeed(args) and "optimizer" in settings
+    if has_block and "optim" in args._written:
         kind = block.get("type", "one of its own") if isinstance(block, dict) else "one of its own"
         raise ConfigError(
             f"optim is {name}, and the DeepSpeed config has an `optimizer` block ({kind}), which would be used in its "
             "place. Leave one of them out."
         )
-    if block and chosen is None:
+    if has_block and chosen is None:
+        _check_block(block, args.optim_args)
         return
     if name not in optimizer_names.SHARDABLE:
         raise ConfigError(
@@ -226,6 +227,28 @@ def _check_engine(args, name: str, chosen: Chosen | None) -> None:
             f"optim is {name}, and the DeepSpeed config offloads optimizer state to the {offload['device']}, where "
             "DeepSpeed takes its own Adam alone. Write `zero_force_ds_cpu_optimizer: false` into that config, or leave "
             "offload_optimizer out."
+        )
+
+
+def _check_block(block, optim_args: str | None) -> None:
+    kind = block.get("type") if isinstance(block, dict) else None
+    known = ", ".join(optimizer_names.DEEPSPEED_ELEMENTWISE)
+    if not (isinstance(kind, str) and kind):
+        raise ConfigError(
+            f"the DeepSpeed config has an `optimizer` block whose type is {shorten(kind)}. Write one of {known}, or "
+            "leave the block out and set optim."
+        )
+    if optim_args:
+        raise ConfigError(
+            f"optim_args is {optim_args!r}, and the DeepSpeed config has an `optimizer` block ({kind}), which does not "
+            "read it. Write the arguments into its `params`, or leave the block out."
+        )
+    if not optimizer_names.is_elementwise_in_deepspeed(kind):
+        raise ConfigError(
+            f"the DeepSpeed config has an `optimizer` block of type {kind}, which "
+            f"{optimizer_names.why_not_sharded(kind.lower())}; DeepSpeed ZeRO gives it flat parts of matrices, which "
+            f"would change its rule without a word. Use {known} or an elementwise class of torch.optim, or leave the "
+            "block out and set optim."
         )
 
 

@@ -14,6 +14,8 @@ from posttrain.run.engines import sharding
 
 # the share of weights that FSAM perturbs where none is set
 _MASK_SHARE = 0.5
+# the least and the largest length of SAM's move
+_RADII = (1e-4, 10.0)
 
 
 @dataclass
@@ -79,8 +81,13 @@ class UpdateConfig:
                 f"gradient_agreement is {tau!r}; it must be a number above 0 and at most 2, the largest cosine "
                 "distance, or null."
             )
-        if not (_is_number(rho) and rho >= 0):
-            raise ConfigError(f"sam_rho is {rho!r}; it must be a number of 0 or more.")
+        least, most = _RADII
+        if not (_is_number(rho) and (rho == 0 or least <= rho <= most)):
+            raise ConfigError(
+                f"sam_rho is {rho!r}; it must be 0 or a number from {least:g} to {most:g}, the length of the move of "
+                "all weights together: a shorter one is lost to rounding, and over a longer one the gradient does not "
+                "tell how the loss changes. 0.01 to 0.1 is usual."
+            )
         check_choice("sam_mask", self.sam_mask, ("none", "fisher"))
         if self.sam_mask != "none" and not rho:
             raise ExcludedSetting(

@@ -66,7 +66,30 @@ def test_the_sum_of_all_is_made_as_autograd_adds_them():
 def test_a_gradient_of_zero_counts_nowhere():
     mean, accepted = taken(0.97, (0.0, 0.0, 0.0), A, (0.0, 0.0, 0.0), B)
     assert accepted == [False, True, False, True] and (mean.count, mean.factor) == (2, 1.0)
-    assert not taken(0.97, (0.0, 0.0, 0.0))[0].agrees
+    assert not taken(0.97, (0.0, 0.0, 0.0), A, C)[0].agrees
+
+
+@pytest.mark.parametrize("others", [(), ((0.0, 0.0, 0.0),)])
+@pytest.mark.parametrize("one", [A, (0.0, 0.0, 0.0)])
+def test_one_alone_is_the_step(one, others):
+    mean, _ = taken(0.97, *others, one)
+    assert mean.agrees and mean.factor == 1 and torch.cat(mean.sum).tolist() == list(one)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_accepts_opposite_gradients_and_what_comes_after_their_sum_of_zero(seed):
+    one = torch.randn(7, generator=torch.Generator().manual_seed(seed))
+    mean = AgreeingMean(2.0)
+    assert [mean.add([gradient.clone()]) for gradient in (one, -one, 3 * one)] == [True] * 3
+    assert mean.factor == 1 and mean.compared == 1 and mean.distances == pytest.approx(2)
+    assert torch.equal(mean.sum[0], 3 * one)
+
+
+def test_zeros_keep_a_parameter_that_the_others_do_not_reach():
+    mean = AgreeingMean(1.0)
+    mean.add([torch.zeros(2), torch.zeros(1)])
+    mean.add([torch.tensor([1.0, 2.0]), None])
+    assert mean.sum[1].tolist() == [0.0] and mean.sum[0].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -288,6 +288,38 @@ def test_an_optimizer_block_of_deepspeed_beside_optim_is_refused(tmp_path, monke
     sharded(tmp_path, monkeypatch, block)
 
 
+@pytest.mark.parametrize("kind", ["Adam", "adamw", "Adagrad", "Lion", "RMSprop", "NAdam"])
+def test_an_elementwise_block_of_deepspeed_is_taken(kind, tmp_path, monkeypatch):
+    sharded(tmp_path, monkeypatch, {"optimizer": {"type": kind}})
+    with pytest.raises(
+        ConfigError, match=f"optim_args is 'eps=1e-3', and .* block \\({kind}\\), which does not read it"
+    ):
+        sharded(tmp_path, monkeypatch, {"optimizer": {"type": kind}}, optim_args="eps=1e-3")
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        (
+            {"type": "Lamb"},
+            "block of type Lamb, which uses a norm or a mean of each tensor; DeepSpeed ZeRO gives it flat",
+        ),
+        ({"type": "Muon"}, "block of type Muon, which uses statistics or factors of a whole matrix"),
+        ({"type": "MuAdam"}, "which has a rate by the shape of each matrix"),
+        ({"type": "Adafactor"}, "which uses statistics or factors"),
+        ({"type": "Nonsense"}, "is not known to treat each number by itself"),
+        ({"params": {}}, "whose type is None. Write one of Adam, AdamW, Adagrad, Lion"),
+        ({"type": 3}, "whose type is 3"),
+        ({}, "whose type is None"),
+        (None, "whose type is None"),
+        ("Adam", "whose type is None"),
+    ],
+)
+def test_another_block_of_deepspeed_is_refused_with_its_reason(block, why, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=why):
+        sharded(tmp_path, monkeypatch, {"optimizer": block})
+
+
 def test_offloading_beside_a_foreign_optimizer_is_refused(tmp_path, monkeypatch):
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     with pytest.raises(ConfigError, match="Write `zero_force_ds_cpu_optimizer: false`"):

@@ -173,6 +173,33 @@ def test_where_all_agree_it_is_the_plain_step_bit_for_bit(name, tiny_folder, tmp
     assert entries(trainer)[0]["gradient_agreement/accepted"] == 1
 
 
+@pytest.mark.parametrize("limit", [2.0, 1e-6])
+def test_a_last_window_of_one_micro_batch_trains_plainly(limit, tiny_folder, tmp_path):
+    # sixteen rows: seven micro-batches, then one
+    run = dict(per_device_train_batch_size=2, gradient_accumulation_steps=7, max_steps=2)
+    plain, reference = train("noisy_sft", tiny_folder, tmp_path / "plain", **run)
+    change, trainer = train("noisy_sft", tiny_folder, tmp_path / "ours", **run, gradient_agreement=limit)
+    assert [entry["gradient_agreement/skipped"] for entry in entries(trainer)] == [float(limit < 1), 0]
+    assert any(value.any() for value in change.values())
+    assert identical(change, plain) is (limit == 2.0)
+    assert limit < 1 or losses(trainer) == losses(reference)
+
+
+@pytest.mark.parametrize("limit", [None, 0.9])
+def test_preference_rows_keep_their_micro_batches(limit, tiny_folder, tmp_path):
+    run = dict(SPLIT, prefix_sharing="always", max_steps=1, gradient_agreement=limit)
+    trainer = METHODS["robust_dpo"].build(tiny_folder, tmp_path, **run)
+    found, sort = [], trainer.sorted_window
+
+    def seen(batches):
+        found.extend((batch, sorted_) for batch, sorted_ in zip(batches, sort(batches), strict=True))
+        return [sorted_ for _, sorted_ in found]
+
+    trainer.sorted_window = seen
+    fit(trainer)
+    assert len(found) == 4 and all((one is other) is (limit is not None) for one, other in found)
+
+
 def test_a_step_in_which_none_agree_moves_nothing(tiny_folder, tmp_path):
     run = dict(**SPLIT, max_steps=1, gradient_agreement=1e-6, optim="adamw_torch", weight_decay=0.5, max_grad_norm=1.0)
     change, trainer = train("noisy_sft", tiny_folder, tmp_path, **run)
@@ -195,6 +222,13 @@ def test_a_run_that_filters_goes_on_bit_for_bit(tiny_folder, tmp_path):
 
 
 # sharpness-aware minimisation
+
+
+@pytest.mark.parametrize("rho", [0.0, 0, 1e-4, 10, 10.0])
+def test_the_ends_of_the_range_of_sam_rho_are_taken(rho, tmp_path):
+    args = METHODS["noisy_sft"].config(str(tmp_path), use_cpu=True, bf16=False, sam_rho=rho)
+    assert args.sam_rho == rho and args.perturbs_weights is (rho > 0)
+
 
 RHO = 0.3
 
@@ -322,7 +356,11 @@ REFUSED = [
     ("noisy_sft", dict(gradient_agreement=float("nan")), "gradient_agreement is nan; it must"),
     ("noisy_sft", dict(gradient_agreement=True), "gradient_agreement is True; it takes a number"),
     ("noisy_sft", dict(gradient_agreement=0.9), "a step is one micro-batch, which has no other to agree with"),
-    ("noisy_sft", dict(sam_rho=-0.1), "sam_rho is -0.1; it must be a number of 0 or more"),
+    ("noisy_sft", dict(sam_rho=-0.1), "sam_rho is -0.1; it must be 0 or a number from 0.0001 to 10"),
+    ("noisy_sft", dict(sam_rho=1e30), "sam_rho is 1e\\+30; it must be 0 or .* does not tell how the loss changes"),
+    ("noisy_sft", dict(sam_rho=1e-30), "sam_rho is 1e-30; it must be 0 or .* a shorter one is lost to rounding"),
+    ("noisy_sft", dict(sam_rho=10.5), "sam_rho is 10.5; it must"),
+    ("noisy_sft", dict(sam_rho=9e-5), "sam_rho is 9e-05; it must"),
     ("noisy_sft", dict(sam_rho=float("inf")), "sam_rho is inf; it must"),
     ("noisy_sft", dict(sam_mask="fisher"), "sam_mask is fisher and sam_rho is 0"),
     ("noisy_sft", dict(sam_rho=0.1, sam_mask="fischer"), "Did you mean fisher"),

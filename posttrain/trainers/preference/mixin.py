@@ -190,7 +190,7 @@ class PreferenceMixin(PairRows, WindowMixin):
         return reference_logps.precompute(self, dataset, name, batch_size)
 
     def sorted_window(self, batches: list[dict]) -> list[dict]:
-        """Sort a step's pairs by length into micro-batches, where the loss does not depend on the grouping."""
+        """Sort a step's pairs by length into micro-batches, where the step does not depend on the grouping."""
         whole = all(batch["real_rows"] == self.rows_in(batch) for batch in batches)
         # a user's collator may pad on the left, where columns cannot be cut off
         whole = whole and all(bool(batch["attention_mask"][:, 0].all()) for batch in batches)
@@ -201,8 +201,8 @@ class PreferenceMixin(PairRows, WindowMixin):
 
     @property
     def split_matters(self) -> bool:
-        """Return whether the loss depends on which pairs share a micro-batch."""
-        return False
+        """Return whether the step depends on which pairs share a micro-batch, as the agreement of gradients does."""
+        return self.args.gradient_agreement is not None
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         """Give every pair of the step its coefficient c: a micro-batch of B pairs trains on `sum_i c_i loss_i / B`."""

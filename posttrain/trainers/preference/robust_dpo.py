@@ -72,7 +72,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     @property
     def split_matters(self) -> bool:
-        return self.args.weighs_pairs and self.args.dr_dpo_scope == "micro_batch"
+        return super().split_matters or (self.args.weighs_pairs and self.args.dr_dpo_scope == "micro_batch")
 
     def pair_losses(self, chosen_logratios: Tensor, rejected_logratios: Tensor, inputs: dict) -> Tensor:
         groups, ipo = self.groups_of(inputs), self.args.pair_loss == "ipo"
