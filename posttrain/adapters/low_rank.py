@@ -141,6 +141,8 @@ def merge_adapters(
         if any(isinstance(one, str | os.PathLike) for one in adapters) or base is not None:
             raise ConfigError("adapters are folders, or (A, B, scale) each, and base is for folders; give one kind.")
         return low_rank.merge(adapters, weights, rank, energy, dtype=dtype)
+    if base is not None and not (isinstance(base, str) and base.strip()):
+        raise ConfigError(f"base is {base!r:.100}; give the name of a model, or leave it out.")
     low_rank.check_size(rank, energy)
     weights = low_rank.check_weights(weights, len(adapters))
     dtype = torch.float32 if dtype is None else dtype

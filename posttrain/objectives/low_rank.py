@@ -175,7 +175,7 @@ def merge(
         inner.append(a)
         size += _norm(a) * _norm(b)
     if not math.isfinite(size):
-        raise DataError("the sum of the products has numbers beyond those of its precision; weights or scales are too large.")
+        raise DataError("the sum has numbers beyond those of its precision; weights or scales are too large.")
     exact_a, exact_b = torch.cat(inner), torch.cat(outer, dim=1)
     q_a, q_b, core = _core(exact_a, exact_b)
     left, values, right = torch.linalg.svd(core, full_matrices=False)
