@@ -135,7 +135,7 @@ def merge_adapters(
         ConfigError: an adapter that is more than A and B, adapters of different bases or shapes, values out of range.
         DataError: files that are damaged, or numbers that are not finite.
     """
-    if isinstance(adapters, str | os.PathLike) or not (adapters := list(adapters)):
+    if not isinstance(adapters, list | tuple) or not adapters:
         raise ConfigError(f"adapters is {adapters!r:.200}; give a list of one or more.")
     if not all(isinstance(one, str | os.PathLike) for one in adapters):
         if any(isinstance(one, str | os.PathLike) for one in adapters) or base is not None:
@@ -190,6 +190,8 @@ def spectra(adapter: str | Path | SavedLora) -> dict[str, Spectrum]:
 
     Of an adapter that is more than A and B, as DoRA, it is what these two make. Raises as `merge_adapters`.
     """
+    if not isinstance(adapter, str | os.PathLike | SavedLora):
+        raise ConfigError(f"adapter is {adapter!r:.100}; give the folder of an adapter.")
     found = adapter if isinstance(adapter, SavedLora) else saved_lora.read(adapter)
     spectrums = {}
     with found.opened() as tensors:

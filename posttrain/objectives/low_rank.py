@@ -21,6 +21,7 @@ _TIE = 1000
 # of a type's rounding, the most that storing B may lose: more is an underflow
 _LOST = 32
 _PRECISIONS = (torch.float64, torch.float32)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Refactored(NamedTuple):
@@ -156,8 +157,10 @@ def merge(
             not there.
     """
     check_size(rank, energy)
-    factors = [tuple(entry) for entry in factors]
-    if not factors or any(len(entry) != 3 for entry in factors):
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r:.100}; it must be one of {', '.join(map(str, DTYPES))}.")
+    factors = list(factors) if isinstance(factors, list | tuple) else []
+    if not factors or not all(isinstance(entry, list | tuple) and len(entry) == 3 for entry in factors):
         raise ConfigError("merge takes one or more of (A, B, scale), each a triple.")
     weights = check_weights(weights, len(factors))
     outer, inner, size = [], [], 0.0
@@ -251,7 +254,9 @@ def check_size(rank: int | None, energy: float | None) -> None:
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return `count` weights, 1 each by default; ConfigError for others than so many finite numbers, or zeros alone."""
-    weights = [1.0] * count if weights is None else list(plain(weights))
+    weights = [1.0] * count if weights is None else plain(weights)
+    if not isinstance(weights, list | tuple):
+        raise ConfigError(f"weights is {weights!r:.100}; give a list, a number for each adapter.")
     if len(weights) != count:
         raise ConfigError(f"there are {len(weights)} weights for {count} adapters; give one for each.")
     for weight in weights:
@@ -272,9 +277,11 @@ def check_finite(name: str, value) -> None:
 def check(A: Tensor, B: Tensor) -> None:
     """Raise ConfigError where A (r, d_in) and B (d_out, r) make no product, DataError where they are not finite."""
     for name, value in (("A", A), ("B", B)):
-        if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point() or not value.numel():
+        if not isinstance(value, Tensor) or value.dim() != 2 or not _is_usable(value) or not value.numel():
             shown = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(f"{name} is {shown}; A (r, d_in) and B (d_out, r) are matrices of floating numbers.")
+            raise ConfigError(
+                f"{name} is {shown}; A (r, d_in) and B (d_out, r) are dense matrices of fp32, bf16, fp16 or fp64."
+            )
     if A.shape[0] != B.shape[1] or A.device != B.device:
         raise ConfigError(
             f"A is {list(A.shape)} on {A.device} and B {list(B.shape)} on {B.device}: as many rows of A as "
@@ -283,6 +290,10 @@ def check(A: Tensor, B: Tensor) -> None:
     for name, value in (("A", A), ("B", B)):
         if not _is_finite(value):
             raise DataError(f"{name} holds numbers that are not finite.")
+
+
+def _is_usable(value: Tensor) -> bool:
+    return value.dtype in DTYPES and value.layout is torch.strided and not value.is_meta
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -270,3 +270,20 @@ def test_an_energy_keeps_the_same_rank_at_any_size():
     values = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
     for size in (1e-170, 1.0, 1e170):
         assert low_rank.kept_rank(values * size, energy=0.9) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, "float32", torch.float8_e4m3fn])
+def test_results_are_of_a_floating_type(dtype):
+    with pytest.raises(ConfigError, match="dtype is"):
+        truncate(A, B, dtype=dtype)
+
+
+def test_other_values_than_factors_are_answered():
+    for given in (5, [], [1, 2], None):
+        with pytest.raises(ConfigError, match="triple"):
+            merge(given)
+    with pytest.raises(ConfigError, match="weights is 5"):
+        merge([(A, B, 1.0)], 5)
+    for bad in (A.to_sparse(), A.to("meta"), A.to(torch.float8_e4m3fn)):
+        with pytest.raises(ConfigError, match="dense matrices"):
+            merge([(bad, B, 1.0)])
