@@ -56,8 +56,17 @@ def check(config: dict, owner: str) -> None:
         value = config.get(name)
         if not isinstance(value, str | None) and not (isinstance(value, list) and _are_texts(value)):
             faults[name] = "a text or a list of texts"
+    layers = config.get("layers_to_transform")
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in _listed(layers)):
+        faults["layers_to_transform"] = "a whole number or a list of them"
+    if not _are_texts(_listed(config.get("layers_pattern"))):
+        faults["layers_pattern"] = "a text or a list of texts"
     for name, wanted in faults.items():
         raise ConfigError(f"{owner}: {name} is {shorten(config.get(name))}; it must be {wanted}.")
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _is_rank(value) -> bool:

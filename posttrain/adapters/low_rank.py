@@ -135,12 +135,14 @@ def merge_adapters(
         ConfigError: an adapter that is more than A and B, adapters of different bases or shapes, values out of range.
         DataError: files that are damaged, or numbers that are not finite.
     """
-    if isinstance(adapters, str | os.PathLike) or not (adapters := list(adapters)):
+    if not isinstance(adapters, list | tuple) or not adapters:
         raise ConfigError(f"adapters is {adapters!r:.200}; give a list of one or more.")
     if not all(isinstance(one, str | os.PathLike) for one in adapters):
         if any(isinstance(one, str | os.PathLike) for one in adapters) or base is not None:
             raise ConfigError("adapters are folders, or (A, B, scale) each, and base is for folders; give one kind.")
         return low_rank.merge(adapters, weights, rank, energy, dtype=dtype)
+    if base is not None and not (isinstance(base, str) and base.strip()):
+        raise ConfigError(f"base is {base!r:.100}; give the name of a model, or leave it out.")
     low_rank.check_size(rank, energy)
     weights = low_rank.check_weights(weights, len(adapters))
     dtype = torch.float32 if dtype is None else dtype
@@ -188,6 +190,8 @@ def spectra(adapter: str | Path | SavedLora) -> dict[str, Spectrum]:
 
     Of an adapter that is more than A and B, as DoRA, it is what these two make. Raises as `merge_adapters`.
     """
+    if not isinstance(adapter, str | os.PathLike | SavedLora):
+        raise ConfigError(f"adapter is {adapter!r:.100}; give the folder of an adapter.")
     found = adapter if isinstance(adapter, SavedLora) else saved_lora.read(adapter)
     spectrums = {}
     with found.opened() as tensors:

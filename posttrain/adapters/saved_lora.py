@@ -116,6 +116,7 @@ def read(folder: str | Path) -> SavedLora:
     shapes = _shapes(folder / WEIGHTS, names)
     paths = sorted({found[1] for found in map(_MATRIX.fullmatch, names) if found})
     patterns.check_on(matched, paths, owner)
+    _check_adapted(config, paths, folder)
     modules = {path: _placed(config, path, shapes, folder / WEIGHTS) for path in paths}
     if not modules:
         raise DataError(f"{folder / WEIGHTS} holds no matrices A and B of a LoRA; it has {shorten(sorted(names))}.")
@@ -234,6 +235,25 @@ def _placed(config: dict, path: str, shapes: dict, file: Path) -> Placed:
         if min(shape) < 1 or max(shape) > model_sizes.WIDEST or shape[0] * shape[1] > _MOST_NUMBERS:
             raise DataError(f"{file} holds a matrix of {shape} of {shown}, a size that no adapter has.")
     return Placed(next(iter(found)), scale, rank, a[1], b[0])
+
+
+def _check_adapted(config: dict, paths: list[str], folder: Path) -> None:
+    """Raise DataError where the file has a module that PEFT, by the config, would not adapt."""
+    from types import SimpleNamespace
+
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if config.get("target_modules") in (None, "all-linear"):
+        # what they stand for depends on the base
+        return
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    settings = SimpleNamespace(**{name: config.get(name) for name in names}, target_parameters=None)
+    for path in paths:
+        if not check_target_module_exists(settings, path):
+            raise DataError(
+                f"{folder / WEIGHTS} holds {one_line(path)[:200]}, which {CONFIG} does not adapt (target_modules, "
+                "exclude_modules, layers_to_transform): PEFT would leave it out. Save the adapter again."
+            )
 
 
 def _scheme(folder: Path) -> str | None:

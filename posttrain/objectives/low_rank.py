@@ -18,7 +18,10 @@ from posttrain.errors import ConfigError, DataError
 
 # of entries that are equally large but for rounding, the first one decides a row's sign
 _TIE = 1000
+# of a type's rounding, the most that storing B may lose: more is an underflow
+_LOST = 32
 _PRECISIONS = (torch.float64, torch.float32)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Refactored(NamedTuple):
@@ -124,7 +127,7 @@ def truncate(
 
     Raises:
         ConfigError: both of rank and energy, one out of range, or shapes that do not fit.
-        DataError: numbers that are not finite, or whose product is beyond the type.
+        DataError: numbers that are not finite, or whose product is beyond the type or too small for it.
     """
     return merge([(A, B, scale)], None, rank, energy, dtype=dtype)
 
@@ -154,8 +157,10 @@ def merge(
             not there.
     """
     check_size(rank, energy)
-    factors = [tuple(entry) for entry in factors]
-    if not factors or any(len(entry) != 3 for entry in factors):
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r:.100}; it must be one of {', '.join(map(str, DTYPES))}.")
+    factors = list(factors) if isinstance(factors, list | tuple) else []
+    if not factors or not all(isinstance(entry, list | tuple) and len(entry) == 3 for entry in factors):
         raise ConfigError("merge takes one or more of (A, B, scale), each a triple.")
     weights = check_weights(weights, len(factors))
     outer, inner, size = [], [], 0.0
@@ -171,7 +176,9 @@ def merge(
         a, b = a.detach().double(), b.detach().double() * (float(weight) * float(scale))
         outer.append(b)
         inner.append(a)
-        size += (torch.linalg.norm(a) * torch.linalg.norm(b)).item()
+        size += _norm(a) * _norm(b)
+    if not math.isfinite(size):
+        raise DataError("the sum has numbers beyond those of its precision; weights or scales are too large.")
     exact_a, exact_b = torch.cat(inner), torch.cat(outer, dim=1)
     q_a, q_b, core = _core(exact_a, exact_b)
     left, values, right = torch.linalg.svd(core, full_matrices=False)
@@ -187,9 +194,15 @@ def merge(
         for a, b, _ in factors:
             dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
     made_a = _stored(signs[:, None] * turned, dtype)
-    made_b = _stored((q_b @ left[:, :kept]) * (signs * values[:kept]), dtype)
+    scaled = (q_b @ left[:, :kept]) * (signs * values[:kept])
+    made_b = _stored(scaled, dtype)
+    if _norm(made_b.double() - scaled) > _LOST * torch.finfo(dtype).eps * _norm(scaled):
+        raise DataError(
+            f"the sum has entries of {scaled.abs().max().item():.3g} at the most, of which {dtype} loses most; use a "
+            "wider type, or larger weights."
+        )
     gap = product_norm(torch.cat([exact_a, made_a.double()]), torch.cat([exact_b, -made_b.double()], dim=1))
-    whole = torch.linalg.norm(values).item()
+    whole = _norm(values)
     error = gap / whole if whole else (0.0 if not made_b.any() else math.inf)
     return Compressed(made_a, made_b, values, error, (gap, whole))
 
@@ -202,14 +215,16 @@ def singular_values(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
 
 def product_norm(A: Tensor, B: Tensor) -> float:
     """Return ||B A|| in the Frobenius norm; accurate also where much of it cancels."""
-    return torch.linalg.norm(_core(A, B)[2]).item()
+    return _norm(_core(A, B)[2])
 
 
 def kept_rank(values: Tensor, rank: int | None = None, energy: float | None = None) -> int:
     """Return how many of the singular values (K,), the largest first, a rank or an energy keeps; 1 at the least."""
     kept = len(values)
     if energy is not None:
-        sums = values.double().square().cumsum(0)
+        values = values.double()
+        # squares of the values themselves may be beyond fp64, or vanish
+        sums = (values / values[0] if values[0] else values).square().cumsum(0)
         # of a float that is one rounding short of the whole sum there is no more to add
         kept = min(int((sums < energy * sums[-1]).sum()) + 1, kept)
     return max(min(kept, rank or kept), 1)
@@ -239,7 +254,9 @@ def check_size(rank: int | None, energy: float | None) -> None:
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return `count` weights, 1 each by default; ConfigError for others than so many finite numbers, or zeros alone."""
-    weights = [1.0] * count if weights is None else list(plain(weights))
+    weights = [1.0] * count if weights is None else plain(weights)
+    if not isinstance(weights, list | tuple):
+        raise ConfigError(f"weights is {weights!r:.100}; give a list, a number for each adapter.")
     if len(weights) != count:
         raise ConfigError(f"there are {len(weights)} weights for {count} adapters; give one for each.")
     for weight in weights:
@@ -260,9 +277,11 @@ def check_finite(name: str, value) -> None:
 def check(A: Tensor, B: Tensor) -> None:
     """Raise ConfigError where A (r, d_in) and B (d_out, r) make no product, DataError where they are not finite."""
     for name, value in (("A", A), ("B", B)):
-        if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point() or not value.numel():
+        if not isinstance(value, Tensor) or value.dim() != 2 or not _is_usable(value) or not value.numel():
             shown = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(f"{name} is {shown}; A (r, d_in) and B (d_out, r) are matrices of floating numbers.")
+            raise ConfigError(
+                f"{name} is {shown}; A (r, d_in) and B (d_out, r) are dense matrices of fp32, bf16, fp16 or fp64."
+            )
     if A.shape[0] != B.shape[1] or A.device != B.device:
         raise ConfigError(
             f"A is {list(A.shape)} on {A.device} and B {list(B.shape)} on {B.device}: as many rows of A as "
@@ -271,6 +290,10 @@ def check(A: Tensor, B: Tensor) -> None:
     for name, value in (("A", A), ("B", B)):
         if not _is_finite(value):
             raise DataError(f"{name} holds numbers that are not finite.")
+
+
+def _is_usable(value: Tensor) -> bool:
+    return value.dtype in DTYPES and value.layout is torch.strided and not value.is_meta
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -289,6 +312,12 @@ def _finite(core: Tensor) -> Tensor:
     if not _is_finite(core):
         raise DataError("the product of the factors has numbers beyond those of its precision; they are too large.")
     return core
+
+
+def _norm(value: Tensor) -> float:
+    """Return the Frobenius norm, also where squares of the entries overflow or vanish."""
+    top = value.abs().max().item()
+    return top * torch.linalg.norm(value / top).item() if 0 < top < math.inf else top
 
 
 def _signs(rows: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ REFUSED = {
     "weights has nan": (2, ["merge", "A", "B", "OUT", "--weights", "nan", "1"]),
     "all weights are 0": (2, ["merge", "A", "B", "OUT", "--weights", "0", "0"]),
     "output is .*A, which is not empty": (2, ["merge", "A", "B", "A"]),
+    "base is ''; give the name": (2, ["merge", "A", "B", "OUT", "--base", ""]),
+    "output is .*inside the adapter": (2, ["truncate", "A", "A/inside", "--rank", "1"]),
     "adapter is .*gone, which is no folder": (2, ["merge", "A", "gone", "OUT"]),
     "gone, which is no folder": (2, ["info", "gone"]),
     "adapter_model.safetensors is damaged": (3, ["info", "CUT"]),
@@ -136,3 +138,30 @@ def test_the_tokenizer_goes_with_the_adapters_where_they_have_the_same(adapters,
     assert main([*command, str(tmp_path / "other")]) == 0
     assert not (tmp_path / "other" / "tokenizer.json").exists()
     assert "the adapters come with different tokenizers, so none is copied" in logged.text
+
+
+def test_a_sum_of_zero_is_told(adapters, tmp_path, capsys):
+    out = str(tmp_path / "zero")
+    assert main(["adapters", "merge", adapters[0], adapters[0], out, "--weights", "1", "-1"]) == 0
+    assert "The sum is zero in 4 of 4 modules" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (dict(target_modules=["k_proj"]), 3, "does not adapt"),
+        (dict(target_modules=".*q_proj"), 3, "does not adapt"),
+        (dict(exclude_modules=["v_proj"]), 3, "does not adapt"),
+        (dict(layers_to_transform=[0]), 3, "does not adapt"),
+        (dict(layers_to_transform="x"), 2, "layers_to_transform is"),
+        (dict(layers_to_transform=[0, 1], layers_pattern=[3]), 2, "layers_pattern is"),
+        (dict(layers_to_transform=[0, 1]), 0, ""),
+    ],
+)
+def test_modules_of_the_file_are_those_of_the_config(change, code, said, adapters, tmp_path, capsys):
+    folder = tmp_path / "edited"
+    shutil.copytree(adapters[0], folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert main(["adapters", "truncate", str(folder), str(tmp_path / "out"), "--rank", "2"]) == code
+    assert said in capsys.readouterr().err and (tmp_path / "out").exists() == (code == 0)

@@ -243,3 +243,47 @@ def test_a_norm_of_what_cancels_is_accurate():
     size = 1e-10
     found = low_rank.product_norm(torch.cat([a, a, rest[0]]), torch.cat([b, -b, size * rest[1]], dim=1))
     assert found == pytest.approx(size * torch.linalg.norm(rest[1] @ rest[0]).item(), rel=1e-4)
+
+
+def test_a_sum_beyond_fp64_is_refused():
+    A, B = torch.ones(2, 3, dtype=torch.float64), torch.full((4, 2), 1e155, dtype=torch.float64)
+    with pytest.raises(DataError, match="too large"):
+        low_rank.merge([(A, B, 1.0)], [1e154])
+
+
+def test_squares_beyond_fp64_do_not_make_a_sum_zero():
+    A, B = torch.eye(2, 3, dtype=torch.float64), torch.eye(4, 2, dtype=torch.float64)
+    for weight in (1e154, 1e200, 1e-170):
+        made = low_rank.merge([(A, B, 1.0)], [weight])
+        assert (made.B @ made.A / weight).allclose(B @ A) and made.relative_error < 1e-15
+
+
+def test_what_a_type_is_too_narrow_for_is_refused():
+    A, B = torch.eye(2, 3), torch.eye(4, 2)
+    for rank, scale in ((None, 1e-60), (2, 1e-50), (1, 1e-45)):
+        with pytest.raises(DataError, match="wider type"):
+            low_rank.truncate(A, B, rank, scale=scale)
+    assert low_rank.truncate(A, B, scale=1e-30).relative_error < 1e-6
+
+
+def test_an_energy_keeps_the_same_rank_at_any_size():
+    values = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    for size in (1e-170, 1.0, 1e170):
+        assert low_rank.kept_rank(values * size, energy=0.9) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, "float32", torch.float8_e4m3fn])
+def test_results_are_of_a_floating_type(dtype):
+    with pytest.raises(ConfigError, match="dtype is"):
+        truncate(A, B, dtype=dtype)
+
+
+def test_other_values_than_factors_are_answered():
+    for given in (5, [], [1, 2], None):
+        with pytest.raises(ConfigError, match="triple"):
+            merge(given)
+    with pytest.raises(ConfigError, match="weights is 5"):
+        merge([(A, B, 1.0)], 5)
+    for bad in (A.to_sparse(), A.to("meta"), A.to(torch.float8_e4m3fn)):
+        with pytest.raises(ConfigError, match="dense matrices"):
+            merge([(bad, B, 1.0)])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from posttrain.console import say, say_json
+from posttrain.errors import ConfigError
 from posttrain.private import hide
 from posttrain.visible import one_line
 
@@ -28,6 +29,9 @@ def write(args, adapters: list[Path], weights: list[float] | None = None, base: 
     from posttrain.adapters.saved_lora import check_new
 
     check_new(args.output)
+    for folder in adapters:
+        if args.output.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"output is {args.output}, inside the adapter {folder}; give a folder outside of it.")
     quiet.quiet_libraries()
     import torch
 
@@ -54,6 +58,8 @@ def write(args, adapters: list[Path], weights: list[float] | None = None, base: 
         hide(f"{args.output}: {len(made.parts)} modules of rank {_span(kept)}, of an exact sum of rank {_span(exact)}.")
     )
     say(f"Relative error: {made.relative_error:.3g} of the Frobenius norm of all changes, stored as {args.dtype}.")
+    if zero := sum(not any(part.singular_values) for part in parts):
+        say(f"The sum is zero in {zero} of {len(made.parts)} modules: they change nothing, and are stored as rank 1.")
     worst = sorted(made.parts.items(), key=lambda item: -item[1].relative_error)[:_SHOWN]
     rows = [
         (one_line(path), " + ".join(map(str, part.ranks)), part.exact_rank, part.rank, f"{part.relative_error:.3g}")
