@@ -79,10 +79,10 @@ def test_factors_are_float64_and_carry_no_gradient(dtype):
     ("given", "kind", "said"),
     [
         ((B, A, 2.0), ConfigError, "as many rows of A as columns of B"),
-        ((A.numpy(), B.numpy(), 2.0), ConfigError, "A is ndarray; A .* are matrices of floating numbers"),
+        ((A.numpy(), B.numpy(), 2.0), ConfigError, "A is ndarray; A .* are dense matrices of fp32"),
         ((A, B.to(torch.complex64), 2.0), ConfigError, "B is torch.complex64"),
         ((A.long(), B, 2.0), ConfigError, "A is torch.int64"),
-        ((A[0], B, 2.0), ConfigError, "are matrices of floating numbers"),
+        ((A[0], B, 2.0), ConfigError, "are dense matrices of fp32"),
         ((A, B * float("nan"), 2.0), DataError, "B holds numbers that are not finite"),
         ((A / 0, B, 2.0), DataError, "A holds numbers that are not finite"),
         *[((A, B, eta), ConfigError, "eta") for eta in (0, -1.0, float("nan"), float("inf"), "2", True, None, 1e-200)],
