@@ -29,7 +29,6 @@ __all__ = [
     "truncate_adapter",
 ]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # of a config, what says which modules PEFT adapts
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -146,8 +145,8 @@ def merge_adapters(
     low_rank.check_size(rank, energy)
     weights = low_rank.check_weights(weights, len(adapters))
     dtype = torch.float32 if dtype is None else dtype
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {dtype}; it must be one of {', '.join(map(str, _DTYPES))}.")
+    if dtype not in low_rank.DTYPES:
+        raise ConfigError(f"dtype is {dtype}; it must be one of {', '.join(map(str, low_rank.DTYPES))}.")
     found = [saved_lora.read(folder) for folder in adapters]
     for one in found:
         one.check_plain()
