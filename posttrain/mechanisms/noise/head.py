@@ -1,7 +1,7 @@
 """The loss of a clean and of noisy passes from their hidden states, over chunks of learned tokens.
 
-The logits of a chunk are formed once, and with them the gradient of the states: 6 products with the output embedding
-for three passes, and no logits are kept. What it must come to is `posttrain.objectives.consistency`.
+The logits of a chunk are formed once, and with them the gradient of the states: two products with the output embedding
+for a pass, and no logits are kept. What it must come to is `posttrain.objectives.consistency`.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from posttrain.objectives.consistency import Mode, Terms
 
@@ -53,7 +54,7 @@ def score(
     """Score the states of N learned tokens.
 
     Args:
-        passes: (N, H) each: those of the clean pass, and of as many noisy ones as the loss has, 1 or 2.
+        passes: (N, H) each: those of the clean pass, and of as many noisy ones as the loss has, 0 to 2.
         targets: (N,) token ids.
         weights: see `consistency.mode`.
         temperature: T of the divergences, above 0.
@@ -63,6 +64,56 @@ def score(
     options = (projection.scale, projection.softcap, weights, temperature)
     loss, *found = _Head.apply(projection.weight, projection.bias, targets, options, *passes)
     return Scored(loss, Terms(*found[:4]), *found[4:])
+
+
+def output_of(model, passes: Sequence[Tensor], labels: Tensor, weights: Mode, temperature: float = 1.0):
+    """Return what the states of a batch score, and the output that TRL's fused head would give of it.
+
+    Args:
+        model: the innermost model, whose output embedding is used.
+        passes: (B, T, H) last hidden states each, as in `score`.
+        labels: (B, T) token ids, -100 where nothing is learned; the state at t is for the label at t + 1.
+
+    Returns:
+        (Scored of the N learned tokens, FusedCausalLMOutput with `loss` their sum, and `log_probs` (B, T - 1) that add
+        up to minus that sum).
+    """
+    projection = projection_of(model)
+    # a model over several devices may end on another one than its head's
+    device = projection.weight.device
+    mask = labels[:, 1:].to(device) != -100
+    targets = labels[:, 1:].to(device)[mask]
+    passes = [one[:, :-1].to(device) for one in passes]
+    with maybe_gather_lm_head_ctx(projection.weight, projection.bias):
+        scored = score([one[mask] for one in passes], projection, targets, weights, temperature)
+    # TRL adds log-probs up; their sum is what counts
+    share = scored.loss / max(len(targets), 1)
+    fields = {
+        name: values.new_zeros(mask.shape).masked_scatter(mask, values)
+        for name, values in (("entropy", scored.entropy), ("is_top1", scored.is_top1))
+    }
+    log_probs = torch.where(mask, -share, torch.zeros_like(share))
+    if not len(targets):
+        log_probs = log_probs + 0.0 * sum(one.sum() for one in passes)
+    return scored, FusedCausalLMOutput(loss=scored.loss, log_probs=log_probs, label_mask=mask, **fields)
+
+
+def projection_of(model) -> Projection:
+    """Return what makes logits of a model's last states, as its configuration tells."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    scale = next(
+        (
+            value
+            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (value := getattr(config, name, None)) is not None
+        ),
+        None,
+    )
+    if scale is None:
+        scaling = getattr(config, "logits_scaling", None)
+        multiplies = config.model_type == "hyperclovax"
+        scale = 1.0 if scaling is None else scaling if multiplies else 1.0 / scaling
+    return Projection(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 class _Head(torch.autograd.Function):
@@ -137,7 +188,7 @@ def _before_cap(grad: Tensor, logits: Tensor, options) -> Tensor:
 def _of_chunk(logits: list[Tensor], targets: Tensor, options) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """Return the terms, log-probs, entropy and hits (n,) of a chunk, and the gradient of each pass's logits (n, V)."""
     *_, weights, t = options
-    clean, first, *second = logits
+    clean, *noised = logits
     index = targets[:, None]
     zero = clean.new_zeros(len(targets))
     logps = clean.log_softmax(dim=-1)
@@ -159,7 +210,7 @@ def _of_chunk(logits: list[Tensor], targets: Tensor, options) -> tuple[tuple[Ten
         cross_entropy(0, logps, weights.clean)
     noisy = zero
     if weights.noisy:
-        first_logps = first.log_softmax(dim=-1)
+        first_logps = noised[0].log_softmax(dim=-1)
         noisy = -first_logps.gather(-1, index)[:, 0]
         cross_entropy(1, first_logps, weights.noisy)
     parted, consistent = zero, zero

@@ -11,13 +11,12 @@ import types
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.noise import draws, hidden
 from posttrain.mechanisms.noise.branches import repeated
 from posttrain.mechanisms.noise.controller import innermost
-from posttrain.mechanisms.noise.head import Projection, Scored, score
+from posttrain.mechanisms.noise.head import Scored, output_of
 from posttrain.objectives.consistency import Mode, loss, terms_of
 
 # What a decoder layer is given beside states: of a row each or one for all; bounds of sequences; nothing of rows
@@ -108,23 +107,8 @@ class NoisyPasses:
         kwargs["use_cache"] = False
         found = draws.sequences(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         states = self._states(model, input_ids, found, kwargs)
-        mask = labels[:, 1:].to(states.device) != -100
-        targets = labels[:, 1:].to(states.device)[mask]
-        passes = [one[:, :-1][mask] for one in states.chunk(self.copies)]
-        projection = projection_of(model)
-        with maybe_gather_lm_head_ctx(projection.weight, projection.bias):
-            scored = score(passes, projection, targets, self.weights, self.temperature)
-        self.scored = scored
-        # TRL adds log-probs up; their sum is what counts
-        share = scored.loss / max(len(targets), 1)
-        fields = {
-            name: values.new_zeros(mask.shape).masked_scatter(mask, values)
-            for name, values in (("entropy", scored.entropy), ("is_top1", scored.is_top1))
-        }
-        log_probs = torch.where(mask, -share, torch.zeros_like(share))
-        if not len(targets):
-            log_probs = log_probs + 0.0 * states.sum()
-        return FusedCausalLMOutput(loss=scored.loss, log_probs=log_probs, label_mask=mask, **fields)
+        self.scored, output = output_of(model, states.chunk(self.copies), labels, self.weights, self.temperature)
+        return output
 
     def _states(self, model, input_ids: Tensor, found: draws.Sequences, kwargs: dict) -> Tensor:
         """Return the last hidden states (copies * B, T, H): of the clean pass, then of the noisy ones."""
@@ -187,24 +171,6 @@ class NoisyPasses:
             real = found.real.view(shape)
             real = (real if self._counted is None else real & self._counted).flatten()[:, None]
             return torch.stack([(values.float() * real).square().sum() for values in (noise, states)])
-
-
-def projection_of(model) -> Projection:
-    """Return what makes logits of a model's last states, as its configuration tells."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
-    if scale is None:
-        scaling = getattr(config, "logits_scaling", None)
-        multiplies = config.model_type == "hyperclovax"
-        scale = 1.0 if scaling is None else scaling if multiplies else 1.0 / scaling
-    return Projection(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def _repeat_keywords(rows: int, width: int, copies: int, module, args, kwargs):

@@ -1,12 +1,16 @@
 """Supervised fine-tuning with noise on the embeddings of the forward that is trained: NEFTune, SymNoise and others."""
 
+import contextlib
 import math
 
 import torch
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from posttrain.errors import ConfigError
-from posttrain.mechanisms.noise.controller import EmbeddingNoise, input_embedding
+from posttrain.mechanisms.noise.controller import EmbeddingNoise, innermost, input_embedding
+from posttrain.mechanisms.noise.learned_head import LearnedHead
+from posttrain.mechanisms.own_head import is_adapted
 from posttrain.trainers.sft.hidden_noise import HiddenNoise
 from posttrain.trainers.sft.mixin import InstructionMixin
 from posttrain.trainers.sft.noisy_sft_config import NoisySFTConfig
@@ -64,6 +68,17 @@ _MSN = {
 }
 
 
+class _Settles(TrainerCallback):
+    """Compares the head of learned tokens to the model's own when training begins."""
+
+    def __init__(self, trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self._trainer
+        trainer._learned_head.settle(trainer.accelerator.unwrap_model(trainer.model))
+
+
 class NoisySFTTrainer(InstructionMixin, SFTTrainer):
     """`trl.SFTTrainer` with noise on the embeddings of the forward that is trained: NEFTune, SymNoise and others.
 
@@ -86,7 +101,7 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
 
     def _begin(self, ready) -> None:
         super()._begin(ready)
-        self._noise, self._hidden, self._tokens = None, None, None
+        self._noise, self._hidden, self._tokens, self._learned_head = None, None, None, None
 
     def _place(self, ready) -> None:
         super()._place(ready)
@@ -109,6 +124,10 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
                 )
         self._noise = EmbeddingNoise(args.embedding_noise, args.noise_alpha, args.seed, args.length_mode == "tensor")
         self.copies = self._noise.copies
+        if self._may_score_learned_tokens():
+            self._learned_head = LearnedHead()
+            self._learned_head.give(self.model)
+            self.add_callback(_Settles(self))
         # what the card says was run
         self._name = f"SFT with noisy embeddings ({args.embedding_noise})"
         self._paper = _SYMNOISE if args.embedding_noise == "symnoise" else _NEFTUNE
@@ -164,8 +183,22 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
             return self._hidden.passes.added_to(self.state.global_step, self.counted_tokens)
         if self._noise is None:
             return super().around_policy_forward()
+        return self._noisy_forward()
+
+    @contextlib.contextmanager
+    def _noisy_forward(self):
         model = self.accelerator.unwrap_model(self.model)
-        return self._noise.added_to(model, self.state.global_step, self.counted_tokens)
+        head = contextlib.nullcontext() if self._learned_head is None else self._learned_head.used()
+        with head, self._noise.added_to(model, self.state.global_step, self.counted_tokens):
+            yield
+
+    def _may_score_learned_tokens(self) -> bool:
+        """Return whether the loss is the plain one, of logits that the output embedding makes."""
+        args = self.args
+        plain = args.loss_type == "nll" and not args.label_smoothing_factor and self.compute_loss_func is None
+        # by the width of the batch, the run is transformers' own to the bit; FSDP places the model in its own forward
+        theirs = args.length_mode == "tensor" or self.is_fsdp_enabled
+        return plain and not theirs and not self.aux_loss_enabled and not is_adapted(innermost(self.model))
 
     def finish_evaluation(self, dataloader, description: str) -> None:
         super().finish_evaluation(dataloader, description)

@@ -128,6 +128,22 @@ def test_the_layout_of_a_batch_changes_no_update(layout, noisy, tmp_path):
     assert told == pytest.approx(known, rel=1e-4) and min(told) > 0
 
 
+def test_the_update_by_the_head_of_learned_tokens_is_that_by_trls(noisy, tmp_path, monkeypatch):
+    assert noisy[1]._learned_head.is_right
+    monkeypatch.setattr(NoisySFTTrainer, "_may_score_learned_tokens", lambda self: False)
+    change, trainer = train(tmp_path, **NOISE)
+    assert trainer._learned_head is None
+    assert distance(change, noisy[0]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.label_smoothing_factor. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "settings", [dict(loss_type="dft"), dict(label_smoothing_factor=0.1), dict(length_mode="tensor")], ids=str
+)
+def test_any_other_loss_is_scored_by_trls_head(settings, tmp_path):
+    assert build(tmp_path, **NOISE, **settings)._learned_head is None
+
+
 def test_packed_sequences_have_the_noise_of_their_own_length(tmp_path, monkeypatch):
     packed = dict(packing=True, max_length=4096, per_device_train_batch_size=1, max_steps=1)
     expected, _ = train(tmp_path / "one", **NOISE, per_device_train_batch_size=16, max_steps=1)
