@@ -18,11 +18,22 @@ def test_the_benchmark_measures_every_arm(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "memory_of", lambda script, arm, args: 1.0)
     bench.main(["--quick", "--rounds", "2", "--json", str(tmp_path / "speed.json")])
     content = json.loads((tmp_path / "speed.json").read_text())
-    rows = {row["arm"]: row for row in content["rows"]}
-    assert list(rows) == list(bench.ARMS) and all(min(row["seconds"]) > 0 for row in rows.values())
-    assert rows["sft"]["over_sft"] == [1.0, 1.0, 1.0]
-    assert [target["wanted"] for target in content["targets"]] == [1.02, 1.0, 0.8, 0.62, 0.47, 1.0, 1.2]
+    assert list(content) == list(bench.GROUPS)
+    rows = {row["arm"]: row for group in content.values() for row in group["rows"]}
+    assert rows.keys() == bench.ARMS.keys() and all(min(row["seconds"]) > 0 for row in rows.values())
+    assert all(group["rows"][0]["over_sft"] == [1.0, 1.0, 1.0] for group in content.values())
+    wanted = {name: [target["wanted"] for target in group["targets"]] for name, group in content.items()}
+    assert wanted == {"embedding": [1.02, 1.0], "hidden": [0.8, 0.62, 0.47], "weights": [1.0, 1.2]}
     assert "a step of symnoise over 2 of sft, at most" in capsys.readouterr().out
+
+
+def test_a_group_leaves_the_results_of_others(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "memory_of", lambda script, arm, args: 1.0)
+    (tmp_path / "speed.json").write_text('{"hidden": "as it was", "embedding": "old"}')
+    bench.main(["--quick", "--rounds", "1", "--group", "embedding", "--json", str(tmp_path / "speed.json")])
+    content = json.loads((tmp_path / "speed.json").read_text())
+    assert content.keys() == {"hidden", "embedding"} and content["hidden"] == "as it was"
+    assert [row["arm"] for row in content["embedding"]["rows"]] == list(bench.GROUPS["embedding"])
 
 
 @pytest.mark.parametrize(
