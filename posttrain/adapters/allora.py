@@ -118,6 +118,11 @@ class ALLoRAConfig(SchemeConfig):
         return f"allora eta {float(self.eta)!r}, {self.form} form"
 
     @property
+    def may_be_refactored(self) -> bool:
+        # a row's factor hangs on B A alone, and multiplies rows of gradients, which turn by their columns
+        return self.form == "gradient"
+
+    @property
     def paper(self) -> dict:
         return PAPER
 

@@ -60,6 +60,11 @@ class SchemeConfig(LoraConfig):
         raise NotImplementedError
 
     @property
+    def may_be_refactored(self) -> bool:
+        """Whether the scheme is the same one in other factors of the same product, each step's gradients turned."""
+        return False
+
+    @property
     def paper(self) -> dict:
         """The paper, for a card."""
         raise NotImplementedError

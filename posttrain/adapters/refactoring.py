@@ -192,9 +192,10 @@ def check_adapter_config(config) -> None:
         found = "no adapter is trained" if kind is None else f"the adapter is of the type {kind}"
         raise ConfigError(f"refactor_every is for a LoRA, and {found}. Leave refactor_every out.")
     if hasattr(config, "scheme") and not getattr(config, "may_be_refactored", False):
+        form = f" of the form {config.form}" if hasattr(config, "form") else ""
         raise ConfigError(
-            f"refactor_every with an adapter of the scheme {config.scheme.split()[0]}, which fixes its factors or how "
-            "they move: in others it would be another one. Leave refactor_every out, or use adapter: lora."
+            f"refactor_every with an adapter of the scheme {config.scheme.split()[0]}{form}, which fixes its factors "
+            "or how they move: in others it would be another one. Leave refactor_every out, or use adapter: lora."
         )
     if getattr(config, "use_dora", False):
         raise ConfigError(

@@ -8,9 +8,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, get_peft_model
 
 from posttrain.adapters import refactoring
+from posttrain.adapters.allora import ALLoRAConfig
 from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.adapters.refactoring import RefactorCallback, factors_of, refactor_adapter, second_moment_estimate
 from posttrain.errors import ConfigError, DataError, DivergedError
+from posttrain.mechanisms import scaled_rows
 from posttrain.models import tiny_model
 from posttrain.objectives import low_rank
 
@@ -22,6 +24,9 @@ OPTIMIZERS = {
     "adamw": lambda values: torch.optim.AdamW(values, lr=1e-3, weight_decay=0.1),
     "adam": lambda values: torch.optim.Adam(values, lr=1e-3),
 }
+# linear layers and no scale
+SCHEMES = {ALLoRAConfig: dict(target_modules=["q_proj", "down_proj"], lora_alpha=None)}
+KINDS = [LoraConfig, ALLoRAConfig]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,9 @@ def base():
     return tiny_model(num_hidden_layers=2).double()
 
 
-def adapted(base, **settings):
-    config = LoraConfig(**dict(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"], lora_alpha=12) | settings)
+def adapted(base, kind=LoraConfig, **settings):
+    given = dict(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"], lora_alpha=12)
+    config = kind(**given | SCHEMES.get(kind, {}) | settings)
     model = get_peft_model(copy.deepcopy(base), config)
     generator = torch.Generator().manual_seed(0)
     for name, value in model.named_parameters():
@@ -65,26 +71,28 @@ def gap(ours, theirs):
     return (torch.linalg.norm(ours - theirs) / torch.linalg.norm(theirs)).item()
 
 
-def test_the_model_stays_and_a_becomes_orthonormal(base):
-    model = adapted(base)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_stays_and_a_becomes_orthonormal(kind, base):
+    model = adapted(base, kind)
     scalings = [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")]
     before, held = loss(model).item(), [one.A for one in factors_of(model)]
     with torch.no_grad():
         logits = model(IDS).logits
         assert refactor_adapter(model) == []
-        torch.testing.assert_close(model(IDS).logits, logits, atol=1e-12, rtol=0)
-    assert loss(model).item() == pytest.approx(before, abs=1e-13)
+        torch.testing.assert_close(model(IDS).logits, logits, atol=1e-11, rtol=1e-11)
+    assert loss(model).item() == pytest.approx(before, rel=1e-11)
     for one, parameter in zip(factors_of(model), held, strict=True):
         assert one.A is parameter
-        torch.testing.assert_close(one.A @ one.A.T, torch.eye(4, dtype=one.A.dtype), atol=1e-12, rtol=0)
+        torch.testing.assert_close(one.A @ one.A.T, torch.eye(4, dtype=one.A.dtype), atol=1e-11, rtol=0)
         sizes = one.B.detach().norm(dim=0)
         assert sizes.tolist() == sorted(sizes.tolist(), reverse=True)
     assert scalings == [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")]
-    assert len(held) == 5
+    assert len(held) == {LoraConfig: 5, ALLoRAConfig: 4}[kind]
 
 
-def test_gradients_in_the_new_factors_are_the_old_ones_turned(base):
-    model = adapted(base)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_the_new_factors_are_the_old_ones_turned(kind, base):
+    model = adapted(base, kind)
     loss(model).backward()
     made = [(one.A.grad, one.B.grad, low_rank.refactored(one.A.detach(), one.B.detach())) for one in factors_of(model)]
     refactor_adapter(model)
@@ -94,6 +102,40 @@ def test_gradients_in_the_new_factors_are_the_old_ones_turned(base):
         right = gap(turned.back.T @ of_a, one.A.grad), gap(of_b @ turned.to.T, one.B.grad)
         wrong = gap(turned.to @ of_a, one.A.grad), gap(of_b @ turned.back, one.B.grad)
         assert max(right) < 1e-10 < 1e-2 < min(wrong)
+
+
+def test_rows_factors_of_b_alone_would_not_turn(base, monkeypatch):
+    monkeypatch.setattr(scaled_rows, "scale_of", lambda gram, B, eta: (B.norm(dim=1) + eta**-2).rsqrt())
+    with pytest.raises(AssertionError):
+        test_gradients_in_the_new_factors_are_the_old_ones_turned(ALLoRAConfig, base)
+
+
+def products(model):
+    return torch.cat([(one.B @ one.A).detach().flatten() for one in factors_of(model)])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sgd_of_b_beside_an_orthonormal_a_does_not_notice_a_refactorisation(kind, momentum, base):
+    """New factors are a rotation of the old ones then, and so is the path of SGD."""
+    made = {}
+    for is_orthonormal in (True, False):
+        for refactors in (True, False):
+            model = adapted(base, kind)
+            if is_orthonormal:
+                refactor_adapter(model)
+            rates = [{"params": [one[place] for one in factors_of(model)], "lr": lr} for place, lr in ((1, 0), (2, 0.1))]
+            optimizer = torch.optim.SGD(rates, momentum=momentum)
+            before = products(model)
+            for step in range(3):
+                optimizer.zero_grad()
+                loss(model, IDS[:, step:]).backward()
+                optimizer.step()
+                if refactors:
+                    refactor_adapter(model, optimizer)
+            made[is_orthonormal, refactors] = products(model) - before
+    assert gap(made[True, True], made[True, False]) < 1e-9
+    assert gap(made[False, True], made[False, False]) > 1e-2
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -108,11 +150,11 @@ def test_running_means_are_those_of_the_turned_gradients(name, base):
         for p, matrix, rows in ((one.A, turned.back.T, lambda m: m), (one.B, turned.to, lambda m: m.T)):
             before, after = then[id(p)], optimizer.state[p]
             for entry in {"exp_avg", "momentum_buffer"} & before.keys():
-                assert gap(rows(after[entry]), matrix @ rows(before[entry])) < 1e-12
+                assert gap(rows(after[entry]), matrix @ rows(before[entry])) < 1e-11
                 assert after[entry].dtype == before[entry].dtype
             if "exp_avg_sq" in before:
                 assert (after["exp_avg_sq"] >= 0).all() and torch.equal(after["step"], before["step"])
-                assert gap(rows(after["exp_avg_sq"]), matrix.square() @ rows(before["exp_avg_sq"])) < 1e-12
+                assert gap(rows(after["exp_avg_sq"]), matrix.square() @ rows(before["exp_avg_sq"])) < 1e-11
     assert {"sgd": 0, "momentum": 1, "nesterov": 1}.get(name, 3) == max(map(len, then.values()))
     assert parameters == {id(p) for p in trained(model)}
 
@@ -258,6 +300,9 @@ def test_models_without_such_an_adapter_are_refused(base):
     columns = get_peft_model(copy.deepcopy(base), GiftSWConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="with an adapter of the scheme gift_sw, which fixes its factors"):
         refactor_adapter(columns)
+    updates = adapted(base, ALLoRAConfig, form="update")
+    with pytest.raises(ConfigError, match="with an adapter of the scheme allora of the form update, which fixes its"):
+        refactor_adapter(updates)
     broken = adapted(base)
     factors_of(broken)[0].B.data[0, 0] = float("nan")
     with pytest.raises(DataError, match="down_proj|q_proj|embed_tokens.*: B holds numbers that are not finite"):
