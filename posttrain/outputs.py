@@ -4,10 +4,11 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 
 # of a disk that may have room again
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def keep_going() -> None:
@@ -45,12 +46,35 @@ class _Dropping(io.FileIO):
         try:
             return super().write(content)
         except OSError as error:
-            if error.errno not in _FULL:
-                _leave(self.fileno())
+            if error.errno not in FULL:
+                leave(self.fileno())
             return memoryview(content).nbytes
 
 
-def _leave(descriptor: int) -> None:
+def left_without_reader() -> bool:
+    """Tell whether the reader of standard output or error has gone, and leave such a stream for good."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        # none of a stream that was closed, or that a caller has put in its place
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            descriptor = stream.fileno()
+            if _has_no_reader(descriptor):
+                leave(descriptor)
+                found = True
+    return found
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    if not hasattr(select, "poll"):
+        # not told here: of the two that this is asked of, one has none
+        return True
+    asked = select.poll()
+    asked.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+
+
+def leave(descriptor: int) -> None:
+    """Have what is written to a descriptor, by C code and by what is forked as well, go nowhere."""
     with contextlib.suppress(OSError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, descriptor)

@@ -5,6 +5,7 @@ import math
 from posttrain import model_sizes
 from posttrain.checks import is_beyond_floats, shorten
 from posttrain.errors import ConfigError
+from posttrain.visible import one_line
 
 # of PEFT, for both r and lora_alpha
 _DEFAULT = 8
@@ -26,7 +27,18 @@ _REFUSED = {
     "kasa_config": ((), _WIDE),
     "monteclora_config": ((), _WIDE),
     "megatron_config": ((), "it is for layers of Megatron"),
+    "velora_config": ((), "it keeps what its backward pass needs beside A and B"),
 }
+# what leaves the product of A and B as it is, or is read here or by PEFT as it is written: whose, where, its start, how
+# it was trained
+_TAKEN = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "lora_dropout",
+    # of no effect without the setting that they belong to, and of where a layer computes
+    "qalora_group_size", "megatron_core", "runtime_config",
+}  # fmt: skip
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -89,11 +101,32 @@ def refusals(config: dict) -> list[str]:
         for name, (neutral, why) in _REFUSED.items()
         if config.get(name) is not None and config[name] not in neutral
     ]
+    found += _unknown(config)
     how = config.get("init_lora_weights")
     if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
         found.append(
             f"init_lora_weights is {how!r}, and it fits the base without the part that the adapter took when it was "
             "made. Convert it first: PEFT's save_pretrained with path_initial_model_for_weight_conversion"
+        )
+    return found
+
+
+def _unknown(config: dict) -> list[str]:
+    """Return why settings cannot be taken that PEFT has and this module does not know, or that this PEFT has not."""
+    import peft
+
+    others = {name: value for name, value in config.items() if name not in _TAKEN | _REFUSED.keys()}
+    if not others:
+        return []
+    defaults, found = peft.LoraConfig().to_dict(), []
+    for name, value in others.items():
+        # of a setting that is off, whatever it is
+        if not value or name in defaults and value == defaults[name]:
+            continue
+        whose = "this library does not know" if name in defaults else f"PEFT {peft.__version__} does not have"
+        found.append(
+            f"{one_line(name)[:100]} is {shorten(value)}, a setting that {whose}: what it makes of A and B is not "
+            "known. If that is nothing, take it out of the adapter's config"
         )
     return found
 

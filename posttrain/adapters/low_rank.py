@@ -29,9 +29,6 @@ __all__ = [
     "truncate_adapter",
 ]
 
-# of a config, what says which modules PEFT adapts
-_WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-
 
 class Part(NamedTuple):
     """One module of a sum.
@@ -281,8 +278,8 @@ def _settled(found: list[SavedLora], parts: dict[str, Part], tensors: dict, base
             if saved_lora.is_factor(name):
                 tensors[name] = saved_lora.padded(name, value, rank)
     first = found[0].config
-    where = {name: first.get(name) for name in _WHERE}
-    if any({name: one.config.get(name) for name in _WHERE} != where for one in found[1:]):
+    where = {name: first.get(name) for name in saved_lora.WHERE}
+    if any({name: one.config.get(name) for name in saved_lora.WHERE} != where for one in found[1:]):
         where = {"target_modules": sorted(parts)}
     tasks = {one.config.get("task_type") for one in found}
     settings = {

@@ -28,6 +28,8 @@ _NAMES = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embe
 _MATRIX = re.compile(rf"{re.escape(_PREFIX)}([\w.-]+)\.({'|'.join(map(re.escape, sum(_NAMES.values(), ())))})")
 # the weight of an embedding, which PEFT saves beside an adapter of one
 _CARRIED = re.compile(r"(?!.*\.lora_)(?!.*modules_to_save).+\.weight")
+# of a config, what says which modules PEFT adapts
+WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # numbers of one matrix: the largest embedding's with a rank of a thousand has a quarter of it
 _MOST_NUMBERS = 1 << 30
@@ -238,7 +240,7 @@ def _placed(config: dict, path: str, shapes: dict, file: Path) -> Placed:
 
 
 def _check_adapted(config: dict, paths: list[str], folder: Path) -> None:
-    """Raise DataError where the file has a module that PEFT, by the config, would not adapt."""
+    """Raise DataError where the file has a module that PEFT, by the config, would not adapt, or none that it names."""
     from types import SimpleNamespace
 
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -246,14 +248,30 @@ def _check_adapted(config: dict, paths: list[str], folder: Path) -> None:
     if config.get("target_modules") in (None, "all-linear"):
         # what they stand for depends on the base
         return
-    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    settings = SimpleNamespace(**{name: config.get(name) for name in names}, target_parameters=None)
+    settings = SimpleNamespace(**{name: config.get(name) for name in WHERE}, target_parameters=None)
     for path in paths:
         if not check_target_module_exists(settings, path):
             raise DataError(
                 f"{folder / WEIGHTS} holds {one_line(path)[:200]}, which {CONFIG} does not adapt (target_modules, "
                 "exclude_modules, layers_to_transform): PEFT would leave it out. Save the adapter again."
             )
+    if not paths or settings.exclude_modules:
+        # of a name all modules may be left out
+        return
+    parts = [path.split(".") for path in paths]
+    there = {
+        "target_modules": {".".join(words[place:]) for words in parts for place in range(len(words))},
+        "layers_to_transform": {int(word) for words in parts for word in words if word.isdecimal()},
+    }
+    for name, found in there.items():
+        named = getattr(settings, name)
+        for one in named if isinstance(named, list) else ():
+            if one not in found:
+                raise DataError(
+                    f"{folder / WEIGHTS} holds no module of {one_line(str(one))[:200]}, which {CONFIG} names in "
+                    f"{name}: the file is not whole, or the base has no such module. Save the adapter again, or take "
+                    "the name out."
+                )
 
 
 def _scheme(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file, save_file
 
-from posttrain.adapters import SIDE_FILE, saved_lora
+from posttrain.adapters import SIDE_FILE, lora_settings, saved_lora
 from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.adapters.low_rank import merge_adapters, spectra, truncate_adapter
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
@@ -364,6 +365,24 @@ HOSTILE = {
     "rank is 1,000,000,000, and no model": (ConfigError, lambda folder: change(folder, lora_r=8, rank=10**9)),
     "by its config they must be matrices of the rank 3": (DataError, lambda folder: change(folder, r=3)),
     "holds one of A and B of model.layers.0": (DataError, only("lora_A")),
+    "of A and B of model.layers.0.self_attn.q_proj without the other": (DataError, only("lora_B")),
+    "of A and B of model.layers.1.self_attn.v_proj without the other": (
+        DataError,
+        lambda folder: rewrite(folder, lambda s: {n: v for n, v in s.items() if "1.self_attn.v_proj.lora_A" not in n}),
+    ),
+    "holds no module of v_proj, which adapter_config.json names in target_modules": (DataError, only("q_proj")),
+    "holds no module of 1, which adapter_config.json names in layers_to_transform": (
+        DataError,
+        lambda folder: change(folder, layers_to_transform=[0, 1], layers_pattern="layers") or only("layers.0")(folder),
+    ),
+    "velora_config is {'num_groups': 2}, and it keeps what its backward": (
+        ConfigError,
+        lambda folder: change(folder, velora_config={"num_groups": 2}),
+    ),
+    r"use_other is \[3\], a setting that PEFT .* does not have: what it makes": (
+        ConfigError,
+        lambda folder: change(folder, use_other=[3]),
+    ),
     "holds no matrices A and B": (DataError, only("nothing")),
     "holds I64 and F32 numbers": (
         DataError,
@@ -393,10 +412,33 @@ def test_folders_of_strangers_are_answered(said, base, tmp_path):
         truncate_adapter(folder)
 
 
+def test_every_setting_of_pefts_is_taken_or_refused_by_name(base, tmp_path, monkeypatch):
+    """A PEFT that has another setting fails here: what it makes of A and B is to be looked at."""
+    names = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert names == names & (lora_settings._TAKEN | lora_settings._REFUSED.keys())
+    assert not lora_settings._TAKEN & lora_settings._REFUSED.keys()
+    assert lora_settings.refusals(LoraConfig().to_dict()) == []
+    # off, whatever they are
+    assert lora_settings.refusals(dict(use_new=False, new_list=[], new_config=None, new_size=0)) == []
+    monkeypatch.setattr(lora_settings, "_TAKEN", lora_settings._TAKEN - {"qalora_group_size"})
+    assert lora_settings.refusals(LoraConfig().to_dict()) == []
+    (told,) = lora_settings.refusals(dict(qalora_group_size=8))
+    assert "qalora_group_size is 8, a setting that this library does not know" in told
+    # what A and B make is told all the same
+    folder = saved(base, tmp_path / "a")
+    change(folder, use_new=True)
+    assert spectra(folder) and "use_new is True" in saved_lora.read(folder).refused[0]
+
+
+def test_a_name_that_the_config_leaves_out_again_need_not_be_there(base, tmp_path):
+    folder = saved(base, tmp_path / "a", exclude_modules=r".*v_proj")
+    assert all(path.endswith("q_proj") for path in truncate_adapter(folder).parts)
+
+
 def test_sizes_of_no_adapter_are_refused_before_they_are_read(base, tmp_path):
     folder = saved(base, tmp_path / "a")
     name = "base_model.model.q_proj.lora_{}.weight"
-    change(folder, r=1)
+    change(folder, r=1, target_modules=["q_proj"])
     # of no bytes, which safetensors itself refuses
     header(folder, **{name.format("A"): [1, 10**9], name.format("B"): [8, 1]})
     with pytest.raises(DataError, match="damaged"):
