@@ -9,6 +9,8 @@ from posttrain.visible import one_line
 
 # of PEFT, for both r and lora_alpha
 _DEFAULT = 8
+# of an alpha, which over any rank is still a number of fp64
+_LEAST = 1e-290
 _WIDE = "it is another function of its inputs than B A"
 # of an adapter's config: what has no sum, or no factors, its neutral values beside None, and why
 _REFUSED = {
@@ -51,7 +53,7 @@ def check(config: dict, owner: str) -> None:
     faults = {}
     for name, pattern, fits, wanted in (
         ("r", "rank_pattern", _is_rank, "a whole number of 1 or more"),
-        ("lora_alpha", "alpha_pattern", _is_finite, "a finite number"),
+        ("lora_alpha", "alpha_pattern", _is_alpha, f"a finite number, and not below {_LEAST:g} in size but for 0"),
     ):
         held = config.get(pattern) or {}
         if not fits(config.get(name, _DEFAULT)):
@@ -85,9 +87,9 @@ def _is_rank(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= model_sizes.WIDEST
 
 
-def _is_finite(value) -> bool:
+def _is_alpha(value) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool) and not is_beyond_floats(value)
-    return number and math.isfinite(value)
+    return number and math.isfinite(value) and (value == 0 or abs(value) >= _LEAST)
 
 
 def _are_texts(values: list) -> bool:

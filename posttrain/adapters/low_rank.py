@@ -14,7 +14,7 @@ from posttrain.adapters import saved_lora
 from posttrain.adapters.saved_lora import SavedLora
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
-from posttrain.objectives import low_rank
+from posttrain.objectives import factors, low_rank, spectrum
 from posttrain.objectives.low_rank import Compressed, refactor, truncate
 from posttrain.visible import one_line
 
@@ -87,21 +87,22 @@ class Spectrum(NamedTuple):
     @property
     def norm(self) -> float:
         """The Frobenius norm of the change."""
-        return torch.linalg.norm(self.singular_values).item()
+        return factors.norm(self.singular_values)
 
     @property
     def effective_rank(self) -> float:
         """exp(entropy) of the singular values' shares: the rank that equally large ones would have."""
-        return low_rank.effective_rank(self.singular_values)
+        return spectrum.effective_rank(self.singular_values)
 
     def rank_for(self, energy: float) -> int:
         """Return the least rank that keeps this share of the sum of squared singular values; 0 for no change."""
-        return low_rank.kept_rank(self.singular_values, energy=energy) if self.norm else 0
+        return spectrum.kept_rank(self.singular_values, energy=energy) if self.norm else 0
 
     def left_out(self) -> Tensor:
         """Return the relative error of the best approximation of each rank 0, 1, ..., (K + 1,)."""
-        tails = self.singular_values.square().flip(0).cumsum(0).flip(0).sqrt()
-        return torch.cat([tails, tails.new_zeros(1)]) / max(self.norm, 1e-300)
+        shares = self.singular_values / (self.norm or 1.0)
+        tails = shares.square().flip(0).cumsum(0).flip(0).sqrt()
+        return torch.cat([tails, tails.new_zeros(1)])
 
 
 def merge_adapters(
@@ -142,8 +143,8 @@ def merge_adapters(
     low_rank.check_size(rank, energy)
     weights = low_rank.check_weights(weights, len(adapters))
     dtype = torch.float32 if dtype is None else dtype
-    if dtype not in low_rank.DTYPES:
-        raise ConfigError(f"dtype is {dtype}; it must be one of {', '.join(map(str, low_rank.DTYPES))}.")
+    if dtype not in factors.DTYPES:
+        raise ConfigError(f"dtype is {dtype}; it must be one of {', '.join(map(str, factors.DTYPES))}.")
     found = [saved_lora.read(folder) for folder in adapters]
     for one in found:
         one.check_plain()
@@ -178,6 +179,7 @@ def truncate_adapter(
 
     Arguments, result and errors are those of `merge_adapters`.
     """
+    _check_folder(folder)
     return merge_adapters([folder], None, rank, energy=energy, dtype=dtype)
 
 
@@ -186,29 +188,34 @@ def spectra(adapter: str | Path | SavedLora) -> dict[str, Spectrum]:
 
     Of an adapter that is more than A and B, as DoRA, it is what these two make. Raises as `merge_adapters`.
     """
-    if not isinstance(adapter, str | os.PathLike | SavedLora):
-        raise ConfigError(f"adapter is {adapter!r:.100}; give the folder of an adapter.")
+    if not isinstance(adapter, SavedLora):
+        _check_folder(adapter)
     found = adapter if isinstance(adapter, SavedLora) else saved_lora.read(adapter)
     spectrums = {}
     with found.opened() as tensors:
         for path, placed in found.modules.items():
             a, b, scale = found.factors(path, tensors)
             with _naming(found, path):
-                values = low_rank.singular_values(a, b, scale)
+                values = spectrum.singular_values(a, b, scale)
             spectrums[path] = Spectrum(placed.rank, scale, (placed.height, placed.width), values)
     return spectrums
 
 
+def _check_folder(adapter) -> None:
+    if not isinstance(adapter, str | os.PathLike):
+        raise ConfigError(f"adapter is {adapter!r:.100}; give the folder of an adapter.")
+
+
 def _sum(path: str, given, rank, energy, dtype) -> Compressed:
     """Add the adapters of one module. `given`: the adapters that have it, each with its file and weight."""
-    factors = []
+    parts = []
     for one, file, weight in given:
         a, b, scale = one.factors(path, file)
         with _naming(one, path):
-            low_rank.check(a, b)
-        factors.append((a, b, scale * weight))
+            factors.check(a, b)
+            parts.append((a, b, factors.share(weight, scale)))
     with _naming(given[0][0], path):
-        return low_rank.merge(factors, None, rank, energy, dtype=dtype)
+        return low_rank.merge(parts, None, rank, energy, dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -216,8 +223,8 @@ def _naming(found: SavedLora, path: str):
     """Name file and module in an error of numbers."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"{found.folder / saved_lora.WEIGHTS}, {one_line(path)[:200]}: {error}") from None
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{found.folder / saved_lora.WEIGHTS}, {one_line(path)[:200]}: {error}") from None
 
 
 def _kind(found: list[SavedLora], path: str) -> str:

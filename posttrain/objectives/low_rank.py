@@ -13,15 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posttrain.checks import check_holdable, check_integer, check_number, plain
+from posttrain.checks import check_integer, check_number, plain
 from posttrain.errors import ConfigError, DataError
+from posttrain.objectives.factors import (
+    DTYPES,
+    check,
+    check_finite,
+    check_seen,
+    core,
+    finite,
+    is_regular,
+    norm,
+    share,
+    signs,
+    stored,
+)
+from posttrain.objectives.spectrum import kept_rank, product_norm
 
-# of entries that are equally large but for rounding, the first one decides a row's sign
-_TIE = 1000
-# of a type's rounding, the most that storing B may lose: more is an underflow
-_LOST = 32
 _PRECISIONS = (torch.float64, torch.float32)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Refactored(NamedTuple):
@@ -67,12 +76,13 @@ def refactor(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64) ->
     an orthonormal basis, which spans the rows of A wherever those are independent.
 
     Args:
-        A: (r, d_in), r <= d_in. B: (d_out, r). Both of one floating type, which the results have.
+        A: (r, d_in), r <= d_in. B: (d_out, r). Both on one device. The results have their floating type, and of two
+            the one that holds both (fp32 of bf16 and fp16), as sums of `merge` do.
         precision: of the computation: torch.float64, or float32 where a device has no other.
 
     Raises:
-        ConfigError: shapes that do not fit, or d_in < r, of which no r rows are orthonormal.
-        DataError: numbers that are not finite, or whose product is beyond the type.
+        ConfigError: shapes or devices that do not fit, or d_in < r, of which no r rows are orthonormal.
+        DataError: numbers that are not finite, or whose product is beyond the type or too small for it.
     """
     return refactored(A, B, precision=precision, basis=False)[:2]
 
@@ -91,20 +101,21 @@ def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64, 
     q_a, r_a = torch.linalg.qr(A.detach().to(precision).T)
     q_b, r_b = torch.linalg.qr(B.detach().to(precision))
     # where d_out < r the core is wide, and the rows of its whole V^T stand for the missing directions too
-    left, values, right = torch.linalg.svd(_finite(r_b @ r_a.T), full_matrices=True)
+    left, values, right = torch.linalg.svd(finite(r_b @ r_a.T), full_matrices=True)
     turned = right @ q_a.T
-    signs = _signs(turned)
-    right, turned, found = signs[:, None] * right, turned.mul_(signs[:, None]), len(values)
+    sides = signs(turned)
+    right, turned, found = sides[:, None] * right, turned.mul_(sides[:, None]), len(values)
     # of the transposes, which lie row by row in memory
-    outer = ((left[:, :found] * (values * signs[:found])).T @ q_b.T).T
+    outer = ((left[:, :found] * (values * sides[:found])).T @ q_b.T).T
     if found < rank:
         outer = torch.cat([outer, outer.new_zeros(len(outer), rank - found)], dim=1)
     to = back = None
-    if basis and _is_regular(r_a, A.dtype):
+    if basis and is_regular(r_a, A.dtype):
         # N = V^T Ra^-T
         to = torch.linalg.solve_triangular(r_a, right.T, upper=True).T.contiguous()
         back = r_a.T @ right.T
-    return Refactored(_stored(turned, A.dtype), _stored(outer, B.dtype), to, back)
+    dtype = torch.promote_types(A.dtype, B.dtype)
+    return Refactored(stored(turned, dtype), stored(outer, dtype), to, back)
 
 
 def truncate(
@@ -126,7 +137,8 @@ def truncate(
         dtype: of the result; that of the factors by default.
 
     Raises:
-        ConfigError: both of rank and energy, one out of range, or shapes that do not fit.
+        ConfigError: both of rank and energy, one out of range, shapes that do not fit, or a weight whose product with
+            its scale is beyond fp64 or below it.
         DataError: numbers that are not finite, or whose product is beyond the type or too small for it.
     """
     return merge([(A, B, scale)], None, rank, energy, dtype=dtype)
@@ -166,80 +178,43 @@ def merge(
     outer, inner, size = [], [], 0.0
     for (a, b, scale), weight in zip(factors, weights, strict=True):
         check(a, b)
-        check_finite("scale", scale)
+        factor = share(weight, scale)
         first = factors[0]
         if (a.shape[1], b.shape[0], a.device) != (first[0].shape[1], first[1].shape[0], first[0].device):
             raise ConfigError(
                 f"factors of {b.shape[0]} x {a.shape[1]} on {a.device} cannot be added to those of "
                 f"{first[1].shape[0]} x {first[0].shape[1]} on {first[0].device}: they change other weights."
             )
-        a, b = a.detach().double(), b.detach().double() * (float(weight) * float(scale))
-        outer.append(b)
+        a, b = a.detach().double(), b.detach().double()
         inner.append(a)
-        size += _norm(a) * _norm(b)
+        outer.append(b * factor)
+        part = norm(a) * norm(outer[-1])
+        if factor:
+            check_seen(min(part, norm(outer[-1])), a, b)
+        size += part
     if not math.isfinite(size):
         raise DataError("the sum has numbers beyond those of its precision; weights or scales are too large.")
     exact_a, exact_b = torch.cat(inner), torch.cat(outer, dim=1)
-    q_a, q_b, core = _core(exact_a, exact_b)
-    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    q_a, q_b, small = core(exact_a, exact_b)
+    left, values, right = torch.linalg.svd(small, full_matrices=False)
     least = torch.finfo(torch.float64).eps * max(exact_a.shape[1], exact_b.shape[0]) * size
     values = values[: max(int((values > least).sum()), 1)]
     if values[0] <= least:
         values = torch.zeros_like(values)
     kept = kept_rank(values, rank, energy)
     turned = right[:kept] @ q_a.T
-    signs = _signs(turned)
+    sides = signs(turned)
     if dtype is None:
         dtype = factors[0][0].dtype
         for a, b, _ in factors:
             dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
-    made_a = _stored(signs[:, None] * turned, dtype)
-    scaled = (q_b @ left[:, :kept]) * (signs * values[:kept])
-    made_b = _stored(scaled, dtype)
-    if _norm(made_b.double() - scaled) > _LOST * torch.finfo(dtype).eps * _norm(scaled):
-        raise DataError(
-            f"the sum has entries of {scaled.abs().max().item():.3g} at the most, of which {dtype} loses most; use a "
-            "wider type, or larger weights."
-        )
+    made_a = stored(sides[:, None] * turned, dtype)
+    scaled = (q_b @ left[:, :kept]) * (sides * values[:kept])
+    made_b = stored(scaled, dtype)
     gap = product_norm(torch.cat([exact_a, made_a.double()]), torch.cat([exact_b, -made_b.double()], dim=1))
-    whole = _norm(values)
+    whole = norm(values)
     error = gap / whole if whole else (0.0 if not made_b.any() else math.inf)
     return Compressed(made_a, made_b, values, error, (gap, whole))
-
-
-def singular_values(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the singular values of scale B A, the largest first, min(r, d_in, d_out) of them, in fp64."""
-    check(A, B)
-    return torch.linalg.svdvals(_core(A.detach().double(), B.detach().double())[2]) * abs(scale)
-
-
-def product_norm(A: Tensor, B: Tensor) -> float:
-    """Return ||B A|| in the Frobenius norm; accurate also where much of it cancels."""
-    return _norm(_core(A, B)[2])
-
-
-def kept_rank(values: Tensor, rank: int | None = None, energy: float | None = None) -> int:
-    """Return how many of the singular values (K,), the largest first, a rank or an energy keeps; 1 at the least."""
-    kept = len(values)
-    if energy is not None:
-        values = values.double()
-        # squares of the values themselves may be beyond fp64, or vanish
-        sums = (values / values[0] if values[0] else values).square().cumsum(0)
-        # of a float that is one rounding short of the whole sum there is no more to add
-        kept = min(int((sums < energy * sums[-1]).sum()) + 1, kept)
-    return max(min(kept, rank or kept), 1)
-
-
-def effective_rank(values: Tensor) -> float:
-    """Return exp(entropy of s_i / sum s): the rank that equally large singular values would have; 0 for none.
-
-    Source: Roy and Vetterli, The effective rank (EUSIPCO 2007).
-    """
-    shares = values.double()[values > 0]
-    if not len(shares):
-        return 0.0
-    shares = shares / shares.sum()
-    return math.exp(-(shares * shares.log()).sum().item())
 
 
 def check_size(rank: int | None, energy: float | None) -> None:
@@ -264,81 +239,3 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not any(weights):
         raise ConfigError("all weights are 0, so there is nothing to add.")
     return [float(weight) for weight in weights]
-
-
-def check_finite(name: str, value) -> None:
-    """Raise ConfigError for what is no finite number."""
-    check_holdable(name, value)
-    held = plain(value)
-    if isinstance(held, bool) or not isinstance(held, int | float) or not math.isfinite(held):
-        raise ConfigError(f"{name} has {value!r:.100}; it must be a finite number.")
-
-
-def check(A: Tensor, B: Tensor) -> None:
-    """Raise ConfigError where A (r, d_in) and B (d_out, r) make no product, DataError where they are not finite."""
-    for name, value in (("A", A), ("B", B)):
-        if not isinstance(value, Tensor) or value.dim() != 2 or not _is_usable(value) or not value.numel():
-            shown = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(
-                f"{name} is {shown}; A (r, d_in) and B (d_out, r) are dense matrices of fp32, bf16, fp16 or fp64."
-            )
-    if A.shape[0] != B.shape[1] or A.device != B.device:
-        raise ConfigError(
-            f"A is {list(A.shape)} on {A.device} and B {list(B.shape)} on {B.device}: as many rows of A as "
-            "columns of B, on one device, make a product."
-        )
-    for name, value in (("A", A), ("B", B)):
-        if not _is_finite(value):
-            raise DataError(f"{name} holds numbers that are not finite.")
-
-
-def _is_usable(value: Tensor) -> bool:
-    return value.dtype in DTYPES and value.layout is torch.strided and not value.is_meta
-
-
-def _is_finite(value: Tensor) -> bool:
-    # a sum is one pass, and finite only where all its terms are; it may overflow where they are
-    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
-
-
-def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Qa, Qb and the matrix Rb Ra^T, which has the singular values of B A."""
-    q_a, r_a = torch.linalg.qr(A.T)
-    q_b, r_b = torch.linalg.qr(B)
-    return q_a, q_b, _finite(r_b @ r_a.T)
-
-
-def _finite(core: Tensor) -> Tensor:
-    if not _is_finite(core):
-        raise DataError("the product of the factors has numbers beyond those of its precision; they are too large.")
-    return core
-
-
-def _norm(value: Tensor) -> float:
-    """Return the Frobenius norm, also where squares of the entries overflow or vanish."""
-    top = value.abs().max().item()
-    return top * torch.linalg.norm(value / top).item() if 0 < top < math.inf else top
-
-
-def _signs(rows: Tensor) -> Tensor:
-    """Return the sign (k,) of each row's largest entry, by magnitude."""
-    sizes = rows.abs()
-    top = sizes.amax(dim=1, keepdim=True) * (1 - _TIE * torch.finfo(rows.dtype).eps)
-    first = (sizes >= top).to(torch.uint8).argmax(dim=1, keepdim=True)
-    return torch.where(rows.gather(1, first)[:, 0] < 0, -1.0, 1.0).to(rows.dtype)
-
-
-def _is_regular(triangle: Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether a matrix (r, r) has an inverse, as numbers of a type tell it."""
-    values = torch.linalg.svdvals(triangle)
-    eps = max(torch.finfo(dtype).eps, torch.finfo(triangle.dtype).eps)
-    return bool(values[-1] > len(values) * eps * values[0])
-
-
-def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = value.to(dtype).contiguous()
-    if not _is_finite(stored):
-        raise DataError(
-            f"a factor has entries of {value.abs().max().item():.3g}, which {dtype} does not hold; use a wider type."
-        )
-    return stored

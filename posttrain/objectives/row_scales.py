@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.checks import check_number
-from posttrain.objectives.low_rank import check
+from posttrain.objectives.factors import check
 
 # beyond these eta, factors would leave the range of half precision
 LEAST_ETA, MOST_ETA = 1e-4, 1e4

@@ -218,11 +218,46 @@ def test_factors_are_added_as_folders_are(base, tmp_path):
         torch.testing.assert_close(ours, made.tensors[name], atol=1e-6, rtol=1e-5)
     with pytest.raises(ConfigError, match="give one kind"):
         merge_adapters([folders[0], (part.A, part.B, 1.0)])
-    for nothing in ([], "folder"):
-        with pytest.raises(ConfigError, match="adapters is .*; give a list of one or more"):
-            merge_adapters(nothing)
+    with pytest.raises(ConfigError, match=r"q_proj: a weight of 1e-308 times a scale of 3.0 is below"):
+        merge_adapters(folders, [1e-308, 1.0])
     with pytest.raises(ConfigError, match="dtype is torch.int8"):
         merge_adapters(folders, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    "given", [5, None, True, "folder", b"folder", [], (), {}, {"a"}, (one for one in "ab"), range(2)]
+)
+def test_what_is_no_list_of_adapters_is_answered(given):
+    with pytest.raises(ConfigError, match="adapters is .*; give a list of one or more"):
+        merge_adapters(given)
+
+
+@pytest.mark.parametrize("given", [[5], [None], [b"folder"], [[]], [()], [(1, 2, 3, 4)], [{"A": 1}], ["a", None]])
+def test_what_are_no_adapters_is_answered(given):
+    with pytest.raises(ConfigError, match=r"each a triple|give one kind"):
+        merge_adapters(given)
+    for look in (truncate_adapter, spectra):
+        with pytest.raises(ConfigError, match="adapter is .*; give the folder of an adapter"):
+            look(given)
+
+
+@pytest.mark.parametrize("weights", [(one for one in (1.0, 2.0)), "12", {1.0: 2.0}, torch.ones(2), 1.0])
+def test_weights_are_a_list(weights, base, tmp_path):
+    with pytest.raises(ConfigError, match="weights is .*; give a list"):
+        merge_adapters(["a", "b"], weights)
+
+
+def test_alphas_as_large_as_fp64_holds_are_answered(base, tmp_path):
+    folder = saved(base, tmp_path / "a")
+    change(folder, lora_alpha=1e200)
+    found = next(iter(spectra(folder).values()))
+    assert 1e199 < found.norm < 1e201 and found.left_out()[0].item() == pytest.approx(1)
+    with pytest.raises(DataError, match="which torch.float32 does not hold; use a wider type"):
+        truncate_adapter(folder)
+    assert truncate_adapter(folder, dtype=torch.float64).relative_error < 1e-6
+    change(folder, lora_alpha=1e-300)
+    with pytest.raises(ConfigError, match="lora_alpha is 1e-300; it must be a finite number, and not below 1e-290"):
+        spectra(folder)
 
 
 def test_spectra_are_those_of_the_changes(base, tmp_path):

@@ -1,5 +1,6 @@
 """`posttrain adapters info`: ranks, singular values and norms of a LoRA adapter, as a table or a picture."""
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -51,7 +52,7 @@ def run(args) -> int:
         "use_rslora": bool(config.get("use_rslora")),
         "scheme": found.scheme,
         "more_than_a_and_b": found.refused,
-        "norm": sum(one.norm**2 for one in spectrums.values()) ** 0.5,
+        "norm": math.hypot(*(one.norm for one in spectrums.values())),
         "modules": {path: _facts(one) for path, one in spectrums.items()},
     }
     if args.plot is not None:
