@@ -27,7 +27,7 @@ def sizes(config, args, peft_config) -> dict[str, int | str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from posttrain.run import checks
+    from posttrain.run import adapter_checks, checks
 
     # on that device weights that are shared stay so
     with torch.device("meta"), warnings.catch_warnings(), checks.upstream_refusals(), checks.building("the model"):
@@ -36,7 +36,7 @@ def sizes(config, args, peft_config) -> dict[str, int | str]:
         if peft_config is not None:
             from peft import get_peft_model
 
-            checks.check_names(peft_config, model)
+            adapter_checks.check_names(peft_config, model)
             model = get_peft_model(model, copy.deepcopy(peft_config))
             saved = _saved_by_peft(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

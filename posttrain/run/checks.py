@@ -1,16 +1,11 @@
 """Checks that run before the model loads, or in the first step: what is wrong, where it is set, how to mend it."""
 
 import contextlib
-import copy
-import math
-import re
 import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import AttentionInterface, AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import (
     is_flash_attn_2_available,
@@ -21,22 +16,14 @@ from transformers.utils import (
 
 from posttrain import model_sizes, patterns
 from posttrain.bounded import Overtime, in_time
-from posttrain.checks import check_choice, check_holdable, check_links, plain, shorten
+from posttrain.checks import check_choice, check_links
 from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.models import check_holds_safetensors, check_runs_no_code
 from posttrain.remote import check_model_name, model_failure
-from posttrain.run import optimizers, upstream_optimizers
 
 # of a model of any size some seconds
 BUILD_SECONDS = 60.0
 _FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-# What architectures call their input embedding
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
-# Of an adapter's config what names modules: by texts or a pattern, and by texts alone.
-_NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
-_LISTS_OF_NAMES = ("modules_to_save", "target_parameters")
-# Optimisers that ask for more of a model than its parameters.
-_NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
 
 def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
@@ -51,67 +38,6 @@ def check_output_dir(output_dir: str, name: str = "output_dir") -> None:
         raise ConfigError(
             f"{name} is {output_dir}, which cannot be written to ({error.strerror}: {there}). Choose another."
         ) from error
-
-
-def check_lora(peft_config) -> None:
-    """Refuse adapter settings that upstream would only trip over once the model is loaded.
-
-    Patterns that may take for ever to match are refused as well. Numpy's numbers become Python's own in the settings,
-    as PEFT saves no others.
-    """
-    vars(peft_config).update(plain(vars(peft_config)))
-    for name, value in vars(peft_config).items():
-        check_holdable(f"{name} of the adapter", value)
-    for name in (*_NAMES, *_LISTS_OF_NAMES):
-        _check_module_names(name, getattr(peft_config, name, None), name in _NAMES)
-    patterns.check_adapter(peft_config)
-    # of other kinds `r` may be something else: OFT takes 0 beside its block size
-    if isinstance(peft_config, LoraConfig):
-        rank, dropout, alpha = peft_config.r, peft_config.lora_dropout, peft_config.lora_alpha
-        if not (isinstance(rank, int) and rank >= 1):
-            raise ConfigError(f"the LoRA rank (lora_r) is {rank}; it must be a whole number of 1 or more.")
-        if dropout is not None and not 0 <= dropout < 1:
-            raise ConfigError(f"lora_dropout is {dropout}; it must lie in [0, 1).")
-        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-            raise ConfigError(
-                f"lora_alpha is {alpha}; it must be a number above 0 (at 0 the adapter would never train)."
-            )
-    targets = getattr(peft_config, "target_modules", None) or ()
-    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
-        raise ConfigError(
-            "lora_target_modules names lm_head, whose weight is read directly, so an adapter on it would never train. "
-            "Leave it out."
-        )
-
-
-def _check_module_names(name: str, value, takes_text: bool) -> None:
-    """Refuse what names no modules in an adapter's config. `takes_text`: whether one text or pattern is taken too."""
-    several = isinstance(value, list | tuple | set | frozenset) and all(isinstance(one, str) for one in value)
-    if value is None or several or (takes_text and isinstance(value, str)):
-        return
-    wanted = "a name, a pattern or a list of names" if takes_text else "a list of names, written [a, b]"
-    raise ConfigError(f"{name} of the adapter is {shorten(value)}; it must be {wanted}.")
-
-
-def check_tying(peft_config, config) -> None:
-    """Refuse an adapter that PEFT would carry from a tied embedding over to the head.
-
-    `config`: the model's.
-    """
-    targets = getattr(peft_config, "target_modules", None) or ()
-    if not getattr(peft_config, "ensure_weight_tying", False) or not config.get_text_config().tie_word_embeddings:
-        return
-    for name in _EMBEDDINGS:
-        if isinstance(targets, str):
-            named = any(re.fullmatch(targets, path) for path in (name, f"model.{name}", f"transformer.{name}"))
-        else:
-            named = any(target.rpartition(".")[2] == name for target in targets)
-        if named:
-            raise ConfigError(
-                f"ensure_weight_tying is set with {name} in target_modules: PEFT would adapt the head that is tied to "
-                "it as well, whose weight is read directly, so that adapter would never train. Leave "
-                f"ensure_weight_tying out, or name {name} in modules_to_save instead."
-            )
 
 
 def check_here(args) -> None:
@@ -153,35 +79,6 @@ def check_router(args, config) -> None:
         raise ConfigError(
             f"router_aux_loss_coef is {coefficient}, and the model ({config.model_type}) is no mixture of experts that "
             "returns its router's logits. Leave it out."
-        )
-
-
-def check_optimiser(args) -> None:
-    """Refuse an optimiser or a schedule that upstream would only trip over once the model is loaded.
-
-    Raises ConfigError for arguments that it does not take, EnvironmentIssue where its package is missing.
-    """
-    if isinstance(args.optim_target_modules, str):
-        patterns.check(args.optim_target_modules, "optim_target_modules")
-    parameters = [torch.nn.Parameter(torch.zeros(1))]
-    name = getattr(args.optim, "value", args.optim)
-    if optimizers.is_upstream(name):
-        upstream_optimizers.check(args, name)
-    with upstream_refusals(f"optim {name} cannot be built with optim_args {args.optim_args!r}"):
-        if not optimizers.is_upstream(name):
-            # built by the trainers here, which `optimizers.check` asks
-            pass
-        elif name.startswith(_NEED_THE_MODEL):
-            with contextlib.suppress(ValueError):
-                Trainer.get_optimizer_cls_and_kwargs(args)
-        else:
-            kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-            kind(parameters, **settings)
-    name, settings = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
-    with upstream_refusals(f"lr_scheduler_type {name} cannot be built with lr_scheduler_kwargs {settings}"):
-        optimiser = torch.optim.SGD(parameters, lr=args.learning_rate)
-        get_scheduler(
-            name, optimiser, args.get_warmup_steps(100), num_training_steps=100, scheduler_specific_kwargs=settings
         )
 
 
@@ -233,52 +130,6 @@ def building(what: str):
             f"{what} cannot be built within {BUILD_SECONDS:g} s, without its weights. Mend its config.json, or name "
             "fewer modules."
         ) from None
-
-
-def check_names(peft_config, model, trust_remote_code: bool = False) -> None:
-    """Refuse an adapter's patterns that take long to match with the names of a model's modules.
-
-    `model`: with or without weights, or a model's config, of which one without weights is built.
-    """
-    found = [] if peft_config is None else patterns.check_adapter(peft_config)
-    if not found:
-        return
-    if not isinstance(model, torch.nn.Module):
-        # within the launch, it would spread the weights
-        if is_deepspeed_zero3_enabled():
-            return
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), building("the model"):
-            try:
-                model = _without_weights(model, trust_remote_code)
-            # a model of another kind, or what the trainer's own checks name
-            except Exception:
-                return
-    patterns.check_on(found, [name for name, _ in model.named_modules()], "the adapter's config")
-
-
-def _without_weights(config, trust_remote_code: bool):
-    # the config's own attention may be a kernel of the hub
-    return AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
-    )
-
-
-def check_layers(peft_config, model, trust_remote_code: bool = False) -> None:
-    """Refuse an adapter of a scheme of ours that does not fit a model's layers, which the scheme itself says.
-
-    `model`: the model, which its adapter is then put on anyway, or its config, of which one without weights is built.
-    """
-    if not hasattr(peft_config, "scheme") or isinstance(model, torch.nn.Module) or is_deepspeed_zero3_enabled():
-        return
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), building("the model"):
-        try:
-            built = _without_weights(model, trust_remote_code)
-        # a model of another kind, or what the trainer's own checks name
-        except Exception:
-            return
-        with upstream_refusals("the adapter cannot be built with these settings"):
-            adapter = copy.deepcopy(peft_config)
-            adapter.check_placed(get_peft_model(built, adapter))
 
 
 def check_loading(kwargs: dict) -> None:

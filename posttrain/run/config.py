@@ -18,8 +18,8 @@ from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
-from posttrain.run import checkpoints, identity, optimizers, preemption, refactoring
-from posttrain.run.checks import check_optimiser, check_reporters, upstream_refusals
+from posttrain.run import checkpoints, identity, optimizers, preemption, refactoring, schedule
+from posttrain.run.checks import check_reporters, upstream_refusals
 from posttrain.run.engines import under_deepspeed as under_deepspeed
 from posttrain.run.engines import under_fsdp
 from posttrain.run.update_config import UpdateConfig
@@ -220,8 +220,8 @@ class CommonConfig(UpdateConfig):
                 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
                 with upstream_refusals("these settings are refused"), self._upstreams_optim():
                     super().__post_init__()
-        check_optimiser(self)
         self._check_update()
+        schedule.check(self)
         if self.resume_weights_only and under_deepspeed(self):
             raise ConfigError(
                 "resume_weights_only is true under DeepSpeed, which loads weights and optimizer as one. Start a new "

@@ -14,7 +14,8 @@ from posttrain.errors import ConfigError
 _ELSEWHERE = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _BRACKETS = {"(": ")", "[": "]"}
 _SIMPLE = (bool, int, float, str)
-_EXAMPLE = "optim_args: betas=(0.9,0.999),eps=1e-8"
+# what help and errors show, by the optimizer that takes it
+EXAMPLES = {"sgd": "momentum=0.9,nesterov=true", "pytorch_optimizer:ademamix": "betas=(0.9,0.999,0.9999),alpha=5"}
 
 
 def split(text: str | None) -> dict[str, str]:
@@ -40,11 +41,15 @@ def split(text: str | None) -> dict[str, str]:
         if not one and not found and not parts:
             continue
         if not (name and equals and value):
-            raise ConfigError(f"optim_args is {text!r}; write name=value,name=value, such as `{_EXAMPLE}`.")
+            raise ConfigError(f"optim_args is {text!r}; write name=value,name=value, such as {_shown()}.")
         if name in found:
             raise ConfigError(f"optim_args names {name} twice; keep one.")
         found[name] = value
     return found
+
+
+def _shown() -> str:
+    return " and ".join(f"`optim_args: {text}` of optim {name}" for name, text in EXAMPLES.items())
 
 
 def refuse_elsewhere(names: Iterable[str]) -> None:

@@ -17,10 +17,21 @@ from transformers import get_scheduler
 
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
+from posttrain.run.checks import upstream_refusals
 
 # What remains of a curve at or below this share of its peak teaches nothing
 _ENDED = 0.01
 _POINTS = 1000
+
+
+def check(args) -> None:
+    """Refuse a schedule that upstream would only trip over once the model is loaded. Raises ConfigError."""
+    name, settings = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
+    with upstream_refusals(f"lr_scheduler_type {name} cannot be built with lr_scheduler_kwargs {settings}"):
+        optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        get_scheduler(
+            name, optimiser, args.get_warmup_steps(100), num_training_steps=100, scheduler_specific_kwargs=settings
+        )
 
 
 @dataclass(frozen=True)

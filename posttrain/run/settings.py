@@ -5,7 +5,7 @@ from peft import PeftModel
 
 from posttrain.hub import check_push
 from posttrain.models import resolve_model
-from posttrain.run import adapter_schemes, checks, init_kwargs, lock, refactoring, run_folder, start
+from posttrain.run import adapter_checks, adapter_schemes, checks, init_kwargs, lock, refactoring, run_folder, start
 from posttrain.run.sharing import check_setting
 
 
@@ -34,7 +34,7 @@ def check(
         if args.process_index == 0:
             lock.check_free(args.output_dir)
     if peft_config is not None:
-        checks.check_lora(peft_config)
+        adapter_checks.check_lora(peft_config)
     own = model.peft_config.get("default") if isinstance(model, PeftModel) else None
     adapter_schemes.check(peft_config or own, args)
     refactoring.check(model, peft_config, args)
@@ -49,9 +49,9 @@ def check(
         config = checks.load_config(model, args)
         init_kwargs.check(args, config)
     named_by = model if isinstance(model, torch.nn.Module) else config
-    checks.check_names(peft_config, named_by, args.trust_remote_code)
-    checks.check_layers(peft_config, named_by, args.trust_remote_code)
-    checks.check_tying(peft_config, config)
+    adapter_checks.check_names(peft_config, named_by, args.trust_remote_code)
+    adapter_checks.check_layers(peft_config, named_by, args.trust_remote_code)
+    adapter_checks.check_tying(peft_config, config)
     checks.check_router(args, config)
     if has_folder:
         run_folder.check_start_stays(args, model)

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from posttrain.checks import check_choice
 from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
-from posttrain.run import optimizer_names, optimizers
+from posttrain.run import optimizer_args, optimizer_names, optimizers
 from posttrain.run.engines import sharding
 
 # the share of weights that FSAM perturbs where none is set
@@ -25,7 +25,9 @@ class UpdateConfig:
     optim: str = setting(
         TrainingArguments.default_optim,
         "Optimizer: one of transformers' names, torch.optim:NAME, pytorch_optimizer:NAME (the extra `optimizers`), or "
-        "module:Class of your own, which needs --allow_code. Arguments in optim_args: betas=(0.9,0.999),eps=1e-8.",
+        "module:Class of your own, which needs --allow_code. Arguments in optim_args, such as "
+        + " and ".join(f"{text} for {name}" for name, text in optimizer_args.EXAMPLES.items())
+        + ".",
         identity=False,
         card=False,
     )

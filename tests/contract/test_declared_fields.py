@@ -20,7 +20,7 @@ from posttrain.config.mixture import check_datasets
 from posttrain.config.setting import identity_of, meanings, setting, told_in_card, undeclared
 from posttrain.errors import ConfigError
 from posttrain.hub.card import _settings
-from posttrain.run.checks import check_lora
+from posttrain.run.adapter_checks import check_lora
 from posttrain.run.identity import update_of
 from tests.families import CONFIGS
 

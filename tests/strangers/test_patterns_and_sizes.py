@@ -15,7 +15,7 @@ from posttrain.data.processing import load_processing_class
 from posttrain.errors import ConfigError
 from posttrain.model_sizes import check_sizes
 from posttrain.models import tiny_model
-from posttrain.run import checks
+from posttrain.run import adapter_checks, checks
 
 ENDLESS = r"(([a-z_.0-9]*)*)*X"
 # Not refused for its form, and of the tenth power of a name's length.
@@ -70,7 +70,7 @@ def test_settings_name_no_modules_by_an_endless_pattern():
 )
 def test_no_pattern_of_an_adapter_is_endless(settings):
     with pytest.raises(ConfigError, match="can take for ever"):
-        checks.check_lora(LoraConfig(**settings))
+        adapter_checks.check_lora(LoraConfig(**settings))
 
 
 def test_a_pattern_that_takes_long_with_the_models_names_is_refused(monkeypatch):
@@ -79,8 +79,8 @@ def test_a_pattern_that_takes_long_with_the_models_names_is_refused(monkeypatch)
     before = torch.get_rng_state()
     for given in (model, model.config):
         with pytest.raises(ConfigError, match="takes more than 0.1 s. Name the modules in a list"):
-            checks.check_names(LoraConfig(target_modules=LONG), given)
-        checks.check_names(LoraConfig(target_modules=r".*\.(q|v)_proj"), given)
+            adapter_checks.check_names(LoraConfig(target_modules=LONG), given)
+        adapter_checks.check_names(LoraConfig(target_modules=r".*\.(q|v)_proj"), given)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -17,7 +17,7 @@ from posttrain import ALoLConfig, ALoLTrainer, QAEConfig, QAETrainer, RobustDPOC
 from posttrain.errors import ConfigError
 from posttrain.hub.merging import merge_adapter
 from posttrain.mechanisms import initial_adapter
-from posttrain.run import checks
+from posttrain.run import adapter_checks
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 
@@ -407,10 +407,10 @@ def test_an_adapter_that_would_be_carried_over_to_a_tied_head_is_refused(targets
     if tied:
         with pytest.raises(ConfigError, match="ensure_weight_tying is set with embed_tokens in target_modules"):
             build("preference", base, adapter, tmp_path, tokenizer)
-    checks.check_tying(config(target_modules=targets), AutoConfig.from_pretrained(base))
+    adapter_checks.check_tying(config(target_modules=targets), AutoConfig.from_pretrained(base))
     for others in ("all-linear", ["q_proj"], r".*q_proj"):
         adapter = config(target_modules=others, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-        checks.check_tying(adapter, AutoConfig.from_pretrained(base))
+        adapter_checks.check_tying(adapter, AutoConfig.from_pretrained(base))
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

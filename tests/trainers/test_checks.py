@@ -9,7 +9,7 @@ from peft import IA3Config, LoraConfig
 from posttrain import PolicyGradientConfig, PolicyGradientTrainer, RobustDPOConfig, RobustDPOTrainer
 from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
-from posttrain.run import checks
+from posttrain.run import adapter_checks, checks
 from posttrain.trainers.preference import prepare
 from tests import rollouts
 from tests.conftest import make_pairs
@@ -138,12 +138,12 @@ def test_what_names_no_modules_in_an_adapter_is_refused_by_name(config, name):
         # a constructor of its own may ask first
         setattr(adapter, name, value)
         with pytest.raises(ConfigError, match=f"{name} of the adapter is .*; it must be a"):
-            checks.check_lora(adapter)
+            adapter_checks.check_lora(adapter)
     texts = ["k_proj", r".*\.k_proj"] if name in ("target_modules", "exclude_modules", "feedforward_modules") else []
     for value in (None, ["q_proj"], {"q_proj"}, ("q_proj",), *texts):
         adapter = config()
         setattr(adapter, name, value)
-        checks.check_lora(adapter)
+        adapter_checks.check_lora(adapter)
 
 
 def test_an_adapter_that_names_a_number_is_refused_by_a_trainer(weightless, tmp_path):
