@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -557,3 +559,29 @@ def test_whole_modules_train_beside_it_with_their_own_gradients(base):
     )
     others = [name for name in found if "lora_" not in name]
     assert len(others) == 6 and all(torch.equal(found[name], expected[name]) for name in others)
+
+
+def test_the_example_of_the_page_runs(base, tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "methods" / "allora.md").read_text()
+    code = re.search(r"## Models that are wrapped elsewhere.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    scope = dict(base=copy.deepcopy(base), other_base=copy.deepcopy(base), input_ids=IDS, folder=tmp_path)
+    exec(code, scope)
+    model, loaded = scope["model"], scope["loaded"]
+    etas = [(name, variant.eta) for *_, variant, name in layers_of(model)]
+    assert sorted(etas) == [("default", 2.0)] * 4 + [("second", 1.0)] * 2
+    assert {variant.eta for *_, variant, _ in layers_of(loaded)} == {2.0} and (tmp_path / SIDE_FILE).is_file()
+    # B began at zero, where all rows have eta, and A has no gradient
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    change = {name: value.detach().clone() for name, value in theirs.named_parameters() if "lora_B" in name}
+    for name, value in theirs.named_parameters():
+        if name in change:
+            value.data.zero_()
+    assert distance(change, {name: -0.1 * 2.0 * gradients(theirs)[name] for name in change}) < 1e-4
+
+
+def test_an_optimizer_keeps_the_parameters_of_what_becomes_one(base):
+    model = plain(base)
+    held, found = list(model.parameters()), logits(model)
+    apply_allora(model, 2.0)
+    assert all(one is other for one, other in zip(model.parameters(), held, strict=True))
+    assert torch.equal(logits(model), found)
