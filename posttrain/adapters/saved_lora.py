@@ -261,12 +261,12 @@ def _check_adapted(config: dict, paths: list[str], folder: Path) -> None:
     parts = [path.split(".") for path in paths]
     there = {
         "target_modules": {".".join(words[place:]) for words in parts for place in range(len(words))},
-        "layers_to_transform": {int(word) for words in parts for word in words if word.isdecimal()},
+        "layers_to_transform": {word for words in parts for word in words},
     }
     for name, found in there.items():
         named = getattr(settings, name)
         for one in named if isinstance(named, list) else ():
-            if one not in found:
+            if str(one) not in found:
                 raise DataError(
                     f"{folder / WEIGHTS} holds no module of {one_line(str(one))[:200]}, which {CONFIG} names in "
                     f"{name}: the file is not whole, or the base has no such module. Save the adapter again, or take "

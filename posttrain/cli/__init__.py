@@ -22,8 +22,6 @@ VERBS = ("quickstart", "train", "recipes", "data", "env", "generate", "adapters"
 _EPILOG = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 5 training diverged,
 75 ended early with a checkpoint to go on from (--resume_from_checkpoint auto), 128 + n ended by signal n (141: the
 reader of its output has gone); 1 is a fault of the program and comes with its traceback"""
-
-
 # 128 and the number of SIGPIPE, which Python has turned into an error: what a shell has of other programs
 _NO_READER = 141
 

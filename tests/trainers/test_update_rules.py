@@ -290,6 +290,15 @@ def test_a_refactorisation_follows_the_step_of_sam(name, tiny_folder, tmp_path):
     assert identical(trainable(resumed.model), trainable(both.model))
 
 
+@pytest.mark.slow
+def test_allora_s_updates_are_scaled_by_the_weights_that_sam_has_put_back(tiny_folder, tmp_path):
+    run = dict(sam_rho=RHO, max_steps=1, form="update")
+    one, two = (train("allora", tiny_folder, tmp_path / str(eta), eta=eta, **run)[0] for eta in (1.0, 2.0))
+    # there B is zero and all rows have eta; at the moved weights they would not
+    wanted = {name: value * (2 if "lora_B" in name else 1) for name, value in one.items()}
+    assert distance(two, wanted) < 1e-5 and any(value.any() for name, value in one.items() if "lora_A" in name)
+
+
 @pytest.mark.core("noisy_sft")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_update_does_not_depend_on_the_split(name, tiny_folder, tmp_path, monkeypatch):
