@@ -122,9 +122,15 @@ def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
         raise DataError(
             f"a factor has entries of {value.abs().max().item():.3g}, which {dtype} does not hold; use a wider type."
         )
-    if dtype != value.dtype and norm(made.to(value.dtype) - value) > _LOST * torch.finfo(dtype).eps * norm(value):
-        raise DataError(
-            f"a factor has entries of {value.abs().max().item():.3g} at the most, of which {dtype} loses most; use a "
-            "wider type, or larger weights."
-        )
+    if dtype != value.dtype and _may_be_lost(made):
+        if norm(made.to(value.dtype) - value) > _LOST * torch.finfo(dtype).eps * norm(value):
+            raise DataError(
+                f"a factor has entries of {value.abs().max().item():.3g} at the most, of which {dtype} loses most; use "
+                "a wider type, or larger weights."
+            )
     return made
+
+
+def _may_be_lost(value: Tensor) -> bool:
+    """Tell whether a tensor's largest number is so near the least of its type that smaller ones matter."""
+    return value.abs().max().item() < torch.finfo(value.dtype).tiny * value.numel()
