@@ -40,7 +40,7 @@ def on_whole_logits(states, weight, bias, targets, weights, temperature, scale=1
 @pytest.mark.parametrize("name", MODES)
 def test_value_and_gradients_are_those_of_whole_logits(name, kind, monkeypatch):
     # three whole chunks and a part of one
-    monkeypatch.setattr(head, "CHUNK", 3)
+    monkeypatch.setattr(head, "CHUNK_ON_CPU", 3)
     weights, options = mode(name, 0.4, 0.2), {k: v for k, v in KINDS[kind].items() if k != "bias"}
     states, weight, bias, targets = made(1 + weights.passes, KINDS[kind].get("bias", False))
     found = score(states, Projection(weight, bias, **options), targets, weights, temperature=1.7)

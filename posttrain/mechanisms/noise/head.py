@@ -13,8 +13,8 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from posttrain.objectives.consistency import Mode, Terms
 
-# learned tokens whose logits are held at a time, of each pass
-CHUNK = 512
+# learned tokens whose logits are held at a time, of each pass; on a CPU more of them fall out of its cache
+CHUNK, CHUNK_ON_CPU = 512, 128
 
 
 class Projection(NamedTuple):
@@ -126,8 +126,9 @@ class _Head(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias)) if needs_bias else None
         parts = []
-        for start in range(0, len(targets), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        size = CHUNK_ON_CPU if targets.device.type == "cpu" else CHUNK
+        for start in range(0, len(targets), size):
+            chunk = slice(start, start + size)
             own = [one[chunk] for one in states]
             logits = [_logits(one, weight, bias, options) for one in own]
             found, grads_of_logits = _of_chunk(logits, targets[chunk], options)
