@@ -1,6 +1,7 @@
 import functools
 import gc
 import importlib.metadata
+import inspect
 import json
 import os
 import random
@@ -50,6 +51,23 @@ def pytest_collection_finish(session):
     """Each run ends in a full collection, which need not go over all that was imported again and again."""
     gc.collect()
     gc.freeze()
+    _number_data_sets(pytest.MonkeyPatch())
+
+
+# what `_number_data_sets` replaces, by module and name
+HASHED = {}
+
+
+def _number_data_sets(patch):
+    """Have data sets numbered instead of hashed, a tenth of a tiny run: no test looks for one in the user's cache."""
+    if "datasets" not in sys.modules:
+        return
+    from datasets import arrow_dataset, fingerprint
+
+    for module in (arrow_dataset, fingerprint):
+        for name in ("generate_fingerprint", "update_fingerprint"):
+            HASHED.setdefault((module, name), getattr(module, name))
+            patch.setattr(module, name, lambda *args: fingerprint.generate_random_fingerprint())
 
 
 # they share one warm process, and the process in which pytest runs them
@@ -160,22 +178,43 @@ def _commit_of(folder: str) -> str | None:
     return git_commit()
 
 
+def _quicken_reports(patch):
+    """Curves take longer to draw than a tiny run does. The commit of a folder is looked up once."""
+    # not imported for this alone, which takes seconds
+    if reporting := sys.modules.get("posttrain.run.report"):
+        patch.setattr(reporting, "git_commit", lambda: _commit_of(os.getcwd()))
+        plot = inspect.unwrap(reporting.plot_curves)
+        patch.setattr(reporting, "plot_curves", functools.wraps(plot)(lambda *args: None))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_fixtures():
+    """Reports of the runs of fixtures that are set up before those of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        _quicken_reports(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def quick_reports(request, monkeypatch):
-    """Curves take longer to draw than a tiny run does; tests that want them ask for `curves`. The commit of a folder is
-    looked up once."""
-    # not imported for this alone, which takes seconds
-    reporting = sys.modules.get("posttrain.run.report")
-    if not reporting:
-        return
-    monkeypatch.setattr(reporting, "git_commit", lambda: _commit_of(os.getcwd()))
+    """Tests that want curves ask for `curves`."""
     if "curves" not in request.fixturenames:
-        monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
+        _quicken_reports(monkeypatch)
 
 
 @pytest.fixture
-def curves():
+def curves(monkeypatch):
     """Runs in this process end with their picture."""
+    from posttrain.run import report
+
+    monkeypatch.setattr(report, "plot_curves", inspect.unwrap(report.plot_curves))
+
+
+@pytest.fixture
+def fingerprints(monkeypatch):
+    """Data sets have the hash of what they hold and of how they were made."""
+    for (module, name), hashed in HASHED.items():
+        monkeypatch.setattr(module, name, hashed)
 
 
 @pytest.fixture

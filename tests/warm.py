@@ -4,6 +4,7 @@ A fresh interpreter spends seven seconds on imports. The server, `python -m test
 autograd cannot be forked once it has run.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -142,6 +143,9 @@ def _serve() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for module in ("tests.distributed.worker", "tests.interruption.child"):
         importlib.import_module(module)
+    # what is imported need not be gone over, nor its pages copied, in each fork
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "end" in request:
