@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -16,6 +17,8 @@ os.environ.setdefault("POSTTRAIN_LOG", "warning")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+from tests import sparing
 
 # accelerate reads a package's whole metadata each time it asks whether a model is PEFT's: a fifth of a tiny run
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
@@ -51,23 +54,7 @@ def pytest_collection_finish(session):
     """Each run ends in a full collection, which need not go over all that was imported again and again."""
     gc.collect()
     gc.freeze()
-    _number_data_sets(pytest.MonkeyPatch())
-
-
-# what `_number_data_sets` replaces, by module and name
-HASHED = {}
-
-
-def _number_data_sets(patch):
-    """Have data sets numbered instead of hashed, a tenth of a tiny run: no test looks for one in the user's cache."""
-    if "datasets" not in sys.modules:
-        return
-    from datasets import arrow_dataset, fingerprint
-
-    for module in (arrow_dataset, fingerprint):
-        for name in ("generate_fingerprint", "update_fingerprint"):
-            HASHED.setdefault((module, name), getattr(module, name))
-            patch.setattr(module, name, lambda *args: fingerprint.generate_random_fingerprint())
+    sparing.spare(pytest.MonkeyPatch())
 
 
 # they share one warm process, and the process in which pytest runs them
@@ -111,6 +98,7 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4]) + (sum(server.cpu_seconds() for server in warm.SERVERS) if warm else 0.0)
 
 
+TESTS = Path(__file__).parent
 WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch".split()
 
 
@@ -202,6 +190,17 @@ def quick_reports(request, monkeypatch):
         _quicken_reports(monkeypatch)
 
 
+# tests of runs, whose rows are mostly the same
+RUNS = ("adapters", "contract", "recipe", "run", "trainers")
+
+
+@pytest.fixture(autouse=True)
+def checked_once(request, monkeypatch):
+    """Rows are checked once for all tests of runs."""
+    if request.path.relative_to(TESTS).parts[0] in RUNS:
+        sparing.check_rows_once(monkeypatch)
+
+
 @pytest.fixture
 def curves(monkeypatch):
     """Runs in this process end with their picture."""
@@ -213,7 +212,7 @@ def curves(monkeypatch):
 @pytest.fixture
 def fingerprints(monkeypatch):
     """Data sets have the hash of what they hold and of how they were made."""
-    for (module, name), hashed in HASHED.items():
+    for (module, name), hashed in sparing.HASHED.items():
         monkeypatch.setattr(module, name, hashed)
 
 
