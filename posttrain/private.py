@@ -91,8 +91,12 @@ def hide(text: str) -> str:
 
     Known are the values of secret names in the settings that `remember` was given, and in the environment.
     """
+    return _hide(text, _known())
+
+
+def _hide(text: str, secrets: list[str]) -> str:
     # first, while they are whole
-    for known in _known():
+    for known in secrets:
         if known in text:
             text = text.replace(known, f"hf_{HIDDEN}" if known.startswith("hf_") else HIDDEN)
     text = hide_forms(_REWARD.sub(_hide_reward, text) if "?" in text else text)
@@ -133,22 +137,27 @@ def without_secrets(value, instead: str | None = None):
             and paths stay as they are.
         instead: stands in the place of an entry's value; default: the entry is left out.
     """
+    return _without(value, instead, _known())
+
+
+def _without(value, instead, secrets: list[str]):
     if isinstance(value, Mapping):
-        return _mapping(value, instead)
+        return _mapping(value, instead, secrets)
     if isinstance(value, list | tuple):
-        made = _sequence(value, instead)
+        made = _sequence(value, instead, secrets)
         return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
     if isinstance(value, set | frozenset):
-        return type(value)(without_secrets(item, instead) for item in value)
+        return type(value)(_without(item, instead, secrets) for item in value)
     if isinstance(value, str):
         whole = _WHOLE_REWARD.fullmatch(value)
-        text = _hide_reward(whole) if whole else hide(value).replace(f"hf_{HIDDEN}", HIDDEN)
+        text = _hide_reward(whole) if whole else _hide(value, secrets).replace(f"hf_{HIDDEN}", HIDDEN)
         return value if text == value else text
     if isinstance(value, bytes | bytearray):
         text = value.decode("latin-1")
-        return value if hide(text) == text else type(value)(hide(text).encode("latin-1"))
+        shown = _hide(text, secrets)
+        return value if shown == text else type(value)(shown.encode("latin-1"))
     if isinstance(value, PurePath):
-        text = without_secrets(str(value))
+        text = _without(str(value), None, secrets)
         return value if text == str(value) else type(value)(text)
     return value
 
@@ -180,7 +189,7 @@ def remember(value, is_secret: bool = False) -> None:
                 remember(text, is_secret_name(name))
 
 
-def _mapping(value: Mapping, instead):
+def _mapping(value: Mapping, instead, secrets: list[str]):
     named, has_value = _names_a_secret(value), any(_text(name).lower() in _VALUE for name in value)
     kept = {}
     for name, item in value.items():
@@ -189,9 +198,9 @@ def _mapping(value: Mapping, instead):
         is_key = text == "key" and (has_value or isinstance(item, int | float))
         is_value = named and text in _HELD and not (isinstance(item, int | float) and abs(item) < 10_000)
         hides = (is_secret_name(_text(name)) and not is_key) or is_value or (text in _TABLES and _are_secrets(item))
-        shown = without_secrets(name) if isinstance(name, str | bytes) else name
+        shown = _without(name, None, secrets) if isinstance(name, str | bytes) else name
         if not hides or item is None or isinstance(item, bool):
-            kept[shown] = without_secrets(item, instead)
+            kept[shown] = _without(item, instead, secrets)
         elif instead is not None:
             kept[shown] = instead
     if isinstance(value, dict) and type(value) is not dict:
@@ -205,7 +214,7 @@ def _mapping(value: Mapping, instead):
     return kept
 
 
-def _sequence(items, instead) -> list:
+def _sequence(items, instead, secrets: list[str]) -> list:
     """Hide what follows a secret's name: in a pair, behind a flag, or where it looks like one."""
     made = []
     for item, before in zip(items, [None, *items], strict=False):
@@ -213,9 +222,10 @@ def _sequence(items, instead) -> list:
             made.append(HIDDEN)
         elif isinstance(item, str) and item.startswith("--") and "=" in item:
             name, _, value = item.partition("=")
-            made.append(f"{hide(name)}={HIDDEN if is_secret_name(name) else without_secrets(value)}")
+            shown = HIDDEN if is_secret_name(name) else _without(value, None, secrets)
+            made.append(f"{_hide(name, secrets)}={shown}")
         else:
-            made.append(without_secrets(item, instead))
+            made.append(_without(item, instead, secrets))
     return made
 
 

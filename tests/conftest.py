@@ -1,11 +1,13 @@
 import functools
 import gc
 import importlib.metadata
+import inspect
 import json
 import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -15,6 +17,8 @@ os.environ.setdefault("POSTTRAIN_LOG", "warning")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+from tests import sparing
 
 # accelerate reads a package's whole metadata each time it asks whether a model is PEFT's: a fifth of a tiny run
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
@@ -50,6 +54,7 @@ def pytest_collection_finish(session):
     """Each run ends in a full collection, which need not go over all that was imported again and again."""
     gc.collect()
     gc.freeze()
+    sparing.spare(pytest.MonkeyPatch())
 
 
 # they share one warm process, and the process in which pytest runs them
@@ -93,6 +98,7 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4]) + (sum(server.cpu_seconds() for server in warm.SERVERS) if warm else 0.0)
 
 
+TESTS = Path(__file__).parent
 WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch".split()
 
 
@@ -160,22 +166,54 @@ def _commit_of(folder: str) -> str | None:
     return git_commit()
 
 
+def _quicken_reports(patch):
+    """Curves take longer to draw than a tiny run does. The commit of a folder is looked up once."""
+    # not imported for this alone, which takes seconds
+    if reporting := sys.modules.get("posttrain.run.report"):
+        patch.setattr(reporting, "git_commit", lambda: _commit_of(os.getcwd()))
+        plot = inspect.unwrap(reporting.plot_curves)
+        patch.setattr(reporting, "plot_curves", functools.wraps(plot)(lambda *args: None))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_fixtures():
+    """Reports of the runs of fixtures that are set up before those of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        _quicken_reports(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def quick_reports(request, monkeypatch):
-    """Curves take longer to draw than a tiny run does; tests that want them ask for `curves`. The commit of a folder is
-    looked up once."""
-    # not imported for this alone, which takes seconds
-    reporting = sys.modules.get("posttrain.run.report")
-    if not reporting:
-        return
-    monkeypatch.setattr(reporting, "git_commit", lambda: _commit_of(os.getcwd()))
+    """Tests that want curves ask for `curves`."""
     if "curves" not in request.fixturenames:
-        monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
+        _quicken_reports(monkeypatch)
+
+
+# tests of runs, whose rows are mostly the same
+RUNS = ("adapters", "contract", "recipe", "run", "trainers")
+
+
+@pytest.fixture(autouse=True)
+def checked_once(request, monkeypatch):
+    """Rows are checked once for all tests of runs."""
+    if request.path.relative_to(TESTS).parts[0] in RUNS:
+        sparing.check_rows_once(monkeypatch)
 
 
 @pytest.fixture
-def curves():
+def curves(monkeypatch):
     """Runs in this process end with their picture."""
+    from posttrain.run import report
+
+    monkeypatch.setattr(report, "plot_curves", inspect.unwrap(report.plot_curves))
+
+
+@pytest.fixture
+def fingerprints(monkeypatch):
+    """Data sets have the hash of what they hold and of how they were made."""
+    for (module, name), hashed in sparing.HASHED.items():
+        monkeypatch.setattr(module, name, hashed)
 
 
 @pytest.fixture

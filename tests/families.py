@@ -757,7 +757,6 @@ gift_sw = Method(
         "noiseless": dict(noise="none") | _SHORT,
     },
     ddp=("pairs",),
-    sharded=("gaussian-checkpointed",),
     describe=_told_of_columns,
     counted=("of them within max_length",),
     forwards=_EVALUATED,

@@ -4,6 +4,7 @@ A fresh interpreter spends seven seconds on imports. The server, `python -m test
 autograd cannot be forked once it has run.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -13,6 +14,9 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
+
+from tests import sparing
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,6 +146,12 @@ def _serve() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for module in ("tests.distributed.worker", "tests.interruption.child"):
         importlib.import_module(module)
+    patch = SimpleNamespace(setattr=setattr)
+    sparing.spare(patch)
+    sparing.check_rows_once(patch)
+    # what is imported need not be gone over, nor its pages copied, in each fork
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "end" in request:

@@ -1,6 +1,7 @@
 """Checks that the values that a config was given have the types of their fields."""
 
 import base64
+import functools
 import json
 import math
 import os
@@ -47,7 +48,7 @@ def check_given(args) -> None:
 
     Raises ConfigError.
     """
-    hints, infinite = typing.get_type_hints(type(args)), may_be_infinite(type(args))
+    hints, infinite = _hints(type(args)), may_be_infinite(type(args))
     for entry in fields(args):
         name = entry.name
         given = getattr(args, name)
@@ -66,6 +67,9 @@ def check_given(args) -> None:
             _check_text(args, name, value)
         elif name == "fsdp" and isinstance(value, list | tuple):
             _check_sharding(value)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _holds(name: str, value, hint) -> bool:

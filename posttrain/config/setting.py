@@ -1,7 +1,9 @@
 """Fields of configs that say what they mean beyond their value; identity, card and checks of values ask them."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -36,14 +38,15 @@ def setting(default, help: str, *, identity, card, infinite: bool = False):
     return field(default=default, metadata={"help": text})
 
 
-def meanings(config_class: type) -> dict[str, Meaning]:
+@functools.cache
+def meanings(config_class: type) -> Mapping[str, Meaning]:
     """Return what each field declares that a class, or one that it stands on, made with `setting`; its own first."""
     found: dict[str, Meaning] = {}
     for kind in reversed(config_class.__mro__):
         texts = {name: entry.metadata.get("help") for name, entry in vars(kind).get("__dataclass_fields__", {}).items()}
         own = {n: text.meaning for n, text in texts.items() if isinstance(text, _Help) and n not in found}
         found = own | found
-    return found
+    return MappingProxyType(found)
 
 
 def undeclared(config_class: type) -> list[str]:

@@ -53,6 +53,7 @@ def test_of_scored_answers_how_many_are_left(tiny_folder, tmp_path):
     assert told["of them within max_length"] == trainer.advantages.rows
 
 
+@pytest.mark.core("robust_dpo-0", "a_lol-0", "policy_gradient-0", "noisy_sft-0")
 @pytest.mark.parametrize("method, place", cases("laid_out"))
 def test_of_every_method_its_steps_rows_and_parameters(method, place, tiny_folder, tmp_path):
     given = dict(rows=13, max_steps=-1, num_train_epochs=1) | method.laid_out[place]

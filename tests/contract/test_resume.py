@@ -22,6 +22,8 @@ def resumes(method, settings, step, folder, tmp_path):
     assert len({row["loss"] for row in ours[step:]}) > 1, "the losses must differ to tell anything"
 
 
+# of GIFT-SW `trainers/test_weight_noise.py` tells the same, and of the columns that it chose
+@pytest.mark.core(*(name for name in METHODS if name != "gift_sw"))
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_resumed_run_is_the_straight_one_bit_for_bit(method, tiny_folder, tmp_path):
     settings, step, (other, said) = method.resumed

@@ -114,7 +114,7 @@ def test_ordinary_rows_are_what_datasets_makes_of_them():
     assert objects.restored(plain) is plain
 
 
-def test_a_data_set_of_the_user_is_restored_in_every_check_and_keeps_its_fingerprint():
+def test_a_data_set_of_the_user_is_restored_in_every_check_and_keeps_its_fingerprint(fingerprints):
     data = Dataset.from_list(PLAIN)
     once, again = objects.restored(data), objects.restored(Dataset.from_list(PLAIN))
     assert once._fingerprint == again._fingerprint

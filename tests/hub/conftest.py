@@ -80,7 +80,7 @@ def make_run(home: Path, tokenizer) -> SimpleNamespace:
     from posttrain import RobustDPOConfig, RobustDPOTrainer
     from posttrain.hub import clean_readme, write_model_card
     from posttrain.models import tiny_model
-    from posttrain.run.report import plot_curves, write_csv, write_resolved_config
+    from posttrain.run.report import write_csv, write_resolved_config
 
     base, run = home / "base", home / "run"
     tiny_model().save_pretrained(base)
@@ -116,7 +116,7 @@ def make_run(home: Path, tokenizer) -> SimpleNamespace:
             clean_readme(folder)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_csv(rows, run / "metrics.csv")
-    plot_curves(rows, run / "curves.png")
+    (run / "curves.png").write_bytes(b"\x89PNG")
     sections = {"data": {"dataset_name": str(home / "pairs.jsonl")}, "model": {"model_name_or_path": str(base)}}
     write_resolved_config(args, run / "resolved_config.yaml", sections)
     write_model_card(trainer)

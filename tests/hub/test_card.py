@@ -36,6 +36,7 @@ def trained(tmp_path_factory):
     trainer = make_trainer(folder / "my-adapter", str(base), pair_loss="rdpo", flip_rate=0.3)
     trainer.train()
     trainer.save_model()
+    (folder / "my-adapter" / "curves.png").touch()
     return trainer
 
 
