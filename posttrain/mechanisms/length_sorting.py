@@ -1,5 +1,6 @@
 """Rows of similar length into the same micro-batch, within one optimiser step."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 from posttrain.mechanisms.row_groups import CHOSEN, REJECTED, RowGroups
 
 
-def sort_groups(batches: list[dict], groups: Sequence[RowGroups], sides: Mapping[str, int]) -> list[dict]:
+def sort_groups(
+    batches: list[dict], groups: Sequence[RowGroups], sides: Mapping[str, int], lengths: Sequence[Sequence[int]]
+) -> list[dict]:
     """Sort the groups of an accumulation window by length into its micro-batches, as many in each as before.
 
     The optimiser step sees the same groups, so its gradient is the same to rounding wherever a group's weight does not
@@ -19,6 +22,7 @@ def sort_groups(batches: list[dict], groups: Sequence[RowGroups], sides: Mapping
             anything else must be the same in all batches of one size, and stays.
         groups: of each batch; a `RowGroups` in a batch is replaced.
         sides: names of the vectors that have a number for each row of a side, and its sign.
+        lengths: tokens of each row of each batch, known on the host, so that nothing waits for the device.
     """
     counts = [own.count for own in groups]
     if len(batches) < 2 or max(counts) < 2:
@@ -28,11 +32,11 @@ def sort_groups(batches: list[dict], groups: Sequence[RowGroups], sides: Mapping
         if isinstance(value, Tensor):
             parts = [batch[key] for batch in batches]
             values[key] = _stack(parts) if value.dim() == 2 else torch.cat(parts)
-    row_lengths = values["attention_mask"].sum(dim=1).tolist()
-    lengths = [0] * merged.count
+    row_lengths = [*itertools.chain(*lengths)]
+    totals = [0] * merged.count
     for number, length in zip(merged.numbers, row_lengths, strict=True):
-        lengths[number] += length
-    order = sorted(range(merged.count), key=lambda number: -lengths[number])
+        totals[number] += length
+    order = sorted(range(merged.count), key=lambda number: -totals[number])
     place = {sign: {row: at for at, row in enumerate(merged.rows_of(sign))} for sign in (CHOSEN, REJECTED)}
     sorted_batches, device, start = [], values["attention_mask"].device, 0
     for batch, count in zip(batches, counts, strict=True):

@@ -27,7 +27,9 @@ class MeanMetrics:
     def add_sum(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Add `total`, a sum over `count` entries, to the mean of `name`."""
         total = total.detach().to(_wide(total))
-        entry = torch.stack([total, torch.as_tensor(count, dtype=total.dtype, device=total.device)])
+        # filled on the device: a number that is copied there waits for it
+        count = count.to(total) if isinstance(count, Tensor) else torch.full_like(total, count)
+        entry = torch.stack([total, count])
         self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def clear(self) -> None:

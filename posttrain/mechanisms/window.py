@@ -56,18 +56,34 @@ def count_rows(accelerator, local_rows: int) -> int:
     return int(accelerator.reduce(torch.tensor(local_rows, device=accelerator.device), reduction="sum").item())
 
 
-def gather_rows(accelerator, values: Tensor, real: Tensor) -> tuple[Tensor, slice]:
+def on_host(batches: list[dict], names: tuple[str, ...]) -> list[dict]:
+    """Return tensors of whole numbers of a step's micro-batches on the host, by name; waits for the device once."""
+    tensors = [batch[name] for batch in batches for name in names]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        sent = tensors
+    else:
+        flat = torch.cat([tensor.flatten().long() for tensor in tensors]).cpu()
+        sent = [
+            part.view(tensor.shape)
+            for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+        ]
+    found = iter(sent)
+    return [{name: next(found) for name in names} for _ in batches]
+
+
+def gather_rows(accelerator, values: Tensor, real: Tensor | None = None) -> tuple[Tensor, slice]:
     """Gather one number per row from all ranks.
 
     Args:
         values: (R,) this rank's numbers, over all its micro-batches in order. Ranks may differ in R.
-        real: (R,) bool, False for a row that only fills up; such rows are left out of the result.
+        real: (R,) bool, False for a row that only fills up; such rows are left out of the result, which waits for the
+            device. None where all rows count.
 
     Returns:
         all_values: (N,) the numbers of all real rows, in rank order, the same on every rank.
         own: the slice of `all_values` that holds this rank's real rows.
     """
-    values = values[real]
+    values = values if real is None else values[real]
     if accelerator.num_processes == 1:
         return values, slice(0, values.numel())
     counts = accelerator.gather(torch.tensor([values.numel()], device=values.device)).tolist()

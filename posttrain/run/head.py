@@ -1,5 +1,7 @@
 """The head of a trainer's models: TRL's fused one where it gives the model's own log-probabilities, else their own."""
 
+import weakref
+
 import torch
 from accelerate.utils import is_peft_model
 
@@ -16,6 +18,8 @@ class TrueHead:
 
     def __init__(self, trainer) -> None:
         self._accelerator, self._chosen = trainer.accelerator, set()
+        # looked for in an engine or a wrapper once, which walks all its modules
+        self._seen = weakref.WeakSet()
         temperature = getattr(trainer, "temperature", 1.0)
         models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
         self._heads = {id(self._innermost(model)): Head(self._innermost(model), temperature) for model in models}
@@ -25,6 +29,9 @@ class TrueHead:
 
     def check(self, model) -> None:
         """Compare the model's fused head with its own logits before a forward; all ranks call it."""
+        if model in self._seen:
+            return
+        self._seen.add(model)
         inner = self._innermost(model)
         head = self._heads.get(id(inner))
         if head is None or id(inner) in self._chosen:

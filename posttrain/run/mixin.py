@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
-from trl.models.utils import disable_gradient_checkpointing
 
 from posttrain.config.setting import before_declared
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
+from posttrain.mechanisms.switches import Switches
 from posttrain.run import (
     checkpoints,
     evaluation,
@@ -40,6 +40,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
     # whether a save may fall on another step than the settings say
     saves_may_wait = False
     _said_no_aux_loss = False
+    _switches: Switches | None = None
     # the checkpoint that training goes on from
     resumed_from: Path | None = None
     # of a metric that an evaluation has measured nowhere
@@ -62,7 +63,14 @@ class RunMixin(ConstructionMixin, SavingMixin):
         """Return a context without recomputation: it has no use without gradient, and reentrant checkpointing warns."""
         if not self.args.gradient_checkpointing:
             return contextlib.nullcontext()
-        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        return self.switches.without_checkpointing()
+
+    @property
+    def switches(self) -> Switches:
+        """Return the switches of the policy's adapter and of its gradient checkpointing."""
+        if self._switches is None or self._switches.model is not self.model:
+            self._switches = Switches(self.model)
+        return self._switches
 
     @contextlib.contextmanager
     def policy_forward(self):
@@ -93,11 +101,25 @@ class RunMixin(ConstructionMixin, SavingMixin):
         with self._scheme.during_step():
             loss = self._micro_batch(model, inputs, *args, **kwargs)
         self._scheme.after_step()
+        self._finite_loss.ask(self)
         return loss
+
+    @property
+    def reads_gradients_in_steps(self) -> bool:
+        """Return whether a rule over the step's gradients reads them before all its micro-batches are through."""
+        return self._agreement is not None or self._sharpness is not None
 
     def _micro_batch(self, model, inputs, *args, **kwargs):
         """Run forward and backward of a micro-batch, under the rules by which its gradient becomes the step's."""
-        train = super().training_step
+        train_on = super().training_step
+
+        def train(model, inputs, *args, **kwargs):
+            loss = train_on(model, inputs, *args, **kwargs)
+            # the batches of a step are kept until its end; a batch of prompts is a list
+            if isinstance(inputs, dict) and inputs.get("packed") is not None:
+                inputs["packed"].drop_masks()
+            return loss
+
         if self._agreement is not None:
             with self._agreement.micro_batch(model):
                 return train(model, inputs, *args, **kwargs)

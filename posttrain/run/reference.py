@@ -12,7 +12,6 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import use_adapter
 
 from posttrain import __version__
 from posttrain.errors import ConfigError, PosttrainError
@@ -21,9 +20,12 @@ from posttrain.mechanisms.sequence_cache import weights_digest
 from posttrain.run.checks import evaluating
 
 # |log pi - log pi_ref| per completion token at step 0, where policy and reference are the same weights. The two passes
-# may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32 and 1e-2 in bf16. An
-# adapter left out of the reference moves it by 0.05 nats and more.
+# may differ in padding and batch only, so what is left is rounding: seen below 1e-6 in fp32, and below 1e-2 in bf16 over
+# all tokens of a batch. An adapter left out of the reference moves it by 0.05 nats and more.
 ZERO_MARGIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_EXACT = (torch.float32, torch.float64)
+# fewer tokens than that do not average their rounding away: seen 0.12 nats per token of answers of 6 tokens in bf16
+_FEW_TOKENS = 32
 
 
 def reference_key(trainer, model, skip_adapters: Iterable[str], facts: dict) -> str:
@@ -122,7 +124,7 @@ def frozen(trainer):
     model = forwarded_model(trainer)
     adapter = contextlib.nullcontext()
     if trainer.adapter_is_new:
-        adapter = use_adapter(trainer.accelerator.unwrap_model(trainer.model), None)
+        adapter = trainer.switches.adapter(None)
     with torch.no_grad(), evaluating(model), trainer.plain_forward(), adapter, trainer.accelerator.autocast():
         yield model
 
@@ -161,25 +163,56 @@ def may_be_identity(model) -> bool:
     return not (is_peft_model(model) and model.active_peft_config.is_prompt_learning)
 
 
+def gap_at_start(trainer, differences: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Return how far policy and reference are apart at step 0, in nats per token, over all ranks; all of them call it.
+
+    In fp32 it is that of the sequence where it is largest. In low precision it is that of all sequences together: the
+    two passes differ in shapes, and a short answer does not average the rounding of its tokens away.
+
+    Args:
+        differences: (R,) log pi - log pi_ref of each sequence, summed over its scored tokens, in nats.
+        tokens: (R,) how many those are.
+    """
+    gaps = differences.detach().float().abs()
+    worst = (gaps / tokens.clamp(min=1)).max()
+    own = torch.stack([worst, gaps.sum(), tokens.sum().to(worst)])
+    found = trainer.accelerator.gather(own.unsqueeze(0))
+    if _rounding(trainer.model, trainer.accelerator)[0] in _EXACT:
+        return found[:, 0].max().item()
+    total, count = found[:, 1:].sum(dim=0).tolist()
+    return total / max(count, _FEW_TOKENS)
+
+
 def zero_margin_tolerance(model, accelerator) -> tuple[float, str]:
     """Return the rounding of |log pi - log pi_ref| per token of equal weights, in nats, and the computing dtype."""
+    dtype, name = _rounding(model, accelerator)
+    return ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2), name
+
+
+def _rounding(model, accelerator) -> tuple[torch.dtype, str]:
+    """Return the dtype that a forward rounds as, and its name."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         dtype = torch.bfloat16
-    return ZERO_MARGIN_TOLERANCE.get(dtype, 3e-2), str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    on_cuda = accelerator.device.type == "cuda"
+    if dtype == torch.float32 and on_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        # as many bits of a factor as in fp16
+        return torch.float16, "float32 by TF32"
+    return dtype, name
 
 
-def check_zero_margin(worst: float, model, accelerator, reference: str) -> None:
+def check_zero_margin(gap: float, model, accelerator, reference: str) -> None:
     """Raise if policy and reference differ at step 0 by more than rounding.
 
     Args:
-        worst: largest |log pi - log pi_ref| per completion token of the first micro-batches, in nats.
+        gap: what `gap_at_start` found in the first micro-batches, in nats per token.
         reference: which weights the reference is, for the message.
     """
     tolerance, dtype = zero_margin_tolerance(model, accelerator)
-    if not worst <= tolerance:
+    if not gap <= tolerance:
         raise ConfigError(
-            f"policy and reference differ by {worst:.3g} nats per token before the first step (tolerance "
+            f"policy and reference differ by {gap:.3g} nats per token before the first step (tolerance "
             f"{tolerance:g} in {dtype}). The reference is: {reference}. If it should be "
             "other weights, pass `ref_model`; if an adapter was trained before, load it as a PeftModel"
             f"{_initialised(model)}; if this is intended, set `check_reference: false`."

@@ -34,7 +34,7 @@ def record_padding(means, attention_mask, packed) -> None:
         forwarded, padding = attention_mask.numel(), (attention_mask.numel() - attention_mask.sum()).float()
     else:
         forwarded = packed.forwarded
-        padding = attention_mask.new_tensor(packed.forwarded - packed.tokens, dtype=torch.float32)
+        padding = attention_mask.new_full((), packed.forwarded - packed.tokens, dtype=torch.float32)
     means.add_sum("tokens/padding_share", padding, forwarded)
 
 
@@ -79,13 +79,22 @@ class PrefixSharing:
         if self._setting == "always" and self._window:
             self._check_lengths(trainer)
 
-    def pack(self, batch: dict, groups: list[int]):
-        """Return the packed form of a padded batch, kept in `batch["packed"]`; None where it must be padded."""
+    def pack(self, batch: dict, groups: list[int], host: dict | None = None):
+        """Return the packed form of a padded batch, kept in `batch["packed"]`; None where it must be padded.
+
+        `host`: the batch's tokens and masks on the host, where they are known there; else the device is waited for.
+        """
         if not self.active:
+            # planned for the step before a model's check gave it up
+            batch.pop("packed", None)
             return None
         if "packed" not in batch:
-            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-            packed = batch["packed"] = self.pack_rows(batch["input_ids"], batch["attention_mask"], labels, groups)
+            host = host or batch
+            labels = host["input_ids"].masked_fill(host["completion_mask"] == 0, -100)
+            packed = self.pack_rows(
+                host["input_ids"], host["attention_mask"], labels, groups, batch["input_ids"].device
+            )
+            batch["packed"] = packed
             if packed is not None and packed.unshared:
                 self._log_once(
                     "some pairs' prompts differ between the sides (truncation_mode keep_end cuts them at different "
@@ -93,13 +102,16 @@ class PrefixSharing:
                 )
         return batch["packed"]
 
-    def pack_rows(self, input_ids, attention_mask, labels, groups: list[int] | None = None):
-        """Return padded rows (B, L) in packed form; without `groups`, rows of equal prompts share them."""
+    def pack_rows(self, input_ids, attention_mask, labels, groups: list[int] | None = None, device=None):
+        """Return padded rows (B, L) in packed form; without `groups`, rows of equal prompts share them.
+
+        `device`: where the packed form goes; default: where the rows are.
+        """
         wide = self._window and input_ids.size(1) > self._window
         if wide and attention_mask.sum(dim=1).max() > self._window:
             self.decline(f"it has rows longer than the sliding window of {self._window}")
             return None
-        return prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple)
+        return prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple, device)
 
     def check(self, model) -> None:
         """Compare packed and padded log-probs of made-up tokens at each model's first forward; all ranks call it."""

@@ -15,16 +15,23 @@ class FiniteLoss:
         self._bad: torch.Tensor | None = None
 
     def watch(self, trainer, loss: torch.Tensor) -> None:
-        """Note a micro-batch's loss before its backward; at the window's last one, ask all ranks.
+        """Note a micro-batch's loss before its backward.
 
-        Under DeepSpeed the optimiser steps inside that last backward, so this is the last moment to stop.
+        Under DeepSpeed the optimiser steps inside the window's last backward, and what rules over a step's gradients
+        reads them within it: before those is the last moment to `ask`.
+        """
+        bad = ~torch.isfinite(loss.detach())
+        self._bad = bad if self._bad is None else self._bad | bad
+        if trainer.is_deepspeed_enabled or trainer.reads_gradients_in_steps:
+            self.ask(trainer)
+
+    def ask(self, trainer) -> None:
+        """Ask all ranks behind a window's last micro-batch; waits for the device, which has its backward by then.
 
         Raises:
             DivergedError: on every rank, if any rank saw such a loss. The weights, still finite, are saved first.
         """
-        bad = ~torch.isfinite(loss.detach())
-        self._bad = bad if self._bad is None else self._bad | bad
-        if not trainer.accelerator.sync_gradients:
+        if self._bad is None or not trainer.accelerator.sync_gradients:
             return
         flag, self._bad = self._bad.float(), None
         if trainer.accelerator.reduce(flag, reduction="sum").item() > 0:
@@ -93,8 +100,11 @@ class LiveGradients:
         for hook in self._hooks:
             hook.remove()
         device = trainer.accelerator.device
-        local = [float(seen) if seen is not None else 0.0 for seen in self._seen.values()]
-        seen = trainer.accelerator.reduce(torch.tensor(local, device=device), reduction="sum")
+        none = torch.zeros((), device=device)
+        local = [none if seen is None else seen.to(none) for seen in self._seen.values()]
+        seen = trainer.accelerator.reduce(
+            torch.stack(local) if local else torch.zeros(0, device=device), reduction="sum"
+        )
         untrained = [name for name, value in zip(self._seen, seen.tolist(), strict=True) if value == 0]
         if untrained:
             shown = ", ".join(untrained[:3]) + (f" and {len(untrained) - 3} more" if len(untrained) > 3 else "")

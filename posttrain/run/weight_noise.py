@@ -133,7 +133,7 @@ class SalientColumns(InRun):
         trainer = self._trainer
         if not self._watched:
             self._noise.measured = {}
-        return self._noise.during_step(trainer.accelerator.unwrap_model(trainer.model), trainer.state.global_step)
+        return self._noise.during_step(trainer.model, trainer.state.global_step)
 
     def after_step(self) -> None:
         if self._noise is None:

@@ -394,7 +394,8 @@ def test_sorting_deals_the_same_pairs_out_by_length():
             | {"real_rows": size}
         )
     sides = {"ref_chosen_logps": CHOSEN}
-    after = sort_groups(batches, [RowGroups.pairs(batch["real_rows"]) for batch in batches], sides)
+    lengths = [batch["attention_mask"].sum(dim=1).tolist() for batch in batches]
+    after = sort_groups(batches, [RowGroups.pairs(batch["real_rows"]) for batch in batches], sides, lengths)
     assert [batch["real_rows"] for batch in after] == [2, 2, 1]
     assert sorted(x for batch in after for x in batch["ref_chosen_logps"].tolist()) == [1, 2, 3, 4, 5]
     totals = []

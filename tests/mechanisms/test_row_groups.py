@@ -76,7 +76,11 @@ def test_sorting_keeps_every_row_and_number_with_its_group():
         for row, number in zip(batch["attention_mask"].sum(dim=1).tolist(), parts.numbers, strict=True):
             name = int(batch["flip_rate"][number])
             total[name] = total.get(name, 0) + row
-    after, seen = sort_groups(batches, groups, {"ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED}), []
+    sides = {"ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED}
+    after, seen = (
+        sort_groups(batches, groups, sides, [batch["attention_mask"].sum(dim=1).tolist() for batch in batches]),
+        [],
+    )
     for batch in after:
         parts = batch["row_groups"]
         names = batch["flip_rate"]

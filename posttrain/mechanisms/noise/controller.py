@@ -3,7 +3,7 @@
 import contextlib
 
 import torch
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
@@ -12,7 +12,8 @@ from posttrain.mechanisms.noise import draws
 
 def innermost(model: nn.Module) -> nn.Module:
     """Return the causal language model within its adapter; every forward goes through it, also that of `generate`."""
-    return model.get_base_model() if is_peft_model(model) else model
+    # not by accelerate, which walks all modules
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def input_embedding(model: nn.Module) -> nn.Module:

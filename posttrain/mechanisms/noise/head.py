@@ -81,15 +81,18 @@ def output_of(model, passes: Sequence[Tensor], labels: Tensor, weights: Mode, te
     projection = projection_of(model)
     # a model over several devices may end on another one than its head's
     device = projection.weight.device
-    mask = labels[:, 1:].to(device) != -100
-    targets = labels[:, 1:].to(device)[mask]
+    labels = labels[:, 1:].to(device)
+    mask = labels != -100
+    # found once, as their number is waited for
+    places = mask.flatten().nonzero().squeeze(1)
+    targets = labels.flatten()[places]
     passes = [one[:, :-1].to(device) for one in passes]
     with maybe_gather_lm_head_ctx(projection.weight, projection.bias):
-        scored = score([one[mask] for one in passes], projection, targets, weights, temperature)
+        scored = score([one.flatten(0, 1)[places] for one in passes], projection, targets, weights, temperature)
     # TRL adds log-probs up; their sum is what counts
     share = scored.loss / max(len(targets), 1)
     fields = {
-        name: values.new_zeros(mask.shape).masked_scatter(mask, values)
+        name: values.new_zeros(mask.numel()).index_put((places,), values).view(mask.shape)
         for name, values in (("entropy", scored.entropy), ("is_top1", scored.is_top1))
     }
     log_probs = torch.where(mask, -share, torch.zeros_like(share))

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import types
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class NoisyPasses:
         self.from_start = False
         self._step: int | None = None
         self._counted: Tensor | None = None
+        self._found: tuple | None = None
         # sums of squares of noise and of states behind each noisy layer, (layers, 2)
         self.squares: Tensor | None = None
         # what the last forward came to
@@ -112,8 +114,7 @@ class NoisyPasses:
 
     def _states(self, model, input_ids: Tensor, found: draws.Sequences, kwargs: dict) -> Tensor:
         """Return the last hidden states (copies * B, T, H): of the clean pass, then of the noisy ones."""
-        layers = hidden.decoder_layers(model)
-        rows = len(input_ids)
+        layers, rows = self._layers_of(model), len(input_ids)
         keys = [
             [
                 draws.token_keys(input_ids, found, self.seed, self._step, 1 + 2 * layer + copy)
@@ -165,6 +166,12 @@ class NoisyPasses:
             found_squares = torch.stack(squares)
             self.squares = found_squares if self.squares is None else self.squares + found_squares
         return outputs.last_hidden_state
+
+    def _layers_of(self, model) -> nn.ModuleList:
+        """Return the decoder layers of a model, which are looked for once."""
+        if self._found is None or self._found[0]() is not model:
+            self._found = weakref.ref(model), hidden.decoder_layers(model)
+        return self._found[1]
 
     def _squares(self, noise: Tensor, states: Tensor, found: draws.Sequences, shape) -> Tensor:
         with torch.no_grad():

@@ -3,6 +3,8 @@
 import functools
 import types
 
+import torch
+
 from posttrain.mechanisms.prefix_sharing.packing import PackedBatch
 
 _REPLACED = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels")
@@ -27,7 +29,10 @@ def share_prefixes(model) -> None:
             return inner(self, *args, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in _REPLACED}
         config = self.config.get_text_config()
-        mask = packed.attention_mask(config._attn_implementation, self.get_input_embeddings().weight.dtype)
+        implementation, dtype = config._attn_implementation, self.get_input_embeddings().weight.dtype
+        if implementation == "sdpa" and torch.is_autocast_enabled(packed.input_ids.device.type):
+            dtype = torch.get_autocast_dtype(packed.input_ids.device.type)
+        mask = packed.attention_mask(implementation, dtype)
         hook = self.base_model.register_forward_hook(functools.partial(_keep_scored, packed))
         try:
             outputs = inner(

@@ -59,11 +59,20 @@ class PackedBatch:
         """Count the tokens that the model computes, padding included."""
         return self.input_ids.numel()
 
-    def to(self, device, **kwargs) -> "PackedBatch":
-        """Copy the batch to another device."""
+    def to(self, device) -> "PackedBatch":
+        """Copy the batch to another device, in one transfer that nothing waits for."""
         names = ("input_ids", "position_ids", "blocks", "branches", "sources", "labels", "targets")
-        moved = {name: getattr(self, name).to(device, **kwargs) for name in names}
-        return PackedBatch(**moved, **{n: getattr(self, n) for n in ("shape", "tokens", "unshared", "longest")})
+        parts = [getattr(self, name) for name in names]
+        if torch.device(device) != self.input_ids.device:
+            sent = torch.cat([part.flatten().long() for part in parts]).to(device, non_blocking=True)
+            pieces = sent.split([part.numel() for part in parts])
+            parts = [piece.view(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
+        others = {name: getattr(self, name) for name in ("shape", "tokens", "unshared", "longest")}
+        return PackedBatch(**dict(zip(names, parts, strict=True)), **others)
+
+    def drop_masks(self) -> None:
+        """Forget the masks built so far; the next forward builds its own."""
+        self._masks.clear()
 
     def visible(self) -> Tensor:
         """Return (R, 1, W, W) bool: whether the token of the row (third dimension) sees that of the column."""
@@ -78,21 +87,30 @@ class PackedBatch:
         """Return the mask in the form that an attention implementation takes; built once and kept.
 
         Args:
-            implementation: sdpa (bool), eager (`dtype`, added to the scores: there a bool mask would be silently wrong)
-                or flex_attention (a block mask).
+            implementation: sdpa (bool on the CPU; elsewhere added to the scores, as every layer would make of a bool
+                mask, forward and backward, and keep), eager (added to the scores: there a bool mask would be silently
+                wrong) or flex_attention (a block mask).
+            dtype: of a mask that is added to the scores; sdpa takes that of its queries.
         """
-        if implementation == "sdpa":
+        if implementation == "sdpa" and self.blocks.device.type == "cpu":
             return self.visible()
         key = (implementation, dtype)
         if key not in self._masks:
             if implementation == "eager":
-                mask = torch.zeros(self.visible().shape, dtype=dtype, device=self.blocks.device)
-                self._masks[key] = mask.masked_fill_(~self.visible(), torch.finfo(dtype).min)
+                self._masks[key] = self._added(dtype, torch.finfo(dtype).min)
+            elif implementation == "sdpa":
+                # torch's own value; no row of the mask is empty
+                self._masks[key] = self._added(dtype, -torch.inf)
             elif implementation == "flex_attention":
                 self._masks[key] = self._block_mask()
             else:
                 raise ValueError(f"attention implementation {implementation!r} takes no mask of this kind")
         return self._masks[key]
+
+    def _added(self, dtype: torch.dtype, hidden: float) -> Tensor:
+        """Return (R, 1, W, W) to be added to the scores: 0 where a token sees another, `hidden` elsewhere."""
+        mask = torch.zeros(self.visible().shape, dtype=dtype, device=self.blocks.device)
+        return mask.masked_fill_(~self.visible(), hidden)
 
     def _block_mask(self):
         from torch.nn.attention.flex_attention import create_block_mask
@@ -166,6 +184,7 @@ def pack_padded(
     groups: Sequence[int] | None = None,
     attention_cost: float = ATTENTION_COST,
     multiple: int = 1,
+    device=None,
 ) -> PackedBatch | None:
     """Pack a padded batch.
 
@@ -177,15 +196,15 @@ def pack_padded(
         groups: B numbers; rows of one number may share their prompt. Default: rows of equal prompts.
         attention_cost: see `pack_rows`.
         multiple: round the width up to a multiple of this.
+        device: where the packed batch goes; default: where `input_ids` are.
 
     Returns:
-        The packed batch, on the device of `input_ids`; None where there is nothing to score or a row has padding
+        The packed batch; None where there is nothing to score or a row has padding
         between its tokens.
 
     Raises:
         ValueError: not as many groups as rows, ids that are not whole numbers.
     """
-    device = input_ids.device
     if groups is not None and len(groups) != len(input_ids):
         raise ValueError(f"there are {len(groups)} groups for {len(input_ids)} rows")
     if input_ids.is_floating_point():
@@ -212,7 +231,8 @@ def pack_padded(
         prompts = [row[:length].tobytes() for row, length in zip(rows, prompt_lengths, strict=True)]
         groups = [first.setdefault(prompt, number) for number, prompt in enumerate(prompts)]
     width = input_ids.shape[1]
-    return pack_rows(rows, scored, starts, prompt_lengths, groups, width, attention_cost, multiple).to(device)
+    packed = pack_rows(rows, scored, starts, prompt_lengths, groups, width, attention_cost, multiple)
+    return packed.to(input_ids.device if device is None else device)
 
 
 def pack_rows(

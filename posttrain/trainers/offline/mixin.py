@@ -15,7 +15,7 @@ from posttrain.mechanisms.weighted_sampler import WeightedSampler
 from posttrain.run import new_tokens
 from posttrain.run.checks import evaluating
 from posttrain.run.head import TrueHead
-from posttrain.run.reference import end_engine, starts_as_identity
+from posttrain.run.reference import end_engine, gap_at_start, starts_as_identity
 from posttrain.run.sharing import PrefixSharing
 from posttrain.trainers.offline import answer_rows, reference_logps
 from posttrain.trainers.offline.prepare import Answers
@@ -129,10 +129,9 @@ class OfflineMixin(SFTMixin):
             if self.weights_have_noise:
                 with evaluating(self.model_wrapped), self.plain_forward():
                     logps, mask = self.score(self.model_wrapped, inputs)
-            tokens = mask.sum(dim=1).clamp(min=1)
-            gaps = torch.where(mask, logps - reference, 0.0).sum(dim=1).abs() / tokens
-            worst = self.accelerator.gather(gaps.max().unsqueeze(0)).max().item()
-        reference_logps.check_policy_is_reference(self, worst)
+            differences = torch.where(mask, logps - reference, 0.0).sum(dim=1)
+            gap = gap_at_start(self, differences, mask.sum(dim=1))
+        reference_logps.check_policy_is_reference(self, gap)
 
     # stands on SFTTrainer.evaluate
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

@@ -35,15 +35,15 @@ def describe(trainer) -> str:
     return "the model as the run began"
 
 
-def check_policy_is_reference(trainer, worst: float) -> None:
+def check_policy_is_reference(trainer, gap: float) -> None:
     """Raise ConfigError if the policy differs from the reference before the first step by more than rounding.
 
-    `worst`: the largest |log pi - log pi_ref| per token of an answer, in nats.
+    `gap`: what `gap_at_start` found, in nats per token.
     """
     tolerance, dtype = zero_margin_tolerance(trainer.model, trainer.accelerator)
-    if not worst <= tolerance:
+    if not gap <= tolerance:
         raise ConfigError(
-            f"the policy differs from its own start by {worst:.3g} nats per token before the first step (tolerance "
+            f"the policy differs from its own start by {gap:.3g} nats per token before the first step (tolerance "
             f"{tolerance:g} in {dtype}). The reference is: {describe(trainer)}; it was "
             "read when the trainer was built. If the weights were changed since, build the trainer afterwards; if this "
             "is intended, set `check_reference: false`."

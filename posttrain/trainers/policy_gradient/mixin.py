@@ -19,7 +19,7 @@ from posttrain.rewards.base import named_with_settings
 from posttrain.run.checks import evaluating
 from posttrain.run.head import TrueHead
 from posttrain.run.mixin import RunMixin
-from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
+from posttrain.run.reference import check_zero_margin, describe_reference, gap_at_start, may_be_identity
 from posttrain.run.sharing import PrefixSharing
 from posttrain.trainers.policy_gradient import (
     completion_log,
@@ -128,7 +128,9 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
 
     # stands on GRPOTrainer._generate, which decodes completions without special tokens
     def _generate(self, prompts):
-        generated = super()._generate(prompts)
+        # upstream switches recomputation off for itself, and leaves a hook each time that it switches it on
+        with self.plain_forward():
+            generated = super()._generate(prompts)
         _, ids, _, completions, *_ = generated
         in_turns = not isinstance(completions[0], str)
         if not (in_turns and (self.tools or special_tokens.parses_messages(self._tokenizer))):
@@ -137,7 +139,7 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
 
     # stands on GRPOTrainer._generate_and_score_completions
     def _generate_and_score_completions(self, inputs):
-        with row_templates.of_rows(self, inputs):
+        with row_templates.of_rows(self, inputs), self.plain_forward():
             batch = super()._generate_and_score_completions(inputs)
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
@@ -168,7 +170,7 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
 
     def score_rollouts(self, rows: list[dict]) -> Tensor:
         """Answer and score `rows`, one rollout each, as TRL does; returns the rewards (N, F) of all ranks."""
-        with row_templates.of_rows(self, rows):
+        with row_templates.of_rows(self, rows), self.plain_forward():
             super()._generate_and_score_completions(rows)
         return self._rewards
 
@@ -256,10 +258,9 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
             return
         if drops_out(self.model) or not may_be_identity(self.model):
             return
-        gaps = (logps() - reference).abs() * inputs["completion_mask"]
-        per_token = gaps.sum(dim=1) / inputs["completion_mask"].sum(dim=1).clamp(min=1)
-        worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
-        check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))
+        mask = inputs["completion_mask"]
+        gap = gap_at_start(self, ((logps() - reference) * mask).sum(dim=1), mask.sum(dim=1))
+        check_zero_margin(gap, self.model, self.accelerator, describe_reference(self))
 
     def _weigh_tokens(self, inputs: dict, logps: Tensor) -> None:
         """Weigh tokens on an unclipped loss of ratio 1, for the parts that TRL's loss has no setting for."""

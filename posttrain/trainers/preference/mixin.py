@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor
-from trl.trainer.utils import use_adapter
 
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data import formats
@@ -17,16 +16,17 @@ from posttrain.mechanisms.dropout import check_functional_dropout, drops_out
 from posttrain.mechanisms.length_sorting import sort_groups
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.row_groups import CHOSEN, REJECTED, RowGroups
-from posttrain.mechanisms.window import Window
+from posttrain.mechanisms.window import Window, on_host
 from posttrain.run import checks, evaluation, new_tokens, start
 from posttrain.run.head import TrueHead
-from posttrain.run.reference import check_zero_margin, describe_reference, may_be_identity
+from posttrain.run.reference import check_zero_margin, describe_reference, gap_at_start, may_be_identity
 from posttrain.run.sharing import PrefixSharing
 from posttrain.run.window import ExtraColumns, WindowMixin
 from posttrain.trainers.preference import metrics, prepare, reference_logps
 from posttrain.trainers.preference.rows import PairRows
 
-# a batch's vectors that have a number for each row of a side; all others have one for each group
+# what a batch is packed by, and its vectors that have a number for each row of a side; all others have one for each group
+_TOKENS = ("input_ids", "attention_mask", "completion_mask")
 _SIDES = {"ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED}
 
 
@@ -151,9 +151,13 @@ class PreferenceMixin(PairRows, WindowMixin):
             self._head = TrueHead(self)
             self._sharing = PrefixSharing(self)
 
+    def _extras(self, batch) -> set[str]:
+        """Return what a batch holds for the model beside tokens and their mask, which cannot be packed."""
+        return self.model_inputs(batch).keys() - {"input_ids", "attention_mask"}
+
     def _packed(self, model, batch):
         """Return a batch with each pair's completions behind their prompt; None where it must be padded."""
-        extras = self.model_inputs(batch).keys() - {"input_ids", "attention_mask"}
+        extras = self._extras(batch)
         if extras and self._sharing.active:
             self._sharing.decline(f"it holds {', '.join(sorted(extras))} for the model")
             return None
@@ -165,9 +169,9 @@ class PreferenceMixin(PairRows, WindowMixin):
         """Return the reference's summed log-probs of one padded batch: chosen (C,), rejected (D,), in nats."""
         reference = self.ref_model if self.ref_model is not None else model
         adapter = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            peft_model = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None)
+        # not by accelerate, which walks all modules
+        if self.ref_model is None and isinstance(self.model, PeftModel):
+            adapter = self.switches.adapter("ref" if "ref" in self.model.peft_config else None)
         # upstream leaves the model in training mode, where the base's own dropout would fall on the reference
         clean = checks.evaluating(reference) if self._drops_out else contextlib.nullcontext()
         with torch.no_grad(), clean, self.plain_forward(), adapter, self.accelerator.autocast():
@@ -190,14 +194,25 @@ class PreferenceMixin(PairRows, WindowMixin):
         return reference_logps.precompute(self, dataset, name, batch_size)
 
     def sorted_window(self, batches: list[dict]) -> list[dict]:
-        """Sort a step's pairs by length into micro-batches, where the step does not depend on the grouping."""
+        """Sort a step's pairs by length into micro-batches, where the step does not depend on the grouping.
+
+        Where batches run packed, those of the step are packed here, so that the device is waited for once a step.
+        """
+        if not self._sharing.active:
+            return batches
+        host = on_host(batches, _TOKENS)
         whole = all(batch["real_rows"] == self.rows_in(batch) for batch in batches)
         # a user's collator may pad on the left, where columns cannot be cut off
-        whole = whole and all(bool(batch["attention_mask"][:, 0].all()) for batch in batches)
-        sharing = self._sharing.active and self._sharing.may_sort
-        if not sharing or not whole or self.split_matters:
-            return batches
-        return sort_groups(batches, [self.groups_of(batch) for batch in batches], _SIDES)
+        whole = whole and all(bool(own["attention_mask"][:, 0].all()) for own in host)
+        if self._sharing.may_sort and whole and not self.split_matters:
+            groups = [self.groups_of(batch) for batch in batches]
+            lengths = [own["attention_mask"].sum(dim=1).tolist() for own in host]
+            batches = sort_groups(batches, groups, _SIDES, lengths)
+            host = sort_groups(host, groups, {}, lengths)
+        for batch, own in zip(batches, host, strict=True):
+            if not self._extras(batch):
+                self._sharing.pack(batch, self.groups_of(batch).numbers, own)
+        return batches
 
     @property
     def split_matters(self) -> bool:
@@ -247,12 +262,10 @@ class PreferenceMixin(PairRows, WindowMixin):
         if self._drops_out or self.weights_have_noise:
             with torch.no_grad(), checks.evaluating(model), self.plain_forward():
                 scores = self.score(model, inputs)
-        tokens = inputs["completion_mask"].sum(dim=1).clamp(min=1)
         groups = self.groups_of(inputs)
         logps = groups.join(scores.chosen_logps, scores.rejected_logps)
-        per_token = (logps - groups.join(*reference)).detach().abs() / tokens
-        worst = self.accelerator.gather(per_token.max().unsqueeze(0)).max().item()
-        check_zero_margin(worst, self.model, self.accelerator, describe_reference(self))
+        gap = gap_at_start(self, logps - groups.join(*reference), inputs["completion_mask"].sum(dim=1))
+        check_zero_margin(gap, self.model, self.accelerator, describe_reference(self))
 
     # stands on Trainer.evaluation_loop, which puts its own `gather_function` back
     def evaluation_loop(self, *args, **kwargs):

@@ -100,19 +100,23 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
             self._unscored = batches
 
     def _weigh_window(self, batches: list[dict]) -> None:
-        weights = self._global_weights(self._score_window(batches), torch.cat([self.is_real(b) for b in batches]))
+        weights = self._global_weights(self._score_window(batches), batches)
         for batch, part in zip(batches, weights.split([self.rows_in(batch) for batch in batches]), strict=True):
             batch["pair_weights"] = part
 
-    def _global_weights(self, losses: Tensor, real: Tensor) -> Tensor:
+    def _global_weights(self, losses: Tensor, batches: list[dict]) -> Tensor:
         """Return Dr. DPO's weights (R,) of this rank's rows among all rows of the step, 0 for repeats that fill up.
 
-        Notes the step's objective, and its metrics, on the way.
+        `losses`: (R,) of the micro-batches in `batches`. Notes the step's objective, and its metrics, on the way.
         """
+        repeats = any(batch["real_rows"] < self.rows_in(batch) for batch in batches)
+        real = torch.cat([self.is_real(batch) for batch in batches]) if repeats else None
         all_losses, own = gather_rows(self.accelerator, losses.detach(), real)
         all_weights = preference.dr_dpo_weights(all_losses, self.args.beta_prime)
         self._objective = preference.dr_dpo(all_losses, self.args.beta_prime)
         self._record_weights(all_weights, self._window.rows)
+        if real is None:
+            return all_weights[own].to(losses.dtype)
         weights = torch.zeros_like(losses)
         weights[real] = all_weights[own]
         return weights
@@ -139,8 +143,9 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
                 reference = self._reference_logps(self.model_wrapped, inputs)
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = reference
             batch["reference_is_known"] = True
-            if "packed" in inputs:
+            if inputs.get("packed") is not None:
                 batch["packed"] = inputs["packed"]
+                batch["packed"].drop_masks()
             losses.append(
                 self.pair_losses(scores.chosen_logps - reference[0], scores.rejected_logps - reference[1], inputs)
             )
@@ -159,7 +164,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         weights = inputs.get("pair_weights")
         if weights is None:
             # one micro-batch a step: every rank's losses are at hand, and no first pass was needed
-            weights = self._global_weights(losses.detach(), self.is_real(inputs))
+            weights = self._global_weights(losses.detach(), [inputs])
         # undoes the Trainer's division by micro-batches and the mean over ranks
         surrogate = (weights * losses).sum() * (self._window.micro_batches * self._window.world_size)
         # The value shown is the objective, the gradient is the surrogate's
@@ -184,7 +189,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros_like(loss)
         window, local = self._window, torch.cat(self._unscaled_weights)
-        weights, _ = gather_rows(self.accelerator, local, local >= 0)
+        weights, _ = gather_rows(self.accelerator, local)
         total = weights.sum()
         if total == 0:
             raise DivergedError(
@@ -201,7 +206,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     def _record_weights(self, weights: Tensor, pairs: int) -> None:
         means = self._means["train"]
-        means.add("drdpo/batch_pairs", weights.new_tensor([pairs]))
+        means.add("drdpo/batch_pairs", weights.new_full((1,), pairs))
         means.add("drdpo/effective_pairs", weights.square().sum().reciprocal().unsqueeze(0))
         means.add("drdpo/weight_max", weights.max().unsqueeze(0))
 
@@ -212,7 +217,8 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         if self.args.pair_loss == "rdpo":
             # checking a tensor of rates waits for the device, so a single rate stays a number
             kappa = preference.rdpo_kappa(inputs.get("flip_rate", self.args.flip_rate))
-            means.add("rdpo/kappa", torch.as_tensor(kappa, device=margins.device).expand_as(margins), real)
+            kappa = kappa if isinstance(kappa, Tensor) else torch.full((), kappa, device=margins.device)
+            means.add("rdpo/kappa", kappa.expand_as(margins), real)
             means.add("rdpo/negative_loss_fraction", (losses < 0).float(), real)
         if self.args.weighs_pairs:
             means.add("drdpo/dpo_loss", losses, real)

@@ -11,12 +11,14 @@ from posttrain.data.tokens import as_learned, as_rendered
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.noise.branches import repeated
-from posttrain.mechanisms.window import Window, count_rows
+from posttrain.mechanisms.window import Window, count_rows, on_host
 from posttrain.run import new_tokens
 from posttrain.run.prepared import check_fills_a_batch
 from posttrain.run.sharing import record_padding
 from posttrain.run.window import WindowMixin
 from posttrain.trainers.sft.prepare import prepare
+
+_TOKENS = ("input_ids", "attention_mask", "labels")
 
 
 class RenderedRows:
@@ -183,6 +185,13 @@ class SFTMixin(RenderedRows, WindowMixin):
     def check_first(self, logps: Tensor, mask: Tensor, inputs: dict) -> None:
         """Check a micro-batch before the first step, for what the method expects of its start."""
 
+    def sorted_window(self, batches: list[dict]) -> list[dict]:
+        """Pack a step's micro-batches where they run packed, so that the device is waited for once a step."""
+        if self._sharing.active:
+            for batch, own in zip(batches, on_host(batches, _TOKENS), strict=True):
+                batch["packed"] = self._sharing.pack_rows(**own, device=batch["input_ids"].device)
+        return batches
+
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         for batch in batches:
             batch["window_rows"] = window.rows
@@ -198,12 +207,17 @@ class SFTMixin(RenderedRows, WindowMixin):
         `aux_loss`: ask a mixture of experts for its load-balancing loss.
         """
         # nothing of the batch reaches the model but these
-        rows = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        rows = {key: batch[key] for key in _TOKENS}
         self._head.check(model)
         if self._sharing.active:
             self._sharing.check(model)
-        if self._sharing.active:
-            packed = batch["packed"] = self._sharing.pack_rows(**rows)
+        if not self._sharing.active:
+            # planned for the step before a model's check gave it up
+            batch.pop("packed", None)
+        else:
+            if "packed" not in batch:
+                batch["packed"] = self._sharing.pack_rows(**rows)
+            packed = batch["packed"]
             rows |= {"packed": packed} if packed is not None else {}
         if aux_loss:
             rows["output_router_logits"] = True

@@ -187,9 +187,8 @@ class NoisySFTTrainer(InstructionMixin, SFTTrainer):
 
     @contextlib.contextmanager
     def _noisy_forward(self):
-        model = self.accelerator.unwrap_model(self.model)
         head = contextlib.nullcontext() if self._learned_head is None else self._learned_head.used()
-        with head, self._noise.added_to(model, self.state.global_step, self.counted_tokens):
+        with head, self._noise.added_to(self.model, self.state.global_step, self.counted_tokens):
             yield
 
     def _may_score_learned_tokens(self) -> bool:

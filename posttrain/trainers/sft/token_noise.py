@@ -13,6 +13,7 @@ from posttrain.errors import ConfigError
 from posttrain.generation import jacobi, support
 from posttrain.log import get_logger
 from posttrain.mechanisms.noise import draws, tokens
+from posttrain.mechanisms.window import on_host
 
 
 class TokenNoise:
@@ -31,24 +32,25 @@ class TokenNoise:
         """Return a batch with other tokens and the labels that it had."""
         trainer, args, ids = self._trainer, self._trainer.args, inputs["input_ids"]
         labels = trainer.learned_of_data(inputs)["labels"] if "real_rows" in inputs else inputs["labels"]
-        found = draws.sequences(ids, inputs.get("attention_mask"), inputs.get("position_ids"))
-        special = None if self._special is None else self._special.to(ids.device)
+        # what depends on the tokens is done on the host, as each of its many steps would wait for the device
+        names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs]
+        [host] = on_host([{**inputs, "labels": labels}], (*names, "labels"))
+        found = draws.sequences(host["input_ids"], host.get("attention_mask"), host.get("position_ids"))
         made = tokens.noisy(
-            ids, labels, found, args.seed, trainer.state.global_step, args.token_noise_length, args.token_noise_prob,
-            special,
+            host["input_ids"], host["labels"], found, args.seed, trainer.state.global_step, args.token_noise_length,
+            args.token_noise_prob, self._special,
         )  # fmt: skip
         self._check_some(made.is_noise.sum())
         means = trainer._means["train"]
         means.add_sum("noise/tokens", made.is_noise.sum(), made.learned)
         means.add_sum("noise/skipped", made.skipped, made.sequences)
-        # a number is read off the device in the first step alone
         if not self._said and trainer.state.global_step == 0 and made.full:
             self._said = True
             get_logger().warning(
                 "token_noise: rows are learned from their first token on, so prompts are noised like answers. Give "
                 "rows as prompt and completion, or set `assistant_only_loss: true`."
             )
-        return {**inputs, "input_ids": made.input_ids}
+        return {**inputs, "input_ids": made.input_ids.to(ids.device, non_blocking=True)}
 
     def _check_some(self, replaced) -> None:
         """Raise ConfigError, on all ranks, where every row should have had noise in the first step and none had."""
@@ -58,7 +60,7 @@ class TokenNoise:
             return
         if self._replaced is None:
             return
-        total, self._replaced = trainer.accelerator.reduce(self._replaced.float()), None
+        total, self._replaced = trainer.accelerator.reduce(self._replaced.float().to(trainer.accelerator.device)), None
         if total == 0 and trainer.args.token_noise_prob == 1:
             raise ConfigError(
                 "token_noise replaced no token in the first step: no answer has two tokens that are learned. Set "
@@ -126,7 +128,8 @@ def accepted_tokens(trainer, dataset) -> float:
     args, accelerator = trainer.args, trainer.accelerator
     counts = torch.zeros(2, dtype=torch.float64)
     rows = itertools.islice(iter(dataset), min(args.accepted_tokens_rows, sys.maxsize))
-    with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
+    # upstream would switch recomputation on anew, with one more hook
+    with trainer.plain_forward(), unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
         found = prompts(rows, args.accepted_tokens_length, support.learned_positions(model))
         short = sum(room < args.accepted_tokens_length for _, room in found)
         for prompt, room in found[accelerator.process_index :: accelerator.num_processes]:
