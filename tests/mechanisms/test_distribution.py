@@ -61,6 +61,17 @@ def test_a_group_is_split_at_the_least_cost():
         assert len(blocks) == costs.index(min(costs)) + 1
 
 
+def test_pairs_that_plainly_share_a_row_are_split_without_a_search(monkeypatch):
+    costs, cost = [], distribution._cost
+    monkeypatch.setattr(distribution, "_cost", lambda *args: costs.append(args) or cost(*args))
+    # a repeated prompt of 200 tokens costs more than the longer row of 300
+    for first in range(1, 257):
+        assert distribution.split([first, 0], 200, [50, 50], 3e-4) == [[first, 0]]
+    assert len(costs) == 256
+    # where it pays, it is found
+    assert distribution.split([1, 0], 20, [5000, 5000], 3e-4) == [[1], [0]] and len(costs) == 258
+
+
 @pytest.mark.parametrize("shape", ["one length", "any length", "one prompt"])
 def test_a_thousand_rows_are_packed_without_trying_every_number_of_packed_rows(shape, monkeypatch):
     tried, longest_row = [], distribution._longest

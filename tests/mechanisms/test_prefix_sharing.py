@@ -375,6 +375,62 @@ def test_generation_and_plain_calls_are_as_before():
     assert model(input_ids=ids).logits.shape == (1, 3, 259)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_that_is_added_gives_what_a_bool_one_gives_bit_for_bit(dtype):
+    packed = pack(*random_groups(0))
+    rows, _, width, _ = packed.visible().shape
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(rows, 2, width, 16, generator=generator).to(dtype) for _ in range(3)]
+    results = []
+    for mask in (packed.visible(), packed._added(dtype, -torch.inf)):
+        inputs = [one.clone().requires_grad_() for one in drawn]
+        output = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
+        output.float().square().sum().backward()
+        results.append([output.detach(), *(one.grad for one in inputs)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert not packed._added(dtype, -torch.inf).isinf().all(dim=-1).any()
+
+
+def test_off_the_cpu_sdpa_takes_one_added_mask_for_all_layers():
+    packed = pack(*random_groups(0)).to("meta")
+    mask = packed.attention_mask("sdpa", torch.bfloat16)
+    assert mask.dtype == torch.bfloat16 and mask is packed.attention_mask("sdpa", torch.bfloat16)
+    packed.drop_masks()
+    assert mask is not packed.attention_mask("sdpa", torch.bfloat16)
+    assert pack(*random_groups(0)).attention_mask("sdpa", torch.bfloat16).dtype == torch.bool
+
+
+@pytest.mark.parametrize(("weights", "autocast"), [("float32", True), ("bfloat16", False), ("float32", False)])
+def test_an_added_mask_has_the_dtype_of_the_queries(weights, autocast, monkeypatch):
+    model, (batch, groups) = fused().to(getattr(torch, weights)), padded_batch(*random_groups(0))
+    packed, seen, attention = pack_padded(*batch.values(), groups), [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, value, attn_mask=None, **kwargs):
+        # what autocast makes of the queries within the call
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+        seen.append((attn_mask.dtype, low, id(attn_mask)))
+        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    def as_elsewhere(self, implementation, dtype):
+        return self._masks.setdefault(dtype, self._added(dtype, -torch.inf))
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = scores(model, batch, packed).log_probs
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+        monkeypatch.setattr(type(packed), "attention_mask", as_elsewhere)
+        assert torch.equal(scores(model, batch, packed).log_probs, expected)
+    assert len(seen) == 2 and all(mask == low for mask, low, _ in seen) and len({own for *_, own in seen}) == 1
+
+
+def test_a_batch_goes_to_a_device_in_one_transfer():
+    packed = pack(*random_groups(0))
+    moved = packed.to("meta")
+    for name in ("input_ids", "position_ids", "blocks", "branches", "sources", "labels", "targets"):
+        own, other = getattr(packed, name), getattr(moved, name)
+        assert (other.device.type, other.dtype, other.shape) == ("meta", own.dtype, own.shape)
+    assert (moved.shape, moved.tokens, moved.longest) == (packed.shape, packed.tokens, packed.longest)
+
+
 def test_the_cost_of_attention_grows_with_the_share_of_its_work():
     small = attention_cost(tiny_model(hidden_size=64).config)
     assert 0 < attention_cost(tiny_model(hidden_size=64, intermediate_size=1024).config) < small

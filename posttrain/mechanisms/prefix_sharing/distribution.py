@@ -25,14 +25,16 @@ def split(members: list[int], shared: int, answers: list[int], attention_cost: f
     """
     if len(members) == 1:
         return [members]
-    # of the first k answers together
-    ends = np.cumsum([0, *answers])
-    best, best_cost = np.array([0, len(members)]), math.inf
-    for count in range(1, len(members) + 1):
-        tokens = count * shared + int(ends[-1])
+    total, ends = sum(answers), None
+    best, best_cost = (0, len(members)), _cost(shared + total, attention_cost)
+    for count in range(2, len(members) + 1):
+        tokens = count * shared + total
         # no split into so many rows costs less, nor into more of them
         if tokens > best_cost:
             break
+        if ends is None:
+            # of the first k answers together
+            ends = np.cumsum([0, *answers])
         bounds = np.rint(np.arange(count + 1) * len(members) / count).astype(np.int64)
         cost = sum(_cost(shared + np.diff(ends[bounds]), attention_cost).tolist())
         if cost < best_cost:

@@ -25,8 +25,9 @@ from posttrain.run.window import ExtraColumns, WindowMixin
 from posttrain.trainers.preference import metrics, prepare, reference_logps
 from posttrain.trainers.preference.rows import PairRows
 
-# what a batch is packed by, and its vectors that have a number for each row of a side; all others have one for each group
+# what a batch is packed by
 _TOKENS = ("input_ids", "attention_mask", "completion_mask")
+# a batch's vectors that have a number for each row of a side; all others have one for each group
 _SIDES = {"ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED}
 
 
