@@ -65,6 +65,8 @@ PRIVATE_NAMES = (
     ("transformers.trainer_pt_utils", "safe_globals", ()),
     ("peft.utils.other", "TrainableTokensWrapper", ()),
     ("peft.tuners.lora", "LoraLayer.get_base_layer", ()),
+    # what a layer does with the input of an adapter in another dtype
+    ("peft.tuners.tuners_utils", "BaseTunerLayer._cast_input_dtype", ("x", "dtype")),
     ("peft.tuners.lora.layer", "Linear.get_delta_weight", ("adapter",)),
     # where PEFT looks for what a pass over data left
     ("peft.tuners.lora.layer", "LoraLayer.corda_init", ()),
@@ -115,6 +117,16 @@ INSTANCE_ATTRIBUTES = {
     ),
     "trl.SFTTrainer": ("_metrics", "_total_train_tokens"),
     "transformers.Trainer": ("model_wrapped", "_signature_columns", "gather_function"),
+    "peft.PeftModel": ("_adapters_disabled", "active_adapter"),
+    "peft.tuners.lora.LoraLayer": (
+        "_disable_adapters",
+        "_active_adapter",
+        "merged_adapters",
+        "lora_variant",
+        "cast_input_dtype_enabled",
+    ),
+    # what each layer of transformers' models asks
+    "transformers.modeling_layers.GradientCheckpointingLayer": ("gradient_checkpointing",),
     "bitsandbytes.nn.Linear4bit": ("support_avx512bf16_for_cpu",),
 }
 

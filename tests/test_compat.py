@@ -22,6 +22,7 @@ def test_every_instance_attribute_in_use_is_still_there(tiny_folder, tmp_path, m
 
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     made = [method.build(tiny_folder, tmp_path / method.name) for method in METHODS.values()]
+    made += made[0].model.modules()
     made.append(bitsandbytes.nn.Linear4bit(4, 4))
     for owner, names in compat.INSTANCE_ATTRIBUTES.items():
         instances = [one for one in made if isinstance(one, pydoc.locate(owner))]

@@ -19,7 +19,7 @@ class Switches:
     def __init__(self, model) -> None:
         """Take the model as it is without DDP or an engine around it; `model` may be a PeftModel."""
         self.model = model
-        self._checkpointed, self._adapted, self._adapters = None, None, None
+        self._checkpointed, self._adapted, self._adapters, self._uncast = None, None, None, None
 
     @contextlib.contextmanager
     def without_checkpointing(self):
@@ -57,6 +57,26 @@ class Switches:
             for holder, own, before in told:
                 setattr(holder, own, before)
 
+    @contextlib.contextmanager
+    def without_casts(self):
+        """Give a LoRA its input as it is, in forwards under autocast and their backward.
+
+        PEFT casts it to the adapter's fp32, and autocast back again for the product: the same numbers. It is done where
+        that is known, in layers of plain LoRA without dropout, which would draw otherwise in another dtype.
+        """
+        if self._uncast is None:
+            layers = self._adapter_layers() or []
+            drops = any(dropout.p > 0 for layer in layers for dropout in _dropouts(layer))
+            varies = any(layer.lora_variant for layer in layers)
+            self._uncast = [] if drops or varies else layers
+        for layer in self._uncast:
+            layer.cast_input_dtype_enabled = False
+        try:
+            yield
+        finally:
+            for layer in self._uncast:
+                layer.cast_input_dtype_enabled = True
+
     def _tell(self, name: str | None) -> list[tuple]:
         """Tell the PeftModel and the tuner in it what the layers forward; returns what they held before."""
         if name is None:
@@ -72,7 +92,7 @@ class Switches:
         """Return the layers of adapters that are LoRA alone; None for others, which PEFT switches."""
         names = tuple(self.model.peft_config)
         if self._adapters != names:
-            self._adapters, parts = names, list(self.model.modules())
+            self._adapters, self._uncast, parts = names, None, list(self.model.modules())
             layers = [part for part in parts if isinstance(part, BaseTunerLayer)]
             are_lora = all(isinstance(layer, LoraLayer) for layer in layers)
             # modules that are saved whole, or tokens, have switches of their own; of biases PEFT warns
@@ -83,6 +103,10 @@ class Switches:
             )
             self._adapted = layers if layers and are_lora and plain and not wrapped else None
         return self._adapted
+
+
+def _dropouts(layer) -> list:
+    return [dropout for dropout in layer.lora_dropout.values() if hasattr(dropout, "p")]
 
 
 def _may_recompute(module) -> bool:

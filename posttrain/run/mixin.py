@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
+from peft import PeftModel
 
 from posttrain.config.setting import before_declared
 from posttrain.errors import ConfigError
@@ -39,6 +40,8 @@ class RunMixin(ConstructionMixin, SavingMixin):
 
     # whether a save may fall on another step than the settings say
     saves_may_wait = False
+    # whether a training step has forwards of the model that are not under autocast
+    generates_in_steps = False
     _said_no_aux_loss = False
     _switches: Switches | None = None
     # the checkpoint that training goes on from
@@ -98,11 +101,18 @@ class RunMixin(ConstructionMixin, SavingMixin):
 
     # stands on Trainer.training_step
     def training_step(self, model, inputs, *args, **kwargs):
-        with self._scheme.during_step():
+        with self._scheme.during_step(), self._idle_casts_off():
             loss = self._micro_batch(model, inputs, *args, **kwargs)
         self._scheme.after_step()
         self._finite_loss.ask(self)
         return loss
+
+    def _idle_casts_off(self):
+        """Return the context of a step in which an adapter's input is cast by autocast alone."""
+        spread = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.generates_in_steps or spread or not (self.accelerator.native_amp and isinstance(self.model, PeftModel)):
+            return contextlib.nullcontext()
+        return self.switches.without_casts()
 
     @property
     def reads_gradients_in_steps(self) -> bool:

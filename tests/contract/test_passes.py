@@ -1,6 +1,7 @@
 """What a pass over the model leaves behind, and what it goes through: hooks, walks over all modules, waits."""
 
 import collections
+import contextlib
 import sys
 
 import pytest
@@ -11,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import TrainerCallback
 
 from posttrain.mechanisms.prefix_sharing import packing
+from posttrain.mechanisms.switches import Switches
+from tests import runs
 from tests.contract.conftest import cases
 from tests.families import METHODS, RDPO
 
@@ -68,6 +71,27 @@ def test_no_hook_is_left_behind_by_generation_in_an_evaluation(tiny_folder, tmp_
 def test_no_hook_is_left_behind_by_a_reference_pass(tiny_folder, tmp_path):
     found = _hooks_of_steps(METHODS["robust_dpo"].build(tiny_folder, tmp_path, max_steps=5, **RECOMPUTED))
     assert found[5] == found[4] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["robust_dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "robust_dpo")]
+)
+def test_inputs_that_autocast_casts_train_to_the_same_bits(name, tiny_folder, tmp_path, monkeypatch):
+    method, changes = METHODS[name], []
+    for casts in (False, True):
+        if casts:
+            monkeypatch.setattr(Switches, "without_casts", lambda self: contextlib.nullcontext())
+        settings = RECOMPUTED | dict(bf16=True, use_cpu=True, max_steps=2)
+        changes.append(method.train(tiny_folder, tmp_path / str(casts), **settings)[0])
+    assert runs.identical(*changes)
+
+
+@pytest.mark.slow
+def test_generation_which_is_not_under_autocast_still_casts(tiny_folder, tmp_path):
+    settings = _GENERATED["policy_gradient"] | dict(bf16=True, use_cpu=True, max_steps=1)
+    trainer = METHODS["policy_gradient"].build(tiny_folder, tmp_path, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 # what reads a tensor's numbers, or has as many results as they say; and what makes a tensor of numbers of the host

@@ -1,8 +1,10 @@
+import contextlib
 import copy
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.trainer.utils import use_adapter
 
 from posttrain.mechanisms.switches import Switches
@@ -11,11 +13,11 @@ from posttrain.models import tiny_model
 IDS = torch.arange(3, 15).view(2, 6)
 
 
-def adapted(config=None, **settings):
+def adapted(config=None, base=torch.float32, **settings):
     """A tiny model with an adapter whose matrices are random, and another adapter called ref."""
     torch.manual_seed(0)
     config = config or LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **settings)
-    model = get_peft_model(tiny_model(), config)
+    model = get_peft_model(tiny_model().to(base), config)
     model.add_adapter("ref", copy.deepcopy(config))
     model.set_adapter("default")
     return model.train()
@@ -141,3 +143,45 @@ def test_checkpointing_goes_off_and_comes_back_as_it_was(every, monkeypatch):
     assert not found and [layer.gradient_checkpointing for layer in layers] == then
     assert [layer._gradient_checkpointing_func for layer in layers] == functions
     assert len(model.get_input_embeddings()._forward_hooks) == 1
+
+
+def passed(model, cast: bool, monkeypatch):
+    """(logits and gradients of a forward and backward under autocast, how often PEFT has cast an input)."""
+    casts, before = [], BaseTunerLayer._cast_input_dtype
+
+    def noted(self, x, dtype):
+        found = before(self, x, dtype)
+        casts.append(found.dtype != x.dtype)
+        return found
+
+    torch.manual_seed(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseTunerLayer, "_cast_input_dtype", noted)
+        context = contextlib.nullcontext() if cast else Switches(model).without_casts()
+        with context, torch.autocast("cpu", torch.bfloat16):
+            output = model(input_ids=IDS, labels=IDS)
+            output.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [output.logits.detach(), *gradients], sum(casts)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32])
+def test_an_input_that_autocast_casts_anyway_gives_the_same_bits(base, recomputed, monkeypatch):
+    results = []
+    for cast in (True, False):
+        model = adapted(base=base)
+        if recomputed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        results.append(passed(model, cast, monkeypatch))
+    (expected, casts), (found, left) = results
+    assert len(found) == len(expected) > 20 and all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert casts > 0 == left
+    # a forward without autocast casts again
+    with torch.no_grad():
+        assert model(input_ids=IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [dict(lora_dropout=0.1), dict(use_dora=True)])
+def test_an_input_is_cast_where_the_dtype_is_known_to_matter_or_may(settings, monkeypatch):
+    assert passed(adapted(base=torch.bfloat16, **settings), False, monkeypatch)[1] > 0

@@ -42,6 +42,7 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
     """
 
     no_value = None
+    generates_in_steps = True
     _train_sampler, _kept_tokens = None, None
     # for the next generation
     saves_may_wait = True
