@@ -4,14 +4,11 @@ import contextlib
 import math
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
-from peft import PeftModel
 
 from posttrain.config.setting import before_declared
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
-from posttrain.mechanisms.switches import Switches
 from posttrain.run import (
     checkpoints,
     evaluation,
@@ -27,11 +24,12 @@ from posttrain.run.construction import ConstructionMixin
 from posttrain.run.construction import without_folder as without_folder
 from posttrain.run.identity import differing, identity, update_settings
 from posttrain.run.markers import MARKER, content_of
+from posttrain.run.passes import PassesMixin
 from posttrain.run.saving import SavingMixin
 from posttrain.run.watches import LiveGradients, stop
 
 
-class RunMixin(ConstructionMixin, SavingMixin):
+class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
     """Runs any family's trainer: construct, train, resume, save, push. Stands on `transformers.Trainer`.
 
     A method has these seams, whatever its family: `around_policy_forward`, `method_state` and `load_method_state`,
@@ -40,10 +38,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
 
     # whether a save may fall on another step than the settings say
     saves_may_wait = False
-    # whether a training step has forwards of the model that are not under autocast
-    generates_in_steps = False
     _said_no_aux_loss = False
-    _switches: Switches | None = None
     # the checkpoint that training goes on from
     resumed_from: Path | None = None
     # of a metric that an evaluation has measured nowhere
@@ -62,33 +57,6 @@ class RunMixin(ConstructionMixin, SavingMixin):
         self._means[mode].add_sum("aux_loss", aux_loss.detach().float(), 1)
         return loss + self.router_aux_loss_coef * aux_loss / steps
 
-    def plain_forward(self):
-        """Return a context without recomputation: it has no use without gradient, and reentrant checkpointing warns."""
-        if not self.args.gradient_checkpointing:
-            return contextlib.nullcontext()
-        return self.switches.without_checkpointing()
-
-    @property
-    def switches(self) -> Switches:
-        """Return the switches of the policy's adapter and of its gradient checkpointing."""
-        if self._switches is None or self._switches.model is not self.model:
-            self._switches = Switches(self.model)
-        return self._switches
-
-    @contextlib.contextmanager
-    def policy_forward(self):
-        """Enter the policy's forward whose loss is backpropagated; every family does so around it.
-
-        A forward without gradient, or of a model in eval mode, goes through unchanged, also within.
-        """
-        armed = self.model.training and torch.is_grad_enabled()
-        with self.around_policy_forward() if armed else contextlib.nullcontext():
-            yield
-
-    def around_policy_forward(self):
-        """Return the context that a method puts around that forward and no other; none by default."""
-        return contextlib.nullcontext()
-
     @property
     def weights_have_noise(self) -> bool:
         """Return whether an adapter adds noise to the weights of forwards that are trained; others have none."""
@@ -106,13 +74,6 @@ class RunMixin(ConstructionMixin, SavingMixin):
         self._scheme.after_step()
         self._finite_loss.ask(self)
         return loss
-
-    def _idle_casts_off(self):
-        """Return the context of a step in which an adapter's input is cast by autocast alone."""
-        spread = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.generates_in_steps or spread or not (self.accelerator.native_amp and isinstance(self.model, PeftModel)):
-            return contextlib.nullcontext()
-        return self.switches.without_casts()
 
     @property
     def reads_gradients_in_steps(self) -> bool:
