@@ -40,7 +40,7 @@ def trainer_class(arm: str, columns: dict):
             return dataset
 
     class Unsorted(Arm):
-        def _sorted(self, batches):
+        def sorted_window(self, batches):
             return batches
 
     class OneRowAPair(Unsorted):
