@@ -77,8 +77,9 @@ def test_the_arms_of_ours_differ_in_rows_and_sorting(bench):
     bins, width = sides._one_block_a_row([5, 9, 4], 0.001, 8)
     assert (bins, width) == ([[0], [1], [2]], 16)
     batches = [object(), object()]
-    assert sides.trainer_class("packing", {})._sorted(None, batches) is batches
-    assert "_sorted" not in vars(sides.trainer_class("posttrain", {}))
+    assert sides.trainer_class("packing", {}).sorted_window(None, batches) is batches
+    ours = sides.trainer_class("posttrain", {})
+    assert "sorted_window" not in vars(ours) and hasattr(ours, "sorted_window")
 
 
 def test_grouped_batches_hold_like_lengths_and_random_ones_the_same_pairs(bench):
