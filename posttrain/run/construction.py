@@ -11,6 +11,7 @@ from trl.trainer.utils import get_config_model_id
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
+from posttrain.mechanisms.spread_weights import keep_fp32_outputs
 from posttrain.models import embedded_name
 from posttrain.run import (
     adapter_schemes,
@@ -89,6 +90,12 @@ class ConstructionMixin:
         # the run's folder may be another's, which is asked before anything long
         self._finish_construction()
         self._complete(ready)
+
+    # stands on Trainer.create_accelerator_and_postprocess, before any model is placed
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_fp32_outputs(self.accelerator.state.fsdp_plugin)
 
     def _begin(self, ready: Prepared) -> None:
         """Set a family's attributes, before the parent's constructor calls its methods."""

@@ -93,6 +93,8 @@ class RunMixin(ConstructionMixin, SavingMixin):
         with self._scheme.during_step():
             loss = self._micro_batch(model, inputs, *args, **kwargs)
         self._scheme.after_step()
+        if self._live_gradients:
+            self._live_gradients.after_backward(self)
         return loss
 
     def _micro_batch(self, model, inputs, *args, **kwargs):
