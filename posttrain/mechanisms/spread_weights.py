@@ -4,12 +4,22 @@ import dataclasses
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this rank holds; the tensor itself where it is not spread."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a weight whole, for a product outside its module's forward, where FSDP leaves it spread.
+
+    Its gradient is the mean over ranks, as FSDP takes it. All ranks call it.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def keep_fp32_outputs(plugin) -> None:

@@ -16,6 +16,7 @@ from posttrain.models import embedded_name
 from posttrain.run import (
     adapter_schemes,
     checks,
+    devices,
     optimizers,
     preemption,
     refactoring,
@@ -27,6 +28,7 @@ from posttrain.run import (
     upstream_configs,
 )
 from posttrain.run.agreement import Agreement
+from posttrain.run.engines import add_up_in_fp32
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
@@ -78,7 +80,7 @@ class ConstructionMixin:
         ready = prepare(model, args, config)
         self._begin_run(self._preflight(model, args), args)
         self._begin(ready)
-        with checks.upstream_refusals():
+        with checks.upstream_refusals(), devices.named(args, model):
             construct(model, args=args, train_dataset=ready.train_dataset, eval_dataset=ready.eval_dataset, **given)
         if self.args.gradient_checkpointing_kwargs and hasattr(self.args, "activation_checkpointing_kwargs"):
             # what TRL's constructor settles by the former name: reentrant for an adapter under ZeRO-3
@@ -94,8 +96,11 @@ class ConstructionMixin:
     # stands on Trainer.create_accelerator_and_postprocess, before any model is placed
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
+        devices.name_device(self.args)
         if self.is_fsdp_enabled:
             keep_fp32_outputs(self.accelerator.state.fsdp_plugin)
+        if self.is_deepspeed_enabled:
+            add_up_in_fp32(self.accelerator.state.deepspeed_plugin)
 
     def _begin(self, ready: Prepared) -> None:
         """Set a family's attributes, before the parent's constructor calls its methods."""

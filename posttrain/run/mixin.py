@@ -26,6 +26,7 @@ from posttrain.run.construction import ConstructionMixin
 from posttrain.run.construction import without_folder as without_folder
 from posttrain.run.identity import differing, identity, update_settings
 from posttrain.run.markers import MARKER, content_of
+from posttrain.run.places import check_shared
 from posttrain.run.saving import SavingMixin
 from posttrain.run.watches import LiveGradients, stop
 
@@ -230,6 +231,8 @@ class RunMixin(ConstructionMixin, SavingMixin):
             found, problem = told[0], problem or (told[1] and ConfigError(told[1]))
         if problem:
             raise problem
+        if found is not None and self.accelerator.num_processes > 1:
+            check_shared(found)
         return found
 
     def _found_checkpoint(self, wanted):

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from transformers import training_args
 
 from posttrain.paths import configs_dir
 from posttrain.run import config
@@ -29,6 +30,7 @@ def on_cpus() -> dict:
     """Have this process's CPU count as an accelerator; returns the settings that each of its runs needs."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    training_args.is_torch_bf16_gpu_available = lambda: True
     # what refuses FSDP where accelerate would leave it out
     config.under_fsdp = lambda args: False
     return dict(use_cpu=False, bf16=False, gradient_checkpointing=False)
