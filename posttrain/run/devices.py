@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Mapping
 
+from torch.distributed.fsdp import FSDPModule
+
 from posttrain.errors import ConfigError
 from posttrain.run.engines import under_fsdp
 
@@ -47,6 +49,15 @@ def check_placed_in_time(args, policy_is_reference: bool) -> None:
             "precompute_ref_log_probs is true under FSDP, and the reference is the policy without its adapter, which "
             "FSDP places when training begins. Set `precompute_ref_log_probs: false`, or launch with DDP or ZeRO "
             "(configs/accelerate/ddp.yaml, zero2.yaml, zero3.yaml)."
+        )
+
+
+def check_is_placed(trainer) -> None:
+    """Refuse to evaluate a model under FSDP2 before training, which places it."""
+    if getattr(trainer.accelerator, "is_fsdp2", False) and not isinstance(trainer.model, FSDPModule):
+        raise ConfigError(
+            "an evaluation came before training under FSDP, which places the model when training begins. Call train() "
+            "first, set `eval_on_start: true`, or launch with DDP or ZeRO (configs/accelerate/ddp.yaml, zero3.yaml)."
         )
 
 

@@ -13,6 +13,7 @@ from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.run import (
     checkpoints,
+    devices,
     evaluation,
     lock,
     preemption,
@@ -349,6 +350,7 @@ class RunMixin(ConstructionMixin, SavingMixin):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        devices.check_is_placed(self)
         self._claim_folder()
         evaluation.forget(self)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)

@@ -4,6 +4,8 @@ import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate.utils import gather_object
+
 from posttrain.adapters import SIDE_FILE
 from posttrain.errors import ConfigError
 from posttrain.mechanisms import initial_adapter, value_head
@@ -71,7 +73,7 @@ def _is_file(name: str) -> bool:
 
 def check_shared(checkpoint: Path) -> None:
     """Refuse, on every rank, a checkpoint that the main one found and another does not see; all ranks call it."""
-    seen = gather_object([(checkpoint / TRAINER_STATE).is_file()])
+    seen = gather_object([(checkpoint / files.TRAINER_STATE).is_file()])
     blind = [str(rank) for rank, sees in enumerate(seen) if not sees]
     if blind and seen[0]:
         raise ConfigError(

@@ -5,7 +5,17 @@ from peft import PeftModel
 
 from posttrain.hub import check_push
 from posttrain.models import resolve_model
-from posttrain.run import adapter_checks, adapter_schemes, checks, devices, init_kwargs, lock, refactoring, run_folder, start
+from posttrain.run import (
+    adapter_checks,
+    adapter_schemes,
+    checks,
+    devices,
+    init_kwargs,
+    lock,
+    refactoring,
+    run_folder,
+    start,
+)
 from posttrain.run.sharing import check_setting
 
 

@@ -10,12 +10,12 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
 from posttrain import RobustDPOTrainer
-from posttrain.errors import DivergedError
+from posttrain.errors import PosttrainError
 from posttrain.run import report
 from tests import rollouts, runs, training
 from tests.conftest import make_pairs
 from tests.distributed import sharding
-from tests.distributed.worker import snapshot
+from tests.distributed.worker import logits, snapshot
 
 _FULL = dict(peft=False, learning_rate=0.02)
 _STEPS = dict(optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0, lr_scheduler_type="linear", max_steps=4)
@@ -26,7 +26,7 @@ EQUAL = {
     "clipped": dict(max_grad_norm=0.5),
     "precomputed": _FULL | dict(precompute_ref_log_probs=True),
     "tied": _FULL,
-    "evaluated": dict(before="evaluate"),
+    "evaluated": dict(eval_strategy="steps", eval_steps=1, eval_on_start=True),
     "kl": dict(beta=0.1, peft=False, max_steps=1),
 }
 # resumed from their second step
@@ -47,7 +47,7 @@ class Failing(RobustDPOTrainer):
 def build(name: str, folders: dict, target, **settings):
     """A trainer of a case; on one process it takes a step's rows in one batch."""
     if name == "kl":
-        split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+        split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=8)
         return rollouts.build(folders["untied"], target, **split | settings)
     kind = settings.pop("adapter", None)
     given = dict(pair_loss="dpo", pairs=make_pairs(16), held_out=make_pairs(8, seed=5)) | settings
@@ -57,12 +57,6 @@ def build(name: str, folders: dict, target, **settings):
     args = training.RobustDPOConfig(**training.settings(target, **given))
     more = dict(train_dataset=rows, eval_dataset=held_out, peft_config=runs.lora(init_lora_weights=kind))
     return RobustDPOTrainer(folders["untied"], args=args, **more)
-
-
-def change(trainer, before=None):
-    if before == "evaluate":
-        trainer.evaluate()
-    return runs.fit(trainer, snapshot)[0]
 
 
 def log_probs(trainer, model) -> torch.Tensor:
@@ -90,16 +84,15 @@ def main(folders: str, out: str) -> None:
         tensors.update({f"{name}|{part}": value.contiguous().cpu() for part, value in values.items()})
 
     for name, case in EQUAL.items():
-        case = dict(case)
-        before = case.pop("before", None)
         split = dict(gradient_accumulation_steps=8) if name == "kl" else {}
-        keep(name, change(fresh(name, **case | split), before))
+        keep(name, runs.fit(fresh(name, **case | split), snapshot)[0])
     for name, case in RESUMED.items():
         _, straight = runs.fit(fresh(name, **case, save_strategy="steps", save_steps=2), snapshot)
         keep(f"{name}-straight", snapshot(straight.model))
         _, resumed = runs.fit(fresh(name, **case, save_strategy="no"), snapshot, str(out / name / "checkpoint-2"))
         keep(f"{name}-resumed", snapshot(resumed.model))
         straight.save_model(str(out / name / "saved"))
+        tensors[f"{name}-logits"] = logits(straight)
         del straight, resumed
     trainer = fresh("bf16", **BF16)
     seen, score = {}, trainer.score
@@ -117,16 +110,17 @@ def main(folders: str, out: str) -> None:
     trainer = fresh("dead")
     silenced = [module for name, module in trainer.model.named_modules() if name.endswith("q_proj.lora_B.default")]
     silenced[0].register_forward_hook(lambda module, given, output: output * 0)
-    told["dead"] = refused(trainer)
-    told["diverged"] = refused(fresh("diverged", trainer_class=Failing, max_steps=3))
+    told["dead"] = refused(trainer.train)
+    told["diverged"] = refused(fresh("diverged", trainer_class=Failing, max_steps=3).train)
+    told["early"] = refused(fresh("early").evaluate)
     if int(os.environ["RANK"]) == 0:
         save_file(tensors, out / "tensors.safetensors")
         (out / "told.json").write_text(json.dumps(told))
 
 
-def refused(trainer) -> str:
+def refused(do) -> str:
     try:
-        trainer.train()
-    except DivergedError as error:
+        do()
+    except PosttrainError as error:
         return str(error)
     return ""

@@ -7,19 +7,13 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from posttrain import RobustDPOConfig
-from posttrain.errors import ConfigError
 from posttrain.models import tiny_model
-from posttrain.run import config
-from tests import rollouts
 from tests.distributed import sharding, spread
-from tests.families import METHODS
-from tests.runs import distance, fit, trainable
+from tests.runs import distance, fit, identical, trainable
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +36,63 @@ def launch(folders, tmp_path_factory, warm):
     return json.loads((out / "told.json").read_text()), load_file(out / "tensors.safetensors"), out
 
 
+pytestmark = pytest.mark.slow
+
+
 def part(launch, name: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(f"{name}|"): value for key, value in launch[1].items() if key.startswith(f"{name}|")}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", spread.EQUAL)
 def test_two_ranks_make_the_update_of_one(launch, folders, tmp_path, monkeypatch, name):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    case = {key: value for key, value in spread.EQUAL[name].items() if key != "before"}
-    reference = fit(spread.build(name, folders, tmp_path, **case | dict(gradient_checkpointing=False)), trainable)[0]
+    case = spread.EQUAL[name] | dict(gradient_checkpointing=False)
+    reference = fit(spread.build(name, folders, tmp_path, **case), trainable)[0]
     ours = part(launch, name)
     assert ours.keys() == reference.keys()
     assert distance(ours, reference) <= 1e-4
+
+
+@pytest.mark.parametrize("name", spread.RESUMED)
+def test_a_resumed_run_is_the_straight_one_bit_for_bit(launch, name):
+    straight, resumed = part(launch, f"{name}-straight"), part(launch, f"{name}-resumed")
+    assert straight.keys() == resumed.keys()
+    assert identical(resumed, straight)
+
+
+def test_log_probabilities_of_bf16_are_not_rounded_to_it(launch, folders, tmp_path):
+    told, tensors, _ = launch
+    assert told["dtypes"] == {"policy": "torch.float32", "reference": "torch.float32"}
+    trainer = spread.build("bf16", folders, tmp_path, **spread.BF16 | dict(bf16=False))
+    exact = spread.log_probs(trainer, trainer.model)
+    scored = exact != 0
+    rounding = (exact.bfloat16() - exact)[scored].abs().mean()
+    for model in ("policy", "reference"):
+        gap = (tensors[f"bf16|{model}"] - exact)[scored].abs().mean()
+        assert gap < rounding / 2, "what the forward's own bf16 makes of them is less than what rounding them does"
+
+
+def test_an_adapter_without_gradient_is_found_and_others_are_not(launch):
+    # every other case trains all of its adapter's tensors, and none of them was stopped
+    assert "2 of 28 adapter tensors got no gradient" in launch[0]["dead"]
+    assert "layers.0.self_attn.q_proj.lora_A" in launch[0]["dead"]
+
+
+def test_a_run_that_diverges_ends_on_all_ranks_with_finite_weights(launch):
+    told, _, out = launch
+    assert "the loss became NaN or infinite at step 2" in told["diverged"]
+    weights = load_file(out / "diverged" / "last-finite-1" / "adapter_model.safetensors")
+    assert weights and all(value.isfinite().all() for value in weights.values())
+
+
+def test_an_evaluation_before_training_is_refused(launch):
+    assert "an evaluation came before training under FSDP" in launch[0]["early"]
+
+
+def test_an_adapter_that_began_in_the_base_is_saved_for_the_base(launch, folders):
+    """PiSSA, whose base FSDP spreads without what the adapter took."""
+    base = AutoModelForCausalLM.from_pretrained(folders["untied"])
+    saved = PeftModel.from_pretrained(base, launch[2] / "pissa" / "saved").eval()
+    ids = torch.arange(10, 42).view(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(saved(input_ids=ids).logits, launch[1]["pissa-logits"], atol=1e-4, rtol=1e-4)
