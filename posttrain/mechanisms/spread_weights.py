@@ -1,8 +1,14 @@
 """Weights that FSDP spreads over ranks: the part that a rank holds, and the precision they are computed in."""
 
+import contextlib
 import dataclasses
+import functools
+import types
 
 import torch
+from accelerate.utils import is_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial
 
@@ -20,6 +26,55 @@ def gathered(weight: torch.Tensor | None) -> torch.Tensor | None:
     if not isinstance(weight, DTensor):
         return weight
     return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+
+
+def give_whole_head(model: nn.Module) -> None:
+    """Have a trained output embedding be whole where the fused head multiplies by it, past its module.
+
+    FSDP gathers it with the final norm where accelerate finds one beside the decoder layers, but not around a LoRA, or
+    in OPT. There TRL gathers it itself, by a function whose backward leaves out the other ranks' gradients.
+
+    Args:
+        model: a causal language model with TRL's fused head, or an adapter around it.
+    """
+    inner = model.get_base_model() if is_peft_model(model) else model
+    before = inner.forward
+    # unbound where it can be: a deep copy's forward must run the copy
+    plain = getattr(before, "__func__", None) or (lambda self, *args, **kwargs: before(*args, **kwargs))
+
+    # generate() checks its arguments against the signature
+    @functools.wraps(type(inner).forward)
+    def forward(self, *args, **kwargs):
+        if not kwargs.get("fused_lm_head") or not torch.is_grad_enabled():
+            return plain(self, *args, **kwargs)
+        with _whole_head(self):
+            return plain(self, *args, **kwargs)
+
+    inner.forward = types.MethodType(forward, inner)
+
+
+@contextlib.contextmanager
+def _whole_head(model):
+    """Put the gathered weights of the output embedding before its own, once the backbone has run."""
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        active = [name for name in head.active_adapters if name in head.modules_to_save]
+        head = head.modules_to_save[active[0]] if active and not head.disable_adapters else head.original_module
+    own = head.__dict__
+
+    def gather(module, args, output):
+        for name, value in list(head.named_parameters(recurse=False)):
+            if isinstance(value, DTensor) and value.requires_grad:
+                # what a module has as a plain attribute is found before its parameters
+                own[name] = gathered(value)
+
+    hook = model.base_model.register_forward_hook(gather)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for name, _ in head.named_parameters(recurse=False):
+            own.pop(name, None)
 
 
 def keep_fp32_outputs(plugin) -> None:

@@ -11,7 +11,7 @@ from trl.trainer.utils import get_config_model_id
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
-from posttrain.mechanisms.spread_weights import keep_fp32_outputs
+from posttrain.mechanisms.spread_weights import give_whole_head, keep_fp32_outputs
 from posttrain.models import embedded_name
 from posttrain.run import (
     adapter_schemes,
@@ -187,6 +187,8 @@ class ConstructionMixin:
         update_config.check_precision(self)
         self._note_start()
         keep_4bit_weights_trainable(self.model)
+        if self.is_fsdp_enabled:
+            give_whole_head(self.model)
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
         self._base_digests |= reference_digest(self)
         if type(self._scheme) is not adapter_schemes.InRun:

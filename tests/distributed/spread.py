@@ -27,10 +27,17 @@ EQUAL = {
     "precomputed": _FULL | dict(precompute_ref_log_probs=True),
     "tied": _FULL,
     "evaluated": dict(eval_strategy="steps", eval_steps=1, eval_on_start=True),
+    # FSDP leaves these heads spread where the fused head multiplies by them
+    "head": dict(adapter=dict(modules_to_save=["lm_head"]), learning_rate=0.02),
+    "opt": _FULL,
     "kl": dict(beta=0.1, peft=False, max_steps=1),
 }
 # resumed from their second step
-RESUMED = {"lora": _STEPS, "full": _STEPS | dict(peft=False), "pissa": _STEPS | dict(adapter="pissa")}
+RESUMED = {
+    "lora": _STEPS,
+    "full": _STEPS | dict(peft=False),
+    "pissa": _STEPS | dict(adapter=dict(init_lora_weights="pissa")),
+}
 # of one step that moves nothing
 BF16 = dict(bf16=True, max_steps=1, learning_rate=0.0, peft=False)
 
@@ -49,13 +56,13 @@ def build(name: str, folders: dict, target, **settings):
     if name == "kl":
         split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=8)
         return rollouts.build(folders["untied"], target, **split | settings)
-    kind = settings.pop("adapter", None)
+    adapter = settings.pop("adapter", None)
     given = dict(pair_loss="dpo", pairs=make_pairs(16), held_out=make_pairs(8, seed=5)) | settings
-    if kind is None:
-        return training.build(folders["tied" if name == "tied" else "untied"], target, **given)
+    if adapter is None:
+        return training.build(folders.get(name, folders["untied"]), target, **given)
     rows, held_out = given.pop("pairs"), given.pop("held_out")
     args = training.RobustDPOConfig(**training.settings(target, **given))
-    more = dict(train_dataset=rows, eval_dataset=held_out, peft_config=runs.lora(init_lora_weights=kind))
+    more = dict(train_dataset=rows, eval_dataset=held_out, peft_config=runs.lora(**adapter))
     return RobustDPOTrainer(folders["untied"], args=args, **more)
 
 

@@ -18,10 +18,16 @@ from tests.runs import distance, fit, identical, trainable
 
 @pytest.fixture(scope="module")
 def folders(tiny_folder, tokenizer, tmp_path_factory):
-    tied = tmp_path_factory.mktemp("tied")
-    tiny_model(tie_word_embeddings=True).save_pretrained(tied)
-    tokenizer.save_pretrained(tied)
-    return {"untied": tiny_folder, "tied": str(tied)}
+    others = {
+        "tied": tiny_model(tie_word_embeddings=True),
+        "opt": tiny_model("opt", ffn_dim=128, word_embed_proj_dim=64, dropout=0.0, tie_word_embeddings=False),
+    }
+    made = {"untied": tiny_folder}
+    for name, model in others.items():
+        made[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
 
 
 @pytest.fixture(scope="module")
