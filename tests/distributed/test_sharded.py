@@ -35,9 +35,9 @@ REFUSED = {"cpu_ddp": set(), "cpu_zero2": UNSHARDED, "cpu_zero3": UNSHARDED, "fs
 # what the forked ranks of the core suite run: the hardest cases
 DDP = [f"{name}/{key}" for name, m in METHODS.items() for key in m.ddp]
 SHARDED = [f"{name}/{key}" for name, m in METHODS.items() for key in m.sharded]
-# ZeRO-2 is between the others: of it what is saved and evaluated
-CORE = {"cpu_ddp": DDP, "cpu_zero2": [*SAVED, EVALUATED], "cpu_zero3": SHARDED}
-CORE["fsdp2"] = [key for key in SHARDED if key not in UNSPREAD]
+# of the others what is saved and evaluated
+BRIEF = ("cpu_zero2", "fsdp2")
+CORE = {"cpu_ddp": DDP, "cpu_zero3": SHARDED} | dict.fromkeys(BRIEF, [*SAVED, EVALUATED])
 
 
 def method_of(key: str):
@@ -55,7 +55,7 @@ class Launch:
         self.backend, self.out = backend, out
         names = EQUAL if is_whole else CORE[backend]
         cases = {key: EQUAL[key] for key in names if key not in REFUSED[backend]}
-        cases |= (GENERATED if is_whole or backend != "cpu_zero2" else {}) | (WRONG if backend == "cpu_ddp" else {})
+        cases |= (GENERATED if is_whole or backend not in BRIEF else {}) | (WRONG if backend == "cpu_ddp" else {})
         cases = {key: on_ranks(key, case) for key, case in cases.items()}
         self.cases = set(cases)
         config, log = str(ROOT / f"configs/accelerate/{backend}.yaml"), out / "log"
@@ -171,7 +171,7 @@ def test_a_variant_that_is_known_to_be_wrong_is_told_apart(launch, single):
 def test_rollouts_are_generated_by_sharded_models(launch):
     (key,) = GENERATED
     if key not in launch.cases:
-        assert launch.backend == "cpu_zero2", "its core launch leaves generation to ZeRO-3"
+        assert launch.backend in BRIEF, "its core launch leaves generation to ZeRO-3"
         return
     history, change = launch["history"](key), launch.change(key)
     assert len(history) == 1 and all(row["hpt/frac_sft_prompts"] > 0 for row in history)
