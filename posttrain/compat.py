@@ -77,6 +77,7 @@ PRIVATE_NAMES = (
     ("transformers", "Trainer._finish_current_push", ()),
     ("transformers.utils", "PushInProgress", ("jobs",)),
     ("transformers", "Trainer._clip_grad_norm", ("model",)),
+    ("transformers", "Trainer.create_accelerator_and_postprocess", ()),
     ("transformers", "Trainer._finalize_training", ("trial", "num_train_samples", "start_time")),
     ("transformers", "Trainer._get_output_dir", ("trial",)),
     ("transformers", "Trainer._load_optimizer_and_scheduler", ("checkpoint",)),

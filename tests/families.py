@@ -52,7 +52,7 @@ class Method:
         outcome: what else two ranks are to have in common with one.
         ranks: cases of two ranks beside `cases`.
         launch: settings that each case on two ranks has beside its own.
-        unsharded: names of the cases that ZeRO refuses.
+        unsharded: names of the cases that ZeRO refuses. unspread: of those that FSDP refuses.
         ddp, sharded: names of the cases that DDP and ZeRO run in the core suite.
         generated: a case of rollouts that two ranks generate, by its name.
         plain: how one process that takes the batch whole departs from a case on two ranks.
@@ -83,6 +83,7 @@ class Method:
     ranks: Mapping[str, Mapping] = field(default_factory=dict)
     launch: Mapping = field(default_factory=dict)
     unsharded: tuple[str, ...] = ()
+    unspread: tuple[str, ...] = ()
     ddp: tuple[str, ...] = ()
     sharded: tuple[str, ...] = ()
     generated: Mapping[str, Mapping] = field(default_factory=dict)
@@ -384,6 +385,7 @@ robust_dpo = Method(
     },
     # by DeepSpeed, as tests/trainers and tests/run assert
     unsharded=("dr_dpo-rescale", "refactored"),
+    unspread=("dr_dpo-cached", "refactored"),
     ddp=("dr_dpo", "dr_dpo-full"),
     sharded=("dr_dpo", "dr_dpo-full"),
     plain=PADDED | dict(precompute_ref_log_probs=False),
@@ -484,8 +486,20 @@ a_lol = Method(
             "a_lol-seq-full": dict(variant="a_lol_seq", peft=False),
             "a_lol-sampled": dict(variant="a_lol", advantage_weighting="sample"),
             "a_lol-head": dict(variant="a_lol", value="head", value_folds=2, value_learning_rate=0.01),
+            "ref-free": dict(variant="a_lol_ref_free"),
         }.items()
     },
+    # all that forward the starting model
+    unspread=(
+        "a_lol-seq",
+        "a_lol",
+        "a_lol-sampled-and-weighed",
+        "a_lol-whole-steps",
+        "a_lol-kept",
+        "a_lol-seq-full",
+        "a_lol-sampled",
+        "a_lol-head",
+    ),
     ddp=("a_lol-sampled-and-weighed",),
     sharded=("a_lol-head",),
     describe=_told_of_answers,
@@ -756,6 +770,7 @@ gift_sw = Method(
         "gaussian-checkpointed": dict(gradient_checkpointing=True) | _SHORT,
         "noiseless": dict(noise="none") | _SHORT,
     },
+    unspread=("pairs", "gaussian", "uniform", "gaussian-checkpointed", "noiseless"),
     ddp=("pairs",),
     describe=_told_of_columns,
     counted=("of them within max_length",),
@@ -807,6 +822,7 @@ allora = Method(
     ranks={"gradient-checkpointed": dict(gradient_checkpointing=True) | _SHORT},
     # by RowScales
     unsharded=("update",),
+    unspread=("update",),
     describe=_told_of_factors,
     counted=("of them within max_length",),
     forwards=_EVALUATED,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posttrain import exit_codes, outputs
 from posttrain.cli import _supervised
-from posttrain.console import say
+from posttrain.console import complain, say
 from posttrain.errors import ConfigError
 from posttrain.paths import configs_dir, recipes_dir
 from posttrain.private import hide_words
@@ -26,7 +26,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument("method", type=lambda name: name.replace("-", "_"), choices=methods(), help="the recipe")
     parser.add_argument("--config", metavar="YAML", help="a file, or the name of a shipped one: cpu, single_gpu, zero3")
     parser.add_argument(
-        "--launch", metavar="YAML", help="accelerate's config: a file, or a shipped one: cpu_ddp, zero3 ..."
+        "--launch",
+        metavar="YAML",
+        help="accelerate's config: a file, or a shipped one: cpu_ddp, zero3 ...; of itself ddp on several GPUs",
     )
     parser.set_defaults(takes_settings=True)
 
@@ -34,12 +36,21 @@ def add_parser(subparsers) -> None:
 def run(args) -> int:
     """Launch the recipe; the exit code is the recipe's own, which `accelerate launch` alone would hide."""
     outputs.keep_going()
-    default = "single_gpu" if _has_accelerator() else "cpu"
+    cards = _accelerators()
+    default = "single_gpu" if cards else "cpu"
     config = _shipped(args.config or default, configs_dir() / args.method, "config")
-    launch = _shipped(args.launch or default, configs_dir() / "accelerate", "launch")
+    spread = args.launch is None and args.config != "cpu" and cards > 1
+    named = "ddp" if spread else args.launch or (default if args.config != "cpu" else "cpu")
+    launch = _shipped(named, configs_dir() / "accelerate", "launch")
     recipe = recipes_dir() / f"{args.method}.py"
     # quiet: without it, accelerate adds a traceback of its own to every message of a recipe
     line = ["accelerate", "launch", "--quiet", "--config_file", launch, *_threads(launch)]
+    if spread:
+        complain(
+            f"{cards} GPUs here: a process on each (--launch ddp), and so {cards} times the config's rows a step. "
+            "CUDA_VISIBLE_DEVICES=0 in the shell takes one."
+        )
+        line += ["--num_processes", str(cards)]
     line += [recipe, "--config", config, *args.settings]
     say(_printable(map(str, line)), flush=True)
     # the same interpreter, whatever `accelerate` the PATH would find
@@ -95,7 +106,8 @@ def _shipped(name: str, folder: Path, what: str) -> Path:
     raise ConfigError(f"{what} is {name!r}: no such file, and none of the shipped ones: {known}.")
 
 
-def _has_accelerator() -> bool:
+def _accelerators() -> int:
+    """Count the accelerators that this process sees."""
     import torch
 
-    return torch.accelerator.is_available()
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from posttrain import whole_files
 from posttrain.errors import EnvironmentIssue
 from posttrain.log import get_logger
+from posttrain.mechanisms.spread_weights import own_part
 
 _DIGEST_BYTES = 16
 # of the files; a file of another one is set aside
@@ -235,7 +236,7 @@ def weights_digest(model: torch.nn.Module, skip_adapters: Iterable[str] = ()) ->
     """Digest the weights and buffers of `model` as this rank holds them.
 
     Args:
-        model: any module; of a parameter that ZeRO-3 has partitioned, this rank's partition counts.
+        model: any module; of a parameter that ZeRO-3 or FSDP has spread, this rank's part counts.
         skip_adapters: names of PEFT adapters whose weights play no part in the forward.
     """
     skipped = set(skip_adapters)
@@ -244,7 +245,7 @@ def weights_digest(model: torch.nn.Module, skip_adapters: Iterable[str] = ()) ->
     for name, tensor in sorted(model.state_dict().items()):
         if skipped.intersection(name.split(".")):
             continue
-        tensor = partitions.get(name, tensor)
+        tensor = own_part(partitions.get(name, tensor))
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

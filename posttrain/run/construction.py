@@ -11,10 +11,12 @@ from trl.trainer.utils import get_config_model_id
 from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
+from posttrain.mechanisms.spread_weights import give_whole_head, keep_fp32_outputs
 from posttrain.models import embedded_name
 from posttrain.run import (
     adapter_schemes,
     checks,
+    devices,
     optimizers,
     preemption,
     refactoring,
@@ -26,6 +28,7 @@ from posttrain.run import (
     upstream_configs,
 )
 from posttrain.run.agreement import Agreement
+from posttrain.run.engines import add_up_in_fp32
 from posttrain.run.identity import reference_digest
 from posttrain.run.prepared import Prepared
 from posttrain.run.report import RunReport
@@ -77,7 +80,7 @@ class ConstructionMixin:
         ready = prepare(model, args, config)
         self._begin_run(self._preflight(model, args), args)
         self._begin(ready)
-        with checks.upstream_refusals():
+        with checks.upstream_refusals(), devices.named(args, model):
             construct(model, args=args, train_dataset=ready.train_dataset, eval_dataset=ready.eval_dataset, **given)
         if self.args.gradient_checkpointing_kwargs and hasattr(self.args, "activation_checkpointing_kwargs"):
             # what TRL's constructor settles by the former name: reentrant for an adapter under ZeRO-3
@@ -89,6 +92,15 @@ class ConstructionMixin:
         # the run's folder may be another's, which is asked before anything long
         self._finish_construction()
         self._complete(ready)
+
+    # stands on Trainer.create_accelerator_and_postprocess, before any model is placed
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        devices.name_device(self.args)
+        if self.is_fsdp_enabled:
+            keep_fp32_outputs(self.accelerator.state.fsdp_plugin)
+        if self.is_deepspeed_enabled:
+            add_up_in_fp32(self.accelerator.state.deepspeed_plugin)
 
     def _begin(self, ready: Prepared) -> None:
         """Set a family's attributes, before the parent's constructor calls its methods."""
@@ -175,6 +187,8 @@ class ConstructionMixin:
         update_config.check_precision(self)
         self._note_start()
         keep_4bit_weights_trainable(self.model)
+        if self.is_fsdp_enabled:
+            give_whole_head(self.model)
         self._base_digests = base_digests(self.model, self.is_fsdp_enabled, self._start.converts)
         self._base_digests |= reference_digest(self)
         if type(self._scheme) is not adapter_schemes.InRun:

@@ -11,6 +11,7 @@ from posttrain.errors import ConfigError
 from posttrain.log import get_logger
 from posttrain.run import (
     checkpoints,
+    devices,
     evaluation,
     lock,
     preemption,
@@ -25,6 +26,7 @@ from posttrain.run.construction import without_folder as without_folder
 from posttrain.run.identity import differing, identity, update_settings
 from posttrain.run.markers import MARKER, content_of
 from posttrain.run.passes import PassesMixin
+from posttrain.run.places import check_shared
 from posttrain.run.saving import SavingMixin
 from posttrain.run.watches import LiveGradients, stop
 
@@ -73,6 +75,8 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
             loss = self._micro_batch(model, inputs, *args, **kwargs)
         self._scheme.after_step()
         self._finite_loss.ask(self)
+        if self._live_gradients:
+            self._live_gradients.after_backward(self)
         return loss
 
     @property
@@ -221,6 +225,8 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
             found, problem = told[0], problem or (told[1] and ConfigError(told[1]))
         if problem:
             raise problem
+        if found is not None and self.accelerator.num_processes > 1:
+            check_shared(found)
         return found
 
     def _found_checkpoint(self, wanted):
@@ -337,6 +343,7 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        devices.check_is_placed(self)
         self._claim_folder()
         evaluation.forget(self)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)

@@ -4,6 +4,8 @@ import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate.utils import gather_object
+
 from posttrain.adapters import SIDE_FILE
 from posttrain.errors import ConfigError
 from posttrain.mechanisms import initial_adapter, value_head
@@ -67,3 +69,14 @@ def check_places(output_dir: str | Path, adapters: Iterable[str] = ()) -> None:
 
 def _is_file(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, form) for form in _FILES)
+
+
+def check_shared(checkpoint: Path) -> None:
+    """Refuse, on every rank, a checkpoint that the main one found and another does not see; all ranks call it."""
+    seen = gather_object([(checkpoint / files.TRAINER_STATE).is_file()])
+    blind = [str(rank) for rank, sees in enumerate(seen) if not sees]
+    if blind and seen[0]:
+        raise ConfigError(
+            f"the checkpoint {checkpoint} is there for rank 0 and not for rank {', '.join(blind)}, of {len(seen)}. All "
+            "machines of a run must see one output_dir: put it on a disk that they share."
+        )

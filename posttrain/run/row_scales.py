@@ -9,6 +9,7 @@ from posttrain.adapters.allora import layers_of
 from posttrain.adapters.scaled_updates import ScaledUpdates
 from posttrain.errors import ConfigError
 from posttrain.log import get_logger
+from posttrain.mechanisms.spread_weights import gathered
 from posttrain.objectives.row_scales import row_norms
 from posttrain.run.adapter_schemes import InRun, attach
 from posttrain.run.config import under_deepspeed
@@ -131,9 +132,10 @@ class RowScales(InRun):
         for _, layer, variant, name in self._layers:
             weights = [layer.lora_A[name].weight, layer.lora_B[name].weight]
             with gather_params_ctx(weights, modifier_rank=None):
-                if not all(weight.dim() == 2 and type(weight.data) is torch.Tensor for weight in weights):
+                whole = [gathered(weight.detach()) for weight in weights]
+                if not all(weight.dim() == 2 and type(weight) is torch.Tensor for weight in whole):
                     return self._tell_of_parts()
-                norms.append(row_norms(*weights))
+                norms.append(row_norms(*whole))
                 etas.append(torch.full_like(norms[-1], variant.eta))
         found = torch.cat([part.to(norms[0].device) for part in norms])
         scales = (found + torch.cat([part.to(norms[0].device) for part in etas]) ** -2).rsqrt()

@@ -5,7 +5,17 @@ from peft import PeftModel
 
 from posttrain.hub import check_push
 from posttrain.models import resolve_model
-from posttrain.run import adapter_checks, adapter_schemes, checks, init_kwargs, lock, refactoring, run_folder, start
+from posttrain.run import (
+    adapter_checks,
+    adapter_schemes,
+    checks,
+    devices,
+    init_kwargs,
+    lock,
+    refactoring,
+    run_folder,
+    start,
+)
 from posttrain.run.sharing import check_setting
 
 
@@ -39,7 +49,10 @@ def check(
     adapter_schemes.check(peft_config or own, args)
     refactoring.check(model, peft_config, args)
     checks.check_here(args)
-    checks.check_synced_reference(args, peft_config is not None or isinstance(model, PeftModel))
+    devices.check_one_device(args, model)
+    adapted = peft_config is not None or isinstance(model, PeftModel)
+    checks.check_synced_reference(args, adapted)
+    devices.check_placed_in_time(args, adapted and live_reference)
     start.check_adapter(model, peft_config, args, live_reference)
     if isinstance(model, str):
         model = resolve_model(model)

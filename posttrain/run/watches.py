@@ -6,6 +6,7 @@ import torch
 
 from posttrain.errors import DivergedError
 from posttrain.log import get_logger
+from posttrain.mechanisms.spread_weights import own_part
 
 
 class FiniteLoss:
@@ -43,7 +44,8 @@ def stop(trainer, what: str) -> None:
     trainer.put_weights_back()
     step = trainer.state.global_step + 1
     folder = Path(trainer.args.output_dir) / f"last-finite-{step - 1}"
-    weights = torch.stack([torch.isfinite(p.detach()).all() for p in trainer.model.parameters() if p.requires_grad])
+    trained = [own_part(p.detach()) for p in trainer.model.parameters() if p.requires_grad]
+    weights = torch.stack([torch.isfinite(values).all() for values in trained])
     finite = bool(trainer.accelerator.reduce((~weights.all()).float(), reduction="sum").item() == 0)
     if finite:
         trainer.save_model(str(folder), _internal_call=True)
@@ -68,7 +70,7 @@ class LiveGradients:
         watched = {
             name: p for name, p in model.named_parameters() if p.requires_grad and "trainable_tokens_delta" not in name
         }
-        self._seen = dict.fromkeys(watched)
+        self._seen, self._watched = dict.fromkeys(watched), watched
         self._hooks = [
             p.register_hook(lambda gradient, name=name: self._note(name, gradient)) for name, p in watched.items()
         ]
@@ -80,6 +82,14 @@ class LiveGradients:
         has_gradient = gradient.detach().ne(0).any()
         known = self._seen[name]
         self._seen[name] = has_gradient if known is None else known | has_gradient
+
+    def after_backward(self, trainer) -> None:
+        """Note the gradients of weights that FSDP spreads, whose hooks are never called; after each backward."""
+        if not trainer.is_fsdp_enabled or not trainer.accelerator.sync_gradients:
+            return
+        for name, parameter in self._watched.items():
+            if parameter.grad is not None:
+                self._note(name, own_part(parameter.grad))
 
     def before_step(self, trainer) -> None:
         """Note the learning rate of the step to come."""

@@ -79,6 +79,42 @@ def test_train_prints_its_line_without_the_hub_token_and_passes_the_recipes_exit
     assert not launched or "`hf_***` follows no key" in said.err
 
 
+def launched(monkeypatch, capsys, cards: int, *given: str):
+    """The launch line of a machine with so many accelerators, and what is said beside it."""
+    monkeypatch.setattr("posttrain.cli._supervised.run", lambda command, environment: 0)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: cards > 0)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: cards)
+    assert main(["train", "robust_dpo", *given]) == 0
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+def test_train_starts_a_process_on_each_of_several_cards_and_says_so(monkeypatch, capsys):
+    line, said = launched(monkeypatch, capsys, 4, "--learning_rate", "1e-4")
+    assert "/accelerate/ddp.yaml --num_processes 4 " in line and "/robust_dpo/single_gpu.yaml" in line
+    assert said == (
+        "4 GPUs here: a process on each (--launch ddp), and so 4 times the config's rows a step. "
+        "CUDA_VISIBLE_DEVICES=0 in the shell takes one.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("cards", "given", "launch"),
+    [
+        (1, [], "single_gpu"),
+        (0, [], "cpu"),
+        (4, ["--launch", "zero3"], "zero3"),
+        (4, ["--launch", "single_gpu"], "single_gpu"),
+        # a config for CPUs
+        (4, ["--config", "cpu"], "cpu"),
+        (1, ["--config", "cpu"], "cpu"),
+    ],
+)
+def test_train_takes_what_was_named_or_fits_the_machine(monkeypatch, capsys, cards, given, launch):
+    line, said = launched(monkeypatch, capsys, cards, *given)
+    assert f"/accelerate/{launch}.yaml" in line and "--num_processes" not in line and not said
+
+
 def test_train_knows_the_shipped_configs(capsys):
     assert main(["train", "robust_dpo", "--config", "laptop"]) == 2
     assert "config is 'laptop': no such file, and none of the shipped ones: cpu, single_gpu, zero3." in (

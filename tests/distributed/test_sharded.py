@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_pairs
+from tests.distributed import sharding
 from tests.distributed.worker import ANSWERS, EVALUATED, HELD_OUT, SAVED
 from tests.families import METHODS
 from tests.runs import distance, entries, same_metrics
@@ -29,11 +30,14 @@ GENERATED = {f"{name}/{key}": case for name, m in METHODS.items() for key, case 
 WRONG = {f"{name}/wrong-{name}": m.wrong for name, m in METHODS.items() if isinstance(m.wrong, Mapping)}
 EQUAL = {f"{name}/{key}": case for name, m in METHODS.items() for key, case in (m.cases | m.ranks).items()}
 UNSHARDED = {f"{name}/{key}" for name, m in METHODS.items() for key in m.unsharded}
+UNSPREAD = {f"{name}/{key}" for name, m in METHODS.items() for key in m.unspread}
+REFUSED = {"cpu_ddp": set(), "cpu_zero2": UNSHARDED, "cpu_zero3": UNSHARDED, "fsdp2": UNSPREAD}
 # what the forked ranks of the core suite run: the hardest cases
 DDP = [f"{name}/{key}" for name, m in METHODS.items() for key in m.ddp]
 SHARDED = [f"{name}/{key}" for name, m in METHODS.items() for key in m.sharded]
-# ZeRO-2 is between the others: of it what is saved and evaluated
-CORE = {"cpu_ddp": DDP, "cpu_zero2": [*SAVED, EVALUATED], "cpu_zero3": SHARDED}
+# of the others what is saved and evaluated
+BRIEF = ("cpu_zero2", "fsdp2")
+CORE = {"cpu_ddp": DDP, "cpu_zero3": SHARDED} | dict.fromkeys(BRIEF, [*SAVED, EVALUATED])
 
 
 def method_of(key: str):
@@ -49,13 +53,15 @@ def on_ranks(key: str, case: Mapping) -> dict:
 class Launch:
     def __init__(self, backend: str, model: str, out: Path, warm, is_whole: bool):
         self.backend, self.out = backend, out
-        is_ddp = backend == "cpu_ddp"
         names = EQUAL if is_whole else CORE[backend]
-        cases = {key: EQUAL[key] for key in names if is_ddp or key not in UNSHARDED}
-        cases |= (GENERATED if is_whole or backend != "cpu_zero2" else {}) | (WRONG if is_ddp else {})
+        cases = {key: EQUAL[key] for key in names if key not in REFUSED[backend]}
+        cases |= (GENERATED if is_whole or backend not in BRIEF else {}) | (WRONG if backend == "cpu_ddp" else {})
         cases = {key: on_ranks(key, case) for key, case in cases.items()}
         self.cases = set(cases)
         config, log = str(ROOT / f"configs/accelerate/{backend}.yaml"), out / "log"
+        if backend == "fsdp2":
+            # the shipped one is for accelerators
+            config = str(sharding.launch_file(out))
         # a fresh interpreter of each rank builds the model
         arguments = [model, str(out), json.dumps(cases), "embedded:tiny" if is_whole else ""]
         cache = {"POSTTRAIN_CACHE": str(out / "cache")}
@@ -83,8 +89,8 @@ class Launch:
         return lambda case: self.results[name][case]
 
 
-FORKED = [f"{backend}-forked" for backend in ("cpu_ddp", "cpu_zero2", "cpu_zero3")]
-FRESH = [f"{backend}-fresh" for backend in ("cpu_ddp", "cpu_zero2", "cpu_zero3")]
+FORKED = [f"{backend}-forked" for backend in REFUSED]
+FRESH = [f"{backend}-fresh" for backend in REFUSED]
 
 
 @pytest.fixture(scope="module", params=[*FORKED, *(pytest.param(name, marks=pytest.mark.slow) for name in FRESH)])
@@ -118,6 +124,11 @@ def test_the_engine_is_what_the_config_says(launch):
     assert facts["world_size"] == 2
     if launch.backend == "cpu_ddp":
         assert facts["wrapper"] == "DistributedDataParallel"
+        return
+    if launch.backend == "fsdp2":
+        assert (facts["distributed_type"], facts["version"]) == ("DistributedType.FSDP", 2)
+        assert facts["partitioned"] == facts["parameters"] > 0
+        assert facts["largest_share"] <= 0.51, "each rank holds half of every parameter"
         return
     stage = int(launch.backend[-1])
     assert (facts["wrapper"], facts["zero_stage"]) == ("DeepSpeedEngine", stage)
@@ -160,7 +171,7 @@ def test_a_variant_that_is_known_to_be_wrong_is_told_apart(launch, single):
 def test_rollouts_are_generated_by_sharded_models(launch):
     (key,) = GENERATED
     if key not in launch.cases:
-        assert launch.backend == "cpu_zero2", "its core launch leaves generation to ZeRO-3"
+        assert launch.backend in BRIEF, "its core launch leaves generation to ZeRO-3"
         return
     history, change = launch["history"](key), launch.change(key)
     assert len(history) == 1 and all(row["hpt/frac_sft_prompts"] > 0 for row in history)

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from posttrain.models import resolve_model
 from posttrain.run import report
 from tests.conftest import make_pairs
+from tests.distributed import sharding
 from tests.families import METHODS
 from tests.runs import entries
 from tests.scored import make_scored
@@ -42,9 +44,13 @@ def gathered(model):
         yield
 
 
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def snapshot(model) -> dict[str, torch.Tensor]:
     with gathered(model):
-        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def in_parts(holder: type) -> list:
@@ -83,6 +89,12 @@ def engine_facts(trainer) -> dict:
         facts["partitioned"] = len(frozen)
         facts["parameters"] = len(list(trainer.model.parameters()))
         facts["largest_share"] = max((p.ds_tensor.numel() / p.ds_numel for p in frozen), default=1.0)
+    if sharding.is_fsdp():
+        parameters = list(trainer.model.parameters())
+        spread = [p for p in parameters if isinstance(p, DTensor)]
+        facts["version"] = trainer.accelerator.state.fsdp_plugin.fsdp_version
+        facts["partitioned"], facts["parameters"] = len(spread), len(parameters)
+        facts["largest_share"] = max((p.to_local().numel() / p.numel() for p in spread), default=1.0)
     return facts
 
 
@@ -120,6 +132,7 @@ def main(folder: str, out: str, chosen: str, embedded: str) -> None:
     report.plot_curves = lambda *args: None
     report.git_commit = lambda: None
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    launch = sharding.on_cpus() if sharding.is_fsdp() else {}
     # what is imported by now need not be gone over at the end of each run
     gc.freeze()
     for key, case in json.loads(chosen).items():
@@ -133,7 +146,7 @@ def main(folder: str, out: str, chosen: str, embedded: str) -> None:
             more["held_out"] = make_pairs(**HELD_OUT)
         if key == EVALUATED:
             more = ANSWERS
-        change, trainer = method.train(folder, target, snapshot=snapshot, **case, **more, **method.launch)
+        change, trainer = method.train(folder, target, snapshot=snapshot, **method.launch | launch | case | more)
         changes |= {f"{key}|{part}": value.contiguous().cpu() for part, value in change.items()}
         results["history"][key] = entries(trainer)
         results["outcome"][key] = method.outcome(trainer)

@@ -98,8 +98,8 @@ def measure(model, batches, seed: int) -> tuple[list[list[float]], list[list[flo
         Symmetric KL in nats a learned token by layer and factor, the rise of cross-entropy likewise, and that without
         noise: the first two arguments of `choose`, and the third.
     """
-    inner, layers = innermost(model), hidden.decoder_layers(model)
-    size = inner.config.get_text_config().hidden_size
+    layers = hidden.decoder_layers(model)
+    size = innermost(model).config.get_text_config().hidden_size
     parted = torch.zeros(len(layers), len(FACTORS), dtype=torch.float64)
     raised, clean, count = torch.zeros_like(parted), 0.0, 0
     for batch in batches:
@@ -110,7 +110,8 @@ def measure(model, batches, seed: int) -> tuple[list[list[float]], list[list[flo
         found = draws.sequences(ids, given.get("attention_mask"), given.get("position_ids"))
 
         def predicted(given=given, mask=mask):
-            return inner(**given, use_cache=False).logits[:, :-1][mask].float().log_softmax(dim=-1)
+            # the whole model is called, as FSDP gathers weights in its forward
+            return model(**given, use_cache=False).logits[:, :-1][mask].float().log_softmax(dim=-1)
 
         def missed(logps, targets=targets):
             return -logps.gather(-1, targets[:, None]).double().sum().item()

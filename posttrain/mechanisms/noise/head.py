@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from posttrain.mechanisms.spread_weights import gathered
 from posttrain.objectives.consistency import Mode, Terms
 
 # learned tokens whose logits are held at a time, of each pass; on a CPU more of them fall out of its cache
@@ -116,7 +117,8 @@ def projection_of(model) -> Projection:
         scaling = getattr(config, "logits_scaling", None)
         multiplies = config.model_type == "hyperclovax"
         scale = 1.0 if scaling is None else scaling if multiplies else 1.0 / scaling
-    return Projection(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Projection(gathered(head.weight), gathered(head.bias), scale, softcap)
 
 
 class _Head(torch.autograd.Function):

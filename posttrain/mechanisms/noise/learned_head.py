@@ -71,10 +71,13 @@ class LearnedHead:
         was_training = inner.training
         model.eval()
         try:
-            with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.no_grad():
-                states = inner.base_model(**given).last_hidden_state
-                ours = output_of(inner, [states], labels, PLAIN)[0].loss.item()
-                logits = inner(**given).logits[:, :-1].float()
+            with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+                # the whole model is called, as FSDP gathers weights in its forward
+                self.is_right = True
+                with self.used(), torch.enable_grad():
+                    ours = model(**given, labels=labels, fused_lm_head=True).loss.item()
+                with torch.no_grad():
+                    logits = model(**given).logits[:, :-1].float()
                 theirs = torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device), reduction="sum"
                 ).item()

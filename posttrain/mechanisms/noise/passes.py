@@ -228,7 +228,7 @@ def settle(passes: NoisyPasses, model: nn.Module) -> None:
 def separate(passes: NoisyPasses, model: nn.Module, batch: dict, step: int) -> Tensor:
     """Return the loss of a batch from a forward for each pass and whole logits, summed: what `passes` must come to.
 
-    `batch`: input_ids, labels and what else the model is given; the model is the innermost one.
+    `batch`: input_ids, labels and what else the model is given.
     """
     given = {name: value for name, value in batch.items() if name != "labels"}
     ids = given["input_ids"]
@@ -266,9 +266,10 @@ def _gap(passes: NoisyPasses, model: nn.Module) -> float:
     try:
         with torch.random.fork_rng(devices=devices):
             with passes.added_to(0), torch.enable_grad():
-                ours = inner(**batch, fused_lm_head=True).loss.item()
+                # the whole model is called, as FSDP gathers weights in its forward
+                ours = model(**batch, fused_lm_head=True).loss.item()
             with torch.no_grad():
-                theirs = separate(passes, inner, batch, 0).item()
+                theirs = separate(passes, model, batch, 0).item()
     finally:
         model.train(was_training)
         passes.squares = squares

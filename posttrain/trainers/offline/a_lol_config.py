@@ -11,6 +11,7 @@ from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.objectives import offline
+from posttrain.run.engines import under_fsdp
 from posttrain.trainers.offline.config import OfflineConfig
 
 VALUES = ("mean", "per_prompt", "column", "head")
@@ -135,6 +136,7 @@ class ALoLConfig(OfflineConfig, SFTConfig):
             )
         self._check_head()
         self._check_weighting()
+        self._check_engine()
         self._warn_of_settings_without_effect()
 
     @property
@@ -178,6 +180,21 @@ class ALoLConfig(OfflineConfig, SFTConfig):
                 "value out, or choose a variant named a_lol.",
                 {"value": ("variant",)},
             )
+
+    def _check_engine(self):
+        """Refuse to forward the starting model before training under FSDP, which places it no sooner."""
+        if not under_fsdp(self) or not (self.needs_reference or self.value == "head"):
+            return
+        others = ", ".join(variant for variant in offline.VARIANTS if variant not in offline.NEEDS_REFERENCE)
+        if self.value == "head":
+            what, instead = "value is head, which reads the states of the starting model", "set `value: mean`"
+        else:
+            what = f"variant is {self.variant}, whose loss reads the starting model's log-probabilities"
+            instead = f"choose a variant that reads none ({others})"
+        raise ConfigError(
+            f"{what}, under FSDP, which places the model when training begins. Launch with DDP or ZeRO "
+            f"(configs/accelerate/ddp.yaml, zero2.yaml, zero3.yaml), or {instead}."
+        )
 
     def _check_weighting(self):
         if self.keep_negative_advantages:

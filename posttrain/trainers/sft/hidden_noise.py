@@ -133,7 +133,7 @@ class HiddenNoise(TrainerCallback):
     @torch.no_grad()
     def _measured(self, model) -> list[float]:
         """Return the ratio of signal to noise behind each layer, on the first rows; the same on all ranks."""
-        layers, inner, passes = hidden.decoder_layers(model), innermost(model), self.passes
+        layers, passes = hidden.decoder_layers(model), self.passes
         sums = [torch.zeros(3, dtype=torch.float64) for _ in layers]
         found = None
 
@@ -148,7 +148,8 @@ class HiddenNoise(TrainerCallback):
                 for batch in batches:
                     del batch["labels"]
                     found = draws.sequences(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
-                    inner.base_model(**batch, use_cache=False)
+                    # the whole model is called, as FSDP gathers weights in its forward
+                    model(**batch, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
