@@ -49,6 +49,7 @@ class Job:
         checkpointing: whether activations are computed twice. dropout: whether the adapter drops inputs out.
         attention: the implementation, or None for the model's choice, sdpa. masked: whether it is given a mask.
         reference: none, live (beside the policy) or precomputed. own_reference: whether it is a model of its own.
+        scoring_rows: sequences of a batch of the reference before training; 0 for `rows`.
         answers: rollouts of a generation on this card; 0 where nothing is generated.
         vllm: the share of the card that vLLM has in the same process, or None. sleeps: whether it leaves the card
             while the policy trains.
@@ -70,6 +71,7 @@ class Job:
     masked: bool = True
     reference: str = "none"
     own_reference: bool = False
+    scoring_rows: int = 0
     answers: int = 0
     vllm: float | None = None
     sleeps: bool = False

@@ -5,6 +5,8 @@ their full length, so that a batch of the longest rows still fits. Measured agai
 is within 15% (`tests/planning/test_measured.py`); what only cards have is marked as an estimate.
 """
 
+from dataclasses import replace
+
 from posttrain.planning import activations
 from posttrain.planning.job import ENGINES, Job, Launch
 
@@ -201,6 +203,7 @@ def _generating(job: Job, launch: Launch) -> dict[str, float]:
 def _scoring(job: Job, launch: Launch) -> dict[str, float]:
     """Return what a pass of the reference before training takes: no optimizer is there yet."""
     shapes, kept = job.shapes, _resident(job, launch)
+    job = replace(job, rows=job.scoring_rows or job.rows)
     parts = {"weights": kept["weights"], "adapter": kept.get("adapter", 0.0)}
     if launch.kind in ENGINES and job.own_reference:
         parts["reference model"] = shapes.parameters * min(job.weight_bytes, 2.0) / launch.weight_shards

@@ -82,6 +82,7 @@ def job_of(args, model_args, shapes: Shapes, length: int | None = None) -> Job:
         attention=init.get("attn_implementation") or getattr(model_args, "attn_implementation", None),
         reference=reference,
         own_reference=own,
+        scoring_rows=_scoring_rows(args, family) if reference == "precomputed" else 0,
         answers=answers,
         vllm=vllm,
         sleeps=bool(getattr(args, "vllm_enable_sleep_mode", False)),
@@ -99,6 +100,13 @@ def _reference(args, family: str, adapter: bool) -> tuple[str, bool]:
     if family == "offline":
         return "precomputed", False
     return "none", False
+
+
+def _scoring_rows(args, family: str) -> int:
+    """Return how many sequences the reference scores at a time before training."""
+    if family == "preference":
+        return 2 * (args.precompute_ref_batch_size or args.per_device_train_batch_size)
+    return args.per_device_eval_batch_size
 
 
 def launch_of(args) -> Launch:
