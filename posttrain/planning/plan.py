@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from posttrain import tables
+from posttrain.errors import ConfigError
 from posttrain.planning import advice, hours, memory
 from posttrain.planning.cards import GB, Card
 from posttrain.planning.job import Job, Launch
@@ -132,9 +133,13 @@ def here(args, config, peft_config, model_args=None) -> str:
 
     try:
         length = settings.length_of(args)
-    except ValueError:
+    except ConfigError:
         return "not known, as max_length is null"
-    job = settings.job_of(args, model_args, shapes_of(config, peft_config), length)
+    try:
+        shapes = shapes_of(config, peft_config)
+    except ConfigError:
+        return "not known of this kind of model"
+    job = settings.job_of(args, model_args, shapes, length)
     on_cpu = args.device.type == "cpu"
     job = replace(job, checkpointing=bool(args.gradient_checkpointing), on_cpu=on_cpu)
     found = memory.phases(job, settings.launch_of(args))

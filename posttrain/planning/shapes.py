@@ -84,7 +84,7 @@ def config_of(model: str, revision: str | None = None):
         raise ConfigError(f"model {model!r} is a folder without a config.json. {give}.")
     try:
         model_sizes.check_folder(model, revision)
-        return AutoConfig.from_pretrained(model, revision=revision)
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except ConfigError:
         raise
     # whatever a config of others makes of it, and errors of the connection
@@ -106,7 +106,7 @@ def shapes_of(config, peft_config=None) -> Shapes:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         hidden, heads, layers = text.hidden_size, text.num_attention_heads, text.num_hidden_layers
         head_dim = getattr(text, "head_dim", None) or hidden // heads
         experts = getattr(text, "num_experts_per_tok", None) or 0
@@ -118,7 +118,8 @@ def shapes_of(config, peft_config=None) -> Shapes:
         key_heads = getattr(text, "num_key_value_heads", None) or heads
         head = model.get_output_embeddings().weight.numel()
         embedding = model.get_input_embeddings().weight.numel()
-    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, StopIteration) as error:
+    # a model of any kind, built by its own code
+    except Exception as error:
         raise ConfigError(
             f"the shapes of a {text.model_type} model are not known to the plan ({type(error).__name__}). Give the "
             "number of its parameters as `--params 7b`."
@@ -159,9 +160,12 @@ def _adapter(model, peft_config, layers: int) -> dict[str, int]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import device
 
-    with device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(model, copy.deepcopy(peft_config))
+    try:
+        with device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(model, copy.deepcopy(peft_config))
+    except (ValueError, TypeError, AttributeError, RuntimeError, LookupError) as error:
+        raise ConfigError(f"the adapter does not fit the model: {error}") from None
     adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and getattr(m, "lora_A", None)]
     inputs = sum(getattr(m, "in_features", 0) or 0 for m in adapted)
     ranks = sum(next(iter(m.r.values()), 0) for m in adapted)

@@ -1,15 +1,20 @@
 """`posttrain plan`: what it tells of a config, and what it says to what cannot be planned."""
 
+import dataclasses
 import json
 
 import pytest
+from transformers import AutoConfig
 
-from posttrain import quiet
+from posttrain import RobustDPOConfig, quiet
 from posttrain.cli import main
 from posttrain.planning import hours, plan
 from posttrain.planning.cards import CARDS, card_of
 from posttrain.planning.job import Job, Launch
 from posttrain.planning.shapes import config_of, shapes_of
+from posttrain.recipe import preferences
+from tests import training
+from tests.conftest import make_pairs
 
 SMALL = shapes_of(config_of("Qwen/Qwen3-0.6B"))
 
@@ -104,6 +109,31 @@ def test_a_config_elsewhere_names_its_method(capsys, tmp_path):
     assert found["bytes"]["training"]["reference model"] == 4 * SMALL.parameters
 
 
+def test_an_adapter_that_does_not_fit_and_a_model_that_is_none_are_refused(capsys, tmp_path):
+    words = ("noisy_sft/single_gpu", "--lora_target_modules", "no_such_module")
+    assert "the adapter does not fit the model" in refusal(capsys, *words)
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read here" in refusal(capsys, "noisy_sft/zero3", "--model_name_or_path", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2"}')
+    assert "--params 7b" in refusal(capsys, "noisy_sft/zero3", "--model_name_or_path", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
+    assert "cannot be read here" in refusal(capsys, "noisy_sft/zero3", "--model_name_or_path", str(tmp_path))
+
+
+def test_a_dry_run_tells_what_its_processes_need(tiny_folder, tmp_path):
+    settings = training.settings(tmp_path, max_length=64, per_device_train_batch_size=2)
+    told = preferences.describe(tiny_folder, RobustDPOConfig(**settings), make_pairs(8))
+    said = told["memory a process (estimate)"]
+    assert said.startswith("0.0") and "rows of 64 tokens" in said and "weights 0.00" in said
+    unbounded = RobustDPOConfig(**settings | dict(max_length=None))
+    assert (
+        "max_length is null"
+        in preferences.describe(tiny_folder, unbounded, make_pairs(8))["memory a process (estimate)"]
+    )
+    strange = AutoConfig.for_model("mamba2")
+    assert plan.here(RobustDPOConfig(**settings), strange, None) == "not known of this kind of model"
+
+
 def test_hours_lie_between_the_shares_of_the_cards_rate():
     job = Job(SMALL, "instructions", rows=8, length=1024, checkpointing=False)
     # 6 multiplications and additions a parameter and token, beside attention over half of a row
@@ -123,8 +153,6 @@ def test_a_reference_checkpointing_and_a_frozen_base_change_the_passes():
         )
 
     assert passes(checkpointing=True) == pytest.approx(4 / 3) and passes(reference="live") == pytest.approx(4 / 3)
-    import dataclasses
-
     assert passes(dataclasses.replace(SMALL, adapter=1000)) == pytest.approx(2 / 3)
 
 
