@@ -92,6 +92,11 @@ def trained_bytes(job: Job, launch: Launch) -> float:
     return 4.0 if job.shapes.adapter is not None else _weight_bytes(job, launch)
 
 
+def _gradient_bytes(job: Job, launch: Launch) -> float:
+    """Return the bytes of a gradient between micro-batches: engines here add them up in fp32."""
+    return 4.0 if launch.kind in ENGINES else trained_bytes(job, launch)
+
+
 def _resident(job: Job, launch: Launch) -> dict[str, float]:
     """Return what stays on a card from step to step."""
     shapes, weight = job.shapes, _weight_bytes(job, launch)
@@ -118,11 +123,11 @@ def _resident(job: Job, launch: Launch) -> dict[str, float]:
 def _moving(job: Job, launch: Launch) -> dict[str, float]:
     """Return what comes and goes within a step, at the moment of the step that takes most."""
     shapes, trained = job.shapes, trained_bytes(job, launch)
-    gradients = job.trainable * trained / launch.state_shards
+    gradients = job.trainable * _gradient_bytes(job, launch) / launch.state_shards
     stored, head = activations.stored(job, launch), _head(job, launch)
     # all gradients are there while a later micro-batch has its activations
     before = gradients if launch.kind in ENGINES or job.accumulation > 1 else 0.0
-    of_head = shapes.head * trained / launch.state_shards if shapes.adapter is None else 0.0
+    of_head = shapes.head * _gradient_bytes(job, launch) / launch.state_shards if shapes.adapter is None else 0.0
     # the gradient of a whole embedding is made beside what was there before
     second = shapes.embedding * trained / launch.weight_shards if shapes.adapter is None else 0.0
     moments = (
@@ -161,8 +166,7 @@ def _buffers(job: Job, launch: Launch) -> float:
         # buckets are copies of the gradients
         return job.trainable * trained_bytes(job, launch)
     if launch.kind in ENGINES:
-        # a step works on fp32 gradients of its own shard
-        return 2.0 * _BUCKET + 4.0 * job.trainable / launch.state_shards
+        return 2.0 * _BUCKET
     return 0.0
 
 
