@@ -68,7 +68,8 @@ def _found(name: str, method: str | None) -> tuple[Path, str]:
     shipped = configs_dir() / f"{name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
         if ".." in path.parts or not shipped.is_file() or shipped.parent.name not in methods():
-            known = ", ".join(f"{one.parent.name}/{one.stem}" for one in sorted(configs_dir().glob("*/*.yaml")))
+            paths = (one for one in sorted(configs_dir().glob("*/*.yaml")) if one.parent.name in methods())
+            known = ", ".join(f"{one.parent.name}/{one.stem}" for one in paths)
             raise ConfigError(f"config is {name!r}: no such file, and none of the shipped ones: {known}.")
         path = shipped
     method = (method or path.resolve().parent.name).replace("-", "_")

@@ -31,7 +31,8 @@ _OF_TORCH = ("sgd", "adamw_torch", "adagrad", "rmsprop", "adafactor", "lion")
 
 def state_bytes(optimizer: str, parameter_bytes: float) -> float:
     """Return the bytes that an optimizer keeps of each parameter, which itself has so many."""
-    name = optimizer.lower()
+    # of torch.optim:NAME and the like the name
+    name = optimizer.lower().rpartition(":")[2]
     count = next((held for start, held in _STATES.items() if name.startswith(start)), 2)
     if "4bit" in name:
         return 0.53 * count

@@ -114,12 +114,16 @@ def shown(found: dict, job: Job, model: str, approximate: bool = False) -> str:
 def _hours(found: dict) -> str:
     if found["hours"] is None:
         return "hours: not known, as the rates of this card are not"
-    low, high = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in found["hours"])
+    low, high = map(_count, found["hours"])
     shares = " to ".join(f"{share:.0%}" for share in reversed(found["utilisation"]))
     text = f"hours: {low} to {high}, at {shares} of the card's multiplications by data sheet"
     if found["hours_of_generation"] is not None:
-        text += "; of them rollouts {:.1f} to {:.1f}".format(*found["hours_of_generation"])
+        text += "; of them rollouts {} to {}".format(*map(_count, found["hours_of_generation"]))
     return text + "; loading, evaluation, saving and rewards come on top"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _gb(size: float | None) -> str:

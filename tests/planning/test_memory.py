@@ -90,7 +90,14 @@ def test_more_nodes_leave_smaller_shards():
 
 @pytest.mark.parametrize(
     "optimizer, bytes_each",
-    [("adamw_torch_fused", 8), ("sgd", 0), ("adamw_bnb_8bit", 2.04), ("paged_adamw_32bit", 8), ("lion_32bit", 4)],
+    [
+        ("adamw_torch_fused", 8),
+        ("sgd", 0),
+        ("torch.optim:SGD", 0),
+        ("adamw_bnb_8bit", 2.04),
+        ("paged_adamw_32bit", 8),
+        ("lion_32bit", 4),
+    ],
 )
 def test_states_are_those_of_the_optimizer(optimizer, bytes_each):
     assert memory.state_bytes(optimizer, 4.0) == pytest.approx(bytes_each)
@@ -170,7 +177,16 @@ def test_what_does_not_fit_comes_with_changes_that_do():
 def test_what_no_single_change_mends_has_several():
     card = card_of("24").memory
     found = advice.fixes(job(weight_bytes=4.0, rows=16, length=4096), Launch(), card)
-    assert len(found) == 1 and ", and " in found[0][0] and found[0][1] <= card
+    # with more cards, and with an adapter on the one that there is
+    assert len(found) == 2 and all(", and " in text and size <= card for text, size in found)
+    assert "zero3" in found[0][0] and "use_peft" not in found[0][0]
+    assert "use_peft" in found[1][0] and "--launch" not in found[1][0]
+
+
+def test_a_quantised_base_is_not_sharded():
+    quantised = dataclasses.replace(EIGHT, adapter=10_000_000, adapted_inputs=30_000, ranks=100)
+    found = advice.fixes(job(quantised, weight_bytes=0.5625, rows=32), Launch(), 13e9)
+    assert found and not any("zero" in text for text, _ in found)
 
 
 def test_nothing_is_promised_where_nothing_fits():
