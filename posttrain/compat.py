@@ -59,6 +59,8 @@ PRIVATE_NAMES = (
     # what a model's own head answers in the place of the fused one
     ("trl.trainer.utils", "add_fused_lm_head", ("model", "temperature", "outputs")),
     ("trl.trainer.utils", "FusedCausalLMOutput", ("loss", "log_probs", "label_mask", "aux_loss", *_FUSED)),
+    # how often flex attention may be compiled
+    ("torch._dynamo.config", "recompile_limit", ()),
     # what regular expressions are made of
     ("re._parser", "parse", ("str", "flags")),
     # what upstream lets a random state hold beside tensors

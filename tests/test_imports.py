@@ -46,7 +46,7 @@ LAYERS = (
     ("rewards",),
     ("data",),
     ("mechanisms",),
-    ("adapters", "evaluation", "generation"),
+    ("adapters", "evaluation", "generation", "planning"),
     ("hub",),
     ("run",),
     ("trainers",),

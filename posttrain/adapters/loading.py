@@ -8,6 +8,7 @@ from pathlib import Path
 from posttrain import model_sizes, patterns
 from posttrain.checks import shorten
 from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.log import get_logger
 from posttrain.models import (
     SMOLLM2_FOLDER,
     TINY_FOLDER,
@@ -119,6 +120,26 @@ def load_adapter(folder: str | Path, base: str | None = None, dtype: str = "auto
             f"the adapter in {folder} does not fit the base model {source}: {reason} Give the base that it was "
             "trained on with --base MODEL."
         ) from error
+
+
+def placed(model):
+    """Move a loaded model to the accelerator, where there is one with room for it, and return it.
+
+    A quantised model, or one that was spread over devices, stays where its loading has put it. One that does not fit
+    stays on the CPU, which is said.
+    """
+    import torch
+
+    if not torch.accelerator.is_available() or getattr(model, "is_quantized", False):
+        return model
+    if getattr(model, "hf_device_map", None):
+        return model
+    device = torch.accelerator.current_accelerator()
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError:
+        get_logger().warning("the model does not fit into the memory of %s, so the CPU computes", device)
+        return model.to("cpu")
 
 
 def _check_against(adapter: dict, config, said: str) -> None:

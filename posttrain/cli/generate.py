@@ -56,7 +56,7 @@ def run(args) -> int:
         raise ConfigError(f"seed is {args.seed}; it must lie in 0 to {2**32 - 1}.")
 
     from posttrain import quiet
-    from posttrain.adapters.loading import base_of, load_adapter, tokenizer_beside
+    from posttrain.adapters.loading import base_of, load_adapter, placed, tokenizer_beside
 
     base_of(args.adapter, args.base)
     if not args.verbose:
@@ -64,7 +64,7 @@ def run(args) -> int:
     from transformers import set_seed
 
     tokenizer = tokenizer_beside(args.adapter, args.base)
-    model = load_adapter(args.adapter, args.base)
+    model = placed(load_adapter(args.adapter, args.base))
     rows = []
     for prompt in prompts:
         answers = {}

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from posttrain.adapters.loading import UNFIT, base_of, load_adapter, tokenizer_beside
+from posttrain.adapters.loading import UNFIT, base_of, load_adapter, placed, tokenizer_beside
 from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.hub.files import TOKENIZER, saved_weights
 from posttrain.hub.own_files import found, name_links
@@ -77,6 +77,8 @@ def merge_adapter(run: str | Path, folder: str | Path, base: str | None = None, 
             model.get_base_model().config._name_or_path, run,
         )  # fmt: skip
     tokenizer = tokenizer_beside(run, base, own="tokenizer_config.json" in files)
+    # after its weights were compared with what the run noted of them
+    model = placed(model)
     before = [_logits(model, tokenizer, prompt) for prompt in _PROMPTS]
     above = next(path for path in folder.parents if path.exists())
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=above) as temporary:
@@ -169,6 +171,7 @@ def _compared(before: list, folder: Path, tokenizer, dtype: str) -> Agreement:
     from transformers import AutoModelForCausalLM
 
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    reloaded = placed(reloaded)
     after = [_logits(reloaded, tokenizer, prompt) for prompt in _PROMPTS]
     tokens = sum(len(logits) for logits in before)
     largest = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
@@ -188,6 +191,6 @@ def _agreed(after, before, dtype) -> int:
 def _logits(model, tokenizer, prompt: str):
     import torch
 
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
-        return model(input_ids=ids).logits[0].float()
+        return model(input_ids=ids).logits[0].float().cpu()

@@ -83,7 +83,9 @@ def loss_tokens(batch: dict) -> Tensor:
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).sum(dim=1)
 
 
-def pack_kept_rows(batches: list[dict], loss_type: str, max_over_ranks: Callable[[int], int] = int) -> list[dict]:
+def pack_kept_rows(
+    batches: list[dict], loss_type: str, max_over_ranks: Callable[[int], int] = int, by_prompt: bool = False
+) -> list[dict]:
     """Pack an optimiser step's rows that have a gradient into as few of its micro-batches as they fit.
 
     Args:
@@ -91,6 +93,8 @@ def pack_kept_rows(batches: list[dict], loss_type: str, max_over_ranks: Callable
             completions, (B,) or (B, T) advantages, and scalars that are the same in all of them.
         loss_type: TRL's; says what the micro-batch is divided by.
         max_over_ranks: all-reduce max, so that every rank builds equally large micro-batches, some of them empty.
+        by_prompt: put rows of one prompt beside each other, so that a micro-batch computes few prompts; TRL deals the
+            rows of a generation at random.
 
     Returns:
         As many micro-batches. Rows that only fill up have an empty completion mask and no weight.
@@ -100,6 +104,8 @@ def pack_kept_rows(batches: list[dict], loss_type: str, max_over_ranks: Callable
     size = batches[0]["completion_ids"].size(0)
     rows = _stack(batches)
     kept = rows_with_gradient(rows).nonzero().squeeze(1)
+    if by_prompt:
+        kept = kept[_order_by_prompt(rows, kept)]
     counts = _counts(max_over_ranks(len(kept)), size, len(batches))
     tokens = loss_tokens(rows)
     # what a row's loss was divided by, beside the number of micro-batches
@@ -117,6 +123,14 @@ def pack_kept_rows(batches: list[dict], loss_type: str, max_over_ranks: Callable
         batch["advantages"] *= scale if batch["advantages"].dim() == 1 else scale.unsqueeze(1)
         packed.append(batches[number] | batch)
     return packed
+
+
+def _order_by_prompt(rows: dict, kept: Tensor) -> Tensor:
+    """Return the order of `kept` in which rows of one prompt follow each other, prompts in that of their first row."""
+    prompts = (rows["prompt_ids"] * rows["prompt_mask"])[kept].cpu().numpy()
+    first: dict[bytes, int] = {}
+    numbers = [first.setdefault(prompt.tobytes(), place) for place, prompt in enumerate(prompts)]
+    return torch.tensor(sorted(range(len(numbers)), key=numbers.__getitem__), dtype=torch.long, device=kept.device)
 
 
 def _counts(kept: int, size: int, batches: int) -> list[int]:

@@ -106,11 +106,24 @@ def predict(head: ValueHead, states: Sequence[Tensor], device: torch.device | st
     return values
 
 
+def on_device(states: Sequence[Tensor], device: torch.device | str) -> Sequence[Tensor]:
+    """Move states to a device at once, as views of one tensor; back on the CPU where they do not fit there."""
+    device = torch.device(device)
+    if device.type == "cpu" or not len(states):
+        return states
+    try:
+        return torch.cat(list(states)).to(device).split([len(one) for one in states])
+    except torch.OutOfMemoryError:
+        # each batch is then moved by itself
+        return states
+
+
 def pad(states: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Pad states (T_i, h) to (B, T, h) fp32; returns the mask (B, T) of tokens as well."""
     lengths = torch.tensor([len(one) for one in states])
-    padded = nn.utils.rnn.pad_sequence([one.float() for one in states], batch_first=True)
-    return padded.to(device), (torch.arange(padded.size(1)) < lengths.unsqueeze(1)).to(device)
+    # sent as they are, and made fp32 where they are used
+    padded = nn.utils.rnn.pad_sequence(list(states), batch_first=True).to(device).float()
+    return padded, (torch.arange(padded.size(1)) < lengths.unsqueeze(1)).to(device)
 
 
 def save(heads: Sequence[ValueHead], folder: str | Path, key: str) -> Path:

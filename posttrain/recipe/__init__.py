@@ -29,6 +29,8 @@ def named_model(data_args: DataArguments, model_args: ModelArguments, training_a
         "attn_implementation": model_args.attn_implementation,
         **(training_args.model_init_kwargs or {}),
     }
+    # a dry run tells what its weights take
+    training_args.model_settings = model_args
     return resolve_model(model_args.model_name_or_path), adapter_config(model_args)
 
 

@@ -27,6 +27,7 @@ def sizes(config, args, peft_config) -> dict[str, int | str]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from posttrain.planning import plan
     from posttrain.run import adapter_checks, checks
 
     # on that device weights that are shared stay so
@@ -47,6 +48,7 @@ def sizes(config, args, peft_config) -> dict[str, int | str]:
         "trainable parameters": trainable,
         # fp32; AdamW keeps two numbers a parameter beside the weights
         "checkpoint bytes (estimate)": 4 * (saved + (0 if args.save_only_model else 2 * trainable)),
+        "memory a process (estimate)": plan.here(args, config, peft_config),
     }
 
 

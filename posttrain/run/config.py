@@ -22,11 +22,12 @@ from posttrain.run import checkpoints, identity, optimizers, preemption, refacto
 from posttrain.run.checks import check_reporters, upstream_refusals
 from posttrain.run.engines import under_deepspeed as under_deepspeed
 from posttrain.run.engines import under_fsdp
+from posttrain.run.kernel_config import KernelConfig
 from posttrain.run.update_config import UpdateConfig
 
 
 @dataclass
-class CommonConfig(UpdateConfig):
+class CommonConfig(KernelConfig, UpdateConfig):
     """Adds to TRL's configs what all trainers here share: defaults that fit the machine, watches over a run.
 
     TRL's configs ask for bf16 and gradient checkpointing, and raise where there is no accelerator. Here a field left
@@ -161,6 +162,7 @@ class CommonConfig(UpdateConfig):
             self.hub_token = None
         with upstream_refusals("these settings are refused"):
             self._read_update()
+            self._read_kernels()
             self._read_family()
             self._read()
         for name, (neutral, instead) in self._unused().items():

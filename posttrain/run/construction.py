@@ -23,6 +23,7 @@ from posttrain.run import (
     run_folder,
     schedule,
     settings,
+    sharing,
     start,
     update_config,
     upstream_configs,
@@ -184,6 +185,7 @@ class ConstructionMixin:
     def _finish_construction(self) -> None:
         """Note the policy's start and add the callbacks, after the parent's constructor."""
         start.check_trains(self.model)
+        sharing.use_kernels(self.args, self.accelerator.device)
         update_config.check_precision(self)
         self._note_start()
         keep_4bit_weights_trainable(self.model)

@@ -9,6 +9,9 @@ from posttrain.log import get_logger
 from posttrain.mechanisms import prefix_sharing
 from posttrain.run.checks import evaluating
 
+# how often flex attention may be compiled before torch gives it up for its form without a kernel; by default 8
+_FLEX_GRAPHS = 64
+
 
 def check_setting(args, config, peft_config=None) -> None:
     """Raise where `prefix_sharing: always` is impossible, as far as the model's config tells."""
@@ -36,6 +39,35 @@ def record_padding(means, attention_mask, packed) -> None:
         forwarded = packed.forwarded
         padding = attention_mask.new_full((), packed.forwarded - packed.tokens, dtype=torch.float32)
     means.add_sum("tokens/padding_share", padding, forwarded)
+
+
+def use_kernels(args, device: torch.device) -> None:
+    """Have torch's attention take the kernels that the settings leave it, in this process."""
+    if device.type == "cuda" and not args.cudnn_attention:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _shape_of_rows(trainer, config) -> dict:
+    """Return how packed rows are shaped, as `pack_padded` takes it."""
+    args, kind = trainer.args, trainer.accelerator.device.type
+    attention, on_card = config.get_text_config()._attn_implementation, kind != "cpu"
+    factor, multiple = args.attention_cost_factor, args.packed_width_multiple
+    flex = on_card and attention == "flex_attention"
+    if flex:
+        import torch._dynamo
+
+        # passes with and without gradient, of one row and several, of fixed and changing widths are compiled apart
+        torch._dynamo.config.recompile_limit = max(_FLEX_GRAPHS, torch._dynamo.config.recompile_limit)
+    return {
+        "attention_cost": prefix_sharing.attention_cost(
+            config, prefix_sharing.factor_of(attention, kind) if factor is None else factor
+        ),
+        # kernels on accelerators plan for each shape, and blocks of flex attention are as wide
+        "multiple": (128 if on_card else 1) if multiple is None else multiple,
+        "few_shapes": on_card,
+        # a single row would be compiled for itself
+        "least_rows": 2 if flex else 1,
+    }
 
 
 class PrefixSharing:
@@ -72,10 +104,8 @@ class PrefixSharing:
         for base in bases:
             prefix_sharing.share_prefixes(base)
         self.may_sort = not scales
-        self._cost = prefix_sharing.attention_cost(bases[0].config)
         self._window = min(filter(None, (prefix_sharing.sliding_window(base.config) for base in bases)), default=None)
-        # kernels on accelerators are made for widths of multiples of eight
-        self._multiple = 1 if trainer.accelerator.device.type == "cpu" else 8
+        self._shape = _shape_of_rows(trainer, bases[0].config)
         if self._setting == "always" and self._window:
             self._check_lengths(trainer)
 
@@ -111,7 +141,7 @@ class PrefixSharing:
         if wide and attention_mask.sum(dim=1).max() > self._window:
             self.decline(f"it has rows longer than the sliding window of {self._window}")
             return None
-        return prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, self._cost, self._multiple, device)
+        return prefix_sharing.pack_padded(input_ids, attention_mask, labels, groups, device=device, **self._shape)
 
     def check(self, model) -> None:
         """Compare packed and padded log-probs of made-up tokens at each model's first forward; all ranks call it."""

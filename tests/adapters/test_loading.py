@@ -74,3 +74,42 @@ def save_adapter(folder, base) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+
+
+class Placed:
+    """A model that notes where it is moved to; `full` devices have no room for it."""
+
+    def __init__(self, full=(), **given):
+        self.moves, self.full = [], full
+        vars(self).update(given)
+
+    def to(self, device):
+        self.moves.append(str(device))
+        if str(device) in self.full:
+            raise torch.OutOfMemoryError("none left")
+        return self
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+
+
+def test_a_model_is_placed_on_the_accelerator(card):
+    assert loading.placed(Placed()).moves == ["cuda"]
+
+
+def test_what_its_loading_placed_stays(card):
+    assert loading.placed(Placed(is_quantized=True)).moves == []
+    assert loading.placed(Placed(hf_device_map={"": 0})).moves == []
+
+
+def test_a_model_that_does_not_fit_stays_on_the_cpu_and_that_is_said(card, logged):
+    assert loading.placed(Placed(full=("cuda",))).moves == ["cuda", "cpu"]
+    assert "does not fit into the memory of cuda" in logged.text
+
+
+def test_without_an_accelerator_nothing_moves(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert loading.placed(Placed()).moves == []

@@ -9,10 +9,10 @@ import torch
 from posttrain.mechanisms.prefix_sharing import distribution, pack_padded
 
 
-def tried_all(sizes, attention_cost, multiple):
+def tried_all(sizes, attention_cost, multiple, counts=None):
     """Every number of rows, each block into the emptiest row: what `distribute` must come to."""
     best, best_cost = None, (True, float("inf"))
-    for count in range(1, len(sizes) + 1):
+    for count in counts or range(1, len(sizes) + 1):
         loads, rows = [0] * count, [[] for _ in range(count)]
         for block in sorted(range(len(sizes)), key=lambda block: (-sizes[block], block)):
             row = loads.index(min(loads))
@@ -34,6 +34,31 @@ def test_the_rows_are_those_of_trying_every_number_of_them(attention_cost):
         sizes[0] *= draw.choice([1, 10])
         found = distribution.distribute(sizes, attention_cost, multiple)
         assert found == tried_all(sizes, attention_cost, multiple), (sizes, multiple)
+
+
+def test_few_numbers_of_rows_are_the_cheapest_of_those_that_there_are():
+    draw, seen = random.Random(0), set()
+    for _ in range(60):
+        sizes = [draw.randint(1, 300) for _ in range(draw.randint(1, 25))]
+        counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24) if count <= len(sizes)]
+        found = distribution.distribute(sizes, 3e-4, 128, few_counts=True)
+        assert found == tried_all(sizes, 3e-4, 128, counts), sizes
+        seen.add(len(found[0]))
+    assert len(seen) > 3
+
+
+def test_wide_steps_and_few_numbers_of_rows_make_few_shapes():
+    """Lengths like those of short chats: 16 pairs a batch, an answer a block where prompts are not shared."""
+    draw = random.Random(0)
+    batches = [[min(int(draw.lognormvariate(5.2, 0.7)) + 20, 1024) for _ in range(16)] for _ in range(100)]
+
+    def shapes(multiple, few_counts):
+        made = [distribution.distribute(sizes, 1e-4, multiple, few_counts) for sizes in batches]
+        padding = 1 - sum(map(sum, batches)) / sum(len(rows) * width for rows, width in made)
+        return len({(len(rows), width) for rows, width in made}), padding
+
+    many, few = shapes(8, False), shapes(128, True)
+    assert few[0] < many[0] / 2 and few[1] < 0.12
 
 
 def test_no_row_is_shorter_than_the_bound_says():

@@ -110,6 +110,49 @@ def test_prompts_of_other_widths_keep_their_padding_on_the_left():
     assert all(bool(batch["prompt_mask"][:, -1].all()) for batch in packed)
 
 
+def of_prompts(size, batches, prompts, seed=0, **given):
+    """`rollouts` of so many prompts, equally often each, dealt at random."""
+    made = rollouts(size, batches, seed=seed, **given)
+    own = torch.arange(size * batches)[torch.randperm(size * batches, generator=torch.Generator().manual_seed(seed))]
+    for batch, numbers in zip(made, own.split(size), strict=True):
+        batch["prompt_mask"] = torch.ones(size, 5, dtype=torch.long)
+        # the first tokens differ, so that one that only looked at the last would not tell them apart
+        batch["prompt_ids"] = torch.stack([numbers % prompts + 1, *[torch.full((size,), 7)] * 4], dim=1)
+    return made
+
+
+def prompts_of(batches):
+    return [len(set(batch["prompt_ids"][batch["completion_mask"].any(1)][:, 0].tolist())) for batch in batches]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("dead", [-1, 0.4])
+def test_rows_of_a_prompt_stay_together_and_the_gradient_as_it_was(loss_type, dead):
+    batches = of_prompts(4, 4, prompts=4, dead=dead)
+    packed = pack_kept_rows(batches, loss_type, by_prompt=True)
+    torch.testing.assert_close(gradient(packed, loss_type), gradient(batches, loss_type), rtol=1e-5, atol=1e-8)
+    scattered = pack_kept_rows(batches, loss_type)
+    assert [len(b["advantages"]) for b in packed] == [len(b["advantages"]) for b in scattered]
+    assert sum(prompts_of(packed)) < sum(prompts_of(scattered))
+    if dead < 0:
+        assert prompts_of(packed) == [1, 1, 1, 1]
+    # a rank of other prompts has as many rows in each micro-batch
+    other = pack_kept_rows(of_prompts(4, 4, prompts=2, dead=dead), loss_type, by_prompt=True)
+    assert [len(b["advantages"]) for b in other] == [len(b["advantages"]) for b in packed]
+
+
+def test_padding_of_a_prompt_is_no_part_of_it():
+    first, second = of_prompts(2, 2, prompts=2, dead=-1)
+    for batch, garbage in ((first, 0), (second, 3)):
+        for key, value in (("prompt_ids", garbage), ("prompt_mask", 0)):
+            batch[key] = torch.nn.functional.pad(batch[key], (2, 0), value=value)
+    assert prompts_of_wide(pack_kept_rows([first, second], "grpo", by_prompt=True)) == [1, 1]
+
+
+def prompts_of_wide(batches):
+    return [len(set(batch["prompt_ids"][:, -5].tolist())) for batch in batches]
+
+
 def test_an_unknown_loss_type_is_refused():
     with pytest.raises(ValueError, match="loss_type 'ppo' is not one of bnpo"):
         pack_kept_rows(rollouts(2, 1), "ppo")

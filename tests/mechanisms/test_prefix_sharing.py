@@ -136,6 +136,27 @@ def test_odd_batches_are_refused_or_read_right():
     assert mixed.unshared == 0 and mixed.tokens == 4
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shapes_for_kernels_leave_the_numbers(attention):
+    """Wide steps, few numbers of rows, and a second row of padding alone, which is no number and no gradient."""
+    model = fused(attention=attention)
+    for groups in (random_groups(3), random_groups(0, count=1)):
+        batch, of_rows = padded_batch(*groups)
+        plain = pack_padded(**batch, groups=of_rows)
+        shaped = pack_padded(**batch, groups=of_rows, multiple=128, few_shapes=True, least_rows=2)
+        assert shaped.input_ids.size(0) >= 2 and shaped.input_ids.size(1) % 128 == 0
+        assert shaped.visible().any(-1).all()
+        outputs = []
+        for packed in (plain, shaped):
+            model.zero_grad()
+            found = scores(model, batch, packed).log_probs
+            found.sum().backward()
+            outputs.append((found.detach(), model.get_input_embeddings().weight.grad.clone()))
+        for ours, theirs in zip(*outputs, strict=True):
+            assert torch.isfinite(theirs).all()
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_padded_batch_is_packed_as_its_rows(side):
     prompts, answers = random_groups(3)

@@ -149,3 +149,27 @@ def test_a_file_that_holds_no_whole_heads_is_set_aside_and_not_overwritten(tmp_p
     else:
         assert load(tmp_path, "k") is None
     assert fault in logged.text and (tmp_path / f"{path.name}.damaged1").read_bytes() == content
+
+
+def test_states_that_do_not_fit_on_a_device_stay_where_they_are(monkeypatch):
+    from posttrain.mechanisms import value_head
+
+    states = [torch.randn(3, 4), torch.randn(1, 4)]
+    assert value_head.on_device(states, "cpu") is states and value_head.on_device([], "cuda") == []
+    moved = value_head.on_device(states, "meta")
+    assert [one.shape for one in moved] == [(3, 4), (1, 4)] and all(one.is_meta for one in moved)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    assert value_head.on_device(states, "cuda") is states
+
+
+def test_states_in_half_precision_are_read_as_their_fp32_values():
+    from posttrain.mechanisms import value_head
+
+    states = [torch.randn(3, 4).bfloat16(), torch.randn(1, 4).bfloat16()]
+    padded, mask = value_head.pad(states)
+    assert padded.dtype == torch.float32 and mask.tolist() == [[True] * 3, [True, False, False]]
+    assert torch.equal(padded[0], states[0].float()) and torch.equal(padded[1, :1], states[1].float())

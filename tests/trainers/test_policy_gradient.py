@@ -5,8 +5,10 @@ from transformers import LlamaModel
 from posttrain import HPTConfig, HPTTrainer, PolicyGradientConfig, QAEConfig, QAETrainer
 from posttrain.errors import ConfigError, DataError, DivergedError, EnvironmentIssue
 from posttrain.log import get_logger
+from posttrain.mechanisms import group_rewards
 from posttrain.models import tiny_model
 from posttrain.objectives import advantages
+from posttrain.run.sharing import PrefixSharing
 from tests.rollouts import PARENT, entries, prompts, settings, success, train
 from tests.runs import identical
 from tests.training import distance
@@ -65,6 +67,36 @@ def test_leaving_out_dead_rows_leaves_the_update(tiny_folder, tmp_path, loss, si
     logs = entries(trainer)
     assert sum(row["rows/kept_share"] for row in logs) / len(logs) == pytest.approx(0.5)
     assert sum(row["rows/forwarded"] for row in logs) < len(logs) * size or size == 1
+
+
+def test_rows_of_a_prompt_share_it_in_micro_batches_and_the_update_is_the_same(tiny_folder, tmp_path, monkeypatch):
+    long = prompts([1, 0, 3, 2, 2, 3, 1, 1])
+    long = long.map(lambda row: {"prompt": row["prompt"] + " and so on" * 4})
+    tokens = {}
+
+    def run(name):
+        forwarded, pack = tokens.setdefault(name, []), PrefixSharing.pack_rows
+
+        def counted(self, *args, **kwargs):
+            packed = pack(self, *args, **kwargs)
+            # of passes that are backpropagated; a row that only fills up has nothing to score
+            if torch.is_grad_enabled() and packed is not None:
+                forwarded.append(packed.tokens)
+            return packed
+
+        monkeypatch.setattr(PrefixSharing, "pack_rows", counted)
+        change, _ = train(tiny_folder, tmp_path / name, data=long, per_device_train_batch_size=4)
+        monkeypatch.setattr(PrefixSharing, "pack_rows", pack)
+        return change
+
+    together = run("together")
+    pack_kept_rows = group_rewards.pack_kept_rows
+    monkeypatch.setattr(group_rewards, "pack_kept_rows", lambda *args, by_prompt: pack_kept_rows(*args))
+    scattered = run("scattered")
+    assert distance(together, scattered) <= 1e-4
+    assert sum(tokens["together"]) < 0.85 * sum(tokens["scattered"]) and len(tokens["together"]) == len(
+        tokens["scattered"]
+    )
 
 
 @pytest.mark.slow

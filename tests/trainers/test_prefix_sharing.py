@@ -288,7 +288,7 @@ def test_a_batch_is_packed_once_for_all_passes(tiny_folder, tmp_path, monkeypatc
 
     calls = []
     inner = prefix_sharing.pack_padded
-    monkeypatch.setattr(prefix_sharing, "pack_padded", lambda *args: calls.append(1) or inner(*args))
+    monkeypatch.setattr(prefix_sharing, "pack_padded", lambda *args, **given: calls.append(1) or inner(*args, **given))
     train(tiny_folder, tmp_path, reduction="dr_dpo", **ACCUMULATE)
     assert len(calls) == 2 * 2, "micro-batches, though each has two policy passes and one of the reference"
 

@@ -25,26 +25,16 @@ def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64)
 
     Raises DataError for an answer without a score, EnvironmentIssue where the cache cannot be written.
     """
-    reward = _one_reward(reward)
+    reward = one_reward(reward)
     known = cache.load() if cache is not None else {}
-    digests = [_digest(row) for row in rows]
+    digests = [digest_of(row) for row in rows]
     missing = [i for i, digest in enumerate(digests) if digest not in known]
     fresh: dict[bytes, float] = {}
     with cache.pending() if cache is not None and missing else contextlib.nullcontext() as pending:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            columns = {column: [rows[i].get(column) for i in batch] for column in columns_of(rows[i] for i in batch)}
-            prompts, completions = columns.pop("prompt"), columns.pop("completion")
-            scores = reward(prompts=prompts, completions=completions, **columns)
-            if inspect.isawaitable(scores):
-                scores = asyncio.run(_awaited(scores))
-            # those beside one that is refused are paid for too
-            found, refused = {}, None
-            for i, value in zip(batch, scores, strict=True):
-                try:
-                    found[digests[i]] = _checked(value, f"{name}, answer {i + 1}", reward)
-                except DataError as error:
-                    refused = refused or error
+            scores, refused = score_batch(rows, batch, reward, name)
+            found = {digests[i]: value for i, value in scores.items()}
             fresh |= found
             if pending is not None:
                 pending.add(found)
@@ -57,9 +47,29 @@ def score(rows: list[dict], reward, name: str, cache=None, batch_size: int = 64)
     return [known[digest] for digest in digests]
 
 
+def score_batch(rows: list[dict], batch: list[int], reward, name: str) -> tuple[dict[int, float], DataError | None]:
+    """Score the rows of these numbers in one call of a reward function; what is wrong with one leaves the others.
+
+    Returns the scores by number, and the error that the first row without a score is answered with, or None.
+    """
+    columns = {column: [rows[i].get(column) for i in batch] for column in columns_of(rows[i] for i in batch)}
+    prompts, completions = columns.pop("prompt"), columns.pop("completion")
+    scores = reward(prompts=prompts, completions=completions, **columns)
+    if inspect.isawaitable(scores):
+        scores = asyncio.run(_awaited(scores))
+    # those beside one that is refused are paid for too
+    found, refused = {}, None
+    for i, value in zip(batch, scores, strict=True):
+        try:
+            found[i] = _checked(value, f"{name}, answer {i + 1}", reward)
+        except DataError as error:
+            refused = refused or error
+    return found, refused
+
+
 def check_reward(reward, allowed: Collection[str] | None = None) -> None:
     """Raise ConfigError for what is no reward function, or several."""
-    _one_reward(reward, allowed)
+    one_reward(reward, allowed)
 
 
 def reward_key(reward) -> str | None:
@@ -72,14 +82,15 @@ def reward_key(reward) -> str | None:
     from posttrain import __version__
 
     try:
-        return Hasher.hash([_one_reward(reward), __version__])
+        return Hasher.hash([one_reward(reward), __version__])
     # whatever the function closes over is asked to serialise itself
     except Exception as error:
         get_logger().info("the reward function's scores are not cached: %s", error)
         return None
 
 
-def _one_reward(reward: Callable, allowed: Collection[str] | None = None):
+def one_reward(reward: Callable, allowed: Collection[str] | None = None):
+    """Return the reward function that is given or named. Raises ConfigError for several, or none."""
     from posttrain.rewards import get_rewards
 
     rewards = get_rewards(reward, allowed, config_field="reward_func")
@@ -103,7 +114,8 @@ async def _awaited(scores):
     return await scores
 
 
-def _digest(row: Mapping) -> bytes:
+def digest_of(row: Mapping) -> bytes:
+    """Return what a row is known by in a cache of scores."""
     content = json.dumps(row, sort_keys=True, default=str).encode()
     return hashlib.blake2b(content, digest_size=16).digest()
 

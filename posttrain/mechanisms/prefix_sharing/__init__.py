@@ -10,6 +10,7 @@ from posttrain.mechanisms.prefix_sharing.packing import PackedBatch, pack, pack_
 from posttrain.mechanisms.prefix_sharing.support import (
     attention_cost,
     compare_padded_and_packed,
+    factor_of,
     mismatch_reason,
     scales_with_length,
     self_check,
@@ -30,4 +31,5 @@ __all__ = [
     "share_prefixes",
     "sliding_window",
     "compare_padded_and_packed",
+    "factor_of",
 ]

@@ -10,6 +10,8 @@ import numpy as np
 
 # more padding than this only where there is no other way
 _PADDING_SHARE = 0.1
+# numbers of rows of which there are few: 1, 2, 3, 4, 6, 8, 12, ...
+_FEW = frozenset(share << power for power in range(24) for share in (1, 2, 3))
 
 
 def _cost(tokens: int, attention_cost: float) -> float:
@@ -42,7 +44,9 @@ def split(members: list[int], shared: int, answers: list[int], attention_cost: f
     return [members[low:high] for low, high in zip(best, best[1:], strict=False)]
 
 
-def distribute(sizes: list[int], attention_cost: float, multiple: int) -> tuple[list[list[int]], int]:
+def distribute(
+    sizes: list[int], attention_cost: float, multiple: int, few_counts: bool = False
+) -> tuple[list[list[int]], int]:
     """Distribute blocks over the number of rows that costs least: few long rows attend more, many pad more.
 
     Of the ways that pad little, if there are any. Numbers of rows are tried from the least cost that they could have,
@@ -51,6 +55,7 @@ def distribute(sizes: list[int], attention_cost: float, multiple: int) -> tuple[
     Args:
         sizes: tokens of each block.
         multiple: round the width of the rows up to a multiple of this.
+        few_counts: take a power of two of rows, or half as many more, so that batches have few shapes.
 
     Returns:
         The blocks of each row, and the width.
@@ -69,6 +74,8 @@ def distribute(sizes: list[int], attention_cost: float, multiple: int) -> tuple[
         if bound >= best_cost:
             break
         count = bound[-1]
+        if few_counts and count not in _FEW:
+            continue
         own = cost(count, _longest(descending, count))
         if own < best_cost:
             best, best_cost = count, own

@@ -184,6 +184,8 @@ def pack_padded(
     groups: Sequence[int] | None = None,
     attention_cost: float = ATTENTION_COST,
     multiple: int = 1,
+    few_shapes: bool = False,
+    least_rows: int = 1,
     device=None,
 ) -> PackedBatch | None:
     """Pack a padded batch.
@@ -196,6 +198,7 @@ def pack_padded(
         groups: B numbers; rows of one number may share their prompt. Default: rows of equal prompts.
         attention_cost: see `pack_rows`.
         multiple: round the width up to a multiple of this.
+        few_shapes, least_rows: see `pack_rows`.
         device: where the packed batch goes; default: where `input_ids` are.
 
     Returns:
@@ -231,7 +234,8 @@ def pack_padded(
         prompts = [row[:length].tobytes() for row, length in zip(rows, prompt_lengths, strict=True)]
         groups = [first.setdefault(prompt, number) for number, prompt in enumerate(prompts)]
     width = input_ids.shape[1]
-    packed = pack_rows(rows, scored, starts, prompt_lengths, groups, width, attention_cost, multiple)
+    shape = (attention_cost, multiple, few_shapes, least_rows)
+    packed = pack_rows(rows, scored, starts, prompt_lengths, groups, width, *shape)
     return packed.to(input_ids.device if device is None else device)
 
 
@@ -244,6 +248,8 @@ def pack_rows(
     width: int,
     attention_cost: float = ATTENTION_COST,
     multiple: int = 1,
+    few_shapes: bool = False,
+    least_rows: int = 1,
 ) -> PackedBatch:
     """Pack rows of tokens.
 
@@ -257,6 +263,8 @@ def pack_rows(
         attention_cost: what one attended position costs a token, as a share of all its other work; decides how much
             goes into one row, and whether sharing a prompt is worth the longer row.
         multiple: round the packed width up to a multiple of this.
+        few_shapes: take few different numbers of packed rows, for kernels that plan for each shape.
+        least_rows: have so many packed rows at least, the last ones of padding alone.
     """
     if multiple < 1:
         raise ValueError(f"multiple is {multiple}; it must be 1 or more")
@@ -271,7 +279,8 @@ def pack_rows(
             answers = [len(rows[i]) - shared for i in members]
             blocks += distribution.split(members, shared, answers, attention_cost)
     sizes = [_size(block, rows, prompt_lengths) for block in blocks]
-    bins, packed_width = distribution.distribute(sizes, attention_cost, multiple)
+    bins, packed_width = distribution.distribute(sizes, attention_cost, multiple, few_shapes)
+    bins += [[]] * (least_rows - len(bins))
     shape = (len(bins), packed_width)
     # prompts and answers in the order in which they lie in the packed rows: where each begins, there and in its own
     # row, its block, its branch, the caller's row, and the place of its prompt's last token

@@ -1,32 +1,14 @@
-"""Rows of scored answers on their way to a batch: scored by one rank, left out without a gradient, collated."""
+"""Rows of scored answers on their way to a batch: left out without a gradient, collated."""
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 
-from posttrain.data.scored import scales, scoring
-from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.data.scored import scales
+from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
-from posttrain.mechanisms.sequence_cache import ReferenceCache
-from posttrain.paths import cache_dir
 from posttrain.run.prepared import check_fills_a_batch
 from posttrain.run.window import ExtraColumns
 from posttrain.trainers.offline.reference_logps import COLUMN
-
-
-def score(rows: list[dict], reward_func, name: str, args) -> list[float]:
-    """Score rows by the reward function, on one rank for all: it may be slow or random."""
-    found = [None]
-    if args.process_index == 0:
-        key = scoring.reward_key(reward_func)
-        cache = ReferenceCache(cache_dir() / "rewards", key) if key else None
-        try:
-            found = [scoring.score(rows, reward_func, name, cache)]
-        except PosttrainError as error:
-            found = [error]
-    broadcast_object_list(found, from_process=0)
-    if isinstance(found[0], PosttrainError):
-        raise found[0]
-    return found[0]
 
 
 def with_gradient(dataset, args):

@@ -10,7 +10,7 @@ from posttrain.data.scored import answer_tokens, baselines, loading, scoring
 from posttrain.errors import ConfigError
 from posttrain.run import checks, evaluation
 from posttrain.run.prepared import Prepared
-from posttrain.trainers.offline import answer_rows
+from posttrain.trainers.offline import answer_rows, answer_scores
 
 
 class Answers:
@@ -138,4 +138,4 @@ class Answers:
         for row in rows:
             others = {column: value for column, value in row.items() if column not in ("prompt", "completion")}
             self.reward_columns.setdefault(baselines.prompt_key(row["prompt"]), others)
-        return answer_rows.score(rows, self.reward_func, name, self.args)
+        return answer_scores.score(rows, self.reward_func, name, self.args)

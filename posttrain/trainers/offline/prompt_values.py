@@ -87,49 +87,58 @@ def _heads(trainer, distinct, prompts: dict, targets: tuple, dataset, keys) -> l
         own = _rewards_of_generations(trainer, [(asked[distinct[i]], prompts[distinct[i]]) for i in chosen])
         rewards[torch.tensor(chosen)] = torch.tensor(own)
     states = _states(trainer, [prompts[distinct[i]] for i in chosen], "Value head: states")
-    trained = None
+    folds = [trainer.value_fold[distinct[i]] for i in chosen]
+    if len(set(folds)) == 1:
+        raise ConfigError(
+            f"value_prompts is {args.value_prompts}, and all of those drawn lie in one fold. Raise it, to 100 and more."
+        )
+    accelerator, rows = trainer.accelerator, torch.tensor(chosen)
+    own, states = {}, value_head.on_device(states, device)
+    # each rank trains some, so that none waits for all
+    for fold in range(accelerator.process_index, args.value_folds, accelerator.num_processes):
+        others = torch.tensor([j for j, number in enumerate(folds) if number != fold])
+        own[fold] = value_head.fit(
+            [states[j] for j in others.tolist()],
+            rewards[rows[others]],
+            counts[rows[others]],
+            args.reward_max,
+            args.value_epochs,
+            args.value_learning_rate,
+            args.seed + fold,
+            device,
+        )
+    trained = _gathered(trainer, own)
     if main:
-        folds = [trainer.value_fold[distinct[i]] for i in chosen]
-        trained = []
-        for fold in range(args.value_folds):
-            others = [j for j, own in enumerate(folds) if own != fold]
-            if not others:
-                raise ConfigError(
-                    f"value_prompts is {args.value_prompts}, and all of those drawn lie in one fold. Raise it, to 100 "
-                    "and more."
-                )
-            rows = torch.tensor([chosen[j] for j in others])
-            trained.append(
-                value_head.fit(
-                    [states[j] for j in others],
-                    rewards[rows],
-                    counts[rows],
-                    args.reward_max,
-                    args.value_epochs,
-                    args.value_learning_rate,
-                    args.seed + fold,
-                    device,
-                )  # fmt: skip
-            )
         path = value_head.save(trained, folder, key)
         get_logger().info("%d value heads trained on %d prompts, saved as %s", len(trained), len(chosen), path)
-    return _shared(trainer, trained)
+    return trained
+
+
+def _gathered(trainer, own: dict[int, value_head.ValueHead]) -> list[value_head.ValueHead]:
+    """Return the heads of all folds, of which each rank has trained its own; every rank calls it."""
+    if trainer.accelerator.num_processes == 1:
+        return list(own.values())
+    parts = [(fold, head.query.size(-1), _on_cpu(head)) for fold, head in own.items()]
+    return [_made(trainer, size, state) for _, size, state in sorted(gather_object(parts), key=lambda part: part[0])]
 
 
 def _shared(trainer, heads: list | None) -> list[value_head.ValueHead]:
     """Broadcast the main rank's heads to every rank."""
     if trainer.accelerator.num_processes == 1:
         return heads
-    states = [None]
-    if heads is not None:
-        states = [[(head.query.size(-1), {k: v.cpu() for k, v in head.state_dict().items()}) for head in heads]]
+    states = [None if heads is None else [(head.query.size(-1), _on_cpu(head)) for head in heads]]
     broadcast_object_list(states, from_process=0)
-    made = []
-    for hidden_size, state in states[0]:
-        head = value_head.ValueHead(hidden_size, trainer.args.reward_max)
-        head.load_state_dict(state)
-        made.append(head.to(trainer.accelerator.device).eval())
-    return made
+    return [_made(trainer, *one) for one in states[0]]
+
+
+def _on_cpu(head) -> dict:
+    return {name: value.cpu() for name, value in head.state_dict().items()}
+
+
+def _made(trainer, hidden_size: int, state: dict) -> value_head.ValueHead:
+    head = value_head.ValueHead(hidden_size, trainer.args.reward_max)
+    head.load_state_dict(state)
+    return head.to(trainer.accelerator.device).eval()
 
 
 def _sample(number: int, most: int, seed: int) -> list[int]:

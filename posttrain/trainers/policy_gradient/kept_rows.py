@@ -45,11 +45,13 @@ class KeptRows:
         # micro-batches of one generation that are surely of one optimiser step
         size = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
         buffer = self._buffered_inputs
+        # padded, every row has its own prompt anyway
+        shares = self._sharing is not None and self._sharing.active
         self._buffered_inputs = [
             batch
             for start in range(0, len(buffer), size)
             for batch in group_rewards.pack_kept_rows(
-                buffer[start : start + size], self.loss_type, self._max_over_ranks
+                buffer[start : start + size], self.loss_type, self._max_over_ranks, by_prompt=shares
             )
         ]
 

@@ -1,0 +1,53 @@
+"""A launch file of accelerate, read as a plan needs it."""
+
+from pathlib import Path
+
+import yaml
+
+from posttrain import yaml_text
+from posttrain.errors import ConfigError
+from posttrain.planning.job import Launch
+
+_MOST_CARDS = 100_000
+
+
+def read(path: str | Path, processes: int | None = None, machines: int | None = None) -> Launch:
+    """Return what a launch file says of cards, with other numbers of processes and machines where they are given.
+
+    Raises ConfigError for a file that cannot be read, is no launch file, or names what no plan knows.
+    """
+    try:
+        file = yaml_text.load(yaml_text.read(path).decode())
+    except OSError as error:
+        raise ConfigError(f"the launch file {path} cannot be read: {error.strerror}.") from None
+    except (ValueError, yaml.YAMLError, RecursionError):
+        raise ConfigError(f"the launch file {path} is no YAML that can be read.") from None
+    parts = file if isinstance(file, dict) else {}
+    engine, sharded = (parts.get(f"{name}_config") or {} for name in ("deepspeed", "fsdp"))
+    if not (isinstance(engine, dict) and isinstance(sharded, dict) and "distributed_type" in parts):
+        raise ConfigError(f"{path} is no launch file of accelerate, which names a distributed_type.")
+    kinds = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": f"zero{engine.get('zero_stage', 2)}"}
+    kind = kinds.get(str(file["distributed_type"]).strip('"').upper())
+    if kind not in ("single", "ddp", "zero2", "zero3", "fsdp2"):
+        raise ConfigError(f"{path}: a plan knows no distributed_type {file['distributed_type']!r} of this kind.")
+    whole = bool(sharded.get("fsdp_offload_params"))
+    return of(
+        kind,
+        file.get("num_processes", 1) if processes is None else processes,
+        file.get("num_machines", 1) if machines is None else machines,
+        mixed=str(file.get("mixed_precision", "no")) in ("bf16", "fp16"),
+        offloads_states=whole or engine.get("offload_optimizer_device", "none") != "none",
+        offloads_weights=whole or engine.get("offload_param_device", "none") != "none",
+    )
+
+
+def of(kind: str, processes, machines, **given) -> Launch:
+    """Return a launch over so many cards. Raises ConfigError where the numbers do not fit each other or the kind."""
+    for name, value in (("gpus", processes), ("nodes", machines)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_CARDS:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1 to {_MOST_CARDS:,}.")
+    if processes % machines:
+        raise ConfigError(f"gpus is {processes} in all on {machines} nodes, which is no whole number a node.")
+    if kind == "single" and processes > 1:
+        raise ConfigError(f"gpus is {processes} with a launch of one process. Choose `--launch ddp`, zero2 or zero3.")
+    return Launch(kind, processes, machines, **given)

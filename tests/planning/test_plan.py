@@ -1,0 +1,165 @@
+"""`posttrain plan`: what it tells of a config, and what it says to what cannot be planned."""
+
+import dataclasses
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from posttrain import RobustDPOConfig, quiet
+from posttrain.cli import main
+from posttrain.planning import hours, plan
+from posttrain.planning.cards import CARDS, card_of
+from posttrain.planning.job import Job, Launch
+from posttrain.planning.shapes import config_of, shapes_of
+from posttrain.recipe import preferences
+from tests import training
+from tests.conftest import make_pairs
+
+SMALL = shapes_of(config_of("Qwen/Qwen3-0.6B"))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(quiet, "quiet_libraries", lambda: None)
+
+
+def planned(capsys, *words) -> dict:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(capsys, *words) -> str:
+    assert main(["plan", *words]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_shipped_config_is_planned_for_the_cards_of_its_launch(capsys):
+    found = planned(capsys, "robust_dpo/zero3", "--rows", "60000", "--tokens", "500")
+    assert (found["launch"], found["gpus"], found["nodes"]) == ("zero3", 8, 1)
+    # 64 pairs a step, of two answers
+    assert found["steps"] == 938 and found["tokens"] == 938 * 64 * 2 * 500
+    assert found["fits"] and found["needed_bytes"] == max(sum(parts.values()) for parts in found["bytes"].values())
+    assert 0 < found["hours"][0] < found["hours"][1]
+
+
+def test_prompts_of_a_generation_make_steps(capsys):
+    found = planned(capsys, "hpt/single_gpu", "--rows", "7473")
+    # 8 x 16 rollouts a step, 8 a prompt
+    assert found["steps"] == 468 and found["hours_of_generation"][1] < found["hours"][1]
+
+
+def test_cards_nodes_launch_and_settings_can_be_others(capsys):
+    words = ("robust_dpo/zero3", "--gpus", "16", "--nodes", "2", "--gpu", "a100", "--max_length", "1024")
+    found = planned(capsys, *words, "--launch", "fsdp2")
+    assert (found["launch"], found["gpus"], found["nodes"], found["gpu"]) == ("fsdp2", 16, 2, "a100")
+    assert found["row_tokens"] == 1024
+
+
+def test_what_does_not_fit_is_said_with_what_would(capsys):
+    assert main(["plan", "robust_dpo/zero3", "--gpu", "24"]) == 0
+    out = capsys.readouterr().out
+    assert "does NOT fit" in out and "It would fit with one of:" in out
+    assert main(["plan", "robust_dpo/zero3"]) == 0
+    assert "it fits" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_at_hand_has_its_size_or_its_folder_told(capsys, tiny_folder):
+    words = ("noisy_sft/zero3", "--model_name_or_path")
+    said = refusal(capsys, *words, "no/such-model")
+    assert "config.json of model 'no/such-model' cannot be read" in said and "--params 7b" in said
+    assert planned(capsys, *words, tiny_folder)["parameters"] < 1e6
+    assert planned(capsys, *words, "no/such-model", "--params", "7b")["parameters"] == pytest.approx(7e9, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["robust_dpo/zero3", "--gpu", "h9000"], "gpu is 'h9000'"),
+        (["robust_dpo/zero3", "--gpus", "0"], "gpus is '0'"),
+        (["robust_dpo/zero3", "--gpus", "-3"], "gpus is '-3'"),
+        (["robust_dpo/zero3", "--gpus", "8", "--nodes", "3"], "no whole number a node"),
+        (["robust_dpo/zero3", "--nodes", "two"], "nodes is 'two'"),
+        (["robust_dpo/zero3", "--rows", "1e9"], "rows is '1e9'"),
+        (["robust_dpo/zero3", "--tokens", "9" * 400], "tokens is"),
+        (["robust_dpo/zero3", "--launch", "zero9"], "launch is 'zero9'"),
+        (["robust_dpo/none"], "no such file"),
+        (["../../etc/passwd"], "no such file"),
+        (["accelerate/zero3"], "no such file"),
+        (["robust_dpo/zero3", "--method", "ppo"], "method is 'ppo'"),
+        (["robust_dpo/zero3", "--max_length", "null"], "max_length is null"),
+        (["robust_dpo/zero3", "--params", "huge"], "params is 'huge'"),
+        (["robust_dpo/zero3", "--no_such_setting", "1"], "no_such_setting"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_what_cannot_be_planned_is_refused(words, said, capsys):
+    assert said in refusal(capsys, *words)
+
+
+def test_a_config_elsewhere_names_its_method(capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_name_or_path: Qwen/Qwen3-0.6B\ndataset_name: pairs.jsonl\noutput_dir: runs/a\n")
+    assert "--method NAME" in refusal(capsys, str(path))
+    found = planned(capsys, str(path), "--method", "robust-dpo")
+    assert found["gpus"] == 1 and found["launch"] == "single"
+    # a second model of fp32 weights beside the policy
+    assert found["bytes"]["training"]["reference model"] == 4 * SMALL.parameters
+
+
+def test_an_adapter_that_does_not_fit_and_a_model_that_is_none_are_refused(capsys, tmp_path):
+    words = ("noisy_sft/single_gpu", "--lora_target_modules", "no_such_module")
+    assert "the adapter does not fit the model" in refusal(capsys, *words)
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read here" in refusal(capsys, "noisy_sft/zero3", "--model_name_or_path", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2"}')
+    assert "--params 7b" in refusal(capsys, "noisy_sft/zero3", "--model_name_or_path", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
+    assert "cannot be read here" in refusal(capsys, "noisy_sft/zero3", "--model_name_or_path", str(tmp_path))
+
+
+def test_a_dry_run_tells_what_its_processes_need(tiny_folder, tmp_path):
+    settings = training.settings(tmp_path, max_length=64, per_device_train_batch_size=2)
+    told = preferences.describe(tiny_folder, RobustDPOConfig(**settings), make_pairs(8))
+    said = told["memory a process (estimate)"]
+    assert said.startswith("0.0") and "rows of 64 tokens" in said and "weights 0.00" in said
+    unbounded = RobustDPOConfig(**settings | dict(max_length=None))
+    assert (
+        "max_length is null"
+        in preferences.describe(tiny_folder, unbounded, make_pairs(8))["memory a process (estimate)"]
+    )
+    strange = AutoConfig.for_model("mamba2")
+    assert plan.here(RobustDPOConfig(**settings), strange, None) == "not known of this kind of model"
+
+
+def test_hours_lie_between_the_shares_of_the_cards_rate():
+    job = Job(SMALL, "instructions", rows=8, length=1024, checkpointing=False)
+    # 6 multiplications and additions a parameter and token, beside attention over half of a row
+    a_token = 6 * (SMALL.linears + SMALL.head) + 3 * 4 * 28 * 2048 * 512
+    assert hours.flops_per_token(job, 1024) == a_token
+    low, high = hours.estimate(job, Launch(), CARDS["h100"], 100, 1024).total
+    floor = a_token * 100 * 8 * 1024 / 989e12 / 3600
+    assert low == pytest.approx(2 * floor) and high == pytest.approx(floor / 0.15)
+    assert hours.estimate(job, Launch(), card_of("80"), 100, 1024) is None
+
+
+def test_a_reference_checkpointing_and_a_frozen_base_change_the_passes():
+    def passes(shapes=SMALL, **given):
+        job = Job(shapes, "preference", rows=8, length=1024, **dict(checkpointing=False) | given)
+        return hours.flops_per_token(job, 1024) / hours.flops_per_token(
+            Job(SMALL, "preference", rows=8, length=1024, checkpointing=False), 1024
+        )
+
+    assert passes(checkpointing=True) == pytest.approx(4 / 3) and passes(reference="live") == pytest.approx(4 / 3)
+    assert passes(dataclasses.replace(SMALL, adapter=1000)) == pytest.approx(2 / 3)
+
+
+def test_steps_are_those_of_the_rows(tmp_path):
+    class Args:
+        max_steps, num_train_epochs, per_device_train_batch_size, num_generations = -1, 2, 4, 8
+
+    job = Job(SMALL, "instructions", rows=4, length=8, accumulation=2)
+    assert plan.steps_of(job, Launch("ddp", 2), Args, 33) == 2 * 3
+    assert plan.steps_of(job, Launch(), Args, None) is None
