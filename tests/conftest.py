@@ -4,7 +4,6 @@ import importlib.metadata
 import inspect
 import json
 import os
-import random
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from tests import sparing
+from tests.made_up import WORDS, make_pairs  # noqa: F401
 
 # accelerate reads a package's whole metadata each time it asks whether a model is PEFT's: a fifth of a tiny run
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
@@ -99,30 +99,6 @@ def cpu_seconds() -> float:
 
 
 TESTS = Path(__file__).parent
-WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch".split()
-
-
-def make_pairs(n: int, seed: int = 0, **columns):
-    """`n` conversational preference pairs of uneven lengths, the same on every machine."""
-    from datasets import Dataset
-
-    rng = random.Random(seed)
-
-    def text(low, high):
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
-
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": text(1, 4)}],
-            "chosen": [{"role": "assistant", "content": text(1, 6)}],
-            "rejected": [{"role": "assistant", "content": text(1, 6)}],
-        }
-        for _ in range(n)
-    ]
-    dataset = Dataset.from_list(rows)
-    for name, values in columns.items():
-        dataset = dataset.add_column(name, list(values))
-    return dataset
 
 
 @pytest.fixture(scope="session")

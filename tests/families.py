@@ -28,7 +28,7 @@ from posttrain.mechanisms.noise.weights import WeightNoise
 from posttrain.recipe import instructions, preferences, scored_answers, tasks
 from posttrain.recipe.scored_answers import ScoredArguments
 from tests import rollouts, runs, scored, training
-from tests.conftest import make_pairs
+from tests.made_up import make_pairs
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ The rows, and the runs on them: `tests.training` has preference pairs, `tests.sc
 made-up rollouts; `tests.families` has one record a method.
 """
 
-import pytest
 import torch
 from peft import LoraConfig
 
@@ -67,6 +66,8 @@ def same_metrics(ours: list[dict], theirs: list[dict], names=None, **tolerance) 
     `names`: how those to compare begin, of which both sides have the same; by default all of the other side's that are
     no matter of layout.
     """
+    import pytest
+
     for own, other in zip(ours, theirs, strict=True):
         chosen = [name for name in other if name.startswith(tuple(names or ("",)))]
         assert chosen and (names is None or set(chosen) == {name for name in own if name.startswith(tuple(names))})

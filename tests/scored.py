@@ -5,7 +5,7 @@ import random
 from datasets import Dataset, concatenate_datasets
 
 from posttrain import ALoLConfig, ALoLTrainer
-from tests.conftest import WORDS
+from tests.made_up import WORDS
 from tests.runs import SETTINGS, entries, fit, lora, trainable  # noqa: F401
 
 

@@ -1,7 +1,7 @@
 """Short SGD runs on preference pairs."""
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
-from tests.conftest import make_pairs
+from tests.made_up import make_pairs
 from tests.runs import SETTINGS, distance, fit, lora, losses, trainable  # noqa: F401
 
 

@@ -17,7 +17,7 @@ _PROMPTS = {
 MAX_LENGTH = 512
 _WORDS = "the house is old and a dog may sleep in front of it all day while people walk by on their way to work".split()
 
-_LLAMAS = {
+SHAPES = {
     "random-tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32, vocab_size=8192),
     "random-0.5b": dict(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, head_dim=64, num_attention_heads=14
@@ -34,9 +34,9 @@ def load_model(name: str, attention: str, dtype):
 
     from posttrain.models import resolve_model, tiny_model
 
-    if name in _LLAMAS:
+    if name in SHAPES:
         # a vocabulary of real size: the tokenizer uses 259 of it, the LM head computes all
-        shape = dict(vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096) | _LLAMAS[name]
+        shape = dict(vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096) | SHAPES[name]
         model = tiny_model(**shape).to(dtype)
         model.set_attn_implementation(attention)
         return model
@@ -48,7 +48,7 @@ def load_tokenizer(name: str):
 
     from posttrain.models import byte_tokenizer, resolve_model
 
-    return byte_tokenizer() if name in _LLAMAS else AutoTokenizer.from_pretrained(resolve_model(name))
+    return byte_tokenizer() if name in SHAPES else AutoTokenizer.from_pretrained(resolve_model(name))
 
 
 def load_pairs(data: Path | None, lengths: str, count: int, seed: int, tokenizer) -> Dataset:
@@ -79,23 +79,29 @@ def _one_sentence(row: dict) -> bool:
     return len(row["prompt"]) == 1 and not re.search(r"[.!?]\s+\S", row["prompt"][0]["content"].strip())
 
 
+def draw_sizes(rng: random.Random, lengths: str = "hh") -> tuple[int, int, int]:
+    """Draw the tokens of a pair's prompt, chosen and rejected answer."""
+    prompt, chosen = rng.random(), rng.random()
+    # the answers' lengths correlate at 0.48
+    rejected = chosen if rng.random() < 0.48 else rng.random()
+    return _tokens(_PROMPTS[lengths], prompt), _tokens(_ANSWERS, chosen), _tokens(_ANSWERS, rejected)
+
+
+def _tokens(quantiles: tuple[int, ...], u: float) -> int:
+    place = max(i for i, level in enumerate(_LEVELS[:-1]) if level <= u)
+    share = (u - _LEVELS[place]) / (_LEVELS[place + 1] - _LEVELS[place])
+    return round(quantiles[place] + share * (quantiles[place + 1] - quantiles[place]))
+
+
 def _generated(lengths: str, count: int, seed: int, tokenizer) -> Dataset:
     rng, rows = random.Random(f"{lengths} {seed}"), []
-
-    def tokens(quantiles, u):
-        place = max(i for i, level in enumerate(_LEVELS[:-1]) if level <= u)
-        share = (u - _LEVELS[place]) / (_LEVELS[place + 1] - _LEVELS[place])
-        return round(quantiles[place] + share * (quantiles[place + 1] - quantiles[place]))
 
     def text(n):
         ids = tokenizer(" ".join(rng.choices(_WORDS, k=n)), add_special_tokens=False)["input_ids"]
         return tokenizer.decode(ids[:n])
 
     while len(rows) < count:
-        prompt, chosen = rng.random(), rng.random()
-        # the answers' lengths correlate at 0.48
-        rejected = chosen if rng.random() < 0.48 else rng.random()
-        sizes = tokens(_PROMPTS[lengths], prompt), tokens(_ANSWERS, chosen), tokens(_ANSWERS, rejected)
+        sizes = draw_sizes(rng, lengths)
         if sizes[0] + max(sizes[1:]) > MAX_LENGTH:
             continue
         # a space in front of each part, so that no token runs across the seam

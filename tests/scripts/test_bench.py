@@ -17,7 +17,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module, pairs = importlib.import_module("bench.robust_dpo"), importlib.import_module("bench.pairs")
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8, vocab_size=259)
-    monkeypatch.setitem(pairs._LLAMAS, "random-tiny", shape)
+    monkeypatch.setitem(pairs.SHAPES, "random-tiny", shape)
     monkeypatch.setitem(pairs._PROMPTS, "hh", pairs._PROMPTS["short"])
     return module
 

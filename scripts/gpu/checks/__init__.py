@@ -1,0 +1,1 @@
+"""The cases, a module each, which has a `CASE`; whoever adds one adds a module."""
