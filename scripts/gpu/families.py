@@ -1,6 +1,8 @@
 """The methods that the library has, by the one table that the contract tests read: `tests.families.METHODS`."""
 
 import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -40,3 +42,18 @@ def pair_trainer(record, folder: str, model: str | None = None, **settings):
     quiet()
     model = model or tiny_folder(folder)
     return methods()["robust_dpo"].build(model, Path(folder) / "run", **precision(record) | settings)
+
+
+def losses(trainer) -> list[float]:
+    """Return what was logged as the loss of each step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the largest difference of two runs' losses, in nats, or as a share of losses above one nat.
+
+    It is no number where one run has more steps than the other, or none.
+    """
+    if len(ours) != len(theirs) or not ours:
+        return math.nan
+    return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))

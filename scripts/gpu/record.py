@@ -27,6 +27,7 @@ class Case:
         seconds: its deadline on a card. toy_seconds: the one at toy sizes on a CPU.
         run: takes the `Record` and fills it.
         imports: modules to import before its time runs.
+        all_cards: whether it sees all cards; else one, as a run of one process takes.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Case:
     toy_seconds: float
     run: Callable[["Record"], None]
     imports: tuple[str, ...] = LIBRARIES
+    all_cards: bool = False
 
 
 class Record:

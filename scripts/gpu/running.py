@@ -39,6 +39,8 @@ class Worker:
         environment = _OFFLINE | os.environ | {"POSTTRAIN_CACHE": str(folder / "cache"), "TMPDIR": str(folder)}
         if toy:
             environment["CUDA_VISIBLE_DEVICES"] = ""
+        elif not case.all_cards:
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 words + ["--toy"] * toy,

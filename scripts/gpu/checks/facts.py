@@ -60,4 +60,5 @@ CASE = Case(
     seconds=30,
     toy_seconds=60,
     run=run,
+    all_cards=True,
 )
