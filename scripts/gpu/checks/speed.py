@@ -220,7 +220,7 @@ def _of_device(record, profile, seconds: float, steps: int) -> dict:
     return {"device busy, share": busy / seconds, "kernels a step": len(kernels) / steps}
 
 
-def _of_host(host: cProfile.Profile, steps: int, most: int = 8) -> dict[str, float]:
+def _of_host(host: cProfile.Profile, steps: int, most: int = 20) -> dict[str, float]:
     """Return the milliseconds a step of this library's functions that take longest, those they call included."""
     found = {}
     for (path, line, name), (_, _, _, cumulative, _) in pstats.Stats(host).stats.items():
