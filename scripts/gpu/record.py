@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# what a case stands on, imported before its time runs
-LIBRARIES = ("torch", "transformers", "peft", "trl", "posttrain")
+# what a case on models, or on runs, stands on: imported before its time runs. Of packages alone little is imported.
+LIBRARIES = ("torch", "transformers.modeling_utils", "trl.trainer.utils", "posttrain.mechanisms.prefix_sharing")
+OF_RUNS = ("torch", "tests.families")
 # of a check that goes by the clock, at toy sizes
 NO_CLOCK = "toy sizes say nothing of speed"
 

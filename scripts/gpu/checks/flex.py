@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gpu.families import pair_trainer
 from gpu.models import cosine, fused, milliseconds, padded, random_model, saved_model, sizes
-from gpu.record import Case
+from gpu.record import OF_RUNS, Case
 
 _SHAPES, _COMPARED = 40, 6
 _LOG_PROB, _COSINE = 2e-2, 0.999
@@ -118,4 +118,5 @@ CASE = Case(
     seconds=110,
     toy_seconds=90,
     run=run,
+    imports=OF_RUNS,
 )

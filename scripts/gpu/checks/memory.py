@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpu.families import quiet
 from gpu.models import free, random_model
-from gpu.record import Case
+from gpu.record import OF_RUNS, Case
 
 _MOST = 1.3
 # TRL's fused head: tiles of logits, whatever the number of tokens
@@ -148,4 +148,5 @@ CASE = Case(
     seconds=40,
     toy_seconds=90,
     run=run,
+    imports=OF_RUNS,
 )

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 
 from gpu.models import fused, milliseconds, padded, random_model, sizes
-from gpu.record import Case
+from gpu.record import OF_RUNS, Case
 
 _MULTIPLES = (128, 64, 8)
 _RATIO = 1.3
@@ -101,4 +101,5 @@ CASE = Case(
     seconds=85,
     toy_seconds=60,
     run=run,
+    imports=OF_RUNS,
 )

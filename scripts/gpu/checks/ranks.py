@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from gpu.families import gap, methods
-from gpu.record import Case
+from gpu.record import OF_RUNS, Case
 
 _LOSS = 2e-2
 _SCRIPTS = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ class _Launch:
 
     def __init__(self, record, engine: str, world: int, out: Path, ends: contextlib.ExitStack):
         self.world, self.trouble, self.engine, self.out = world, None, engine, out
-        self.cases = _cases(engine)[: record.pick(None, 3)]
+        self.cases = _cases(engine)[: record.pick(None, 2)]
         given = json.dumps({"toy": record.toy, "cases": self.cases})
         environment = os.environ | {"PYTHONPATH": f"{_SCRIPTS}:{_SCRIPTS.parent}:{os.environ.get('PYTHONPATH', '')}"}
         if world:
@@ -155,6 +155,6 @@ CASE = Case(
     seconds=90,
     toy_seconds=240,
     run=run,
-    imports=("torch", "posttrain", "tests.families"),
+    imports=OF_RUNS,
     all_cards=True,
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpu.families import gap, losses, quiet
 from gpu.models import free, random_model, synchronize
-from gpu.record import Case
+from gpu.record import OF_RUNS, Case
 
 _WANTED, _LOSS = 1.5, 3e-2
 _VISITS = 3
@@ -55,7 +55,7 @@ _BLOCKS = (
     Block("random-1.5b", 32, arms=_TWO, batches=4),
     Block("random-1.5b", 4, arms=_TWO, batches=12),
 )
-_TOY = (Block("random-0.5b", 3, batches=2), Block("random-0.5b", 2, lora=False, arms=_TWO, batches=1))
+_TOY = (Block("random-0.5b", 2, batches=2), Block("random-0.5b", 2, lora=False, arms=_TWO, batches=1))
 
 
 def run(record) -> None:
@@ -237,4 +237,5 @@ CASE = Case(
     seconds=130,
     toy_seconds=120,
     run=run,
+    imports=OF_RUNS,
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpu.families import gap, losses, methods, precision, quiet, tiny_folder
 from gpu.models import departure, saved_model
-from gpu.record import Case
+from gpu.record import OF_RUNS, Case
 
 # of a step's loss, and of the change of the parameters against TRL's
 _LOSS, _CHANGE, _RELOADED = 2e-2, 2e-2, 1e-3
@@ -21,14 +21,15 @@ def run(record) -> None:
         folder, place = tiny_folder(place), Path(place)
         for at, method in enumerate(methods().values()):
             first, *_ = method.cases
-            _trained(record, method, folder, place, first, method.cases[first], is_saved=True)
-            if record.toy and at:
-                record.leave_out(f"{method.name}: neutral setting, resumption, whole models", "toy sizes")
+            whole = not (record.toy and at)
+            _trained(record, method, folder, place, first, method.cases[first], whole)
+            if not whole:
+                record.leave_out(f"{method.name}: padded rows, TRL, resumption, what is saved", "toy sizes")
                 continue
             _neutral(record, method, folder, place)
             _resumed(record, method, folder, place)
             for case, settings in _whole_models(method).items():
-                _trained(record, method, folder, place, case, settings, is_saved=True)
+                _trained(record, method, folder, place, case, settings)
         if record.toy:
             record.leave_out("the other cases of each method", "toy sizes")
             return
@@ -67,7 +68,8 @@ def _attempt(record, what: str, do):
         return None
 
 
-def _trained(record, method, folder, place: Path, case: str, settings, is_saved: bool = False) -> None:
+def _trained(record, method, folder, place: Path, case: str, settings, held: bool = True) -> None:
+    """Train; `held`: what is saved is loaded, and losses are held against padded rows."""
     arm = f"{method.name}, {case}"
     settings = _settings(record, method, settings)
     trainer = _attempt(record, arm, lambda: _train(record, method, folder, place / arm / "run", settings))
@@ -77,9 +79,9 @@ def _trained(record, method, folder, place: Path, case: str, settings, is_saved:
     record.equal(f"{arm}: steps with a finite loss", sum(abs(loss) < float("inf") for loss in found), _STEPS)
     _, early, *_, last = trainer.hooks_of_steps
     record.equal(f"{arm}: hooks on modules after step {_STEPS}, as after step 2", last, early)
-    if is_saved:
+    if held:
         _attempt(record, f"{arm}: saved and loaded", lambda: _reloaded(record, arm, trainer, folder, place / arm))
-    if method.padded and not method.padded.items() <= settings.items():
+    if held and method.padded and not method.padded.items() <= settings.items():
         padded = settings | dict(method.padded)
         other = _attempt(record, f"{arm}, padded", lambda: _train(record, method, folder, place / arm / "pad", padded))
         if other is not None:
@@ -172,5 +174,5 @@ CASE = Case(
     seconds=120,
     toy_seconds=240,
     run=run,
-    imports=("torch", "transformers", "peft", "trl", "posttrain", "tests.families"),
+    imports=OF_RUNS,
 )
