@@ -34,7 +34,6 @@ def run(record) -> None:
             for attention in attentions:
                 model.set_attn_implementation(attention)
                 _measure(record, f"{name}, {precision}, {attention}", model, pairs, precision)
-    _four_bits(record)
 
 
 def _load(record, name: str):
@@ -148,24 +147,6 @@ def _self_check(record, arm: str, model, half: bool) -> None:
     *gaps, trouble = prefix_sharing.compare_padded_and_packed(model, model.config, record.device)
     fault = trouble or prefix_sharing.mismatch_reason(*gaps, half)
     record.equal(f"{arm}: fault of the packed forward", fault, None)
-
-
-def _four_bits(record) -> None:
-    import importlib.util
-    import tempfile
-
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        record.leave_out("4-bit", "bitsandbytes is not installed")
-        return
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory() as folder:
-        random_model(record, "tiny", torch.float32).save_pretrained(folder)
-        place = {"": record.device}
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, device_map=place)
-    _self_check(record, "tiny, 4-bit", fused(model).eval(), half=True)
 
 
 CASE = Case(

@@ -1,5 +1,6 @@
 """Case 7: runs of every method, in bf16 with gradient checkpointing, against padded rows, TRL and themselves."""
 
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -30,6 +31,7 @@ def run(record) -> None:
             _resumed(record, method, folder, place)
             for case, settings in _whole_models(method).items():
                 _trained(record, method, folder, place, case, settings)
+        _four_bits(record, folder, place)
         if record.toy:
             record.leave_out("the other cases of each method", "toy sizes")
             return
@@ -43,6 +45,21 @@ def run(record) -> None:
                     record.leave_out(f"{name}, {case}", "no time left")
                 else:
                     _trained(record, method, folder, place, case, settings)
+
+
+def _four_bits(record, folder, place: Path) -> None:
+    """Train an adapter on a base in NF4; of one method, as the base is nothing of a method's."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        record.leave_out("4-bit", "bitsandbytes is not installed")
+        return
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    method = methods()["a_lol"]
+    first, *_ = method.cases
+    settings = dict(method.cases[first]) | dict(quantization_config=quantized)
+    _trained(record, method, folder, place, f"{first}, 4-bit", settings, held=False)
 
 
 def _whole_models(method) -> dict:
