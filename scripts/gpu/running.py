@@ -52,8 +52,13 @@ class Worker:
                 start_new_session=True,
             )
 
-    def run(self, seconds: float) -> dict:
-        """Let the case run for that long at most; return its record with `state`, `seconds` and, of a failure, why."""
+    def run(self, seconds: float, left: float) -> dict:
+        """Let the case run; return its record with `state`, `seconds` and, of a failure, why.
+
+        Args:
+            seconds: its deadline, imports not counted. left: the time for both.
+        """
+        seconds = min(seconds, left)
         begun = time.monotonic()
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{seconds}\n".encode())
@@ -64,9 +69,10 @@ class Worker:
             if started is None and self.path.exists():
                 started = now
             over = now - begun > IMPORTS if started is None else now - started > seconds
-            if over:
+            if over or now - begun > left:
                 self.end()
-                return self._record("deadline", started, f"ended after {seconds if started else IMPORTS:.0f} s")
+                what = "" if started else "its imports were "
+                return self._record("deadline", started, f"{what}ended after {now - (started or begun):.0f} s")
             time.sleep(0.02)
         self.end()
         record = self._record(None, started, None)
@@ -140,7 +146,7 @@ def run(chosen: Sequence[Case], package: str, result: dict, path: Path, minutes:
                 return
             workers += [_begin(following, package, toy, folder, ends) for following in chosen[place + 1 : place + 2]]
             say(f"{case.number:2d} {case.name} ...", end=" ", flush=True)
-            record = workers[place].run(min(case.toy_seconds if toy else case.seconds, left))
+            record = workers[place].run(case.toy_seconds if toy else case.seconds, left)
             _same_machine(result, record.pop("machine"), path)
             result["cases"][case.name] = record
             write_whole(path, result)

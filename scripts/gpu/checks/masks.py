@@ -53,6 +53,8 @@ def inputs(record, shape, dtype):
     generator = torch.Generator(record.device).manual_seed(0)
     sizes = [(rows, n, width, channels) for n in (heads, key_heads, key_heads)] + [(rows, width, heads, channels)]
     made = [torch.randn(size, generator=generator, device=record.device, dtype=torch.float32) for size in sizes]
+    # outputs then stay below 4, where bf16 rounds by 8e-3 at most
+    made[2] *= 0.5
     return [tensor.to(dtype) for tensor in made]
 
 

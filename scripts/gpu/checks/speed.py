@@ -155,12 +155,12 @@ def _trainer(record, block: Block, arm: str, rows, folder: Path, steps: int):
     )  # fmt: skip
     ours = arm.startswith("shared")
     config = RobustDPOConfig(**common, pair_loss="dpo") if ours else DPOConfig(**common)
-    of_policy, of_reference = torch.bfloat16 if block.lora else torch.float32, torch.bfloat16
-    model = random_model(record, block.model, of_policy, block.attention)
+    dtype = torch.bfloat16 if block.lora else torch.float32
+    model = random_model(record, block.model, dtype, block.attention)
     live = not block.lora and not arm.endswith("precomputed")
     trainer = (RobustDPOTrainer if ours else DPOTrainer)(
         model,
-        ref_model=random_model(record, block.model, of_reference, block.attention) if live else None,
+        ref_model=random_model(record, block.model, dtype, block.attention) if live else None,
         args=config,
         train_dataset=rows,
         processing_class=byte_tokenizer(),
