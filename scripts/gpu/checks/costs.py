@@ -1,4 +1,4 @@
-"""Case 3: what an attended position costs beside a token's linear layers, for the library's `attention_cost`."""
+"""Case 3: what an attended position costs beside a token's linear layers: the setting `attention_cost_factor`."""
 
 import math
 import statistics
@@ -36,11 +36,11 @@ def run(record) -> None:
                 factor = ms / tokens / (linear * width * attention_cost(config))
                 factors.setdefault(arm, {})[width] = factor
         for arm, by_width in factors.items():
-            record.figure(f"{name}: measured over attention_cost, {arm}", by_width)
+            record.figure(f"{name}: attention_cost_factor as measured by width, {arm}", by_width)
             # narrow rows are launches more than attention
             middle = statistics.median([*by_width.values()][-3:])
             record.equal(f"{name}: {arm} costs something", math.isfinite(middle) and middle > 0, True)
-            record.figure(f"{name}: factor, {arm}", middle)
+            record.figure(f"{name}: attention_cost_factor, {arm}", middle)
 
 
 def _linear(record, config, tokens: int) -> float:
