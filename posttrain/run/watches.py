@@ -79,7 +79,8 @@ class LiveGradients:
         self._begun = 0
 
     def _note(self, name: str, gradient: torch.Tensor) -> None:
-        has_gradient = gradient.detach().ne(0).any()
+        # of weights that FSDP spreads a hook may be called too
+        has_gradient = own_part(gradient.detach()).ne(0).any()
         known = self._seen[name]
         self._seen[name] = has_gradient if known is None else known | has_gradient
 
@@ -89,7 +90,7 @@ class LiveGradients:
             return
         for name, parameter in self._watched.items():
             if parameter.grad is not None:
-                self._note(name, own_part(parameter.grad))
+                self._note(name, parameter.grad)
 
     def before_step(self, trainer) -> None:
         """Note the learning rate of the step to come."""
