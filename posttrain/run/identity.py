@@ -13,6 +13,7 @@ from posttrain.config.setting import defaults_of, identity_of, meanings
 from posttrain.hub.base_model import NOT_THE_ADAPTER, adapter_config, base_name, loaded_from
 from posttrain.mechanisms.base_digests import base_digests, plain, quantisation
 from posttrain.private import without_secrets
+from posttrain.run import optimizer_args
 from posttrain.visible import one_line
 
 # Columns of rows that were tokenised before the run
@@ -172,7 +173,7 @@ def differing(now: dict, then: dict, before: dict | None = None) -> str:
         then = {"adapter_scheme": None} | before | then
     # a marker holds no secrets
     now, then = without_secrets(plain(now)), without_secrets(plain(then))
-    names = [name for name in sorted(now.keys() & then) if plain(now[name]) != plain(then[name])]
+    names = [name for name in sorted(now.keys() & then) if _compared(name, now[name]) != _compared(name, then[name])]
     # digests say nothing to a reader
     words = {
         "data": "data: other rows there than here",
@@ -185,6 +186,11 @@ def differing(now: dict, then: dict, before: dict | None = None) -> str:
     return "; ".join(
         words.get(name, f"{name}: {one_line(then.get(name))} there, {one_line(now.get(name))} here") for name in names
     )
+
+
+def _compared(name: str, value):
+    # one text of several that say the same
+    return optimizer_args.canonical(value) if name == "optim_args" and isinstance(value, str) else plain(value)
 
 
 def _reference_in_words(settings: dict) -> str:

@@ -14,6 +14,7 @@ from posttrain.run import (
     devices,
     evaluation,
     lock,
+    own_settings,
     preemption,
     run_folder,
     schedule,
@@ -171,7 +172,10 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
         if checkpoint is not None:
             now = self._identity() | update_settings(self) if self.args.check_resume else None
             before = before_declared(type(self.args))
-            state = checkpoints.read(checkpoint, now, self.args.resume_weights_only, before).get("state", {})
+            content = checkpoints.read(checkpoint, now, self.args.resume_weights_only, before)
+            if not self.args.check_resume and not self.args.resume_weights_only:
+                own_settings.check(self, checkpoints.settings_of(content) if "identity" in content else None)
+            state = content.get("state", {})
             self._total_train_tokens = state.get("num_tokens", 0)
             self.load_method_state(state.get("method") or {})
             then = state.get("schedule") or {"total": checkpoints.planned_steps(checkpoint), "knots": []}
@@ -307,8 +311,14 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
                     f"{told}. Resume from another checkpoint, or go on from its weights alone: "
                     "`resume_weights_only: true`."
                 )
+            whole = checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            own = own_settings.fresh(self) if whole else None
             with training_state.answered(checkpoint, "optimizer.pt or scheduler.pt"):
                 super()._load_optimizer_and_scheduler(checkpoint)
+            if own is not None:
+                own_settings.check_whole(self, own, checkpoint)
+                if not self.args.check_resume:
+                    own_settings.put_back(self, own)
             if checkpoint is None or not self._schedule.changed:
                 return
         else:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ from posttrain.errors import ConfigError
 _ELSEWHERE = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _BRACKETS = {"(": ")", "[": "]"}
 _SIMPLE = (bool, int, float, str)
+# a number that stands by itself within a value
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.])")
 # what help and errors show, by the optimizer that takes it
 EXAMPLES = {"sgd": "momentum=0.9,nesterov=true", "pytorch_optimizer:ademamix": "betas=(0.9,0.999,0.9999),alpha=5"}
 
@@ -46,6 +49,22 @@ def split(text: str | None) -> dict[str, str]:
             raise ConfigError(f"optim_args names {name} twice; keep one.")
         found[name] = value
     return found
+
+
+def canonical(text: str | None) -> str | None:
+    """Return the text as it is compared: `momentum=0.90` is `momentum=0.9`, in whatever order and spacing.
+
+    A text that `split` refuses is returned as it is.
+    """
+    try:
+        found = split(text)
+    except ConfigError:
+        return text
+    return ",".join(f"{name}={_NUMBER.sub(_same_number, value)}" for name, value in sorted(found.items())) or None
+
+
+def _same_number(found: re.Match) -> str:
+    return repr(float(found[0]))
 
 
 def _shown() -> str:

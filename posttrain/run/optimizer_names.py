@@ -111,6 +111,11 @@ def steps_within_backward(name: str) -> bool:
     return name in _WITHIN_BACKWARD or name.endswith("_layerwise")
 
 
+def makes_groups_of_the_model(name: str) -> bool:
+    """Tell whether transformers makes an optimizer's groups from the model's layers, with settings of their own."""
+    return name.startswith(("galore", "apollo", "lomo", "adalomo"))
+
+
 def is_elementwise_in_deepspeed(kind: str) -> bool:
     """Tell whether the type of an `optimizer` block in a DeepSpeed config is known to treat each number by itself."""
     own = {name.lower() for name in DEEPSPEED_ELEMENTWISE}

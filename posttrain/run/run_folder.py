@@ -135,6 +135,8 @@ class RunFolder(TrainerCallback):
         self._trainer._finished_at = None
         if self._trainer.resumed_from is not None:
             training_state.check_intervals(args, state, self._trainer.resumed_from)
+            # upstream goes on with those of the checkpoint
+            state.compute_steps(args, state.max_steps)
             best.find_again(self._trainer, self._trainer.resumed_from)
         check_way(args, state.global_step, state.max_steps, state.save_steps, self._trainer.saves_may_wait)
         if not state.is_world_process_zero:
