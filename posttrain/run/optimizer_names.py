@@ -4,6 +4,9 @@
 a matrix is moved as the whole one would be. `tests/run/test_optimizers.py` holds every name of it to that.
 """
 
+from collections.abc import Mapping
+from inspect import Parameter
+
 # transformers' names whose rule is elementwise. bitsandbytes' 8-bit states have a scale for so many numbers of the flat
 # tensor, whatever its shape.
 _UPSTREAM = """
@@ -84,6 +87,9 @@ NOT_CALLABLE_TORCH = {
     "Muon": "takes matrices alone, and a model has vectors too",
 }
 
+# Arguments by which a weight is shrunk by itself, as AdamW does, and not through its gradient
+_DECOUPLING = ("weight_decouple", "decoupled_weight_decay")
+
 # What estimates its own step size, or averages weights in the place of a schedule, by the beginning of its name
 _OWN_SIZE = ("prodigy", "dadapt", "dog", "ldog", "schedulefree")
 _STEP_SIZE = ("prodigy", "dadapt", "dog", "ldog")
@@ -94,6 +100,18 @@ _WITHIN_BACKWARD = ("lomo", "adalomo")
 def short(name: str) -> str:
     """Return the last part of a name in small letters, without the marks within: `dog:L_DoG` is ldog."""
     return name.rpartition(":")[2].lower().replace("_", "").replace("-", "")
+
+
+def decoupling(name: str, arguments: Mapping[str, Parameter]) -> dict[str, bool]:
+    """Return the argument that takes an optimizer's weight decay out of the gradient; empty where it is so by default.
+
+    Args:
+        name: of the optimizer. arguments: of its constructor, by name.
+    """
+    # Adan's own decay divides the weight by 1 + lr * weight_decay after the update, as its paper has it
+    if short(name) == "adan":
+        return {}
+    return {one: True for one in _DECOUPLING if one in arguments and arguments[one].default is False}
 
 
 def wants_constant_rate(name: str) -> bool:

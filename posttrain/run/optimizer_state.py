@@ -27,6 +27,8 @@ _MAY_BE_INFINITE = {"growth_rate"}
 _RATES = ("lr", "initial_lr", "eps", "weight_decay", "momentum", "dampening", "alpha")
 # Flags that say how an optimizer computes, and not what; and which of a schedule-free one's weights the model has
 _HOW = {"foreach", "fused", "capturable", "differentiable", "train_mode"}
+# Flags of how weights decay
+_DECAYS = {"weight_decouple", "decoupled_weight_decay", "fixed_decay"}
 # bitsandbytes has a scale for so many numbers, and a map of the values of a byte
 _BLOCK, _MAP = 256, 256
 # numbers that are looked at at once
@@ -136,6 +138,9 @@ def other_settings(content: dict, optimizer) -> str:
     for theirs, ours in zip(content["param_groups"], optimizer.param_groups, strict=True):
         for name in theirs.keys() & ours.keys() - {"params"} - _HOW:
             own, value = ours[name], theirs[name]
+            if name in _DECAYS and theirs.get("weight_decay") == 0:
+                # how a decay is applied that there was not
+                continue
             if isinstance(own, bool):
                 fits = value is own
             elif _is_number(own):

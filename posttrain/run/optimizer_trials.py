@@ -98,6 +98,23 @@ def is_elementwise(chosen: Chosen, learning_rate: float = 0.01, weight_decay: fl
     return bool(torch.allclose(whole.detach(), moved, rtol=1e-6, atol=1e-9))
 
 
+def shrinks_evenly(chosen: Chosen) -> bool:
+    """Tell whether a first step with weight decay shrinks all numbers of a matrix by one factor, whatever the gradient.
+
+    A matrix and its negative, of the same norms, get the same gradient; what is left of their difference is the decay.
+    """
+    with _quietly(), torch.random.fork_rng(devices=[]):
+        ends = []
+        for sign in (1, -1):
+            matrix = torch.nn.Parameter(sign * _matrix(*_SHAPE).detach())
+            torch.manual_seed(0)
+            optimizer = _built(chosen, [matrix], 0.1, 0.5)
+            _step(optimizer, 0)
+            ends.append(matrix.detach())
+    left = (ends[0] - ends[1]) / (2 * _matrix(*_SHAPE).detach())
+    return bool(torch.allclose(left, left.mean(), rtol=1e-4, atol=0))
+
+
 def _matrix(*shape: int) -> torch.nn.Parameter:
     place = torch.linspace(-1.0, 1.5, math.prod(shape), dtype=torch.float64)
     return torch.nn.Parameter(place.cos().view(shape).float())

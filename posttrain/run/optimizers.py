@@ -14,7 +14,7 @@ from posttrain.errors import ConfigError, EnvironmentIssue, ExcludedSetting, req
 from posttrain.log import get_logger
 from posttrain.run import optimizer_args, optimizer_names, upstream_optimizers
 from posttrain.run.engines import deepspeed_settings, sharding, under_deepspeed
-from posttrain.run.optimizer_trials import Chosen, is_elementwise, try_out
+from posttrain.run.optimizer_trials import Chosen, is_elementwise, shrinks_evenly, try_out
 from posttrain.user_code import import_function
 
 UPSTREAM = tuple(member.value for member in OptimizerNames)
@@ -123,7 +123,10 @@ def choose(args) -> Chosen | None:
             f"weight_decay is {args.weight_decay:g}, and optim {name} takes none. Leave weight_decay out.",
             {"weight_decay": ("optim",)},
         )
-    return Chosen(name, kind, optimizer_args.read(kind, args.optim_args, name))
+    settings = optimizer_args.read(kind, args.optim_args, name)
+    if owner in (TORCH, PACKAGE):
+        settings = optimizer_names.decoupling(name, optimizer_args.arguments(kind)) | settings
+    return Chosen(name, kind, settings)
 
 
 def class_and_settings(args) -> tuple[type, dict] | None:
@@ -154,6 +157,12 @@ def check(args) -> None:
                 )
         saves = getattr(args.save_strategy, "value", args.save_strategy) != "no" and not args.save_only_model
         try_out(chosen, args.learning_rate, args.weight_decay, saves)
+        if args.weight_decay and not shrinks_evenly(chosen):
+            get_logger().warning(
+                "weight_decay is %g, and optim %s as it is set does not decouple it: the decay is a part of the update "
+                "and depends on the gradient, where AdamW shrinks all weights by one factor",
+                args.weight_decay, name,
+            )  # fmt: skip
     _check_engine(args, name, chosen)
     if chosen is None:
         upstream_optimizers.check(args, name)

@@ -154,7 +154,7 @@ def test_every_family_takes_a_name(kind, tmp_path):
     args = config(tmp_path, kind, optim="pytorch_optimizer:ademamix", optim_args="betas=(0.8,0.9,0.99)", **small)
     assert optimizers.class_and_settings(args) == (
         chosen("pytorch_optimizer:ademamix").kind,
-        {"lr": 0.1, "betas": (0.8, 0.9, 0.99)},
+        {"lr": 0.1, "betas": (0.8, 0.9, 0.99), "weight_decouple": True},
     )
 
 
@@ -348,6 +348,40 @@ def test_an_optimizer_that_wants_a_constant_rate_says_so(given, said, tmp_path, 
         logging.getLogger("posttrain").removeHandler(caplog.handler)
     told = [record.getMessage() for record in caplog.records if "optim " in record.getMessage()]
     assert len(told) == len(said) and all(part in line for part, line in zip(said, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        (dict(optim="pytorch_optimizer:ademamix"), {"weight_decouple": True}),
+        (dict(optim="pytorch_optimizer:ademamix", optim_args="weight_decouple=false"), {"weight_decouple": False}),
+        (dict(optim="torch.optim:NAdam"), {"decoupled_weight_decay": True}),
+        # decoupled by default, by a rule of its own, and with no argument for it
+        (dict(optim="pytorch_optimizer:ano"), {}),
+        (dict(optim="pytorch_optimizer:adan"), {}),
+        (dict(optim="torch.optim:Adagrad"), {}),
+    ],
+)
+def test_weight_decay_is_decoupled_where_a_class_can(given, settings, tmp_path, caplog):
+    logging.getLogger("posttrain").addHandler(caplog.handler)
+    try:
+        args = config(tmp_path, weight_decay=0.1, **given)
+    finally:
+        logging.getLogger("posttrain").removeHandler(caplog.handler)
+    found = optimizers.choose(args)
+    assert found.settings == settings
+    # a first step at a gradient of any size: p (1 - lr wd) beside the step without a decay
+    moved = {}
+    for decay in (0.0, 0.1):
+        parameter = torch.nn.Parameter(torch.tensor([[2.0, -3.0]], dtype=torch.float64))
+        optimizer = found.kind([parameter], lr=0.01, weight_decay=decay, **found.settings)
+        parameter.grad = torch.tensor([[1.0, 50.0]], dtype=torch.float64)
+        optimizer.step()
+        moved[decay] = parameter.detach()
+    is_decoupled = "Adagrad" not in args.optim and False not in settings.values()
+    shrunk = torch.allclose(moved[0.0] - moved[0.1], torch.tensor([[0.002, -0.003]]).double(), rtol=1e-2)
+    assert shrunk is is_decoupled
+    assert ("does not decouple it" in caplog.text) is not is_decoupled
 
 
 def test_a_class_of_ones_own_is_known_by_its_name():

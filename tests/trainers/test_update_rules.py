@@ -49,7 +49,7 @@ def test_a_named_optimizer_is_the_class_built_by_hand(name, tiny_folder, tmp_pat
     trained = [parameter for parameter in by_hand.model.parameters() if parameter.requires_grad]
     # every trained tensor is a matrix, and decays
     by_hand.optimizer = pytorch_optimizer.AdEMAMix(
-        trained, lr=1e-3, betas=(0.8, 0.9, 0.99), alpha=2.0, weight_decay=0.1
+        trained, lr=1e-3, betas=(0.8, 0.9, 0.99), alpha=2.0, weight_decay=0.1, weight_decouple=True
     )
     assert identical(change, fit(by_hand)[0])
 
