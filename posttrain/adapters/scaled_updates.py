@@ -1,11 +1,16 @@
 """ALLoRA's update form: an optimizer's update of B, row by row, instead of the gradients that it is made from."""
 
+import weakref
+
 import torch
 from peft import PeftModel
 
 from posttrain.adapters.allora import ALLoRAConfig, layers_of
 from posttrain.errors import ConfigError
 from posttrain.objectives.row_scales import gram, scale_of
+
+# by optimizer, the matrices whose updates are scaled
+_SCALED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class ScaledUpdates:
@@ -30,7 +35,7 @@ class ScaledUpdates:
 
         Raises:
             ConfigError: an adapter of another kind, an optimizer without hooks or without a matrix B of the adapter, or
-                with a weight decay, which would be scaled with the update.
+                with a weight decay, which would be scaled with the update; one whose updates of B are scaled already.
         """
         config = getattr(model, "peft_config", {}).get(adapter_name)
         if not isinstance(config, ALLoRAConfig) or config.form != "update":
@@ -54,6 +59,12 @@ class ScaledUpdates:
                 f"{missing} of the adapter's {len(self._matrices)} matrices B are none of this optimizer's parameters. "
                 "Give the optimizer that trains them."
             )
+        self._known = {id(B) for _, B, _ in self._matrices}
+        if self._known & _SCALED.get(optimizer, set()):
+            raise ConfigError(
+                "allora: this optimizer's updates of B are scaled already, and twice would be another rule. The "
+                "trainers of posttrain do it by themselves; else call `remove` of the first ScaledUpdates."
+            )
         decay = max(decays[id(B)] for _, B, _ in self._matrices)
         if decay:
             raise ConfigError(
@@ -63,12 +74,19 @@ class ScaledUpdates:
         self.steps, self._before = 0, []
         self._updates = [variant.updates for _, _, variant, _ in layers_of(model, adapter_name)]
         self._note(True)
+        self._optimizer = weakref.ref(optimizer)
+        _SCALED[optimizer] = _SCALED.get(optimizer, set()) | self._known
         self._hooks = [optimizer.register_step_pre_hook(self._begin), optimizer.register_step_post_hook(self._end)]
 
     def remove(self) -> None:
         """Let the optimizer update B as it does."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
+        self._hooks, optimizer = [], self._optimizer()
+        if optimizer is not None:
+            _SCALED[optimizer] = _SCALED.get(optimizer, set()) - self._known
         self._note(False)
 
     def _note(self, are_scaled: bool) -> None:

@@ -60,6 +60,12 @@ class ModelArguments(ModelConfig):
         default=128, metadata={"help": "gift_sw: how many rows, the first ones, columns are chosen on."}
     )
 
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        # false is the default of use_peft as well: one that somebody wrote is told apart
+        self._peft_written = kwargs.get("use_peft") is not None
+        return self
+
     def __post_init__(self):
         if self.adapter is not None:
             check_choice("adapter", self.adapter, tuple(SCHEMES))
@@ -68,8 +74,12 @@ class ModelArguments(ModelConfig):
                 "adapter is none with use_peft: true; leave one of them out.",
                 {"use_peft": ("adapter",), "adapter": ("use_peft",)},
             )
+        if self._peft_written and not self.use_peft and self.adapter not in (None, "none"):
+            raise ExcludedSetting(
+                f"use_peft is false with adapter: {self.adapter}, which trains an adapter; leave one of them out.",
+                {"use_peft": ("adapter",), "adapter": ("use_peft",)},
+            )
         self.adapter = self.adapter or ("lora" if self.use_peft else "none")
-        # false is its default, so an adapter that is named wins over it
         self.use_peft = self.adapter != "none"
         self._check_scheme()
         super().__post_init__()

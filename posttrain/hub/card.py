@@ -191,6 +191,7 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
     common = {name for name, _ in rows}
     rows = [*((name, _set(args, name, value)) for name, value in method.items() if name not in common), *rows]
     found = trainer.found_by_method() if hasattr(trainer, "found_by_method") else {}
+    found |= trainer.found_in_training() if hasattr(trainer, "found_in_training") else {}
     rows = [(name, _listed_values(value)) for name, value in found.items()] + rows
     if adapter is not None:
         rows += _adapter(adapter)

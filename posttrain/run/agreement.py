@@ -18,11 +18,32 @@ class Agreement:
 
     Attributes:
         skipped: whether the last step was left out, as no two micro-gradients agreed.
+        steps: of this training, and of these
+        left_out: those that were skipped.
     """
 
     def __init__(self, trainer, tau: float) -> None:
         self._trainer, self._tau = trainer, tau
         self._mean, self.skipped = AgreeingMean(tau), False
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to count the steps of a training."""
+        self.steps, self.left_out, self._distances, self._compared = 0, 0, 0.0, 0
+
+    def end(self) -> None:
+        """Say how many steps were skipped where all were, so that nothing was trained."""
+        if self.steps and self.left_out == self.steps:
+            get_logger().warning(
+                "gradient_agreement %g: all %d steps were skipped, as no two micro-gradients of a step agreed, so no "
+                "weight has moved. Their mean cosine distance was %.3f: set gradient_agreement above it, or make "
+                "micro-batches larger",
+                self._tau, self.steps, self._distances / max(self._compared, 1),
+            )  # fmt: skip
+
+    def found(self) -> dict[str, object]:
+        """Return how many steps were skipped, for the card."""
+        return {"steps skipped by gradient_agreement": f"{self.left_out} of {self.steps}"} if self.steps else {}
 
     @contextlib.contextmanager
     def micro_batch(self, model):
@@ -54,6 +75,8 @@ class Agreement:
     def _finish(self, parameters: list) -> None:
         trainer, mean, self._mean = self._trainer, self._mean, AgreeingMean(self._tau)
         self.skipped = not mean.agrees
+        self.steps, self.left_out = self.steps + 1, self.left_out + self.skipped
+        self._distances, self._compared = self._distances + mean.distances, self._compared + mean.compared
         metrics = trainer._metrics["train"]
         if mean.count:
             metrics["gradient_agreement/accepted"].append(mean.accepted / mean.count)

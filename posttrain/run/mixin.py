@@ -135,6 +135,10 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
         """Return what a method found out when training began, by name, for card and report."""
         return {}
 
+    def found_in_training(self) -> dict[str, object]:
+        """Return what the rule of the steps' gradients came to in a training that has ended, by name, for the card."""
+        return {} if self._agreement is None else self._agreement.found()
+
     def may_stop_here(self) -> bool:
         """Return whether a checkpoint of this step can be gone on from; asked at the end of a step."""
         return True
@@ -202,6 +206,8 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
             )
         self._claim_folder()
         self._live_gradients = None
+        if self._agreement is not None:
+            self._agreement.begin()
         watching = self._stop_early.watching() if self._has_folder else contextlib.nullcontext()
         try:
             with watching:
@@ -213,6 +219,8 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
             raise ConfigError(str(error.args[0])) from None
         if self._live_gradients and self.step_moved:
             self._live_gradients.after_step(self)
+        if self._agreement is not None:
+            self._agreement.end()
         return output
 
     def _checkpoint_to_resume(self, wanted):

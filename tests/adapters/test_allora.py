@@ -21,7 +21,7 @@ from posttrain.adapters.allora import ALLoRAConfig, apply_allora, layers_of
 from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.adapters.scaled_updates import ScaledUpdates
 from posttrain.adapters.schemes import adapter_config
-from posttrain.config import ModelArguments
+from posttrain.config import ModelArguments, parse
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.hub.files import saved_weights
 from posttrain.models import tiny_model
@@ -506,6 +506,25 @@ def test_updates_that_nothing_scales_are_told_once(base, logged):
     assert not logged.text
 
 
+def test_one_optimizer_s_updates_are_scaled_once(base):
+    made = adapted(base, form="update")
+    optimizer = torch.optim.SGD([value for value in made.parameters() if value.requires_grad], lr=0.1)
+    first = ScaledUpdates(made, optimizer)
+    with pytest.raises(ConfigError, match="scaled already.*`remove`"):
+        ScaledUpdates(made, optimizer)
+    first.remove()
+    again = ScaledUpdates(made, optimizer)
+    gradients(made)
+    optimizer.step()
+    assert (first.steps, again.steps) == (0, 1)
+    # of another model's matrices, and twice removed
+    other = adapted(base, form="update")
+    ScaledUpdates(other, torch.optim.SGD([value for value in other.parameters() if value.requires_grad], lr=0.1))
+    again.remove()
+    again.remove()
+    ScaledUpdates(made, optimizer)
+
+
 def test_recipes_settings_name_the_scheme():
     made = adapter_config(ModelArguments(adapter="allora", lora_r=8, allora_eta=1.0, lora_target_modules=["q_proj"]))
     assert isinstance(made, ALLoRAConfig) and (made.r, made.lora_alpha, made.lora_dropout) == (8, 8, 0.0)
@@ -524,11 +543,42 @@ def test_recipes_settings_name_the_scheme():
         (dict(adapter="gift_sw", allora_form="update"), "allora_form is 'update', which has no effect on adapter: gif"),
         (dict(adapter="allora", gift_bits=3), "gift_bits is 3, which has no effect on adapter: allora"),
         (dict(allora_eta=1.0), "allora_eta is 1.0, which has no effect on adapter: none"),
+        (dict(adapter="lora", use_peft=False), "use_peft is false with adapter: lora, which trains an adapter"),
+        (dict(adapter="allora", use_peft=False), "use_peft is false with adapter: allora"),
+        (dict(adapter="gift_sw", use_peft=False), "use_peft is false with adapter: gift_sw"),
+        (dict(adapter="none", use_peft=True), "adapter is none with use_peft: true"),
     ],
 )
 def test_settings_without_effect_beside_the_adapter_are_refused(given, said):
     with pytest.raises(ExcludedSetting, match=said):
         ModelArguments(**given)
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "adapter"),
+    [
+        ("adapter: allora\nuse_peft: false", [], None),
+        ("", ["--adapter", "allora", "--use_peft", "false"], None),
+        # of a file and a command line the command line's stays
+        ("adapter: allora", ["--use_peft", "false"], "none"),
+        ("use_peft: false", ["--adapter", "allora"], "allora"),
+        ("use_peft: false", ["--adapter", "none"], "none"),
+        ("use_peft: false", [], "none"),
+        ("adapter: allora", ["--use_peft", "true"], "allora"),
+    ],
+)
+def test_use_peft_false_beside_an_adapter_is_answered_wherever_they_stand(file, words, adapter, tmp_path, logged):
+    logged.set_level("INFO", logger="posttrain")
+    (tmp_path / "run.yaml").write_text(f"model_name_or_path: m\n{file}\n")
+    given = (ModelArguments,), ["--config", str(tmp_path / "run.yaml"), *words]
+    if adapter is None:
+        with pytest.raises(ConfigError, match=r"use_peft is false with adapter: allora.* \(.*use_peft: "):
+            parse(*given)
+        return
+    (args,) = parse(*given)
+    assert (args.adapter, args.use_peft) == (adapter, adapter != "none")
+    gives_way = "use_peft: false" in file and "allora" in words or "allora" in file and "false" in words
+    assert ("is left out, as the command line has" in logged.text) is gives_way
 
 
 @pytest.mark.parametrize(

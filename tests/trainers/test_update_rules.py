@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 
 import pytest
 import torch
@@ -203,13 +204,22 @@ def test_preference_rows_keep_their_micro_batches(limit, tiny_folder, tmp_path):
     assert len(found) == 4 and all((one is other) is (limit is not None) for one, other in found)
 
 
-def test_a_step_in_which_none_agree_moves_nothing(tiny_folder, tmp_path):
+def test_a_step_in_which_none_agree_moves_nothing(tiny_folder, tmp_path, logged):
     run = dict(**SPLIT, max_steps=1, gradient_agreement=1e-6, optim="adamw_torch", weight_decay=0.5, max_grad_norm=1.0)
     change, trainer = train("noisy_sft", tiny_folder, tmp_path, **run)
     assert not any(value.any() for value in change.values())
     (entry,) = entries(trainer)
     assert entry["gradient_agreement/skipped"] == 1 and entry["gradient_agreement/accepted"] == 0.25
     assert trainer.state.global_step == 1 and not trainer.step_moved
+    distance = entry["gradient_agreement/distance"]
+    told = f"all 1 steps were skipped, .* Their mean cosine distance was {distance:.3f}"
+    assert re.search(told, logged.text)
+    assert trainer.found_in_training()["steps skipped by gradient_agreement"] == "1 of 1"
+    # a step that is taken needs no word
+    logged.clear()
+    _, trainer = train("noisy_sft", tiny_folder, tmp_path / "other", **run | dict(gradient_agreement=2.0))
+    assert "were skipped" not in logged.text
+    assert trainer.found_in_training()["steps skipped by gradient_agreement"] == "0 of 1"
 
 
 @pytest.mark.slow
