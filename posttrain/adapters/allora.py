@@ -113,6 +113,16 @@ class ALLoRAConfig(SchemeConfig):
                 "an untouched base. Leave init_lora_weights out, or set it to 'gaussian'."
             )
 
+    @classmethod
+    def is_side_file(cls, found: dict) -> bool:
+        eta = found.get("eta")
+        is_number = isinstance(eta, int | float) and not isinstance(eta, bool)
+        return is_number and _LEAST <= eta <= _MOST and found.get("form") in FORMS
+
+    @classmethod
+    def told_beside(cls) -> str:
+        return f", an eta from {_LEAST:g} to {_MOST:g} and a form ({' or '.join(FORMS)})"
+
     @property
     def scheme(self) -> str:
         return f"allora eta {float(self.eta)!r}, {self.form} form"

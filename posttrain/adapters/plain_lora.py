@@ -131,9 +131,11 @@ class SchemeConfig(LoraConfig):
     def from_pretrained(cls, folder, **kwargs):
         """Read the config of a saved adapter; give it as `config=` to `PeftModel.from_pretrained` to train it on.
 
-        Raises ConfigError where the folder has no file of this library beside the adapter.
+        Raises ConfigError where there is no such folder, or it has no file of this library beside the adapter.
         """
         found = cls.read_saved(folder)
+        if found is None and not Path(folder).is_dir():
+            raise ConfigError(f"{folder} is no folder here; give that of a saved adapter.")
         if found is None:
             raise ConfigError(f"{folder} has no {SIDE_FILE} of {cls.title}; use peft.LoraConfig for it.")
         return cls.of_plain(LoraConfig.from_pretrained(folder, **kwargs), **found["settings"])

@@ -241,7 +241,10 @@ def factors_of(model, adapter: str = "default") -> list[Factors]:
         elif seen & {id(A), id(B)}:
             reason = "it shares its factors with another layer"
         if reason:
-            raise ConfigError(f"refactor_every: {path} cannot be refactored, as {reason}. Leave refactor_every out.")
+            on_4_bits = "" if A.dtype != torch.bfloat16 else " TRL casts adapters on a base of 4 or 8 bits to bfloat16."
+            raise ConfigError(
+                f"refactor_every: {path} cannot be refactored, as {reason}.{on_4_bits} Leave refactor_every out."
+            )
         seen |= {id(A), id(B)}
         found.append(Factors(path, A, B))
     if not found:

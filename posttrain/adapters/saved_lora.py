@@ -58,6 +58,7 @@ class SavedLora(NamedTuple):
         others: names of tensors beside them.
         refused: why it cannot be added to others or truncated, a reason each.
         scheme: what a file of this library beside it says that it was trained as; None for a plain one.
+        scheme_settings: what that file tells of the scheme's own settings, by name.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class SavedLora(NamedTuple):
     others: list[str]
     refused: list[str]
     scheme: str | None
+    scheme_settings: dict[str, object]
 
     @contextlib.contextmanager
     def opened(self) -> Iterator:
@@ -102,7 +104,10 @@ def read(folder: str | Path) -> SavedLora:
         raise ConfigError(f"adapter is {folder}, which is no folder; give the folder of a saved adapter.")
     for name in (CONFIG, WEIGHTS):
         if (folder / name).is_symlink():
-            raise ConfigError(f"{folder / name} is a link, and none is followed; give a folder that holds the file.")
+            raise ConfigError(
+                f"{folder / name} is a link, and none is followed; give a folder that holds the file, not one of the "
+                "hub's cache: copy it with `cp -rL`, or download with `hf download REPOSITORY --local-dir FOLDER`."
+            )
         if not os.path.lexists(folder / name):
             pickled = name == WEIGHTS and (folder / "adapter_model.bin").exists()
             why = "; weights as a pickle (adapter_model.bin) are not read, save them as safetensors" if pickled else ""
@@ -127,7 +132,7 @@ def read(folder: str | Path) -> SavedLora:
     foreign = [name for name in others if not _CARRIED.fullmatch(name)]
     if foreign and not refused:
         refused = [f"its file holds {one_line(foreign[0])} beside A and B"]
-    return SavedLora(folder, config, modules, others, refused, _scheme(folder))
+    return SavedLora(folder, config, modules, others, refused, *_scheme(folder))
 
 
 def tensors_of(path: str, kind: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
@@ -274,11 +279,20 @@ def _check_adapted(config: dict, paths: list[str], folder: Path) -> None:
                 )
 
 
-def _scheme(folder: Path) -> str | None:
-    if not (folder / SIDE_FILE).is_file():
-        return None
-    with contextlib.suppress(DataError):
-        scheme = read_json(folder / SIDE_FILE).get("scheme")
-        if isinstance(scheme, str):
-            return one_line(scheme)[:100]
-    return "another scheme"
+def _scheme(folder: Path) -> tuple[str | None, dict[str, object]]:
+    """Return the scheme that a file of this library names, and its settings; DataError for one of another form."""
+    path = folder / SIDE_FILE
+    if not path.is_file():
+        return None, {}
+    scheme = read_json(path).get("scheme")
+    if not isinstance(scheme, str):
+        raise DataError(f"{path} names no scheme: it is damaged. Save the adapter again.")
+    from posttrain.config.schemes import SCHEMES, named
+
+    known = SCHEMES.get(scheme)
+    if known is None or known.config is None:
+        return one_line(scheme)[:100], {}
+    try:
+        return scheme, named(known.config).read_saved(folder)["settings"]
+    except ConfigError as error:
+        raise DataError(f"{str(error).rstrip('.')}. Save the adapter again.") from None

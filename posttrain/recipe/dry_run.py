@@ -27,6 +27,7 @@ def sizes(config, args, peft_config) -> dict[str, int | str]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from posttrain.adapters import refactoring
     from posttrain.planning import plan
     from posttrain.run import adapter_checks, checks
 
@@ -39,6 +40,8 @@ def sizes(config, args, peft_config) -> dict[str, int | str]:
 
             adapter_checks.check_names(peft_config, model)
             model = get_peft_model(model, copy.deepcopy(peft_config))
+            if args.refactor_every:
+                refactoring.factors_of(model)
             saved = _saved_by_peft(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = trainable if peft_config is None else saved

@@ -132,3 +132,21 @@ class _answered:
         if isinstance(error, Exception) and not isinstance(error, PosttrainError):
             reason = one_line(" ".join(str(error).split()) or kind.__name__)[:300]
             raise ConfigError(f"model_init_kwargs: {self._names} cannot be taken: {reason}") from error
+
+
+def is_quantised(args, config) -> bool:
+    """Tell whether a model is quantised by bitsandbytes, or is going to be, as far as a run's settings tell.
+
+    Adapters on such a base become bf16: TRL casts them.
+
+    Args:
+        args: the trainer's config. config: the model's.
+    """
+    given = (args.model_init_kwargs or {}).get("quantization_config")
+    # a recipe's settings, which its trainer is given apart
+    places = (getattr(args, "model_settings", None), given, getattr(config, "quantization_config", None))
+    return any(_reads(one, "load_in_4bit") or _reads(one, "load_in_8bit") for one in places)
+
+
+def _reads(holder, name: str) -> bool:
+    return bool(holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, False))

@@ -41,7 +41,8 @@ def canonical(name: str) -> str:
             return f"{owner}:{_known(owner, name[len(owner) + 1 :])}"
     if re.fullmatch(r"[^:]+:[^:]+", name):
         return name
-    words = [f"{TORCH}:{one}" for one in _torch_names()] + [f"{PACKAGE}:{one}" for one in _package_names()]
+    words = [f"{TORCH}:{one}" for one in _torch_names() if one not in optimizer_names.NOT_CALLABLE_TORCH]
+    words += [f"{PACKAGE}:{one}" for one in _package_names() if one not in optimizer_names.NOT_CALLABLE]
     shorts = {optimizer_names.short(one): one for one in (*reversed(words), *UPSTREAM)}
     close = near(optimizer_names.short(name), shorts)
     hint = f" Did you mean {shorts[close]}?" if close else ""
@@ -59,7 +60,8 @@ def _known(owner: str, name: str) -> str:
     by_letters = {one.lower(): one for one in [*names, *refused]}
     found = by_letters.get(name.lower())
     if found is None:
-        close = near(name.lower().replace("_", "").replace("-", ""), by_letters)
+        callable_ones = [one for one in by_letters if by_letters[one] not in refused]
+        close = near(name.lower().replace("_", "").replace("-", ""), callable_ones)
         hint = f"Did you mean {owner}:{by_letters[close]}?" if close else f"It has {', '.join(names)}."
         raise ConfigError(f"optim is {shorten(f'{owner}:{name}')}, which {owner} does not have. {hint}")
     return found

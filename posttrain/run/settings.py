@@ -15,6 +15,7 @@ from posttrain.run import (
     refactoring,
     run_folder,
     start,
+    update_config,
 )
 from posttrain.run.sharing import check_setting
 
@@ -61,6 +62,8 @@ def check(
     else:
         config = checks.load_config(model, args)
         init_kwargs.check(args, config)
+        update_config.check_precision_to_come(args, peft_config, config)
+        refactoring.check_precision_to_come(args, config)
     named_by = model if isinstance(model, torch.nn.Module) else config
     adapter_checks.check_names(peft_config, named_by, args.trust_remote_code)
     adapter_checks.check_layers(peft_config, named_by, args.trust_remote_code)

@@ -9,9 +9,11 @@ from transformers import TrainingArguments
 from posttrain.checks import check_choice
 from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
-from posttrain.run import optimizer_args, optimizer_names, optimizers
+from posttrain.run import optimizer_args, optimizer_names, optimizers, refactoring
 from posttrain.run.engines import sharding
+from posttrain.run.init_kwargs import is_quantised
 
+_HALVES = (torch.bfloat16, torch.float16)
 # the share of weights that FSAM perturbs where none is set
 _MASK_SHARE = 0.5
 # the least and the largest length of SAM's move
@@ -116,6 +118,7 @@ class UpdateConfig:
     def _check_update(self) -> None:
         """Refuse these settings where TRL's have them change nothing, or cannot do with them. Raises ConfigError."""
         optimizers.check(self)
+        refactoring.check_update(self)
         rules = {"gradient_agreement": self.gradient_agreement, "sam_rho": self.sam_rho or None}
         for name, value in rules.items():
             if value is not None:
@@ -158,10 +161,39 @@ def check_precision(trainer) -> None:
     if not trainer.args.perturbs_weights:
         return
     for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+        if parameter.requires_grad and parameter.dtype in _HALVES:
             kind = str(parameter.dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"sam_rho is {trainer.args.sam_rho}, and {name} is trained in {kind}, where a perturbation of that "
-                "size is lost to rounding. Set `dtype: float32` for the model, or train a LoRA adapter, whose weights "
-                "are float32."
-            )
+            raise _of_16_bits(trainer.args, name, kind, is_quantised(trainer.args, trainer.model.config))
+
+
+def check_precision_to_come(args, peft_config, config) -> None:
+    """Refuse by settings alone what `check_precision` would refuse of a model that a name stands for.
+
+    Args:
+        args: the trainer's config. peft_config: of a new adapter, or None. config: the model's.
+    """
+    if not args.perturbs_weights:
+        return
+    kwargs = args.model_init_kwargs or {}
+    quantised = is_quantised(args, config)
+    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "float32"
+    dtype = (config.dtype if dtype == "auto" else dtype) or "float32"
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if quantised and peft_config is not None:
+        raise _of_16_bits(args, "the adapter", "bfloat16", quantised)
+    if peft_config is None and dtype in _HALVES:
+        raise _of_16_bits(args, "the model", str(dtype).removeprefix("torch."), quantised)
+
+
+def _of_16_bits(args, what: str, kind: str, quantised: bool) -> ConfigError:
+    advice = (
+        "Adapters on a base of 4 or 8 bits are bfloat16, as TRL casts them: leave load_in_4bit and load_in_8bit out, "
+        "or sam_rho."
+        if quantised
+        else "Set `dtype: float32` for the model, or train a LoRA adapter, whose weights are float32."
+    )
+    return ConfigError(
+        f"sam_rho is {args.sam_rho}, and {what} is trained in {kind}, where a perturbation of that size is lost to "
+        f"rounding. {advice}"
+    )

@@ -247,8 +247,10 @@ def test_a_folder_of_another_adapter_is_none_of_it(base, tmp_path):
         with pytest.raises(ConfigError, match="it must have the scheme allora"):
             ALLoRAConfig.from_pretrained(tmp_path)
     (tmp_path / SIDE_FILE).write_text('{"scheme": "allora", "eta": NaN}')
-    with pytest.raises(ConfigError, match="eta is nan"):
+    with pytest.raises(ConfigError, match="it must have the scheme allora, an eta from 0.0001 to 10000 and a form"):
         ALLoRAConfig.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="gone is no folder here; give that of a saved adapter"):
+        ALLoRAConfig.from_pretrained(tmp_path / "gone")
 
 
 def test_one_that_was_made_elsewhere_becomes_one(base, tmp_path):

@@ -83,6 +83,7 @@ REFUSED = {
     "damaged, or no safetensors file": (3, ["merge", "CUT", "A", "OUT"]),
     "--plot is x.pdf; its name must end in .png": (2, ["info", "A", "--plot", "x.pdf"]),
     "mine.png exists already. Name another file, or add --force": (2, ["info", "A", "--plot", "mine.png"]),
+    "--plot is gone/a.png, and there is no folder gone": (2, ["info", "A", "--plot", "gone/a.png"]),
 }
 
 
@@ -105,6 +106,7 @@ def test_mistakes_are_answered_and_nothing_is_written(said, adapters, tmp_path, 
 
 def test_info_is_a_table_json_and_a_picture(adapters, tmp_path, capsys):
     picture = tmp_path / "pictures" / "spectra.png"
+    picture.parent.mkdir()
     assert main(["adapters", "info", adapters[1], "--plot", str(picture)]) == 0
     said = capsys.readouterr().out
     assert "LoRA r 2, alpha 8, of " in said and "4 modules; Frobenius norm of all changes" in said
@@ -165,3 +167,51 @@ def test_modules_of_the_file_are_those_of_the_config(change, code, said, adapter
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert main(["adapters", "truncate", str(folder), str(tmp_path / "out"), "--rank", "2"]) == code
     assert said in capsys.readouterr().err and (tmp_path / "out").exists() == (code == 0)
+
+
+def test_an_empty_name_is_no_folder(adapters, capsys):
+    for words in (["info", ""], ["merge", adapters[0], " ", "sum"], ["truncate", "", "out", "--rank", "1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["adapters", *words])
+        assert "it is empty; give the folder of an adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{bad", "posttrain_adapter.json"),
+        ('{"scheme": 3}', "posttrain_adapter.json names no scheme: it is damaged"),
+        ('{"scheme": "allora", "form": "gradient"}', "it must have the scheme allora, an eta from 0.0001 to 10000"),
+        ('{"scheme": "allora", "eta": NaN, "form": "gradient"}', "posttrain_adapter.json"),
+        ('{"scheme": "allora", "eta": 2.0, "form": "other"}', "and a form (gradient or update)"),
+        ("[]", "posttrain_adapter.json"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["info", "truncate"])
+def test_a_damaged_side_file_is_a_damaged_file(verb, text, said, adapters, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters[0], folder)
+    (folder / "posttrain_adapter.json").write_text(text)
+    rest = [str(tmp_path / "out"), "--rank", "2"] if verb == "truncate" else []
+    assert main(["adapters", verb, str(folder), *rest]) == 3
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_info_tells_a_scheme_with_its_settings(adapters, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters[0], folder)
+    (folder / "posttrain_adapter.json").write_text('{"scheme": "allora", "eta": 1.5, "form": "update"}')
+    assert main(["adapters", "info", str(folder)]) == 0
+    assert "trained as allora (eta 1.5, form update)" in capsys.readouterr().out
+    assert main(["adapters", "info", str(folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["scheme"], facts["scheme_settings"]) == ("allora", {"eta": 1.5, "form": "update"})
+
+
+def test_a_link_in_the_place_of_weights_says_how_to_copy(adapters, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters[0], folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to(f"{adapters[0]}/adapter_model.safetensors")
+    assert main(["adapters", "info", str(folder)]) == 2
+    assert "copy it with `cp -rL`, or download with `hf download" in capsys.readouterr().err

@@ -205,6 +205,10 @@ DRY_RUN_TOO += [
     dict(refactor_every=2, adapter="gift_sw"),
     dict(refactor_every=2, use_peft="false"),
     dict(refactor_every=2, optim="adagrad"),
+    dict(refactor_every=2, optim="pytorch_optimizer:ademamix"),
+    dict(refactor_every=2, optim="sgd", optim_args="momentum=0.9", weight_decay=0.1),
+    dict(refactor_every=2, load_in_4bit="true"),
+    dict(sam_rho=0.1, adapter="none", use_peft="false", dtype="bfloat16"),
     dict(adapter="allora", allora_eta=0),
     dict(adapter="allora", allora_form="update", weight_decay=0.1),
     dict(adapter="allora", lora_target_modules="embed_tokens"),
@@ -212,6 +216,7 @@ DRY_RUN_TOO += [
 
 RECIPE_SETTINGS = [
     dict(adapter="allora", lora_alpha=32),
+    dict(adapter="allora", use_peft="false"),
     dict(adapter="allora", lora_dropout=0.1),
     dict(adapter="allora", use_rslora="true"),
     dict(allora_eta=1.0),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.run import optimizer_args
+from posttrain.run import identity, optimizer_args
 
 
 class Mine(torch.optim.SGD):
@@ -96,3 +96,19 @@ def test_an_argument_without_a_default_is_asked_for():
 
 def test_a_number_of_a_signature_is_never_read_as_infinite_or_none():
     assert all(math.isfinite(value) for value in read("eps=1e308,scale=-1").values())
+
+
+def test_texts_that_say_the_same_are_one():
+    for one, other in (
+        ("momentum=0.90", "momentum=.9"),
+        ("nesterov=true, momentum=9e-1", "momentum=0.9,nesterov=true"),
+        ("betas=(0.90, 0.999)", "betas=(0.9,0.999)"),
+        ("alpha=5", "alpha=5.0"),
+        (" ", None),
+    ):
+        assert optimizer_args.canonical(one) == optimizer_args.canonical(other)
+        assert identity.differing({"optim_args": one}, {"optim_args": other}) == ""
+    assert identity.differing({"optim_args": "momentum=0.9"}, {"optim_args": "momentum=0.8"}) == (
+        "optim_args: momentum=0.8 there, momentum=0.9 here"
+    )
+    assert optimizer_args.canonical("norm=l2") != optimizer_args.canonical("norm=l1")

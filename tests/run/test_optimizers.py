@@ -394,3 +394,13 @@ def test_trying_an_optimizer_draws_no_random_number(tmp_path):
     before = torch.get_rng_state()
     config(tmp_path, optim="pytorch_optimizer:gravity")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["muon", "lbfgs", "torch.optim:Muonn", "pytorch_optimizer:muonn", "torch.optim:LBFG"])
+def test_no_name_that_is_refused_is_suggested(name):
+    with pytest.raises(ConfigError) as told:
+        optimizers.canonical(name)
+    suggested = str(told.value).partition("Did you mean ")[2].rstrip("?")
+    refused = [f"torch.optim:{one}" for one in optimizer_names.NOT_CALLABLE_TORCH]
+    refused += [f"pytorch_optimizer:{one}" for one in optimizer_names.NOT_CALLABLE]
+    assert suggested not in refused

@@ -8,13 +8,15 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from posttrain import RobustDPOTrainer
 from posttrain.adapters.refactoring import factors_of
 from posttrain.errors import ConfigError, DivergedError
 from posttrain.run.sharpness import Sharpness
+from posttrain.run.update_config import check_precision_to_come
 from tests.families import METHODS
-from tests.runs import distance, entries, fit, identical, losses, trainable
+from tests.runs import distance, entries, fit, identical, lora, losses, trainable
 
 # each family's step of eight rows, as so many micro-batches of two
 SPLIT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -492,6 +494,30 @@ def test_an_engine_that_keeps_gradients_in_parts_is_refused(rule, tmp_path, monk
     monkeypatch.setattr("posttrain.run.optimizers.check", lambda args: None)
     with pytest.raises(ConfigError, match="moves weights within the backward pass"):
         args._check_update()
+
+
+@pytest.mark.parametrize(
+    ("given", "adapted", "said"),
+    [
+        (dict(model_init_kwargs={"dtype": "bfloat16"}), False, "the model is trained in bfloat16.*Set `dtype: "),
+        (dict(model_init_kwargs={"dtype": torch.float16}), False, "the model is trained in float16"),
+        (
+            dict(model_init_kwargs={"quantization_config": {"load_in_4bit": True}}), True,
+            "the adapter is trained in bfloat16.*leave load_in_4bit and load_in_8bit out, or sam_rho",
+        ),
+        (dict(model_init_kwargs={"dtype": "bfloat16"}), True, None),
+        (dict(), False, None),
+    ],
+)  # fmt: skip
+def test_sam_on_16_bits_is_refused_before_the_model_loads(given, adapted, said, tiny_folder, tmp_path):
+    args = METHODS["noisy_sft"].config(str(tmp_path), use_cpu=True, bf16=False, report_to=[], sam_rho=0.1, **given)
+    config = AutoConfig.from_pretrained(tiny_folder)
+    adapter = lora() if adapted else None
+    if said is None:
+        check_precision_to_come(args, adapter, config)
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_precision_to_come(args, adapter, config)
 
 
 def test_sam_on_weights_of_16_bits_is_refused(tiny_folder, tmp_path):

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from posttrain.checks import check_links
+from posttrain.cli.adapters.output import folder
 from posttrain.console import say, say_json
 from posttrain.errors import ConfigError, EnvironmentIssue, require
 from posttrain.private import hide
@@ -24,7 +25,7 @@ def add_parser(actions) -> None:
         "norm, the largest and the smallest singular value, the effective rank (exp of the entropy of the singular "
         "values) and the ranks that keep 90% and 99% of the squared values.",
     )
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter")
+    parser.add_argument("adapter", type=folder, metavar="ADAPTER", help="folder of the adapter")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw what a truncation to each rank leaves out")
     parser.add_argument("--force", action="store_true", help="write over FILE.png")
     parser.add_argument("--json", action="store_true", help="for scripts, with all singular values")
@@ -51,6 +52,7 @@ def run(args) -> int:
         "lora_alpha": config.get("lora_alpha"),
         "use_rslora": bool(config.get("use_rslora")),
         "scheme": found.scheme,
+        "scheme_settings": found.scheme_settings,
         "more_than_a_and_b": found.refused,
         "norm": math.hypot(*(one.norm for one in spectrums.values())),
         "modules": {path: _facts(one) for path, one in spectrums.items()},
@@ -64,7 +66,8 @@ def run(args) -> int:
 
     base = one_line(facts["base_model"] or "a base that it does not name")
     how = ", rsLoRA" if facts["use_rslora"] else ""
-    trained = f", trained as {found.scheme}" if found.scheme else ""
+    own = ", ".join(f"{name} {value}" for name, value in found.scheme_settings.items())
+    trained = f", trained as {found.scheme}" + (f" ({one_line(own)})" if own else "") if found.scheme else ""
     say(hide(f"{args.adapter}: LoRA r {config.get('r')}, alpha {config.get('lora_alpha')}{how}, of {base}{trained}"))
     for reason in found.refused:
         say(f"It is more than A and B, so merge and truncate refuse it: {reason}.")
@@ -77,7 +80,7 @@ def run(args) -> int:
         rows.append((one_line(path), shape, one["rank"], *map("{:.3g}".format, numbers), f"{one['effective_rank']:.2f}",
                      *ranks))  # fmt: skip
     say("\n" + format_table(headers, rows) + "\n")
-    say(f"{len(rows)} modules; Frobenius norm of all changes: {facts['norm']:.4g}")
+    say(f"{len(rows)} module{'' if len(rows) == 1 else 's'}; Frobenius norm of all changes: {facts['norm']:.4g}")
     if args.plot is not None:
         say(hide(f"{args.plot}: the picture"))
     return 0
@@ -97,6 +100,8 @@ def _check_picture(path: Path, force: bool) -> None:
     if path.suffix != ".png":
         raise ConfigError(f"--plot is {path}; its name must end in .png.")
     check_links(path, "--plot")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--plot is {path}, and there is no folder {path.parent}; make it, or name another.")
     if path.is_dir() or (path.exists() and not force):
         raise ConfigError(f"{path} exists already. Name another file" + ("." if path.is_dir() else ", or add --force."))
 
@@ -139,9 +144,8 @@ def _write(figure, path: Path) -> None:
     """Write a picture, whole or not at all."""
     target = Path(os.path.realpath(path))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            temporary = Path(folder) / target.name
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
+            temporary = Path(beside) / target.name
             figure.savefig(temporary, dpi=120)
             os.replace(temporary, target)
     except OSError as error:

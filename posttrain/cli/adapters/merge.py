@@ -1,8 +1,6 @@
 """`posttrain adapters merge`: a weighted sum of LoRA adapters, exact or of a lower rank."""
 
-from pathlib import Path
-
-from posttrain.cli.adapters.output import add_output, write
+from posttrain.cli.adapters.output import add_output, folder, write
 
 
 def add_parser(actions) -> None:
@@ -12,7 +10,7 @@ def add_parser(actions) -> None:
         description="Adds W1 B1 A1 + W2 B2 A2 + ..., scales included, and writes the sum as one LoRA of its own rank, "
         "or its best approximation of a lower one. Ranks, alphas and adapted modules may differ.",
     )
-    parser.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="folders of the adapters")
+    parser.add_argument("adapters", nargs="+", type=folder, metavar="ADAPTER", help="folders of the adapters")
     add_output(parser)
     parser.add_argument(
         "--weights", nargs="+", type=float, metavar="W", help="one for each adapter, of any sign; default: 1"

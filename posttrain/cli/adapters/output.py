@@ -1,5 +1,6 @@
 """The adapter that a verb of `posttrain adapters` writes, and what is said of it."""
 
+import argparse
 from pathlib import Path
 
 from posttrain.console import say, say_json
@@ -11,8 +12,15 @@ from posttrain.visible import one_line
 _SHOWN = 5
 
 
+def folder(text: str) -> Path:
+    """Return the path that an argument names, which may not be empty: that would be the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give the folder of an adapter")
+    return Path(text)
+
+
 def add_output(parser) -> None:
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the result; must be empty or new")
+    parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder of the result; must be empty or new")
     parser.add_argument("--rank", type=int, metavar="N", help="the most that a module's rank may be")
     parser.add_argument(
         "--energy", type=float, metavar="E", help="in (0, 1]: the share of the sum of squared singular values to keep"

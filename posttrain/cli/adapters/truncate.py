@@ -1,8 +1,6 @@
 """`posttrain adapters truncate`: the best approximation of a LoRA adapter of a lower rank."""
 
-from pathlib import Path
-
-from posttrain.cli.adapters.output import add_output, write
+from posttrain.cli.adapters.output import add_output, folder, write
 from posttrain.errors import ConfigError
 
 
@@ -12,7 +10,7 @@ def add_parser(actions) -> None:
         help="write the best approximation of an adapter of a lower rank",
         description="Keeps the largest singular values of what the adapter adds to each module, and tells the error.",
     )
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter")
+    parser.add_argument("adapter", type=folder, metavar="ADAPTER", help="folder of the adapter")
     add_output(parser)
     parser.set_defaults(run_action=run)
 
