@@ -60,7 +60,8 @@ def canonical(text: str | None) -> str | None:
         found = split(text)
     except ConfigError:
         return text
-    return ",".join(f"{name}={_NUMBER.sub(_same_number, value)}" for name, value in sorted(found.items())) or None
+    found = {name: _NUMBER.sub(_same_number, "".join(value.split())) for name, value in sorted(found.items())}
+    return ",".join(f"{name}={value}" for name, value in found.items()) or None
 
 
 def _same_number(found: re.Match) -> str:
