@@ -72,6 +72,9 @@ def check(trainer, then: dict | None) -> None:
     if differing({key: now[key] for key in _CURVE if key in now}, then) and schedule.curve(args, 100) is None:
         kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         raise _refused(told, f"the rates of lr_scheduler_type {kind} follow from those before")
+    get_logger().warning(
+        "the optimizer's state goes on under this run's settings, which are not the checkpoint's: %s", told
+    )
 
 
 def _refused(told: str, why: str, weights_alone: bool = True) -> ConfigError:

@@ -53,11 +53,12 @@ def run(begun, tmp_path):
     return out
 
 
-def test_rate_momentum_and_decay_are_the_runs_and_the_state_the_checkpoints(tiny_folder, run):
+def test_rate_momentum_and_decay_are_the_runs_and_the_state_the_checkpoints(tiny_folder, run, logged):
     weights = load_file(run / "checkpoint-2" / "adapter_model.safetensors")
     state = torch.load(run / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
     now = dict(learning_rate=0.02, optim_args="momentum=0.5", weight_decay=0.1)
     trainer, gradients = goes_on(tiny_folder, run, **now)
+    assert "goes on under this run's settings, which are not the checkpoint's: learning_rate: 0.05 there" in logged.text
     names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     reached, expected, wrong = trainable(trainer.model), {}, {}
     for number, name in enumerate(names):
@@ -78,8 +79,9 @@ def test_rate_momentum_and_decay_are_the_runs_and_the_state_the_checkpoints(tiny
     ]  # fmt: skip
 
 
-def test_equal_settings_go_on_bit_for_bit_where_nothing_is_compared(tiny_folder, begun, run):
+def test_equal_settings_go_on_bit_for_bit_where_nothing_is_compared(tiny_folder, begun, run, logged):
     trainer, _ = goes_on(tiny_folder, run)
+    assert "under this run's settings" not in logged.text
     assert identical(trainable(trainer.model), trainable(begun[1].model))
 
 
