@@ -51,7 +51,7 @@ def trainer_class(arm: str, columns: dict):
     return {"sharing": OneRowAPair, "packing": Unsorted}.get(arm, Arm)
 
 
-def _one_block_a_row(sizes, attention_cost, multiple):
+def _one_block_a_row(sizes, attention_cost, multiple, few_counts=False):
     return [[i] for i in range(len(sizes))], -(-max(sizes) // multiple) * multiple
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from posttrain import quiet
 from posttrain.cli import main, quickstart
 from posttrain.errors import DivergedError
+from posttrain.run import report
 
 METHODS = ("dpo_clean", "dpo", "rdpo", "dr_dpo")
 
@@ -32,6 +34,8 @@ def fast_run(tmp_path_factory):
         # it would silence them for the tests that follow, too
         patch.setattr(quiet, "quiet_libraries", lambda: None)
         patch.setattr(quickstart, "FAST", SHORT)
+        # other fixtures' runs draw none
+        patch.setattr(report, "plot_curves", inspect.unwrap(report.plot_curves))
         patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
         # as a user would: the lines it prints must not depend on where it ran
         patch.chdir(folder)
