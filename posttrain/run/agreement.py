@@ -18,8 +18,8 @@ class Agreement:
 
     Attributes:
         skipped: whether the last step was left out, as no two micro-gradients agreed.
-        steps: of this training, and of these
-        left_out: those that were skipped.
+        steps: how many steps this training has taken.
+        left_out: how many of them were skipped.
     """
 
     def __init__(self, trainer, tau: float) -> None:

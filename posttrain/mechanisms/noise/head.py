@@ -4,7 +4,9 @@ The logits of a chunk are formed once, and with them the gradient of the states:
 for a pass, and no logits are kept. What it must come to is `posttrain.objectives.consistency`.
 """
 
-from collections.abc import Sequence
+import functools
+import types
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,6 +121,28 @@ def projection_of(model) -> Projection:
         scale = 1.0 if scaling is None else scaling if multiplies else 1.0 / scaling
     softcap = getattr(config, "final_logit_softcapping", None)
     return Projection(gathered(head.weight), gathered(head.bias), scale, softcap)
+
+
+def give_scoring(model, is_asked: Callable[[], bool], scored: Callable) -> None:
+    """Have the forwards that ask for TRL's fused head and have a gradient scored by another one.
+
+    Args:
+        model: the innermost model, with TRL's fused head. Any other call of it is as before.
+        is_asked: whether such a forward is to be scored so.
+        scored: takes the model and what its forward is given; returns its output, or None where TRL's head is to score.
+    """
+    before = model.forward
+    # unbound where it can be: a deep copy's forward must run the copy
+    plain = getattr(before, "__func__", None) or (lambda self, *args, **kwargs: before(*args, **kwargs))
+
+    # generate() checks its arguments against the signature
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, **kwargs):
+        asked = is_asked() and kwargs.get("fused_lm_head") and torch.is_grad_enabled()
+        output = scored(self, *args, **kwargs) if asked else None
+        return plain(self, *args, **kwargs) if output is None else output
+
+    model.forward = types.MethodType(forward, model)
 
 
 class _Head(torch.autograd.Function):

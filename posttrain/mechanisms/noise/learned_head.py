@@ -5,14 +5,12 @@ backward pass.
 """
 
 import contextlib
-import functools
-import types
 
 import torch
 from torch import nn
 
 from posttrain.mechanisms.noise.controller import innermost
-from posttrain.mechanisms.noise.head import output_of
+from posttrain.mechanisms.noise.head import give_scoring, output_of
 from posttrain.objectives.consistency import Mode
 
 PLAIN = Mode(clean=1.0, noisy=0.0, divergence=0.0, consistency=0.0, passes=0)
@@ -41,23 +39,13 @@ class LearnedHead:
 
     def give(self, model: nn.Module) -> None:
         """Give the innermost model, which has TRL's fused head, a forward that is scored by this one within `used`."""
-        inner = innermost(model)
-        before, head = inner.forward, self
-        # unbound where it can be: a deep copy's forward must run the copy
-        plain = getattr(before, "__func__", None) or (lambda self, *args, **kwargs: before(*args, **kwargs))
+        give_scoring(innermost(model), lambda: self._is_used and self.is_right, self._scored)
 
-        # generate() checks its arguments against the signature
-        @functools.wraps(type(inner).forward)
-        def forward(self, *args, **kwargs):
-            labels = kwargs.get("labels")
-            asked = head._is_used and head.is_right and kwargs.get("fused_lm_head") and torch.is_grad_enabled()
-            if not asked or labels is None or kwargs.get("shift_labels") is not None:
-                return plain(self, *args, **kwargs)
-            given = {name: value for name, value in kwargs.items() if name not in ("labels", "fused_lm_head")}
-            states = self.base_model(*args, **given | {"use_cache": False}).last_hidden_state
-            return output_of(self, [states], labels, PLAIN)[1]
-
-        inner.forward = types.MethodType(forward, inner)
+    def _scored(self, model, *args, labels=None, fused_lm_head=True, **kwargs):
+        if labels is None or kwargs.get("shift_labels") is not None:
+            return None
+        states = model.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
+        return output_of(model, [states], labels, PLAIN)[1]
 
     def settle(self, model: nn.Module) -> None:
         """Compare this head's loss of made-up tokens to that of the model's own logits, and set `is_right`."""
@@ -72,7 +60,7 @@ class LearnedHead:
         model.eval()
         try:
             with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-                # the whole model is called, as FSDP gathers weights in its forward
+                # the whole model is called, as engines gather weights in its forward
                 self.is_right = True
                 with self.used(), torch.enable_grad():
                     ours = model(**given, labels=labels, fused_lm_head=True).loss.item()

@@ -7,7 +7,6 @@ name; of a model that gives them anything else, the rows are repeated before the
 import contextlib
 import functools
 import math
-import types
 import weakref
 
 import torch
@@ -17,7 +16,7 @@ from posttrain.errors import ConfigError
 from posttrain.mechanisms.noise import draws, hidden
 from posttrain.mechanisms.noise.branches import repeated
 from posttrain.mechanisms.noise.controller import innermost
-from posttrain.mechanisms.noise.head import Scored, output_of
+from posttrain.mechanisms.noise.head import Scored, give_scoring, output_of
 from posttrain.objectives.consistency import Mode, loss, terms_of
 
 # What a decoder layer is given beside states: of a row each or one for all; bounds of sequences; nothing of rows
@@ -85,20 +84,7 @@ class NoisyPasses:
 
     def give(self, model: nn.Module) -> None:
         """Give the innermost model a forward that makes these passes within `added_to`; any other call is as before."""
-        inner = innermost(model)
-        before = inner.forward
-        # unbound where it can be: a deep copy's forward must run the copy
-        plain = getattr(before, "__func__", None) or (lambda self, *args, **kwargs: before(*args, **kwargs))
-        passes = self
-
-        # generate() checks its arguments against the signature
-        @functools.wraps(type(inner).forward)
-        def forward(self, *args, **kwargs):
-            if passes._step is None or not kwargs.get("fused_lm_head") or not torch.is_grad_enabled():
-                return plain(self, *args, **kwargs)
-            return passes._forward(self, *args, **kwargs)
-
-        inner.forward = types.MethodType(forward, inner)
+        give_scoring(innermost(model), lambda: self._step is not None, self._forward)
 
     def _forward(self, model, input_ids=None, labels=None, fused_lm_head=True, **kwargs):
         if input_ids is None or input_ids.dim() != 2 or labels is None:
