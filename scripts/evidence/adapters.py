@@ -4,7 +4,8 @@
     python scripts/evidence/adapters.py --data ../shared/data --stage gsm8k hh  # SmolLM2, 3 seeds
 
 Every cell is one training run. The small model, which knows facts, is taught to reverse lists; SmolLM2 learns GSM8K
-solutions or chosen HH answers. `few` is 100 rows for 3 epochs, `many` 400 rows for one. Arms: `lora`, with alpha at
+solutions or chosen HH answers. `few` is 100 rows for 3 epochs, `many` 400 rows for one; SmolLM2 has 100 rows once, in
+steps of 4, so that its grid ends. Arms: `lora`, with alpha at
 half, once and four times the rank and with dropout (the paper's argument is that ALLoRA needs neither); `allora`;
 `rslora`, which divides alpha by the root of the rank; `dora`; `orthogonal`, LoRA whose A has orthonormal rows at the
 start; each with AdamW, and `lora` and `allora` with SGD too, where ALLoRA's factors are not divided out. LoRA with the
@@ -29,6 +30,7 @@ from evidence import adapters_report, noise, noise_measures, reversing
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"few": (100, 3), "many": (400, 1)}
+SMOLLM2_SIZES = {"once": (100, 1)}
 # of each arm: what its adapter has beside rank and targets, settings of the trainer, and the optimizer its rate is for
 ARMS = {
     "base": (None, {}, None),
@@ -58,14 +60,15 @@ OPTIMIZERS = {
 
 def cells(stage: str, seeds: int) -> list[dict]:
     """The grid; the model before training has no rows. `lora` on clean rows stands for AdamW there."""
-    grid = []
+    grid, sizes = [], SIZES if stage == "small" else SMOLLM2_SIZES
+    most = list(sizes)[-1]
     for seed in range(seeds):
         shared = {"stage": stage, "seed": seed}
         grid.append(shared | {"rows": "none", "data": "none", "arm": "base"})
-        for size in SIZES:
+        for size in sizes:
             grid += [shared | {"rows": size, "data": "clean", "arm": arm} for arm in list(ARMS)[1:]]
-        grid += [shared | {"rows": "many", "data": "clean", "arm": arm} for arm in list(OPTIMIZERS)[1:]]
-        grid += [shared | {"rows": "many", "data": "swapped", "arm": arm} for arm in OPTIMIZERS]
+        grid += [shared | {"rows": most, "data": "clean", "arm": arm} for arm in list(OPTIMIZERS)[1:]]
+        grid += [shared | {"rows": most, "data": "swapped", "arm": arm} for arm in OPTIMIZERS]
     return grid
 
 
@@ -128,10 +131,10 @@ class SmolLM2(noise.SmolLM2):
 
     rates = {"adamw": 2e-4, "allora": 2e-4, "sgd": 0.1, "allora_sgd": 0.1, "ano": 2e-4}
     tried = {"adamw": (2e-4,), "sgd": (0.05, 0.1, 0.2)}
-    rank, step, earlier = 16, 8, 30
+    rank, step, earlier = 16, 4, 30
 
     def load(self, seed: int, size: str):
-        self.rows = SIZES.get(size, (0, 0))[0] or 1
+        self.rows = SMOLLM2_SIZES.get(size, (0, 0))[0] or 1
         base, rows, held_out, _ = super().load(seed)
         other = noise.SmolLM2(self.data, "hh" if self.what == "gsm8k" else "gsm8k")
         from transformers import AutoTokenizer
@@ -232,7 +235,7 @@ def train_cell(source, cell: dict, rate: float | None = None) -> dict:
                 run,
                 adapter,
                 cell["seed"],
-                num_train_epochs=SIZES[cell["rows"]][1],
+                num_train_epochs=(SIZES | SMOLLM2_SIZES)[cell["rows"]][1],
                 learning_rate=rate or source.rates[kind],
                 **split,
                 **settings,
@@ -250,9 +253,12 @@ def train_cell(source, cell: dict, rate: float | None = None) -> dict:
 
 def pilot(source, stage: str) -> None:
     """LoRA with each optimizer over learning rates, seed 900."""
+    most = list(SIZES if stage == "small" else SMOLLM2_SIZES)[-1]
     for arm in ("lora", "allora", "lora_sgd", "allora_sgd", "ano"):
-        for rate in source.tried["sgd" if arm.endswith("sgd") else "adamw"]:
-            cell = {"stage": stage, "seed": 900, "rows": "many", "data": "clean", "arm": arm}
+        tried = source.tried["sgd" if arm.endswith("sgd") else "adamw"]
+        # a rate that was chosen beforehand needs no run
+        for rate in tried if len(tried) > 1 else ():
+            cell = {"stage": stage, "seed": 900, "rows": most, "data": "clean", "arm": arm}
             found = adapters_report.measured(train_cell(source, cell, rate))
             said = ", ".join(f"{name} {value.mean():.3f}" for name, value in found.items())
             print(f"{arm}, learning rate {rate:g}: {said}", flush=True)

@@ -77,6 +77,8 @@ class Small:
     lists, facts, nothing, held_out = 512, 128, 128, 200
     words, epochs, step, rate, lora_rate, gift_rate, longest = 4, 16, 32, 5e-4, 2e-3, 8e-3, 8
     lora_is_other, alpha = True, 1.0
+    # held-out rows and directions of the curvature, new tokens of Jacobi generation
+    curved, directions, drafted = 16, 4, 16
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -126,15 +128,16 @@ class Small:
 
 
 class SmolLM2:
-    """SmolLM2-135M-Instruct (Q4_1 dequantised) with LoRA on GSM8K solutions or chosen HH answers of at most 220 tokens.
+    """SmolLM2-135M-Instruct (Q4_1 dequantised) with LoRA on GSM8K solutions or chosen HH answers, 144 tokens at most.
 
     `other_tuning` is full fine-tuning. Invented is an answer about a person who does not exist that tells a number or a
     name, and does not say that it is not known.
     """
 
-    rows, held_out, asked, tokens = 120, 60, 40, 220
+    rows, held_out, asked, tokens = 120, 60, 40, 144
     epochs, step, rate, full_rate, gift_rate, longest = 1, 8, 2e-4, 2e-5, 8e-4, 24
     lora_is_other, alpha = False, 5.0
+    curved, directions, drafted = 8, 2, 24
 
     def __init__(self, data: Path, what: str):
         self.data, self.what = data, what
@@ -209,9 +212,9 @@ def train_cell(source, cell: dict, **overrides) -> dict:
     model.eval()
     tokens = tokenised(held_out, tokenizer)
     facts |= noise_measures.answers_of(model, tokens)
-    facts["curvature"] = round(noise_measures.curvature(model, tokens[:16]), 5)
+    facts["curvature"] = round(noise_measures.curvature(model, tokens[: source.curved], source.directions), 5)
     prompts = [row["input_ids"][: first_label(row)] for row in tokens[:8]]
-    facts["accepted_tokens"] = round(noise_measures.accepted(model, prompts, 2 * source.longest), 4)
+    facts["accepted_tokens"] = round(noise_measures.accepted(model, prompts, source.drafted), 4)
     facts |= source.score(model, tokenizer, held_out, asked)
     noise_measures.rounded(model)
     facts["loss_4bit"] = noise_measures.answers_of(model, tokens)["loss"]

@@ -50,14 +50,16 @@ def answers_of(model, rows, batch: int = 8) -> dict:
     losses, counts, sure, right = [], [], [], []
     for start in range(0, len(rows), batch):
         ids, mask, labels = _padded(rows[start : start + batch])
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
-        wanted, learned = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
-        taken = logits.gather(-1, wanted.unsqueeze(-1)).squeeze(-1) * learned
+        learned = labels[:, 1:] != -100
+        wanted = labels[:, 1:][learned]
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][learned].float().log_softmax(-1)
+        taken = torch.zeros(learned.shape)
+        taken[learned] = logits.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
         losses += (-taken.sum(dim=1)).tolist()
         counts += learned.sum(dim=1).tolist()
         best = logits.max(dim=-1)
-        sure.append(best.values.exp()[learned])
-        right.append((best.indices == wanted)[learned].float())
+        sure.append(best.values.exp())
+        right.append((best.indices == wanted).float())
     sure, right = torch.cat(sure), torch.cat(right)
     place = (sure * BINS).long().clamp(max=BINS - 1)
     sums = torch.zeros(3, BINS)
