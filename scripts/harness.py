@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import queue
+import re
 import resource
 import sys
 import threading
@@ -41,6 +42,11 @@ def machine() -> dict:
     if torch.accelerator.is_available():
         facts["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "yes"
     return {"python": platform.python_version(), "versions": library_versions(), "hardware": facts}
+
+
+def command() -> str:
+    """Return the command that runs, of an absolute path its last name alone: a result tells nobody's folders."""
+    return " ".join(["python", *(re.sub(r"(?<![\w.~-])/(\S*/)?", "", word) for word in sys.argv)])
 
 
 def run_grid(path: Path, cells: Iterable[dict], run: Callable[[dict], dict], minutes: float | None = None) -> None:

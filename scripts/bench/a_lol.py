@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{'met' if one['met'] else 'NOT MET':8}{one['target']}: {one['reached']:.2f} ({one['wanted']})")
     print(f"largest gap {gap:.2g}")
     if args.json:
-        content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
+        content = {"command": harness.command(), "machine": harness.machine(), "rows": rows}
         harness.write_json(args.json, content | {"targets": targets, "largest_gap": gap})
 
 

@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     for one in targets:
         print(f"{'met' if one['met'] else 'NOT MET':8}{one['target']}: {one['reached']:.3f} ({one['wanted']})")
     if args.json:
-        content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
+        content = {"command": harness.command(), "machine": harness.machine(), "rows": rows}
         harness.write_json(args.json, content | {"targets": targets})
 
 

@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     print(format_table(("model", "way", "s/text", "speed over greedy", "tokens a forward", "other tokens"), lines))
     if args.json:
-        content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
+        content = {"command": harness.command(), "machine": harness.machine(), "rows": rows}
         harness.write_json(args.json, content)
 
 

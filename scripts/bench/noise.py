@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows, targets = report(seconds, memory)
     if args.json:
         known = json.loads(args.json.read_text()) if args.json.exists() else {}
-        own = {"command": "python " + " ".join(sys.argv), "machine": harness.machine()}
+        own = {"command": harness.command(), "machine": harness.machine()}
         for name, members in GROUPS.items():
             if args.group in (None, name):
                 known[name] = own | {

@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     reached = next(r["ratio"][0] for r in rows if (r["section"], r["arm"]) == ("update", "posttrain"))
     print(f"largest gap {largest:.2g}; {'met' if reached >= WANTED else 'NOT MET'}: {reached:.2f} of {WANTED}")
     if args.json:
-        content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
+        content = {"command": harness.command(), "machine": harness.machine(), "rows": rows}
         harness.write_json(args.json, content | {"largest_gap": largest, "wanted": WANTED})
 
 

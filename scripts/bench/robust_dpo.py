@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows += block
         # after every block, so that a run cut short leaves what it has
         if args.json:
-            content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
+            content = {"command": harness.command(), "machine": harness.machine(), "rows": rows}
             harness.write_json(args.json, content | {"targets": targets(rows)})
     for entry in targets(rows):
         print(

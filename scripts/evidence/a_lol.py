@@ -376,7 +376,7 @@ def main() -> None:
         return
     a_lol_report.show(report)
     if args.json:
-        content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": report}
+        content = {"command": harness.command(), "machine": harness.machine(), "rows": report}
         harness.write_json(args.json, content | {"missing_cells": missing})
         a_lol_report.plot(report, args.json.with_suffix(".png"))
 

@@ -371,7 +371,7 @@ def main() -> None:
     content = rlvr_report.summarise(done, SAMPLES)
     rlvr_report.show(content)
     if args.json:
-        head = {"command": "python " + " ".join(sys.argv), "machine": harness.machine()}
+        head = {"command": harness.command(), "machine": harness.machine()}
         settings = {"rl_learning_rate": RL_RATE, "sft_learning_rate": SFT_RATE, "fast_rate": FAST_RATE, **asdict(size)}
         harness.write_json(args.json, head | {"settings": settings} | content | {"missing_cells": missing})
         rlvr_report.plot(done, content, args.json.with_suffix(".png"))

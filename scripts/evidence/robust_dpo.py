@@ -256,7 +256,7 @@ def main() -> None:
         missing += left
     show(rows)
     if args.json:
-        content = {"command": "python " + " ".join(sys.argv), "machine": harness.machine(), "rows": rows}
+        content = {"command": harness.command(), "machine": harness.machine(), "rows": rows}
         harness.write_json(args.json, content | {"missing_cells": missing})
         plot(rows, args.json.with_suffix(".png"))
 

@@ -1,6 +1,7 @@
 """The shell scripts, with stand-ins for Python, pip and the command: what they call, and when."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,3 +149,24 @@ def test_a_missing_compiler_is_named(clone):
     failed = clone.run("test.sh", CXX="no-such-compiler")
     assert failed.returncode == 4
     assert "found no C++ compiler (no-such-compiler)" in failed.stderr
+
+
+def test_a_result_tells_the_command_without_anybodys_folders(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import harness
+
+    given = [
+        "/home/me/clone/scripts/bench/noise.py",
+        "--data",
+        "../shared/data",
+        "--json=/tmp/a/b.json",
+        "--work",
+        "/tmp/x",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    assert harness.command() == "python noise.py --data ../shared/data --json=b.json --work x"
+    written = sorted((ROOT / "docs" / "evidence").rglob("*.json*"))
+    assert written, "no evidence is committed"
+    for path in written:
+        commands = re.findall(r'"command": "(.*?)"', path.read_text())
+        assert not [text for text in commands if re.search(r"(?<![\w.])/", text)], path.name
