@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [case.name for case in cases]
     if unknown := sorted(set(args.case or ()) - set(names)):
         options.error(f"there is no case {', '.join(unknown)}; there are {', '.join(names)}")
+    if not args.minutes > 0:
+        options.error(f"--minutes is {args.minutes:g}; it must be above 0")
     if not args.toy and not _has_card():
         options.error("no CUDA device is visible; --toy runs all cases at toy sizes on the CPU")
 

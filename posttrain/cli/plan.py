@@ -34,6 +34,8 @@ def add_parser(subparsers) -> None:
 def run(args) -> int:
     """Print the plan; exit code 0 whether it fits or not, which `fits` of the JSON tells."""
     import posttrain.quiet  # noqa: F401  before the libraries, of which some speak while they are imported
+    from posttrain.adapters.schemes import adapter_config
+    from posttrain.cli.launch_refusals import refusal
     from posttrain.planning import cards, plan
 
     card = cards.card_of(args.gpu)
@@ -44,9 +46,22 @@ def run(args) -> int:
     model = model_args.model_name_or_path
     if args.params is None and not model:
         raise ConfigError("model_name_or_path is not set in the config; set it, or give the size as `--params 7b`.")
-    job = _job(model, args.params, model_args, training_args)
+    adapter = adapter_config(model_args)
+    job = _job(model, args.params, model_args, training_args, adapter)
+
+    def refused(kind: str) -> str | None:
+        policy_is_reference = job.reference != "none" and not job.own_reference
+        return refusal(kind, training_args, adapter, policy_is_reference)
+
+    if why := refused(launch.kind):
+        raise ConfigError(f"launch is {launch.kind}, which this run is refused under: {why}")
+    if counts["tokens"] and counts["tokens"] > job.length:
+        raise ConfigError(
+            f"tokens is {counts['tokens']:,}, the average of a row, and the settings let in {job.length:,} at most. "
+            "Give fewer, or set a greater length in the recipe's settings."
+        )
     rows = counts["rows"] or data.max_train_rows
-    found = plan.facts(job, launch, card, training_args, rows, counts["tokens"])
+    found = plan.facts(job, launch, card, training_args, rows, counts["tokens"], lambda kind: refused(kind) is None)
     if args.json:
         say_json(found | {"model": model, "method": method, "config": str(config)}, indent=1)
     else:
@@ -65,6 +80,8 @@ def _count(name: str, text: str | None) -> int | None:
 def _found(name: str, method: str | None) -> tuple[Path, str]:
     """Return the config's path and the method whose recipe reads it."""
     path = Path(name)
+    if path.is_dir():
+        raise ConfigError(f"config is {name!r}, a folder; give the YAML file in it.")
     shipped = configs_dir() / f"{name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
         if ".." in path.parts or not shipped.is_file() or shipped.parent.name not in methods():
@@ -127,12 +144,11 @@ def _sections(method: str) -> tuple:
     return max(rows, key=lambda kind: len(kind.__mro__)), ModelArguments, trainers
 
 
-def _job(model: str | None, params: str | None, model_args, training_args):
-    from posttrain.adapters.schemes import adapter_config
+def _job(model: str | None, params: str | None, model_args, training_args, adapter):
     from posttrain.planning import settings, shapes
 
     if params is not None:
         config = shapes.config_of_size(shapes.parameters_of(params))
     else:
         config = shapes.config_of(model, model_args.model_revision)
-    return settings.job_of(training_args, model_args, shapes.shapes_of(config, adapter_config(model_args)))
+    return settings.job_of(training_args, model_args, shapes.shapes_of(config, adapter))

@@ -1,6 +1,6 @@
 """What would make a run fit a card that it does not fit, by trying one setting after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from posttrain.planning import memory
@@ -15,23 +15,26 @@ _WAYS = (
 )
 
 
-def fixes(job: Job, launch: Launch, card: float) -> list[tuple[str, float]]:
+def fixes(
+    job: Job, launch: Launch, card: float, takes: Callable[[str], bool] = lambda kind: True
+) -> list[tuple[str, float]]:
     """Return changes by which a run fits a card, each with the bytes that it then needs; the least change first.
 
-    Single changes are tried first; where none does, several at once, with more cards or with an adapter.
+    Single changes are tried first; where none does, several at once, with more cards or with an adapter. `takes`:
+    whether the trainer takes its settings under a kind of launch.
     """
-    tried = [(text, _need(other, spread, card)) for _, text, other, spread in _changes(job, launch)]
+    tried = [(text, _need(other, spread, card)) for _, text, other, spread in _changes(job, launch, takes)]
     found = [(text, size) for text, size in tried if size <= card]
     if not found:
-        found = [fix for way in _WAYS if (fix := _by_way(way, job, launch, card))]
+        found = [fix for way in _WAYS if (fix := _by_way(way, job, launch, card, takes))]
     return list(dict.fromkeys(found))
 
 
-def _by_way(way: tuple[str, ...], job: Job, launch: Launch, card: float) -> tuple[str, float] | None:
+def _by_way(way: tuple[str, ...], job: Job, launch: Launch, card: float, takes) -> tuple[str, float] | None:
     """Return the changes of a way by which a run fits; None where it does not."""
     texts, needed = [], _need(job, launch, card)
     for kind in way:
-        sized = [(_need(*made, card), text, *made) for own, text, *made in _changes(job, launch) if own == kind]
+        sized = [(_need(*made, card), text, *made) for own, text, *made in _changes(job, launch, takes) if own == kind]
         fitting = [entry for entry in sized if entry[0] <= card]
         # the mildest that fits, or else what saves most
         size, text, *made = fitting[0] if fitting else min(sized, key=lambda entry: entry[0], default=(needed, ""))
@@ -49,7 +52,7 @@ def _need(job: Job, launch: Launch, card: float) -> float:
     return needed if memory.rows_of_vllm(job, card) != 0 else max(needed, 1.001 * card)
 
 
-def _changes(job: Job, launch: Launch) -> Iterator[tuple[str, str, Job, Launch]]:
+def _changes(job: Job, launch: Launch, takes: Callable[[str], bool]) -> Iterator[tuple[str, str, Job, Launch]]:
     """Yield changes by kind, those that keep what is learned first, each with the run and the launch that it makes."""
     whole = job.shapes.adapter is None
     for share in (0.5, 0.7, 0.85):
@@ -81,7 +84,7 @@ def _changes(job: Job, launch: Launch) -> Iterator[tuple[str, str, Job, Launch]]
         pass
     elif launch.kind in ("single", "ddp", "zero2"):
         for kind in ("zero2", "zero3"):
-            if kind != launch.kind:
+            if kind != launch.kind and takes(kind):
                 cards = max(launch.processes, 8)
                 spread = replace(launch, kind=kind, processes=cards)
                 more = f" on {cards} cards" if cards > launch.processes else ""

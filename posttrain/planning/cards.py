@@ -1,6 +1,7 @@
 """Cards by name: what of their memory programs can have, and what they can do at best."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from posttrain.checks import near
@@ -25,6 +26,12 @@ class Card:
     flops: float | None = None
     bandwidth: float | None = None
 
+
+# other names, and words around one that tools and shops write
+_ALSO = {"a100-80": "a100", "h100-80": "h100", "h100-94": "h100-nvl", "h200-141": "h200"}
+_BESIDE = re.compile(
+    r"nvidia|geforce|tesla|quadro|rtx(?=-?a\d)|-(sxm\d?|pcie|hbm\d?e?|tensor|core|gpu)(?=-|$)|(?<=\d)gb(?=-|$)"
+)
 
 # Memory is what drivers report, in GiB; rates are of the vendors' data sheets, without sparsity.
 _TABLE = {
@@ -52,12 +59,15 @@ def card_of(name: str) -> Card:
     Raises ConfigError for a name that is not known, and for sizes below 1 or above 1000 GB.
     """
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
-    if key in CARDS:
-        return CARDS[key]
+    short = re.sub("-+", "-", _BESIDE.sub("", key)).strip("-")
+    short = re.sub(r"rtx-(?=\d)", "rtx", _ALSO.get(short, short))
+    if short in CARDS:
+        return CARDS[short]
     try:
         size = float(key.removesuffix("gb").rstrip("-"))
     except ValueError:
-        close = near(key, CARDS)
+        # the same card of another size, or another card, is no misspelling
+        close = near(short, [known for known in CARDS if _digits(known) == _digits(short)])
         hint = f" Did you mean {close}?" if close else ""
         raise ConfigError(
             f"gpu is {name!r}; it must be one of {', '.join(CARDS)}, or a memory in GB such as 80.{hint}"
@@ -65,3 +75,7 @@ def card_of(name: str) -> Card:
     if not math.isfinite(size) or not _LEAST <= size <= _MOST:
         raise ConfigError(f"gpu is {name!r}; a memory must lie between {_LEAST:g} and {_MOST:g} GB.")
     return Card(f"{size:g} GB", size * GB)
+
+
+def _digits(name: str) -> str:
+    return re.sub(r"\D", "", name)

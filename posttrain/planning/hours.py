@@ -26,14 +26,14 @@ class Hours:
 
 
 def flops_per_token(job: Job, mean_length: float) -> float:
-    """Return the multiplications and additions that a token of a training row costs, its reference's pass counted."""
+    """Return the multiplications and additions that a token of a training row costs, in all passes."""
     shapes = job.shapes
     matrices = 2.0 * (shapes.linears + shapes.head)
     # a token looks back on half of its row
     forward = matrices + 4.0 * shapes.layers * shapes.query_width * mean_length / 2
     # of frozen matrices no gradient is computed but that of their inputs
     passes = 3.0 if shapes.adapter is None else 2.0
-    passes += job.checkpointing + (job.reference != "none")
+    passes = (passes + job.checkpointing) * (1 + job.twice) + (job.reference != "none") + job.more_forwards
     return passes * forward
 
 

@@ -54,6 +54,8 @@ class Job:
         vllm: the share of the card that vLLM has in the same process, or None. sleeps: whether it leaves the card
             while the policy trains.
         value_prompts: prompts whose states a value head learns from at a time; 0 without one.
+        more_forwards: further forwards of each trained row, without gradient: log-probabilities of rollouts before the
+            update, or losses that weigh rows by the whole step. twice: whether a step goes through its rows again.
         on_cpu: whether the run is one on the CPU, without kernels of a card.
     """
 
@@ -76,6 +78,8 @@ class Job:
     vllm: float | None = None
     sleeps: bool = False
     value_prompts: int = 0
+    more_forwards: float = 0.0
+    twice: bool = False
     on_cpu: bool = False
 
     @property

@@ -1,5 +1,6 @@
 """A launch file of accelerate, read as a plan needs it."""
 
+import json
 from pathlib import Path
 
 import yaml
@@ -26,10 +27,18 @@ def read(path: str | Path, processes: int | None = None, machines: int | None = 
     engine, sharded = (parts.get(f"{name}_config") or {} for name in ("deepspeed", "fsdp"))
     if not (isinstance(engine, dict) and isinstance(sharded, dict) and "distributed_type" in parts):
         raise ConfigError(f"{path} is no launch file of accelerate, which names a distributed_type.")
-    kinds = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": f"zero{engine.get('zero_stage', 2)}"}
+    stage = engine.get("zero_stage", 2)
+    if "deepspeed_config_file" in engine:
+        engine, stage = _of_deepspeed(path, engine["deepspeed_config_file"])
+    kinds = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": f"zero{stage}"}
     kind = kinds.get(str(file["distributed_type"]).strip('"').upper())
+    if kind == "fsdp2":
+        _check_whole_sharding(path, sharded)
     if kind not in ("single", "ddp", "zero2", "zero3", "fsdp2"):
-        raise ConfigError(f"{path}: a plan knows no distributed_type {file['distributed_type']!r} of this kind.")
+        raise ConfigError(
+            f"{path}: a plan knows no distributed_type {file['distributed_type']!r} of this kind; it "
+            "knows NO, MULTI_GPU, FSDP, and DEEPSPEED with ZeRO-2 or 3, all on accelerators."
+        )
     whole = bool(sharded.get("fsdp_offload_params"))
     return of(
         kind,
@@ -39,6 +48,32 @@ def read(path: str | Path, processes: int | None = None, machines: int | None = 
         offloads_states=whole or engine.get("offload_optimizer_device", "none") != "none",
         offloads_weights=whole or engine.get("offload_param_device", "none") != "none",
     )
+
+
+def _of_deepspeed(path: str | Path, named) -> tuple[dict, object]:
+    """Return what a DeepSpeed config that a launch file names says, in a launch file's own words, and its stage."""
+    beside = Path(path).parent / str(named)
+    source = beside if beside.is_file() else Path(str(named))
+    try:
+        content = json.loads(source.read_text())
+        zero = content.get("zero_optimization") or {}
+        found = {
+            f"{ours}_device": (zero.get(ours) or {}).get("device", "none")
+            for ours in ("offload_optimizer", "offload_param")
+        }
+        return found, zero.get("stage", 0)
+    except OSError as error:
+        raise ConfigError(f"{path}: deepspeed_config_file {named} cannot be read: {error.strerror}.") from None
+    except (ValueError, AttributeError, RecursionError):
+        raise ConfigError(f"{path}: deepspeed_config_file {named} is no DeepSpeed config that can be read.") from None
+
+
+def _check_whole_sharding(path: str | Path, sharded: dict) -> None:
+    """Refuse what FSDP does otherwise than a plan computes: weights, gradients and states are cut over all cards."""
+    for name, planned in (("fsdp_version", "2"), ("fsdp_reshard_after_forward", "true")):
+        value = str(sharded.get(name, planned)).lower()
+        if value not in (planned, "full_shard"):
+            raise ConfigError(f"{path}: {name} is {sharded[name]}; a plan knows {planned} alone.")
 
 
 def of(kind: str, processes, machines, **given) -> Launch:

@@ -1,8 +1,9 @@
 """Memory of a card by part and phase, from shapes and settings.
 
-Each part is at its largest in its phase; a phase's need is the sum, a run's that of its largest phase. Rows count at
-their full length, so that a batch of the longest rows still fits. Measured against peaks of runs on CPUs, where the sum
-is within 15% (`tests/planning/test_measured.py`); what only cards have is marked as an estimate.
+A phase's parts are those of the moment in which it takes most: its gradients may be the head's alone, where all of them
+are there only once activations are gone. A run needs its largest phase. Rows count at their full length, so that a
+batch of the longest rows still fits. Measured against peaks of runs on CPUs, where the sum is within 15%
+(`tests/planning/test_measured.py`); what only cards have is marked as an estimate.
 """
 
 from dataclasses import replace

@@ -1,6 +1,8 @@
 """A plan of a run: its memory, steps, tokens and hours on cards that need not be here, as facts and as text."""
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from posttrain import tables
@@ -13,13 +15,22 @@ _UNITS = {"preference": "pairs", "policy_gradient": "prompts", "offline": "answe
 _SHOWN_FIXES = 6
 
 
-def facts(job: Job, launch: Launch, card: Card, args, rows: int | None = None, tokens: int | None = None) -> dict:
+def facts(
+    job: Job,
+    launch: Launch,
+    card: Card,
+    args,
+    rows: int | None = None,
+    tokens: int | None = None,
+    takes: Callable[[str], bool] = lambda kind: True,
+) -> dict:
     """Return what a run takes, by name.
 
     Args:
         args: the trainer's config, for its steps.
         rows: pairs, prompts, answers or rows of the data set; None where not known.
         tokens: of a row on average, of both answers of a pair each; None for the longest.
+        takes: whether the trainer takes these settings under a kind of launch; others are not proposed.
 
     Returns:
         plain values: bytes, tokens, hours; `steps`, `tokens` and `hours` are None where the rows or the card's rates
@@ -46,7 +57,7 @@ def facts(job: Job, launch: Launch, card: Card, args, rows: int | None = None, t
         "bytes": found,
         "needed_bytes": needed,
         "fits": fits,
-        "fixes": [] if fits else [{"change": text, "bytes": size} for text, size in _fixes(job, launch, card)],
+        "fixes": [] if fits else [{"change": text, "bytes": size} for text, size in _fixes(job, launch, card, takes)],
         "vllm_rows_at_a_time": at_a_time,
         "steps": steps,
         "tokens_per_step": round(a_step),
@@ -57,8 +68,8 @@ def facts(job: Job, launch: Launch, card: Card, args, rows: int | None = None, t
     }
 
 
-def _fixes(job: Job, launch: Launch, card: Card) -> list[tuple[str, float]]:
-    return advice.fixes(job, launch, card.memory)[:_SHOWN_FIXES]
+def _fixes(job: Job, launch: Launch, card: Card, takes: Callable[[str], bool]) -> list[tuple[str, float]]:
+    return advice.fixes(job, launch, card.memory, functools.cache(takes))[:_SHOWN_FIXES]
 
 
 def steps_of(job: Job, launch: Launch, args, rows: int | None) -> int | None:
@@ -119,7 +130,8 @@ def _hours(found: dict) -> str:
     text = f"hours: {low} to {high}, at {shares} of the card's multiplications by data sheet"
     if found["hours_of_generation"] is not None:
         text += "; of them rollouts {} to {}".format(*map(_count, found["hours_of_generation"]))
-    return text + "; loading, evaluation, saving and rewards come on top"
+    network = ", the network between cards" if found["gpus"] > 1 else ""
+    return text + f"; loading, evaluation, saving{network} and rewards come on top"
 
 
 def _count(value: float) -> str:

@@ -86,8 +86,22 @@ def job_of(args, model_args, shapes: Shapes, length: int | None = None) -> Job:
         answers=answers,
         vllm=vllm,
         sleeps=bool(getattr(args, "vllm_enable_sleep_mode", False)),
+        more_forwards=_more_forwards(args, family),
+        twice=bool(getattr(args, "sam_rho", None)),
         value_prompts=32 if getattr(args, "value", None) == "head" else 0,
     )
+
+
+def _more_forwards(args, family: str) -> float:
+    """Return the forwards without gradient of each trained row, beside those of a reference."""
+    if family == "policy_gradient":
+        # TRL scores rollouts before an update that is not of the policy that wrote them, or that vLLM wrote
+        iterations = args.num_iterations
+        steps = getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps
+        behind = args.gradient_accumulation_steps % (steps * iterations) != 0
+        return (behind or (args.use_vllm and args.vllm_importance_sampling_correction)) / iterations
+    weighs = getattr(args, "reduction", None) == "dr_dpo" and args.dr_dpo_scope == "global"
+    return float(weighs and args.dr_dpo_window == "two_pass")
 
 
 def _reference(args, family: str, adapter: bool) -> tuple[str, bool]:

@@ -20,8 +20,8 @@ from posttrain.log import get_logger
 from posttrain.private import without_secrets
 from posttrain.run import checkpoints, identity, optimizers, preemption, refactoring, schedule
 from posttrain.run.checks import check_reporters, upstream_refusals
+from posttrain.run.engines import is_supposed, under_fsdp
 from posttrain.run.engines import under_deepspeed as under_deepspeed
-from posttrain.run.engines import under_fsdp
 from posttrain.run.kernel_config import KernelConfig
 from posttrain.run.update_config import UpdateConfig
 
@@ -191,7 +191,7 @@ class CommonConfig(KernelConfig, UpdateConfig):
             )
         chosen = []
         if not torch.accelerator.is_available():
-            if under_fsdp(self):
+            if under_fsdp(self) and not is_supposed():
                 by = f"fsdp is {self.fsdp!r}" if self.fsdp else "ACCELERATE_USE_FSDP is true"
                 raise ConfigError(
                     f"{by}: FSDP was asked for on a machine without an accelerator, where it would train as plain "

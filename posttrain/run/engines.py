@@ -1,6 +1,11 @@
 """Which engine spreads a run's weights and optimizer state, as its training arguments and the launch say."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+
+_SWITCHES = {"zero2": "ACCELERATE_USE_DEEPSPEED", "zero3": "ACCELERATE_USE_DEEPSPEED", "fsdp2": "ACCELERATE_USE_FSDP"}
+_supposed = False
 
 
 def under_deepspeed(args) -> bool:
@@ -16,6 +21,29 @@ def under_fsdp(args) -> bool:
 def sharding(args) -> str | None:
     """Name the engine that gives an optimizer flat or cut parameters; None under plain DDP or one process."""
     return "DeepSpeed ZeRO" if under_deepspeed(args) else "FSDP" if under_fsdp(args) else None
+
+
+@contextlib.contextmanager
+def supposed(kind: str) -> Iterator[None]:
+    """Have settings be checked as under a launch that is not this process's: single, ddp, zero2, zero3 or fsdp2."""
+    global _supposed
+    before = {name: os.environ.pop(name, None) for name in set(_SWITCHES.values())}
+    if kind in _SWITCHES:
+        os.environ[_SWITCHES[kind]] = "true"
+    _supposed = True
+    try:
+        yield
+    finally:
+        _supposed = False
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def is_supposed() -> bool:
+    """Return whether settings are checked for a launch that is not this process's, nor on its machine."""
+    return _supposed
 
 
 def add_up_in_fp32(plugin) -> None:

@@ -1,7 +1,5 @@
 """ALLoRA adapters in a run, whatever its family: what is refused, factors in the log, updates that are scaled."""
 
-import os
-
 import torch
 from peft.utils.integrations import gather_params_ctx
 
@@ -12,7 +10,7 @@ from posttrain.log import get_logger
 from posttrain.mechanisms.spread_weights import gathered
 from posttrain.objectives.row_scales import row_norms
 from posttrain.run.adapter_schemes import InRun, attach
-from posttrain.run.config import under_deepspeed
+from posttrain.run.engines import under_deepspeed, under_fsdp
 
 # Optimizers whose update is linear in the gradients, by package and class, and transformers' own names of such ones.
 # pytorch_optimizer's ASGD, another than torch's, has a rate by the gradients' sizes, and its SGDSaI by their spread.
@@ -46,7 +44,7 @@ class RowScales(InRun):
                 "allora's form is update under DeepSpeed, whose optimizer steps on parts of the weights. Set "
                 "`allora_form: gradient`, or use DDP (configs/accelerate)."
             )
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if under_fsdp(args):
             raise ConfigError(
                 "allora's form is update under FSDP, whose optimizer steps on parts of the weights. Set `allora_form: "
                 "gradient`, or use DDP (configs/accelerate)."

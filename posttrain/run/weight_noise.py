@@ -1,7 +1,6 @@
 """GIFT-SW adapters in a run, whatever its family: what is refused, calibration, noise in a step, resumption."""
 
 import itertools
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.mechanisms.noise.weights import WeightNoise
 from posttrain.run.adapter_schemes import InRun
+from posttrain.run.engines import under_fsdp
 
 
 def kind_of(config: GiftSWConfig, args) -> str:
@@ -52,7 +52,7 @@ class SalientColumns(InRun):
         Raises:
             ConfigError: FSDP, torch_compile, hidden noise, a recomputation of another random state.
         """
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if under_fsdp(args):
             raise ConfigError(
                 "adapter gift_sw under FSDP, which leaves a layer a part of its weight: columns are chosen, and noise "
                 "is drawn, by whole weights. Use DDP or ZeRO (configs/accelerate), or adapter: lora."

@@ -132,6 +132,7 @@ def run(chosen: Sequence[Case], package: str, result: dict, path: Path, minutes:
     toy, until = result["toy"], time.monotonic() + 60 * minutes
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
+        _ends_by_signal(),
         tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder,
         contextlib.ExitStack() as ends,
     ):
@@ -151,6 +152,21 @@ def run(chosen: Sequence[Case], package: str, result: dict, path: Path, minutes:
             result["cases"][case.name] = record
             write_whole(path, result)
             say(f"{record['state']}, {record['seconds']:.0f} s", flush=True)
+
+
+@contextlib.contextmanager
+def _ends_by_signal():
+    """Have SIGTERM and SIGHUP end the workers as well, whose sessions are their own, and remove their folder."""
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _begin(case: Case, package: str, toy: bool, folder: str, ends: contextlib.ExitStack) -> Worker:

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from posttrain import RobustDPOConfig, quiet
 from posttrain.cli import main
+from posttrain.errors import ConfigError
 from posttrain.planning import hours, plan
 from posttrain.planning.cards import CARDS, card_of
 from posttrain.planning.job import Job, Launch
@@ -56,6 +57,75 @@ def test_cards_nodes_launch_and_settings_can_be_others(capsys):
     found = planned(capsys, *words, "--launch", "fsdp2")
     assert (found["launch"], found["gpus"], found["nodes"], found["gpu"]) == ("fsdp2", 16, 2, "a100")
     assert found["row_tokens"] == 1024
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["robust_dpo/single_gpu", "--gpus", "4", "--launch", "fsdp2"], "precompute_ref_log_probs is true under FSDP"),
+        (["a_lol/single_gpu", "--gpus", "2", "--launch", "fsdp2"], "value is head, which reads the states"),
+        (["robust_dpo/zero3", "--sam_rho", "0.05"], "sam_rho is 0.05 under DeepSpeed ZeRO"),
+        (["noisy_sft/gift_sw", "--gpus", "2", "--launch", "fsdp2"], "adapter gift_sw under FSDP"),
+        (
+            ["robust_dpo/single_gpu", "--gpus", "2", "--launch", "zero2", "--refactor_every", "5"],
+            "refactor_every under",
+        ),
+        (["robust_dpo/zero3", "--optim", "torch.optim:Adafactor"], "DeepSpeed ZeRO gives it flat or cut parts"),
+    ],
+)
+def test_a_launch_that_the_trainer_refuses_is_not_planned(capsys, words, said):
+    assert said in refusal(capsys, *words)
+    # nothing of the supposed launch stays
+    assert planned(capsys, "robust_dpo/single_gpu", "--sam_rho", "0.05")["launch"] == "single"
+
+
+def test_launches_that_the_trainer_refuses_are_not_proposed(capsys):
+    words = ("robust_dpo/zero3", "--gpu", "24", "--launch", "single_gpu")
+    changes = [fix["change"] for fix in planned(capsys, *words)["fixes"]]
+    assert any("--launch zero" in change for change in changes)
+    changes = [fix["change"] for fix in planned(capsys, *words, "--sam_rho", "0.05")["fixes"]]
+    assert changes and not any("--launch zero" in change for change in changes)
+
+
+def test_launch_files_are_read_with_what_they_name(capsys, tmp_path):
+    content = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    file = tmp_path / "launch.yaml"
+    file.write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 8\ndeepspeed_config:\n  deepspeed_config_file: ds.json\n"
+    )
+    found = planned(capsys, "robust_dpo/zero3", "--launch", str(file))
+    assert found["launch"] == "zero3" and "fp32 masters" not in found["bytes"]["training"]
+    (tmp_path / "ds.json").write_text("[]")
+    assert "is no DeepSpeed config" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
+    (tmp_path / "ds.json").unlink()
+    assert "ds.json cannot be read" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
+    file.write_text("distributed_type: FSDP\nnum_processes: 8\nfsdp_config:\n  fsdp_version: 1\n")
+    assert "fsdp_version is 1; a plan knows 2 alone" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
+    file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    assert "it knows NO, MULTI_GPU" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
+
+
+def test_cards_have_the_names_that_drivers_and_shops_give_them():
+    for name, card in {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 NVL": "h100-nvl",
+        "a100-80gb": "a100",
+        "NVIDIA A100-SXM4-40GB": "a100-40",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+        "NVIDIA RTX A6000": "a6000",
+    }.items():
+        assert card_of(name) == CARDS[card]
+    with pytest.raises(ConfigError) as caught:
+        card_of("h20")
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_every_pass_over_a_row_takes_its_time():
+    job = Job(SMALL, "preference", 4, 1024)
+    forward = hours.flops_per_token(job, 512.0) / 4
+    for other, passes in (({"more_forwards": 1.0}, 5), ({"twice": True}, 8), ({"reference": "live"}, 5)):
+        assert hours.flops_per_token(dataclasses.replace(job, **other), 512.0) == pytest.approx(passes * forward)
 
 
 def test_what_does_not_fit_is_said_with_what_would(capsys):

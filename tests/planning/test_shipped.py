@@ -7,6 +7,7 @@ import pytest
 import yaml
 from trl import GRPOConfig
 
+from posttrain.adapters.schemes import adapter_config
 from posttrain.cli import plan as verb
 from posttrain.paths import configs_dir
 from posttrain.planning import memory, settings
@@ -29,7 +30,7 @@ def planned(path, *words):
     launch = verb._launch(path, None, None, None)
     assert launch.processes == (1 if named[1] == "one" else int(named[1]))
     _, model_args, args = verb._settings(path.parent.name, path, list(words))
-    job = verb._job(model_args.model_name_or_path, None, model_args, args)
+    job = verb._job(model_args.model_name_or_path, None, model_args, args, adapter_config(model_args))
     return job, launch, card_of(named[2]).memory, args
 
 
@@ -46,10 +47,12 @@ def test_it_fits_the_card_that_it_names(path):
     assert memory.rows_of_vllm(job, card) is None or memory.rows_of_vllm(job, card) >= 16
 
 
-def test_batches_of_four_times_the_size_would_not_fit():
+@pytest.mark.parametrize("path", ON_GPUS, ids=name_of)
+def test_a_much_larger_batch_would_not_fit(path):
     """So that the test above can fail."""
-    path = configs_dir() / "robust_dpo" / "zero3.yaml"
-    job, launch, card, _ = planned(path, "--per_device_train_batch_size", "64")
+    _, _, _, args = planned(path)
+    words = ["--per_device_train_batch_size", str(32 * args.per_device_train_batch_size)]
+    job, launch, card, _ = planned(path, *words)
     assert memory.need(memory.phases(job, launch, card)) > card
 
 

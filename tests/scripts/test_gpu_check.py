@@ -6,6 +6,7 @@ import pkgutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,24 @@ def test_each_way_to_end_is_told_and_ends_no_other_case(tmp_path, package):
         assert line in done.stdout
     assert "CRASHED crashes: the process ended by SIGSEGV" in done.stdout
     assert "left out absent: the case: no such package" in done.stdout
+
+
+def test_a_parent_that_is_told_to_end_leaves_no_process_and_no_folder(tmp_path, package):
+    package(hangs=BODIES["hangs"])
+    case = tmp_path / "made_up_cases" / "hangs.py"
+    told = f"Path({str(tmp_path / 'told')!r}).write_text(str(child.pid) + ' ' + os.environ['TMPDIR'])"
+    begun = 'child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])'
+    text = _CASE.format(number=0, name="hangs", body=f"    {begun}\n    {told}\n    time.sleep(600)")
+    case.write_text(text.replace("toy_seconds=2", "toy_seconds=500"))
+    words = [sys.executable, str(SCRIPT), "--toy", "--json", str(tmp_path / "found.json"), "--cases", "made_up_cases"]
+    places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(words, env=os.environ | {"PYTHONPATH": places}) as process:
+        while process.poll() is None and not (tmp_path / "told").exists():
+            time.sleep(0.02)
+        process.terminate()
+    child, folder = (tmp_path / "told").read_text().split(" ", 1)
+    assert process.returncode == 143
+    assert not is_running(int(child)) and not Path(folder).exists()
 
 
 def test_a_second_run_goes_on_with_what_is_missing_or_failed(tmp_path, package):

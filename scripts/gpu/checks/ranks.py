@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,16 +104,25 @@ class _Launch:
         while any(process.poll() is None for process in self.processes):
             failed = [rank for rank, process in enumerate(self.processes) if process.poll()]
             if failed or time.monotonic() > until:
-                said = self.logs[failed[0] if failed else 0].read_text(errors="replace")
-                lines = [line.strip() for line in said.splitlines() if line.strip()]
-                how = f"rank {failed[0]} failed" if failed else f"no end in {seconds:.0f} s"
-                self.trouble = f"{how}: {' / '.join(lines[-4:])[-600:]}"
+                first = failed[0] if failed else 0
+                how = f"rank {first} {self._end_of(first)}" if failed else f"no end in {seconds:.0f} s"
+                self.trouble = f"{how}: {self._said(first)}"
                 for process in self.processes:
                     process.kill()
             time.sleep(0.05)
-        if not self.trouble and any(process.returncode for process in self.processes):
-            self.trouble = self.logs[0].read_text(errors="replace")[-600:]
+        failed = [rank for rank, process in enumerate(self.processes) if process.returncode]
+        if failed and not self.trouble:
+            self.trouble = f"rank {failed[0]} {self._end_of(failed[0])}: {self._said(failed[0])}"
         return [self._found(rank) for rank in range(max(self.world, 1))]
+
+    def _end_of(self, rank: int) -> str:
+        code = self.processes[rank].returncode
+        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def _said(self, rank: int) -> str:
+        # of a line that is written over, a bar's, what stands in the end
+        lines = [line.rpartition("\r")[2].strip() for line in self.logs[rank].read_text(errors="replace").splitlines()]
+        return " / ".join([line for line in lines if line and "it/s]" not in line][-6:])[-800:] or "it said nothing"
 
     def _found(self, rank: int) -> list[dict]:
         path = self.out / f"{self.engine}-{max(self.world, 1)}-{rank}" / "found.jsonl"
