@@ -1,0 +1,183 @@
+"""How much privacy steps of DP-SGD spend, and the noise that keeps them within a promise; dp-accounting adds up."""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from posttrain.errors import ConfigError, require
+
+# of privacy losses that dp-accounting tells apart; 1e-4 costs ten times the time for less than 1e-3 of epsilon
+INTERVAL = 1e-3
+# noise below it makes epsilon so large that its distribution does not fit into memory, and promises nothing
+LEAST_NOISE = 0.1
+_MOST_NOISE = 1e6
+# relative width within which the noise for an epsilon is found; it is taken from the upper end
+_TOLERANCE = 1e-6
+
+
+class Steps(NamedTuple):
+    """Steps of one kind that a mechanism took.
+
+    Attributes:
+        noise_multiplier: standard deviation of a step's noise over the clipping norm.
+        rate: probability of each unit of privacy to be drawn in a step.
+        cap: most units that a step takes of those drawn, chosen at random; None where all are taken.
+        units: in the training data.
+        steps: how many.
+    """
+
+    noise_multiplier: float
+    rate: float
+    cap: int | None
+    units: int
+    steps: int
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether a draw may have more units than the cap."""
+        return self.cap is not None and self.cap < self.units
+
+
+def epsilon(
+    history: Iterable[Steps], delta: float, accountant: str = "pld", neighbours: str = "add_remove"
+) -> float:
+    """Return the epsilon at `delta` of all steps of a history together; infinity where one of them had no noise.
+
+    The figure is an upper bound: of privacy loss distributions by rounding up on a grid of 1e-3, of Renyi divergences
+    (`accountant` rdp) by the conversion to epsilon.
+
+    Args:
+        history: the steps, in any order. delta: of the promise.
+        accountant: pld or rdp. neighbours: add_remove or replace_one.
+
+    Raises:
+        ConfigError: rdp with capped draws or neighbours replace_one, of which it has no bound.
+        EnvironmentIssue: dp-accounting is missing.
+
+    Source: arXiv 2106.08567 (grids of privacy losses), 2508.15089 (capped draws), 1908.10530 (rdp).
+    """
+    kinds: dict[Steps, int] = {}
+    for entry in history:
+        if entry.steps:
+            kind = entry._replace(steps=1, cap=entry.cap if entry.is_capped else None)
+            kinds[kind] = kinds.get(kind, 0) + entry.steps
+    return _epsilon(tuple(sorted(kinds.items(), key=repr)), delta, accountant, neighbours)
+
+
+def solve_noise(
+    target_epsilon: float,
+    delta: float,
+    *,
+    rate: float,
+    cap: int | None,
+    units: int,
+    steps: int,
+    accountant: str = "pld",
+    neighbours: str = "add_remove",
+) -> float:
+    """Return the least noise multiplier with which steps spend no more than `target_epsilon` at `delta`.
+
+    It is above the exact one by a millionth of it at most, and 0 for an epsilon of infinity. The other arguments are
+    those of `Steps` and `epsilon`.
+
+    Raises:
+        ConfigError: no noise within reason keeps the promise, or noise below 0.1 would; what `epsilon` refuses.
+        EnvironmentIssue: dp-accounting is missing.
+    """
+    if math.isinf(target_epsilon):
+        return 0.0
+    return _solved(target_epsilon, delta, Steps(1.0, rate, cap, units, steps), accountant, neighbours)
+
+
+@functools.lru_cache(maxsize=64)
+def _solved(target: float, delta: float, kind: Steps, accountant: str, neighbours: str) -> float:
+    def excess(log_noise: float) -> float:
+        noise = math.exp(log_noise)
+        return math.log(max(epsilon([kind._replace(noise_multiplier=noise)], delta, accountant, neighbours), 1e-12) / target)
+
+    low = high = 0.0
+    while excess(high) > 0:
+        low, high = high, high + math.log(2)
+        if high > math.log(_MOST_NOISE):
+            raise ConfigError(
+                f"target_epsilon is {target:g} at target_delta {delta:g} over {kind.steps} steps that draw each unit "
+                f"with probability {kind.rate:.3g}: it would take noise of more than {_MOST_NOISE:g} times clip_norm. "
+                "Give a larger epsilon, fewer steps, or a smaller expected_batch_size."
+            )
+    while low == high or excess(low) <= 0:
+        low, high = low - math.log(2), low
+        if low < math.log(LEAST_NOISE):
+            low = math.log(LEAST_NOISE)
+            if excess(low) > 0:
+                break
+            raise ConfigError(
+                f"target_epsilon is {target:g}, which {kind.steps} steps would keep with noise of less than "
+                f"{LEAST_NOISE} times clip_norm: such a promise is worth nothing. Give a smaller epsilon, or "
+                "`target_epsilon: inf`, which says that the run is not private."
+            )
+    from scipy.optimize import brentq
+
+    found = brentq(excess, low, high, xtol=_TOLERANCE / 4, rtol=1e-15) + _TOLERANCE / 2
+    while excess(found) > 0:
+        found += _TOLERANCE / 2
+    return math.exp(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _epsilon(kinds: tuple[tuple[Steps, int], ...], delta: float, accountant: str, neighbours: str) -> float:
+    if not kinds:
+        return 0.0
+    if any(kind.noise_multiplier == 0 for kind, _ in kinds):
+        return math.inf
+    require("dp_accounting", "dp", "accounting for the privacy that a run spends")
+    return (_by_divergences if accountant == "rdp" else _by_losses)(kinds, delta, neighbours)
+
+
+def _by_losses(kinds, delta: float, neighbours: str) -> float:
+    whole = None
+    for kind, steps in kinds:
+        part = _losses(kind, neighbours).self_compose(steps)
+        whole = part if whole is None else whole.compose(part)
+    return float(whole.get_epsilon_for_delta(delta))
+
+
+@functools.lru_cache(maxsize=64)
+def _losses(kind: Steps, neighbours: str):
+    """Return the privacy loss distribution of one step, as dp-accounting has it."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution as losses
+
+    relation = dict(
+        add_remove=NeighboringRelation.ADD_OR_REMOVE_ONE, replace_one=NeighboringRelation.REPLACE_ONE
+    )[neighbours]
+    common = dict(value_discretization_interval=INTERVAL, neighboring_relation=relation)
+    if not kind.is_capped:
+        return losses.from_gaussian_mechanism(kind.noise_multiplier, sampling_prob=kind.rate, **common)
+    return losses.from_truncated_subsampled_gaussian_mechanism(
+        dataset_size=kind.units,
+        sampling_probability=kind.rate,
+        truncated_batch_size=kind.cap,
+        noise_multiplier=kind.noise_multiplier,
+        **common,
+    )
+
+
+def _by_divergences(kinds, delta: float, neighbours: str) -> float:
+    import dp_accounting
+
+    if neighbours != "add_remove":
+        raise ConfigError(
+            f"accountant is rdp and neighbours is {neighbours}, which it has no bound for. Set `accountant: pld`, or "
+            "leave neighbours out."
+        )
+    account = dp_accounting.rdp.RdpAccountant()
+    for kind, steps in kinds:
+        if kind.is_capped:
+            raise ConfigError(
+                f"accountant is rdp, and a step takes at most {kind.cap} of {kind.units} units, which it has no bound "
+                "for. Set `accountant: pld`."
+            )
+        event = dp_accounting.GaussianDpEvent(kind.noise_multiplier)
+        account.compose(dp_accounting.PoissonSampledDpEvent(kind.rate, event), steps)
+    return float(account.get_epsilon(delta))
