@@ -46,7 +46,7 @@ LAYERS = (
     ("rewards",),
     ("data",),
     ("mechanisms",),
-    ("adapters", "evaluation", "generation", "planning"),
+    ("adapters", "evaluation", "generation", "planning", "privacy"),
     ("hub",),
     ("run",),
     ("trainers",),

@@ -91,14 +91,18 @@ def _card(trainer, model_name, dataset_name, tags, evaluated, mixture, has_curve
         "## Data\n\n" + _data(trainer, mixture or [(name, None) for name in datasets]),
     ]
     libraries = library_versions().items()
-    evaluation = last_evaluation(trainer.state.log_history)
+    promise = trainer.promise() if hasattr(trainer, "promise") else None
+    withheld = promise is not None and promise.withholds_metrics
+    evaluation = None if withheld else last_evaluation(trainer.state.log_history)
+    if promise is not None:
+        sections.append("## Privacy\n\n" + promise.passage())
     if evaluation:
         sections.append("## Evaluation\n\n" + _evaluation(evaluation))
-    if has_curves:
+    if has_curves and not withheld:
         sections.append("## Curves\n\n![Metrics over the training steps](curves.png)")
     sections += [
         "## Settings\n\n"
-        + format_table(("setting", "value"), _settings(trainer, adapter))
+        + format_table(("setting", "value"), _settings(trainer, adapter, promise))
         + "\n\nAll settings and the git commit are in `resolved_config.yaml`.",
         "## Versions\n\n" + format_table(("library", "version"), [("python", platform.python_version()), *libraries]),
         "## Citation\n\n" + "\n\n".join(f"```bibtex\n{entry}\n```" for entry in _citations(papers)),
@@ -165,7 +169,7 @@ def _evaluation(found: Evaluation) -> str:
     return f"After step {found.step}:\n\n" + format_table(("metric", "value"), rows)
 
 
-def _settings(trainer, adapter) -> list[tuple[str, str]]:
+def _settings(trainer, adapter, promise=None) -> list[tuple[str, str]]:
     from posttrain.config.setting import told_in_card
     from posttrain.mechanisms.base_digests import quantisation
 
@@ -180,10 +184,7 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
         ("optim", getattr(args.optim, "value", args.optim)),
         ("weight_decay", args.weight_decay),
         ("max_grad_norm", args.max_grad_norm),
-        (
-            "rows an optimiser step",
-            f"{math.prod(split)} (per device {split[0]}, accumulation {split[1]}, ranks {split[2]})",
-        ),
+        _rows_of_a_step(split, promise),
         ("optimiser steps", trainer.state.global_step),
         ("precision", "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"),
         ("seed", args.seed),
@@ -206,6 +207,13 @@ def _settings(trainer, adapter) -> list[tuple[str, str]]:
         told = ", ".join(f"{name} {value}" for name, value in rounded.items() if value is not False)
         rows.append(("base weights", f"{method} ({told})" if told else method))
     return [(name, _short(value)) for name, value in rows]
+
+
+def _rows_of_a_step(split: tuple[int, int, int], promise) -> tuple[str, str]:
+    laid_out = f"per device {split[0]}, accumulation {split[1]}, ranks {split[2]}"
+    if promise is None:
+        return "rows an optimiser step", f"{math.prod(split)} ({laid_out})"
+    return "units an optimiser step", f"{promise.expected} on average, {promise.cap} at most ({laid_out}, at most)"
 
 
 def _listed_values(value):

@@ -14,6 +14,7 @@ from posttrain.hub.metadata import parse_card
 from posttrain.hub.own_files import found, is_own_file, links_in, name_links
 from posttrain.hub.passages import short_body, with_hub_ids
 from posttrain.hub.repository import Destination
+from posttrain.privacy import promise as promises
 from posttrain.private import hide, without_secrets
 from posttrain.saved import check_safetensors, check_shards, read_json, read_text, read_yaml
 
@@ -40,7 +41,7 @@ TOKENIZER = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-_REPORT = ("curves.png", "metrics.jsonl", "metrics.csv", "resolved_config.yaml")
+_REPORT = (*promises.FIGURES, "resolved_config.yaml", promises.FILE)
 _CONFIGS = (
     "adapter_config.json",
     "config.json",
@@ -64,6 +65,7 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
 
     Adapter or model and tokenizer come from `weights`, a checkpoint or the run itself; card, curves, metrics and
     resolved settings from `run`, as they are at this moment. Optimizer states, checkpoints and pickles never.
+    Figures of private rows stay here unless the run says that they may be published.
 
     Raises:
         DataError: `weights` holds neither an adapter nor a model as safetensors, or a file cannot be read.
@@ -77,7 +79,7 @@ def files_to_push(weights: Path, run: Path, destination: Destination) -> dict[st
     for name in _CONFIGS:
         if name in files:
             files[name] = _without_paths_in_config(files[name].read_bytes(), destination.base_model_id)
-    for name, path in found(run, _REPORT).items():
+    for name, path in _report(run).items():
         files[name] = path.read_bytes()
     if "resolved_config.yaml" in files:
         files["resolved_config.yaml"] = _without_paths_in_yaml(files["resolved_config.yaml"])
@@ -106,11 +108,18 @@ def check_files(weights: Path, run: Path) -> None:
             check_shards(path)
         elif name.endswith(".json"):
             read_json(path)
-    for name, path in found(run, _REPORT).items():
+    for name, path in _report(run).items():
         if name.endswith(".yaml"):
             read_yaml(path)
     if is_own_file(run / "README.md", run):
         parse_card(read_text(run / "README.md"), run / "README.md")
+
+
+def _report(run: Path) -> dict[str, Path]:
+    """Return what a run tells beside its weights and may publish, by the names of the files."""
+    files, promise = found(run, _REPORT), promises.read(run)
+    withheld = promises.FIGURES if promise is not None and promise.withholds_metrics else ()
+    return {name: path for name, path in files.items() if name not in withheld}
 
 
 def saved_weights(folder: Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from posttrain.hub.files import files_to_push
 from posttrain.hub.merging import merge_adapter
 from posttrain.hub.repository import RETRY_DELAYS, Destination, check_kind, destination_of, with_retries
 from posttrain.log import get_logger
+from posttrain.privacy import promise as promises
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def push_folder(
             one than base and adapter.
     """
     folder, run = Path(folder), run_of(folder)
+    say_what_weights_tell(run)
     with merged_weights(folder) if merged and weights is None else contextlib.nullcontext(weights or folder) as source:
         files = files_to_push(source, run, destination)
         return _commit(files, destination, commit_message, revision, token, delays)
@@ -101,6 +103,7 @@ def push_run(
     try:
         destination = destination_of(trainer, private=private, delays=delays)
         files = files_to_push(Path(args.output_dir), Path(args.output_dir), destination)
+        say_what_weights_tell(Path(args.output_dir))
     except Exception as error:
         _warn(error, args, destination)
         return None if blocking else _done(None)
@@ -144,6 +147,16 @@ def push_checkpoint(trainer, folder: str | Path, *, delays: Sequence[float] = RE
                 get_logger().warning("step %d was not pushed to %s: %s", step, destination.repo_id, error)
 
     _in_background(trainer, push)
+
+
+def say_what_weights_tell(run: Path) -> None:
+    """Say, before a run's weights leave, that rows may be read back from them where it was not private."""
+    promise = promises.read(run)
+    if promise is None or not promise.is_private:
+        get_logger().warning(
+            "%s was trained without differential privacy: rows that it was trained on may be read back from the "
+            "weights, so whoever gets them may get the rows", run
+        )  # fmt: skip
 
 
 def retry_command(folder: str, repo_id: str, base_model_id: str | None, private: bool | None) -> str:

@@ -9,6 +9,8 @@ from accelerate.utils import gather_object
 from posttrain.adapters import SIDE_FILE
 from posttrain.errors import ConfigError
 from posttrain.mechanisms import initial_adapter, value_head
+from posttrain.privacy import ledger
+from posttrain.privacy import promise as promises
 from posttrain.run import checkpoint_files as files
 from posttrain.run import lock
 from posttrain.run.markers import NOTE, partial_name
@@ -26,7 +28,7 @@ _FOLDERS = (files.PARTIAL, "completions", "additional_chat_templates", initial_a
 _FILES = (
     *BESIDE_WEIGHTS, *files.ADAPTER, *files.MODEL, "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin",
     *(partial_name(name) for name in (NOTE, *files.ADAPTER)), NOTE, lock.NAME, "metrics.tmp", "all_results.json",
-    "*_results.json", value_head.FILE,
+    "*_results.json", value_head.FILE, promises.FILE, ledger.FILE,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from posttrain.errors import EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.hub.base_model import adapter_config
 from posttrain.mechanisms.precision import same_precision
+from posttrain.privacy import promise as promises
 from posttrain.run import best, checkpoints, lock, run_folder, synced_reference, training_state
 from posttrain.run.places import check_places
 
@@ -28,6 +29,20 @@ class SavingMixin:
         self._check_places()
         if self.is_world_process_zero():
             run_folder.claim(Path(self.args.output_dir), self)
+            self._tell_promise()
+
+    def promise(self) -> promises.Promise | None:
+        """Return what the run promises about its rows, for the card and for pushes; None of one that is not private."""
+        return None
+
+    def _tell_promise(self) -> None:
+        """Keep beside the run what it promises; whoever pushes the folder reads there what may leave."""
+        promise, folder = self.promise(), Path(self.args.output_dir)
+        if promise is not None:
+            promises.write(folder, promise)
+        else:
+            # of a run whose place this one takes
+            (folder / promises.FILE).unlink(missing_ok=True)
 
     def _check_folder(self) -> None:
         """Refuse the run folder of another run that may have begun there since construction; before the first write."""
@@ -74,6 +89,7 @@ class SavingMixin:
                     (folder / SIDE_FILE).unlink(missing_ok=True)
             if notes:
                 run_folder.note_model(folder, self, before)
+                self._tell_promise()
         except (OSError, SafetensorError, RuntimeError) as error:
             if not checkpoints.is_write_error(error):
                 raise
@@ -102,6 +118,8 @@ class SavingMixin:
                 synced_reference.save(self, partial)
             finally:
                 self._saved_in = None
+        if self._has_folder and self.is_world_process_zero():
+            self._tell_promise()
         if self.args.push_to_hub:
             push_checkpoint(self, folder)
 
