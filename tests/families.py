@@ -12,6 +12,8 @@ import posttrain
 from posttrain import (
     ALoLConfig,
     ALoLTrainer,
+    DPSFTConfig,
+    DPSFTTrainer,
     NoisySFTConfig,
     NoisySFTTrainer,
     PolicyGradientConfig,
@@ -25,6 +27,7 @@ from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.mechanisms import scaled_rows
 from posttrain.mechanisms.noise import draws
 from posttrain.mechanisms.noise.weights import WeightNoise
+from posttrain.privacy.step import PrivateStep, RowUnits
 from posttrain.recipe import instructions, preferences, scored_answers, tasks
 from posttrain.recipe.scored_answers import ScoredArguments
 from tests import rollouts, runs, scored, training
@@ -137,6 +140,30 @@ def _instructions(folder, output_dir, rows: int = 16, evaluated=False, **setting
     return scored.build(folder, output_dir, answers, **ours | settings)
 
 
+def _private(
+    folder, output_dir, rows: int = 8, evaluated=False, peft=True, people: int | None = None,
+    trainer_class=DPSFTTrainer, config_class=DPSFTConfig, **settings,
+):  # fmt: skip
+    """DPSFTTrainer; by default without noise, every row in every step. `people`: to whom the rows belong in turn."""
+    answers = scored.make_scored(rows).remove_columns("reward")
+    held_out = answers if evaluated else None
+    if people is not None:
+        answers = answers.add_column("person", [row % people for row in range(rows)])
+    given = dict(train_dataset=answers, eval_dataset=held_out, peft_config=_adapter(peft))
+    quantized = {name: settings.pop(name) for name in ("quantization_config",) if name in settings}
+    return trainer_class(folder, args=_private_settings(output_dir, **settings), **given, **quantized)
+
+
+def _private_settings(output_dir, **settings) -> DPSFTConfig:
+    fields = dict(learning_rate=0.5, target_epsilon=math.inf, expected_batch_size=8) | settings
+    fields = scored.settings(output_dir, **fields)
+    del fields["prefix_sharing"]
+    if "gradient_accumulation_steps" not in settings:
+        # as many micro-batches as hold any draw
+        del fields["gradient_accumulation_steps"]
+    return DPSFTConfig(**fields)
+
+
 # the noise of three bits is so large that it tells
 def _columns(**settings) -> GiftSWConfig:
     return GiftSWConfig(**dict(r=8, target_modules="all-linear", bits=3, calibration_rows=4) | settings)
@@ -214,6 +241,11 @@ def _told_of_instructions(folder, output_dir, rows: int = 16, peft=True, **setti
     return instructions.describe(folder, NoisySFTConfig(**settings), answers, _adapter(peft))
 
 
+def _told_of_private(folder, output_dir, rows: int = 8, peft=True, **settings):
+    answers = scored.make_scored(rows).remove_columns("reward")
+    return instructions.describe(folder, _private_settings(output_dir, **settings), answers, _adapter(peft))
+
+
 def _told_of_columns(folder, output_dir, rows: int = 16, peft=None, **settings):
     settings = scored.settings(output_dir, **settings)
     del settings["prefix_sharing"]
@@ -227,6 +259,17 @@ def _told_of_factors(folder, output_dir, rows: int = 16, peft=None, **settings):
     answers = scored.make_scored(rows).remove_columns("reward")
     adapter = ALLoRAConfig(r=4, target_modules="all-linear")
     return instructions.describe(folder, NoisySFTConfig(**settings), answers, adapter)
+
+
+def _clip_micro_batches(monkeypatch) -> dict:
+    """The gradient of a micro-batch is clipped, and not those of its rows."""
+    collect, counted = PrivateStep.collect, itertools.count()
+
+    def of_all(self, gradients, units):
+        return collect(self, gradients, RowUnits([next(counted)], torch.zeros_like(units.index)))
+
+    monkeypatch.setattr(PrivateStep, "collect", of_all)
+    return {}
 
 
 def _draw_a_forward(monkeypatch) -> dict:
@@ -724,6 +767,76 @@ noisy_sft = Method(
     unloaded=_OF_TEXTS,
 )
 
+# all rows are in each step, so that nothing is left to chance; a third of them is clipped
+NOISELESS = dict(target_epsilon=INF, clip_norm=0.5, expected_batch_size=8)
+_PROMISE = dict(target_epsilon=8.0, expected_batch_size=16)
+PEOPLE = NOISELESS | dict(people=4, rows_per_unit=2, privacy_unit_column="person", expected_batch_size=4)
+
+dp_sft = Method(
+    name="dp_sft",
+    config=DPSFTConfig,
+    refused=(
+        dict(),
+        dict(expected_batch_size=16),
+        dict(target_epsilon=8.0),
+        _PROMISE | dict(noise_multiplier=1.0),
+        _PROMISE | dict(target_epsilon=0),
+        _PROMISE | dict(target_epsilon=NAN),
+        _PROMISE | dict(target_epsilon=True),
+        _PROMISE | dict(target_delta=1.0),
+        _PROMISE | dict(clip_norm=0.0),
+        _PROMISE | dict(clip_norm=INF),
+        _PROMISE | dict(clipping="adaptive"),
+        _PROMISE | dict(accountant="prv"),
+        _PROMISE | dict(accountant="rdp", neighbours="replace_one"),
+        _PROMISE | dict(expected_batch_size=0),
+        _PROMISE | dict(rows_per_unit=2),
+        _PROMISE | dict(audit_canaries=3),
+        _PROMISE | dict(max_grad_norm=1.0),
+        _PROMISE | dict(packing=True),
+        _PROMISE | dict(padding_free=True, max_length=None),
+        _PROMISE | dict(loss_type="dft"),
+        _PROMISE | dict(label_smoothing_factor=0.1),
+        _PROMISE | dict(torch_compile=True),
+        _PROMISE | dict(auto_find_batch_size=True),
+        _PROMISE | dict(load_best_model_at_end=True, eval_strategy="steps"),
+        _PROMISE | dict(save_strategy="best"),
+        _PROMISE | dict(gradient_agreement=0.97),
+        _PROMISE | dict(sam_rho=0.1),
+        _PROMISE | dict(optim="adalomo"),
+        _PROMISE | dict(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps"),
+        _PROMISE | dict(train_sampling_strategy="group_by_length"),
+        _PROMISE | dict(dataloader_drop_last=True),
+    ),
+    build=_private,
+    # no trainer of TRL's has the mean over a row's own tokens
+    parent={},
+    neutral={},
+    step=8,
+    cases={"clipped": NOISELESS, "people": PEOPLE, "automatic": NOISELESS | dict(clipping="automatic")},
+    wrong=_clip_micro_batches,
+    resumed=(
+        NOISELESS | dict(max_steps=4, save_strategy="steps", save_steps=2),
+        2,
+        (dict(clip_norm=0.25), "clip_norm: 0.5 there, 0.25 here"),
+    ),
+    shared={},
+    ranks={"clipped-checkpointed": NOISELESS | dict(gradient_checkpointing=True)},
+    unsharded=("clipped", "people", "automatic", "clipped-checkpointed"),
+    unspread=("clipped", "people", "automatic", "clipped-checkpointed"),
+    ddp=("people",),
+    describe=_told_of_private,
+    counted=("of them within max_length",),
+    forwards=_EVALUATED,
+    recipes={"dp_sft": dict(dataset_name="generated:arithmetic?n=64", expected_batch_size=4, target_delta=1e-3)},
+    unloaded=_OF_TEXTS,
+    laid_out=(
+        dict(per_device_train_batch_size=2, num_train_epochs=1.5, expected_batch_size=5),
+        dict(per_device_train_batch_size=4, expected_batch_size=13),
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=9, max_steps=3, expected_batch_size=2),
+    ),
+)
+
 gift_sw = Method(
     name="gift_sw",
     config=NoisySFTConfig,
@@ -830,4 +943,4 @@ allora = Method(
 
 # of every method and preset, as the families' folders make them public
 CONFIGS = [getattr(posttrain, name) for name in posttrain.__all__ if name.endswith("Config")]
-METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft, gift_sw, allora)}
+METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft, dp_sft, gift_sw, allora)}

@@ -1,5 +1,7 @@
 """What the recipes of supervised fine-tuning share: their rows, and a run told without doing it."""
 
+import functools
+
 from posttrain import recipe
 from posttrain.config import DataArguments
 from posttrain.recipe import dry_run
@@ -9,7 +11,8 @@ def load(data_args: DataArguments, training_args):
     """Load the rows to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
     from posttrain.data.instructions.loading import load_instructions
 
-    return recipe.load_splits(load_instructions, data_args, training_args.eval_strategy != "no", training_args.seed)
+    load = functools.partial(load_instructions, beside=training_args.columns_beside)
+    return recipe.load_splits(load, data_args, training_args.eval_strategy != "no", training_args.seed)
 
 
 def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=None) -> dict:
@@ -32,9 +35,10 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
     ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset, peft_config)
     facts = {"processes": args.world_size, "training rows": len(train_dataset)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    most = {"most rows per step" if args.draws_rows else "rows per step": batch}
     if not tokenised_before_loading(args):
         later = "known once the model is loaded (chat_template_path or eos_token change the tokens)"
-        facts |= {"of them within max_length": later, "rows per step": batch}
+        facts |= {"of them within max_length": later} | most
         return facts | dry_run.sizes(config, args, peft_config)
     rows, part = ready.train_dataset, prepare.kept_part(args)
     cut = ((row["input_ids"][part], row["labels"][part]) for row in rows)
@@ -54,8 +58,9 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
     start, end = learned_ends(labels)
     return {
         **facts,
-        "rows per step": batch,
-        "steps": steps(args, micro_batches(args, kept)),
+        **most,
+        "steps": ready.plan.steps if ready.plan else steps(args, micro_batches(args, kept)),
+        **(ready.plan.told() if ready.plan else {}),
         "longest row (tokens)": max(lengths),
         "share of tokens that are learned": f"{count / sum(lengths):.1%}",
         **dry_run.sizes(config, args, peft_config),

@@ -28,11 +28,12 @@ from posttrain.run.identity import differing, identity, update_settings
 from posttrain.run.markers import MARKER, content_of
 from posttrain.run.passes import PassesMixin
 from posttrain.run.places import check_shared
+from posttrain.run.private_seams import PrivateMixin
 from posttrain.run.saving import SavingMixin
 from posttrain.run.watches import LiveGradients, stop
 
 
-class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
+class RunMixin(PrivateMixin, ConstructionMixin, SavingMixin, PassesMixin):
     """Runs any family's trainer: construct, train, resume, save, push. Stands on `transformers.Trainer`.
 
     A method has these seams, whatever its family: `around_policy_forward`, `method_state` and `load_method_state`,
@@ -96,6 +97,9 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
                 inputs["packed"].drop_masks()
             return loss
 
+        if self._private is not None:
+            with self._private.micro_batch(inputs):
+                return train(model, inputs, *args, **kwargs)
         if self._agreement is not None:
             with self._agreement.micro_batch(model):
                 return train(model, inputs, *args, **kwargs)
@@ -126,10 +130,12 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
 
     def method_state(self) -> dict:
         """Return what a method needs beside weights to go on from a checkpoint, as plain JSON; rank 0's is kept."""
-        return {}
+        return {} if self._private is None else {"privacy": self._private.state()}
 
     def load_method_state(self, state: dict) -> None:
         """Restore what `method_state` returned when the checkpoint was written; empty if another method wrote it."""
+        if self._private is not None:
+            self._private.load(state.get("privacy") or {})
 
     def found_by_method(self) -> dict[str, object]:
         """Return what a method found out when training began, by name, for card and report."""
@@ -206,6 +212,8 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
             )
         self._claim_folder()
         self._live_gradients = None
+        if self._private is not None:
+            self._private.begin(checkpoint)
         if self._agreement is not None:
             self._agreement.begin()
         watching = self._stop_early.watching() if self._has_folder else contextlib.nullcontext()
@@ -377,6 +385,9 @@ class RunMixin(ConstructionMixin, SavingMixin, PassesMixin):
         return False
 
     def _watch_gradients(self) -> None:
+        if self._private is not None:
+            self._private.begin_step()
+            return
         if self._live_gradients is None:
             watched = self.args.check_gradients and is_peft_model(self.model)
             self._live_gradients = LiveGradients(self.model) if watched else False

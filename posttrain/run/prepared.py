@@ -15,6 +15,7 @@ class Prepared:
         limits: what the model can take in.
         rows: how many rows are trained on; None where that is not known yet.
         facts: what there is to tell of them, by name.
+        plan: of the steps, where a method draws its rows and their tokens are known; with `steps` and `told()`.
     """
 
     train_dataset: object
@@ -22,6 +23,7 @@ class Prepared:
     limits: object
     rows: int | None = None
     facts: dict = field(default_factory=dict)
+    plan: object = None
 
 
 def check_fills_a_batch(args, rows: int | None) -> None:

@@ -119,6 +119,8 @@ class WindowMixin(RunMixin):
                 self._clock = None
         metrics = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
         if metrics:
+            if mode == "train" and self._private is not None:
+                metrics |= self._private.figures()
             metrics["num_tokens"] = self._total_train_tokens
             self.finish_metrics(metrics, mode)
         for name, value in metrics.items():

@@ -20,6 +20,7 @@ from posttrain.config.mixture import check_datasets
 from posttrain.config.setting import identity_of, meanings, setting, told_in_card, undeclared
 from posttrain.errors import ConfigError
 from posttrain.hub.card import _settings
+from posttrain.privacy.config import PrivacyConfig
 from posttrain.run.adapter_checks import check_lora
 from posttrain.run.identity import update_of
 from tests.families import CONFIGS
@@ -29,6 +30,9 @@ SMALL = dict(num_generations=4, per_device_train_batch_size=4)
 
 def make(kind, folder, **settings):
     small = SMALL if issubclass(kind, PolicyGradientConfig) else {}
+    if issubclass(kind, PrivacyConfig):
+        of_noise = dict(target_epsilon=8.0) if settings.get("target_epsilon", 8.0) else dict(noise_multiplier=1.0)
+        small = dict(expected_batch_size=8) | of_noise
     return kind(**{"output_dir": str(folder), "report_to": [], **small, **settings})
 
 

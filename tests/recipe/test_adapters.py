@@ -44,7 +44,8 @@ def recipe(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.core("a_lol-gradient")
 @pytest.mark.parametrize("form", ["gradient", "update"])
-@pytest.mark.parametrize("name", RECIPES)
+# gradients of rows are those of a plain LoRA
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "dp_sft"])
 def test_a_recipe_trains_with_it_and_plain_peft_loads_what_it_saves(name, form, recipe, tmp_path):
     out, _ = recipe(name, allora_form=form)
     assert "Saved to run" in out

@@ -26,7 +26,14 @@ _NEEDED = (
 )
 
 
-def load_instructions(source: str, split: str = "train", limit: int | None = None, convert: bool = True, **given):
+def load_instructions(
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    convert: bool = True,
+    beside: tuple[str, ...] = (),
+    **given,
+):
     """Load rows to learn from as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     Args:
@@ -35,6 +42,7 @@ def load_instructions(source: str, split: str = "train", limit: int | None = Non
             become messages. Of tasks the demonstration is the completion, of generated pairs the chosen side.
         split: of a hub data set. limit: the first rows only.
         convert: rows of the shapes of tasks in `posttrain.data.shapes`, such as GSM8K's, which is said.
+        beside: other columns that are kept where the source has them, as they are.
         given: `name`, `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
 
     Raises:
@@ -52,7 +60,10 @@ def load_instructions(source: str, split: str = "train", limit: int | None = Non
     found = formats.detect(columns_of(rows), rows[0])
     if found.kind in _CONVERTED:
         get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
-        rows = [formats.convert_row(row, found, place) for row, place in zip(rows, places, strict=True)]
+        rows = [
+            {name: row[name] for name in beside if name in row} | formats.convert_row(row, found, place)
+            for row, place in zip(rows, places, strict=True)
+        ]
         found = formats.detect(columns_of(rows), rows[0])
     else:
         with_one = first_with_system(rows)
@@ -60,8 +71,9 @@ def load_instructions(source: str, split: str = "train", limit: int | None = Non
             log_system_messages({**with_one, "prompt": with_one.get("prompt", with_one.get("messages"))}, source)
         rows = [_placed(row, place) for row, place in zip(rows, places, strict=True)]
     check_rows(rows, places, parts_of(columns_of(rows), rows[0], source))
-    names = [name for name in COLUMNS if name in columns_of(rows)]
-    log_left_out_columns(columns_of(rows), COLUMNS, source)
+    read = (*COLUMNS, *(name for name in beside if name not in COLUMNS))
+    names = [name for name in read if name in columns_of(rows)]
+    log_left_out_columns(columns_of(rows), read, source)
     try:
         return objects.exact(rows, names, places)
     except (TypeError, ValueError, OverflowError) as error:

@@ -2,5 +2,6 @@
 
 # by module: what `posttrain` gives by these names
 PUBLIC = {
+    "dp_sft": ("DPSFTConfig", "DPSFTTrainer"),
     "noisy_sft": ("NoisySFTConfig", "NoisySFTTrainer"),
 }

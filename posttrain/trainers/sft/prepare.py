@@ -48,7 +48,11 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset, 
         check_fills_a_batch(args, len(packed(train_dataset, args)) if hasattr(train_dataset, "__len__") else None)
     elif not args.packing:
         check_fills_a_batch(args, known)
-    return Prepared(train_dataset, rows.as_given(eval_dataset, named), limits, None if args.packing else known)
+    plan = None
+    if args.draws_rows and (known is not None or not hasattr(train_dataset, "__len__")):
+        plan = args.planned(learnable(train_dataset, args, known))
+    eval_dataset = rows.as_given(eval_dataset, named)
+    return Prepared(train_dataset, eval_dataset, limits, None if args.packing else known, plan=plan)
 
 
 def ready(dataset, processing_class, args, name: str, limits, stop_ids=()):
@@ -93,6 +97,15 @@ def packed(dataset, args):
     if args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)
     return pack_dataset(dataset, args.max_length, args.packing_strategy, {})
+
+
+def learnable(dataset, args, known: int | None):
+    """Return the rows of a tokenised data set of which `max_length` leaves something to learn; `known`: how many."""
+    if known is None or known == len(dataset):
+        return dataset
+    part = kept_part(args)
+    labels = (labels[part] for labels in dataset["labels"])
+    return dataset.select([row for row, left in enumerate(labels) if any(label != -100 for label in left)])
 
 
 def kept_part(args) -> slice:

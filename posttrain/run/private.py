@@ -1,0 +1,241 @@
+"""A private run's steps in a trainer: batches that are drawn, gradients of rows, one noisy gradient a step."""
+
+import contextlib
+import functools
+import math
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from torch.utils.data import DataLoader, Dataset
+
+from posttrain.errors import PosttrainError
+from posttrain.mechanisms.row_gradients import RowGradients
+from posttrain.privacy.canaries import GradientCanaries
+from posttrain.privacy.clipping import coefficients
+from posttrain.privacy.config import PrivacyConfig
+from posttrain.privacy.ledger import Ledger
+from posttrain.privacy.plan import Plan
+from posttrain.privacy.promise import Promise
+from posttrain.privacy.sampling import PoissonUnits
+from posttrain.privacy.step import PrivateStep, RowUnits
+from posttrain.run.preemption import keep_workers
+from posttrain.run.private_checks import check_rows_apart, check_rows_reach
+
+# what a batch has beside the trainer's own entries: `RowUnits` of the rows that are forwarded
+UNITS = "privacy_units"
+# of means that are computed from private rows without noise, and are not to be published
+PRIVATE = "private/"
+
+
+class RowsOfUnits(Dataset):
+    """Gives rows of a data set by pairs (row, unit), as `PoissonUnits` draws them, with the unit beside each."""
+
+    def __init__(self, rows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[tuple[dict, int]]:
+        if not places:
+            return []
+        fetch = getattr(self._rows, "__getitems__", None)
+        numbers = [row for row, _ in places]
+        rows = fetch(numbers) if fetch else [self._rows[number] for number in numbers]
+        return [(row, unit) for row, (_, unit) in zip(rows, places, strict=True)]
+
+
+class UnitsBeside:
+    """Collates pairs (row, unit), and adds the units; without any, a row of two tokens that nothing is learned of.
+
+    Args:
+        collator: of the trainer; of a row it may make several, one after the other for all rows, as pairs are.
+        blank: a row as the collator takes it, with nothing to learn.
+    """
+
+    def __init__(self, collator, blank: dict) -> None:
+        self.collator, self.blank = collator, blank
+
+    def __call__(self, pairs: list[tuple[dict, int]]) -> dict:
+        batch = self.collator([row for row, _ in pairs] or [self.blank])
+        # of pairs all chosen rows come first
+        times = len(batch["input_ids"]) // max(len(pairs), 1)
+        batch[UNITS] = RowUnits.of([unit for _, unit in pairs] * times)
+        return batch
+
+
+class PrivateRun:
+    """Makes a trainer's steps private. The trainer calls it at the seams of its loop, which are in `RunMixin`.
+
+    Args:
+        trainer: after its parent's constructor. `unit_losses(model, batch)` of it gives the loss of each unit's rows.
+        privacy: the settings. plan: of the run's steps.
+        units: the rows of each unit of privacy.
+        blank: a row of `trainer.data_collator` with nothing to learn.
+        made_up: two rows of made-up tokens, of unequal lengths.
+
+    Attributes:
+        ledger: of the steps that are taken.
+        draws: for tests: gives the units of a step of an epoch in the place of a draw.
+
+    Raises:
+        ConfigError: a model whose gradients of rows cannot be had, or are not those of the rows.
+    """
+
+    def __init__(self, trainer, privacy: PrivacyConfig, plan: Plan, units, blank: dict, made_up: list[dict]) -> None:
+        self._trainer, self.privacy, self.plan, self._units = trainer, privacy, plan, units
+        self._blank, self._made_up = blank, made_up
+        self.draws = None
+        accelerator = trainer.accelerator
+        # never DDP, which would add up what is not clipped
+        accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+        self.gradients = RowGradients(trainer.model)
+        main = accelerator.is_main_process
+        self.canaries = self._made_canaries() if privacy.audit_canaries else None
+        self.step = PrivateStep(
+            self.gradients.parameters,
+            clip_norm=privacy.clip_norm,
+            clipping=privacy.clipping,
+            noise_std=plan.noise_multiplier * privacy.clip_norm if plan.noise_multiplier else 0.0,
+            expected=privacy.expected_batch_size,
+            adds_noise=main,
+            all_reduce=accelerator.reduce if accelerator.num_processes > 1 else None,
+            witness=self.canaries,
+        )
+        self.ledger = Ledger(
+            plan.kind,
+            target_epsilon=privacy.target_epsilon,
+            delta=privacy.target_delta,
+            accountant=privacy.accountant,
+            neighbours=privacy.neighbours,
+            data=None if trainer.train_dataset is None else trainer._identity()["data"],
+            writes=main,
+        )
+        self._synced = self._reached = False
+        check_rows_apart(trainer, self.gradients, self._collated)
+        check_rows_reach(trainer, self.gradients, self._collated)
+
+    def _made_canaries(self) -> GradientCanaries:
+        values = sum(parameter.numel() for parameter in self.gradients.parameters.values())
+        privacy, secret = self.privacy, None
+        return GradientCanaries(
+            privacy.audit_canaries,
+            values,
+            noise_multiplier=self.plan.noise_multiplier,
+            rate=self.plan.rate,
+            clip_norm=privacy.clip_norm,
+            coefficient=lambda norms: coefficients(norms, privacy.clip_norm, privacy.clipping),
+            secret=secret,
+        )
+
+    def _collated(self, rows: list[int]) -> tuple[dict, RowUnits]:
+        """Return a batch of some of the made-up rows on the device, and their units, which are their numbers."""
+        trainer = self._trainer
+        batch = UnitsBeside(trainer.data_collator, self._blank)([(self._made_up[row], row) for row in rows])
+        units = batch.pop(UNITS)
+        return trainer._prepare_inputs(batch), units
+
+    def dataloader(self) -> DataLoader:
+        """Return the batches of an epoch on this rank: as many a step as the plan says, some of them without rows."""
+        trainer, args, plan = self._trainer, self._trainer.args, self.plan
+        sampler = PoissonUnits(
+            self._units,
+            rate=plan.rate,
+            cap=plan.cap,
+            rows_per_unit=self.privacy.rows_per_unit,
+            micro_batch_size=args.per_device_train_batch_size,
+            micro_batches=plan.micro_batches,
+            steps=plan.steps_an_epoch,
+            rank=trainer.accelerator.process_index,
+            ranks=trainer.accelerator.num_processes,
+            source=self.draws,
+        )
+        rows = trainer._remove_unused_columns(trainer.train_dataset, description="training")
+        workers = args.dataloader_num_workers
+        loader = DataLoader(
+            RowsOfUnits(rows),
+            batch_sampler=sampler,
+            collate_fn=UnitsBeside(trainer.data_collator, self._blank),
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        )
+        return keep_workers(loader)
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Open the ledger of a training; all ranks call it. Raises as `Ledger.begin` does, on every rank."""
+        trainer, problem = self._trainer, None
+        folder = Path(trainer.args.output_dir) if trainer._has_folder else None
+        try:
+            self.ledger.begin(folder, self.plan.steps, checkpoint, strict=trainer.args.check_resume)
+        except PosttrainError as error:
+            problem = error
+        if trainer.accelerator.num_processes > 1:
+            told = [None if problem is None else (type(problem), str(problem))]
+            broadcast_object_list(told)
+            problem = problem or (told[0] and told[0][0](told[0][1]))
+        if problem:
+            raise problem
+        self._synced = self._reached = False
+        self.step.begin()
+
+    def begin_step(self) -> None:
+        """Do before a training's first step what needs the model in its place; called before each."""
+        if not self._synced:
+            self._synced = True
+            self.sync_weights()
+
+    def sync_weights(self) -> None:
+        """Give every rank rank 0's adapter, as DDP would have done."""
+        if self._trainer.accelerator.num_processes > 1:
+            with torch.no_grad():
+                for parameter in self.gradients.parameters.values():
+                    parameter.copy_(broadcast(parameter.detach().clone(), from_process=0))
+
+    @contextlib.contextmanager
+    def micro_batch(self, inputs: dict):
+        """Enter forward and backward of a micro-batch, whose gradients of rows are taken at its end."""
+        if not self._reached and self._trainer.args.gradient_checkpointing:
+            # which is switched on when training begins
+            self._reached = True
+            check_rows_reach(self._trainer, self.gradients, self._collated)
+        with self.gradients.collected(len(inputs["input_ids"])):
+            yield
+        self.step.collect(self.gradients.take(), inputs[UNITS])
+
+    def finish_step(self) -> None:
+        """Write the noisy gradient of the step, once the step is written into the ledger; all ranks call it."""
+        trainer = self._trainer
+        self.ledger.take()
+        found = self.step.finish()
+        means, once = trainer._means["train"], int(trainer.accelerator.is_main_process)
+        means.add_sum(f"{PRIVATE}units", torch.tensor(float(found.units)), once)
+        means.add_sum(f"{PRIVATE}clipped_fraction", found.clipped.float().cpu(), found.units)
+        means.add_sum(f"{PRIVATE}gradient_norm", found.norms.float().cpu(), found.units)
+        means.add_sum(f"{PRIVATE}rows_not_finite", found.bad_rows.float().cpu(), once)
+
+    def figures(self) -> dict[str, float]:
+        """Return what may be told of the run so far, by name, for the log."""
+        if not self.privacy.is_private:
+            return {}
+        spent = self.ledger.spent() if self._trainer.accelerator.is_main_process else math.nan
+        return {"privacy/epsilon": spent, "privacy/delta": self.privacy.target_delta}
+
+    def promise(self) -> Promise:
+        """Return what the run promises, and has spent."""
+        found = None
+        if self.canaries is not None and self.canaries.steps:
+            found = self.canaries.result(self.privacy.target_delta)
+        return Promise.of(self.privacy, self.ledger, found)
+
+    def state(self) -> dict:
+        """Return what a checkpoint keeps: the ledger and the canaries. Neither noise nor draws."""
+        return {"ledger": self.ledger.state()} | ({} if self.canaries is None else {"canaries": self.canaries.state()})
+
+    def load(self, state: dict) -> None:
+        """Take over what `state` returned when the checkpoint was written; ConfigError where there is nothing."""
+        self.ledger.load(state.get("ledger") or {})
+        if self.canaries is not None:
+            self.canaries.load(state.get("canaries") or {})
