@@ -27,7 +27,8 @@ def run(record) -> None:
             if not whole:
                 record.leave_out(f"{method.name}: padded rows, TRL, resumption, what is saved", "toy sizes")
                 continue
-            _neutral(record, method, folder, place)
+            if method.neutral:
+                _neutral(record, method, folder, place)
             _resumed(record, method, folder, place)
             for case, settings in _whole_models(method).items():
                 _trained(record, method, folder, place, case, settings)
