@@ -130,6 +130,11 @@ class CommonConfig(KernelConfig, UpdateConfig):
     # what a trainer says of the settings that it read from TRL's config
     says: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def known_later(self) -> tuple[str, ...]:
+        """Return the settings whose values follow from the rows, and so are not known before those are."""
+        return ()
+
     def __new__(cls, *args, **kwargs):
         for name in cls.renamed.keys() & kwargs:
             raise ConfigError(f"{name} is called {cls.renamed[name]}; write `{cls.renamed[name]}: {kwargs[name]}`.")

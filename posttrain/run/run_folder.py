@@ -41,6 +41,7 @@ def check_args(args, method: str | None) -> None:
     """
     check_places(args.output_dir)
     known = vars(args) | identity_of(args) | update_of(args) | ({"method": method} if method else {})
+    known = {name: value for name, value in known.items() if name not in args.known_later}
     asked = known if args.check_resume and not args.overwrite else {}
     check_folder(args.output_dir, asked, before_declared(type(args)))
     if args.check_resume and args.max_steps > 0 and not hasattr(args, "steps_per_generation"):

@@ -135,6 +135,10 @@ class DPSFTConfig(PrivacyConfig, InstructionConfig, SFTConfig):
         return () if self.privacy_unit_column is None else (self.privacy_unit_column,)
 
     @property
+    def known_later(self) -> tuple[str, ...]:
+        return () if "gradient_accumulation_steps" in self._written else ("gradient_accumulation_steps",)
+
+    @property
     def draws_rows(self) -> bool:
         return True
 
@@ -146,7 +150,7 @@ class DPSFTConfig(PrivacyConfig, InstructionConfig, SFTConfig):
                 "step. Give a datasets.Dataset."
             )
         units = self.units_of(dataset)
-        written = "gradient_accumulation_steps" in self._written
+        written = not self.known_later
         made = plan(
             self,
             len(units),

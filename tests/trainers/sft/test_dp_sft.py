@@ -177,6 +177,7 @@ def test_only_b_is_trained_where_a_is_frozen(tiny_folder, tmp_path):
 
 def test_the_ledger_and_the_promise_lie_beside_the_run_and_no_draws_or_noise(tiny_folder, tmp_path):
     settings = dict(target_epsilon=None, noise_multiplier=1.0, target_delta=1e-3, save_strategy="steps", save_steps=1)
+    settings |= dict(per_device_train_batch_size=2)
     trainer = build(tiny_folder, tmp_path, **settings)
     trainer.train()
     promise = json.loads((tmp_path / "posttrain_privacy.json").read_text())
@@ -184,6 +185,7 @@ def test_the_ledger_and_the_promise_lie_beside_the_run_and_no_draws_or_noise(tin
     assert promise["epsilon"] == pytest.approx(trainer._plan.epsilon)
     lines = (tmp_path / "privacy_ledger.jsonl").read_text().splitlines()
     assert sum("step" in json.loads(line) and "session" not in json.loads(line) for line in lines) == 2
+    # how many micro-batches a step has follows from the rows again
     resumed = build(tiny_folder, tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     told = resumed.promise()

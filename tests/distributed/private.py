@@ -1,0 +1,48 @@
+"""A private run with noise on two ranks, beside what it does without; each rank calls `main`."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from posttrain.privacy.step import PrivateStep
+from posttrain.run import report
+from tests.families import METHODS
+from tests.runs import trainable
+
+# a deviation of one, over 8 units, in two steps of the rate 0.5
+NOISE = dict(target_epsilon=None, noise_multiplier=2.0, target_delta=1e-3, clip_norm=0.5, save_strategy="steps")
+
+
+def main(model: str, out: str) -> None:
+    report.plot_curves = lambda *args: None
+    report.git_commit = lambda: None
+    rank, collectives, reduced = int(os.environ["RANK"]), [], torch.distributed.all_reduce
+    finish = PrivateStep.finish
+
+    def counted(self):
+        # of a step: one sum over ranks, of all trained values
+        torch.distributed.all_reduce = lambda *args, **kwargs: (collectives.append(1), reduced(*args, **kwargs))[1]
+        try:
+            return finish(self)
+        finally:
+            torch.distributed.all_reduce = reduced
+
+    PrivateStep.finish = counted
+    split = dict(per_device_train_batch_size=2, save_steps=1)
+    trainer = METHODS["dp_sft"].build(model, f"{out}/run", **NOISE, **split)
+    before = trainable(trainer.model)
+    trainer.train()
+    change = {name: value - before[name] for name, value in trainable(trainer.model).items()}
+    save_file(change, f"{out}/change-{rank}.safetensors")
+    again = METHODS["dp_sft"].build(model, f"{out}/run", **NOISE, **split)
+    again.train(resume_from_checkpoint=f"{out}/run/checkpoint-1")
+    told = again.promise()
+    if rank == 0:
+        facts = dict(
+            collectives=len(collectives), wrapper=type(trainer.model_wrapped).__name__, thrown_away=told.thrown_away,
+            micro_batches=trainer.args.gradient_accumulation_steps, steps=told.steps,
+        )  # fmt: skip
+        (Path(out) / "facts.json").write_text(json.dumps(facts))

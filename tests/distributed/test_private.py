@@ -1,0 +1,27 @@
+"""Two ranks of a private run: one sum a step, noise once, the same weights on both, one ledger."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import identical
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_noise_is_added_once_and_ranks_end_with_the_same_weights(tiny_folder, tmp_path, warm):
+    config, worker = str(ROOT / "configs/accelerate/cpu_ddp.yaml"), "tests.distributed.private:main"
+    child = warm.start("tests.warm:launched", config, worker, tiny_folder, str(tmp_path), log=tmp_path / "log")
+    assert child.wait() == 0, (tmp_path / "log").read_text()[-8000:]
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    # the resumed run takes one step more, the first one's second is thrown away
+    assert facts == dict(collectives=3, wrapper="PeftModel", thrown_away=1, micro_batches=2, steps=2)
+    first, second = (load_file(tmp_path / f"change-{rank}.safetensors") for rank in range(2))
+    assert identical(first, second)
+    values = torch.cat([value.flatten() for value in first.values()])
+    # two steps: 0.5 * 2.0 * 0.5 / 8 * sqrt(2), and next to it what is learned; noise of both ranks would be 41% more
+    assert values.std().item() == pytest.approx(0.5 * 2.0 * 0.5 / 8 * 2**0.5, rel=0.1)
