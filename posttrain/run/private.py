@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain.errors import PosttrainError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.mechanisms.row_gradients import RowGradients
 from posttrain.privacy.canaries import GradientCanaries
 from posttrain.privacy.clipping import coefficients
@@ -165,8 +165,21 @@ class PrivateRun:
         return keep_workers(loader)
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Open the ledger of a training; all ranks call it. Raises as `Ledger.begin` does, on every rank."""
+        """Open the ledger of a training; all ranks call it.
+
+        Raises:
+            ConfigError: a second training of one trainer, whose weights come from the first one's steps as well; and as
+                `Ledger.begin` does, on every rank.
+        """
         trainer, problem = self._trainer, None
+        if checkpoint is None and self.ledger.lineage:
+            raise ConfigError(
+                f"this trainer has taken {sum(entry.steps for entry in self.ledger.lineage)} private steps already, "
+                "and its noise was solved for one training. To go on, resume from its checkpoint; to begin anew, make "
+                "another trainer."
+            )
+        # of a micro-batch that was interrupted
+        self.gradients.take()
         folder = Path(trainer.args.output_dir) if trainer._has_folder else None
         try:
             self.ledger.begin(folder, self.plan.steps, checkpoint, strict=trainer.args.check_resume)

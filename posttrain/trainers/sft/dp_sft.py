@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
+from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.frozen_a import freeze_a
 from posttrain.mechanisms.window import Window, count_rows
@@ -79,6 +80,8 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
 
     def _place(self, ready) -> None:
         super()._place(ready)
+        # before the head is tried, which is a pass without gradient
+        keep_4bit_weights_trainable(self.model)
         self._head = TrueHead(self)
         if not self.args.train_lora_a:
             freeze_a(self.model, self.args.seed)

@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, get_quantization_config
 
 from posttrain import DPSFTConfig, DPSFTTrainer
 from posttrain.adapters.allora import ALLoRAConfig
@@ -314,3 +315,55 @@ def test_evaluation_is_the_mean_of_rows_and_draws_nothing(tiny_folder, tmp_path)
             logits = trainer.model(input_ids=ids).logits[0, :-1]
         losses.append(F.cross_entropy(logits, labels[0, 1:], ignore_index=-100).item())
     assert held_out["eval_loss"] == pytest.approx(sum(losses) / 8, rel=1e-4)
+
+
+def test_a_trainer_trains_once_as_its_noise_is_for_that(tiny_folder, tmp_path):
+    trainer = build(tiny_folder, tmp_path, target_epsilon=None, noise_multiplier=1.0, target_delta=1e-3)
+    trainer.train()
+    with pytest.raises(ConfigError, match="this trainer has taken 2 private steps already"):
+        trainer.train()
+
+
+def test_canaries_take_part_and_their_bound_is_told(tiny_folder, tmp_path):
+    private = dict(target_epsilon=None, noise_multiplier=1.0, target_delta=1e-3, audit_canaries=100)
+    trainer = build(tiny_folder, tmp_path, **private, draws=lambda step: [], expected_batch_size=8)
+    change, _ = runs.fit(trainer)
+    canaries, told = trainer._private.canaries, trainer.promise().audit
+    assert canaries.steps == 2 and told["canaries"] == 100 and told["lower_bound"] < trainer._plan.epsilon
+    flat = torch.cat([change[name].flatten() for name in trainer._private.gradients.parameters])
+    moved = -flat[canaries.places] * 8 / 0.5
+    # each of those that take part adds the clipping norm in both steps, as every unit is drawn in each
+    gap = moved[torch.from_numpy(canaries.included)].mean() - moved[torch.from_numpy(~canaries.included)].mean()
+    assert gap.item() == pytest.approx(2, abs=1.5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(bf16=True, use_cpu=True),
+        dict(gradient_checkpointing=True),
+        pytest.param(
+            dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(bf16=True, use_cpu=True, gradient_checkpointing=True), marks=pytest.mark.slow),
+        pytest.param(dict(dataloader_num_workers=1), marks=pytest.mark.slow),
+    ],
+)
+def test_precision_recomputation_and_workers_change_nothing_but_rounding(settings, tiny_folder, tmp_path):
+    clipped = dict(clip_norm=0.4, per_device_train_batch_size=4)
+    reference, _ = runs.fit(build(tiny_folder, tmp_path / "a", **clipped))
+    change, _ = runs.fit(build(tiny_folder, tmp_path / "b", **clipped, **settings))
+    assert distance(change, reference) < (0.1 if "bf16" in settings else 1e-5)
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_4bit_base_is_trained(tiny_folder, tmp_path):
+    quantization = get_quantization_config(ModelConfig(load_in_4bit=True))
+    fields = runs.SETTINGS | dict(output_dir=str(tmp_path), learning_rate=0.5) | NOISELESS
+    given = dict(train_dataset=rows(), peft_config=runs.lora(), quantization_config=quantization)
+    trainer = DPSFTTrainer(tiny_folder, DPSFTConfig(**fields), **given)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert type(layer).__name__ == "Linear4bit"
+    change, _ = runs.fit(trainer)
+    assert all(value.any() for name, value in change.items() if "lora_B" in name)
