@@ -5,6 +5,7 @@ import json
 import torch
 import xxhash
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # Of a model's config, what changes its logits and no tensor's shape
 _ARCHITECTURE = (
@@ -36,7 +37,7 @@ def base_digests(
         was_quantised: leave out the linear layers, as the digest of a base that was loaded quantised does.
     """
     adapters, prefix = getattr(model, "peft_config", None) or {}, getattr(model.base_model, "prefix", None)
-    split = split or any(hasattr(value, "ds_shape") for value in model.parameters())
+    split = split or any(hasattr(value, "ds_shape") or isinstance(value, DTensor) for value in model.parameters())
     text = model.config.get_text_config()
     shape = xxhash.xxh3_128(repr([plain(getattr(text, name, None)) for name in _ARCHITECTURE]).encode())
     sample, taken = xxhash.xxh3_128(), 0

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs import identical
+from tests.families import METHODS
+from tests.runs import distance, identical
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,3 +26,17 @@ def test_noise_is_added_once_and_ranks_end_with_the_same_weights(tiny_folder, tm
     values = torch.cat([value.flatten() for value in first.values()])
     # two steps: 0.5 * 2.0 * 0.5 / 8 * sqrt(2), and next to it what is learned; noise of both ranks would be 41% more
     assert values.std().item() == pytest.approx(0.5 * 2.0 * 0.5 / 8 * 2**0.5, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_base_sharded_at_load_trains_as_one_process_does(tiny_folder, tmp_path, warm):
+    config, worker = str(ROOT / "configs/accelerate/cpu_ddp.yaml"), "tests.distributed.sharded_base:main"
+    child = warm.start("tests.warm:launched", config, worker, tiny_folder, str(tmp_path), log=tmp_path / "log")
+    assert child.wait() == 0, (tmp_path / "log").read_text()[-8000:]
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["spread"] > 0 == facts["adapters"] and facts["ranks"] == 2
+    first, second = (load_file(tmp_path / f"change-{rank}.safetensors") for rank in range(2))
+    assert identical(first, second)
+    method = METHODS["dp_sft"]
+    one, _ = method.train(tiny_folder, tmp_path / "one", **method.cases["clipped"])
+    assert distance(first, one) < 1e-4
