@@ -48,6 +48,7 @@ def test_without_noise_nothing_is_promised():
     assert (found.noise_multiplier, found.epsilon) == (0.0, None) and "none is promised" in found.told()["epsilon"]
 
 
+@pytest.mark.slow
 def test_noise_is_solved_for_the_steps_of_the_run_and_the_epsilon_of_given_noise_is_told():
     pytest.importorskip("dp_accounting")
     # no draw is above the data, whose accounting is quicker

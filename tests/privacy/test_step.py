@@ -161,15 +161,15 @@ def test_the_noise_of_many_steps_has_the_deviation_promised():
     gradients = rows()
     clean = by_hand(gradients, ALONE, clip_norm=0.5) / 4
     seen = []
-    for _ in range(3000):
+    for _ in range(1000):
         step.collect(taken(gradients, ALONE), RowUnits.of(ALONE))
         step.finish()
         seen.append(torch.cat([p.grad.flatten() for p in own.values()]) - clean)
     seen = torch.stack(seen)
-    # 42,000 values: five standard errors are 1.7%, a halved noise is 50% away
-    assert seen.std().item() == pytest.approx(1.5 * 0.5 / 4, rel=0.017)
+    # 14,000 values: five standard errors are 3%, a halved noise is 50% away
+    assert seen.std().item() == pytest.approx(1.5 * 0.5 / 4, rel=0.03)
     assert abs(seen.mean().item()) < 5 * 1.5 * 0.5 / 4 / math.sqrt(seen.numel())
-    assert torch.corrcoef(seen.T).fill_diagonal_(0).abs().max() < 5 / math.sqrt(3000)
+    assert torch.corrcoef(seen.T).fill_diagonal_(0).abs().max() < 5 / math.sqrt(1000)
 
 
 def test_noise_is_added_once_and_its_ranks_agree():

@@ -55,6 +55,7 @@ def test_the_config_trains_an_adapter_with_a_promise_that_plain_peft_loads(recip
     assert trained.isfinite().all() and (trained - base(tokens).logits).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_units_noise_and_steps(recipe, tmp_path):
     code, out, err = recipe(dry_run="true")
     assert code == 0 and not (tmp_path / "run").exists(), err
