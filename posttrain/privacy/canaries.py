@@ -13,7 +13,7 @@ from posttrain.privacy.audit import Audit, audit
 from posttrain.privacy.sampling import drawn, random_numbers
 
 # norm of a canary's gradient before it is clipped, in clipping norms: clipping that is left out shows
-LOUDNESS = 3.0
+LOUDNESS = 10.0
 # trained values for each canary, so that they move few of them
 _VALUES_EACH = 10
 
@@ -21,7 +21,7 @@ _VALUES_EACH = 10
 class GradientCanaries:
     """Units whose gradient is along one trained value each, half of them taken part by a coin of their own.
 
-    One that takes part is drawn in each step like any unit, with the same probability; its gradient is three times
+    One that takes part is drawn in each step like any unit, with the same probability; its gradient is ten times
     as long as the clipping norm, is clipped as others are, and is added to the sum before the noise. Nobody's row is in
     it, so canaries cost no privacy; they move the trained values that they lie on by at most the clipping norm in each
     step that draws them. A canary's score is the log of how much more likely its noisy values are if it took part.
