@@ -39,9 +39,7 @@ class Steps(NamedTuple):
         return self.cap is not None and self.cap < self.units
 
 
-def epsilon(
-    history: Iterable[Steps], delta: float, accountant: str = "pld", neighbours: str = "add_remove"
-) -> float:
+def epsilon(history: Iterable[Steps], delta: float, accountant: str = "pld", neighbours: str = "add_remove") -> float:
     """Return the epsilon at `delta` of all steps of a history together; infinity where one of them had no noise.
 
     The figure is an upper bound: of privacy loss distributions by rounding up on a grid of 1e-3, of Renyi divergences
@@ -159,9 +157,9 @@ def _losses(kind: Steps, neighbours: str, interval: float):
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution as losses
 
-    relation = dict(
-        add_remove=NeighboringRelation.ADD_OR_REMOVE_ONE, replace_one=NeighboringRelation.REPLACE_ONE
-    )[neighbours]
+    relation = dict(add_remove=NeighboringRelation.ADD_OR_REMOVE_ONE, replace_one=NeighboringRelation.REPLACE_ONE)[
+        neighbours
+    ]
     common = dict(value_discretization_interval=interval, neighboring_relation=relation)
     if not kind.is_capped:
         return losses.from_gaussian_mechanism(kind.noise_multiplier, sampling_prob=kind.rate, **common)

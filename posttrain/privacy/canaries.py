@@ -1,6 +1,5 @@
 """Canaries of a private run: made-up units that take part in its steps, for an audit of what the steps give away."""
 
-import math
 import os
 from collections.abc import Callable
 
@@ -77,18 +76,25 @@ class GradientCanaries:
         Args:
             total: (values,), all trained values behind each other, before the noise; of one rank alone.
         """
-        chosen = drawn(random_numbers(self._secret, f"step {self.steps}", self.count), self.rate)
-        moved = self.places[torch.from_numpy(chosen & self.included)].to(total.device)
+        moved = self.places[torch.from_numpy(self._drawn() & self.included)].to(total.device)
         total[moved] += self.length * self.clip_norm
+
+    def _drawn(self) -> np.ndarray:
+        """Return which canaries the step to come draws, of those that take part."""
+        return drawn(random_numbers(self._secret, f"step {self.steps}", self.count), self.rate)
+
+    def _known_rates(self) -> float | np.ndarray:
+        """Return how likely the step to come draws each canary, for one who knows all but the drawn secret."""
+        return self.rate
 
     def observe(self, noisy: Tensor) -> None:
         """Score the canaries by a step's sum with its noise, (values,), undivided: what whoever sees a step has."""
         seen = noisy[self.places.to(noisy.device)].double().cpu().numpy() / self.clip_norm
         shift = (seen * self.length - self.length**2 / 2) / self.noise**2
-        if self.rate >= 1:
-            self.scores += shift
-        else:
-            self.scores += np.logaddexp(math.log1p(-self.rate), math.log(self.rate) + shift)
+        rates = self._known_rates()
+        # of a rate of 0 or 1 one of the two is -inf
+        with np.errstate(divide="ignore"):
+            self.scores += np.logaddexp(np.log1p(-rates), np.log(rates) + shift)
         self.steps += 1
 
     def result(self, delta: float, confidence: float = 0.95) -> Audit:
@@ -102,7 +108,11 @@ class GradientCanaries:
     def load(self, state: dict) -> None:
         """Take over what `state` returned. Raises ConfigError where it is of another number of canaries."""
         try:
-            secret, scores, steps = bytes.fromhex(state["secret"]), np.array(state["scores"], dtype=float), state["steps"]
+            secret, scores, steps = (
+                bytes.fromhex(state["secret"]),
+                np.array(state["scores"], dtype=float),
+                state["steps"],
+            )
             if scores.shape != (self.count,) or type(steps) is not int or steps < 0:
                 raise ValueError(steps)
         except (KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Draws of a private run: each unit of privacy on its own, by entropy of the operating system, dealt to micro-batches."""
+"""Draws of a private run: each unit of privacy on its own, by the system's entropy, dealt to micro-batches."""
 
 import hashlib
 import math
@@ -156,7 +156,9 @@ class PoissonUnits:
         held = [0] * self.ranks
         own: list[list[list[int]]] = [[] for _ in range(self.ranks)]
         for unit in sorted(rows, key=lambda unit: (-len(rows[unit]), unit)):
-            taker = min((rank for rank in range(self.ranks) if len(own[rank]) < share), key=lambda rank: (held[rank], rank))
+            taker = min(
+                (rank for rank in range(self.ranks) if len(own[rank]) < share), key=lambda rank: (held[rank], rank)
+            )
             own[taker].append(unit)
             held[taker] += len(rows[unit])
         batches: list[list[tuple[int, int]]] = [[] for _ in range(self.micro_batches)]

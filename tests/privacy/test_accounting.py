@@ -100,7 +100,9 @@ def test_noise_is_solved_once():
 def test_promises_that_no_noise_or_hardly_any_keeps_are_refused():
     with pytest.raises(ConfigError, match="target_epsilon is 1e-09 .* more than 1e.06 times clip_norm"):
         solve_noise(1e-9, DELTA, rate=1.0, cap=None, units=10, steps=1000, accountant="rdp")
-    with pytest.raises(ConfigError, match="target_epsilon is 1000, which 1 steps would keep with noise of less than 0.1"):
+    with pytest.raises(
+        ConfigError, match="target_epsilon is 1000, which 1 steps would keep with noise of less than 0.1"
+    ):
         solve_noise(1000.0, DELTA, rate=1.0, cap=None, units=10, steps=1, accountant="rdp")
 
 

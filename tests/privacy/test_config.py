@@ -38,10 +38,7 @@ def test_a_run_without_noise_has_to_say_that_it_promises_nothing():
 
 REFUSED = [
     *(dict(target_epsilon=value) for value in (0, -1, math.nan, True, "x", [3], -math.inf, 10**400)),
-    *(
-        dict(target_epsilon=None, noise_multiplier=value)
-        for value in (-1.0, math.nan, math.inf, True, "1", 10**400)
-    ),
+    *(dict(target_epsilon=None, noise_multiplier=value) for value in (-1.0, math.nan, math.inf, True, "1", 10**400)),
     *(dict(target_delta=value) for value in (0, 1, -1e-5, 1.5, math.nan, math.inf, None, True, "1e-5")),
     *(dict(clip_norm=value) for value in (0, -1.0, math.nan, None, False, "x")),
     *(dict(clipping=value) for value in ("per_layer", None, 1, "Flat")),
@@ -82,7 +79,9 @@ def test_a_high_epsilon_is_said_to_promise_little(capsys):
 
 def test_units_have_to_be_enough_for_the_step_and_for_delta():
     make(target_delta=1e-4).check_units(9_999)
-    with pytest.raises(ConfigError, match=r"target_delta is 0.0001, and the training data has 10000 units .* such as 1e-5"):
+    with pytest.raises(
+        ConfigError, match=r"target_delta is 0.0001, and the training data has 10000 units .* such as 1e-5"
+    ):
         make(target_delta=1e-4).check_units(10_000)
     make().check_units(64)
     with pytest.raises(ConfigError, match="expected_batch_size is 64, and the training data has 63 units"):
