@@ -118,7 +118,7 @@ class PrivateRun:
 
     def _made_canaries(self) -> GradientCanaries:
         values = sum(parameter.numel() for parameter in self.gradients.parameters.values())
-        privacy, secret = self.privacy, None
+        privacy = self.privacy
         return GradientCanaries(
             privacy.audit_canaries,
             values,
@@ -126,7 +126,6 @@ class PrivateRun:
             rate=self.plan.rate,
             clip_norm=privacy.clip_norm,
             coefficient=lambda norms: coefficients(norms, privacy.clip_norm, privacy.clipping),
-            secret=secret,
         )
 
     def _collated(self, rows: list[int]) -> tuple[dict, RowUnits]:
