@@ -5,6 +5,7 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from posttrain.compat import keep_4bit_weights_trainable
+from posttrain.data.processing import tokenizer_of
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.frozen_a import freeze_a
 from posttrain.mechanisms.window import Window, count_rows
@@ -69,10 +70,11 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
     loss_is_scaled_for_ga = True
     _step_rows = 1
 
-    def __init__(self, *args, **kwargs):
-        if kwargs.get("compute_loss_func") is not None:
+    def _by_name(self, rest: tuple, kwargs: dict) -> dict:
+        given = super()._by_name(rest, kwargs)
+        if given.get("compute_loss_func") is not None:
             raise ConfigError("compute_loss_func is given, in the place of a loss of each row alone. Leave it out.")
-        super().__init__(*args, **kwargs)
+        return given
 
     def _begin(self, ready) -> None:
         super()._begin(ready)
@@ -92,7 +94,7 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
         units = self.args.units_of(self.train_dataset)
         if self._plan is None or self._plan.units != len(units):
             self._plan = self.args.planned(self.train_dataset)
-        token = self.processing_class.pad_token_id or 0
+        token = tokenizer_of(self.processing_class).pad_token_id or 0
         blank = {"input_ids": [token, token], "labels": [-100, -100]}
         self._private = PrivateRun(self, self.args, self._plan, units, blank, _made_up(self.model))
 

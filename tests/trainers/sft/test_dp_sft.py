@@ -261,7 +261,9 @@ def test_models_and_data_that_have_no_rows_apart_are_refused(tiny_folder, tmp_pa
     with pytest.raises(ConfigError, match="target_delta is 0.2, and the training data has 8 units"):
         build(tiny_folder, tmp_path / "d", target_epsilon=8.0, target_delta=0.2)
     with pytest.raises(ConfigError, match="compute_loss_func is given"):
-        DPSFTTrainer(tiny_folder, args, train_dataset=rows(), compute_loss_func=lambda *given: 0)
+        DPSFTTrainer(
+            tiny_folder, args, train_dataset=rows(), peft_config=runs.lora(), compute_loss_func=lambda *given: 0
+        )
 
 
 @pytest.mark.slow
