@@ -68,8 +68,9 @@ def _changes(job: Job, launch: Launch, takes: Callable[[str], bool]) -> Iterator
     for share in (2, 4, 8, 16):
         if job.rows // unit >= share and job.rows // unit % share == 0:
             accumulated = job.accumulation * share
-            text = f"per_device_train_batch_size: {job.rows // unit // share}, "
-            text += f"gradient_accumulation_steps: {accumulated}"
+            text = f"per_device_train_batch_size: {job.rows // unit // share}"
+            # of steps that are drawn it follows
+            text += "" if job.drawn else f", gradient_accumulation_steps: {accumulated}"
             yield "batch", text, replace(job, rows=job.rows // share, accumulation=accumulated), launch
     for share in (0.5, 0.3, 0.2):
         if job.vllm and job.vllm > share:

@@ -44,7 +44,8 @@ def estimate(job: Job, launch: Launch, card: Card, steps: int, mean_length: floa
     """
     if card.flops is None or card.bandwidth is None:
         return None
-    tokens = job.rows * job.accumulation * steps * mean_length
+    a_step = job.drawn / launch.processes if job.drawn else job.rows * job.accumulation
+    tokens = a_step * steps * mean_length
     cost = tokens * flops_per_token(job, mean_length) / card.flops / 3600
     low, high = UTILISATION
     training = (cost / high, cost / low)

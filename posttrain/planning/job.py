@@ -56,6 +56,8 @@ class Job:
         value_prompts: prompts whose states a value head learns from at a time; 0 without one.
         more_forwards: further forwards of each trained row, without gradient: log-probabilities of rollouts before the
             update, or losses that weigh rows by the whole step. twice: whether a step goes through its rows again.
+        drawn: units of privacy that a step draws on average, whatever its micro-batches hold; the gradients of rows are
+            kept then. None where a step is its micro-batches.
         on_cpu: whether the run is one on the CPU, without kernels of a card.
     """
 
@@ -80,6 +82,7 @@ class Job:
     value_prompts: int = 0
     more_forwards: float = 0.0
     twice: bool = False
+    drawn: int | None = None
     on_cpu: bool = False
 
     @property

@@ -126,6 +126,9 @@ def _moving(job: Job, launch: Launch) -> dict[str, float]:
     """Return what comes and goes within a step, at the moment of the step that takes most."""
     shapes, trained = job.shapes, trained_bytes(job, launch)
     gradients = job.trainable * _gradient_bytes(job, launch) / launch.state_shards
+    if job.drawn:
+        # of each row apart, and their sum so far
+        gradients += 4.0 * job.trainable * (job.rows + 1)
     stored, head = activations.stored(job, launch), _head(job, launch)
     # all gradients are there while a later micro-batch has its activations
     before = gradients if launch.kind in ENGINES or job.accumulation > 1 else 0.0

@@ -40,7 +40,7 @@ def facts(
     needed, steps = memory.need(found), steps_of(job, launch, args, rows)
     mean = min(tokens or job.length, job.length)
     spent = hours.estimate(job, launch, card, steps, mean) if steps else None
-    a_step = job.rows * job.accumulation * launch.processes * mean
+    a_step = (job.drawn or job.rows * job.accumulation * launch.processes) * mean
     at_a_time = memory.rows_of_vllm(job, card.memory)
     fits = needed <= card.memory and at_a_time != 0
     longest = job.shapes.positions
@@ -78,7 +78,7 @@ def steps_of(job: Job, launch: Launch, args, rows: int | None) -> int | None:
         return args.max_steps
     if rows is None:
         return None
-    a_step = args.per_device_train_batch_size * job.accumulation * launch.processes
+    a_step = job.drawn or args.per_device_train_batch_size * job.accumulation * launch.processes
     if job.family == "policy_gradient":
         a_step = max(a_step / args.num_generations, 1 / 1024)
     return math.ceil(math.ceil(rows / a_step) * args.num_train_epochs)

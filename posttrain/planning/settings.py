@@ -88,6 +88,7 @@ def job_of(args, model_args, shapes: Shapes, length: int | None = None) -> Job:
         sleeps=bool(getattr(args, "vllm_enable_sleep_mode", False)),
         more_forwards=_more_forwards(args, family),
         twice=bool(getattr(args, "sam_rho", None)),
+        drawn=args.expected_batch_size if getattr(args, "draws_rows", False) else None,
         value_prompts=32 if getattr(args, "value", None) == "head" else 0,
     )
 

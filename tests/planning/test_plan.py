@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from posttrain import RobustDPOConfig, quiet
 from posttrain.cli import main
 from posttrain.errors import ConfigError
-from posttrain.planning import hours, plan
+from posttrain.planning import hours, memory, plan
 from posttrain.planning.cards import CARDS, card_of
 from posttrain.planning.job import Job, Launch
 from posttrain.planning.shapes import config_of, shapes_of
@@ -235,3 +235,25 @@ def test_steps_are_those_of_the_rows(tmp_path):
     job = Job(SMALL, "instructions", rows=4, length=8, accumulation=2)
     assert plan.steps_of(job, Launch("ddp", 2), Args, 33) == 2 * 3
     assert plan.steps_of(job, Launch(), Args, None) is None
+
+
+def test_steps_that_are_drawn_have_as_many_rows_on_average_as_are_expected(capsys):
+    found = planned(capsys, "dp_sft/ddp", "--rows", "100000", "--tokens", "500")
+    # 49 steps draw each of 100,000 rows once, 2048 of them at a time
+    assert (found["gpus"], found["steps"], found["tokens"]) == (8, 3 * 49, 3 * 49 * 2048 * 500)
+    # each card has an eighth of the rows, whatever its micro-batches hold
+    plain = Job(SMALL, "instructions", rows=256, length=500)
+    few = dataclasses.replace(plain, rows=8, drawn=2048)
+    spent = [hours.estimate(job, Launch("ddp", 8), CARDS["h100"], 10, 500).total for job in (plain, few)]
+    assert spent[0] == pytest.approx(spent[1])
+
+
+def test_gradients_of_rows_take_memory_with_the_rows():
+    # so many values train that their gradients are the most of a step
+    wide = dataclasses.replace(SMALL, adapter=200_000_000)
+
+    def needed(rows, **given):
+        job = Job(wide, "instructions", rows=rows, length=16, **given)
+        return sum(memory.phases(job, Launch(), 80e9)["training"].values())
+
+    assert needed(8, drawn=64) - needed(8) == pytest.approx(4.0 * 200_000_000 * 9, rel=0.05)
