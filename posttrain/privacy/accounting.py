@@ -12,6 +12,7 @@ INTERVAL = 1e-3
 # noise below it makes epsilon so large that its distribution does not fit into memory, and promises nothing
 LEAST_NOISE = 0.1
 _MOST_NOISE = 1e6
+_LITTLE_NOISE = 0.4
 # relative width within which the noise for an epsilon is found; it is taken from the upper end
 _TOLERANCE = 1e-6
 
@@ -144,6 +145,10 @@ def _epsilon(
 
 
 def _by_losses(kinds, delta: float, neighbours: str, interval: float) -> float:
+    if min(kind.noise_multiplier for kind, _ in kinds) < _LITTLE_NOISE:
+        # losses so large that a fine grid of them would not fit into memory; rounding up stays an upper bound
+        uncapped = tuple((kind._replace(cap=None), steps) for kind, steps in kinds)
+        interval = max(interval, _by_divergences(uncapped, delta, "add_remove") * 1e-4)
     whole = None
     for kind, steps in kinds:
         part = _losses(kind, neighbours, interval).self_compose(steps)

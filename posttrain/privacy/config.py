@@ -8,6 +8,7 @@ from posttrain.checks import check_choice, check_holdable, plain
 from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
+from posttrain.privacy.accounting import LEAST_NOISE
 
 # above it an epsilon promises little
 _HIGH_EPSILON = 10.0
@@ -46,8 +47,8 @@ class PrivacyConfig:
     )
     noise_multiplier: float | None = setting(
         None,
-        "Standard deviation of a step's noise over clip_norm, above 0; the epsilon that it comes to is reported. Give "
-        "it or target_epsilon.",
+        "Standard deviation of a step's noise over clip_norm, 0.1 or more; the epsilon that it comes to is reported. "
+        "Give it or target_epsilon.",
         identity=True,
         card=True,
     )
@@ -133,10 +134,10 @@ class PrivacyConfig:
             )
         if epsilon is not None and not epsilon > 0:
             raise ConfigError(f"target_epsilon is {epsilon!r}; it must be a number above 0, such as 3, or inf.")
-        if sigma is not None and not 0 < sigma < math.inf:
+        if sigma is not None and not LEAST_NOISE <= sigma < math.inf:
             raise ConfigError(
-                f"noise_multiplier is {sigma!r}; it must be a finite number above 0. A run without noise promises "
-                "nothing, and says so by `target_epsilon: inf`."
+                f"noise_multiplier is {sigma!r}; it must be a finite number of {LEAST_NOISE} or more: with less, the "
+                "promise is worth nothing. A run without noise says so by `target_epsilon: inf`."
             )
         delta = self._number("target_delta")
         if delta is None or not 0 < delta < 1:

@@ -8,6 +8,7 @@ from posttrain.adapters import SIDE_FILE
 from posttrain.errors import EnvironmentIssue
 from posttrain.hub import clean_readme, push_checkpoint, push_run, write_model_card
 from posttrain.hub.base_model import adapter_config
+from posttrain.log import get_logger
 from posttrain.mechanisms.precision import same_precision
 from posttrain.privacy import promise as promises
 from posttrain.run import best, checkpoints, lock, run_folder, synced_reference, training_state
@@ -19,6 +20,7 @@ class SavingMixin:
 
     # where a checkpoint lies while it is saved
     _saved_in = None
+    _said_what_is_sent = False
     # the step at which training came to its end
     _finished_at: int | None = None
 
@@ -40,6 +42,14 @@ class SavingMixin:
         promise, folder = self.promise(), Path(self.args.output_dir)
         if promise is not None:
             promises.write(folder, promise)
+            senders = sorted(set(self.args.report_to or ()) - {"none", "tensorboard"})
+            if promise.withholds_metrics and senders and not self._said_what_is_sent:
+                self._said_what_is_sent = True
+                get_logger().warning(
+                    "report_to is %s: losses, norms and evaluations of private rows are logged there, without noise; "
+                    "the promise does not cover them",
+                    ", ".join(senders),
+                )
         else:
             # of a run whose place this one takes
             (folder / promises.FILE).unlink(missing_ok=True)

@@ -27,7 +27,7 @@ def test_one_of_epsilon_and_noise_is_needed_and_neither_has_a_default():
 
 
 def test_a_run_without_noise_has_to_say_that_it_promises_nothing():
-    with pytest.raises(ConfigError, match="A run without noise promises nothing, and says so by `target_epsilon: inf`"):
+    with pytest.raises(ConfigError, match="A run without noise says so by `target_epsilon: inf`"):
         make(target_epsilon=None, noise_multiplier=0)
     for epsilon in (math.inf, "inf", ".inf"):
         assert not make(target_epsilon=epsilon, clip_norm="inf").is_private
@@ -38,7 +38,10 @@ def test_a_run_without_noise_has_to_say_that_it_promises_nothing():
 
 REFUSED = [
     *(dict(target_epsilon=value) for value in (0, -1, math.nan, True, "x", [3], -math.inf, 10**400)),
-    *(dict(target_epsilon=None, noise_multiplier=value) for value in (-1.0, math.nan, math.inf, True, "1", 10**400)),
+    *(
+        dict(target_epsilon=None, noise_multiplier=value)
+        for value in (-1.0, 0.09, math.nan, math.inf, True, "1", 10**400)
+    ),
     *(dict(target_delta=value) for value in (0, 1, -1e-5, 1.5, math.nan, math.inf, None, True, "1e-5")),
     *(dict(clip_norm=value) for value in (0, -1.0, math.nan, None, False, "x")),
     *(dict(clipping=value) for value in ("per_layer", None, 1, "Flat")),
