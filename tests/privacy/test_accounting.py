@@ -122,12 +122,22 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
     assert epsilon([], DELTA) == 0.0
 
 
-@pytest.mark.slow
+def test_a_cap_is_bounded_by_how_rarely_it_is_reached_as_well():
+    """Another bound: a mechanism that differs from another with probability p has its epsilon at delta + (1 + e^eps) p."""
+    from scipy.stats import binom
+
+    capped = epsilon([PLAIN._replace(cap=170)], DELTA)
+    reached = PLAIN.steps * binom.sf(170, PLAIN.units, PLAIN.rate)
+    second = epsilon([PLAIN], DELTA - (1 + math.exp(capped)) * reached)
+    assert capped == pytest.approx(second, rel=0.03) and reached > 0
+
+
 def test_opacus_adds_up_to_the_same():
-    opacus = pytest.importorskip("opacus.accountants")
-    account = opacus.RDPAccountant()
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    account = RDPAccountant()
     account.history = [(1.0, 0.01, 1000)]
     assert account.get_epsilon(DELTA) == pytest.approx(epsilon([PLAIN], DELTA, "rdp"), abs=1e-5)
-    account = opacus.PRVAccountant()
+    account = PRVAccountant()
     account.history = [(1.0, 0.01, 1000)]
     assert epsilon([PLAIN], DELTA) <= account.get_epsilon(DELTA) == pytest.approx(1.838372, abs=1e-4)
