@@ -123,7 +123,7 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
 
 
 def test_a_cap_is_bounded_by_how_rarely_it_is_reached_as_well():
-    """Another bound: a mechanism that differs from another with probability p has its epsilon at delta + (1 + e^eps) p."""
+    """Another bound: what differs from a mechanism with probability p has its epsilon at delta + (1 + e^epsilon) p."""
     from scipy.stats import binom
 
     capped = epsilon([PLAIN._replace(cap=170)], DELTA)
