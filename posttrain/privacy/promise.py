@@ -1,16 +1,20 @@
 """What a run promises about its rows, in a file beside its weights: read for the card, and before anything leaves."""
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.errors import DataError
-from posttrain.privacy.audit import Audit
-from posttrain.privacy.ledger import Ledger
 from posttrain.saved import read_json
 from posttrain.tables import format_table
 from posttrain.whole_files import replace
+
+if TYPE_CHECKING:
+    from posttrain.privacy.audit import Audit
+    from posttrain.privacy.ledger import Ledger
 
 FILE = "posttrain_privacy.json"
 # of a run's folder: figures computed from rows without noise
@@ -62,7 +66,7 @@ class Promise(NamedTuple):
     audit: dict | None
 
     @classmethod
-    def of(cls, privacy, ledger: Ledger, found: Audit | None = None) -> "Promise":
+    def of(cls, privacy, ledger: Ledger, found: Audit | None = None) -> Promise:
         """Gather what a run's settings, ledger and audit say."""
         kind, private = ledger.kind, privacy.is_private
         return cls(

@@ -140,8 +140,10 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
         return loss
 
     def _record(self, mode: str, outputs, inputs: dict, losses: Tensor, real: Tensor) -> None:
-        means, mask = self._means[mode], outputs.label_mask & real.unsqueeze(1)
-        means.add("nll/row", losses, real & torch.isfinite(losses))
+        # a row that is no number would make every mean one
+        known = real & torch.isfinite(losses)
+        means, mask = self._means[mode], outputs.label_mask & known.unsqueeze(1)
+        means.add("nll/row", losses, known)
         if outputs.entropy is not None:
             means.add("entropy", outputs.entropy, mask)
         if outputs.is_top1 is not None:

@@ -98,12 +98,18 @@ def test_the_unit_is_a_person_where_a_column_says_so(tiny_folder, tmp_path):
 
 
 def test_a_loss_that_couples_rows_is_refused_at_construction(tiny_folder, tmp_path, monkeypatch):
+    own = dp_sft.row_losses
+
     def over_all_tokens(logps, mask):
         return -torch.where(mask, logps, 0.0).sum(dim=1) / mask.sum()
 
-    monkeypatch.setattr(dp_sft, "row_losses", over_all_tokens)
-    with pytest.raises(ConfigError, match="the model or its loss couples rows"):
-        build(tiny_folder, tmp_path)
+    def by_a_little(logps, mask):
+        return own(logps, mask) * (1 + 0.01 * len(logps))
+
+    for coupled in (over_all_tokens, by_a_little):
+        monkeypatch.setattr(dp_sft, "row_losses", coupled)
+        with pytest.raises(ConfigError, match="the model or its loss couples rows"):
+            build(tiny_folder, tmp_path)
 
 
 @pytest.mark.slow
