@@ -63,9 +63,11 @@ class GradientCanaries:
         self._secret = secret
         places, more = np.empty(0, dtype=np.int64), 0
         while len(places) < self.count:
-            drawn = random_numbers(secret, f"places {more}", 2 * self.count) % np.uint64(self.values)
-            _, first = np.unique(np.concatenate([places, drawn.astype(np.int64)]), return_index=True)
-            places = np.concatenate([places, drawn.astype(np.int64)])[np.sort(first)][: self.count]
+            more_places = random_numbers(secret, f"places {more}", 2 * self.count) % np.uint64(self.values)
+            tried = np.concatenate([places, more_places.astype(np.int64)])
+            # the first of each, in the order drawn
+            _, first = np.unique(tried, return_index=True)
+            places = tried[np.sort(first)][: self.count]
             more += 1
         self.places = torch.from_numpy(places)
         self.included = random_numbers(secret, "coins", self.count) % np.uint64(2) == 1
