@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer
 
+from posttrain.config.setting import identity_of
 from posttrain.errors import DivergedError
 from posttrain.log import get_logger
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.row_groups import CHOSEN, REJECTED
-from posttrain.mechanisms.window import Window, gather_rows
+from posttrain.mechanisms.window import Window, count_rows, gather_rows
 from posttrain.objectives import preference
+from posttrain.run.private import UNITS, PrivateRun
+from posttrain.trainers.preference import private
 from posttrain.trainers.preference.mixin import PreferenceMixin
 from posttrain.trainers.preference.robust_dpo_config import NEEDS_FLIP_RATE, RobustDPOConfig
 
@@ -58,12 +61,56 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         },
     }
 
-    def __init__(self, *args, **kwargs):
+    # a step's rows, for the loss that is logged
+    _step_rows = 1
+
+    def __init__(self, *args, privacy=None, **kwargs):
+        self.privacy, self._plan = privacy, None
+        # stands on Trainer.loss_is_scaled_for_ga: a private step is divided once, by the expected number of units
+        self.loss_is_scaled_for_ga = privacy is not None
         super().__init__(*args, **kwargs)
         method = "dr_dpo" if self.args.reduction == "dr_dpo" else self.args.pair_loss
         self._paper = self._papers.get(method, DPOTrainer._paper)
         self._objective, self._unscored = None, None
         self._few_pairs_logs = 0
+
+    def _check_settings(self, model, args, peft_config):
+        if self.privacy is not None:
+            private.settle(args, self.privacy)
+        model, args, config = super()._check_settings(model, args, peft_config)
+        if self.privacy is not None:
+            private.check_model(args, model, config, peft_config)
+        self._given = args
+        return model, args, config
+
+    def _begin(self, ready) -> None:
+        super()._begin(ready)
+        if self.privacy is not None:
+            self._plan = private.planned(self._given, self.privacy, ready.train_dataset)
+
+    def _complete(self, ready) -> None:
+        super()._complete(ready)
+        if self.privacy is None:
+            return
+        # pairs of which max_length leaves nothing are gone by now
+        units = private.units_of(self.privacy, self.train_dataset)
+        if self._plan.units != len(units):
+            self._plan = private.planned(self.args, self.privacy, self.train_dataset)
+        made_up = private.made_up(self.model)
+        known = ("ref_chosen_logps", "ref_rejected_logps", "flip_rate")
+        beside = {name: 0.0 for name in known if name in self.train_dataset.column_names}
+        made_up = [row | beside for row in made_up]
+        self._private = PrivateRun(self, self.privacy, self._plan, units, made_up[0], made_up)
+
+    def own_identity(self) -> dict:
+        if self.privacy is None:
+            return super().own_identity()
+        return super().own_identity() | identity_of(self.privacy) | {"privacy_units": self._plan.units}
+
+    def unit_losses(self, model, batch: dict) -> Tensor:
+        """Return the loss of each pair of a batch, (B,)."""
+        scores, reference = self.score(model, batch), self.compute_ref_log_probs(model, batch)
+        return self.pair_losses(scores.chosen_logps - reference[0], scores.rejected_logps - reference[1], batch)
 
     @property
     def _rescales(self) -> bool:
@@ -91,6 +138,11 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
         super().prepare_window(batches, window)
+        if self._private is not None:
+            for batch in batches:
+                # a pair that is there for its shape belongs to nobody
+                batch["real_rows"] = batch["real_rows"] if batch[UNITS].numbers else 0
+            self._step_rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
         if not self.args.weighs_pairs or self.args.dr_dpo_scope == "micro_batch":
             return
         self._window = window
@@ -152,6 +204,9 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         return torch.cat(losses)
 
     def reduce_pairs(self, losses: Tensor, inputs: dict, mode: str) -> Tensor:
+        if mode == "train" and self._private is not None:
+            # a pair that is no number is counted with its gradient, and stops nothing
+            return torch.where(torch.isfinite(losses) & self.is_real(inputs), losses, 0.0).sum()
         if mode == "eval" or not self.args.weighs_pairs:
             return super().reduce_pairs(losses, inputs, mode)
         if "pair_coefficients" not in inputs or self.args.dr_dpo_scope == "micro_batch":
@@ -184,6 +239,9 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
             batches, self._unscored = self._unscored, None
             self._weigh_window(batches)
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._private is not None:
+            # the mean over the step's pairs, once the Trainer has added up micro-batches and averaged ranks
+            return loss * self.accelerator.num_processes / max(self._step_rows, 1)
         if not self._rescales:
             return loss
         if not self.accelerator.sync_gradients:

@@ -72,8 +72,16 @@ class RobustDPOConfig(PreferenceConfig, DPOConfig):
         card=True,
     )
 
+    # set by a trainer with privacy: units are drawn, and micro-batches follow from the largest draw
+    draws_pairs: ClassVar[bool] = False
+
     replaces: ClassVar = {"loss_type": ("pair_loss",), "pair_loss": ("loss_type",)}
     says: ClassVar = ("pair_loss", "flip_rate")
+
+    @property
+    def known_later(self) -> tuple[str, ...]:
+        given = "gradient_accumulation_steps" in self._written or not self.draws_pairs
+        return () if given else ("gradient_accumulation_steps",)
 
     @property
     def weighs_pairs(self) -> bool:

@@ -1,0 +1,110 @@
+"""Private preference training: what it refuses, and its steps. The unit is a pair, or all pairs of a person."""
+
+from peft import LoraConfig, PeftModel
+
+from posttrain.data import objects
+from posttrain.errors import ConfigError, DataError
+from posttrain.privacy.config import PrivacyConfig
+from posttrain.privacy.plan import Plan, plan
+from posttrain.privacy.sampling import rows_by_unit
+from posttrain.run.engines import sharding
+from posttrain.trainers.preference.robust_dpo_config import RobustDPOConfig
+
+# of the trainer's settings: values that a private run may have, and what others would do
+_REFUSED = (
+    ("reduction", ("mean",), "weighs each pair by the others of its step"),
+    ("prefix_sharing", ("auto", "never"), "packs pairs into one sequence, whose gradients are not apart"),
+    ("fp16", (False, None), "scales gradients by what the rows before them were; use bf16"),
+    ("torch_compile", (False, None), "would compile past the layers that gradients of rows are taken in"),
+    ("auto_find_batch_size", (False,), "takes steps again"),
+    ("load_best_model_at_end", (False,), "chooses weights by an evaluation, which the promise does not cover"),
+    ("gradient_agreement", (None,), "leaves out micro-batches by what their rows are"),
+    ("sam_rho", (0, 0.0), "moves the weights by a gradient without noise"),
+    ("refactor_every", (0, None), "puts other matrices in the place of those that gradients of rows are taken of"),
+    ("dataloader_drop_last", (False,), "has no meaning for rows that are drawn"),
+    ("train_sampling_strategy", ("random",), "has no meaning for rows that are drawn"),
+)
+
+
+def settle(args, privacy) -> None:
+    """Refuse settings with which pairs are not apart, and put what follows from privacy in place; ConfigError."""
+    if not isinstance(privacy, PrivacyConfig):
+        raise ConfigError(f"privacy is a {type(privacy).__name__}; it must be a PrivacyConfig, or None.")
+    if not isinstance(args, RobustDPOConfig):
+        raise ConfigError(f"args is a {type(args).__name__} beside privacy; it must be a RobustDPOConfig then.")
+    args.draws_pairs = True
+    if args.max_grad_norm and "max_grad_norm" in args._written:
+        raise ConfigError(
+            f"max_grad_norm is {args.max_grad_norm}, which would cut the noisy gradient, its noise and all; clip_norm "
+            "cuts each unit's. Leave max_grad_norm out in a private run."
+        )
+    args.max_grad_norm = 0.0
+    for name, neutral, why in _REFUSED:
+        value = getattr(args, name)
+        if value not in neutral:
+            raise ConfigError(f"{name} is {value}, which {why}. Leave {name} out in a private run.")
+    args.prefix_sharing = "never"
+    engine = sharding(args)
+    if engine:
+        raise ConfigError(
+            f"the run is launched under {engine}, which reduces gradients before they are clipped. Launch one process, "
+            "or several without it."
+        )
+
+
+def check_model(args, model, config, peft_config) -> None:
+    """Refuse models and adapters of which gradients of rows are not to be had. Raises ConfigError."""
+    if not isinstance(peft_config, LoraConfig) and not isinstance(model, PeftModel):
+        raise ConfigError(
+            "there is no LoRA to train, and gradients of rows are taken of its matrices alone. Pass a LoraConfig as "
+            "peft_config (`use_peft: true` in a recipe)."
+        )
+    text = config.get_text_config()
+    if hasattr(text, "output_router_logits") and getattr(args, "router_aux_loss_coef", 0.0) != 0.0:
+        raise ConfigError(
+            "the model is a mixture of experts, whose auxiliary loss is of the tokens of all rows together. Set "
+            "`router_aux_loss_coef: 0.0`."
+        )
+
+
+def units_of(privacy: PrivacyConfig, dataset):
+    """Return the pairs of each unit of privacy; DataError where the column is missing, or a pair has no value in it."""
+    column = privacy.privacy_unit_column
+    if column is not None and column not in objects.names_of(dataset):
+        raise DataError(
+            f"train_dataset has no column {column}, which privacy_unit_column names. Found: "
+            f"{', '.join(objects.names_of(dataset))}."
+        )
+    values = None if column is None else dataset[column]
+    return rows_by_unit(values, len(dataset), column or "privacy_unit_column")
+
+
+def planned(args, privacy: PrivacyConfig, dataset) -> Plan:
+    """Plan the steps on a data set; `gradient_accumulation_steps` follows from it where it was left out."""
+    if not hasattr(dataset, "__len__"):
+        raise ConfigError(
+            "train_dataset is a stream, of which nobody knows how many units it has, and so how likely one is in a "
+            "step. Give a datasets.Dataset."
+        )
+    written = "gradient_accumulation_steps" in args._written
+    made = plan(
+        privacy,
+        len(units_of(privacy, dataset)),
+        rows=args.per_device_train_batch_size,
+        ranks=args.world_size,
+        accumulation=args.gradient_accumulation_steps if written else None,
+        max_steps=args.max_steps,
+        epochs=args.num_train_epochs,
+    )
+    args.gradient_accumulation_steps = made.micro_batches
+    return made
+
+
+def made_up(model) -> list[dict]:
+    """Return two pairs of made-up tokens, of unequal lengths."""
+    size = model.config.get_text_config().vocab_size
+    ids = [(7 * place + 3) % size for place in range(16)]
+    return [
+        {"prompt_ids": ids[:3], "chosen_ids": ids[3:6], "rejected_ids": ids[6:8]},
+        {"prompt_ids": ids[8:10], "chosen_ids": ids[10:12], "rejected_ids": ids[12:16]},
+    ]
