@@ -26,6 +26,9 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
     minimum, over the pairs of the optimiser step's global batch: it does not depend on micro-batches, ranks or padding.
     With `flip_rate: 0`, or `beta_prime: .inf`, it is TRL's DPO bit for bit (on full windows).
 
+    Args (by name, beside TRL's):
+        privacy: a `PrivacyConfig`, which makes the run differentially private for each pair, or a person's pairs.
+
     Raises:
         ConfigError, DataError: (ValueErrors) missing columns, a model with attention dropout or an auxiliary loss, a
             reference that is not the policy's start; all but the last before the model loads.
@@ -66,8 +69,9 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     def __init__(self, *args, privacy=None, **kwargs):
         self.privacy, self._plan = privacy, None
-        # stands on Trainer.loss_is_scaled_for_ga: a private step is divided once, by the expected number of units
-        self.loss_is_scaled_for_ga = privacy is not None
+        if privacy is not None:
+            # stands on Trainer.loss_is_scaled_for_ga: a private step is divided once, by the expected number of units
+            self.loss_is_scaled_for_ga = True
         super().__init__(*args, **kwargs)
         method = "dr_dpo" if self.args.reduction == "dr_dpo" else self.args.pair_loss
         self._paper = self._papers.get(method, DPOTrainer._paper)
