@@ -8,6 +8,7 @@ from posttrain.privacy.config import PrivacyConfig
 from posttrain.privacy.plan import Plan, plan
 from posttrain.privacy.sampling import rows_by_unit
 from posttrain.run.engines import sharding
+from posttrain.run.private import PrivateRun
 from posttrain.trainers.preference.robust_dpo_config import RobustDPOConfig
 
 # of the trainer's settings: values that a private run may have, and what others would do
@@ -98,6 +99,20 @@ def planned(args, privacy: PrivacyConfig, dataset) -> Plan:
     )
     args.gradient_accumulation_steps = made.micro_batches
     return made
+
+
+def begin(trainer, privacy: PrivacyConfig, plan: Plan) -> tuple[Plan, PrivateRun]:
+    """Make a trainer's steps private, once its model and its tokenised pairs are there; return their plan and them.
+
+    `plan`: of the pairs as they were given; those of which `max_length` leaves nothing are gone by now.
+    """
+    dataset = trainer.train_dataset
+    units = units_of(privacy, dataset)
+    if plan.units != len(units):
+        plan = planned(trainer.args, privacy, dataset)
+    beside = ("ref_chosen_logps", "ref_rejected_logps", "flip_rate")
+    rows = [row | {name: 0.0 for name in beside if name in dataset.column_names} for row in made_up(trainer.model)]
+    return plan, PrivateRun(trainer, privacy, plan, units, rows[0], rows)
 
 
 def made_up(model) -> list[dict]:

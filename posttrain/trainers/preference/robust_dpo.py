@@ -13,7 +13,7 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.row_groups import CHOSEN, REJECTED
 from posttrain.mechanisms.window import Window, count_rows, gather_rows
 from posttrain.objectives import preference
-from posttrain.run.private import UNITS, PrivateRun
+from posttrain.run.private import UNITS
 from posttrain.trainers.preference import private
 from posttrain.trainers.preference.mixin import PreferenceMixin
 from posttrain.trainers.preference.robust_dpo_config import NEEDS_FLIP_RATE, RobustDPOConfig
@@ -94,17 +94,8 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     def _complete(self, ready) -> None:
         super()._complete(ready)
-        if self.privacy is None:
-            return
-        # pairs of which max_length leaves nothing are gone by now
-        units = private.units_of(self.privacy, self.train_dataset)
-        if self._plan.units != len(units):
-            self._plan = private.planned(self.args, self.privacy, self.train_dataset)
-        made_up = private.made_up(self.model)
-        known = ("ref_chosen_logps", "ref_rejected_logps", "flip_rate")
-        beside = {name: 0.0 for name in known if name in self.train_dataset.column_names}
-        made_up = [row | beside for row in made_up]
-        self._private = PrivateRun(self, self.privacy, self._plan, units, made_up[0], made_up)
+        if self.privacy is not None:
+            self._plan, self._private = private.begin(self, self.privacy, self._plan)
 
     def own_identity(self) -> dict:
         if self.privacy is None:
