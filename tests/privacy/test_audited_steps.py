@@ -56,6 +56,8 @@ def test_a_right_step_and_faults_are_told_apart_but_once_in_a_million():
     assert audited.chance_of_a_false_alarm(PROMISE, NOISE, 1.0, COUNT, DELTA) < 1e-8
     assert audited.chance_of_a_miss(PROMISE, NOISE / 4 * 1.01, 1.0, COUNT, DELTA) < 1e-6
     assert audited.chance_of_a_miss(PROMISE, NOISE, 10.0, COUNT, DELTA) < 1e-6
+    # and a right step is seen
+    assert audited.chance_of_a_miss(0.2, NOISE * 1.01, 1.0, COUNT, DELTA) < 1e-6
     # half of the noise is not: the noise's deviation is measured for itself
     assert audited.chance_of_a_miss(PROMISE, NOISE / 2, 1.0, COUNT, DELTA) > 0.1
 
@@ -63,7 +65,7 @@ def test_a_right_step_and_faults_are_told_apart_but_once_in_a_million():
 @pytest.mark.parametrize("kind", ["flat", "automatic"])
 def test_a_right_step_stays_below_its_promise(kind):
     found = found_in_one_step(clipping=kind)
-    assert 0.3 < found.lower_bound < PROMISE and found.canaries == COUNT
+    assert 0.2 < found.lower_bound < PROMISE and found.canaries == COUNT
 
 
 def test_clipping_that_is_left_out_is_found(monkeypatch):
@@ -135,6 +137,8 @@ class Layer(nn.Module):
 
 
 STEPS, USUAL, LONG = 400, 24, 100
+# of 100 coins: 40 right guesses of 40 give a bound of 2.0, and 20 of 20, which luck gives once in a million, 1.3
+SEEN = 1.5
 
 
 def found_over_rows(couples=False, moves=True, noise=NOISE, steps=STEPS):
@@ -164,7 +168,7 @@ def test_a_long_row_is_bounded_where_each_rows_loss_is_its_own():
     assert audited.chance_of_a_false_alarm(PROMISE, NOISE, 1.0, STEPS, DELTA) < 1e-6
     assert found_over_rows().lower_bound < PROMISE
     # and it is seen, where there is no noise
-    assert found_over_rows(noise=0.0, steps=100).lower_bound > 1
+    assert found_over_rows(noise=0.0, steps=100).lower_bound > SEEN
 
 
 def test_a_loss_that_couples_rows_is_found():
@@ -176,4 +180,4 @@ def test_a_loss_that_couples_rows_is_found():
 
 def test_an_adapter_that_never_moves_is_no_proof_of_privacy():
     """Its bound is below any promise: what is red is the control, in which nothing is seen without noise either."""
-    assert found_over_rows(moves=False, noise=0.0, steps=100).lower_bound == 0.0
+    assert found_over_rows(moves=False, noise=0.0, steps=100).lower_bound < SEEN
