@@ -66,6 +66,7 @@ class Method:
         forwards: settings of a run that has other forwards than those that are backpropagated.
         recipes: by recipe, settings with which it trains `embedded:tiny` on what is at hand.
         laid_out: ways to lay rows out in steps.
+        plain_lora: whether it trains a plain LoRA and no other adapter.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Method:
     padded: Mapping = field(default_factory=dict)
     forwards: Mapping = field(default_factory=dict)
     recipes: Mapping[str, Mapping] = field(default_factory=dict)
+    plain_lora: bool = False
     laid_out: Sequence[Mapping] = (
         dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=1.5),
         dict(per_device_train_batch_size=4, gradient_accumulation_steps=1),
@@ -774,6 +776,7 @@ PEOPLE = NOISELESS | dict(people=4, rows_per_unit=2, privacy_unit_column="person
 
 dp_sft = Method(
     name="dp_sft",
+    plain_lora=True,
     config=DPSFTConfig,
     refused=(
         dict(),
@@ -944,3 +947,5 @@ allora = Method(
 # of every method and preset, as the families' folders make them public
 CONFIGS = [getattr(posttrain, name) for name in posttrain.__all__ if name.endswith("Config")]
 METHODS = {method.name: method for method in (robust_dpo, a_lol, policy_gradient, noisy_sft, dp_sft, gift_sw, allora)}
+# recipes that train any adapter
+ADAPTED = [recipe for method in METHODS.values() if not method.plain_lora for recipe in method.recipes]

@@ -16,8 +16,8 @@ from posttrain.paths import configs_dir, recipes_dir
 from posttrain.run import report
 from posttrain.run.row_scales import RowScales
 from tests.distributed.worker import in_parts, snapshot
-from tests.families import METHODS
-from tests.recipe.in_process import RECIPES, words
+from tests.families import ADAPTED, METHODS
+from tests.recipe.in_process import words
 
 RUN = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4)
 SETTINGS = {recipe: given for method in METHODS.values() for recipe, given in method.recipes.items()}
@@ -65,7 +65,7 @@ def main(folder: str, out: str) -> None:
     out, seen = Path(out), in_parts(RowScales)
     changes, parts = runs(folder, out), {}
     parts["runs"], seen[:] = list(seen), []
-    for name in RECIPES:
+    for name in ADAPTED:
         recipe(name, out)
         parts[name], seen[:] = list(seen), []
     if int(os.environ["RANK"]) == 0:

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.adapters.allora import ALLoRAConfig
 from posttrain.models import resolve_model
 from tests.distributed.allora import RUN
-from tests.families import METHODS
-from tests.recipe.in_process import RECIPES
+from tests.families import ADAPTED, METHODS
 from tests.runs import distance
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +52,7 @@ def test_two_processes_make_the_update_of_one(name, launch, single):
 
 def test_under_zero3_parameters_are_empty_outside_their_modules(launch):
     backend, told, *_ = launch
-    assert set(told) == {"runs", *RECIPES} and all(told.values())
+    assert set(told) == {"runs", *ADAPTED} and all(told.values())
     for seen in told.values():
         whole, empty = seen[0][1], max(empty for empty, _ in seen)
         # between steps a few may have been fetched ahead
@@ -75,7 +74,7 @@ def test_plain_peft_loads_what_it_has_saved(launch, tiny_folder):
     assert ALLoRAConfig.from_pretrained(folder).eta == 2.0
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ADAPTED)
 def test_every_recipe_trains_with_it(recipe, launch, monkeypatch):
     run = launch[3] / recipe
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from posttrain.adapters.allora import ALLoRAConfig
 from posttrain.models import resolve_model
 from posttrain.paths import configs_dir, recipes_dir
-from tests.families import METHODS
-from tests.recipe.in_process import RECIPES, words
+from tests.families import ADAPTED, METHODS
+from tests.recipe.in_process import words
 
 SETTINGS = {recipe: given for method in METHODS.values() for recipe, given in method.recipes.items()}
 RUN = dict(
@@ -44,8 +44,7 @@ def recipe(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.core("a_lol-gradient")
 @pytest.mark.parametrize("form", ["gradient", "update"])
-# gradients of rows are those of a plain LoRA
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "dp_sft"])
+@pytest.mark.parametrize("name", ADAPTED)
 def test_a_recipe_trains_with_it_and_plain_peft_loads_what_it_saves(name, form, recipe, tmp_path):
     out, _ = recipe(name, allora_form=form)
     assert "Saved to run" in out
