@@ -3,17 +3,17 @@
     python scripts/evidence/dp.py --seeds 10                            # small model, made-up people and secrets
     python scripts/evidence/dp.py --data ../shared/data --stage hh      # SmolLM2, chosen HH answers, 2 seeds
 
-Every cell is one training run. The small model is taught to reverse lists of words by the rows of made-up people, eight
-of each; the unit of privacy is a row or a person, the rows of a step and how likely each is are the same. Among the
-rows are secrets, made-up prompts with answers of random words: each of ten people has one in one of their rows (`once`),
-and each of ten others has one and the same in all of theirs (`often`), which is what a promise to rows does not
-cover. SmolLM2 learns chosen HH answers of at most 96 tokens; its rows are nobody's, a secret stands in one row or in
-eight, and B alone is trained.
+Every cell is one training run. The small model is taught to reverse lists of words by the rows of made-up people,
+eight of each; the unit of privacy is a row or a person, the rows of a step and how likely each is are the same. Among
+the rows are secrets, made-up prompts with answers of random words: each of ten people has one in one row (`once`), and
+each of ten others has one and the same in all rows (`often`), which a promise to rows does not cover. SmolLM2 learns
+chosen HH answers of at most 96 tokens; its rows are nobody's, and a secret stands in one row or in eight. Of each LoRA
+B alone is trained.
 
 Arms: `base`, the model before training; `plain`, training without clipping and noise; `inf`, clipped rows without
 noise; and epsilon 8, 3, 1 at delta 1e-5. Measured: loss of the held-out answers; of each secret the exposure, log2 of
 the number of candidates less log2 of its rank among them by the model's loss (The Secret Sharer, 1802.08232), which
-is 1.3 to 1.5 bits on average where nothing was learned of it; and, in runs of their own (`audit`), the lower bound on
+is 1.4 bits on average where nothing was learned of it; and, in runs of their own (`audit`), the lower bound on
 epsilon that canaries give in one run.
 
 Learning rates and clipping norms are the best of a few on another seed, by rows that are neither trained on nor held

@@ -6,7 +6,7 @@ import torch
 
 
 def facts_of(trainer) -> dict:
-    """What a private run was: its noise, what it spent, how much was clipped, and the audit's bound where it has one."""
+    """What a private run was: its noise, what it spent, how much was clipped, and the bound of an audit."""
     plan, log = trainer._private.plan, trainer.state.log_history
     found = {"steps": trainer.state.global_step, "noise_multiplier": round(plan.noise_multiplier or 0.0, 4)}
     for name in ("clipped_fraction", "gradient_norm", "units"):
@@ -29,9 +29,11 @@ def exposures(model, tokenizer, secrets: list[dict], batch: int = 64) -> list[fl
     The candidates are the secret and `others` to the same prompt, ordered by the loss of their tokens. Those that the
     model holds as likely as the secret count half: a model that knows nothing gives none of them away.
     """
-    found = []
+    found, rows, place = [], _tokenised(tokenizer, secrets), 0
     for secret in secrets:
-        losses = answer_losses(model, tokenizer, secret["prompt"], [secret["completion"], *secret["others"]], batch)
+        answers = rows[place : place + 1 + len(secret["others"])]
+        place += len(answers)
+        losses = answer_losses(model, answers, batch)
         own, others = losses[0], losses[1:]
         rank = 1 + (others < own).sum().item() + (others == own).sum().item() / 2
         found.append(round(math.log2(len(losses)) - math.log2(rank), 4))
@@ -39,12 +41,12 @@ def exposures(model, tokenizer, secrets: list[dict], batch: int = 64) -> list[fl
 
 
 @torch.no_grad()
-def answer_losses(model, tokenizer, prompt, answers: list, batch: int) -> torch.Tensor:
-    """Negative log-likelihood of each answer to one prompt, summed over its tokens and the end of it, in nats.
+def answer_losses(model, rows: list[tuple[list[int], list[int]]], batch: int = 64) -> torch.Tensor:
+    """Negative log-likelihood of each answer, summed over its tokens, in nats.
 
-    The prompt is forwarded once for each batch of answers.
+    rows: tokens of the prompt, the same in all, and of the answer. The prompt is forwarded once for each batch.
     """
-    start, rows = _tokenised(tokenizer, prompt, answers)
+    start, rows = rows[0][0], [answer for _, answer in rows]
     found = []
     for place in range(0, len(rows), batch):
         part = rows[place : place + batch]
@@ -63,12 +65,23 @@ def answer_losses(model, tokenizer, prompt, answers: list, batch: int) -> torch.
     return torch.cat(found)
 
 
-def _tokenised(tokenizer, prompt, answers: list) -> tuple[list[int], list[list[int]]]:
-    """Tokens of the prompt, and of each answer with its end, as the trainer has them."""
+def _tokenised(tokenizer, secrets: list[dict]) -> list[tuple[list[int], list[int]]]:
+    """Tokens of the prompt and of each answer with its end, as the trainer has them: the secret, then the others."""
     from evidence.noise import first_label, tokenised
 
-    rows = tokenised([{"prompt": prompt, "completion": answer} for answer in answers], tokenizer)
-    starts = {tuple(row["input_ids"][: first_label(row)]) for row in rows}
-    if len(starts) != 1:
-        raise RuntimeError(f"the tokens of a prompt are {len(starts)} sequences behind different answers")
-    return list(starts.pop()), [row["input_ids"][first_label(row) :] for row in rows]
+    texts = [
+        {"prompt": secret["prompt"], "completion": answer}
+        for secret in secrets
+        for answer in (secret["completion"], *secret["others"])
+    ]
+    found = [
+        (row["input_ids"][: first_label(row)], row["input_ids"][first_label(row) :])
+        for row in tokenised(texts, tokenizer)
+    ]
+    place = 0
+    for secret in secrets:
+        part = found[place : place + 1 + len(secret["others"])]
+        place += len(part)
+        if any(start != part[0][0] for start, _ in part):
+            raise RuntimeError("the tokens of a prompt differ with the answer behind it")
+    return found
