@@ -202,9 +202,7 @@ def report(section: str, seconds: dict[str, list[float]], memory: dict[str, floa
         rows.append(row | {"peak_mib": round(memory[name])})
         if arm in OURS:
             reached = round(harness.spread(ratios)[0], 4)
-            said = (
-                f"a {section if section == 'step' else 'trainer step'} of {arm} ({trained}) over a plain one, at most"
-            )
+            said = f"a step of {arm} ({trained}) over one of {BASELINES[section]}, at most"
             wanted = WANTED[trained]
             targets.append({"target": said, "wanted": wanted, "reached": reached, "met": reached <= wanted})
     lines = [
