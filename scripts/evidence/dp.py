@@ -7,7 +7,7 @@ Every cell is one training run. The small model is taught to reverse lists of wo
 eight of each; the unit of privacy is a row or a person, the rows of a step and how likely each is are the same. Among
 the rows are secrets, made-up prompts with answers of random words: each of ten people has one in one row (`once`), and
 each of ten others has one and the same in all rows (`often`), which a promise to rows does not cover. SmolLM2 learns
-chosen HH answers of at most 96 tokens; its rows are nobody's, and a secret stands in one row or in eight. Of each LoRA
+chosen HH answers of at most 144 tokens; its rows are nobody's, and a secret stands in one row or in eight. Of each LoRA
 B alone is trained.
 
 Arms: `base`, the model before training; `plain`, training without clipping and noise; `inf`, clipped rows without
@@ -102,9 +102,10 @@ class Small:
 class SmolLM2(noise.SmolLM2):
     """SmolLM2-135M-Instruct (Q4_1 dequantised) on chosen HH answers, a LoRA of rank 4 on queries and values."""
 
-    people, each, held_out, tokens = 1024, 8, 60, 96
+    # as many rows as people
+    people, each, held_out = 768, 8, 60
     secrets, candidates = 8, 127
-    step, epochs, micro, rank = 64, 1, 8, 4
+    step, epochs, micro, rank = 48, 1, 8, 4
     targets, clip_norm = ["q_proj", "v_proj"], 1.0
     rates = {"plain": 4e-3, "inf": 4e-3, "private": 4e-3}
     tried_rates, tried_norms = (2e-3, 4e-3, 8e-3), (1.0,)
