@@ -64,7 +64,7 @@ class Small:
     step, epochs, micro, rank, longest = 128, 6, 64, 8, 8
     targets, clip_norm = "all-linear", 0.5
     rates = {"plain": 8e-3, "inf": 8e-3, "private": 4e-3}
-    tried_rates, tried_norms = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.1, 0.5, 2.0)
+    tried_rates, tried_norms = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.5, 2.0)
 
     def __init__(self, folder: Path):
         self.folder = folder

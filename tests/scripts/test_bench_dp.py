@@ -76,6 +76,25 @@ def test_a_trainer_with_another_loss_ends_the_benchmark(bench):
 
 
 @pytest.mark.slow
+# what Opacus' hooks on modules without gradients of inputs say
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("engine", ["opacus_hooks", "opacus_ghost"])
+def test_opacus_has_our_gradient_and_our_noise(bench, engines, engine):
+    shape = bench.QUICK_SHAPE
+    assert bench.distance(engine, shape, False) < 1e-5 and bench.distance(engine, shape, True) < 1e-5
+    deviations = []
+    for name in (engine, "ours"):
+        still, noisy = (
+            engines.ENGINES[name](engines.make_model(shape, True), engines.make_rows(shape), 1.0, noise)
+            for noise in (0.0, 9.0)
+        )
+        still.gradient(), noisy.gradient()
+        gaps = [one.grad - other.grad for one, other in zip(noisy.parameters, still.parameters, strict=True)]
+        deviations.append(torch.cat([gap.flatten() for gap in gaps]).std().item())
+    assert deviations == pytest.approx([9.0 / shape.rows] * 2, rel=0.05)
+
+
+@pytest.mark.slow
 def test_the_benchmark_measures_every_side(bench, tmp_path, capsys, monkeypatch):
     # of processes of their own, whose imports take most of a minute
     monkeypatch.setattr(bench, "memory_of", lambda script, arm, args: 1.0)
