@@ -63,7 +63,8 @@ class Small:
     # rows of a step, and how often each row is seen
     step, epochs, micro, rank, longest = 128, 6, 64, 8, 8
     targets, clip_norm = "all-linear", 0.5
-    rates = {"plain": 8e-3, "inf": 8e-3, "private": 4e-3}
+    # without noise, and of private rows and people
+    rates = {"plain": 8e-3, "inf": 8e-3, "row": 4e-3, "person": 4e-3}
     tried_rates, tried_norms = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.5, 2.0)
 
     def __init__(self, folder: Path):
@@ -107,7 +108,7 @@ class SmolLM2(noise.SmolLM2):
     secrets, candidates = 8, 127
     step, epochs, micro, rank = 48, 1, 8, 4
     targets, clip_norm = ["q_proj", "v_proj"], 1.0
-    rates = {"plain": 4e-3, "inf": 4e-3, "private": 4e-3}
+    rates = {"plain": 4e-3, "inf": 4e-3, "row": 4e-3}
     tried_rates, tried_norms = (2e-3, 4e-3, 8e-3), (1.0,)
 
     def __init__(self, data: Path):
@@ -176,7 +177,7 @@ def make_trainer(source, cell: dict, base: str, rows: list[dict], run: str, rate
 
     arm, people = cell["arm"], cell["unit"] == "person"
     epsilon = math.inf if arm in ("plain", "inf") else float(arm)
-    kind = arm if arm in source.rates else "private"
+    kind = arm if arm in source.rates else cell["unit"]
     own = dict(privacy_unit_column="person", rows_per_unit=source.each) if people else {}
     args = DPSFTConfig(
         output_dir=run,
