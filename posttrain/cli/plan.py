@@ -4,6 +4,7 @@ import logging
 import runpy
 from pathlib import Path
 
+from posttrain.checks import shorten
 from posttrain.cli.train import methods
 from posttrain.console import say, say_json
 from posttrain.errors import ConfigError
@@ -80,14 +81,14 @@ def _count(name: str, text: str | None) -> int | None:
 def _found(name: str, method: str | None) -> tuple[Path, str]:
     """Return the config's path and the method whose recipe reads it."""
     path = Path(name)
-    if path.is_dir():
+    if _is_file(path) is False and len(name) < 256 and path.is_dir():
         raise ConfigError(f"config is {name!r}, a folder; give the YAML file in it.")
     shipped = configs_dir() / f"{name.removesuffix('.yaml')}.yaml"
-    if not path.is_file():
-        if ".." in path.parts or not shipped.is_file() or shipped.parent.name not in methods():
+    if not _is_file(path):
+        if ".." in path.parts or not _is_file(shipped) or shipped.parent.name not in methods():
             paths = (one for one in sorted(configs_dir().glob("*/*.yaml")) if one.parent.name in methods())
             known = ", ".join(f"{one.parent.name}/{one.stem}" for one in paths)
-            raise ConfigError(f"config is {name!r}: no such file, and none of the shipped ones: {known}.")
+            raise ConfigError(f"config is {shorten(name)}: no such file, and none of the shipped ones: {known}.")
         path = shipped
     method = (method or path.resolve().parent.name).replace("-", "_")
     if method not in methods():
@@ -107,11 +108,19 @@ def _launch(config: Path, name: str | None, gpus: int | None, nodes: int | None)
         name = config.stem if (folder / f"{config.stem}.yaml").is_file() else "single_gpu"
         if name in ("single_gpu", "cpu"):
             name = "ddp" if (gpus or 1) > 1 else "single_gpu"
-    path = Path(name) if Path(name).is_file() else folder / f"{name}.yaml"
-    if not path.is_file():
+    path = next((path for path in (Path(name), folder / f"{name}.yaml") if _is_file(path)), None)
+    if path is None:
         known = ", ".join(sorted(one.stem for one in folder.glob("*.yaml")))
-        raise ConfigError(f"launch is {name!r}: no such file, and none of the shipped ones: {known}.")
+        raise ConfigError(f"launch is {shorten(name)}: no such file, and none of the shipped ones: {known}.")
     return launches.read(path, gpus, nodes)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    # a name that is too long for one
+    except OSError:
+        return False
 
 
 def _settings(method: str, config: Path, given: list[str]) -> tuple:

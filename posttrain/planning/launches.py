@@ -1,11 +1,13 @@
 """A launch file of accelerate, read as a plan needs it."""
 
+import errno
 import json
 from pathlib import Path
 
 import yaml
 
 from posttrain import yaml_text
+from posttrain.checks import shorten
 from posttrain.errors import ConfigError
 from posttrain.planning.job import Launch
 
@@ -27,45 +29,73 @@ def read(path: str | Path, processes: int | None = None, machines: int | None = 
     engine, sharded = (parts.get(f"{name}_config") or {} for name in ("deepspeed", "fsdp"))
     if not (isinstance(engine, dict) and isinstance(sharded, dict) and "distributed_type" in parts):
         raise ConfigError(f"{path} is no launch file of accelerate, which names a distributed_type.")
-    stage = engine.get("zero_stage", 2)
+    named, stage = file["distributed_type"], engine.get("zero_stage", 2)
+    if named is False:
+        # what YAML makes of NO without quotes
+        named = "NO"
+    mixed = _choice(path, "mixed_precision", file.get("mixed_precision", "no"), ("no", "bf16", "fp16")) != "no"
     if "deepspeed_config_file" in engine:
-        engine, stage = _of_deepspeed(path, engine["deepspeed_config_file"])
-    kinds = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": f"zero{stage}"}
-    kind = kinds.get(str(file["distributed_type"]).strip('"').upper())
+        engine, stage, mixed = _of_deepspeed(path, engine["deepspeed_config_file"])
+    kinds = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero"}
+    kind = kinds.get(str(named).strip('"').upper())
+    if kind is None:
+        raise ConfigError(
+            f"{path}: a plan knows no distributed_type {shorten(named)}; it knows 'NO', MULTI_GPU, FSDP and DEEPSPEED, "
+            "all on accelerators."
+        )
     if kind == "fsdp2":
         _check_whole_sharding(path, sharded)
-    if kind not in ("single", "ddp", "zero2", "zero3", "fsdp2"):
-        raise ConfigError(
-            f"{path}: a plan knows no distributed_type {file['distributed_type']!r} of this kind; it "
-            "knows NO, MULTI_GPU, FSDP, and DEEPSPEED with ZeRO-2 or 3, all on accelerators."
-        )
-    whole = bool(sharded.get("fsdp_offload_params"))
+    if kind == "zero":
+        kind = "zero" + _choice(path, "ZeRO's stage", stage, ("2", "3"))
+    whole = (
+        _choice(path, "fsdp_offload_params", sharded.get("fsdp_offload_params"), ("true", "false", "none")) == "true"
+    )
+    devices = ("none", "cpu", "nvme")
+    off = {
+        part: _choice(path, f"offload_{part}_device", engine.get(f"offload_{part}_device"), devices) != "none"
+        for part in ("optimizer", "param")
+    }
     return of(
         kind,
         file.get("num_processes", 1) if processes is None else processes,
         file.get("num_machines", 1) if machines is None else machines,
-        mixed=str(file.get("mixed_precision", "no")) in ("bf16", "fp16"),
-        offloads_states=whole or engine.get("offload_optimizer_device", "none") != "none",
-        offloads_weights=whole or engine.get("offload_param_device", "none") != "none",
+        mixed=mixed,
+        offloads_states=whole or off["optimizer"],
+        offloads_weights=whole or off["param"],
     )
 
 
-def _of_deepspeed(path: str | Path, named) -> tuple[dict, object]:
-    """Return what a DeepSpeed config that a launch file names says, in a launch file's own words, and its stage."""
-    beside = Path(path).parent / str(named)
-    source = beside if beside.is_file() else Path(str(named))
+def _choice(path: str | Path, name: str, value, known: tuple[str, ...]) -> str:
+    """Return a value as accelerate reads it, by its text in small letters. Raises ConfigError for one not known."""
+    text = "no" if value is False and "no" in known else str(value).strip().lower()
+    if text not in known:
+        raise ConfigError(f"{path}: {name} is {shorten(value)}; a plan knows {', '.join(known)}.")
+    return text
+
+
+def _of_deepspeed(path: str | Path, named) -> tuple[dict, object, bool]:
+    """Return what a DeepSpeed config that a launch file names says, in a launch file's own words: settings, the stage,
+    and whether it computes in half precision.
+    """
     try:
-        content = json.loads(source.read_text())
+        beside = Path(path).parent / str(named)
+        source = beside if beside.is_file() else Path(str(named))
+        if not source.is_file():
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        content = json.loads(yaml_text.read(source))
         zero = content.get("zero_optimization") or {}
         found = {
-            f"{ours}_device": (zero.get(ours) or {}).get("device", "none")
-            for ours in ("offload_optimizer", "offload_param")
+            f"{part}_device": (zero.get(part) or {}).get("device", "none")
+            for part in ("offload_optimizer", "offload_param")
         }
-        return found, zero.get("stage", 0)
+        half = any((content.get(name) or {}).get("enabled") is True for name in ("bf16", "fp16"))
+        return found, zero.get("stage", 0), half
     except OSError as error:
-        raise ConfigError(f"{path}: deepspeed_config_file {named} cannot be read: {error.strerror}.") from None
-    except (ValueError, AttributeError, RecursionError):
-        raise ConfigError(f"{path}: deepspeed_config_file {named} is no DeepSpeed config that can be read.") from None
+        raise ConfigError(f"{path}: deepspeed_config_file {shorten(named)} cannot be read: {error.strerror}.") from None
+    except (ValueError, AttributeError, RecursionError, yaml.YAMLError):
+        raise ConfigError(
+            f"{path}: deepspeed_config_file {shorten(named)} is no DeepSpeed config that can be read."
+        ) from None
 
 
 def _check_whole_sharding(path: str | Path, sharded: dict) -> None:

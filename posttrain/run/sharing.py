@@ -41,10 +41,21 @@ def record_padding(means, attention_mask, packed) -> None:
     means.add_sum("tokens/padding_share", padding, forwarded)
 
 
+_left_out_cudnn = False
+
+
 def use_kernels(args, device: torch.device) -> None:
-    """Have torch's attention take the kernels that the settings leave it, in this process."""
-    if device.type == "cuda" and not args.cudnn_attention:
+    """Have torch's attention take the kernels that the settings leave it, in this process: the latest trainer's."""
+    global _left_out_cudnn
+    if device.type != "cuda":
+        return
+    if not args.cudnn_attention:
+        _left_out_cudnn = _left_out_cudnn or torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)
+    elif _left_out_cudnn:
+        # what an earlier trainer left out, and not the user
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        _left_out_cudnn = False
 
 
 def _shape_of_rows(trainer, config) -> dict:

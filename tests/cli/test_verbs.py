@@ -192,8 +192,21 @@ def test_a_dry_run_shows_no_bars(tiny_folder, tmp_path, capfd):
     assert "dataset" not in capfd.readouterr().err
 
 
-def test_a_merged_model_agrees_with_base_and_adapter(tiny_folder, adapter, tmp_path, capsys):
+@pytest.fixture
+def placings(monkeypatch):
+    """The models that were moved to where they are computed."""
+    from posttrain.adapters import loading
+
+    found, place = [], loading.placed
+    monkeypatch.setattr(loading, "placed", lambda model: found.append(model) or place(model))
+    # verbs that have taken the name
+    monkeypatch.setattr("posttrain.hub.merging.placed", loading.placed)
+    return found
+
+
+def test_a_merged_model_agrees_with_base_and_adapter(tiny_folder, adapter, tmp_path, capsys, placings):
     assert main(["merge", str(adapter), str(tmp_path / "merged"), "--dtype", "float32", "--json"]) == 0
+    assert len(placings) == 2, "the model with its adapter, and the merged one"
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["top1_agreement"] == 1.0 and facts["largest_logit_difference"] < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -206,13 +219,14 @@ def test_a_merged_model_agrees_with_base_and_adapter(tiny_folder, adapter, tmp_p
     assert "has no adapter_config.json" in capsys.readouterr().err
 
 
-def test_generate_answers_with_base_and_adapter(adapter, tmp_path, capsys):
+def test_generate_answers_with_base_and_adapter(adapter, tmp_path, capsys, placings):
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
     command = ["generate", "--adapter", str(adapter), "--max_new_tokens", "8", "--json"]
     assert main([*command, "--prompts", str(tmp_path / "prompts.txt"), "--prompt", "zero"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["prompt"] for row in rows] == ["zero", "one", "two"]
     assert any(row["base"] != row["adapter"] for row in rows)
+    assert len(placings) == 1
     assert main(command) == 2
     assert "no prompt was given" in capsys.readouterr().err
 

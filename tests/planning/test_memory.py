@@ -231,7 +231,7 @@ def test_launch_files_are_read_as_they_are_shipped():
     "text, said",
     [
         ("", "no launch file"), ("[1]", "no launch file"), ("a: [", "no YAML"), ("distributed_type: TPU", "knows no"),
-        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}", "knows no"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}", "a plan knows 2, 3"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: [3]", "no launch file"),
         ("distributed_type: MULTI_GPU\nnum_processes: 0", "gpus is 0"),
         ("distributed_type: MULTI_GPU\nnum_processes: true", "gpus is True"),

@@ -96,14 +96,35 @@ def test_launch_files_are_read_with_what_they_name(capsys, tmp_path):
     )
     found = planned(capsys, "robust_dpo/zero3", "--launch", str(file))
     assert found["launch"] == "zero3" and "fp32 masters" not in found["bytes"]["training"]
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
+    of_file = planned(capsys, "robust_dpo/zero3", "--launch", str(file))["needed_bytes"]
+    written = "distributed_type: DEEPSPEED\nnum_processes: 8\nmixed_precision: bf16\ndeepspeed_config:\n"
+    (tmp_path / "out.yaml").write_text(f"{written}  zero_stage: 3\n  offload_optimizer_device: null\n")
+    assert of_file == planned(capsys, "robust_dpo/zero3", "--launch", str(tmp_path / "out.yaml"))["needed_bytes"]
+    (tmp_path / "out.yaml").write_text(f"{written}  zero_stage: 3\n  offload_optimizer_device: gpuu\n")
+    assert "offload_optimizer_device is 'gpuu'" in refusal(
+        capsys, "robust_dpo/zero3", "--launch", str(tmp_path / "out.yaml")
+    )
+    (tmp_path / "out.yaml").write_text(f"{written}  zero_stage: auto\n")
+    assert "ZeRO's stage is 'auto'; a plan knows 2, 3" in refusal(
+        capsys, "robust_dpo/zero3", "--launch", str(tmp_path / "out.yaml")
+    )
+    assert "no such file" in refusal(capsys, "robust_dpo/zero3", "--launch", 5000 * "a")
+    (tmp_path / "out.yaml").write_text("distributed_type: NO\n")
+    assert planned(capsys, "robust_dpo/single_gpu", "--launch", str(tmp_path / "out.yaml"))["launch"] == "single"
+    for offload, parts in (("'false'", True), ("true", False)):
+        sharded = f"distributed_type: FSDP\nnum_processes: 8\nfsdp_config:\n  fsdp_offload_params: {offload}\n"
+        (tmp_path / "out.yaml").write_text(sharded)
+        found = planned(capsys, "robust_dpo/zero3", "--launch", str(tmp_path / "out.yaml"))
+        assert ("weights" in found["bytes"]["training"]) is parts
     (tmp_path / "ds.json").write_text("[]")
     assert "is no DeepSpeed config" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
     (tmp_path / "ds.json").unlink()
-    assert "ds.json cannot be read" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
+    assert "cannot be read: no such file" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
     file.write_text("distributed_type: FSDP\nnum_processes: 8\nfsdp_config:\n  fsdp_version: 1\n")
     assert "fsdp_version is 1; a plan knows 2 alone" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
     file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
-    assert "it knows NO, MULTI_GPU" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
+    assert "it knows 'NO', MULTI_GPU" in refusal(capsys, "robust_dpo/zero3", "--launch", str(file))
 
 
 def test_cards_have_the_names_that_drivers_and_shops_give_them():

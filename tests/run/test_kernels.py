@@ -68,6 +68,12 @@ def test_cudnn_is_taken_unless_the_settings_say_no(device, wanted, left):
         torch.backends.cuda.enable_cudnn_sdp(True)
         sharing.use_kernels(SimpleNamespace(cudnn_attention=wanted), torch.device(device))
         assert torch.backends.cuda.cudnn_sdp_enabled() is left
+        # the next trainer has what it asks for; what the user left out stays out
+        sharing.use_kernels(SimpleNamespace(cudnn_attention=True), torch.device(device))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        sharing.use_kernels(SimpleNamespace(cudnn_attention=True), torch.device(device))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 

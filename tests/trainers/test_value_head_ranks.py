@@ -45,6 +45,8 @@ def test_each_rank_trains_its_folds_and_gets_the_others(alone, tmp_path, monkeyp
     fitted, parts = [], {}
     fit = value_head.fit
     monkeypatch.setattr(value_head, "fit", lambda *given: fitted.append(given[6]) or fit(*given))
+    moved, move = [], value_head.on_device
+    monkeypatch.setattr(value_head, "on_device", lambda *given: moved.append(given[1]) or move(*given))
 
     def first_round(part):
         parts[len(parts)] = part
@@ -55,6 +57,7 @@ def test_each_rank_trains_its_folds_and_gets_the_others(alone, tmp_path, monkeyp
     for rank in range(2):
         trained(trainer(tmp_path / f"part{rank}", rank, 2))
     assert fitted == [0, 2, 1], "seeds, which are those of the folds: two on rank 0, one on rank 1"
+    assert moved == 2 * [torch.device("cpu")], "states are on the device once, before the first fold"
     monkeypatch.setattr(prompt_values, "gather_object", lambda part: parts[0] + parts[1])
     for rank in range(2):
         heads = trained(trainer(tmp_path / f"both{rank}", rank, 2))
