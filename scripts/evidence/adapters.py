@@ -130,7 +130,7 @@ class SmolLM2(noise.SmolLM2):
     """SmolLM2 of noise.py; the earlier task is the other data set, of which it is known before."""
 
     rates = {"adamw": 2e-4, "allora": 2e-4, "sgd": 0.1, "allora_sgd": 0.1, "ano": 2e-4}
-    tried = {"adamw": (2e-4,), "sgd": (0.05, 0.1, 0.2)}
+    tried = {"adamw": (2e-4,), "sgd": (0.5, 1.0, 2.0)}
     rank, step, earlier = 16, 4, 30
 
     def load(self, seed: int, size: str):
