@@ -45,11 +45,6 @@ def micro_batches(cap: int, rows_per_unit: int, micro_batch_size: int, ranks: in
     return math.ceil(math.ceil(cap / ranks) / (micro_batch_size // rows_per_unit))
 
 
-def draw_steps(epochs: float, units: int, expected: int) -> int:
-    """Return the number of steps that draw each unit `epochs` times on average."""
-    return max(1, math.ceil(epochs * units / expected))
-
-
 def rows_by_unit(values: Sequence | None, rows: int, column: str = "privacy_unit_column") -> Sequence[Sequence[int]]:
     """Return the rows of each unit of privacy, in the order in which units first appear.
 

@@ -14,7 +14,10 @@ PLAIN = Steps(noise_multiplier=1.0, rate=0.01, cap=None, units=10_000, steps=100
 
 def of_gaussian(noise: float, delta: float) -> float:
     """Epsilon of the plain Gaussian mechanism, exactly (arXiv 1805.06530, theorem 8), by bisection."""
-    normal = lambda x: 0.5 * math.erfc(-x / math.sqrt(2))  # noqa: E731
+
+    def normal(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
     low, high = 0.0, 100.0
     while high - low > 1e-10:
         middle = (low + high) / 2

@@ -9,7 +9,7 @@ import torch
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.privacy import sampling
-from posttrain.privacy.sampling import PoissonUnits, cap_of, draw_steps, micro_batches, rows_by_unit
+from posttrain.privacy.sampling import PoissonUnits, cap_of, micro_batches, rows_by_unit
 
 SECRET = bytes(range(32))
 
@@ -97,12 +97,6 @@ def test_micro_batches_are_the_fewest_that_hold_units_of_the_largest_size(cap, r
 def test_a_unit_has_to_fit_a_micro_batch():
     with pytest.raises(ConfigError, match="rows_per_unit is 9, and per_device_train_batch_size is 8"):
         micro_batches(40, 9, 8, 1)
-
-
-def test_steps_draw_each_unit_so_many_times_on_average():
-    assert draw_steps(1, 1000, 128) == 8
-    assert draw_steps(3, 1000, 100) == 30
-    assert draw_steps(0.001, 1000, 100) == 1
 
 
 def people(generator, count: int, most: int) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ def build(folder, output_dir, draws=None, privacy=None, pairs=None, peft=True, r
         model=folder,
         args=RobustDPOConfig(**given),
         train_dataset=make_pairs(8) if pairs is None else pairs,
-        peft_config=runs.lora() if peft else None,
+        peft_config=runs.lora() if peft is True else peft,
         privacy=PrivacyConfig(**NOISELESS | (privacy or {})),
     )
     trainer._private.draws = draws
@@ -125,7 +126,9 @@ REFUSED = [
     (dict(max_grad_norm=1.0), "max_grad_norm is 1.0, which would cut the noisy gradient"),
     (dict(sam_rho=0.1), "sam_rho is 0.1"),
     (dict(refactor_every=2), "refactor_every is 2"),
-    (dict(peft=False), "there is no LoRA to train"),
+    (dict(peft=None), "there is no LoRA to train"),
+    (dict(peft=LoraConfig(use_dora=True)), "use_dora of the adapter is True"),
+    (dict(peft=LoraConfig(modules_to_save=["lm_head"])), "modules_to_save of the adapter"),
 ]
 
 

@@ -1,14 +1,11 @@
 """Private preference training: what it refuses, and its steps. The unit is a pair, or all pairs of a person."""
 
-from peft import LoraConfig, PeftModel
-
-from posttrain.data import objects
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError
 from posttrain.privacy.config import PrivacyConfig
-from posttrain.privacy.plan import Plan, plan
-from posttrain.privacy.sampling import rows_by_unit
+from posttrain.privacy.plan import Plan
 from posttrain.run.engines import sharding
 from posttrain.run.private import PrivateRun
+from posttrain.run.private_settings import planned, units_of
 from posttrain.trainers.preference.robust_dpo_config import RobustDPOConfig
 
 # of the trainer's settings: values that a private run may have, and what others would do
@@ -51,54 +48,6 @@ def settle(args, privacy) -> None:
             f"the run is launched under {engine}, which reduces gradients before they are clipped. Launch one process, "
             "or several without it."
         )
-
-
-def check_model(args, model, config, peft_config) -> None:
-    """Refuse models and adapters of which gradients of rows are not to be had. Raises ConfigError."""
-    if not isinstance(peft_config, LoraConfig) and not isinstance(model, PeftModel):
-        raise ConfigError(
-            "there is no LoRA to train, and gradients of rows are taken of its matrices alone. Pass a LoraConfig as "
-            "peft_config (`use_peft: true` in a recipe)."
-        )
-    text = config.get_text_config()
-    if hasattr(text, "output_router_logits") and getattr(args, "router_aux_loss_coef", 0.0) != 0.0:
-        raise ConfigError(
-            "the model is a mixture of experts, whose auxiliary loss is of the tokens of all rows together. Set "
-            "`router_aux_loss_coef: 0.0`."
-        )
-
-
-def units_of(privacy: PrivacyConfig, dataset):
-    """Return the pairs of each unit of privacy; DataError where the column is missing, or a pair has no value in it."""
-    column = privacy.privacy_unit_column
-    if column is not None and column not in objects.names_of(dataset):
-        raise DataError(
-            f"train_dataset has no column {column}, which privacy_unit_column names. Found: "
-            f"{', '.join(objects.names_of(dataset))}."
-        )
-    values = None if column is None else dataset[column]
-    return rows_by_unit(values, len(dataset), column or "privacy_unit_column")
-
-
-def planned(args, privacy: PrivacyConfig, dataset) -> Plan:
-    """Plan the steps on a data set; `gradient_accumulation_steps` follows from it where it was left out."""
-    if not hasattr(dataset, "__len__"):
-        raise ConfigError(
-            "train_dataset is a stream, of which nobody knows how many units it has, and so how likely one is in a "
-            "step. Give a datasets.Dataset."
-        )
-    written = "gradient_accumulation_steps" in args._written
-    made = plan(
-        privacy,
-        len(units_of(privacy, dataset)),
-        rows=args.per_device_train_batch_size,
-        ranks=args.world_size,
-        accumulation=args.gradient_accumulation_steps if written else None,
-        max_steps=args.max_steps,
-        epochs=args.num_train_epochs,
-    )
-    args.gradient_accumulation_steps = made.micro_batches
-    return made
 
 
 def begin(trainer, privacy: PrivacyConfig, plan: Plan) -> tuple[Plan, PrivateRun]:

@@ -13,6 +13,7 @@ from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.row_groups import CHOSEN, REJECTED
 from posttrain.mechanisms.window import Window, count_rows, gather_rows
 from posttrain.objectives import preference
+from posttrain.run import private_settings
 from posttrain.run.private import UNITS
 from posttrain.trainers.preference import private
 from posttrain.trainers.preference.mixin import PreferenceMixin
@@ -83,14 +84,14 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
             private.settle(args, self.privacy)
         model, args, config = super()._check_settings(model, args, peft_config)
         if self.privacy is not None:
-            private.check_model(args, model, config, peft_config)
+            private_settings.check_model(args, model, config, peft_config)
         self._given = args
         return model, args, config
 
     def _begin(self, ready) -> None:
         super()._begin(ready)
         if self.privacy is not None:
-            self._plan = private.planned(self._given, self.privacy, ready.train_dataset)
+            self._plan = private_settings.planned(self._given, self.privacy, ready.train_dataset)
 
     def _complete(self, ready) -> None:
         super()._complete(ready)
