@@ -632,7 +632,6 @@ policy_gradient = Method(
     },
     # use_cpu would have accelerate look past DeepSpeed
     launch=dict(use_cpu=None),
-    ddp=("hpt",),
     generated={"generated": dict(preset="hpt", made_up=False, max_completion_length=8, max_steps=1)},
     describe=_told_of_tasks,
     counted=("training tasks",),

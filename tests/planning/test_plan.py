@@ -59,6 +59,7 @@ def test_cards_nodes_launch_and_settings_can_be_others(capsys):
     assert found["row_tokens"] == 1024
 
 
+@pytest.mark.core("words1", "words5")
 @pytest.mark.parametrize(
     "words, said",
     [

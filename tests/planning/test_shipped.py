@@ -47,6 +47,7 @@ def test_it_fits_the_card_that_it_names(path):
     assert memory.rows_of_vllm(job, card) is None or memory.rows_of_vllm(job, card) >= 16
 
 
+@pytest.mark.core("robust_dpo-zero3", "noisy_sft-single_gpu", "hpt-zero3")
 @pytest.mark.parametrize("path", ON_GPUS, ids=name_of)
 def test_a_much_larger_batch_would_not_fit(path):
     """So that the test above can fail."""

@@ -54,6 +54,7 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_is_no_hindrance(hold
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_slower_than_the_first_is_not_refused_by_its_own_run(holder, tmp_path, tiny_folder, monkeypatch):
     folder = tmp_path / "run"
     with pytest.raises(ConfigError, match="which another run is writing to"):
@@ -254,6 +255,7 @@ def test_a_run_does_not_write_where_its_folder_was(tmp_path, how):
     lock.check_held(folder)
 
 
+@pytest.mark.slow
 def test_a_lock_that_was_deleted_by_hand_is_taken_again(tmp_path):
     with lock.held(tmp_path):
         (tmp_path / lock.NAME).unlink()
