@@ -123,7 +123,13 @@ INSTANCE_ATTRIBUTES = {
         "aux_loss_enabled",
     ),
     "trl.SFTTrainer": ("_metrics", "_total_train_tokens"),
-    "transformers.Trainer": ("model_wrapped", "_signature_columns", "gather_function", "loss_is_scaled_for_ga"),
+    "transformers.Trainer": (
+        "model_wrapped",
+        "_signature_columns",
+        "gather_function",
+        "loss_is_scaled_for_ga",
+        "is_distributed_loading_by_transformers",
+    ),
     "peft.PeftModel": ("_adapters_disabled", "active_adapter"),
     "peft.tuners.lora.LoraLayer": (
         "_disable_adapters",

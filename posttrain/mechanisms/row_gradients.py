@@ -6,7 +6,7 @@ the latter.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,78 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from posttrain.errors import ConfigError
+
+
+# values of a row in one tensor, at most: what is done with gradients of rows is then done in few operations, and the
+# tensor, which is there before most of its matrices have a gradient, is small beside a row's activations
+_TOGETHER = 1 << 18
+
+
+class _Rows:
+    """Keeps gradients of rows: those of consecutive matrices behind each other in one tensor, (rows, values) in fp32.
+
+    Args:
+        parameters: the matrices, by name.
+        together: values of a row in one tensor, at most, where it has several matrices.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], together: int = _TOGETHER) -> None:
+        # of each tensor: the names of its matrices, and how many values of a row it has
+        self._names: list[list[str]] = []
+        self._sizes: list[int] = []
+        self._places: dict[str, tuple[int, int, torch.Size]] = {}
+        for name, parameter in parameters.items():
+            if not self._sizes or self._sizes[-1] + parameter.numel() > together:
+                self._names.append([])
+                self._sizes.append(0)
+            self._places[name] = len(self._sizes) - 1, self._sizes[-1], parameter.shape
+            self._names[-1].append(name)
+            self._sizes[-1] += parameter.numel()
+        self._tensors: dict[int, Tensor] = {}
+        self._reached: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor, x: Tensor) -> None:
+        """Add each row's sum over tokens of g_t h_t^T; `gradient` (rows, tokens, out), `x` (rows, tokens, in)."""
+        transposed, known = gradient.transpose(1, 2), self._reached.get(name)
+        if known is not None:
+            # a layer that runs twice in a forward has the gradients of both
+            known.add_(torch.bmm(transposed, x))
+            return
+        rows = self._reached[name] = self._of(name, gradient)
+        if gradient.dtype == rows.dtype:
+            torch.bmm(transposed, x, out=rows)
+        else:
+            rows.copy_(torch.bmm(transposed, x))
+
+    def _of(self, name: str, gradient: Tensor) -> Tensor:
+        """Return the place of a matrix in its tensor, which is made where it is the first one of it."""
+        number, start, shape = self._places[name]
+        if number not in self._tensors:
+            self._tensors[number] = gradient.new_empty(len(gradient), self._sizes[number], dtype=torch.float32)
+        return self._tensors[number].narrow(1, start, shape.numel()).view(-1, *shape)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the gradients of each matrix that was reached, by name, and drop them."""
+        # in the model's order, not in that of backward
+        found = {name: self._reached[name] for name in self._places if name in self._reached}
+        self.clear()
+        return found
+
+    def take_together(self) -> dict[str, Tensor]:
+        """Return the tensors of which a matrix was reached, by the name of the first of theirs, and drop them."""
+        found = {}
+        for number, names in enumerate(self._names):
+            if number in self._tensors:
+                for name in names:
+                    if name not in self._reached:
+                        self._of(name, self._tensors[number]).zero_()
+                found[names[0]] = self._tensors[number]
+        self.clear()
+        return found
+
+    def clear(self) -> None:
+        self._tensors.clear()
+        self._reached.clear()
 
 
 class _RowLinear(torch.autograd.Function):
@@ -38,10 +110,7 @@ class _RowLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_x = (gradient @ weight.to(gradient.dtype)).to(ctx.dtype)
             if ctx.needs_input_grad[1]:
-                rows = torch.bmm(gradient.transpose(1, 2), x.to(gradient.dtype)).float()
-                known = ctx.taken.get(ctx.name)
-                # a layer that runs twice in a forward has the gradients of both
-                ctx.taken[ctx.name] = rows if known is None else known.add_(rows)
+                ctx.taken.add(ctx.name, gradient, x.to(gradient.dtype))
         return of_x, None, None, None
 
 
@@ -66,7 +135,7 @@ class RowGradients:
         self._layers = dict(_trained_layers(model))
         self.parameters = {name: layer.weight for name, layer in self._layers.items()}
         _check_all_known(model, self.parameters)
-        self._taken: dict[str, Tensor] = {}
+        self._taken = _Rows(self.parameters)
 
     @contextlib.contextmanager
     def collected(self, rows: int) -> Iterator[None]:
@@ -91,13 +160,17 @@ class RowGradients:
 
         A matrix that no backward has reached is left out: its gradient is zero.
         """
-        # in the model's order, not in that of backward
-        found = {name: self._taken[name] for name in self.parameters if name in self._taken}
-        self._taken.clear()
-        return found
+        return self._taken.take()
+
+    def take_together(self) -> dict[str, Tensor]:
+        """Return what `take` does in fewer tensors: (rows, values) of consecutive matrices, by the name of the first.
+
+        Where some matrices of a tensor were not reached their values are zero; one without any that was is left out.
+        """
+        return self._taken.take_together()
 
 
-def _forward(layer: nn.Linear, name: str, rows: int, taken: dict[str, Tensor]):
+def _forward(layer: nn.Linear, name: str, rows: int, taken: _Rows):
     def forward(x: Tensor) -> Tensor:
         if x.dim() != 3 or x.size(0) != rows:
             raise ConfigError(

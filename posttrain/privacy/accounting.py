@@ -56,12 +56,18 @@ def epsilon(history: Iterable[Steps], delta: float, accountant: str = "pld", nei
 
     Source: arXiv 2106.08567 (grids of privacy losses), 2508.15089 (capped draws), 1908.10530 (rdp).
     """
+    kinds = tuple((entry._replace(steps=1), entry.steps) for entry in kinds_of(history))
+    return _epsilon(kinds, delta, accountant, neighbours)
+
+
+def kinds_of(history: Iterable[Steps]) -> tuple[Steps, ...]:
+    """Return a history with the steps of each kind as one entry: of histories that spend alike, the same one."""
     kinds: dict[Steps, int] = {}
     for entry in history:
         if entry.steps:
             kind = entry._replace(steps=1, cap=entry.cap if entry.is_capped else None)
             kinds[kind] = kinds.get(kind, 0) + entry.steps
-    return _epsilon(tuple(sorted(kinds.items(), key=repr)), delta, accountant, neighbours)
+    return tuple(kind._replace(steps=steps) for kind, steps in sorted(kinds.items(), key=repr))
 
 
 def solve_noise(

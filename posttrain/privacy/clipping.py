@@ -38,26 +38,26 @@ def square_norms(gradients: Mapping[str, Tensor]) -> Tensor:
     Args:
         gradients: (N, ...) in fp32, by name; one at least.
     """
-    parts = [torch.linalg.vector_norm(rows.flatten(1), dim=1).square() for rows in gradients.values()]
-    return torch.stack(parts).sum(dim=0)
+    parts = [torch.linalg.vector_norm(rows.flatten(1), dim=1) for rows in gradients.values()]
+    return torch.stack(parts).square_().sum(dim=0)
 
 
-def without_bad_rows(gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def without_bad_rows(gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Put zero in the place of the gradients of rows that are not finite; a coefficient of 0 would not: 0 inf is NaN.
 
     Args:
         gradients: (N, ...) in fp32, by name; changed in place.
 
     Returns:
-        the gradients; their square norms (N,); and which rows (N,) were replaced. A finite gradient whose square norm
-        overflows is as well.
+        the square norms (N,), and which rows (N,) were replaced. A finite gradient whose square norm overflows is as
+        well.
     """
     squares = square_norms(gradients)
     bad = ~torch.isfinite(squares)
     # whether there are any is not asked, which would wait for the device
     for rows in gradients.values():
         rows.masked_fill_(bad.view(-1, *[1] * (rows.dim() - 1)), 0.0)
-    return dict(gradients), squares.masked_fill(bad, 0.0), bad
+    return squares.masked_fill_(bad, 0.0), bad
 
 
 def add_weighted(total: Tensor, rows: Tensor, weights: Tensor) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from posttrain.errors import ConfigError, EnvironmentIssue
 from posttrain.log import get_logger
-from posttrain.privacy.accounting import Steps, epsilon
+from posttrain.privacy.accounting import Steps, epsilon, kinds_of
+from posttrain.privacy.ahead import Ahead
 from posttrain.whole_files import sync
 
 FILE = "privacy_ledger.jsonl"
@@ -45,6 +46,7 @@ class Ledger:
         self.kind = kind._replace(steps=0)
         self.target_epsilon = None if target_epsilon is None or math.isinf(target_epsilon) else target_epsilon
         self._promise = dict(delta=delta, accountant=accountant, neighbours=neighbours)
+        self._ahead = Ahead(lambda history: epsilon(history, **self._promise))
         self.delta, self._data, self._writes = delta, data, writes
         self.planned: int | None = None
         # the steps behind the weights, in their order
@@ -150,7 +152,19 @@ class Ledger:
 
     def spent(self) -> float:
         """Return the epsilon of all steps on these rows that the ledger knows."""
-        return epsilon(self._history(), **self._promise)
+        return self._ahead.get(self._history_then())
+
+    def foresee(self, steps: int) -> None:
+        """Begin to compute, in a thread, what `spent` is to return after so many steps more; `settle` ends it."""
+        self._ahead.begin(self._history_then(steps))
+
+    def settle(self) -> None:
+        """Return once no thread computes."""
+        self._ahead.wait()
+
+    def _history_then(self, steps: int = 0) -> tuple[Steps, ...]:
+        """Return what is spent after so many steps more, entries of one kind as one, in an order of their own."""
+        return kinds_of([*self._history(), self.kind._replace(steps=steps)])
 
     def _history(self) -> list[Steps]:
         taken = [_steps(session) for session in self._sessions.values() if session["data"] == self._data]

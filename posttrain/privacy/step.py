@@ -1,5 +1,6 @@
 """The private step: gradients of rows become one noisy gradient, in which a unit of privacy moves little."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Statistics(NamedTuple):
         units: that took part. clipped: those of them whose gradient was longer than the clipping norm.
         norms: sum over them of the norms before clipping.
         bad_rows: rows whose gradient was not finite; zero stood in their place.
+
+    All but `units` are of the device of the gradients, which is not waited for.
     """
 
     units: int
@@ -97,8 +100,10 @@ class PrivateStep:
         self.clip_norm, self.clipping, self.noise_std, self.expected = clip_norm, clipping, noise_std, expected
         self.adds_noise, self.witness = adds_noise, witness
         self._all_reduce, self._spans, self._source = all_reduce, spans, source
-        self._total: Tensor | None = None
-        self._parts: dict[str, Tensor] = {}
+        # where the values of each parameter begin in the sum, in which they lie behind each other
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        self._starts = dict(zip(self.parameters, itertools.accumulate(sizes[:-1], initial=0), strict=True))
+        self._sizes, self._total = sizes, None
         self.begin()
 
     def begin(self) -> None:
@@ -111,12 +116,12 @@ class PrivateStep:
         self._units, self._clipped, self._norms, self._bad = 0, 0.0, 0.0, 0
 
     @torch.no_grad()
-    def collect(self, gradients: Mapping[str, Tensor], units: RowUnits) -> None:
+    def collect(self, gradients: dict[str, Tensor], units: RowUnits) -> None:
         """Add a micro-batch's gradients of rows, after its backward. Waits for no device.
 
         Args:
-            gradients: (rows, *shape of the parameter) in fp32, by name; zero for a parameter that is not among them.
-                They are changed.
+            gradients: (rows, ...) in fp32: the values of a parameter, and of those that follow it in the order of all
+                if the tensor has more, by its name; zero for a parameter that is in none. They are changed.
             units: of the rows; without any, nothing is added.
         """
         numbers, index = list(units.numbers), units.index
@@ -125,7 +130,7 @@ class PrivateStep:
         if not gradients:
             name, parameter = next(iter(self.parameters.items()))
             gradients = {name: parameter.new_zeros(len(index), *parameter.shape, dtype=torch.float32)}
-        gradients, squares, bad = clipping.without_bad_rows(gradients)
+        squares, bad = clipping.without_bad_rows(gradients)
         self._bad = self._bad + bad.sum()
         alone = len(numbers) == len(index)
         if alone and not self._spans:
@@ -133,10 +138,10 @@ class PrivateStep:
             return
         if not alone:
             place = index.to(bad.device, non_blocking=True)
-            gradients = {
-                name: rows.new_zeros(len(numbers), *rows.shape[1:]).index_add_(0, place, rows)
-                for name, rows in gradients.items()
-            }
+            # one after the other: the rows of each are freed
+            for name in gradients:
+                rows = gradients[name]
+                gradients[name] = rows.new_zeros(len(numbers), *rows.shape[1:]).index_add_(0, place, rows)
         if self._spans:
             self._join(numbers, gradients)
             last = int(index[-1])
@@ -175,22 +180,20 @@ class PrivateStep:
         self._closed.update(units)
         if squares is None:
             # a sum of finite gradients may not be finite
-            gradients, squares, _ = clipping.without_bad_rows(gradients)
+            squares, _ = clipping.without_bad_rows(gradients)
         norms = squares.sqrt()
         weights = clipping.coefficients(norms, self.clip_norm, self.clipping)
         self._make_total(norms.device)
         for name, rows in gradients.items():
-            clipping.add_weighted(self._parts[name], rows, weights)
+            part = self._total.narrow(0, self._starts[name], rows.shape[1:].numel())
+            clipping.add_weighted(part, rows, weights)
         self._units += len(units)
         self._clipped = self._clipped + (norms > self.clip_norm).sum()
         self._norms = self._norms + norms.sum()
 
     def _make_total(self, device: torch.device) -> None:
-        if self._total is not None and self._total.device == device:
-            return
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self._total = torch.zeros(sum(sizes), device=device)
-        self._parts = dict(zip(self.parameters, self._total.split(sizes), strict=True))
+        if self._total is None or self._total.device != device:
+            self._total = torch.zeros(sum(self._sizes), device=device)
 
     @torch.no_grad()
     def finish(self) -> Statistics:
@@ -207,9 +210,11 @@ class PrivateStep:
             total = self._all_reduce(total)
         if self.witness is not None:
             self.witness.observe(total)
-        parts = (total / self.expected).split([parameter.numel() for parameter in self.parameters.values()])
+        parts = (total / self.expected).split(self._sizes)
         for parameter, part in zip(self.parameters.values(), parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
-        found = Statistics(self._units, *(torch.as_tensor(value) for value in (self._clipped, self._norms, self._bad)))
+        numbers = (self._clipped, self._norms, self._bad)
+        # on the device, whose numbers are asked for later
+        found = Statistics(self._units, *(total.new_zeros(()) + number for number in numbers))
         self.begin()
         return found

@@ -98,8 +98,7 @@ class RunMixin(PrivateMixin, ConstructionMixin, SavingMixin, PassesMixin):
             return loss
 
         if self._private is not None:
-            with self._private.micro_batch(inputs):
-                return train(model, inputs, *args, **kwargs)
+            return self._private.micro_batch(inputs, lambda: train(model, inputs, *args, **kwargs))
         if self._agreement is not None:
             with self._agreement.micro_batch(model):
                 return train(model, inputs, *args, **kwargs)

@@ -1,12 +1,14 @@
 """A private run's steps in a trainer: batches that are drawn, gradients of rows, one noisy gradient a step."""
 
-import contextlib
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import ConfigError, PosttrainError
@@ -112,7 +114,8 @@ class PrivateRun:
             data=None if trainer.train_dataset is None else trainer._identity()["data"],
             writes=main,
         )
-        self._synced = self._reached = False
+        self._synced = self._reached = self._together = False
+        self._loss: Tensor | None = None
         check_rows_apart(trainer, self.gradients, self._collated)
         check_rows_reach(trainer, self.gradients, self._collated)
 
@@ -194,10 +197,17 @@ class PrivateRun:
         self.step.begin()
 
     def begin_step(self) -> None:
-        """Do before a training's first step what needs the model in its place; called before each."""
+        """Begin a step; before a training's first, do what needs the model in its place."""
+        self._loss = None
         if not self._synced:
             self._synced = True
             self.sync_weights()
+            self._together = ranks_forward_together(self._trainer)
+            self._foresee()
+
+    def end(self) -> None:
+        """End a training, whether it is whole or not."""
+        self.ledger.settle()
 
     def sync_weights(self) -> None:
         """Give every rank rank 0's adapter, as DDP would have done."""
@@ -206,16 +216,22 @@ class PrivateRun:
                 for parameter in self.gradients.parameters.values():
                     parameter.copy_(broadcast(parameter.detach().clone(), from_process=0))
 
-    @contextlib.contextmanager
-    def micro_batch(self, inputs: dict):
-        """Enter forward and backward of a micro-batch, whose gradients of rows are taken at its end."""
+    def micro_batch(self, inputs: dict, train: Callable[[], Tensor]) -> Tensor:
+        """Run forward and backward of a micro-batch by `train`, take its gradients of rows, and return its loss.
+
+        One without rows is not run, unless it is its step's first, which gives every mean its name, or other ranks
+        would wait in their forward.
+        """
+        if self._loss is not None and not inputs[UNITS].numbers and not self._together:
+            return torch.zeros_like(self._loss)
         if not self._reached and self._trainer.args.gradient_checkpointing:
             # which is switched on when training begins
             self._reached = True
             check_rows_reach(self._trainer, self.gradients, self._collated)
         with self.gradients.collected(len(inputs["input_ids"])):
-            yield
-        self.step.collect(self.gradients.take(), inputs[UNITS])
+            self._loss = train()
+        self.step.collect(self.gradients.take_together(), inputs[UNITS])
+        return self._loss
 
     def finish_step(self) -> None:
         """Write the noisy gradient of the step, once the step is written into the ledger; all ranks call it."""
@@ -224,16 +240,24 @@ class PrivateRun:
         found = self.step.finish()
         means, once = trainer._means["train"], int(trainer.accelerator.is_main_process)
         means.add_sum(f"{PRIVATE}units", torch.tensor(float(found.units)), once)
-        means.add_sum(f"{PRIVATE}clipped_fraction", found.clipped.float().cpu(), found.units)
-        means.add_sum(f"{PRIVATE}gradient_norm", found.norms.float().cpu(), found.units)
-        means.add_sum(f"{PRIVATE}rows_not_finite", found.bad_rows.float().cpu(), once)
+        means.add_sum(f"{PRIVATE}clipped_fraction", found.clipped, found.units)
+        means.add_sum(f"{PRIVATE}gradient_norm", found.norms, found.units)
+        means.add_sum(f"{PRIVATE}rows_not_finite", found.bad_rows, once)
 
     def figures(self) -> dict[str, float]:
         """Return what may be told of the run so far, by name, for the log."""
         if not self.privacy.is_private:
             return {}
         spent = self.ledger.spent() if self._trainer.accelerator.is_main_process else math.nan
+        self._foresee()
         return {"privacy/epsilon": spent, "privacy/delta": self.privacy.target_delta}
+
+    def _foresee(self) -> None:
+        """Have the figures of the next log computed while steps run, on the rank that tells them."""
+        if self.privacy.is_private and self._trainer.accelerator.is_main_process:
+            steps = steps_to_log(self._trainer, self.plan.steps_an_epoch)
+            if steps:
+                self.ledger.foresee(steps)
 
     def promise(self) -> Promise:
         """Return what the run promises, and has spent."""
@@ -251,3 +275,24 @@ class PrivateRun:
         self.ledger.load(state.get("ledger") or {})
         if self.canaries is not None:
             self.canaries.load(state.get("canaries") or {})
+
+
+def ranks_forward_together(trainer) -> bool:
+    """Return whether forwards of several ranks wait for each other, as where weights are spread over them."""
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1:
+        return False
+    spread = trainer.is_distributed_loading_by_transformers or getattr(accelerator, "parallelism_config", None)
+    spread = spread or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return bool(spread) or any(isinstance(weight, DTensor) for weight in trainer.model.parameters())
+
+
+def steps_to_log(trainer, steps_an_epoch: int) -> int:
+    """Return how many steps from here the next log is due by the settings; 0 where none is."""
+    args, state = trainer.args, trainer.state
+    strategy, done = str(getattr(args.logging_strategy, "value", args.logging_strategy)), state.global_step
+    if strategy == "no":
+        return 0
+    every = steps_an_epoch if strategy == "epoch" else state.logging_steps
+    steps = 1 if args.logging_first_step and not done else every - done % every
+    return steps if done + steps <= state.max_steps else 0

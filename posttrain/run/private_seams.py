@@ -13,6 +13,14 @@ class PrivateMixin:
 
     _private: PrivateRun | None = None
 
+    # stands on Trainer.train
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._private is not None:
+                self._private.end()
+
     # stands on Trainer.get_train_dataloader; its batches are not accelerate's to cut and to complete
     def get_train_dataloader(self):
         return super().get_train_dataloader() if self._private is None else self._private.dataloader()

@@ -8,12 +8,29 @@ import torch
 from safetensors.torch import save_file
 
 from posttrain.privacy.step import PrivateStep
-from posttrain.run import report
-from tests.families import METHODS
+from posttrain.run import private, report
+from tests import runs
+from tests.families import METHODS, NOISELESS
 from tests.runs import trainable
 
 # a deviation of one, over 8 units, in two steps of the rate 0.5
 NOISE = dict(target_epsilon=None, noise_multiplier=2.0, target_delta=1e-3, clip_norm=0.5, save_strategy="steps")
+# units of two steps: the first rank has micro-batches with rows, the second fewer, and then none
+DRAWN = [[0, 1, 2, 3, 4], [5]]
+
+
+def few(folder, output_dir):
+    """A run without noise of whose micro-batches some have no rows."""
+    trainer = METHODS["dp_sft"].build(folder, output_dir, **NOISELESS, per_device_train_batch_size=2)
+    trainer._private.draws = lambda step: DRAWN[step]
+    return trainer
+
+
+def counted_forwards(trainer) -> list[int]:
+    """The list that a number is added to for each forward of the model that is trained."""
+    run, seen = trainer._forward, []
+    trainer._forward = lambda *args: (seen.append(1), run(*args))[1]
+    return seen
 
 
 def main(model: str, out: str) -> None:
@@ -39,10 +56,20 @@ def main(model: str, out: str) -> None:
     save_file(change, f"{out}/change-{rank}.safetensors")
     again = METHODS["dp_sft"].build(model, f"{out}/run", **NOISE, **split)
     again.train(resume_from_checkpoint=f"{out}/run/checkpoint-1")
-    told = again.promise()
+    told, sums, changes = again.promise(), len(collectives), []
+    for all_run in (False, True):
+        if all_run:
+            private.ranks_forward_together = lambda trainer: True
+        made = few(model, f"{out}/few-{all_run}")
+        seen = counted_forwards(made)
+        changes.append((runs.fit(made)[0], len(seen)))
+    (left_out, forwards), (all_of_them, most) = changes
+    assert runs.identical(left_out, all_of_them) and most == 4
+    save_file(left_out, f"{out}/few-{rank}.safetensors")
+    (Path(out) / f"forwards-{rank}.json").write_text(json.dumps(forwards))
     if rank == 0:
         facts = dict(
-            collectives=len(collectives), wrapper=type(trainer.model_wrapped).__name__, thrown_away=told.thrown_away,
+            collectives=sums, wrapper=type(trainer.model_wrapped).__name__, thrown_away=told.thrown_away,
             micro_batches=trainer.args.gradient_accumulation_steps, steps=told.steps,
         )  # fmt: skip
         (Path(out) / "facts.json").write_text(json.dumps(facts))

@@ -13,6 +13,7 @@ from transformers.distributed import DistributedConfig
 from posttrain import DPSFTConfig, DPSFTTrainer
 from posttrain.run import report
 from tests import runs, scored
+from tests.distributed.private import DRAWN, counted_forwards
 from tests.families import NOISELESS
 
 
@@ -33,9 +34,12 @@ def main(folder: str, out: str) -> None:
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=runs.lora(),
     )
+    trainer._private.draws = lambda step: DRAWN[0]
+    seen = counted_forwards(trainer)
     change, _ = runs.fit(trainer)
     rank = int(os.environ["RANK"])
     save_file(change, f"{out}/change-{rank}.safetensors")
+    (Path(out) / f"forwards-{rank}.json").write_text(json.dumps(len(seen)))
     if rank == 0:
         parameters = dict(trainer.model.named_parameters())
         spread = [name for name, value in parameters.items() if isinstance(value, DTensor)]

@@ -78,11 +78,11 @@ def gap(found, expected):
 
 def of_one_layer(layer, name="B"):
     """The two matrices of golden rows through a linear layer."""
-    taken = {}
+    taken = row_gradients._Rows({name: layer.weight})
     x, delta = torch.tensor(HIDDEN, dtype=torch.float64), torch.tensor(GRADIENT, dtype=torch.float64)
     layer.forward = row_gradients._forward(layer, name, 2, taken)
     layer(x.requires_grad_()).backward(delta)
-    return taken[name], x.grad, delta
+    return taken.take()[name], x.grad, delta
 
 
 def test_the_gradients_of_rows_are_the_golden_ones():
@@ -173,7 +173,7 @@ def test_a_layer_that_runs_twice_has_the_gradients_of_both():
             return default
 
     gradients = RowGradients(model)
-    gradients._taken = Forgetful()
+    gradients._taken._reached = Forgetful()
     with gradients.collected(3):
         losses(model, rows).sum().backward()
     assert gap(gradients.take(), expected) > 0.1
@@ -233,6 +233,54 @@ def test_what_was_taken_is_gone():
     with gradients.collected(4):
         row_losses(model, rows).sum().backward()
     assert gradients.take() and not gradients.take()
+
+
+@pytest.mark.parametrize("together", [1, 300, 10**9])
+def test_consecutive_matrices_lie_behind_each_other_in_one_tensor(together):
+    model, rows = adapted(), batch()
+    gradients = RowGradients(model)
+    found = []
+    for take in (RowGradients.take, RowGradients.take_together):
+        gradients._taken = row_gradients._Rows(gradients.parameters, together)
+        with gradients.collected(4):
+            row_losses(model, rows).sum().backward()
+        found.append(take(gradients))
+    apart, joined = found
+    assert torch.equal(
+        torch.cat([part.flatten(1) for part in apart.values()], 1), torch.cat(list(joined.values()), 1)
+    )
+    names, sizes = list(gradients.parameters), [p.numel() for p in gradients.parameters.values()]
+    for name, tensor in joined.items():
+        own = [sum(sizes[names.index(name) : end]) for end in range(names.index(name) + 1, len(names) + 1)]
+        # whole matrices, as many as fit
+        assert tensor.size(1) in own and (tensor.size(1) <= together or tensor.size(1) == own[0])
+    assert len(joined) == {1: len(names), 10**9: 1}.get(together, len(joined)) and not gradients.take_together()
+
+
+def test_a_matrix_that_no_backward_reaches_is_zero_beside_those_that_one_does():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            self.second(x)
+            return self.first(x)
+
+    model = get_peft_model(Branches(), LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+    gradients = RowGradients(model)
+    for _ in range(2):
+        with gradients.collected(3):
+            model(torch.randn(3, 5, 4)).sum().backward()
+        (name, tensor), = gradients.take_together().items()
+        # 2 x 4 values of each A and B
+        assert name == next(iter(gradients.parameters)) and tensor.shape == (3, 32)
+        assert tensor[:, :16].ne(0).all() and tensor[:, 16:].eq(0).all()
+        # what is freed and made anew may hold anything
+        tensor.fill_(float("nan"))
+    with gradients.collected(3):
+        model(torch.randn(3, 5, 4)).sum().backward()
+    assert [name.split(".")[2] for name in gradients.take()] == ["first", "first"]
 
 
 def test_a_layer_that_does_not_get_rows_is_named():

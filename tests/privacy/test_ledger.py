@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import pytest
 
@@ -62,6 +63,21 @@ def test_steps_that_were_thrown_away_are_spent_twice(tmp_path, capsys):
     # and once more, from the same checkpoint
     third = taken(started(tmp_path, state=state, checkpoint=tmp_path / "checkpoint-4"), 6)
     assert third.of_weights() == spent(10) and third.spent() == spent(19)
+
+
+def test_what_was_computed_ahead_is_what_is_spent_whatever_was_guessed(tmp_path):
+    first = taken(started(tmp_path), 4)
+    state = first.state()
+    taken(first, 3)
+    # with a session that was thrown away, and a lineage
+    ledger = started(tmp_path, state=state, checkpoint=tmp_path / "checkpoint-4")
+    for guessed, steps in ((2, 2), (3, 1), (1, 2)):
+        ledger.foresee(guessed)
+        taken(ledger, steps)
+        assert ledger.spent() == epsilon(ledger._history(), 1e-5)
+    assert ledger.spent() == spent(12)
+    ledger.settle()
+    assert not [thread for thread in threading.enumerate() if thread.name == "posttrain-ahead"]
 
 
 def test_a_run_that_was_not_killed_goes_on_with_what_it_spent(tmp_path):

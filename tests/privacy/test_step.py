@@ -148,6 +148,18 @@ def test_a_parameter_that_no_row_reaches_gets_the_noise_alone():
     assert made(gradients, ALONE, noise_std=1.0)[0][6:].ne(0).all()
 
 
+@pytest.mark.parametrize("units", [ALONE, PEOPLE])
+def test_consecutive_parameters_may_come_in_one_tensor(units):
+    gradients = rows()
+    apart, told = made(gradients, units, clip_norm=0.7)
+    joined = {"A": torch.cat([values.flatten(1) for values in gradients.values()], dim=1)}
+    together, found = made(joined, units, clip_norm=0.7)
+    torch.testing.assert_close(together, apart)
+    assert [float(a) for a in found] == pytest.approx([float(a) for a in told])
+    split, _ = made(joined, units, [[0, 1, 2], [3, 4, 5, 6, 7]], clip_norm=0.7, spans=True)
+    torch.testing.assert_close(split, apart)
+
+
 def test_no_clipping_and_no_noise_is_the_plain_sum():
     gradients = rows()
     whole, found = made(gradients, ALONE, clip_norm=math.inf)

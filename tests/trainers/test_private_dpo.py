@@ -1,6 +1,7 @@
 """Private preference training: a pair, or a person's pairs, bounded together; what couples pairs is refused."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DataError
 from posttrain.privacy import promise as promises
 from posttrain.privacy.config import PrivacyConfig
+from posttrain.run import private
 from tests import runs, training
 from tests.made_up import make_pairs
 from tests.runs import distance, trainable
@@ -107,6 +109,33 @@ def test_the_unit_is_a_person_where_a_column_says_so(tiny_folder, tmp_path):
 def test_a_step_without_pairs_moves_nothing_without_noise(tiny_folder, tmp_path):
     change, trainer = runs.fit(build(tiny_folder, tmp_path, lambda step: []))
     assert trainer.state.global_step == 2 and not any(value.any() for value in change.values())
+
+
+@pytest.mark.parametrize("name", ["dpo", pytest.param("rdpo", marks=pytest.mark.slow)])
+def test_micro_batches_without_pairs_are_not_run_and_nothing_changes(name, tiny_folder, tmp_path, monkeypatch):
+    plan, changes, logs, forwards = [[0, 3, 5], [], [1, 2, 4, 6, 7]], [], [], []
+    noisy = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.5)
+    for all_run in (False, True):
+        monkeypatch.setattr(private, "ranks_forward_together", lambda trainer, all_run=all_run: all_run)
+        trainer = build(
+            tiny_folder, tmp_path / str(all_run), lambda step: plan[step], noisy, max_steps=3, **LOSSES[name][0]
+        )
+        trainer._private.step._source = random.Random(5).randbytes
+        score, seen = trainer.score, []
+        trainer.score = lambda *args, score=score, seen=seen: (seen.append(torch.is_grad_enabled()), score(*args))[1]
+        changes.append(runs.fit(trainer)[0])
+        # of which share of the positions were forwarded, those that were not are none
+        layout = ("tokens/", "train_", "step_time")
+        logs.append(
+            [
+                {name: value for name, value in entry.items() if not name.startswith(layout) or name == "train_loss"}
+                for entry in trainer.state.log_history
+            ]
+        )
+        forwards.append((seen.count(True), seen.count(False)))
+    # the reference's as well
+    assert forwards == [(6, 6), (12, 12)]
+    assert runs.identical(*changes) and logs[0] == logs[1]
 
 
 def test_a_private_run_promises_and_goes_on_with_what_it_spent(tiny_folder, tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import math
+import random
+import threading
+import types
 
 import pytest
 import torch
@@ -17,7 +20,9 @@ from posttrain.adapters.allora import ALLoRAConfig
 from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.mechanisms.row_gradients import RowGradients
 from posttrain.models import tiny_model
+from posttrain.privacy import accounting
 from posttrain.privacy.step import PrivateStep
+from posttrain.run import private
 from posttrain.run.private import UNITS
 from posttrain.trainers.sft import dp_sft
 from tests import runs, scored
@@ -319,6 +324,88 @@ def test_the_model_is_never_wrapped_and_its_gradients_come_from_the_step_alone(t
     trainer.train()
     assert trainer.model_wrapped is trainer.model and not isinstance(trainer.model, nn.parallel.DistributedDataParallel)
     assert len(seen) == 2 and not any(gradient is not None for step in seen for gradient in step)
+
+
+# of what is logged: how fast it went, and how rows were laid out
+_OWN = ("tokens/", "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+
+
+def logged(trainer) -> list[dict]:
+    return [
+        {name: value for name, value in entry.items() if not name.startswith(_OWN)}
+        for entry in trainer.state.log_history
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        pytest.param(dict(eval_strategy="steps", eval_steps=1), marks=pytest.mark.slow),
+        pytest.param(dict(gradient_checkpointing=True, dataloader_num_workers=1), marks=pytest.mark.slow),
+        pytest.param(dict(logging_steps=3), marks=pytest.mark.slow),
+    ],
+)
+def test_micro_batches_without_rows_are_not_run_and_nothing_changes(settings, tiny_folder, tmp_path, monkeypatch):
+    """Bit for bit, noise included: a step of three rows in four micro-batches, one of none, one of five."""
+    plan, changes, logs, forwards = [[0, 3, 5], [], [1, 2, 4, 6, 7]], [], [], []
+    private_settings = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.4)
+    fields = dict(expected_batch_size=4, per_device_train_batch_size=2, max_steps=3)
+    for all_run in (False, True):
+        monkeypatch.setattr(private, "ranks_forward_together", lambda trainer, all_run=all_run: all_run)
+        fields |= dict(eval_dataset=rows(4)) if "eval_strategy" in settings else {}
+        folder = tmp_path / str(all_run)
+        trainer = build(tiny_folder, folder, draws=lambda step: plan[step], **private_settings | fields | settings)
+        trainer._private.step._source = random.Random(5).randbytes
+        run, seen = trainer._forward, []
+        trainer._forward = lambda *args, run=run, seen=seen: (seen.append(torch.is_grad_enabled()), run(*args))[1]
+        changes.append(runs.fit(trainer)[0])
+        logs.append(logged(trainer))
+        forwards.append(sum(seen))
+    assert trainer.args.gradient_accumulation_steps == 4 and forwards == [2 + 1 + 3, 12]
+    assert runs.identical(*changes) and logs[0] == logs[1]
+    assert [entry["private/units"] for entry in logs[0] if "loss" in entry] == ([3, 0, 5] if len(logs[0]) > 2 else [8 / 3])
+
+
+def test_epsilon_is_computed_while_steps_run_and_no_thread_is_left(tiny_folder, tmp_path, monkeypatch):
+    of_losses, names = accounting._by_losses, []
+
+    def noted(*args):
+        names.append(threading.current_thread().name)
+        return of_losses(*args)
+
+    # a noise that no other test has, whose figures would be known
+    trainer = build(tiny_folder, tmp_path, target_epsilon=None, noise_multiplier=1.0625, target_delta=1e-3, max_steps=3)
+    monkeypatch.setattr(accounting, "_by_losses", noted)
+    trainer.train()
+    spent = [entry["privacy/epsilon"] for entry in entries(trainer)]
+    # of all three steps it was known when the noise was settled
+    assert names == ["posttrain-ahead"] * 2
+    kind = trainer._plan.kind
+    accounting._epsilon.cache_clear()
+    assert spent == [accounting.epsilon([kind._replace(steps=steps)], 1e-3) for steps in (1, 2, 3)]
+    assert "posttrain-ahead" not in {thread.name for thread in threading.enumerate()}
+    # nor where training ends by an error
+    trainer = build(tiny_folder, tmp_path / "b", target_epsilon=None, noise_multiplier=1.03125, target_delta=1e-3)
+    monkeypatch.setattr(trainer._private.step, "finish", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert "posttrain-ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "done", "expected"),
+    [
+        (dict(), 0, 10), (dict(), 10, 10), (dict(), 13, 7), (dict(), 40, 0),
+        (dict(logging_first_step=True), 0, 1), (dict(logging_first_step=True), 1, 9),
+        (dict(logging_strategy="epoch"), 0, 7), (dict(logging_strategy="epoch"), 9, 5),
+        (dict(logging_strategy="no"), 0, 0),
+    ],
+)  # fmt: skip
+def test_the_next_log_is_where_the_settings_say(settings, done, expected):
+    args = types.SimpleNamespace(**dict(logging_strategy="steps", logging_first_step=False) | settings)
+    state = types.SimpleNamespace(global_step=done, logging_steps=10, max_steps=45)
+    assert private.steps_to_log(types.SimpleNamespace(args=args, state=state), 7) == expected
 
 
 @pytest.mark.slow
