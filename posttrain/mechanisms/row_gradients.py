@@ -146,14 +146,15 @@ class RowGradients:
         """
         before = {name: layer.__dict__.get("forward") for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
-            layer.forward = _forward(layer, name, rows, self._taken)
+            # past the search for parameters and modules in what a module is given
+            layer.__dict__["forward"] = _forward(layer, name, rows, self._taken)
         try:
             yield
         finally:
             for name, layer in self._layers.items():
-                del layer.forward
+                del layer.__dict__["forward"]
                 if before[name] is not None:
-                    layer.forward = before[name]
+                    layer.__dict__["forward"] = before[name]
 
     def take(self) -> dict[str, Tensor]:
         """Return the gradients of rows since the last call, (rows, *shape of the matrix) in fp32, by name; drop them.

@@ -239,7 +239,7 @@ class PrivateRun:
         self.ledger.take()
         found = self.step.finish()
         means, once = trainer._means["train"], int(trainer.accelerator.is_main_process)
-        means.add_sum(f"{PRIVATE}units", torch.tensor(float(found.units)), once)
+        means.add_sum(f"{PRIVATE}units", torch.full((), float(found.units)), once)
         means.add_sum(f"{PRIVATE}clipped_fraction", found.clipped, found.units)
         means.add_sum(f"{PRIVATE}gradient_norm", found.norms, found.units)
         means.add_sum(f"{PRIVATE}rows_not_finite", found.bad_rows, once)

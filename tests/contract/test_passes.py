@@ -196,6 +196,20 @@ def test_a_micro_batch_neither_waits_nor_walks_over_the_model(method, name, tiny
     _check_micro_batches(method, tiny_folder, tmp_path, monkeypatch, **method.cases[name])
 
 
+def test_a_private_step_ends_without_a_wait(tiny_folder, tmp_path):
+    noisy = dict(target_epsilon=None, noise_multiplier=1.0, target_delta=1e-3)
+    trainer = METHODS["dp_sft"].build(tiny_folder, tmp_path, **noisy)
+    finish, waits, ended = trainer._private.finish_step, Waits(), []
+
+    def watched():
+        with waits:
+            ended.append(finish())
+
+    trainer._private.finish_step = watched
+    trainer.train()
+    assert len(ended) == 2 and not waits.found
+
+
 @pytest.mark.parametrize("name", ["robust_dpo", pytest.param("a_lol", marks=pytest.mark.slow)])
 def test_a_step_is_packed_before_its_first_forward(name, tiny_folder, tmp_path, monkeypatch):
     settings = dict(prefix_sharing="always") | (dict(prompts=4) if name == "a_lol" else RDPO)
