@@ -60,6 +60,18 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in entries(trainer)]
 
 
+def without_times(log: list[dict]) -> list[dict]:
+    """A run's log without how fast it was and how rows were laid out."""
+    return [
+        {
+            name: value
+            for name, value in entry.items()
+            if not name.startswith(LAYOUT) and not name.endswith(("_per_second", "_runtime", "_time"))
+        }
+        for entry in log
+    ]
+
+
 def same_metrics(ours: list[dict], theirs: list[dict], names=None, **tolerance) -> None:
     """The means of each step are the same, however its rows were laid out.
 

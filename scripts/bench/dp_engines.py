@@ -114,7 +114,7 @@ def ours(model, ids, clip_norm: float, noise: float) -> Engine:
     def gradient():
         with rows.collected(len(ids)):
             row_losses(model, ids).sum().backward()
-        made.collect(rows.take(), units)
+        made.collect(rows.take_together(), units)
         made.finish()
 
     def update():

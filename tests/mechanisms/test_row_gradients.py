@@ -246,9 +246,8 @@ def test_consecutive_matrices_lie_behind_each_other_in_one_tensor(together):
             row_losses(model, rows).sum().backward()
         found.append(take(gradients))
     apart, joined = found
-    assert torch.equal(
-        torch.cat([part.flatten(1) for part in apart.values()], 1), torch.cat(list(joined.values()), 1)
-    )
+    whole = torch.cat([part.flatten(1) for part in apart.values()], dim=1)
+    torch.testing.assert_close(torch.cat(list(joined.values()), dim=1), whole)
     names, sizes = list(gradients.parameters), [p.numel() for p in gradients.parameters.values()]
     for name, tensor in joined.items():
         own = [sum(sizes[names.index(name) : end]) for end in range(names.index(name) + 1, len(names) + 1)]
@@ -272,7 +271,7 @@ def test_a_matrix_that_no_backward_reaches_is_zero_beside_those_that_one_does():
     for _ in range(2):
         with gradients.collected(3):
             model(torch.randn(3, 5, 4)).sum().backward()
-        (name, tensor), = gradients.take_together().items()
+        ((name, tensor),) = gradients.take_together().items()
         # 2 x 4 values of each A and B
         assert name == next(iter(gradients.parameters)) and tensor.shape == (3, 32)
         assert tensor[:, :16].ne(0).all() and tensor[:, 16:].eq(0).all()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import ModelConfig, get_quantization_config
 
 from posttrain import DPSFTConfig, DPSFTTrainer
@@ -326,22 +326,18 @@ def test_the_model_is_never_wrapped_and_its_gradients_come_from_the_step_alone(t
     assert len(seen) == 2 and not any(gradient is not None for step in seen for gradient in step)
 
 
-# of what is logged: how fast it went, and how rows were laid out
-_OWN = ("tokens/", "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+class Evaluates(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
 
-
-def logged(trainer) -> list[dict]:
-    return [
-        {name: value for name, value in entry.items() if not name.startswith(_OWN)}
-        for entry in trainer.state.log_history
-    ]
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.evaluate(rows(4))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(),
-        pytest.param(dict(eval_strategy="steps", eval_steps=1), marks=pytest.mark.slow),
+        dict(evaluates=True),
         pytest.param(dict(gradient_checkpointing=True, dataloader_num_workers=1), marks=pytest.mark.slow),
         pytest.param(dict(logging_steps=3), marks=pytest.mark.slow),
     ],
@@ -349,22 +345,26 @@ def logged(trainer) -> list[dict]:
 def test_micro_batches_without_rows_are_not_run_and_nothing_changes(settings, tiny_folder, tmp_path, monkeypatch):
     """Bit for bit, noise included: a step of three rows in four micro-batches, one of none, one of five."""
     plan, changes, logs, forwards = [[0, 3, 5], [], [1, 2, 4, 6, 7]], [], [], []
-    private_settings = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.4)
-    fields = dict(expected_batch_size=4, per_device_train_batch_size=2, max_steps=3)
+    fields = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.4, expected_batch_size=4)
+    fields |= dict(per_device_train_batch_size=2, max_steps=3) | settings
+    evaluates = fields.pop("evaluates", False)
     for all_run in (False, True):
         monkeypatch.setattr(private, "ranks_forward_together", lambda trainer, all_run=all_run: all_run)
-        fields |= dict(eval_dataset=rows(4)) if "eval_strategy" in settings else {}
-        folder = tmp_path / str(all_run)
-        trainer = build(tiny_folder, folder, draws=lambda step: plan[step], **private_settings | fields | settings)
+        trainer = build(tiny_folder, tmp_path / str(all_run), draws=lambda step: plan[step], **fields)
+        if evaluates:
+            # which leaves the model in another mode
+            trainer.add_callback(Evaluates(trainer))
         trainer._private.step._source = random.Random(5).randbytes
         run, seen = trainer._forward, []
         trainer._forward = lambda *args, run=run, seen=seen: (seen.append(torch.is_grad_enabled()), run(*args))[1]
         changes.append(runs.fit(trainer)[0])
-        logs.append(logged(trainer))
-        forwards.append(sum(seen))
+        logs.append(runs.without_times(trainer.state.log_history))
+        # made-up rows show that gradients arrive, where activations are recomputed
+        forwards.append(sum(seen) - trainer.args.gradient_checkpointing)
     assert trainer.args.gradient_accumulation_steps == 4 and forwards == [2 + 1 + 3, 12]
     assert runs.identical(*changes) and logs[0] == logs[1]
-    assert [entry["private/units"] for entry in logs[0] if "loss" in entry] == ([3, 0, 5] if len(logs[0]) > 2 else [8 / 3])
+    units = [entry["private/units"] for entry in entries(trainer)]
+    assert units == ([8 / 3] if trainer.args.logging_steps == 3 else [3, 0, 5])
 
 
 def test_epsilon_is_computed_while_steps_run_and_no_thread_is_left(tiny_folder, tmp_path, monkeypatch):
