@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from posttrain.errors import ConfigError
 
-
 # values of a row in one tensor, at most: what is done with gradients of rows is then done in few operations, and the
 # tensor, which is there before most of its matrices have a gradient, is small beside a row's activations
 _TOGETHER = 1 << 18
