@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
 from posttrain import DPSFTConfig, DPSFTTrainer
@@ -36,13 +36,12 @@ def rows(count=8, people=None):
     return made if people is None else made.add_column("person", [f"p{row % people}" for row in range(count)])
 
 
-def build(folder, output_dir, data=None, peft_config=None, draws=None, **settings):
+def build(folder, output_dir, data=None, peft_config=None, draws=None, eval_dataset=None, **settings):
     fields = runs.SETTINGS | dict(output_dir=str(output_dir), learning_rate=0.5, max_length=256) | NOISELESS
     fields |= dict(per_device_train_batch_size=8) | settings
     data = rows() if data is None else data
-    trainer = DPSFTTrainer(
-        folder, args=DPSFTConfig(**fields), train_dataset=data, peft_config=peft_config or runs.lora()
-    )
+    given = dict(train_dataset=data, eval_dataset=eval_dataset, peft_config=peft_config or runs.lora())
+    trainer = DPSFTTrainer(folder, args=DPSFTConfig(**fields), **given)
     trainer._private.draws = draws
     return trainer
 
@@ -326,18 +325,11 @@ def test_the_model_is_never_wrapped_and_its_gradients_come_from_the_step_alone(t
     assert len(seen) == 2 and not any(gradient is not None for step in seen for gradient in step)
 
 
-class Evaluates(TrainerCallback):
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.evaluate(rows(4))
-
-
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(evaluates=True),
+        # which leaves the model in another mode
+        dict(eval_strategy="steps", eval_steps=1, eval_dataset=rows(4)),
         pytest.param(dict(gradient_checkpointing=True, dataloader_num_workers=1), marks=pytest.mark.slow),
         pytest.param(dict(logging_steps=3), marks=pytest.mark.slow),
     ],
@@ -347,13 +339,9 @@ def test_micro_batches_without_rows_are_not_run_and_nothing_changes(settings, ti
     plan, changes, logs, forwards = [[0, 3, 5], [], [1, 2, 4, 6, 7]], [], [], []
     fields = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.4, expected_batch_size=4)
     fields |= dict(per_device_train_batch_size=2, max_steps=3) | settings
-    evaluates = fields.pop("evaluates", False)
     for all_run in (False, True):
         monkeypatch.setattr(private, "ranks_forward_together", lambda trainer, all_run=all_run: all_run)
         trainer = build(tiny_folder, tmp_path / str(all_run), draws=lambda step: plan[step], **fields)
-        if evaluates:
-            # which leaves the model in another mode
-            trainer.add_callback(Evaluates(trainer))
         trainer._private.step._source = random.Random(5).randbytes
         run, seen = trainer._forward, []
         trainer._forward = lambda *args, run=run, seen=seen: (seen.append(torch.is_grad_enabled()), run(*args))[1]
