@@ -97,7 +97,7 @@ def test_the_evidence_script_trains_every_arm(evidence, tmp_path, monkeypatch, c
     monkeypatch.setattr(importlib.import_module("evidence.reversing"), "STEPS", 3)
     monkeypatch.setattr(evidence, "CANARIES", 100)
     monkeypatch.setattr(evidence, "EPSILONS", (8, 3))
-    # so few rows that any draw fits a step: accounting of capped draws takes half a minute for each noise
+    # so few rows that any draw fits a step: capped draws take longer to account for
     small = dict(people=10, each=4, held_out=5, secrets=2, candidates=7, step=16, epochs=1, micro=16, longest=3)
     for name, value in small.items():
         monkeypatch.setattr(evidence.Small, name, value)
