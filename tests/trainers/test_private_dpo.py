@@ -114,7 +114,7 @@ def test_a_step_without_pairs_moves_nothing_without_noise(tiny_folder, tmp_path)
 @pytest.mark.parametrize("name", ["dpo", pytest.param("rdpo", marks=pytest.mark.slow)])
 def test_micro_batches_without_pairs_are_not_run_and_nothing_changes(name, tiny_folder, tmp_path, monkeypatch):
     plan, changes, logs, forwards = [[0, 3, 5], [], [1, 2, 4, 6, 7]], [], [], []
-    noisy = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.5)
+    noisy = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.5, expected_batch_size=3)
     for all_run in (False, True):
         monkeypatch.setattr(private, "ranks_forward_together", lambda trainer, all_run=all_run: all_run)
         trainer = build(
