@@ -21,7 +21,9 @@ DRAWN = [[0, 1, 2, 3, 4], [5]]
 
 def few(folder, output_dir):
     """A run without noise of whose micro-batches some have no rows."""
-    trainer = METHODS["dp_sft"].build(folder, output_dir, **NOISELESS, per_device_train_batch_size=2)
+    # so that an epoch has two steps
+    fields = NOISELESS | dict(expected_batch_size=4, per_device_train_batch_size=2)
+    trainer = METHODS["dp_sft"].build(folder, output_dir, **fields)
     trainer._private.draws = lambda step: DRAWN[step]
     return trainer
 
