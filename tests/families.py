@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -27,6 +27,7 @@ from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.mechanisms import scaled_rows
 from posttrain.mechanisms.noise import draws
 from posttrain.mechanisms.noise.weights import WeightNoise
+from posttrain.privacy.config import PrivacyConfig
 from posttrain.privacy.step import PrivateStep, RowUnits
 from posttrain.recipe import instructions, preferences, scored_answers, tasks
 from posttrain.recipe.scored_answers import ScoredArguments
@@ -119,9 +120,20 @@ class Method:
         return dict(per_device_train_batch_size=micro, gradient_accumulation_steps=self.step // micro)
 
 
-def _pairs(folder, output_dir, rows: int = 16, evaluated=False, **settings):
+def _pairs(folder, output_dir, rows: int = 16, evaluated=False, people: int | None = None, **settings):
+    """RobustDPOTrainer or TRL's; private with settings of `PrivacyConfig`. `people`: to whom pairs belong in turn."""
     pairs = make_pairs(rows)
-    return training.build(folder, output_dir, pairs=pairs, **(dict(held_out=pairs) if evaluated else {}) | settings)
+    held_out = dict(held_out=pairs) if evaluated else {}
+    if people is not None:
+        pairs = pairs.add_column("person", [row % people for row in range(rows)])
+    return training.build(folder, output_dir, pairs=pairs, **held_out | _private_apart(settings))
+
+
+def _private_apart(settings: dict) -> dict:
+    """The settings with those of `PrivacyConfig` as one, `privacy`, where there are any."""
+    private = {name: value for name, value in settings.items() if name in PRIVATE}
+    others = {name: value for name, value in settings.items() if name not in PRIVATE}
+    return others | (dict(privacy=PrivacyConfig(**private)) if private else {})
 
 
 def _scored(folder, output_dir, rows: int = 16, prompts=None, length=None, baseline=None, evaluated=False, **settings):
@@ -220,8 +232,10 @@ def _adapter(peft: bool):
 
 
 def _told_of_pairs(folder, output_dir, rows: int = 16, peft=True, **settings):
-    args = RobustDPOConfig(**training.settings(output_dir, **settings))
-    return preferences.describe(folder, args, make_pairs(rows), _adapter(peft))
+    settings = _private_apart(settings)
+    privacy = settings.pop("privacy", None)
+    args = RobustDPOConfig(**training.settings(output_dir, privacy is not None, **settings))
+    return preferences.describe(folder, args, make_pairs(rows), _adapter(peft), privacy=privacy)
 
 
 def _told_of_answers(folder, output_dir, rows: int = 16, peft=True, **settings):
@@ -346,6 +360,12 @@ PADDED = dict(prefix_sharing="never")
 _SPLIT = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
 # 13 rows: the second step holds 5
 _SHORT = dict(rows=13)
+PRIVATE = {entry.name for entry in fields(PrivacyConfig)}
+# all rows are in each step, so that nothing is left to chance; a third of them is clipped
+NOISELESS = dict(target_epsilon=INF, clip_norm=0.5, expected_batch_size=8)
+_PROMISE = dict(target_epsilon=8.0, expected_batch_size=16)
+PEOPLE = NOISELESS | dict(people=4, rows_per_unit=2, privacy_unit_column="person", expected_batch_size=4)
+_PRIVATE_PAIRS = ("private", "private-people", "private-cached")
 
 robust_dpo = Method(
     name="robust_dpo",
@@ -427,10 +447,13 @@ robust_dpo = Method(
         "dr_dpo-full": DR_DPO | _SHORT | dict(peft=False, learning_rate=0.02),
         "dr_dpo-padded": DR_DPO | _SHORT | PADDED,
         "refactored": DPO | _SHORT | dict(refactor_every=1),
+        "private": RDPO | NOISELESS | dict(rows=8),
+        "private-people": DPO | PEOPLE | dict(rows=8),
+        "private-cached": DPO | NOISELESS | dict(rows=8, precompute_ref_log_probs=True),
     },
     # by DeepSpeed, as tests/trainers and tests/run assert
-    unsharded=("dr_dpo-rescale", "refactored"),
-    unspread=("dr_dpo-cached", "refactored"),
+    unsharded=("dr_dpo-rescale", "refactored", *_PRIVATE_PAIRS),
+    unspread=("dr_dpo-cached", "refactored", *_PRIVATE_PAIRS),
     ddp=("dr_dpo", "dr_dpo-full"),
     sharded=("dr_dpo", "dr_dpo-full"),
     plain=PADDED | dict(precompute_ref_log_probs=False),
@@ -767,11 +790,6 @@ noisy_sft = Method(
     },
     unloaded=_OF_TEXTS,
 )
-
-# all rows are in each step, so that nothing is left to chance; a third of them is clipped
-NOISELESS = dict(target_epsilon=INF, clip_norm=0.5, expected_batch_size=8)
-_PROMISE = dict(target_epsilon=8.0, expected_batch_size=16)
-PEOPLE = NOISELESS | dict(people=4, rows_per_unit=2, privacy_unit_column="person", expected_batch_size=4)
 
 dp_sft = Method(
     name="dp_sft",

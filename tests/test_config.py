@@ -15,6 +15,7 @@ from posttrain.config import (
 )
 from posttrain.errors import ConfigError
 from posttrain.paths import configs_dir
+from posttrain.privacy.config import PrivacyConfig
 from posttrain.trainers.preference.robust_dpo import RobustDPOConfig
 from tests.families import CONFIGS as FAMILIES
 
@@ -188,7 +189,7 @@ def test_removed_settings_name_something_that_exists():
 
 
 def test_every_field_of_the_recipe_has_a_known_type():
-    parser = PosttrainParser(SECTIONS)
+    parser = PosttrainParser((*SECTIONS, PrivacyConfig | None))
     # A default that its own field would refuse shows an annotation that is read wrongly.
     for name, kind in parser._types.items():
         default = parser.get_default(name)
@@ -199,10 +200,47 @@ def test_every_field_of_the_recipe_has_a_known_type():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_parse(path, monkeypatch):
     # What the GPU configs ask for is checked by transformers against this machine.
-    data_args, model_args, training_args = parse(SECTIONS, ["--config", str(path), "--bf16", "false"])
+    sections = (*SECTIONS, PrivacyConfig | None)
+    data_args, model_args, training_args, privacy = parse(sections, ["--config", str(path), "--bf16", "false"])
     assert data_args.dataset_name and model_args.model_name_or_path
     assert training_args.output_dir == f"runs/robust_dpo-{path.stem}"
+    assert (privacy is not None) == (path.stem == "private")
 
 
 def test_all_three_machines_have_a_config():
-    assert [path.stem for path in CONFIGS] == ["cpu", "single_gpu", "zero3"]
+    assert {path.stem for path in CONFIGS} >= {"cpu", "single_gpu", "zero3"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--clip_norm", "2"], r"target_epsilon and noise_multiplier are both null; a private run needs one of them"),
+        (["--target_epsilon", "null"], r"target_epsilon and noise_multiplier are both null"),
+        (["--target_epsilon", "3"], r"expected_batch_size is null.*"),
+        (["--publish_private_metrics", "false"], r"target_epsilon and noise_multiplier are both null"),
+        (["--target_epsilon", "three"], r"command line: .*target_epsilon.*three"),
+        (["--target_epsilon", "3", "--expected_batch_size", "0"], r"expected_batch_size is 0.*command line"),
+    ],
+)
+def test_settings_beside_others_are_checked_where_any_is_given(words, said, tmp_path):
+    sections = (RobustDPOConfig, PrivacyConfig | None)
+    given = ["--output_dir", str(tmp_path)]
+    assert parse(sections, given)[1] is None
+    taken = parse(sections, [*given, "--target_epsilon", "inf", "--expected_batch_size", "4"])[1]
+    assert (taken.target_epsilon, taken.expected_batch_size, taken.clip_norm) == (float("inf"), 4, 1.0)
+    with pytest.raises(ConfigError, match=said):
+        parse(sections, [*given, *words])
+
+
+def test_settings_beside_others_are_read_from_the_file_and_told_by_help(tmp_path, capsys):
+    sections = (RobustDPOConfig, PrivacyConfig | None)
+    path = write(tmp_path, f"output_dir: {tmp_path}\ntarget_epsilon: 3\nexpected_batch_size: 8\n")
+    args, privacy = parse(sections, ["--config", path, "--privacy_unit_column", "user"])
+    assert (privacy.target_epsilon, privacy.privacy_unit_column, args.privacy) == (3.0, "user", None)
+    # a word of the command line stands in the place of the file's
+    _, privacy = parse(sections, ["--config", path, "--noise_multiplier", "1"])
+    assert (privacy.target_epsilon, privacy.noise_multiplier) == (None, 1.0)
+    with pytest.raises(SystemExit):
+        parse(sections, ["--help"])
+    told = capsys.readouterr().out
+    assert all(f"--{entry.name}" in told for entry in fields(PrivacyConfig))

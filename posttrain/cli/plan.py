@@ -38,6 +38,7 @@ def run(args) -> int:
     from posttrain.adapters.schemes import adapter_config
     from posttrain.cli.launch_refusals import refusal
     from posttrain.planning import cards, plan
+    from posttrain.run import private_settings
 
     card = cards.card_of(args.gpu)
     counts = {name: _count(name, getattr(args, name)) for name in ("gpus", "nodes", "rows", "tokens")}
@@ -48,6 +49,8 @@ def run(args) -> int:
     if args.params is None and not model:
         raise ConfigError("model_name_or_path is not set in the config; set it, or give the size as `--params 7b`.")
     adapter = adapter_config(model_args)
+    if training_args.privacy is not None:
+        private_settings.check_adapter(adapter)
     job = _job(model, args.params, model_args, training_args, adapter)
 
     def refused(kind: str) -> str | None:
@@ -124,7 +127,10 @@ def _is_file(path: Path) -> bool:
 
 
 def _settings(method: str, config: Path, given: list[str]) -> tuple:
-    """Return the rows', the model's and the trainer's settings as the recipe reads them."""
+    """Return the rows', the model's and the trainer's settings as the recipe reads them, private where it is.
+
+    Raises ConfigError for what the trainer refuses, wherever it is launched.
+    """
     from posttrain.config import parse
     from posttrain.log import get_logger
 
@@ -132,7 +138,9 @@ def _settings(method: str, config: Path, given: list[str]) -> tuple:
     # what is chosen for this machine is not what the plan is for
     log.setLevel(logging.WARNING)
     try:
-        return parse(_sections(method), ["--config", str(config), *given])
+        data, model, args, *beside = parse(_sections(method), ["--config", str(config), *given])
+        privacy = beside[0] if beside else None
+        return data, model, args if privacy is None else args.as_private(privacy)
     finally:
         log.setLevel(level)
 
@@ -140,6 +148,7 @@ def _settings(method: str, config: Path, given: list[str]) -> tuple:
 def _sections(method: str) -> tuple:
     """Return the classes of a recipe's settings, which its own names tell."""
     from posttrain.config import DataArguments, ModelArguments
+    from posttrain.privacy.config import PrivacyConfig
     from posttrain.recipe.tasks import TaskArguments
     from posttrain.run.config import CommonConfig
     from posttrain.trainers.policy_gradient.config import PolicyGradientConfig
@@ -150,7 +159,8 @@ def _sections(method: str) -> tuple:
     rows = [kind for kind in classes if issubclass(kind, DataArguments)]
     if issubclass(trainers, PolicyGradientConfig):
         rows.append(TaskArguments)
-    return max(rows, key=lambda kind: len(kind.__mro__)), ModelArguments, trainers
+    beside = [PrivacyConfig | None] if PrivacyConfig in classes else []
+    return max(rows, key=lambda kind: len(kind.__mro__)), ModelArguments, trainers, *beside
 
 
 def _job(model: str | None, params: str | None, model_args, training_args, adapter):

@@ -61,8 +61,10 @@ REMOVED = {
 }
 
 
-def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple:
+def parse(dataclass_types: Iterable, argv: Sequence[str] | None = None) -> tuple:
     """Make one instance of each dataclass, from `argv` (default: the command line) and the YAML file it names.
+
+    Of `Kind | None` it is None where nobody gave any of the class's settings.
 
     Raises ConfigError, with the file and line of the setting, for a file that cannot be read, an unknown,
     removed or repeated key, a value of the wrong type, and whatever a dataclass refuses in `__post_init__`.
@@ -97,7 +99,10 @@ def __getattr__(name: str):
 class PosttrainParser(TrlParser):
     """TRL's parser, answering bad settings with a ConfigError: nearest name, replacement, file and line."""
 
-    def __init__(self, dataclass_types: Iterable[type], **kwargs):
+    def __init__(self, dataclass_types: Iterable, **kwargs):
+        given = [typing.get_args(kind) or (kind,) for kind in dataclass_types]
+        dataclass_types = [kinds[0] for kinds in given]
+        self._nullable = {kinds[0] for kinds in given if type(None) in kinds}
         # An abbreviated flag would change its meaning when a field is added.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self._sections = {f.name: k.__name__ for k in self.dataclass_types for f in fields(k) if f.init}
@@ -195,6 +200,8 @@ class PosttrainParser(TrlParser):
     def _build(self, kind: type, values):
         # only what was written, so that the class can tell it from its own defaults
         written = [f.name for f in fields(kind) if f.init and f.name in self._places]
+        if kind in self._nullable and not written:
+            return None
         for name, others in getattr(kind, "replaces", {}).items():
             for other in others:
                 self._leave_out({other: (name,)}, written, values)

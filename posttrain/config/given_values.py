@@ -18,7 +18,7 @@ from transformers.trainer_utils import FSDPOption
 
 from posttrain.checks import check_choice, check_holdable, plain
 from posttrain.config.field_types import FieldType
-from posttrain.config.setting import may_be_infinite
+from posttrain.config.setting import defaults_of, may_be_infinite
 from posttrain.errors import ConfigError
 from posttrain.private import is_secret_name, without_secrets
 
@@ -36,6 +36,26 @@ _PATHS = ("accelerator_config", "deepspeed", "resume_from_checkpoint")
 _PATH_ENDINGS = ("_dir", "_path", "_file", "_folder", "_cache")
 # settings whose text may be the path of a JSON file
 _JSON_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+
+
+def written(config_class: type, args: tuple, kwargs: Mapping) -> set[str]:
+    """Return the names of the settings that a config was given by position and by name.
+
+    Where it was given all of them, as `dataclasses.replace` gives those of another one, those at their default were
+    not asked for.
+    """
+    entries = fields(config_class)
+    given = dict(zip((entry.name for entry in entries), args, strict=False)) | kwargs
+    if not given.keys() >= {entry.name for entry in entries if entry.init}:
+        return set(given)
+    own = defaults_of(config_class)
+    return {name for name, value in given.items() if not _is_default(value, own.get(name))}
+
+
+def _is_default(value, default) -> bool:
+    # comparing values of other kinds may do anything
+    comparable = isinstance(default, bool | int | float | str) and type(value) is type(default)
+    return value is default or (comparable and value == default)
 
 
 def check_given(args) -> None:

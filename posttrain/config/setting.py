@@ -70,11 +70,12 @@ def undeclared(config_class: type) -> list[str]:
 def identity_of(args) -> dict[str, object]:
     """Return the settings that a run which goes on must share with the one that it goes on from, by name."""
     found = {}
-    for name, meaning in meanings(type(args)).items():
-        if isinstance(meaning.identity, str):
-            found[meaning.identity] = getattr(args, meaning.identity)
-        elif meaning.identity(args) if callable(meaning.identity) else meaning.identity:
-            found[name] = getattr(args, name)
+    for part in _parts(args):
+        for name, meaning in meanings(type(part)).items():
+            if isinstance(meaning.identity, str):
+                found[meaning.identity] = getattr(part, meaning.identity)
+            elif meaning.identity(part) if callable(meaning.identity) else meaning.identity:
+                found[name] = getattr(part, name)
     return found
 
 
@@ -92,14 +93,21 @@ def before_declared(config_class: type) -> dict[str, object]:
 def told_in_card(args) -> dict[str, object]:
     """Return the settings that a model card tells of a run, by name, in the order of their declaration."""
     found = {}
-    for name, meaning in meanings(type(args)).items():
-        value = getattr(args, name)
-        # a preset's default differs, so that the parent's is a choice as well
-        preset = type(args).__dataclass_fields__[name].default != meaning.default
-        always = preset or (callable(meaning.card) and meaning.card(args))
-        if meaning.card and (always or value != meaning.default):
-            found[name] = value
+    for part in _parts(args):
+        for name, meaning in meanings(type(part)).items():
+            value = getattr(part, name)
+            # a preset's default differs, so that the parent's is a choice as well
+            preset = type(part).__dataclass_fields__[name].default != meaning.default
+            always = preset or (callable(meaning.card) and meaning.card(part))
+            if meaning.card and (always or value != meaning.default):
+                found[name] = value
     return found
+
+
+def _parts(args) -> list:
+    """Return a config and, where they stand beside it, the settings of a private run."""
+    privacy = getattr(args, "privacy", None)
+    return [args] if privacy is None or privacy is args else [args, privacy]
 
 
 def defaults_of(kind: type) -> dict[str, object]:

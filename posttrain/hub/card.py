@@ -12,6 +12,7 @@ from posttrain.hub.base_model import adapter_config, base_license, base_name, ch
 from posttrain.hub.metadata import Evaluation, eval_results, last_evaluation, render_card
 from posttrain.hub.passages import introduction, loading_section
 from posttrain.models import SMOLLM2, TINY
+from posttrain.privacy.paper import PAPER
 from posttrain.private import hide_forms, without_secrets
 from posttrain.tables import format_table
 from posttrain.visible import one_line, visible
@@ -79,7 +80,9 @@ def _card(trainer, model_name, dataset_name, tags, evaluated, mixture, has_curve
     name = one_line(Path(model_name or args.hub_model_id or Path(args.output_dir).resolve().name).name)
     datasets = [name for name in _listed(dataset_name) if is_hub_id(name)]
     papers = trainer._paper if isinstance(trainer._paper, list | tuple) else [trainer._paper]
-    papers = [*papers, getattr(adapter, "paper", None)]
+    promise = trainer.promise() if hasattr(trainer, "promise") else None
+    private = [PAPER] if promise is not None and PAPER not in papers else []
+    papers = [*papers, *private, getattr(adapter, "paper", None)]
     papers = [paper for paper in papers if paper]
 
     kind = "LoRA adapter" if adapter is not None and adapter.peft_type == "LORA" else "adapter" if adapter else "model"
@@ -91,7 +94,6 @@ def _card(trainer, model_name, dataset_name, tags, evaluated, mixture, has_curve
         "## Data\n\n" + _data(trainer, mixture or [(name, None) for name in datasets]),
     ]
     libraries = library_versions().items()
-    promise = trainer.promise() if hasattr(trainer, "promise") else None
     withheld = promise is not None and promise.withholds_metrics
     evaluation = None if withheld else last_evaluation(trainer.state.log_history)
     if promise is not None:

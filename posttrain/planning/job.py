@@ -56,8 +56,8 @@ class Job:
         value_prompts: prompts whose states a value head learns from at a time; 0 without one.
         more_forwards: further forwards of each trained row, without gradient: log-probabilities of rollouts before the
             update, or losses that weigh rows by the whole step. twice: whether a step goes through its rows again.
-        drawn: units of privacy that a step draws on average, whatever its micro-batches hold; the gradients of rows are
-            kept then. None where a step is its micro-batches.
+        drawn: sequences that a step of a private run draws on average, at most, whatever its micro-batches hold; the
+            gradients of rows are kept then. None where a step is its micro-batches.
         on_cpu: whether the run is one on the CPU, without kernels of a card.
     """
 

@@ -78,7 +78,10 @@ def steps_of(job: Job, launch: Launch, args, rows: int | None) -> int | None:
         return args.max_steps
     if rows is None:
         return None
-    a_step = job.drawn or args.per_device_train_batch_size * job.accumulation * launch.processes
+    privacy = getattr(args, "privacy", None)
+    # a private run draws units of privacy, as many as there are rows at most
+    drawn = None if privacy is None else privacy.expected_batch_size
+    a_step = drawn or args.per_device_train_batch_size * job.accumulation * launch.processes
     if job.family == "policy_gradient":
         a_step = max(a_step / args.num_generations, 1 / 1024)
     return math.ceil(math.ceil(rows / a_step) * args.num_train_epochs)

@@ -88,9 +88,17 @@ def job_of(args, model_args, shapes: Shapes, length: int | None = None) -> Job:
         sleeps=bool(getattr(args, "vllm_enable_sleep_mode", False)),
         more_forwards=_more_forwards(args, family),
         twice=bool(getattr(args, "sam_rho", None)),
-        drawn=args.expected_batch_size if getattr(args, "draws_rows", False) else None,
+        drawn=_drawn(args, family),
         value_prompts=32 if getattr(args, "value", None) == "head" else 0,
     )
+
+
+def _drawn(args, family: str) -> int | None:
+    """Return the sequences that a private run's step draws, on average at most; None where none are drawn."""
+    privacy = getattr(args, "privacy", None)
+    if privacy is None:
+        return None
+    return privacy.expected_batch_size * privacy.rows_per_unit * (2 if family == "preference" else 1)
 
 
 def _more_forwards(args, family: str) -> float:

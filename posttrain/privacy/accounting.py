@@ -1,6 +1,7 @@
 """How much privacy steps of DP-SGD spend, and the noise that keeps them within a promise; dp-accounting adds up."""
 
 import functools
+import importlib.metadata
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -68,6 +69,14 @@ def kinds_of(history: Iterable[Steps]) -> tuple[Steps, ...]:
             kind = entry._replace(steps=1, cap=entry.cap if entry.is_capped else None)
             kinds[kind] = kinds.get(kind, 0) + entry.steps
     return tuple(kind._replace(steps=steps) for kind, steps in sorted(kinds.items(), key=repr))
+
+
+def version() -> str | None:
+    """Return the version of dp-accounting that adds up here; None where it is missing."""
+    try:
+        return importlib.metadata.version("dp-accounting")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def solve_noise(

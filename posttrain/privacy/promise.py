@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.errors import DataError
+from posttrain.privacy import accounting
 from posttrain.saved import read_json
 from posttrain.tables import format_table
 from posttrain.whole_files import replace
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 FILE = "posttrain_privacy.json"
 # of a run's folder: figures computed from rows without noise
 FIGURES = ("curves.png", "metrics.jsonl", "metrics.csv")
-_ACCOUNTANTS = {
-    "pld": "privacy loss distributions (dp-accounting)",
-    "rdp": "Renyi divergences (dp-accounting)",
-}
+_ACCOUNTANTS = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 _NEIGHBOURS = {
     "add_remove": "with a unit and without it (add_remove)",
     "replace_one": "with a unit and with another in its place (replace_one)",
@@ -43,6 +41,8 @@ class Promise(NamedTuple):
         rate: probability of a unit in a step. expected, cap: units of a step on average, and at most.
         steps: that the weights come from. thrown_away: steps that were taken besides.
         audit: lower bound on epsilon, its confidence and its number of canaries; None without one.
+        accountant_version: of dp-accounting, by which epsilon was computed; None without a promise, and of runs of a
+            version that did not note it.
     """
 
     is_private: bool
@@ -64,6 +64,7 @@ class Promise(NamedTuple):
     steps: int
     thrown_away: int
     audit: dict | None
+    accountant_version: str | None = None
 
     @classmethod
     def of(cls, privacy, ledger: Ledger, found: Audit | None = None) -> Promise:
@@ -91,6 +92,7 @@ class Promise(NamedTuple):
             audit=None if found is None else {
                 "lower_bound": found.lower_bound, "confidence": found.confidence, "canaries": found.canaries
             },
+            accountant_version=accounting.version() if private else None,
         )  # fmt: skip
 
     @property
@@ -131,13 +133,14 @@ class Promise(NamedTuple):
         ]
         if not self.is_private:
             return rows
+        library = ("dp-accounting", self.accountant_version)
         rows = [
             ("epsilon", f"{self.epsilon:.4g}"),
             ("delta", f"{self.delta:g}"),
             ("neighbours", f"data sets {_NEIGHBOURS[self.neighbours]}"),
             *rows,
             ("noise_multiplier", f"{self.noise_multiplier:.6g}"),
-            ("accountant", _ACCOUNTANTS[self.accountant]),
+            ("accountant", f"{_ACCOUNTANTS[self.accountant]} ({' '.join(filter(None, library))})"),
         ]
         if self.thrown_away:
             told = f"{self.thrown_away:,}; without them epsilon {self.epsilon_of_weights:.4g}"
@@ -184,6 +187,8 @@ def read(folder: Path) -> Promise | None:
         promise.passage()
         if not all(isinstance(value, bool) for value in (promise.is_private, promise.publish_metrics)):
             raise ValueError(promise.is_private)
+        if not isinstance(promise.accountant_version, str | None):
+            raise ValueError(promise.accountant_version)
     except (TypeError, ValueError, KeyError):
         raise DataError(
             f"{path} is damaged, so nothing says whether figures of private rows may be published. Restore it, or "

@@ -1,5 +1,6 @@
 """What the recipes of supervised fine-tuning share: their rows, and a run told without doing it."""
 
+import copy
 import functools
 
 from posttrain import recipe
@@ -10,8 +11,9 @@ from posttrain.recipe import dry_run
 def load(data_args: DataArguments, training_args):
     """Load the rows to train on, and those for evaluation if some are named or `eval_strategy` asks for them."""
     from posttrain.data.instructions.loading import load_instructions
+    from posttrain.run.private_settings import columns_beside
 
-    load = functools.partial(load_instructions, beside=training_args.columns_beside)
+    load = functools.partial(load_instructions, beside=columns_beside(training_args.privacy))
     return recipe.load_splits(load, data_args, training_args.eval_strategy != "no", training_args.seed)
 
 
@@ -27,17 +29,21 @@ def describe(model_id: str, args, train_dataset, peft_config=None, eval_dataset=
     """
     from posttrain.data.instructions.tokens import learned_ends, tokenised_before_loading
     from posttrain.data.processing import processing_class_for, tokenizer_of
+    from posttrain.run import private_settings
     from posttrain.run.prepared import micro_batches, steps
     from posttrain.trainers.sft import prepare
 
     config = dry_run.check(model_id, args, peft_config)
     processing_class = processing_class_for(model_id, None, args)
     ready = prepare.prepare(model_id, args, config, processing_class, train_dataset, eval_dataset, peft_config)
-    facts = {"processes": args.world_size, "training rows": len(train_dataset)}
+    facts, args = {"processes": args.world_size, "training rows": len(train_dataset)}, copy.copy(args)
+    private_settings.follow(args, ready.plan)
+    later = "known once the model is loaded (chat_template_path or eos_token change the tokens)"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    most = {"most rows per step" if args.draws_rows else "rows per step": batch}
+    most = {"most rows per step" if args.privacy else "rows per step": batch}
+    if ready.plan is None and args.known_later:
+        most = {"most rows per step": later}
     if not tokenised_before_loading(args):
-        later = "known once the model is loaded (chat_template_path or eos_token change the tokens)"
         facts |= {"of them within max_length": later} | most
         return facts | dry_run.sizes(config, args, peft_config)
     rows, part = ready.train_dataset, prepare.kept_part(args)

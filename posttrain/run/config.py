@@ -12,13 +12,13 @@ from typing import ClassVar
 import torch
 
 from posttrain.checks import check_choice
-from posttrain.config.given_values import check_given
+from posttrain.config.given_values import check_given, written
 from posttrain.config.setting import may_be_infinite, setting
 from posttrain.data.rendering.ends import CHOICES
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
 from posttrain.private import without_secrets
-from posttrain.run import checkpoints, identity, optimizers, preemption, refactoring, schedule
+from posttrain.run import checkpoints, identity, optimizers, preemption, private_settings, refactoring, schedule
 from posttrain.run.checks import check_reporters, upstream_refusals
 from posttrain.run.engines import is_supposed, under_fsdp
 from posttrain.run.engines import under_deepspeed as under_deepspeed
@@ -129,18 +129,23 @@ class CommonConfig(KernelConfig, UpdateConfig):
     nulls: ClassVar[dict[str, str]] = {"max_length": "no row is cut"}
     # what a trainer says of the settings that it read from TRL's config
     says: ClassVar[tuple[str, ...]] = ()
+    # a `PrivacyConfig` in a private run, whose rows are drawn
+    privacy: ClassVar = None
+    # what a private run of the method refuses beside what all do, as `posttrain.run.private_settings.check` takes it
+    not_apart: ClassVar[tuple] = ()
 
     @property
     def known_later(self) -> tuple[str, ...]:
         """Return the settings whose values follow from the rows, and so are not known before those are."""
-        return ()
+        follows = self.privacy is not None and "gradient_accumulation_steps" not in self._written
+        return ("gradient_accumulation_steps",) if follows else ()
 
     def __new__(cls, *args, **kwargs):
         for name in cls.renamed.keys() & kwargs:
             raise ConfigError(f"{name} is called {cls.renamed[name]}; write `{cls.renamed[name]}: {kwargs[name]}`.")
         self = super().__new__(cls)
         # names of the settings that were given, and are not a class's own defaults
-        self._written = {entry.name for entry, _ in zip(fields(cls), args, strict=False)} | set(kwargs)
+        self._written = written(cls, args, kwargs)
         self._resolved_upstream = False
         return self
 
@@ -170,6 +175,8 @@ class CommonConfig(KernelConfig, UpdateConfig):
             self._read_kernels()
             self._read_family()
             self._read()
+            if self.privacy is not None:
+                private_settings.check(self)
         for name, (neutral, instead) in self._unused().items():
             value = getattr(self, name)
             if value not in neutral:

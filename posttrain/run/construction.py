@@ -9,6 +9,7 @@ from peft import PeftModel
 from trl.trainer.utils import get_config_model_id
 
 from posttrain.compat import keep_4bit_weights_trainable
+from posttrain.errors import ConfigError
 from posttrain.hub import preflight
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.mechanisms.spread_weights import give_whole_head, keep_fp32_outputs
@@ -68,6 +69,8 @@ class ConstructionMixin:
     """
 
     _config_class: type
+    # why a method is never private, where `privacy` is given to it
+    _not_private = "it has no private steps, which DPSFTTrainer and RobustDPOTrainer have"
 
     def _build(self, model, args, given: dict, prepare: Callable, construct: Callable) -> None:
         """Construct the trainer, in the one order that every family keeps.
@@ -157,6 +160,8 @@ class ConstructionMixin:
         twice = sorted(given.keys() & kwargs)
         if twice:
             raise TypeError(f"{type(self).__name__} got {', '.join(twice)} twice, by position and by name.")
+        if kwargs.get("privacy") is not None:
+            raise ConfigError(f"privacy is given to {type(self).__name__}; {self._not_private}. Leave it out.")
         for name in kwargs.keys() - set(known):
             remedy = _FORMER_ARGUMENTS.get(name)
             if remedy is None and name in self._config_class.__dataclass_fields__:

@@ -135,6 +135,11 @@ class RunMixin(PrivateMixin, ConstructionMixin, SavingMixin, PassesMixin):
         """Restore what `method_state` returned when the checkpoint was written; empty if another method wrote it."""
         if self._private is not None:
             self._private.load(state.get("privacy") or {})
+        elif state.get("privacy") and self.args.check_resume:
+            raise ConfigError(
+                "the checkpoint is of a private run, and this one is not: its steps would end the promise. Give the "
+                "private settings of that run, or set `check_resume: false`."
+            )
 
     def found_by_method(self) -> dict[str, object]:
         """Return what a method found out when training began, by name, for card and report."""

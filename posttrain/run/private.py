@@ -61,6 +61,11 @@ class UnitsBeside:
 
     def __call__(self, pairs: list[tuple[dict, int]]) -> dict:
         batch = self.collator([row for row, _ in pairs] or [self.blank])
+        if "row_groups" in batch:
+            raise ConfigError(
+                "data_collator puts groups of several answers into a batch (row_groups), and batches of a private run "
+                "are of pairs, so that each answer's unit is known. Leave data_collator out."
+            )
         # of pairs all chosen rows come first
         times = len(batch["input_ids"]) // max(len(pairs), 1)
         batch[UNITS] = RowUnits.of([unit for _, unit in pairs] * times)
@@ -137,6 +142,10 @@ class PrivateRun:
         batch = UnitsBeside(trainer.data_collator, self._blank)([(self._made_up[row], row) for row in rows])
         units = batch.pop(UNITS)
         return trainer._prepare_inputs(batch), units
+
+    def made_up_batch(self) -> dict:
+        """Return the made-up rows as one batch on the device."""
+        return self._collated([0, 1])[0]
 
     def dataloader(self) -> DataLoader:
         """Return the batches of an epoch on this rank: as many a step as the plan says, some of them without rows."""

@@ -31,8 +31,9 @@ class RunReport(TrainerCallback):
     - `metrics.jsonl`: a line per log, with step, epoch and every number logged. A resumed run drops the lines beyond
       the step it resumes from.
     - `metrics.csv` and `curves.png` at the end of training (curves only where matplotlib is installed).
-    - `resolved_config.yaml` at the start: the training arguments that have a value, `sections`, what the method found
-      out, versions and the git commit of the working folder. Tokens and other secrets are left out.
+    - `resolved_config.yaml` at the start: the training arguments that have a value, those of a private run beside them,
+      `sections`, what the method found out, versions and the git commit of the working folder. Tokens and other secrets
+      are left out.
 
     `sections`: further settings to record, a name to a mapping each (the model's and the data's, for example).
 
@@ -109,8 +110,10 @@ def _writing(folder: Path):
 def write_resolved_config(args, path: Path, sections: dict | None = None) -> None:
     """Write the settings of the run: training arguments, `sections`, versions, device, git commit."""
     training = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    privacy = getattr(args, "privacy", None)
     report = {
         "training": {name: value for name, value in training.items() if value not in (None, {}, [])},
+        **({} if privacy is None or privacy is args else {"privacy": vars(privacy)}),
         **(sections or {}),
         "versions": library_versions(),
         "python": platform.python_version(),

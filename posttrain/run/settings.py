@@ -12,6 +12,7 @@ from posttrain.run import (
     devices,
     init_kwargs,
     lock,
+    private_settings,
     refactoring,
     run_folder,
     start,
@@ -73,4 +74,6 @@ def check(
         run_folder.check_start_stays(args, model)
         check_push(args, model)
     check_setting(args, config, peft_config)
+    if args.privacy is not None:
+        private_settings.check_model(args, model, config, peft_config)
     return model, config

@@ -39,7 +39,7 @@ def adapter(tiny_folder, tmp_path_factory):
 def test_recipes_are_listed_and_copied(tmp_path, capsys):
     assert main(["recipes", "list"]) == 0
     out = capsys.readouterr().out
-    assert "robust_dpo" in out and "cpu, single_gpu, zero3" in out and "cpu_zero3" in out
+    assert "robust_dpo" in out and "cpu, private, single_gpu, zero3" in out and "cpu_zero3" in out
     assert main(["recipes", "copy", "robust_dpo", str(tmp_path)]) == 0
     assert (tmp_path / "robust_dpo.py").read_text() == (ROOT / "recipes/robust_dpo.py").read_text()
     assert (tmp_path / "configs/robust_dpo/cpu.yaml").exists() and (tmp_path / "configs/accelerate/cpu.yaml").exists()
@@ -117,7 +117,7 @@ def test_train_takes_what_was_named_or_fits_the_machine(monkeypatch, capsys, car
 
 def test_train_knows_the_shipped_configs(capsys):
     assert main(["train", "robust_dpo", "--config", "laptop"]) == 2
-    assert "config is 'laptop': no such file, and none of the shipped ones: cpu, single_gpu, zero3." in (
+    assert "config is 'laptop': no such file, and none of the shipped ones: cpu, private, single_gpu, zero3." in (
         capsys.readouterr().err
     )
 

@@ -1,4 +1,4 @@
-"""A private run with noise on two ranks, beside what it does without; each rank calls `main`."""
+"""Private runs on two ranks, with noise and without; each rank calls `main` or `noiseless`."""
 
 import json
 import os
@@ -11,10 +11,15 @@ from posttrain.privacy.step import PrivateStep
 from posttrain.run import private, report
 from tests import runs
 from tests.families import METHODS, NOISELESS
-from tests.runs import trainable
+from tests.runs import entries, trainable
 
-# a deviation of one, over 8 units, in two steps of the rate 0.5
-NOISE = dict(target_epsilon=None, noise_multiplier=2.0, target_delta=1e-3, clip_norm=0.5, save_strategy="steps")
+# a deviation of one, over 8 units, in two steps
+NOISE = dict(
+    target_epsilon=None, noise_multiplier=2.0, target_delta=1e-3, clip_norm=0.5, expected_batch_size=8, rows=8,
+    save_strategy="steps",
+)  # fmt: skip
+# of private preference training: cases of its record, each of 8 pairs in every step
+PAIRS = ("private", "private-people", "private-cached")
 # units of two steps: the first rank has micro-batches with rows, the second fewer, and then none
 DRAWN = [[0, 1, 2, 3, 4], [5]]
 
@@ -35,9 +40,14 @@ def counted_forwards(trainer) -> list[int]:
     return seen
 
 
-def main(model: str, out: str) -> None:
+def _quiet() -> None:
     report.plot_curves = lambda *args: None
     report.git_commit = lambda: None
+
+
+def main(model: str, out: str, name: str) -> None:
+    """A run with noise of the method `name`, and its resumption from the first of two steps."""
+    _quiet()
     rank, collectives, reduced = int(os.environ["RANK"]), [], torch.distributed.all_reduce
     finish = PrivateStep.finish
 
@@ -51,14 +61,27 @@ def main(model: str, out: str) -> None:
 
     PrivateStep.finish = counted
     split = dict(per_device_train_batch_size=2, save_steps=1)
-    trainer = METHODS["dp_sft"].build(model, f"{out}/run", **NOISE, **split)
+    trainer = METHODS[name].build(model, f"{out}/run", **NOISE, **split)
     before = trainable(trainer.model)
     trainer.train()
     change = {name: value - before[name] for name, value in trainable(trainer.model).items()}
     save_file(change, f"{out}/change-{rank}.safetensors")
-    again = METHODS["dp_sft"].build(model, f"{out}/run", **NOISE, **split)
+    again = METHODS[name].build(model, f"{out}/run", **NOISE, **split)
     again.train(resume_from_checkpoint=f"{out}/run/checkpoint-1")
-    told, sums, changes = again.promise(), len(collectives), []
+    told, sums = again.promise(), len(collectives)
+    if rank == 0:
+        spent = [entry["privacy/epsilon"] for entry in entries(again)]
+        facts = dict(
+            collectives=sums, wrapper=type(trainer.model_wrapped).__name__, thrown_away=told.thrown_away,
+            micro_batches=trainer.args.gradient_accumulation_steps, steps=told.steps, spent=spent, epsilon=told.epsilon,
+        )  # fmt: skip
+        (Path(out) / "facts.json").write_text(json.dumps(facts))
+
+
+def without_rows(model: str, out: str) -> None:
+    """A run of whose micro-batches some have no rows, which are left out, and one where all are forwarded."""
+    _quiet()
+    rank, changes = int(os.environ["RANK"]), []
     for all_run in (False, True):
         if all_run:
             private.ranks_forward_together = lambda trainer: True
@@ -69,9 +92,14 @@ def main(model: str, out: str) -> None:
     assert runs.identical(left_out, all_of_them) and most == 4
     save_file(left_out, f"{out}/few-{rank}.safetensors")
     (Path(out) / f"forwards-{rank}.json").write_text(json.dumps(forwards))
-    if rank == 0:
-        facts = dict(
-            collectives=sums, wrapper=type(trainer.model_wrapped).__name__, thrown_away=told.thrown_away,
-            micro_batches=trainer.args.gradient_accumulation_steps, steps=told.steps,
-        )  # fmt: skip
-        (Path(out) / "facts.json").write_text(json.dumps(facts))
+
+
+def noiseless(model: str, out: str) -> None:
+    """What private preference training changes without noise, each case in two micro-batches of 2 pairs a rank."""
+    _quiet()
+    method, changes = METHODS["robust_dpo"], {}
+    for case in PAIRS:
+        given = method.ranks[case] | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        change, _ = method.train(model, f"{out}/{case}", **given)
+        changes |= {f"{case}|{name}": value.contiguous() for name, value in change.items()}
+    save_file(changes, f"{out}/changes-{os.environ['RANK']}.safetensors")

@@ -9,14 +9,16 @@ from transformers import AutoConfig
 from posttrain import RobustDPOConfig, quiet
 from posttrain.cli import main
 from posttrain.errors import ConfigError
+from posttrain.paths import configs_dir
 from posttrain.planning import hours, memory, plan
-from posttrain.planning.cards import CARDS, card_of
+from posttrain.planning.cards import CARDS, GB, card_of
 from posttrain.planning.job import Job, Launch
 from posttrain.planning.shapes import config_of, shapes_of
 from posttrain.recipe import preferences
 from tests import training
 from tests.conftest import make_pairs
 
+PRIVATE_SFT = sorted((configs_dir() / "dp_sft").glob("*.yaml"))
 SMALL = shapes_of(config_of("Qwen/Qwen3-0.6B"))
 
 
@@ -279,3 +281,42 @@ def test_gradients_of_rows_take_memory_with_the_rows():
         return sum(memory.phases(job, Launch(), 80e9)["training"].values())
 
     assert needed(8, drawn=64) - needed(8) == pytest.approx(4.0 * 200_000_000 * 9, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [*(f"dp_sft/{path.stem}" for path in PRIVATE_SFT), "robust_dpo/private"])
+def test_private_runs_are_planned_and_no_engine_that_they_are_refused_under(name, capsys):
+    found = planned(capsys, name, "--rows", "10000")
+    assert found["launch"] in ("single", "ddp") and found["fits"] and found["steps"]
+    large = (name, "--per_device_train_batch_size", "64")
+    card = 0.8 * planned(capsys, *large)["needed_bytes"] / GB
+    fixes = planned(capsys, *large, "--gpu", f"{card:.3f}")["fixes"]
+    assert fixes and not [fix for fix in fixes if "--launch" in fix["change"]]
+    for launch in ("zero2", "zero3", "fsdp2"):
+        said = refusal(capsys, name, "--launch", launch)
+        assert "which reduces gradients before they are clipped" in said and "is refused under: the run is" in said
+
+
+def test_a_private_step_of_pairs_has_both_answers_of_each_pair_that_is_drawn(capsys):
+    words = ("robust_dpo/private", "--rows", "5000", "--tokens", "100", "--max_steps", "-1", "--target_delta", "1e-5")
+    found = planned(capsys, *words, "--num_train_epochs", "2")
+    # 313 steps draw each of 5,000 pairs once, 16 at a time
+    assert (found["steps"], found["tokens_per_step"]) == (2 * 313, 16 * 2 * 100)
+    people = planned(capsys, *words, "--num_train_epochs", "2", "--privacy_unit_column", "user", "--rows_per_unit", "2")
+    assert (people["steps"], people["tokens_per_step"]) == (2 * 313, 2 * 16 * 2 * 100)
+    plain = planned(capsys, "robust_dpo/cpu", "--rows", "480")
+    assert plain["steps"] == 60
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--reduction", "dr_dpo", "--pair_loss", "dpo", "--flip_rate", "0"], "reduction is dr_dpo, which weighs each"),
+        (["--max_grad_norm", "1"], "max_grad_norm is 1.0, which would cut the noisy gradient"),
+        (["--use_peft", "false"], "there is no LoRA to train"),
+        (["--use_dora", "true"], "use_dora of the adapter is True"),
+        (["--noise_multiplier", "1", "--target_epsilon", "3"], "which follow from each other"),
+        (["--expected_batch_size", "null"], "expected_batch_size is null"),
+    ],
+)
+def test_a_private_run_that_the_trainer_refuses_is_not_planned(words, said, capsys):
+    assert said in refusal(capsys, "robust_dpo/private", *words)

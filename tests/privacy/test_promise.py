@@ -1,5 +1,6 @@
 """What a run promises beside its weights: what card and push tell of it, and what they keep back."""
 
+import importlib.metadata
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from posttrain.errors import DataError
 from posttrain.hub import Destination, push, write_model_card
 from posttrain.hub.files import files_to_push
+from posttrain.privacy import accounting
 from posttrain.privacy import promise as promises
 from posttrain.privacy.accounting import Steps
 from posttrain.privacy.audit import Audit
@@ -44,6 +46,29 @@ def test_a_promise_is_read_as_it_was_written(tmp_path):
         promise = made(**given)
         promises.write(tmp_path, promise)
         assert promises.read(tmp_path) == promise
+
+
+def test_the_card_names_the_version_that_added_up_when_the_run_was_trained(tmp_path, monkeypatch):
+    own = accounting.version()
+    assert own == importlib.metadata.version("dp-accounting")
+    assert f"privacy loss distributions (dp-accounting {own})" in made(steps=2).passage()
+    monkeypatch.setattr(accounting, "version", lambda: "0.1.2")
+    promises.write(tmp_path, made(steps=2))
+    monkeypatch.undo()
+    assert "(dp-accounting 0.1.2)" in promises.read(tmp_path).passage()
+    assert made(target_epsilon=math.inf, noise_multiplier=None).accountant_version is None
+
+
+def test_a_promise_of_a_version_that_did_not_note_the_accountants_is_read(tmp_path):
+    content = made(steps=2)._asdict()
+    del content["accountant_version"]
+    (tmp_path / FILE).write_text(json.dumps(content))
+    told = promises.read(tmp_path)
+    assert told.accountant_version is None and "privacy loss distributions (dp-accounting) |" in told.passage()
+    for bad in (3, ["0.6"], {}):
+        (tmp_path / FILE).write_text(json.dumps(content | {"accountant_version": bad}))
+        with pytest.raises(DataError, match="is damaged"):
+            promises.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"is_private": true}', "x"])

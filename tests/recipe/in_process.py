@@ -32,7 +32,8 @@ def settings_of(recipe: str, *words: str) -> tuple:
         """What the recipe read."""
 
     def parsed(sections, *args):
-        raise Parsed(config.parse(sections, *args))
+        # settings of a private run may stand beside these
+        raise Parsed(config.parse(sections, *args)[:3])
 
     path = recipes_dir() / f"{recipe}.py"
     main = runpy.run_path(str(path))["main"]

@@ -124,3 +124,67 @@ def test_what_is_missing_is_named(settings, message, pairs, monkeypatch, capsys)
         runpy.run_path(str(recipes_dir() / "robust_dpo.py"), run_name="__main__")
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def private(tmp_path, monkeypatch, capsys):
+    """Runs the recipe with its private config on 16 pairs of four people: exit code, stdout and stderr."""
+    pytest.importorskip("dp_accounting")
+    monkeypatch.chdir(tmp_path)
+    make_pairs(16, user=[f"u{row % 4}" for row in range(16)]).to_json(tmp_path / "pairs.jsonl")
+
+    def run(*settings):
+        given = [
+            "--config", configs_dir() / "robust_dpo" / "private.yaml", "--model_name_or_path", "embedded:tiny",
+            "--dataset_name", "pairs.jsonl", "--output_dir", "run", "--max_steps", "2", "--target_delta", "1e-3",
+            "--expected_batch_size", "8", "--disable_tqdm", "true", "--save_strategy", "no", *settings,
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["robust_dpo.py", *map(str, given)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(recipes_dir() / "robust_dpo.py"), run_name="__main__")
+        said = capsys.readouterr()
+        return caught.value.code, said.out, said.err
+
+    return run
+
+
+def test_the_private_config_trains_an_adapter_with_a_promise_to_people(private, tmp_path):
+    people = ("--privacy_unit_column", "user", "--rows_per_unit", "2", "--expected_batch_size", "2")
+    code, out, err = private(*people)
+    assert code == 0 and "Saved to run" in out, err
+    run = tmp_path / "run"
+    promise = json.loads((run / "posttrain_privacy.json").read_text())
+    assert (promise["column"], promise["units"], promise["steps"], promise["rows_per_unit"]) == ("user", 4, 2, 2)
+    assert 0 < promise["epsilon"] <= 8 and promise["accountant_version"]
+    card = (run / "README.md").read_text()
+    assert "differentially private" in card and "1607.00133" in card and "2403.00409" in card
+    assert "curves.png" not in card and promise["accountant_version"] in card
+    settings = yaml.safe_load((run / "resolved_config.yaml").read_text())
+    assert settings["privacy"]["privacy_unit_column"] == "user" and settings["training"]["max_grad_norm"] == 0.0
+    assert reload(run).isfinite().all()
+
+
+def test_a_private_dry_run_tells_units_noise_and_steps(private, tmp_path):
+    code, out, err = private("--dry_run", "true")
+    assert code == 0 and not (tmp_path / "run").exists(), err
+    lines = [line for line in out.splitlines() if len(line.split()) > 1 and not line.startswith(" ")]
+    told = dict(line.rsplit(maxsplit=1) for line in lines)
+    assert (told["units of privacy"], told["most units of a step"], told["steps"]) == ("16", "16", "2")
+    assert told["most pairs per step"] == "16" and float(told["noise_multiplier"]) > 0
+    assert float(told["epsilon"]) == pytest.approx(8, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "message"),
+    [
+        (["--target_epsilon", "null"], 2, "target_epsilon and noise_multiplier are both null"),
+        (["--privacy_unit_column", "person"], 3, "train_dataset has no column person, which privacy_unit_column names"),
+        (["--privacy_unit_column", "person", "--dry_run", "true"], 3, "train_dataset has no column person"),
+        (["--reduction", "dr_dpo", "--pair_loss", "dpo"], 2, "reduction is dr_dpo, which weighs each pair by the"),
+        (["--use_peft", "false"], 2, "there is no LoRA to train"),
+        (["--expected_batch_size", "17"], 2, "expected_batch_size is 17, and the training data has 16 units"),
+    ],
+)
+def test_what_a_private_run_refuses_is_said_before_a_model_loads(private, settings, code, message, tmp_path):
+    ended, _, err = private(*settings)
+    assert ended == code and message in err and not (tmp_path / "run").exists(), err

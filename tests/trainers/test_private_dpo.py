@@ -2,17 +2,27 @@
 
 import math
 import random
+import re
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
 from posttrain.errors import ConfigError, DataError
+from posttrain.hub import Destination, write_model_card
+from posttrain.hub.files import files_to_push
+from posttrain.mechanisms.row_groups import RowGroups
 from posttrain.privacy import promise as promises
 from posttrain.privacy.config import PrivacyConfig
+from posttrain.privacy.promise import FIGURES
 from posttrain.run import private
+from posttrain.trainers.preference import mixin as preference_mixin
 from tests import runs, training
+from tests.contract.test_resume import resumes
+from tests.families import METHODS, RDPO
 from tests.made_up import make_pairs
 from tests.runs import distance, trainable
 
@@ -144,10 +154,7 @@ def test_a_private_run_promises_and_goes_on_with_what_it_spent(tiny_folder, tmp_
 
 REFUSED = [
     (dict(reduction="dr_dpo"), "reduction is dr_dpo, which weighs each pair by the others"),
-    (dict(prefix_sharing="always"), "prefix_sharing is always, which packs pairs"),
     (dict(max_grad_norm=1.0), "max_grad_norm is 1.0, which would cut the noisy gradient"),
-    (dict(sam_rho=0.1), "sam_rho is 0.1"),
-    (dict(refactor_every=2), "refactor_every is 2"),
     (dict(peft=None), "there is no LoRA to train"),
     (dict(peft=LoraConfig(use_dora=True)), "use_dora of the adapter is True"),
     (dict(peft=LoraConfig(modules_to_save=["lm_head"])), "modules_to_save of the adapter"),
@@ -163,3 +170,84 @@ def test_what_couples_pairs_is_refused(given, said, tiny_folder, tmp_path):
 def test_a_column_of_people_that_is_missing_is_refused(tiny_folder, tmp_path):
     with pytest.raises(DataError, match="train_dataset has no column person"):
         build(tiny_folder, tmp_path, privacy=dict(privacy_unit_column="person"))
+
+
+def test_groups_of_several_answers_are_refused_whose_units_are_not_known(tiny_folder, tmp_path):
+    own = build(tiny_folder, tmp_path / "a").data_collator
+
+    def grouped(examples):
+        batch = own(examples)
+        return batch | {"row_groups": RowGroups.pairs(len(examples))}
+
+    private = dict(target_epsilon=math.inf, expected_batch_size=4)
+    with pytest.raises(ConfigError, match=r"data_collator puts groups of several answers into a batch \(row_groups\)"):
+        training.build(tiny_folder, tmp_path / "b", collator=grouped, privacy=PrivacyConfig(**private))
+    training.build(tiny_folder, tmp_path / "c", collator=own, privacy=PrivacyConfig(**private))
+
+
+def test_policy_and_reference_are_compared_on_made_up_pairs_alone(tiny_folder, tmp_path, monkeypatch):
+    """A run that stopped for the pairs of data would tell of them."""
+    trainer = build(tiny_folder, tmp_path / "a")
+    seen = []
+    monkeypatch.setattr(preference_mixin, "check_zero_margin", lambda *given: seen.append(given))
+    trainer.train()
+    assert not seen
+    build(tiny_folder, tmp_path / "b")
+    assert len(seen) == 1
+    monkeypatch.undo()
+    own = RobustDPOTrainer.compute_ref_log_probs
+
+    def of_another(self, model, inputs):
+        return tuple(value - 1.0 for value in own(self, model, inputs))
+
+    monkeypatch.setattr(RobustDPOTrainer, "compute_ref_log_probs", of_another)
+    with pytest.raises(ConfigError, match="policy and reference differ by"):
+        build(tiny_folder, tmp_path / "c")
+    build(tiny_folder, tmp_path / "d", check_reference=False)
+
+
+@pytest.mark.parametrize(
+    "precomputed", [pytest.param(False, id="live"), pytest.param(True, id="precomputed", marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_is_the_straight_one_bit_for_bit_without_noise(precomputed, tiny_folder, tmp_path):
+    settings = NOISELESS | RDPO | dict(expected_batch_size=8, rows=8, max_steps=4, save_strategy="steps", save_steps=2)
+    settings |= dict(per_device_train_batch_size=4, precompute_ref_log_probs=precomputed)
+    resumes(METHODS["robust_dpo"], settings, 2, tiny_folder, tmp_path)
+    for other, said in (
+        (dict(clip_norm=0.25), "clip_norm: 1.0 there, 0.25 here"),
+        (dict(expected_batch_size=4), "expected_batch_size: 8 there, 4 here"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            METHODS["robust_dpo"].train(tiny_folder, tmp_path, **settings | other)
+
+
+@pytest.mark.slow
+def test_a_run_without_privacy_does_not_go_on_from_a_private_one_nor_the_reverse(tiny_folder, tmp_path):
+    method = METHODS["robust_dpo"]
+    plain = dict(rows=8, per_device_train_batch_size=8, save_strategy="steps", save_steps=1)
+    private = plain | dict(target_epsilon=None, noise_multiplier=1.0, target_delta=0.01, expected_batch_size=8)
+    method.train(tiny_folder, tmp_path / "plain", **plain)
+    with pytest.raises(ConfigError, match="does not say which private steps its weights come from"):
+        method.train(tiny_folder, tmp_path / "plain", resume=str(tmp_path / "plain/checkpoint-1"), **private)
+    method.train(tiny_folder, tmp_path / "private", **private)
+    with pytest.raises(ConfigError, match="is of a private run, and this one is not"):
+        method.train(tiny_folder, tmp_path / "private", resume=str(tmp_path / "private/checkpoint-1"), **plain)
+
+
+def test_a_private_runs_card_tells_its_settings_and_has_no_figures_of_its_pairs(tiny_folder, tmp_path):
+    private = dict(target_epsilon=None, noise_multiplier=1.0, target_delta=0.01)
+    trainer = build(tiny_folder, tmp_path, privacy=private, pair_loss="rdpo", flip_rate=0.2)
+    trainer.eval_dataset = trainer.train_dataset
+    runs.fit(trainer)
+    trainer.evaluate()
+    trainer.save_model()
+    card = ModelCard.load(write_model_card(trainer))
+    for part in ("2403.00409", "1607.00133", "## Privacy", "units an optimiser step", "dp-accounting"):
+        assert part in card.text
+    told = dict(noise_multiplier="1", clip_norm="1", expected_batch_size="4", flip_rate="0.2")
+    for name, value in told.items():
+        assert re.search(rf"^\| {name} +\| +{value} +\|$", card.text, re.MULTILINE), name
+    assert "## Evaluation" not in card.text and "eval_loss" not in card.content
+    settings = yaml.safe_load((tmp_path / "resolved_config.yaml").read_text())
+    assert settings["privacy"]["noise_multiplier"] == 1.0 and settings["privacy"]["expected_batch_size"] == 4
+    assert not set(FIGURES) & set(files_to_push(tmp_path, tmp_path, Destination("me/run", "org/base", {})))

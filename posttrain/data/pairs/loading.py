@@ -22,7 +22,14 @@ from posttrain.log import get_logger
 COLUMNS = ("prompt", "chosen", "rejected", "flip_rate", "tools", "chat_template_kwargs")
 
 
-def load_preferences(source: str, split: str = "train", limit: int | None = None, convert: bool = True, **given):
+def load_preferences(
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    convert: bool = True,
+    beside: tuple[str, ...] = (),
+    **given,
+):
     """Load preference pairs as a `datasets.Dataset` with the columns of `COLUMNS` that the source has.
 
     `source` is one of
@@ -33,7 +40,8 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
 
     Every row needs `chosen` and `rejected`, texts or lists of messages; `prompt` may be missing where both
     sides begin with it, as TRL allows. `flip_rate` is optional, the other kept columns are TRL's. `limit`:
-    the first rows only. `given`: `name`, `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
+    the first rows only. `beside`: other columns that are kept where the source has them, as they are. `given`: `name`,
+    `data_dir`, `data_files` of `datasets.load_dataset`, for hub data sets.
 
     alpaca and sharegpt rows with both sides are converted to messages, and so are those of `posttrain.data.shapes`
     (UltraFeedback, HH-RLHF and others) unless `convert` is False, which is said. A column `system` is put in front of
@@ -45,11 +53,11 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} must be at least 1, or left out for all rows.")
     refuse_hub_settings(source, given)
-    places: list[str] = []
+    read, places = (*COLUMNS, *(name for name in beside if name not in COLUMNS)), []
     if generators.is_made(source):
         dataset = generators.make(source, split, generators.PAIRS)
     elif is_file_name(source):
-        dataset, places = _read_file(Path(source).expanduser(), limit, convert)
+        dataset, places = _read_file(Path(source).expanduser(), limit, convert, read)
     else:
         dataset = _converted(turns.read(load_hub(source, split, **given), source), source, convert)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
@@ -61,10 +69,11 @@ def load_preferences(source: str, split: str = "train", limit: int | None = None
         get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
         dataset = formats.convert(dataset, places or [f"{source}, row {row}" for row in range(1, len(dataset) + 1)])
     names = dataset.column_names
-    dataset = objects.restored(dataset.select_columns([name for name in (*COLUMNS, *SYSTEM) if name in names]))
-    log_left_out_columns(names, COLUMNS, source)
+    kept = dict.fromkeys((*read, *SYSTEM))
+    dataset = objects.restored(dataset.select_columns([name for name in kept if name in names]))
+    log_left_out_columns(names, read, source)
     dataset = place_system(dataset, source)
-    dataset = dataset.select_columns([name for name in COLUMNS if name in names])
+    dataset = dataset.select_columns([name for name in read if name in names])
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
@@ -74,7 +83,7 @@ def _converted(dataset, source: str, convert: bool):
     return shapes.convert(dataset, source) if known else dataset
 
 
-def _read_file(path: Path, limit: int | None, convert: bool):
+def _read_file(path: Path, limit: int | None, convert: bool, read: tuple[str, ...]):
     """Return the rows of a file, and where each one is; no places where that is its number."""
     from datasets.exceptions import DatasetGenerationError
 
@@ -83,7 +92,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
-        return _read_parquet(path, convert), []
+        return _read_parquet(path, convert, read), []
     rows, places = [], []
     found = _as_messages(json_rows(path), limit, str(path))
     for place, row in shapes.read(found, (shapes.PAIRS,), str(path)) if convert else found:
@@ -94,7 +103,7 @@ def _read_file(path: Path, limit: int | None, convert: bool):
     if not rows:
         raise DataError(f"{path} holds no rows.")
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = _columns_to_read(set(names), rows[0])
+    columns = _columns_to_read(set(names), rows[0], read)
     log_left_out_columns(names, columns, str(path))
     if "prompt" in columns:
         for place, row in zip(places, rows, strict=True):
@@ -121,22 +130,22 @@ def _as_messages(found: Iterator[tuple[str, object]], limit: int | None, name: s
         read.say()
 
 
-def _columns_to_read(names: set[str], row: dict) -> list[str]:
-    """Return the columns that pairs have, and of rows that are yet to be converted those that this takes."""
-    wanted = (*COLUMNS, *SYSTEM)
+def _columns_to_read(names: set[str], row: dict, read: tuple[str, ...]) -> list[str]:
+    """Return the columns that are read, and of rows that are yet to be converted those that this takes."""
+    wanted = tuple(dict.fromkeys((*read, *SYSTEM)))
     if formats.detect(names, row).kind in formats.CONVERTED_PAIRS:
         wanted = dict.fromkeys((*wanted, *formats.CONVERTED_COLUMNS))
     return [name for name in wanted if name in names]
 
 
-def _read_parquet(path: Path, convert: bool):
-    table = turns.read(read_parquet(path, READ), str(path))
+def _read_parquet(path: Path, convert: bool, read: tuple[str, ...]):
+    table = turns.read(read_parquet(path, (*READ, *read)), str(path))
     names, first = table.column_names, table[0] if len(table) else {}
     if convert and shapes.find(names, first, (shapes.PAIRS,), str(path)):
         return shapes.convert(table, str(path))
     if not {"chosen", "rejected"} <= set(names):
         raise formats.without_sides(names, path, first or None)
-    columns = _columns_to_read(set(names), first)
+    columns = _columns_to_read(set(names), first, read)
     log_left_out_columns(names, columns, str(path))
     return table.select_columns(columns)
 

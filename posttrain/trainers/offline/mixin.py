@@ -33,6 +33,10 @@ class OfflineMixin(SFTMixin):
 
     extra_columns = {"reward": "rewards", "advantage": "advantages"}
     _answers_class: type[Answers]
+    _not_private = (
+        "which answers are trained on, and with what weight, follows from other rows as well: from the mean of their "
+        "rewards, from what a head learned of them, or from their number, so no row's part in a step is bounded"
+    )
 
     def __init__(
         self,

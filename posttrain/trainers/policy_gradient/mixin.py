@@ -43,6 +43,10 @@ class PolicyGradientMixin(RolloutEvaluation, KeptRows, RunMixin):
 
     no_value = None
     generates_in_steps = True
+    _not_private = (
+        "a rollout's advantage is by the others of its group, and what is generated follows from all tasks before, so "
+        "no task's part in a step is bounded"
+    )
     _train_sampler, _kept_tokens = None, None
     # for the next generation
     saves_may_wait = True

@@ -1,11 +1,14 @@
 """Settings that every preference trainer has."""
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 from posttrain.checks import check_choice
 from posttrain.config.setting import setting
 from posttrain.errors import ConfigError
+from posttrain.privacy.config import PrivacyConfig
+from posttrain.run import private_settings
 from posttrain.run.config import CommonConfig
 
 
@@ -39,6 +42,21 @@ class PreferenceConfig(CommonConfig):
     )
 
     always_in_card: ClassVar = ("beta", "max_length")
+
+    def as_private(self, privacy: PrivacyConfig) -> "PreferenceConfig":
+        """Return a copy as a private run has it: pairs padded, and no cut of the gradient but that of each unit's.
+
+        Raises ConfigError for settings with which pairs are not apart.
+        """
+        if not isinstance(privacy, PrivacyConfig) or isinstance(privacy, CommonConfig):
+            raise ConfigError(f"privacy is a {type(privacy).__name__}; it must be a PrivacyConfig, or None.")
+        made = copy.copy(self)
+        made.privacy = privacy
+        if "max_grad_norm" not in made._written:
+            made.max_grad_norm = 0.0
+        private_settings.check(made)
+        made.prefix_sharing = "never"
+        return made
 
     @property
     def weighs_pairs(self) -> bool:

@@ -10,7 +10,7 @@ from posttrain.data.limits import Limits
 from posttrain.data.pairs import loading, schema
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
-from posttrain.run import checks, evaluation
+from posttrain.run import checks, evaluation, private_settings
 from posttrain.run.prepared import Prepared, check_fills_a_batch
 
 # Columns of a data set that training reads
@@ -43,7 +43,9 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset) 
         if dropped:
             rows = rows - dropped if lengths.rows == rows else None
     check_fills_a_batch(args, rows)
-    return Prepared(train_dataset, eval_dataset, limits, rows)
+    # pairs that will be dropped are counted in, as which these are is known of all of them once they are tokenised
+    plan = None if args.privacy is None else private_settings.planned(args, train_dataset)
+    return Prepared(train_dataset, eval_dataset, limits, rows, plan=plan)
 
 
 def prompt_limit(args) -> int | None:

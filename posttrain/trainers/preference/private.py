@@ -1,67 +1,53 @@
-"""Private preference training: what it refuses, and its steps. The unit is a pair, or all pairs of a person."""
+"""The steps of private preference training. The unit is a pair, or all pairs of a person."""
+
+import torch
 
 from posttrain.errors import ConfigError
 from posttrain.privacy.config import PrivacyConfig
 from posttrain.privacy.plan import Plan
-from posttrain.run.engines import sharding
+from posttrain.run.checks import evaluating
 from posttrain.run.private import PrivateRun
-from posttrain.run.private_settings import planned, units_of
+from posttrain.run.private_settings import units_of
 from posttrain.trainers.preference.robust_dpo_config import RobustDPOConfig
 
-# of the trainer's settings: values that a private run may have, and what others would do
-_REFUSED = (
-    ("reduction", ("mean",), "weighs each pair by the others of its step"),
-    ("prefix_sharing", ("auto", "never"), "packs pairs into one sequence, whose gradients are not apart"),
-    ("fp16", (False, None), "scales gradients by what the rows before them were; use bf16"),
-    ("torch_compile", (False, None), "would compile past the layers that gradients of rows are taken in"),
-    ("auto_find_batch_size", (False,), "takes steps again"),
-    ("load_best_model_at_end", (False,), "chooses weights by an evaluation, which the promise does not cover"),
-    ("gradient_agreement", (None,), "leaves out micro-batches by what their rows are"),
-    ("sam_rho", (0, 0.0), "moves the weights by a gradient without noise"),
-    ("refactor_every", (0, None), "puts other matrices in the place of those that gradients of rows are taken of"),
-    ("dataloader_drop_last", (False,), "has no meaning for rows that are drawn"),
-    ("train_sampling_strategy", ("random",), "has no meaning for rows that are drawn"),
-)
 
+def private_settings_of(args, privacy: PrivacyConfig) -> RobustDPOConfig:
+    """Return a copy of a trainer's settings as a private run has them.
 
-def settle(args, privacy) -> None:
-    """Refuse settings with which pairs are not apart, and put what follows from privacy in place; ConfigError."""
-    if not isinstance(privacy, PrivacyConfig):
-        raise ConfigError(f"privacy is a {type(privacy).__name__}; it must be a PrivacyConfig, or None.")
+    Raises ConfigError as `PreferenceConfig.as_private`, and for `args` of another class.
+    """
     if not isinstance(args, RobustDPOConfig):
         raise ConfigError(f"args is a {type(args).__name__} beside privacy; it must be a RobustDPOConfig then.")
-    args.draws_pairs = True
-    if args.max_grad_norm and "max_grad_norm" in args._written:
-        raise ConfigError(
-            f"max_grad_norm is {args.max_grad_norm}, which would cut the noisy gradient, its noise and all; clip_norm "
-            "cuts each unit's. Leave max_grad_norm out in a private run."
-        )
-    args.max_grad_norm = 0.0
-    for name, neutral, why in _REFUSED:
-        value = getattr(args, name)
-        if value not in neutral:
-            raise ConfigError(f"{name} is {value}, which {why}. Leave {name} out in a private run.")
-    args.prefix_sharing = "never"
-    engine = sharding(args)
-    if engine:
-        raise ConfigError(
-            f"the run is launched under {engine}, which reduces gradients before they are clipped. Launch one process, "
-            "or several without it."
-        )
+    return args.as_private(privacy)
 
 
-def begin(trainer, privacy: PrivacyConfig, plan: Plan) -> tuple[Plan, PrivateRun]:
-    """Make a trainer's steps private, once its model and its tokenised pairs are there; return their plan and them.
+def private_run(trainer, privacy: PrivacyConfig, plan: Plan) -> PrivateRun:
+    """Return what makes a trainer's steps private, once its model and its tokenised pairs are there.
 
-    `plan`: of the pairs as they were given; those of which `max_length` leaves nothing are gone by now.
+    `plan`: of the steps on those pairs.
     """
     dataset = trainer.train_dataset
-    units = units_of(privacy, dataset)
-    if plan.units != len(units):
-        plan = planned(trainer.args, privacy, dataset)
     beside = ("ref_chosen_logps", "ref_rejected_logps", "flip_rate")
     rows = [row | {name: 0.0 for name in beside if name in dataset.column_names} for row in made_up(trainer.model)]
-    return plan, PrivateRun(trainer, privacy, plan, units, rows[0], rows)
+    run = PrivateRun(trainer, privacy, plan, units_of(privacy, dataset), rows[0], rows)
+    _check_reference(trainer, run.made_up_batch())
+    return run
+
+
+def _check_reference(trainer, batch: dict) -> None:
+    """Compare policy and reference at their start on made-up pairs: a run that stops for anyone's pair tells of it.
+
+    Raises ConfigError as the check of a first batch does, which is not asked of pairs of data then.
+    """
+    model, was_training = trainer.model, trainer.model.training
+    with torch.no_grad(), evaluating(model), trainer.compute_loss_context_manager(), trainer.plain_forward():
+        scores = trainer.score(model, batch)
+    reference = trainer.compute_ref_log_probs(model, batch)
+    model.train()
+    try:
+        trainer._check_first_margins(model, scores, reference, batch)
+    finally:
+        model.train(was_training)
 
 
 def made_up(model) -> list[dict]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer
 
-from posttrain.config.setting import identity_of
 from posttrain.errors import DivergedError
 from posttrain.log import get_logger
 from posttrain.mechanisms.metrics import MeanMetrics
@@ -15,8 +14,8 @@ from posttrain.mechanisms.window import Window, count_rows, gather_rows
 from posttrain.objectives import preference
 from posttrain.run import private_settings
 from posttrain.run.private import UNITS
-from posttrain.trainers.preference import private
 from posttrain.trainers.preference.mixin import PreferenceMixin
+from posttrain.trainers.preference.private import private_run, private_settings_of
 from posttrain.trainers.preference.robust_dpo_config import NEEDS_FLIP_RATE, RobustDPOConfig
 
 
@@ -70,9 +69,6 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     def __init__(self, *args, privacy=None, **kwargs):
         self.privacy, self._plan = privacy, None
-        if privacy is not None:
-            # stands on Trainer.loss_is_scaled_for_ga: a private step is divided once, by the expected number of units
-            self.loss_is_scaled_for_ga = True
         super().__init__(*args, **kwargs)
         method = "dr_dpo" if self.args.reduction == "dr_dpo" else self.args.pair_loss
         self._paper = self._papers.get(method, DPOTrainer._paper)
@@ -80,28 +76,34 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         self._few_pairs_logs = 0
 
     def _check_settings(self, model, args, peft_config):
+        # settings that were made private stay so
+        self.privacy = self.privacy if self.privacy is not None else getattr(args, "privacy", None)
         if self.privacy is not None:
-            private.settle(args, self.privacy)
-        model, args, config = super()._check_settings(model, args, peft_config)
-        if self.privacy is not None:
-            private_settings.check_model(args, model, config, peft_config)
-        self._given = args
-        return model, args, config
+            args = private_settings_of(args, self.privacy)
+            # stands on Trainer.loss_is_scaled_for_ga: a private step is divided once, by the expected number of units
+            self.loss_is_scaled_for_ga = True
+        self._own_args = args
+        return super()._check_settings(model, args, peft_config)
 
     def _begin(self, ready) -> None:
         super()._begin(ready)
+        self._plan = ready.plan
+        private_settings.follow(self._own_args, self._plan)
+
+    def _place(self, ready) -> None:
+        super()._place(ready)
         if self.privacy is not None:
-            self._plan = private_settings.planned(self._given, self.privacy, ready.train_dataset)
+            # pairs that max_length leaves nothing of are gone by now, and before the run's identity is asked for
+            self._plan = private_settings.planned_anew(self.args, self.train_dataset, self._plan)
 
     def _complete(self, ready) -> None:
         super()._complete(ready)
         if self.privacy is not None:
-            self._plan, self._private = private.begin(self, self.privacy, self._plan)
+            self._private = private_run(self, self.privacy, self._plan)
 
     def own_identity(self) -> dict:
-        if self.privacy is None:
-            return super().own_identity()
-        return super().own_identity() | identity_of(self.privacy) | {"privacy_units": self._plan.units}
+        own = super().own_identity()
+        return own if self.privacy is None else own | {"privacy_units": self._plan.units}
 
     def unit_losses(self, model, batch: dict) -> Tensor:
         """Return the loss of each pair of a batch, (B,)."""

@@ -72,16 +72,12 @@ class RobustDPOConfig(PreferenceConfig, DPOConfig):
         card=True,
     )
 
-    # set by a trainer with privacy: units are drawn, and micro-batches follow from the largest draw
-    draws_pairs: ClassVar[bool] = False
-
     replaces: ClassVar = {"loss_type": ("pair_loss",), "pair_loss": ("loss_type",)}
     says: ClassVar = ("pair_loss", "flip_rate")
-
-    @property
-    def known_later(self) -> tuple[str, ...]:
-        given = "gradient_accumulation_steps" in self._written or not self.draws_pairs
-        return () if given else ("gradient_accumulation_steps",)
+    not_apart: ClassVar = (
+        ("reduction", ("mean",), "weighs each pair by the others of its step"),
+        ("prefix_sharing", ("auto", "never"), "packs pairs into one sequence, whose gradients are not apart"),
+    )
 
     @property
     def weighs_pairs(self) -> bool:

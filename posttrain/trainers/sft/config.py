@@ -14,20 +14,6 @@ class InstructionConfig(CommonConfig):
 
     always_in_card: ClassVar = ("max_length",)
 
-    @property
-    def columns_beside(self) -> tuple[str, ...]:
-        """Return the columns of training rows that are read beside their texts."""
-        return ()
-
-    @property
-    def draws_rows(self) -> bool:
-        """Return whether a method draws the rows of each step by itself, and has a plan of that."""
-        return False
-
-    def planned(self, dataset):
-        """Return the plan of the steps on tokenised rows, and set what follows from it; where `draws_rows`."""
-        return None
-
     def _read_family(self):
         check_choice("loss_type", self.loss_type, ("nll", "dft", "chunked_nll"))
         check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))

@@ -1,5 +1,7 @@
 """Supervised fine-tuning with differential privacy: DP-SGD on a LoRA, for rows or for people."""
 
+import copy
+
 import torch
 from torch import Tensor
 from trl import SFTTrainer
@@ -9,6 +11,8 @@ from posttrain.data.processing import tokenizer_of
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.frozen_a import freeze_a
 from posttrain.mechanisms.window import Window, count_rows
+from posttrain.privacy.paper import PAPER
+from posttrain.run import private_settings
 from posttrain.run.head import TrueHead
 from posttrain.run.private import UNITS, PrivateRun
 from posttrain.trainers.sft.dp_sft_config import DPSFTConfig
@@ -17,19 +21,6 @@ from posttrain.trainers.sft.mixin import InstructionMixin
 __all__ = ["DPSFTConfig", "DPSFTTrainer"]
 
 _TOKENS = ("input_ids", "attention_mask", "labels")
-
-_PAPER = {
-    "title": "Deep Learning with Differential Privacy",
-    "id": "1607.00133",
-    "citation": """@inproceedings{abadi2016deep,
-    title     = {{Deep Learning with Differential Privacy}},
-    author    = {Martin Abadi and Andy Chu and Ian Goodfellow and H. Brendan McMahan and Ilya Mironov and
-                 Kunal Talwar and Li Zhang},
-    booktitle = {ACM Conference on Computer and Communications Security},
-    year      = 2016,
-    eprint    = {arXiv:1607.00133},
-}""",
-}
 
 
 def row_losses(logps: Tensor, mask: Tensor) -> Tensor:
@@ -64,7 +55,8 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
     _config_class = DPSFTConfig
     _name = "SFT with differential privacy (DP-SGD)"
     _tag_names = ["trl", "posttrain", "dp_sft", "sft"]
-    _paper = _PAPER
+    _not_private = "its private settings are fields of DPSFTConfig, given as args"
+    _paper = PAPER
 
     # stands on Trainer.loss_is_scaled_for_ga: a step's gradient is divided once, by the expected number of units
     loss_is_scaled_for_ga = True
@@ -76,12 +68,21 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
             raise ConfigError("compute_loss_func is given, in the place of a loss of each row alone. Leave it out.")
         return given
 
+    def _check_settings(self, model, args, peft_config):
+        model, args, config = super()._check_settings(model, args, peft_config)
+        # its plan changes them, and the caller's stay as they were given
+        self._own_args = copy.copy(args)
+        return model, self._own_args, config
+
     def _begin(self, ready) -> None:
         super()._begin(ready)
         self._plan = ready.plan
+        private_settings.follow(self._own_args, self._plan)
 
     def _place(self, ready) -> None:
         super()._place(ready)
+        # rows that max_length leaves nothing of are gone by now, and before the run's identity is asked for
+        self._plan = private_settings.planned_anew(self.args, self.train_dataset, self._plan)
         # before the head is tried, which is a pass without gradient
         keep_4bit_weights_trainable(self.model)
         self._head = TrueHead(self)
@@ -90,16 +91,13 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
 
     def _complete(self, ready) -> None:
         super()._complete(ready)
-        # rows that max_length leaves nothing of are gone by now
-        units = self.args.units_of(self.train_dataset)
-        if self._plan is None or self._plan.units != len(units):
-            self._plan = self.args.planned(self.train_dataset)
+        units = private_settings.units_of(self.args, self.train_dataset)
         token = tokenizer_of(self.processing_class).pad_token_id or 0
         blank = {"input_ids": [token, token], "labels": [-100, -100]}
         self._private = PrivateRun(self, self.args, self._plan, units, blank, _made_up(self.model))
 
     def own_identity(self) -> dict:
-        return {"privacy_units": self._plan.units if self._private is None else self._private.plan.units}
+        return {"privacy_units": self._plan.units}
 
     def unit_losses(self, model, batch: dict) -> Tensor:
         """Return the loss of each row of a batch, (B,)."""

@@ -12,7 +12,7 @@ from posttrain.data.rendering import row_checks
 from posttrain.data.rendering.ends import check_ends
 from posttrain.errors import ConfigError, DataError
 from posttrain.log import get_logger
-from posttrain.run import evaluation
+from posttrain.run import evaluation, private_settings
 from posttrain.run.prepared import Prepared, check_fills_a_batch
 
 READ = (*loading.COLUMNS, "label", "input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
@@ -49,8 +49,8 @@ def prepare(model, args, config, processing_class, train_dataset, eval_dataset, 
     elif not args.packing:
         check_fills_a_batch(args, known)
     plan = None
-    if args.draws_rows and (known is not None or not hasattr(train_dataset, "__len__")):
-        plan = args.planned(learnable(train_dataset, args, known))
+    if args.privacy is not None and (known is not None or not hasattr(train_dataset, "__len__")):
+        plan = private_settings.planned(args, learnable(train_dataset, args, known))
     eval_dataset = rows.as_given(eval_dataset, named)
     return Prepared(train_dataset, eval_dataset, limits, None if args.packing else known, plan=plan)
 

@@ -240,3 +240,36 @@ def test_alpaca_and_sharegpt_pairs_become_messages(tmp_path, name, row):
             "rejected": [{"role": "assistant", "content": "5"}],
         }
     ]
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.parquet", "folder"])
+def test_columns_that_are_read_beside_the_pairs_are_kept_where_they_are(tmp_path, name):
+    rows = [{**row, "user": f"u{place % 2}"} for place, row in enumerate(ROWS)]
+    path = tmp_path / name
+    if name == "folder":
+        Dataset.from_list(rows).save_to_disk(path)
+    elif name.endswith("parquet"):
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        write(path, json.dumps(rows) if name.endswith("json") else "\n".join(map(json.dumps, rows)))
+    kept = [{name: value for name, value in row.items() if name != "source"} for row in rows]
+    assert load_preferences(str(path), beside=("user",)).to_list() == kept
+    assert load_preferences(str(path), beside=("user", "prompt", "nobody")).to_list() == kept
+    assert load_preferences(str(path)).to_list() == KEPT
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "chosen": "yes", "rejected": "no"},
+        {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "yes"},
+         "rejected": {"from": "gpt", "value": "no"}},
+        {"prompt": "Q", "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "yes"}],
+         "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "no"}]},
+    ],
+    ids=["alpaca", "sharegpt", "ultrafeedback"],
+)  # fmt: skip
+def test_columns_beside_stay_with_rows_that_are_converted(row, tmp_path):
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({**row, "user": user}) for user in ("u1", "u2")))
+    found = load_preferences(path, beside=("user",))
+    assert found["user"][:] == ["u1", "u2"] and found[0]["prompt"][0]["content"] == "Q"
