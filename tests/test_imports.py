@@ -50,6 +50,7 @@ LAYERS = (
     ("hub",),
     ("run",),
     ("trainers",),
+    ("federated",),
     ("recipe",),
     ("cli", "__main__"),
 )

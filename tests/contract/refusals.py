@@ -25,11 +25,14 @@ from posttrain import (
 )
 from posttrain.config import parse
 from posttrain.errors import PosttrainError
+from posttrain.federated import partitions
+from posttrain.federated.config import FederatedConfig
 from posttrain.models import byte_tokenizer, tiny_model
 from posttrain.recipe import preferences, scored_answers, tasks
 from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 from tests.families import METHODS
+from tests.federated import refused as federated
 from tests.recipe.in_process import PAIRS, lines, robust_dpo
 from tests.scored import beyond, make_scored
 from tests.test_config import Toy
@@ -608,6 +611,21 @@ LIMITS = {
 }
 
 
+# federated training
+
+
+def _rounds(fields: dict, folder: Path):
+    FederatedConfig(**dict(num_clients=6) | fields)
+
+
+def _split(rows, fields: dict, folder: Path):
+    partitions.split(rows, FederatedConfig(**dict(num_clients=2) | fields))
+
+
+def _reply(reply, folder: Path):
+    federated.check(federated.good("a"), reply, on_bad_reply="abort")
+
+
 def _shown(given) -> str:
     return repr(given) if len(repr(given)) < 200 else repr(given)[:80] + "..."
 
@@ -640,4 +658,10 @@ CASES = {
         *_named("a_lol is given", A_LOL_GIVEN),
     ],
     "limits": _named("limits", LIMITS),
+    "federated": [
+        *_listed("rounds", _rounds, federated.REFUSED),
+        *_listed("rounds", _rounds, [given for given, _ in (*federated.EXCLUDED, *federated.NEEDED)]),
+        *_named("clients", {title: partial(_split, *given[:2]) for title, given in federated.SPLITS.items()}),
+        *_named("reply", {title: partial(_reply, reply) for title, (reply, _) in federated.BAD_REPLIES.items()}),
+    ],
 }
