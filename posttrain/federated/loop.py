@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from posttrain.checks import plain
 from posttrain.config.setting import identity_of
 from posttrain.errors import ConfigError
 from posttrain.federated import aggregation, methods, replies
@@ -69,7 +70,8 @@ class FederatedLoop:
         Each round's report has, by name: `round`; `loss`, weighted as the average is; `clients`, by id the `loss`,
         `rows` and `update_norm` of each; `left_out`, by id why; `bytes_up` and `bytes_down`, over all clients, of what
         one sends and what one that remembers nothing is sent; `refactored`; `orthonormality`, the largest
-        ||A A^T - I|| of a module; `singular_values` of B A by module, without its scale; `evaluation`.
+        ||A A^T - I|| of a module; `singular_values` by module, of B A and what went into the base, without the scale;
+        `evaluation`.
 
         Args:
             resume: go on from the newest checkpoint in the folder, with the reports up to it.
@@ -114,7 +116,7 @@ class FederatedLoop:
     def _report(self, round: int, asked: list[str], before: Shared, checked: Checked) -> dict:
         good, shared = checked.good, self.shared
         shares = aggregation.shares({name: reply.rows for name, reply in good.items()}, self.config.weights)
-        losses = {name: reply.metrics.get("loss") for name, reply in good.items()}
+        losses = {name: plain(reply.metrics.get("loss")) for name, reply in good.items()}
         known = [name for name, loss in losses.items() if loss is not None]
         weight = sum(shares[name] for name in known)
         base = [factor for pair in before.base.values() for factor in pair]
@@ -125,7 +127,7 @@ class FederatedLoop:
             "clients": {
                 name: {
                     "loss": losses[name],
-                    "rows": reply.rows,
+                    "rows": plain(reply.rows),
                     "update_norm": replies.norm_of(reply, before),
                 }
                 for name, reply in good.items()
@@ -135,9 +137,17 @@ class FederatedLoop:
             "bytes_down": down * len(asked),
             "refactored": methods.refactors_after(self.config, round),
             "orthonormality": max(map(_off_orthonormal, shared.A.values())),
-            "singular_values": {n: spectrum.singular_values(shared.A[n], shared.B[n]).tolist() for n in shared.B},
-            "evaluation": dict(self._evaluate(shared)) if self._evaluate is not None else {},
+            "singular_values": {name: _singular_values(shared, name) for name in shared.B},
+            "evaluation": plain(dict(self._evaluate(shared))) if self._evaluate is not None else {},
         }
+
+
+def _singular_values(shared: Shared, name: str) -> list[float]:
+    a, b = shared.A[name], shared.B[name]
+    if name in shared.base:
+        more_a, more_b = shared.base[name]
+        a, b = torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
+    return spectrum.singular_values(a, b).tolist()
 
 
 def _off_orthonormal(A: torch.Tensor) -> float:

@@ -21,6 +21,8 @@ _NAME = re.compile(r"round-(\d{6,})")
 _FORMAT = 1
 # a damaged newest one leaves the one before it
 _KEPT = 2
+# differences that a message lists
+_SHOWN = 5
 
 
 class RoundFiles:
@@ -133,18 +135,24 @@ class RoundFiles:
         check_safetensors(path / _STATE)
         if digest(path / _STATE) != about.get("digest"):
             raise DataError(f"{path / _STATE} is not as it was written. {mend}")
-        then = about.get("identity") or {}
-        other = sorted(
-            name for name in then.keys() | self._identity.keys() if then.get(name) != self._identity.get(name)
-        )
-        if other:
+        then, now = (_one_level(identity) for identity in (about.get("identity") or {}, self._identity))
+        if other := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
             told = "; ".join(
-                f"{name} was {then.get(name)!r:.200} and is {self._identity.get(name)!r:.200}" for name in other
+                f"{name} was {then.get(name)!r:.200} and is {now.get(name)!r:.200}" for name in other[:_SHOWN]
             )
             raise ConfigError(
                 f"{path} is of another run: {told}. Set them as they were, or start a new run in another folder."
             )
         return about["round"], _shared(load_file(path / _STATE))
+
+
+def _one_level(identity: dict) -> dict:
+    """Return an identity's entries by name, of the settings by their own, so that a message tells those that differ."""
+    found = {}
+    for name, value in identity.items():
+        prefix = "" if name == "settings" else f"{name} "
+        found |= {f"{prefix}{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _flat(shared: Shared) -> dict[str, Tensor]:

@@ -62,12 +62,12 @@ def test_stacked_factors_make_the_exact_average_of_the_products():
     exact = 0.75 * B["one"]["l"] @ A + 0.25 * B["two"]["l"] @ A2
     a, b = aggregation.stack(factors, B, SHARES)["l"]
     assert a.shape == (4, 4) and b.shape == (3, 4)
-    assert gap(b @ a, exact) < 1e-15
+    assert gap(b @ a, exact) < 1e-14
     # what FedAvg of the factors misses, and FedEx-LoRA adds
     a, b = aggregation.residual(factors, B, SHARES)["l"]
     assert torch.linalg.norm(b @ a).item() == pytest.approx(1.8656014446, abs=1e-10)
     mean_a = aggregation.average(factors, SHARES)["l"]
-    assert gap(MEAN_B @ mean_a + b @ a, exact) < 1e-15
+    assert gap(MEAN_B @ mean_a + b @ a, exact) < 1e-14
     # with one A there is nothing to miss
     a, b = aggregation.residual({"one": {"l": A}, "two": {"l": A}}, B, SHARES)["l"]
     assert torch.linalg.norm(b @ a) < 1e-14

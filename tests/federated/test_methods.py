@@ -152,7 +152,7 @@ def test_methods_that_move_the_base_average_products_and_fedavg_does_not(method)
         A, B = ({reply.client: getattr(reply, side) for reply in replies} for side in "AB")
         shared = methods.step(shared, A, B, dict.fromkeys(A, 1), config, round)
         if method == "fedavg_lora":
-            assert not shared.base and gap(shared.product("l"), wanted) > 1e-3
+            assert not shared.base and gap(shared.product("l"), wanted) > 1e-5
             continue
         assert gap(shared.product("l"), wanted) < 1e-12
         # the next round begins at rank r, whatever went into the base
