@@ -110,7 +110,7 @@ def fault(reply: Reply, sent: Shared, trains_a: bool) -> str | None:
         return f"its metrics are a {type(reply.metrics).__name__}; they must be numbers by name"
     loss = plain(reply.metrics.get("loss"))
     if loss is not None and (is_beyond_floats(loss) or not isinstance(loss, int | float) or not math.isfinite(loss)):
-        return f"its loss is {shorten(loss)}, which is not finite"
+        return f"its loss is {shorten(loss)}, which is no finite number"
     return None
 
 

@@ -167,6 +167,7 @@ def _shared(tensors: dict[str, Tensor]) -> Shared:
     parts: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "base_A": {}, "base_B": {}}
     for name, value in tensors.items():
         side, _, path = name.partition("/")
-        parts[side][path] = value
+        # a file's numbers lie where they lie; in memory of torch's own, products have the bits that they had
+        parts[side][path] = value.clone()
     base = {path: (parts["base_A"][path], parts["base_B"][path]) for path in parts["base_A"]}
     return Shared(parts["A"], parts["B"], base)

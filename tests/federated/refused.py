@@ -155,8 +155,8 @@ BAD_REPLIES = {
         f"{rows!r} rows": (good("b", rows=rows), f"it says that it trained on {rows!r} rows, and that is no number")
         for rows in (0, -3, 1.5, math.nan, math.inf, True, None, "7")
     },
-    "a loss is nan": (good("b", metrics={"loss": math.nan}), "its loss is nan, which is not finite"),
-    "a loss is a text": (good("b", metrics={"loss": "low"}), "its loss is 'low', which is not finite"),
+    "a loss is nan": (good("b", metrics={"loss": math.nan}), "its loss is nan, which is no finite number"),
+    "a loss is a text": (good("b", metrics={"loss": "low"}), "its loss is 'low', which is no finite number"),
     "metrics are a list": (good("b", metrics=[1.0]), "its metrics are a list; they must be numbers by name"),
     "it diverged": (Reply("b", fault="its training diverged: at step 3"), "its training diverged: at step 3"),
 }  # fmt: skip
