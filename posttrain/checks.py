@@ -20,7 +20,8 @@ def near(value, known: Iterable[str]) -> str | None:
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`, with the nearest of them."""
-    if value in allowed:
+    # an array is equal to nothing as a whole
+    if any(isinstance(value, type(one)) and value == one for one in allowed):
         return
     close = near(value, allowed)
     hint = f" Did you mean {close}?" if close else ""

@@ -70,6 +70,11 @@ class SharedAdapter:
         ]
         self.start = Shared(*parts, {})
 
+    @property
+    def trains_a(self) -> bool:
+        """Whether clients train A beside B."""
+        return self._method.trains_a
+
     def _make_orthonormal(self, seed: int) -> None:
         for path, layer in self._layers.items():
             if layer.B.any():
@@ -96,13 +101,42 @@ class SharedAdapter:
             layer.A.requires_grad_(self._method.trains_a)
 
     def check_frozen(self, client: str) -> None:
-        """Raise ConfigError where a trainer would train an A that all clients are to share."""
+        """Raise ConfigError where a trainer would train what clients share as it is: A, or a weight of the base."""
+        trained = {id(layer.B) for layer in self._layers.values()}
+        if self._method.trains_a:
+            trained |= {id(layer.A) for layer in self._layers.values()}
         thawed = [path for path, layer in self._layers.items() if layer.A.requires_grad]
         if thawed and not self._method.trains_a:
             raise ConfigError(
                 f"the trainer of client {client} trains A of {thawed[0]}, which all clients share under this method. "
                 "Give the trainer the model as it is, without peft_config and without a setting that trains A."
             )
+        others = [
+            name for name, value in self.model.named_parameters() if value.requires_grad and id(value) not in trained
+        ]
+        if others:
+            raise ConfigError(
+                f"the trainer of client {client} trains {others[0].removeprefix(_PREFIX)}, which is no factor of the "
+                "shared adapter and would stay changed for the clients after it. Give the trainer the model as it is."
+            )
+        still = [path for path, layer in self._layers.items() if not layer.B.requires_grad]
+        if still:
+            raise ConfigError(
+                f"the trainer of client {client} froze B of {still[0]}, which clients are to train. Give the trainer "
+                "the model as it is."
+            )
+
+    def check_unchanged(self, client: str, shared: Shared, sides: str) -> None:
+        """Raise ConfigError where factors of the named sides are no longer those that a client was given."""
+        for path, layer in self._layers.items():
+            for side in sides:
+                value = getattr(layer, side).detach()
+                given = getattr(shared, side)[path].to(value.device, value.dtype)
+                if not torch.equal(value, given):
+                    raise ConfigError(
+                        f"client {client} has another {side} of {path} than it was given: its trainer, or what builds "
+                        f"it, wrote into it, and the others have the shared one. Leave {side} to the run."
+                    )
 
     @torch.no_grad()
     def load(self, shared: Shared) -> None:

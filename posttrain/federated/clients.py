@@ -58,7 +58,7 @@ class TrainerClients:
         self._base = base_digests(model)
         self.adapter = SharedAdapter(model, config)
         self.rows, self._build = {name: len(held) for name, held in rows.items()}, build
-        self._held, self._is_tokenised = dict(rows), set()
+        self._held, self._is_tokenised, self._rounds = dict(rows), set(), config.rounds
 
     @property
     def start(self) -> Shared:
@@ -84,11 +84,14 @@ class TrainerClients:
         with left_as_found(model), without_folder():
             trainer = self._build(model, self._held[task.client], task.seed)
             self._check(trainer, task.client)
+            self.adapter.check_unchanged(task.client, task.shared, "AB")
             try:
                 found = trainer.train()
             except DivergedError as error:
                 return Reply(task.client, fault=f"its training diverged: {error}")
             self._keep_tokens(trainer, task.client)
+        if not self.adapter.trains_a:
+            self.adapter.check_unchanged(task.client, task.shared, "A")
         A, B = self.adapter.read()
         loss = found.training_loss
         told = {} if math.isfinite(loss) else {"fault": f"its training loss is {loss}"}
@@ -108,6 +111,12 @@ class TrainerClients:
                 "with, and not the model that the run began with. Give it a reference model, or use a trainer without."
             )
         self.adapter.check_frozen(client)
+        if self._rounds > 1 and getattr(args, "is_private", False) and args.target_epsilon is not None:
+            raise ConfigError(
+                f"the trainer of client {client} solves its noise from target_epsilon {args.target_epsilon:g}, for one "
+                f"turn, and rounds is {self._rounds}: with each turn the client would spend it again. Give "
+                "noise_multiplier, and have the steps of all of a client's turns counted."
+            )
         if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" or args.push_to_hub:
             raise ConfigError(
                 f"the trainer of client {client} saves or pushes by itself (save_strategy, push_to_hub). Set "

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from posttrain.checks import plain
+from posttrain.checks import plain, shorten
 from posttrain.config.setting import identity_of
 from posttrain.errors import ConfigError
 from posttrain.federated import aggregation, methods, replies
 from posttrain.federated.clients import Task
 from posttrain.federated.config import FederatedConfig
+from posttrain.federated.given import check_loop, numbers_of
 from posttrain.federated.methods import Shared
 from posttrain.federated.replies import Checked, Reply
 from posttrain.federated.rounds import RoundFiles
@@ -31,7 +32,8 @@ class FederatedLoop:
         rows: how many each client has, by its id.
         train: `train(Task) -> Reply` has a client train; a `TrainerClients`.
         folder: for checkpoints and reports; None keeps nothing.
-        evaluate: `evaluate(Shared) -> dict` of numbers by name, after each round, for the report.
+        evaluate: `evaluate(Shared) -> dict` of numbers by name, after each round, for the report, which has None for
+            one that is not finite.
         identity: what else a run that goes on must share, as plain JSON; of `TrainerClients` its `identity()`.
 
     Attributes:
@@ -39,7 +41,8 @@ class FederatedLoop:
         reports: of the rounds, a dict each; `run` describes it.
 
     Raises:
-        ConfigError: settings that do not fit the clients.
+        ConfigError: settings that do not fit the clients, or arguments of another kind. DataError: a start that is not
+            finite.
     """
 
     def __init__(
@@ -52,8 +55,7 @@ class FederatedLoop:
         evaluate: Callable[[Shared], Mapping[str, float]] | None = None,
         identity: Mapping | None = None,
     ) -> None:
-        if not all(isinstance(name, str) and name for name in rows):
-            raise ConfigError(f"rows is {dict(rows)!r:.200}; it must be numbers of rows by the client's id, a text.")
+        check_loop(start, rows, train, config, folder, evaluate, identity)
         config.check_clients(len(rows))
         self.shared, self.config = start, config
         self._rows, self._train, self._evaluate = dict(sorted(rows.items())), train, evaluate
@@ -98,7 +100,7 @@ class FederatedLoop:
     def _run(self, round: int) -> None:
         config, before, asked = self.config, self.shared, self.drawn(round)
         tasks = (Task(name, round, seed_of(config.federated_seed, "turn", name, round), before) for name in asked)
-        checked = replies.check([self._train(task) for task in tasks], asked, before, config, round)
+        checked = replies.check([self._reply(task) for task in tasks], asked, before, config, round)
         good = checked.good
         rows = {name: reply.rows for name, reply in good.items()}
         sent_a = {name: reply.A for name, reply in good.items() if reply.A}
@@ -112,6 +114,15 @@ class FederatedLoop:
         every = config.save_every_rounds
         if every and (round % every == 0 or round == config.rounds):
             self._files.save(round, self.shared)
+
+    def _reply(self, task: Task) -> Reply:
+        reply = self._train(task)
+        if not isinstance(reply, Reply):
+            raise ConfigError(
+                f"train returned {shorten(reply)} for client {task.client}; it must return a Reply "
+                "(posttrain.federated.replies)."
+            )
+        return reply
 
     def _report(self, round: int, asked: list[str], before: Shared, checked: Checked) -> dict:
         good, shared = checked.good, self.shared
@@ -138,7 +149,7 @@ class FederatedLoop:
             "refactored": methods.refactors_after(self.config, round),
             "orthonormality": max(map(_off_orthonormal, shared.A.values())),
             "singular_values": {name: _singular_values(shared, name) for name in shared.B},
-            "evaluation": plain(dict(self._evaluate(shared))) if self._evaluate is not None else {},
+            "evaluation": numbers_of(self._evaluate(shared)) if self._evaluate is not None else {},
         }
 
 

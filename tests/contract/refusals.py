@@ -33,6 +33,7 @@ from tests import rollouts, scored, training
 from tests.conftest import make_pairs
 from tests.families import METHODS
 from tests.federated import refused as federated
+from tests.federated import synthetic
 from tests.recipe.in_process import PAIRS, lines, robust_dpo
 from tests.scored import beyond, make_scored
 from tests.test_config import Toy
@@ -622,6 +623,10 @@ def _split(rows, fields: dict, folder: Path):
     partitions.split(rows, FederatedConfig(**dict(num_clients=2) | fields))
 
 
+def _loop(given: dict, folder: Path):
+    synthetic.loop_of(**given).run()
+
+
 def _reply(reply, folder: Path):
     federated.check(federated.good("a"), reply, on_bad_reply="abort")
 
@@ -662,6 +667,7 @@ CASES = {
         *_listed("rounds", _rounds, federated.REFUSED),
         *_listed("rounds", _rounds, [given for given, _ in (*federated.EXCLUDED, *federated.NEEDED)]),
         *_named("clients", {title: partial(_split, *given[:2]) for title, given in federated.SPLITS.items()}),
+        *_named("loop", {title: partial(_loop, given) for title, (given, _) in federated.LOOPS.items()}),
         *_named("reply", {title: partial(_reply, reply) for title, (reply, _) in federated.BAD_REPLIES.items()}),
     ],
 }

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 
@@ -31,6 +32,10 @@ REFUSED = [
     *(dict(on_bad_reply=value) for value in ("ignore", None)),
     *(dict(min_replies=value) for value in (0, 7, 1.5)),
     *(dict(save_every_rounds=value) for value in (-1, 0.5, None)),
+    *(
+        {name: np.array(["mean", "rows"])}
+        for name in ("method", "initial_a", "weights", "aggregation", "partition", "on_bad_reply", "rounds")
+    ),
 ]
 
 # settings that exclude each other, and what is said
@@ -55,6 +60,35 @@ NEEDED = [
     (dict(aggregation="median", clients_per_round=2), "min_replies is 3, and 2 clients train in a round. aggregat"),
     (dict(clients_per_round=2, min_replies=3), "min_replies is 3, and 2 clients train in a round. Give 2 or fewer"),
 ]
+
+
+# what a loop is given, each with what is said; of a run of one round of the synthetic clients
+
+_EYE = torch.eye(4)
+LOOPS = {
+    "no config": (dict(config={"rounds": 1}), "config is {'rounds': 1}; it must be a FederatedConfig"),
+    "a start that is a dict": (dict(start={"A": _EYE}), "start is a dict; it must be a Shared, such as"),
+    "a start without modules": (dict(start=Shared({}, {}, {})), r"start has A of \[\], B of \[\] and a"),
+    "a start of two modules": (dict(start=Shared({"l": _EYE}, {"m": _EYE}, {})), r"A of \['l'\], B of \['m'\] and a"),
+    "ranks of a start": (dict(start=Shared({"l": _EYE[:3]}, {"l": _EYE}, {})), r"start, l: A is \[3, 4\]"),
+    "a start of whole numbers": (
+        dict(start=Shared({"l": _EYE.long()}, {"l": _EYE}, {})), "start, l: A is torch.int64 of",
+    ),
+    "a start is nan": (dict(start=Shared({"l": _EYE}, {"l": _EYE * math.nan}, {})), "start, l: B holds numbers that"),
+    **{f"rows are {rows!r}": (dict(rows=rows), "rows is .*; it must be numbers of rows by the client's id, a text")
+       for rows in (None, 3, [7, 7, 7], {3: 7}, {"": 7})},
+    **{f"rows of a client are {rows!r:.9}": (dict(rows=dict(c0=rows, c1=7, c2=7)), "rows of client c0 is .* a whole number")
+       for rows in (0, -1, 1.5, True, None, math.nan, 10**400)},
+    "a client that is no function": (dict(train=3), "train is 3; it must be a function"),
+    "an evaluation that is no function": (dict(evaluate="loss"), "evaluate is 'loss'; it must be a function"),
+    "a client without a reply": (dict(train=lambda task: None), "train returned None for client c0; it must return"),
+    "an evaluation without names": (dict(evaluate=lambda shared: 0.5), "evaluate returned 0.5; it must return numbers"),
+    "an evaluation of texts": (dict(evaluate=lambda shared: {"x": "0.5"}), "evaluate returned '0.5' for 'x'; it must"),
+    "a folder that is a number": (dict(folder=3), "folder is 3; it must be a path, or None"),
+    "a folder without a name": (dict(folder=""), "folder is ''; it must be a path, or None"),
+    **{f"an identity {given!r:.20}": (dict(identity=given), "identity is .*; it must be plain JSON by name")
+       for given in (3, [1], {"x": {1, 2}}, {"x": math.nan}, {1: 2})},
+}  # fmt: skip
 
 
 # splits

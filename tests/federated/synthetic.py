@@ -98,5 +98,12 @@ def run(config, clients=None, folder=None, resume=False, **given):
     return loop, loop.run(resume).product("l")
 
 
+def loop_of(**given):
+    """Make a loop of one round of three clients, with some of its arguments replaced."""
+    clients = Clients(3)
+    given = dict(start=clients.start, rows=clients.rows, train=clients, config=settings(rounds=1)) | given
+    return FederatedLoop(**given)
+
+
 def gap(made, reference):
     return (torch.linalg.norm(made - reference) / torch.linalg.norm(reference)).item()

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from posttrain import NoisySFTConfig, NoisySFTTrainer
+from posttrain import DPSFTConfig, DPSFTTrainer, NoisySFTConfig, NoisySFTTrainer
 from posttrain.adapters.gift_sw import GiftSWConfig
 from posttrain.errors import ConfigError, DivergedError
 from posttrain.federated.clients import Task, TrainerClients
@@ -100,7 +100,7 @@ def tiny():
     return tiny_model()
 
 
-@pytest.mark.parametrize("method", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("method", [pytest.param("flora", marks=pytest.mark.slow), "fedex_lora"])
 def test_what_went_into_the_base_is_saved_in_the_adapter(method, tmp_path):
     made, loop = clients_of(tmp_path, method=method)
     shared = loop.run()
@@ -118,6 +118,7 @@ def test_what_went_into_the_base_is_saved_in_the_adapter(method, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     straight = clients_of(tmp_path, rounds=3)[1].run()
     for rounds, resume in ((1, False), (3, True)):
@@ -169,7 +170,7 @@ def test_a_model_that_was_patched_before_keeps_its_patches():
     assert calls == ["patched", "hook", "patched"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["trl", pytest.param("ours", marks=pytest.mark.slow)])
 def test_rows_are_tokenised_once_a_client(kind, tmp_path, monkeypatch):
     trainer, config = KINDS[kind]
     given = []
@@ -188,16 +189,43 @@ def test_rows_are_tokenised_once_a_client(kind, tmp_path, monkeypatch):
 
 def test_a_packed_data_set_is_packed_once(tmp_path):
     """What a trainer that packs has made of rows is not given to the next one, which would pack it again."""
-    lengths = []
+    packed = []
 
     def build(model, rows, seed):
         made = builder(tmp_path, packing=True, padding_free=True, max_steps=1)(model, rows, seed)
-        lengths.append(len(made.train_dataset))
+        packed.append(made.train_dataset[:])
         return made
 
     made, loop = clients_of(tmp_path, build=build, rounds=2)
     loop.run()
-    assert lengths[:2] == lengths[2:] and lengths[0] < 8
+    # packed again, several documents would count as one, each read by those behind it
+    assert packed[:2] == packed[2:] and any(len(row) > 1 for row in packed[0]["seq_lengths"])
+
+
+PRIVATE = dict(privacy_unit_column="person", rows_per_unit=3, expected_batch_size=2, max_steps=1)
+
+
+@pytest.mark.slow
+def test_a_private_trainer_is_a_client_whose_units_of_privacy_are_kept(tmp_path):
+    """The rows that the first turn tokenised still say to whom each belongs; A is the shared one."""
+    people = {name: rows.add_column("person", ["p0", "p1", "p2", "p0"]) for name, rows in rows_of(2, 4).items()}
+    plain, units = builder(tmp_path, DPSFTTrainer, DPSFTConfig, noise_multiplier=1.0, **PRIVATE), []
+
+    def build(model, rows, seed):
+        made = plain(model, rows, seed)
+        units.append(("input_ids" in rows.column_names, made._private.plan.units))
+        return made
+
+    made, loop = clients_of(tmp_path / "run", rows=people, build=build, method="ffa_lora")
+    shared = loop.run()
+    assert units == [(False, 3), (False, 3), (True, 3), (True, 3)]
+    assert all(torch.equal(value, made.start.A[name]) for name, value in shared.A.items())
+    assert all(value.any() for value in shared.B.values()) and not (tmp_path / "run").exists()
+    # an epsilon that is solved for one turn would be spent in each
+    plain = builder(tmp_path, DPSFTTrainer, DPSFTConfig, target_epsilon=8, **PRIVATE)
+    made, _ = clients_of(tmp_path, rows=people, build=build)
+    with pytest.raises(ConfigError, match="solves its noise from target_epsilon 8, for one turn, and rounds is 2"):
+        made(Task("c0", 1, 0, made.start))
 
 
 def test_an_orthonormal_start_is_drawn_by_the_seed(tmp_path):
@@ -226,8 +254,8 @@ def test_a_training_that_diverges_is_a_reply_with_a_fault(tmp_path):
 
 
 def test_trainers_that_would_train_something_else_are_refused(tmp_path, monkeypatch):
-    def turn(build, rows=None, model=None):
-        made, _ = clients_of(tmp_path, build=build, rows=rows, model=model)
+    def turn(build, rows=None):
+        made, _ = clients_of(tmp_path, build=build, rows=rows)
         made(Task("c0", 1, 0, made.start))
 
     def thawed(model, rows, seed):
@@ -238,6 +266,37 @@ def test_trainers_that_would_train_something_else_are_refused(tmp_path, monkeypa
 
     with pytest.raises(ConfigError, match="the trainer of client c0 trains A of model.layers.0.self_attn.q_proj"):
         turn(thawed)
+
+    def after(change):
+        """Build a trainer, and change the model then."""
+
+        def build(model, rows, seed):
+            made = builder(tmp_path)(model, rows, seed)
+            change(model)
+            return made
+
+        return build
+
+    def named(model, part):
+        return next(value for name, value in model.named_parameters() if part in name)
+
+    for change, said in (
+        (lambda model: named(model, "mlp").requires_grad_(True), "trains model.layers.0.mlp.gate_proj.weight, which"),
+        (lambda model: named(model, "lora_B").requires_grad_(False), "froze B of model.layers.0.self_attn.q_proj"),
+        (lambda model: named(model, "lora_A").data.neg_(), "client c0 has another A of model.layers.0.self_attn.q_pr"),
+        (lambda model: named(model, "lora_B").data.add_(1), "client c0 has another B of model.layers.0.self_attn.q_pr"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            turn(after(change))
+
+    def moving(model, rows, seed):
+        made = builder(tmp_path, max_steps=1)(model, rows, seed)
+        own = made.training_step
+        made.training_step = lambda *args, **kwargs: (own(*args, **kwargs), named(model, "lora_A").data.neg_())[0]
+        return made
+
+    with pytest.raises(ConfigError, match="client c0 has another A of model.layers.0.self_attn.q_proj than it was"):
+        turn(moving)
     with pytest.raises(ConfigError, match="saves or pushes by itself"):
         turn(builder(tmp_path, save_strategy="steps"))
     with pytest.raises(ConfigError, match="has another model than it was given"):
@@ -248,6 +307,12 @@ def test_trainers_that_would_train_something_else_are_refused(tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2: clients of one process take turns"):
         clients_of(tmp_path)
+
+
+def test_factors_of_16_bits_are_shared_in_fp32(tmp_path):
+    model = adapted().to(torch.bfloat16)
+    start = clients_of(tmp_path, model)[0].start
+    assert {value.dtype for side in (start.A, start.B) for value in side.values()} == {torch.float32}
 
 
 def test_adapters_that_cannot_be_shared_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,8 @@ from posttrain.errors import ConfigError, DataError, EnvironmentIssue
 from posttrain.federated.loop import FederatedLoop
 from posttrain.federated.methods import METHODS
 from posttrain.federated.replies import Reply
-from tests.federated.synthetic import HEIGHT, RANK, WIDTH, Clients, orthonormal, run, settings
+from tests.federated.refused import LOOPS
+from tests.federated.synthetic import HEIGHT, RANK, WIDTH, Clients, loop_of, orthonormal, run, settings
 
 
 def same(made, other):
@@ -206,6 +208,22 @@ def test_folders_that_cannot_be_are_refused_before_a_client_trains(tmp_path):
         with pytest.raises(kind, match=said):
             run(settings(), clients, tmp_path / name)
         assert not clients.asked
+
+
+@pytest.mark.parametrize("title", LOOPS)
+def test_what_no_loop_can_be_given_is_refused(title):
+    given, said = LOOPS[title]
+    with pytest.raises((ConfigError, DataError), match=said):
+        loop_of(**given).run()
+
+
+def test_an_evaluation_that_is_not_finite_is_told_as_none(tmp_path):
+    numbers = {"nan": torch.nan, "far": -torch.inf, "numpy": np.float32(0.5), "whole": 3, "yes": True}
+    loop = loop_of(evaluate=lambda shared: numbers, folder=tmp_path)
+    loop.run()
+    wanted = {"nan": None, "far": None, "numpy": 0.5, "whole": 3, "yes": True}
+    assert loop.reports[0]["evaluation"] == wanted
+    assert json.loads((tmp_path / "rounds.jsonl").read_text())["evaluation"] == wanted
 
 
 def test_settings_that_do_not_fit_the_clients_are_refused():

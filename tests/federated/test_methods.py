@@ -36,18 +36,24 @@ def test_under_sgd_fedsvd_is_ffa_refactored_once_at_the_same_round(every, clip):
     assert gap(fedsvd, once) < 1e-12
     # refactored at another round it is another run
     other = product(method="ffa_refactored_once", refactor_every_rounds=every + 1, **given)
-    assert gap(other, once) > 1e-4
+    assert gap(other, once) > 5e-3
     # and so it is where FFA has an orthonormal A from the start, which the published claim is often taken for
     a = orthonormal(Clients().start.A["l"])
     at_start = product(method="ffa_lora", start=a, **given)
-    assert gap(at_start, once) > 1e-4
+    assert gap(at_start, once) > 5e-3
     # from that start FedSVD is FFA
     assert gap(product(refactor_every_rounds=every, start=a, **given), at_start) < 1e-12
 
 
+def test_an_orthonormal_start_is_no_fedsvd_even_when_both_have_converged():
+    """The specification's 4e-4 to 7e-2 after 30 rounds, on its like."""
+    made = product(method="ffa_lora", start=orthonormal(Clients().start.A["l"]), rounds=30)
+    assert 4e-4 < gap(made, product(rounds=30)) < 7e-2
+
+
 def test_under_adamw_fedsvd_is_a_method_of_its_own():
     given = dict(rounds=15, optimizer="adamw")
-    assert gap(product(**given), product(method="ffa_refactored_once", **given)) > 0.01
+    assert 0.05 < gap(product(**given), product(method="ffa_refactored_once", **given)) < 0.3
 
 
 def test_a_never_leaves_the_space_of_its_first_rows():
@@ -117,11 +123,11 @@ def test_one_poisoned_client_of_five_moves_a_mean_and_no_robust_rule():
     ):  # fmt: skip
         made = product(aggregation=rule, poisoned=("c2",), **given, **more)
         sizes[rule] = torch.linalg.norm(made).item() / clean
-    assert sizes["mean"] > 10
-    assert 0.3 < sizes["median"] < 1.5 and 0.3 < sizes["trimmed_mean"] < 1.5 and sizes["norm_bound"] < 1.5
+    assert sizes["mean"] > 100
+    assert all(0.6 < sizes[rule] < 1.1 for rule in ("median", "trimmed_mean", "norm_bound"))
     # without it they are near the mean
     for rule in ("median", "trimmed_mean"):
-        assert gap(product(aggregation=rule, **given), product(**given)) < 0.5
+        assert gap(product(aggregation=rule, **given), product(**given)) < 0.25
     assert gap(product(aggregation="norm_bound", update_norm_bound=1e6, **given), product(**given)) == 0
 
 
@@ -152,14 +158,16 @@ def test_methods_that_move_the_base_average_products_and_fedavg_does_not(method)
         A, B = ({reply.client: getattr(reply, side) for reply in replies} for side in "AB")
         shared = methods.step(shared, A, B, dict.fromkeys(A, 1), config, round)
         if method == "fedavg_lora":
-            assert not shared.base and gap(shared.product("l"), wanted) > 1e-5
+            assert not shared.base and gap(shared.product("l"), wanted) > 5e-3
             continue
         assert gap(shared.product("l"), wanted) < 1e-12
         # the next round begins at rank r, whatever went into the base
         assert shared.A["l"].shape == (RANK, WIDTH) and shared.B["l"].any() == (method == "fedex_lora")
     if method == "flora":
-        # its A is drawn anew, as PEFT draws it
-        assert 0.5 < shared.A["l"].abs().max() * math.sqrt(WIDTH) <= 1 and not torch.equal(shared.A["l"], A["c0"]["l"])
+        # its A is drawn anew in each round, as PEFT draws it
+        drawn = [methods.drawn_a({"l": shared.A["l"].shape}, {"l": torch.float64}, 0, n)["l"] for n in (2, 3)]
+        assert torch.equal(shared.A["l"], drawn[1]) and not torch.equal(*drawn)
+        assert 0.5 < shared.A["l"].abs().max() * math.sqrt(WIDTH) <= 1
 
 
 def _task(client, round, shared):

@@ -8,6 +8,7 @@ from datasets import DatasetDict
 from posttrain.errors import ConfigError, DataError
 from posttrain.federated import partitions
 from posttrain.federated.config import FederatedConfig
+from posttrain.federated.seeds import rng, seed_of
 from tests.federated.refused import SPLITS as REFUSED_SPLITS
 from tests.federated.refused import rows
 
@@ -39,6 +40,17 @@ def test_every_row_goes_to_one_client_and_the_seed_says_to_which(kind):
     assert list(made) == ["client-0", "client-1", "client-2", "client-3"] and all(made.values())
     assert made == numbers(partitions.split(rows(), SPLITS[kind](3)))
     assert made != numbers(partitions.split(rows(), SPLITS[kind](4)))
+
+
+def test_splits_of_a_seed_are_pinned():
+    """They are the same ones on every machine and in every version, as the clients that a round draws are."""
+    assert partitions.iid(10, 3, 0) == {"client-0": [0, 5, 8], "client-1": [4, 7, 9], "client-2": [1, 2, 3, 6]}
+    made = partitions.dirichlet(list("aabbbccccc"), 3, 0.5, 0)
+    assert made == {"client-0": [0, 1, 4], "client-1": [5, 6, 7, 8, 9], "client-2": [2, 3]}
+    made = partitions.dirichlet([True, False] * 6, 2, 1000.0, 7)
+    assert made == {"client-0": [0, 1, 2, 5, 8, 11], "client-1": [3, 4, 6, 7, 9, 10]}
+    assert seed_of(0, "turn", "c0", 1) == 2003346636
+    assert rng(0, "clients", 1).sample([f"c{number}" for number in range(6)], 3) == ["c4", "c0", "c2"]
 
 
 def test_random_parts_differ_by_one_row_at_most():
