@@ -77,7 +77,7 @@ LOOPS = {
     "a start is nan": (dict(start=Shared({"l": _EYE}, {"l": _EYE * math.nan}, {})), "start, l: B holds numbers that"),
     **{f"rows are {rows!r}": (dict(rows=rows), "rows is .*; it must be numbers of rows by the client's id, a text")
        for rows in (None, 3, [7, 7, 7], {3: 7}, {"": 7})},
-    **{f"rows of a client are {rows!r:.9}": (dict(rows=dict(c0=rows, c1=7, c2=7)), "rows of client c0 is .* a whole number")
+    **{f"rows of a client are {rows!r:.9}": (dict(rows=dict(c0=rows, c1=7, c2=7)), "rows of client c0 is .* a whole")
        for rows in (0, -1, 1.5, True, None, math.nan, 10**400)},
     "a client that is no function": (dict(train=3), "train is 3; it must be a function"),
     "an evaluation that is no function": (dict(evaluate="loss"), "evaluate is 'loss'; it must be a function"),
