@@ -11,7 +11,7 @@ from posttrain.federated.adapter import SharedAdapter
 from posttrain.federated.config import FederatedConfig
 from posttrain.federated.methods import Shared
 from posttrain.federated.replies import Reply
-from posttrain.mechanisms.as_found import left_as_found
+from posttrain.mechanisms.as_found import collected_alone, left_as_found
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.run.mixin import without_folder
 
@@ -75,6 +75,10 @@ class TrainerClients:
 
     def __call__(self, task: Task) -> Reply:
         """Train a client's turn and return what it sends back; a training that diverges is a reply with a fault."""
+        with collected_alone():
+            return self._turn(task)
+
+    def _turn(self, task: Task) -> Reply:
         from transformers import set_seed
 
         model = self.adapter.model

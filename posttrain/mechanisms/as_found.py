@@ -1,6 +1,7 @@
-"""A model that several trainers use one after the other, left as each of them found it."""
+"""A model that several trainers use one after the other, left as each of them found it; and what they leave behind."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 from torch import nn
@@ -35,3 +36,22 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 now = getattr(module, name)
                 now.clear()
                 now.update(entries)
+
+
+@contextlib.contextmanager
+def collected_alone() -> Iterator[None]:
+    """Have the garbage collector look only at what is made inside, and collect that at the end.
+
+    A training begins with a whole collection (accelerate's), which for a small model takes longer than its steps: it
+    looks at every object of all imported libraries. What was there before counts again afterwards.
+    """
+    if gc.get_freeze_count():
+        # somebody else's, who would have it undone
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()

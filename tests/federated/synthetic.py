@@ -41,10 +41,11 @@ class Clients:
             x = draw(self.rows[name], WIDTH, seed=seed + 10 + number)
             own = 0.7 * common + 0.7 * draw(HEIGHT, WIDTH, seed=seed + 100 + number)
             self.data[name] = x, x @ (self.base + 0.3 * own).T
-        self.asked = []
+        self.asked, self.seeds = [], []
 
     def __call__(self, task):
         self.asked.append((task.round, task.client))
+        self.seeds.append(task.seed)
         base = self.base
         if "l" in task.shared.base:
             base = base + task.shared.base["l"][1] @ task.shared.base["l"][0]

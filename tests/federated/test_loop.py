@@ -26,6 +26,8 @@ def test_clients_of_a_round_follow_from_the_seed_and_the_round_alone():
     clients = Clients(6)
     run(settings(num_clients=6, clients_per_round=3, rounds=20), clients)
     asked = {round: [name for r, name in clients.asked if r == round] for round, _ in clients.asked}
+    # what a client draws is its own, and another in each round
+    assert len(set(clients.seeds)) == len(clients.asked) == 60
     assert all(len(set(names)) == 3 and names == sorted(names) for names in asked.values())
     assert set(sum(asked.values(), [])) == set(clients.names) and len({tuple(names) for names in asked.values()}) > 5
     again = FederatedLoop(
