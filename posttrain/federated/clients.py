@@ -1,19 +1,21 @@
 """Clients of one process: each is trained by a trainer of its own on the one model in memory, one after the other."""
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from posttrain.checks import shorten
 from posttrain.errors import ConfigError, DivergedError
 from posttrain.federated.adapter import SharedAdapter
 from posttrain.federated.config import FederatedConfig
+from posttrain.federated.given import check_clients, processes
 from posttrain.federated.methods import Shared
 from posttrain.federated.replies import Reply
 from posttrain.mechanisms.as_found import collected_alone, left_as_found
 from posttrain.mechanisms.base_digests import base_digests
 from posttrain.run.mixin import without_folder
+from posttrain.visible import listed
 
 
 class Task(NamedTuple):
@@ -49,14 +51,15 @@ class TrainerClients:
     """
 
     def __init__(self, model, rows: Mapping, build: Callable, config: FederatedConfig) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        check_clients(rows, build, config)
+        if (count := processes()) > 1:
             raise ConfigError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: clients of one process take turns on its model. Start one "
+                f"WORLD_SIZE is {count}: clients of one process take turns on its model. Start one "
                 "process, without accelerate launch or torchrun."
             )
-        # before a method moves the base
-        self._base = base_digests(model)
         self.adapter = SharedAdapter(model, config)
+        # before a turn moves the base
+        self._base = base_digests(model)
         self.rows, self._build = {name: len(held) for name, held in rows.items()}, build
         self._held, self._is_tokenised, self._rounds = dict(rows), set(), config.rounds
 
@@ -81,6 +84,8 @@ class TrainerClients:
     def _turn(self, task: Task) -> Reply:
         from transformers import set_seed
 
+        if task.client not in self._held:
+            raise ConfigError(f"there is no client {shorten(task.client)}; found {listed(sorted(self._held))}.")
         model = self.adapter.model
         self.adapter.load(task.shared)
         self.adapter.freeze()
@@ -102,6 +107,13 @@ class TrainerClients:
         return Reply(task.client, self.rows[task.client], B, A, {"loss": loss, "steps": found.global_step}, **told)
 
     def _check(self, trainer, client: str) -> None:
+        from transformers import Trainer
+
+        if not isinstance(trainer, Trainer):
+            raise ConfigError(
+                f"build returned {shorten(trainer)} for client {client}; it must return a trainer of this library or "
+                "TRL."
+            )
         model, args = self.adapter.model, trainer.args
         if trainer.accelerator.unwrap_model(trainer.model) is not model:
             raise ConfigError(

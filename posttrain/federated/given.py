@@ -15,11 +15,10 @@ from posttrain.visible import one_line
 
 def check_loop(start, rows, train, config, folder, evaluate, identity) -> None:
     """Raise for what no `FederatedLoop` can run with: ConfigError, and DataError for factors that are not finite."""
-    if not isinstance(config, FederatedConfig):
-        raise ConfigError(f"config is {shorten(config)}; it must be a FederatedConfig.")
+    _check_config(config)
     _check_start(start)
     if not isinstance(rows, Mapping) or not all(isinstance(name, str) and name for name in rows):
-        raise ConfigError(f"rows is {shorten(rows)}; it must be numbers of rows by the client's id, a text.")
+        raise ConfigError(f"rows is {one_line(shorten(rows))}; it must be numbers of rows by the client's id, a text.")
     for name, count in rows.items():
         held = plain(count)
         if isinstance(held, bool) or not isinstance(held, int) or held < 1 or is_beyond_floats(held):
@@ -42,6 +41,32 @@ def check_loop(start, rows, train, config, folder, evaluate, identity) -> None:
             )
 
 
+def check_clients(rows, build, config) -> None:
+    """Raise ConfigError for what no `TrainerClients` can be made of; its model is looked at where its LoRA is read."""
+    _check_config(config)
+    if not isinstance(rows, Mapping) or not rows or not all(isinstance(name, str) and name for name in rows):
+        raise ConfigError(
+            f"rows is {one_line(shorten(rows))}; it must be data sets by the client's id, a text, as `split` "
+            "gives them."
+        )
+    for name, held in rows.items():
+        if not hasattr(held, "column_names") or not hasattr(held, "__len__"):
+            raise ConfigError(
+                f"rows of client {one_line(name)} is {type(held).__name__}; it must be a datasets.Dataset, whose rows "
+                "can be counted."
+            )
+    if not callable(build):
+        raise ConfigError(f"build is {shorten(build)}; it must be a function `build(model, rows, seed)`.")
+
+
+def processes() -> int:
+    """Return the number of processes that the environment tells of; ConfigError where it tells none."""
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal():
+        raise ConfigError(f"WORLD_SIZE is {told!r}; it must be a number of processes. Leave it out of the environment.")
+    return int(told)
+
+
 def numbers_of(evaluation) -> dict[str, float | None]:
     """Return what an evaluation tells as plain numbers by name, None for one that is not finite.
 
@@ -58,6 +83,11 @@ def numbers_of(evaluation) -> dict[str, float | None]:
             )
         made[name] = None if is_beyond_floats(number) or not math.isfinite(number) else number
     return made
+
+
+def _check_config(config) -> None:
+    if not isinstance(config, FederatedConfig):
+        raise ConfigError(f"config is {shorten(config)}; it must be a FederatedConfig.")
 
 
 def _check_start(start) -> None:

@@ -306,6 +306,12 @@ def test_trainers_that_would_train_something_else_are_refused(tmp_path, monkeypa
 
     with pytest.raises(ConfigError, match="the trainer of client c0 trains A of model.layers.0.self_attn.q_proj"):
         turn(thawed)
+    # which the next turn does not inherit
+    made, _ = clients_of(tmp_path, build=thawed)
+    with pytest.raises(ConfigError, match="trains A"):
+        made(Task("c0", 1, 0, made.start))
+    made._build = builder(tmp_path, max_steps=1)
+    assert made(Task("c0", 1, 0, made.start)).A == {}
 
     def after(change):
         """Build a trainer, and change the model then."""
@@ -344,6 +350,14 @@ def test_trainers_that_would_train_something_else_are_refused(tmp_path, monkeypa
     pairs = {name: make_pairs(8) for name in ("c0", "c1")}
     with pytest.raises(ConfigError, match=r"put a second adapter beside the shared one \(default, ref\)"):
         turn(builder(tmp_path, DPOTrainer, DPOConfig), pairs)
+    with pytest.raises(ConfigError, match="build returned None for client c0; it must return a trainer of this lib"):
+        turn(lambda *given: None)
+    made, _ = clients_of(tmp_path)
+    with pytest.raises(ConfigError, match="there is no client 'zz'; found c0, c1"):
+        made(Task("zz", 1, 0, made.start))
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'x'; it must be a number of processes"):
+        clients_of(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2: clients of one process take turns"):
         clients_of(tmp_path)
@@ -353,6 +367,21 @@ def test_factors_of_16_bits_are_shared_in_fp32(tmp_path):
     model = adapted().to(torch.bfloat16)
     start = clients_of(tmp_path, model)[0].start
     assert {value.dtype for side in (start.A, start.B) for value in side.values()} == {torch.float32}
+
+
+def test_what_no_clients_can_be_made_of_is_refused(tmp_path):
+    for rows in (None, 3, [], {}, {3: rows_of()["c0"]}, {"": rows_of()["c0"]}):
+        with pytest.raises(ConfigError, match="rows is .*; it must be data sets by the client's id"):
+            TrainerClients(adapted(), rows, builder(tmp_path), settings())
+    for rows in (3, [1, 2], None):
+        with pytest.raises(ConfigError, match="rows of client a is .*; it must be a datasets.Dataset"):
+            TrainerClients(adapted(), {"a": rows}, builder(tmp_path), settings())
+    with pytest.raises(ConfigError, match="build is 3; it must be a function"):
+        TrainerClients(adapted(), rows_of(), 3, settings())
+    with pytest.raises(ConfigError, match="config is {}; it must be a FederatedConfig"):
+        TrainerClients(adapted(), rows_of(), builder(tmp_path), {})
+    with pytest.raises(ConfigError, match="the model is a NoneType, without an adapter"):
+        TrainerClients(None, rows_of(), builder(tmp_path), settings())
 
 
 def test_adapters_that_cannot_be_shared_are_refused(tmp_path):
