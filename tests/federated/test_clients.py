@@ -59,7 +59,7 @@ def clients_of(folder, model=None, rows=None, build=None, **given):
     return made, FederatedLoop(made.start, made.rows, made, config, identity=made.identity())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ours", pytest.param("trl", marks=pytest.mark.slow)])
 def test_one_client_without_refactoring_is_central_ffa(kind, tmp_path):
     """To the bit: the loop adds nothing to a trainer's own training with A frozen."""
     (name, rows), *_ = rows_of(1).items()
@@ -85,7 +85,7 @@ def test_one_client_without_refactoring_is_central_ffa(kind, tmp_path):
 
 
 def test_the_adapter_that_is_saved_is_a_plain_lora_of_the_shared_product(tmp_path):
-    made, loop = clients_of(tmp_path)
+    made, loop = clients_of(tmp_path, rounds=1)
     shared = loop.run()
     made.save(tmp_path / "adapter", shared)
     made.adapter.load(shared)
@@ -227,6 +227,7 @@ def test_rows_are_tokenised_once_a_client(kind, tmp_path):
     assert all(torch.equal(again.shared.B[name], value) for name, value in loop.shared.B.items())
 
 
+@pytest.mark.slow
 def test_a_packed_data_set_is_packed_once(tmp_path):
     """What a trainer that packs has made of rows is not given to the next one, which would pack it again."""
     packed = []
