@@ -215,7 +215,11 @@ def test_rows_are_tokenised_once_a_client(kind, tmp_path):
     trainer, config = KINDS[kind]
     given = []
     plain = builder(tmp_path, trainer, config, max_steps=1)
-    build = lambda model, rows, seed: given.append(rows) or plain(model, rows, seed)  # noqa: E731
+
+    def build(model, rows, seed):
+        given.append(rows)
+        return plain(model, rows, seed)
+
     made, loop = clients_of(tmp_path, build=build, rounds=2)
     loop.run()
     tokenised = ["input_ids" in rows.column_names for rows in given]
