@@ -7,6 +7,7 @@ the noise. The noise is computed in double precision; that a sum with it is roun
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ def gaussian(count: int, std: float, source: Callable[[int], bytes] = os.urandom
         (count,) float64 on the CPU. None is further from 0 than 8.6 `std`, where one in 10^17 would be.
     """
     made = torch.empty(count, dtype=torch.float64)
-    for start in range(0, count, _CHUNK):
-        part = made[start : start + _CHUNK]
+    parts = made.split(_CHUNK) if count else ()
+
+    def fill(part: Tensor) -> None:
         half = (len(part) + 1) // 2
         bits = torch.frombuffer(bytearray(source(16 * half)), dtype=torch.int64).bitwise_and_(_MASK)
         bits = bits.double().mul_(2.0**-53).view(2, half)
@@ -38,4 +40,13 @@ def gaussian(count: int, std: float, source: Callable[[int], bytes] = os.urandom
         torch.mul(angle.cos(), length, out=part[:half])
         rest = len(part) - half
         part[half:] = angle.sin_().mul_(length)[:rest]
+
+    # most of the time goes to the system's random bytes, which threads wait for side by side
+    workers = min(torch.get_num_threads(), len(parts))
+    if source is os.urandom and workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, parts))
+    else:
+        for part in parts:
+            fill(part)
     return made

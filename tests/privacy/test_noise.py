@@ -62,3 +62,14 @@ def test_no_seed_gives_the_same_noise_again():
     gaussian(64, 1.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(gaussian(64, 1.0, known(3)), gaussian(64, 1.0, known(3)))
+
+
+def test_threads_draw_parts_that_have_nothing_in_common(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked.append(1) or 3)
+    parts = gaussian(5 * noise._CHUNK, 2.0).view(5, -1) / 2.0
+    assert asked
+    # five standard errors
+    assert ((parts.pow(2).mean(dim=1) - 1).abs() < 5 * math.sqrt(2 / noise._CHUNK)).all()
+    apart = torch.corrcoef(parts) - torch.eye(5)
+    assert apart.abs().max() < 5 / math.sqrt(noise._CHUNK)
