@@ -64,8 +64,8 @@ class Small:
     step, epochs, micro, rank, longest = 128, 6, 64, 8, 8
     targets, clip_norm = "all-linear", 0.5
     # without noise, and of private rows and people
-    rates = {"plain": 8e-3, "inf": 8e-3, "row": 4e-3, "person": 4e-3}
-    tried_rates, tried_norms = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.5, 2.0)
+    rates = {"plain": 3.2e-2, "inf": 1.6e-2, "row": 4e-3, "person": 4e-3}
+    tried_rates, tried_norms = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), (0.5, 2.0)
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -104,8 +104,8 @@ class SmolLM2(noise.SmolLM2):
     """SmolLM2-135M-Instruct (Q4_1 dequantised) on chosen HH answers, a LoRA of rank 4 on queries and values."""
 
     # as many rows as people
-    people, each, held_out = 768, 8, 60
-    secrets, candidates = 8, 127
+    people, each, held_out = 576, 8, 60
+    secrets, candidates = 8, 63
     step, epochs, micro, rank = 48, 1, 8, 4
     targets, clip_norm = ["q_proj", "v_proj"], 1.0
     rates = {"plain": 4e-3, "inf": 4e-3, "row": 4e-3}
