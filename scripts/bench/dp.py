@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         for engine, why in missing.items() if section == "step" else ():
             print(f"not measured: {engine}: {why}")
     if args.json:
-        content = {"command": "python " + harness.command(), "machine": harness.machine(), "rows": rows}
+        content = {"command": harness.command(), "machine": harness.machine(), "rows": rows}
         harness.write_json(args.json, content | {"targets": targets, "missing": missing})
 
 

@@ -283,7 +283,7 @@ def main() -> None:
         missing += left
     dp_report.show(report)
     if args.json:
-        content = {"command": "python " + harness.command(), "machine": harness.machine(), "rows": report}
+        content = {"command": harness.command(), "machine": harness.machine(), "rows": report}
         harness.write_json(args.json, content | {"missing_cells": missing})
 
 
