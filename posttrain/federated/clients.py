@@ -127,10 +127,12 @@ class TrainerClients:
                 "with, and not the model that the run began with. Give it a reference model, or use a trainer without."
             )
         self.adapter.check_frozen(client)
-        if self._rounds > 1 and getattr(args, "is_private", False) and args.target_epsilon is not None:
+        privacy = getattr(args, "privacy", None)
+        solved = privacy is not None and privacy.is_private and privacy.target_epsilon is not None
+        if self._rounds > 1 and solved:
             raise ConfigError(
-                f"the trainer of client {client} solves its noise from target_epsilon {args.target_epsilon:g}, for one "
-                f"turn, and rounds is {self._rounds}: with each turn the client would spend it again. Give "
+                f"the trainer of client {client} solves its noise from target_epsilon {privacy.target_epsilon:g}, for "
+                f"one turn, and rounds is {self._rounds}: with each turn the client would spend it again. Give "
                 "noise_multiplier, and have the steps of all of a client's turns counted."
             )
         if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" or args.push_to_hub:
