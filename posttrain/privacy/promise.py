@@ -100,6 +100,11 @@ class Promise(NamedTuple):
         """Return whether figures of the rows stay on this machine."""
         return self.is_private and not self.publish_metrics
 
+    @property
+    def is_refuted(self) -> bool:
+        """Return whether the audit found more than the steps that it saw were to spend."""
+        return self.is_private and self.audit is not None and self.audit["lower_bound"] > self.epsilon_of_weights
+
     def passage(self) -> str:
         """Write the card's passage: the promise as a table, what it covers and what it does not."""
         return "\n\n".join([self._opening(), format_table(("privacy", "value"), self._rows()), self._closing()])
@@ -119,7 +124,15 @@ class Promise(NamedTuple):
         return (
             f"Trained with differential privacy (DP-SGD): the weights, and all steps that led to them, are "
             f"**({self.epsilon:.4g}, {self.delta:g})-differentially private** for each unit of privacy, which is "
-            f"{self._unit()}."
+            f"{self._unit()}.{self._refutation()}"
+        )
+
+    def _refutation(self) -> str:
+        if not self.is_refuted:
+            return ""
+        return (
+            f" **Its audit found otherwise**: epsilon is at least {self.audit['lower_bound']:.3g}, where these steps "
+            f"were to spend {self.epsilon_of_weights:.4g}. Something in the run is not as it says; do not rely on it."
         )
 
     def _rows(self) -> list[tuple[str, str]]:

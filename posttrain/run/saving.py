@@ -42,6 +42,14 @@ class SavingMixin:
         promise, folder = self.promise(), Path(self.args.output_dir)
         if promise is not None:
             promises.write(folder, promise)
+            if promise.is_refuted:
+                get_logger().warning(
+                    "the audit's canaries tell that epsilon is at least %.3g (%.0f%% sure), and the steps so far were "
+                    "to spend %.3g: something in this run is not as it promises. Do not publish its weights as private",
+                    promise.audit["lower_bound"],
+                    100 * promise.audit["confidence"],
+                    promise.epsilon_of_weights,
+                )
             senders = sorted(set(self.args.report_to or ()) - {"none", "tensorboard"})
             if promise.withholds_metrics and senders and not self._said_what_is_sent:
                 self._said_what_is_sent = True

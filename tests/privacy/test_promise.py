@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import re
+import types
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from posttrain.privacy.audit import Audit
 from posttrain.privacy.config import PrivacyConfig
 from posttrain.privacy.ledger import Ledger
 from posttrain.privacy.promise import FIGURES, FILE, Promise
+from posttrain.run.saving import SavingMixin
 from tests import runs
 from tests.trainers.sft.test_dp_sft import build, rows
 
@@ -106,6 +108,17 @@ def test_a_card_tells_steps_that_were_thrown_away(tmp_path):
     assert promise.thrown_away == 3 and promise.epsilon > promise.epsilon_of_weights
     assert f"({promise.epsilon:.4g}, 1e-05)" in promise.passage()
     assert f"3; without them epsilon {promise.epsilon_of_weights:.4g}" in promise.passage()
+
+
+def test_an_audit_above_the_promise_is_told_on_the_card_and_as_the_run_goes_on(tmp_path, capsys):
+    for bound, refuted in ((9.0, True), (0.3, False)):
+        promise = made(steps=5, found=Audit(bound, 60, 60, 2000, 0.95))
+        assert 0.3 < promise.epsilon_of_weights < 9 and promise.is_refuted == refuted
+        assert ("**Its audit found otherwise**: epsilon is at least 9, where" in promise.passage()) == refuted
+        args = types.SimpleNamespace(output_dir=str(tmp_path), report_to=[])
+        SavingMixin._tell_promise(types.SimpleNamespace(promise=lambda promise=promise: promise, args=args))
+        assert ("canaries tell that epsilon is at least 9 (95% sure)" in capsys.readouterr().err) == refuted
+        assert promises.read(tmp_path) == promise
 
 
 def folder_of(path, promise):
