@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -81,8 +82,12 @@ class ConstructionMixin:
             construct: the parent's constructor.
         """
         model, args, config = self._check_settings(model, args, given.get("peft_config"))
+        if args.privacy is not None:
+            # the plan of its steps changes them, and the caller's stay as they were given
+            args = copy.copy(args)
         ready = prepare(model, args, config)
         self._begin_run(self._preflight(model, args), args)
+        self._follow_plan(args, ready.plan)
         self._begin(ready)
         with checks.upstream_refusals(), devices.named(args, model):
             construct(model, args=args, train_dataset=ready.train_dataset, eval_dataset=ready.eval_dataset, **given)
@@ -92,6 +97,8 @@ class ConstructionMixin:
         checks.check_parallelism(self.accelerator)
         optimizers.give_to(self)
         self._calibrate_adapter()
+        # rows that are dropped once all are tokenised are gone by now, and nobody has asked for the run's identity
+        self._plan_anew()
         self._place(ready)
         # the run's folder may be another's, which is asked before anything long
         self._finish_construction()

@@ -9,91 +9,48 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.mechanisms.row_gradients import RowGradients
 from posttrain.privacy.canaries import GradientCanaries
 from posttrain.privacy.clipping import coefficients
-from posttrain.privacy.config import PrivacyConfig
 from posttrain.privacy.ledger import Ledger
-from posttrain.privacy.plan import Plan
 from posttrain.privacy.promise import Promise
 from posttrain.privacy.sampling import PoissonUnits
 from posttrain.privacy.step import PrivateStep, RowUnits
 from posttrain.run.preemption import keep_workers
+from posttrain.run.private_batches import UNITS, RowsOfUnits, UnitsBeside, is_nobodys
 from posttrain.run.private_checks import check_rows_apart, check_rows_reach
+from posttrain.run.private_settings import units_of
 
-# what a batch has beside the trainer's own entries: `RowUnits` of the rows that are forwarded
-UNITS = "privacy_units"
 # of means that are computed from private rows without noise, and are not to be published
 PRIVATE = "private/"
-
-
-class RowsOfUnits(Dataset):
-    """Gives rows of a data set by pairs (row, unit), as `PoissonUnits` draws them, with the unit beside each."""
-
-    def __init__(self, rows) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitems__(self, places: list[tuple[int, int]]) -> list[tuple[dict, int]]:
-        if not places:
-            return []
-        fetch = getattr(self._rows, "__getitems__", None)
-        numbers = [row for row, _ in places]
-        rows = fetch(numbers) if fetch else [self._rows[number] for number in numbers]
-        return [(row, unit) for row, (_, unit) in zip(rows, places, strict=True)]
-
-
-class UnitsBeside:
-    """Collates pairs (row, unit), and adds the units; without any, a row of two tokens that nothing is learned of.
-
-    Args:
-        collator: of the trainer; of a row it may make several, one after the other for all rows, as pairs are.
-        blank: a row as the collator takes it, with nothing to learn.
-    """
-
-    def __init__(self, collator, blank: dict) -> None:
-        self.collator, self.blank = collator, blank
-
-    def __call__(self, pairs: list[tuple[dict, int]]) -> dict:
-        batch = self.collator([row for row, _ in pairs] or [self.blank])
-        if "row_groups" in batch:
-            raise ConfigError(
-                "data_collator puts groups of several answers into a batch (row_groups), and batches of a private run "
-                "are of pairs, so that each answer's unit is known. Leave data_collator out."
-            )
-        # of pairs all chosen rows come first
-        times = len(batch["input_ids"]) // max(len(pairs), 1)
-        batch[UNITS] = RowUnits.of([unit for _, unit in pairs] * times)
-        return batch
 
 
 class PrivateRun:
     """Makes a trainer's steps private. The trainer calls it at the seams of its loop, which are in `RunMixin`.
 
     Args:
-        trainer: after its parent's constructor. `unit_losses(model, batch)` of it gives the loss of each unit's rows.
-        privacy: the settings. plan: of the run's steps.
-        units: the rows of each unit of privacy.
+        trainer: after its parent's constructor, with the private settings in `args.privacy`, and the plan of its steps.
+            `unit_losses(model, batch)` of it gives the loss of each unit's rows.
         blank: a row of `trainer.data_collator` with nothing to learn.
         made_up: two rows of made-up tokens, of unequal lengths.
 
     Attributes:
         ledger: of the steps that are taken.
+        step_rows: the rows that the step at hand has, over all micro-batches and ranks.
         draws: for tests: gives the units of a step of an epoch in the place of a draw.
 
     Raises:
         ConfigError: a model whose gradients of rows cannot be had, or are not those of the rows.
     """
 
-    def __init__(self, trainer, privacy: PrivacyConfig, plan: Plan, units, blank: dict, made_up: list[dict]) -> None:
-        self._trainer, self.privacy, self.plan, self._units = trainer, privacy, plan, units
-        self._blank, self._made_up = blank, made_up
-        self.draws = None
+    def __init__(self, trainer, blank: dict, made_up: list[dict]) -> None:
+        self._trainer, self._blank, self._made_up = trainer, blank, made_up
+        self.privacy, self.plan = privacy, plan = trainer.args.privacy, trainer._plan
+        self._units = units_of(privacy, trainer.train_dataset)
+        self.draws, self.step_rows = None, 1
         accelerator = trainer.accelerator
         # never DDP, which would add up what is not clipped
         accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
@@ -231,14 +188,16 @@ class PrivateRun:
         One without rows is not run, unless it is its step's first, which gives every mean its name, or other ranks
         would wait in their forward.
         """
-        if self._loss is not None and not inputs[UNITS].numbers and not self._together:
+        if self._loss is not None and is_nobodys(inputs) and not self._together:
             return torch.zeros_like(self._loss)
         if not self._reached and self._trainer.args.gradient_checkpointing:
             # which is switched on when training begins
             self._reached = True
             check_rows_reach(self._trainer, self.gradients, self._collated)
         with self.gradients.collected(len(inputs["input_ids"])):
-            self._loss = train()
+            loss = train()
+        # the mean over the step's rows, once the Trainer has added up micro-batches and averaged ranks
+        self._loss = loss * self._trainer.accelerator.num_processes / max(self.step_rows, 1)
         self.step.collect(self.gradients.take_together(), inputs[UNITS])
         return self._loss
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.window import Window, count_rows, real_rows
 from posttrain.run.mixin import RunMixin
+from posttrain.run.private_batches import is_nobodys
 
 
 class ExtraColumns:
@@ -78,14 +79,16 @@ class WindowMixin(RunMixin):
         if batches:
             batches = self.sorted_window(batches)
             rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
-            self.prepare_window(batches, Window(len(batches), self.accelerator.num_processes, rows))
-            self.begin_step(batches)
+            window = Window(len(batches), self.accelerator.num_processes, rows)
+            self.prepare_window(batches, window)
+            self.begin_step(batches, window)
         return batches, items
 
     def _counting_rows(self, batches):
         # counted at the moment a batch is drawn: the dataloader's state is of that batch
         for batch in batches:
-            yield {**batch, "real_rows": real_rows(self.accelerator, self.rows_in(batch))}
+            rows = 0 if is_nobodys(batch) else real_rows(self.accelerator, self.rows_in(batch))
+            yield {**batch, "real_rows": rows}
 
     def with_real_rows(self, inputs: dict, mode: str) -> dict:
         """Return a batch with the number of its rows that are data, where no window has counted them."""
@@ -139,6 +142,7 @@ class WindowMixin(RunMixin):
         """
         if self.aux_loss_enabled:
             loss = self._with_aux_loss(loss, aux_loss, mode, aux_steps)
-        if mode == "train" and self.is_in_train:
+        # of private rows, a run that stopped for one would tell of it
+        if mode == "train" and self.is_in_train and self._private is None:
             self._finite_loss.watch(self, loss)
         return loss

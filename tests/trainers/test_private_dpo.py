@@ -1,7 +1,6 @@
 """Private preference training: a pair, or a person's pairs, bounded together; what couples pairs is refused."""
 
 import math
-import random
 import re
 
 import pytest
@@ -18,9 +17,9 @@ from posttrain.mechanisms.row_groups import RowGroups
 from posttrain.privacy import promise as promises
 from posttrain.privacy.config import PrivacyConfig
 from posttrain.privacy.promise import FIGURES
-from posttrain.run import private
 from posttrain.trainers.preference import mixin as preference_mixin
 from tests import runs, training
+from tests.clipped import by_hand, forwards_without_empty_micro_batches
 from tests.contract.test_resume import resumes
 from tests.families import METHODS, RDPO
 from tests.made_up import make_pairs
@@ -43,37 +42,22 @@ def build(folder, output_dir, draws=None, privacy=None, pairs=None, peft=True, r
     return trainer
 
 
-def by_hand(trainer, steps, loss_of, clip_norm, expected, rate=0.05):
-    """The change of plain SGD on clipped gradients; `steps`: for each step its units, tuples of pairs."""
-    model, data = trainer.model, trainer.train_dataset
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = trainable(model)
+def of_margin(loss):
+    """The loss of a pair whose answers are forwarded alone, by that of beta times its margin."""
 
-    def logps(prompt, answer):
+    def logps(model, prompt, answer):
         ids = torch.tensor([prompt + answer])
         found = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
         return found.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
 
-    for units in steps:
-        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        for unit in units:
-            loss = 0
-            for place in unit:
-                row = data[place]
-                sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")]
-                with torch.no_grad(), model.disable_adapter():
-                    reference = [logps(*side) for side in sides]
-                ratios = [logps(*side) - ref for side, ref in zip(sides, reference, strict=True)]
-                loss = loss + loss_of(0.5 * (ratios[0] - ratios[1]))
-            found = torch.autograd.grad(loss, list(parameters.values()))
-            norm = torch.stack([part.square().sum() for part in found]).sum().sqrt()
-            for name, part in zip(parameters, found, strict=True):
-                total[name] += part * min(1.0, clip_norm / norm.item())
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p -= rate * total[name] / expected
-    after = trainable(model)
-    return {name: after[name] - before[name] for name in before}
+    def loss_of(model, row):
+        sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")]
+        with torch.no_grad(), model.disable_adapter():
+            reference = [logps(model, *side) for side in sides]
+        ratios = [logps(model, *side) - ref for side, ref in zip(sides, reference, strict=True)]
+        return loss(0.5 * (ratios[0] - ratios[1]))
+
+    return loss_of
 
 
 def dpo(z):
@@ -91,12 +75,11 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_run_without_noise_is_training_on_clipped_pairs(name, tiny_folder, tmp_path):
-    plan, (settings, loss_of) = [[0, 3, 5], [1, 2, 4, 6, 7]], LOSSES[name]
+    plan, (settings, loss) = [[0, 3, 5], [1, 2, 4, 6, 7]], LOSSES[name]
     trainer = build(tiny_folder, tmp_path, lambda step: plan[step], dict(clip_norm=0.5), **settings)
     assert trainer.args.gradient_accumulation_steps == 4 and trainer.args.prefix_sharing == "never"
     reference = build(tiny_folder, tmp_path / "b", privacy=dict(clip_norm=0.5), **settings)
-    steps = [[(pair,) for pair in step] for step in plan]
-    expected = by_hand(reference, steps, loss_of, 0.5, 4)
+    expected = by_hand(reference, plan, of_margin(loss), clip_norm=0.5, expected=4, rate=0.05)
     change, _ = runs.fit(trainer)
     assert distance(change, expected) < 1e-4
     assert all(value.any() for part, value in change.items() if "lora_B" in part)
@@ -108,12 +91,13 @@ def test_the_unit_is_a_person_where_a_column_says_so(tiny_folder, tmp_path):
     plan, steps = [[0, 1], [2]], [[(0, 3, 6), (1, 4, 7)], [(2, 5)]]
     given = dict(pairs=pairs, privacy=people, per_device_train_batch_size=4)
     trainer = build(tiny_folder, tmp_path, lambda step: plan[step], **given)
-    expected = by_hand(build(tiny_folder, tmp_path / "b", **given), steps, dpo, 0.5, 2)
+    hand = dict(loss_of=of_margin(dpo), clip_norm=0.5, expected=2, rate=0.05)
+    expected = by_hand(build(tiny_folder, tmp_path / "b", **given), steps, **hand)
     change, _ = runs.fit(trainer)
     assert distance(change, expected) < 1e-4
     # pairs clipped for themselves, the known wrong variant, end elsewhere
-    alone = [[(pair,) for unit in step for pair in unit] for step in steps]
-    assert distance(change, by_hand(build(tiny_folder, tmp_path / "c", **given), alone, dpo, 0.5, 2)) > 1e-2
+    alone = [[pair for unit in step for pair in unit] for step in steps]
+    assert distance(change, by_hand(build(tiny_folder, tmp_path / "c", **given), alone, **hand)) > 1e-2
 
 
 def test_a_step_without_pairs_moves_nothing_without_noise(tiny_folder, tmp_path):
@@ -123,22 +107,15 @@ def test_a_step_without_pairs_moves_nothing_without_noise(tiny_folder, tmp_path)
 
 @pytest.mark.parametrize("name", ["dpo", pytest.param("rdpo", marks=pytest.mark.slow)])
 def test_micro_batches_without_pairs_are_not_run_and_nothing_changes(name, tiny_folder, tmp_path, monkeypatch):
-    plan, changes, logs, forwards = [[0, 3, 5], [], [1, 2, 4, 6, 7]], [], [], []
+    plan, settings = [[0, 3, 5], [], [1, 2, 4, 6, 7]], LOSSES[name][0] | dict(max_steps=3)
     noisy = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.5, expected_batch_size=3)
-    for all_run in (False, True):
-        monkeypatch.setattr(private, "ranks_forward_together", lambda trainer, all_run=all_run: all_run)
-        trainer = build(
-            tiny_folder, tmp_path / str(all_run), lambda step: plan[step], noisy, max_steps=3, **LOSSES[name][0]
-        )
-        trainer._private.step._source = random.Random(5).randbytes
-        score, seen = trainer.score, []
-        trainer.score = lambda *args, score=score, seen=seen: (seen.append(torch.is_grad_enabled()), score(*args))[1]
-        changes.append(runs.fit(trainer)[0])
-        logs.append(runs.without_times(trainer.state.log_history))
-        forwards.append((seen.count(True), seen.count(False)))
+    counts, _ = forwards_without_empty_micro_batches(
+        lambda name: build(tiny_folder, tmp_path / name, lambda step: plan[step], noisy, **settings),
+        "score",
+        monkeypatch,
+    )
     # the reference's as well
-    assert forwards == [(6, 6), (12, 12)]
-    assert runs.identical(*changes) and logs[0] == logs[1]
+    assert counts == [(6, 6), (12, 12)]
 
 
 def test_a_private_run_promises_and_goes_on_with_what_it_spent(tiny_folder, tmp_path):
@@ -150,6 +127,34 @@ def test_a_private_run_promises_and_goes_on_with_what_it_spent(tiny_folder, tmp_
     _, trainer = runs.fit(build(tiny_folder, tmp_path, **given), trainable, str(tmp_path / "checkpoint-1"))
     told = trainer.promise()
     assert (told.steps, told.thrown_away) == (2, 1) and told.epsilon > told.epsilon_of_weights == first.epsilon
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "huge"])
+def test_a_pair_that_is_no_number_stops_nothing_and_tells_nothing(kind, tiny_folder, tmp_path, monkeypatch):
+    score, losses = RobustDPOTrainer.score, RobustDPOTrainer.pair_losses
+
+    def bad_answer(self, model, batch, **given):
+        found = score(self, model, batch, **given)
+        if len(found.chosen_logps) == 8:
+            found.chosen_logps = found.chosen_logps * torch.tensor([float(kind), *[1.0] * 7])
+        return found
+
+    def beyond_all_numbers_together(self, *given):
+        found = losses(self, *given)
+        return torch.cat([found[:2] + 3e38, found[2:]]) if len(found) == 8 else found
+
+    if kind == "huge":
+        monkeypatch.setattr(RobustDPOTrainer, "pair_losses", beyond_all_numbers_together)
+    else:
+        monkeypatch.setattr(RobustDPOTrainer, "score", bad_answer)
+    all_of_them = dict(expected_batch_size=8)
+    change, trainer = runs.fit(build(tiny_folder, tmp_path, privacy=all_of_them, per_device_train_batch_size=8))
+    assert trainer.state.global_step == 2 and any(value.any() for value in change.values())
+    assert all(torch.isfinite(value).all() for value in change.values())
+    for entry in runs.entries(trainer):
+        assert entry["private/rows_not_finite"] == (0 if kind == "huge" else 2)
+        told = [value for name, value in entry.items() if name != "loss" or kind != "huge"]
+        assert all(math.isfinite(value) for value in told), entry
 
 
 REFUSED = [

@@ -160,6 +160,8 @@ def test_a_trainers_plan_leaves_the_callers_config_as_it_was(method, tiny_folder
     before = args.to_dict()
     trainer = build(tiny_folder, args)
     assert trainer.args.gradient_accumulation_steps == 4 and args.to_dict() == before
+    # upstream would wait for the device after each micro-batch, for losses that are numbers
+    assert not trainer.args.logging_nan_inf_filter and args.logging_nan_inf_filter
     # a copy of it has no number of micro-batches that anybody asked for, in one way or the other
     of_dict = type(args)(**before | dict(per_device_train_batch_size=4))
     for copied in (dataclasses.replace(args, per_device_train_batch_size=4), of_dict):

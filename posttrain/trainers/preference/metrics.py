@@ -16,7 +16,8 @@ def record(
         scores: the policy's `PairLogps`. chosen_logratios, rejected_logratios: less the reference, in nats, (C,), (D,).
         losses: of the groups, (B,). inputs: the batch.
     """
-    means, real, groups = trainer._means[mode], trainer.is_real(inputs), trainer.groups_of(inputs)
+    means, groups = trainer._means[mode], trainer.groups_of(inputs)
+    real = trainer.told_rows(trainer.is_real(inputs), losses)
     chosen, rejected = groups.mean(chosen_logratios, CHOSEN), groups.mean(rejected_logratios, REJECTED)
     chosen_rewards, rejected_rewards = trainer.beta * chosen, trainer.beta * rejected
     for name, values in (

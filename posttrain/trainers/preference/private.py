@@ -4,10 +4,8 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.privacy.config import PrivacyConfig
-from posttrain.privacy.plan import Plan
 from posttrain.run.checks import evaluating
 from posttrain.run.private import PrivateRun
-from posttrain.run.private_settings import units_of
 from posttrain.trainers.preference.robust_dpo_config import RobustDPOConfig
 
 
@@ -21,15 +19,12 @@ def private_settings_of(args, privacy: PrivacyConfig) -> RobustDPOConfig:
     return args.as_private(privacy)
 
 
-def private_run(trainer, privacy: PrivacyConfig, plan: Plan) -> PrivateRun:
-    """Return what makes a trainer's steps private, once its model and its tokenised pairs are there.
-
-    `plan`: of the steps on those pairs.
-    """
-    dataset = trainer.train_dataset
+def private_run(trainer) -> PrivateRun:
+    """Return what makes a trainer's steps private, once its model and its tokenised pairs are there."""
+    columns = trainer.train_dataset.column_names
     beside = ("ref_chosen_logps", "ref_rejected_logps", "flip_rate")
-    rows = [row | {name: 0.0 for name in beside if name in dataset.column_names} for row in made_up(trainer.model)]
-    run = PrivateRun(trainer, privacy, plan, units_of(privacy, dataset), rows[0], rows)
+    rows = [row | {name: 0.0 for name in beside if name in columns} for row in made_up(trainer.model)]
+    run = PrivateRun(trainer, rows[0], rows)
     _check_reference(trainer, run.made_up_batch())
     return run
 

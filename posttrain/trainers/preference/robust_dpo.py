@@ -10,10 +10,8 @@ from posttrain.errors import DivergedError
 from posttrain.log import get_logger
 from posttrain.mechanisms.metrics import MeanMetrics
 from posttrain.mechanisms.row_groups import CHOSEN, REJECTED
-from posttrain.mechanisms.window import Window, count_rows, gather_rows
+from posttrain.mechanisms.window import Window, gather_rows
 from posttrain.objectives import preference
-from posttrain.run import private_settings
-from posttrain.run.private import UNITS
 from posttrain.trainers.preference.mixin import PreferenceMixin
 from posttrain.trainers.preference.private import private_run, private_settings_of
 from posttrain.trainers.preference.robust_dpo_config import NEEDS_FLIP_RATE, RobustDPOConfig
@@ -64,11 +62,8 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         },
     }
 
-    # a step's rows, for the loss that is logged
-    _step_rows = 1
-
     def __init__(self, *args, privacy=None, **kwargs):
-        self.privacy, self._plan = privacy, None
+        self.privacy = privacy
         super().__init__(*args, **kwargs)
         method = "dr_dpo" if self.args.reduction == "dr_dpo" else self.args.pair_loss
         self._paper = self._papers.get(method, DPOTrainer._paper)
@@ -80,30 +75,12 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         self.privacy = self.privacy if self.privacy is not None else getattr(args, "privacy", None)
         if self.privacy is not None:
             args = private_settings_of(args, self.privacy)
-            # stands on Trainer.loss_is_scaled_for_ga: a private step is divided once, by the expected number of units
-            self.loss_is_scaled_for_ga = True
-        self._own_args = args
         return super()._check_settings(model, args, peft_config)
-
-    def _begin(self, ready) -> None:
-        super()._begin(ready)
-        self._plan = ready.plan
-        private_settings.follow(self._own_args, self._plan)
-
-    def _place(self, ready) -> None:
-        super()._place(ready)
-        if self.privacy is not None:
-            # pairs that max_length leaves nothing of are gone by now, and before the run's identity is asked for
-            self._plan = private_settings.planned_anew(self.args, self.train_dataset, self._plan)
 
     def _complete(self, ready) -> None:
         super()._complete(ready)
         if self.privacy is not None:
-            self._private = private_run(self, self.privacy, self._plan)
-
-    def own_identity(self) -> dict:
-        own = super().own_identity()
-        return own if self.privacy is None else own | {"privacy_units": self._plan.units}
+            self._private = private_run(self)
 
     def unit_losses(self, model, batch: dict) -> Tensor:
         """Return the loss of each pair of a batch, (B,)."""
@@ -135,12 +112,10 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         return (preference.dpo if self.args.pair_loss == "dpo" else preference.hinge)(z)
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
-        super().prepare_window(batches, window)
         if self._private is not None:
-            for batch in batches:
-                # a pair that is there for its shape belongs to nobody
-                batch["real_rows"] = batch["real_rows"] if batch[UNITS].numbers else 0
-            self._step_rows = count_rows(self.accelerator, sum(batch["real_rows"] for batch in batches))
+            # a pair's weight is that of its unit
+            return
+        super().prepare_window(batches, window)
         if not self.args.weighs_pairs or self.args.dr_dpo_scope == "micro_batch":
             return
         self._window = window
@@ -203,8 +178,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
 
     def reduce_pairs(self, losses: Tensor, inputs: dict, mode: str) -> Tensor:
         if mode == "train" and self._private is not None:
-            # a pair that is no number is counted with its gradient, and stops nothing
-            return torch.where(torch.isfinite(losses) & self.is_real(inputs), losses, 0.0).sum()
+            return self.sum_of_rows(losses, self.is_real(inputs))
         if mode == "eval" or not self.args.weighs_pairs:
             return super().reduce_pairs(losses, inputs, mode)
         if "pair_coefficients" not in inputs or self.args.dr_dpo_scope == "micro_batch":
@@ -237,9 +211,6 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
             batches, self._unscored = self._unscored, None
             self._weigh_window(batches)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self._private is not None:
-            # the mean over the step's pairs, once the Trainer has added up micro-batches and averaged ranks
-            return loss * self.accelerator.num_processes / max(self._step_rows, 1)
         if not self._rescales:
             return loss
         if not self.accelerator.sync_gradients:
@@ -267,7 +238,7 @@ class RobustDPOTrainer(PreferenceMixin, DPOTrainer):
         means.add("drdpo/weight_max", weights.max().unsqueeze(0))
 
     def extra_metrics(self, means: MeanMetrics, losses: Tensor, margins: Tensor, inputs: dict, mode: str) -> None:
-        real = self.is_real(inputs)
+        real = self.told_rows(self.is_real(inputs), losses)
         if self.args.pair_loss in NEEDS_FLIP_RATE:
             means.add(f"{self.args.pair_loss}/dpo_loss", preference.dpo(self.beta * margins), real)
         if self.args.pair_loss == "rdpo":

@@ -1,7 +1,5 @@
 """Supervised fine-tuning with differential privacy: DP-SGD on a LoRA, for rows or for people."""
 
-import copy
-
 import torch
 from torch import Tensor
 from trl import SFTTrainer
@@ -10,11 +8,10 @@ from posttrain.compat import keep_4bit_weights_trainable
 from posttrain.data.processing import tokenizer_of
 from posttrain.errors import ConfigError
 from posttrain.mechanisms.frozen_a import freeze_a
-from posttrain.mechanisms.window import Window, count_rows
+from posttrain.mechanisms.window import Window
 from posttrain.privacy.paper import PAPER
-from posttrain.run import private_settings
 from posttrain.run.head import TrueHead
-from posttrain.run.private import UNITS, PrivateRun
+from posttrain.run.private import PrivateRun
 from posttrain.trainers.sft.dp_sft_config import DPSFTConfig
 from posttrain.trainers.sft.mixin import InstructionMixin
 
@@ -58,31 +55,14 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
     _not_private = "its private settings are fields of DPSFTConfig, given as args"
     _paper = PAPER
 
-    # stands on Trainer.loss_is_scaled_for_ga: a step's gradient is divided once, by the expected number of units
-    loss_is_scaled_for_ga = True
-    _step_rows = 1
-
     def _by_name(self, rest: tuple, kwargs: dict) -> dict:
         given = super()._by_name(rest, kwargs)
         if given.get("compute_loss_func") is not None:
             raise ConfigError("compute_loss_func is given, in the place of a loss of each row alone. Leave it out.")
         return given
 
-    def _check_settings(self, model, args, peft_config):
-        model, args, config = super()._check_settings(model, args, peft_config)
-        # its plan changes them, and the caller's stay as they were given
-        self._own_args = copy.copy(args)
-        return model, self._own_args, config
-
-    def _begin(self, ready) -> None:
-        super()._begin(ready)
-        self._plan = ready.plan
-        private_settings.follow(self._own_args, self._plan)
-
     def _place(self, ready) -> None:
         super()._place(ready)
-        # rows that max_length leaves nothing of are gone by now, and before the run's identity is asked for
-        self._plan = private_settings.planned_anew(self.args, self.train_dataset, self._plan)
         # before the head is tried, which is a pass without gradient
         keep_4bit_weights_trainable(self.model)
         self._head = TrueHead(self)
@@ -91,13 +71,9 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
 
     def _complete(self, ready) -> None:
         super()._complete(ready)
-        units = private_settings.units_of(self.args, self.train_dataset)
         token = tokenizer_of(self.processing_class).pad_token_id or 0
         blank = {"input_ids": [token, token], "labels": [-100, -100]}
-        self._private = PrivateRun(self, self.args, self._plan, units, blank, _made_up(self.model))
-
-    def own_identity(self) -> dict:
-        return {"privacy_units": self._plan.units}
+        self._private = PrivateRun(self, blank, _made_up(self.model))
 
     def unit_losses(self, model, batch: dict) -> Tensor:
         """Return the loss of each row of a batch, (B,)."""
@@ -109,27 +85,24 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
         return model(**{name: batch[name] for name in _TOKENS}, use_cache=False, fused_lm_head=True)
 
     def prepare_window(self, batches: list[dict], window: Window) -> None:
-        # for the loss that is logged; the gradient is divided by the expected number
-        rows = sum(len(batch[UNITS].index) for batch in batches)
-        self._step_rows = count_rows(self.accelerator, rows)
+        # tokens are counted with their rows
+        pass
 
     # stands on SFTTrainer.compute_loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training and self.is_in_train:
             with self.policy_forward():
                 outputs = self._forward(model, inputs)
-            # a row that is there for its shape belongs to nobody
-            real = torch.full((len(inputs["input_ids"]),), bool(inputs[UNITS].numbers), device=self.accelerator.device)
         else:
             inputs = self.with_real_rows(inputs, "eval")
-            outputs, real = self._forward(model, inputs), self.is_real(inputs)
+            outputs = self._forward(model, inputs)
+        real = self.is_real(inputs)
         losses = row_losses(outputs.log_probs, outputs.label_mask)
         mode = "train" if self.model.training else "eval"
         with torch.no_grad():
             self._record(mode, outputs, inputs, losses, real)
         if mode == "train":
-            # a row that is no number is counted with its gradient, and stops nothing
-            return torch.where(torch.isfinite(losses) & real, losses, 0.0).sum()
+            return self.sum_of_rows(losses, real)
         loss = losses[: max(int(real.sum()), 1)].mean()
         if return_outputs:
             plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -138,8 +111,7 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
         return loss
 
     def _record(self, mode: str, outputs, inputs: dict, losses: Tensor, real: Tensor) -> None:
-        # a row that is no number would make every mean one
-        known = real & torch.isfinite(losses)
+        known = self.told_rows(real, losses)
         means, mask = self._means[mode], outputs.label_mask & known.unsqueeze(1)
         means.add("nll/row", losses, known)
         if outputs.entropy is not None:
@@ -149,12 +121,6 @@ class DPSFTTrainer(InstructionMixin, SFTTrainer):
         if mode == "train":
             tokens = inputs["attention_mask"].sum(dim=1)
             means.add_sum("num_tokens", (tokens * real).sum().float(), 1)
-
-    # stands on Trainer.training_step
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        # the mean over the step's rows, once the Trainer has added up micro-batches and averaged ranks
-        return loss * self.accelerator.num_processes / max(self._step_rows, 1)
 
 
 def _made_up(model) -> list[dict]:

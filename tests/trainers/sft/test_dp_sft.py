@@ -1,8 +1,8 @@
 """Private fine-tuning in the trainer's loop: what a step is, what noise and draws do to it, what is refused."""
 
+import functools
 import json
 import math
-import random
 import threading
 import types
 
@@ -23,10 +23,10 @@ from posttrain.models import tiny_model
 from posttrain.privacy import accounting
 from posttrain.privacy.step import PrivateStep
 from posttrain.run import private
-from posttrain.run.private import UNITS
+from posttrain.run.private_batches import UNITS
 from posttrain.trainers.sft import dp_sft
-from tests import runs, scored
-from tests.runs import distance, entries, trainable
+from tests import clipped, runs, scored
+from tests.runs import distance, entries
 
 NOISELESS = dict(target_epsilon=math.inf, expected_batch_size=8)
 
@@ -46,28 +46,14 @@ def build(folder, output_dir, data=None, peft_config=None, draws=None, eval_data
     return trainer
 
 
-def by_hand(trainer, data, steps, clip_norm, expected, rate=0.5):
-    """The change of plain SGD on clipped gradients of rows, each forwarded alone; `steps`: the rows of each."""
-    model = trainer.model
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = trainable(model)
-    for chosen in steps:
-        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        for units in chosen:
-            loss = 0
-            for row in units if isinstance(units, tuple) else (units,):
-                ids, labels = (torch.tensor([data[row][name]]) for name in ("input_ids", "labels"))
-                logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-                loss = loss + F.cross_entropy(logits, labels[0, 1:], ignore_index=-100)
-            found = torch.autograd.grad(loss, list(parameters.values()))
-            norm = torch.stack([part.square().sum() for part in found]).sum().sqrt()
-            for name, part in zip(parameters, found, strict=True):
-                total[name] += part * min(1.0, clip_norm / norm.item())
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p -= rate * total[name] / expected
-    after = trainable(model)
-    return {name: after[name] - before[name] for name in before}
+def own_mean(model, row):
+    """The loss of a row that is forwarded alone: the mean over its own tokens."""
+    ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    return F.cross_entropy(logits, labels[0, 1:], ignore_index=-100)
+
+
+by_hand = functools.partial(clipped.by_hand, loss_of=own_mean, rate=0.5)
 
 
 @pytest.mark.parametrize("clip_norm", [0.4, pytest.param(math.inf, marks=pytest.mark.slow)])
@@ -78,7 +64,7 @@ def test_a_run_without_noise_is_plain_training_on_clipped_rows(clip_norm, tiny_f
     trainer = build(tiny_folder, tmp_path, draws=lambda step: plan[step], **settings)
     assert trainer.args.gradient_accumulation_steps == 4
     reference = build(tiny_folder, tmp_path / "b", **settings)
-    expected = by_hand(reference, reference.train_dataset, plan, clip_norm, 4)
+    expected = by_hand(reference, plan, clip_norm=clip_norm, expected=4)
     change, _ = runs.fit(trainer)
     assert distance(change, expected) < 1e-4
     assert all(value.any() for name, value in change.items() if "lora_B" in name)
@@ -92,12 +78,12 @@ def test_the_unit_is_a_person_where_a_column_says_so(tiny_folder, tmp_path):
     trainer = build(tiny_folder, tmp_path, data, draws=lambda step: plan[step], **people, per_device_train_batch_size=4)
     assert (trainer._plan.units, trainer.args.gradient_accumulation_steps) == (3, 3)
     reference = build(tiny_folder, tmp_path / "b", data, **people)
-    expected = by_hand(reference, reference.train_dataset, steps, 0.4, 2)
+    expected = by_hand(reference, steps, clip_norm=0.4, expected=2)
     change, _ = runs.fit(trainer)
     assert distance(change, expected) < 1e-4
     # rows clipped for themselves, the known wrong variant, end elsewhere
     alone = build(tiny_folder, tmp_path / "c", data, **people)
-    wrong = by_hand(alone, alone.train_dataset, [[0, 3, 6, 1, 4, 7], [2, 5]], 0.4, 2)
+    wrong = by_hand(alone, [[0, 3, 6, 1, 4, 7], [2, 5]], clip_norm=0.4, expected=2)
     assert distance(change, wrong) > 1e-2
 
 
@@ -336,22 +322,18 @@ def test_the_model_is_never_wrapped_and_its_gradients_come_from_the_step_alone(t
 )
 def test_micro_batches_without_rows_are_not_run_and_nothing_changes(settings, tiny_folder, tmp_path, monkeypatch):
     """Bit for bit, noise included: a step of three rows in four micro-batches, one of none, one of five."""
-    plan, changes, logs, forwards = [[0, 3, 5], [], [1, 2, 4, 6, 7]], [], [], []
+    plan = [[0, 3, 5], [], [1, 2, 4, 6, 7]]
     fields = dict(target_epsilon=None, noise_multiplier=0.3, target_delta=1e-3, clip_norm=0.4, expected_batch_size=3)
     fields |= dict(per_device_train_batch_size=2, max_steps=3) | settings
     fields |= dict(eval_dataset=rows(4)) if "eval_strategy" in settings else {}
-    for all_run in (False, True):
-        monkeypatch.setattr(private, "ranks_forward_together", lambda trainer, all_run=all_run: all_run)
-        trainer = build(tiny_folder, tmp_path / str(all_run), draws=lambda step: plan[step], **fields)
-        trainer._private.step._source = random.Random(5).randbytes
-        run, seen = trainer._forward, []
-        trainer._forward = lambda *args, run=run, seen=seen: (seen.append(torch.is_grad_enabled()), run(*args))[1]
-        changes.append(runs.fit(trainer)[0])
-        logs.append(runs.without_times(trainer.state.log_history))
-        # made-up rows show that gradients arrive, where activations are recomputed
-        forwards.append(sum(seen) - trainer.args.gradient_checkpointing)
-    assert trainer.args.gradient_accumulation_steps == 4 and forwards == [2 + 1 + 3, 12]
-    assert runs.identical(*changes) and logs[0] == logs[1]
+    made = functools.partial(build, tiny_folder, draws=lambda step: plan[step], **fields)
+    counts, trainer = clipped.forwards_without_empty_micro_batches(
+        lambda name: made(output_dir=tmp_path / name), "_forward", monkeypatch
+    )
+    # made-up rows show that gradients arrive, where activations are recomputed
+    shown = int(trainer.args.gradient_checkpointing)
+    assert trainer.args.gradient_accumulation_steps == 4
+    assert [trained - shown for trained, _ in counts] == [2 + 1 + 3, 12]
     units = [entry["private/units"] for entry in entries(trainer)]
     assert units == ([8 / 3] if trainer.args.logging_steps == 3 else [3, 0, 5])
 
