@@ -219,7 +219,7 @@ def _in_tiles(logits_of, states: Tensor, targets: Tensor, head: Head, tile: int)
 
 
 def _fields(logits: Tensor, targets: Tensor, fields, temperature: float) -> tuple[Tensor, ...]:
-    logits = logits.float() / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logps = torch.log_softmax(logits, -1)
     found = {"log_probs": logps.gather(-1, targets[:, None])[:, 0]}
     if "entropy" in fields:

@@ -6,7 +6,8 @@ the latter.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,15 @@ from posttrain.errors import ConfigError
 _TOGETHER = 1 << 18
 
 
+def wide_enough(parameters: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype that gradients of rows are kept and added up in: fp32, or float64 where a parameter is."""
+    return functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
+
+
 class _Rows:
-    """Keeps gradients of rows: those of consecutive matrices behind each other in one tensor, (rows, values) in fp32.
+    """Keeps gradients of rows: those of consecutive matrices behind each other in one tensor, (rows, values).
+
+    It is in fp32, or in float64 where a matrix is.
 
     Args:
         parameters: the matrices, by name.
@@ -43,6 +51,7 @@ class _Rows:
             self._sizes[-1] += parameter.numel()
         self._tensors: dict[int, Tensor] = {}
         self._reached: dict[str, Tensor] = {}
+        self._dtype = wide_enough(parameters.values())
 
     def add(self, name: str, gradient: Tensor, x: Tensor) -> None:
         """Add each row's sum over tokens of g_t h_t^T; `gradient` (rows, tokens, out), `x` (rows, tokens, in)."""
@@ -61,7 +70,7 @@ class _Rows:
         """Return the place of a matrix in its tensor, which is made where it is the first one of it."""
         number, start, shape = self._places[name]
         if number not in self._tensors:
-            self._tensors[number] = gradient.new_empty(len(gradient), self._sizes[number], dtype=torch.float32)
+            self._tensors[number] = gradient.new_empty(len(gradient), self._sizes[number], dtype=self._dtype)
         return self._tensors[number].narrow(1, start, shape.numel()).view(-1, *shape)
 
     def take(self) -> dict[str, Tensor]:
@@ -156,9 +165,10 @@ class RowGradients:
                     layer.__dict__["forward"] = before[name]
 
     def take(self) -> dict[str, Tensor]:
-        """Return the gradients of rows since the last call, (rows, *shape of the matrix) in fp32, by name; drop them.
+        """Return the gradients of rows since the last call, (rows, *shape of the matrix) by name; drop them.
 
-        A matrix that no backward has reached is left out: its gradient is zero.
+        They are in fp32, or in float64 where a matrix is. One that no backward has reached is left out: its gradient is
+        zero.
         """
         return self._taken.take()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import PosttrainError
+from posttrain.mechanisms.row_gradients import wide_enough
 from posttrain.privacy import clipping
 from posttrain.privacy.noise import gaussian
 
@@ -104,6 +105,7 @@ class PrivateStep:
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         self._starts = dict(zip(self.parameters, itertools.accumulate(sizes[:-1], initial=0), strict=True))
         self._sizes, self._total = sizes, None
+        self._dtype = wide_enough(self.parameters.values())
         self.begin()
 
     def begin(self) -> None:
@@ -120,8 +122,9 @@ class PrivateStep:
         """Add a micro-batch's gradients of rows, after its backward. Waits for no device.
 
         Args:
-            gradients: (rows, ...) in fp32: the values of a parameter, and of those that follow it in the order of all
-                if the tensor has more, by its name; zero for a parameter that is in none. They are changed.
+            gradients: (rows, ...) in fp32, or in float64 where a parameter is: the values of a parameter, and of those
+                that follow it in the order of all if the tensor has more, by its name; zero for a parameter that is in
+                none. They are changed.
             units: of the rows; without any, nothing is added.
         """
         numbers, index = list(units.numbers), units.index
@@ -129,7 +132,7 @@ class PrivateStep:
             return
         if not gradients:
             name, parameter = next(iter(self.parameters.items()))
-            gradients = {name: parameter.new_zeros(len(index), *parameter.shape, dtype=torch.float32)}
+            gradients = {name: parameter.new_zeros(len(index), *parameter.shape, dtype=self._dtype)}
         squares, bad = clipping.without_bad_rows(gradients)
         self._bad = self._bad + bad.sum()
         alone = len(numbers) == len(index)
@@ -193,7 +196,7 @@ class PrivateStep:
 
     def _make_total(self, device: torch.device) -> None:
         if self._total is None or self._total.device != device:
-            self._total = torch.zeros(sum(self._sizes), device=device)
+            self._total = torch.zeros(sum(self._sizes), device=device, dtype=self._dtype)
 
     @torch.no_grad()
     def finish(self) -> Statistics:

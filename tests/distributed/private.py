@@ -2,11 +2,14 @@
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
+from posttrain.mechanisms.own_head import Head
 from posttrain.privacy.step import PrivateStep
 from posttrain.run import private, report
 from tests import runs
@@ -24,11 +27,25 @@ PAIRS = ("private", "private-people", "private-cached")
 DRAWN = [[0, 1, 2, 3, 4], [5]]
 
 
-def few(folder, output_dir):
+@contextmanager
+def in_double(folder):
+    """Gives what makes a model in float64: log-probabilities, gradients of rows and their sums are exact to 1e-15 then.
+
+    TRL's fused head computes in fp32, so the model's own takes its place while the context lasts.
+    """
+    own = Head.choose
+    Head.choose = lambda head, *given: setattr(head, "mode", "tiles")
+    try:
+        yield lambda: AutoModelForCausalLM.from_pretrained(folder).double()
+    finally:
+        Head.choose = own
+
+
+def few(model, output_dir):
     """A run without noise of whose micro-batches some have no rows."""
     # so that an epoch has two steps
     fields = NOISELESS | dict(expected_batch_size=4, per_device_train_batch_size=2)
-    trainer = METHODS["dp_sft"].build(folder, output_dir, **fields)
+    trainer = METHODS["dp_sft"].build(model, output_dir, **fields)
     trainer._private.draws = lambda step: DRAWN[step]
     return trainer
 
@@ -85,7 +102,8 @@ def without_rows(model: str, out: str) -> None:
     for all_run in (False, True):
         if all_run:
             private.ranks_forward_together = lambda trainer: True
-        made = few(model, f"{out}/few-{all_run}")
+        with in_double(model) as double:
+            made = few(double(), f"{out}/few-{all_run}")
         seen = counted_forwards(made)
         changes.append((runs.fit(made)[0], len(seen)))
     (left_out, forwards), (all_of_them, most) = changes
@@ -100,6 +118,8 @@ def noiseless(model: str, out: str) -> None:
     method, changes = METHODS["robust_dpo"], {}
     for case in PAIRS:
         given = method.ranks[case] | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-        change, _ = method.train(model, f"{out}/{case}", **given)
-        changes |= {f"{case}|{name}": value.contiguous() for name, value in change.items()}
+        with in_double(model) as double:
+            for precision, start in (("fp32", model), ("float64", double())):
+                change, _ = method.train(start, f"{out}/{case}-{precision}", **given)
+                changes |= {f"{case}|{precision}|{name}": value.contiguous() for name, value in change.items()}
     save_file(changes, f"{out}/changes-{os.environ['RANK']}.safetensors")

@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 from posttrain import DPSFTConfig, DPSFTTrainer
 from posttrain.run import report
 from tests import runs, scored
-from tests.distributed.private import DRAWN, counted_forwards
+from tests.distributed.private import DRAWN, counted_forwards, in_double
 from tests.families import NOISELESS
 
 
@@ -22,18 +22,19 @@ def main(folder: str, out: str) -> None:
     report.git_commit = lambda: None
     torch.distributed.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, distributed_config=DistributedConfig(fsdp_size=2)
+        folder, dtype=torch.float64, distributed_config=DistributedConfig(fsdp_size=2)
     )
     fields = scored.settings(f"{out}/run", learning_rate=0.5, per_device_train_batch_size=2, **NOISELESS)
     for name in ("prefix_sharing", "gradient_accumulation_steps"):
         del fields[name]
-    trainer = DPSFTTrainer(
-        model,
-        DPSFTConfig(**fields, ddp_backend="gloo"),
-        train_dataset=scored.make_scored(8).remove_columns("reward"),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=runs.lora(),
-    )
+    with in_double(folder):
+        trainer = DPSFTTrainer(
+            model,
+            DPSFTConfig(**fields, ddp_backend="gloo"),
+            train_dataset=scored.make_scored(8).remove_columns("reward"),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=runs.lora(),
+        )
     trainer._private.draws = lambda step: DRAWN[0]
     seen = counted_forwards(trainer)
     change, _ = runs.fit(trainer)
