@@ -12,7 +12,7 @@ from posttrain.errors import ConfigError, require
 INTERVAL = 1e-3
 # noise below it makes epsilon so large that its distribution does not fit into memory, and promises nothing
 LEAST_NOISE = 0.1
-_MOST_NOISE = 1e6
+MOST_NOISE = 1e6
 _LITTLE_NOISE = 0.4
 # relative width within which the noise for an epsilon is found; it is taken from the upper end
 _TOLERANCE = 1e-6
@@ -116,10 +116,10 @@ def _solved(target: float, delta: float, kind: Steps, accountant: str, neighbour
     low = high = 0.0
     while rough(high) > 0:
         low, high = high, high + math.log(2)
-        if high > math.log(_MOST_NOISE):
+        if high > math.log(MOST_NOISE):
             raise ConfigError(
                 f"target_epsilon is {target:g} at target_delta {delta:g} over {kind.steps} steps that draw each unit "
-                f"with probability {kind.rate:.3g}: it would take noise of more than {_MOST_NOISE:g} times clip_norm. "
+                f"with probability {kind.rate:.3g}: it would take noise of more than {MOST_NOISE:g} times clip_norm. "
                 "Give a larger epsilon, fewer steps, or a smaller expected_batch_size."
             )
     while low == high or rough(low) <= 0:

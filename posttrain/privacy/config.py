@@ -8,7 +8,7 @@ from posttrain.checks import check_choice, check_holdable, plain
 from posttrain.config.setting import setting
 from posttrain.errors import ConfigError, ExcludedSetting
 from posttrain.log import get_logger
-from posttrain.privacy.accounting import LEAST_NOISE
+from posttrain.privacy.accounting import LEAST_NOISE, MOST_NOISE
 
 # above it an epsilon promises little
 _HIGH_EPSILON = 10.0
@@ -16,6 +16,8 @@ _CLIPPINGS = ("flat", "automatic")
 _ACCOUNTANTS = ("pld", "rdp")
 _NEIGHBOURS = ("add_remove", "replace_one")
 _MOST_CANARIES = 100_000
+# beyond them noise and clipped gradients leave what fp32 can hold
+_LEAST_CLIP, _MOST_CLIP = 1e-6, 1e6
 
 
 @dataclass
@@ -134,17 +136,19 @@ class PrivacyConfig:
             )
         if epsilon is not None and not epsilon > 0:
             raise ConfigError(f"target_epsilon is {epsilon!r}; it must be a number above 0, such as 3, or inf.")
-        if sigma is not None and not LEAST_NOISE <= sigma < math.inf:
+        if sigma is not None and not LEAST_NOISE <= sigma <= MOST_NOISE:
             raise ConfigError(
-                f"noise_multiplier is {sigma!r}; it must be a finite number of {LEAST_NOISE} or more: with less, the "
-                "promise is worth nothing. A run without noise says so by `target_epsilon: inf`."
+                f"noise_multiplier is {sigma!r}; it must be a number from {LEAST_NOISE} to {MOST_NOISE:g}: with less, "
+                "the promise is worth nothing. A run without noise says so by `target_epsilon: inf`."
             )
         delta = self._number("target_delta")
         if delta is None or not 0 < delta < 1:
             raise ConfigError(f"target_delta is {delta!r}; it must be a number above 0 and below 1, such as 1e-5.")
         clip = self._number("clip_norm")
-        if clip is None or not clip > 0:
-            raise ConfigError(f"clip_norm is {clip!r}; it must be a number above 0, such as 1.")
+        if clip is None or not (_LEAST_CLIP <= clip <= _MOST_CLIP or clip == math.inf):
+            raise ConfigError(
+                f"clip_norm is {clip!r}; it must be a number from {_LEAST_CLIP:g} to {_MOST_CLIP:g}, such as 1, or inf."
+            )
         check_choice("clipping", self.clipping, _CLIPPINGS)
         check_choice("accountant", self.accountant, _ACCOUNTANTS)
         check_choice("neighbours", self.neighbours, _NEIGHBOURS)
