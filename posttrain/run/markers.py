@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.private import without_secrets
 from posttrain.saved import read_json
 from posttrain.whole_files import sync
@@ -28,11 +28,16 @@ def partial_name(name: str) -> str:
 def mark(folder: Path, content: dict, name: str = MARKER) -> None:
     """Write a marker or note at once, so that it is never half there, also when the machine stops.
 
-    Secrets are left out.
+    Secrets are left out. A state that would not come back whole is a fault of its method, and raises PosttrainError.
     """
-    partial = folder / partial_name(name)
+    text, partial = json.dumps(without_secrets(content), indent=1) + "\n", folder / partial_name(name)
+    if "state" in content and json.dumps(json.loads(text)["state"]) != json.dumps(content["state"]):
+        raise PosttrainError(
+            "the state of the run has something under a name that stands for a secret, which no checkpoint keeps, so "
+            "that the run could not go on from it. Give it another name in method_state."
+        )
     with open(partial, "w", opener=_unfollowed) as file:
-        file.write(json.dumps(without_secrets(content), indent=1) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / name)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from posttrain import RobustDPOConfig, RobustDPOTrainer
-from posttrain.errors import ConfigError, EnvironmentIssue
+from posttrain.errors import ConfigError, EnvironmentIssue, PosttrainError
 from posttrain.run import checkpoint_files, checkpoints, markers, run_folder, training_state
 from posttrain.run.checkpoint_files import MARKER, SAVING
 from posttrain.run.markers import NOTE, content_of
@@ -708,3 +709,13 @@ def test_a_finished_run_with_a_checkpoint_of_its_end_may_be_asked_again(tiny_fol
     trainer.save_model(_internal_call=True)
     assert content_of(out / NOTE)["finished"]["step"] == 4
     assert build(tiny_folder, out)._found_checkpoint("auto") == out / "checkpoint-4"
+
+
+def test_a_state_that_a_checkpoint_would_not_keep_whole_is_refused_when_it_is_written(tmp_path):
+    state = {"method": {"scores": [1.0, math.nan], "drawn_by": "ab" * 32}}
+    kept = {"identity": {"hub_token": "hf_abc"}, "state": state}
+    markers.mark(tmp_path, kept)
+    told = json.loads((tmp_path / MARKER).read_text())
+    assert json.dumps(told["state"]) == json.dumps(kept["state"]) and told["identity"] == {}
+    with pytest.raises(PosttrainError, match="Give it another name in method_state"):
+        markers.mark(tmp_path, {"identity": {}, "state": {"method": {"canaries": {"secret": "ab" * 32}}}})

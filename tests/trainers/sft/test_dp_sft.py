@@ -415,6 +415,21 @@ def test_canaries_take_part_and_their_bound_is_told(tiny_folder, tmp_path):
     assert gap.item() == pytest.approx(2, abs=1.5)
 
 
+def test_canaries_of_a_run_that_goes_on_are_the_same_ones_with_the_scores_they_had(tiny_folder, tmp_path):
+    settings = dict(target_epsilon=None, noise_multiplier=1.0, target_delta=1e-3, audit_canaries=100, save_steps=1)
+    first = build(tiny_folder, tmp_path, **settings, save_strategy="steps", max_steps=1)
+    first.train()
+    before = first._private.canaries
+    scores = before.scores.copy()
+    again = build(tiny_folder, tmp_path, **settings, save_strategy="steps", max_steps=2)
+    load, loaded = again._private.canaries.load, []
+    again._private.canaries.load = lambda state: (load(state), loaded.append(again._private.canaries.scores.copy()))
+    again.train(resume_from_checkpoint="auto")
+    after = again._private.canaries
+    assert torch.equal(after.places, before.places) and (after.included == before.included).all()
+    assert (loaded[0] == scores).all() and after.steps == 2 and (after.scores != scores).any()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
