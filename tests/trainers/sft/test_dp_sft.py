@@ -87,6 +87,19 @@ def test_the_unit_is_a_person_where_a_column_says_so(tiny_folder, tmp_path):
     assert distance(change, wrong) > 1e-2
 
 
+@pytest.mark.parametrize("made", [1, 3])
+def test_a_collator_whose_rows_nobody_can_tell_apart_is_refused(made, tiny_folder, tmp_path):
+    own = build(tiny_folder, tmp_path / "own").data_collator
+
+    def other(examples):
+        batch = own(examples)
+        return {name: torch.cat([value, value])[:made] for name, value in batch.items()} if len(examples) > 1 else batch
+
+    args = DPSFTConfig(**runs.SETTINGS | dict(output_dir=str(tmp_path / "run")) | NOISELESS)
+    with pytest.raises(ConfigError, match=f"data_collator makes {made} rows of 2"):
+        DPSFTTrainer(tiny_folder, args, other, rows(), peft_config=runs.lora())
+
+
 def test_a_loss_that_couples_rows_is_refused_at_construction(tiny_folder, tmp_path, monkeypatch):
     own = dp_sft.row_losses
 
