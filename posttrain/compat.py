@@ -89,6 +89,7 @@ PRIVATE_NAMES = (
     ("transformers", "Trainer._load_optimizer_and_scheduler", ("checkpoint",)),
     ("transformers", "Trainer.create_scheduler", ("num_training_steps", "optimizer")),
     ("trl.trainer.utils", "get_config_model_id", ("config",)),
+    ("trl.trainer.utils", "create_model_from_path", ("model_id",)),
     # what compiles every chat template
     ("transformers.utils.chat_template_utils", "_compile_jinja_template", ("chat_template",)),
     ("transformers.utils.chat_template_utils", "ImmutableSandboxedEnvironment", ()),

@@ -133,13 +133,14 @@ def _settings(method: str, config: Path, given: list[str]) -> tuple:
     """
     from posttrain.config import parse
     from posttrain.log import get_logger
+    from posttrain.privacy.config import PrivacyConfig
 
     log, level = get_logger(), get_logger().level
     # what is chosen for this machine is not what the plan is for
     log.setLevel(logging.WARNING)
     try:
         data, model, args, *beside = parse(_sections(method), ["--config", str(config), *given])
-        privacy = beside[0] if beside else None
+        privacy = next((one for one in beside if isinstance(one, PrivacyConfig)), None)
         return data, model, args if privacy is None else args.as_private(privacy)
     finally:
         log.setLevel(level)
@@ -148,6 +149,7 @@ def _settings(method: str, config: Path, given: list[str]) -> tuple:
 def _sections(method: str) -> tuple:
     """Return the classes of a recipe's settings, which its own names tell."""
     from posttrain.config import DataArguments, ModelArguments
+    from posttrain.federated.config import FederatedConfig
     from posttrain.privacy.config import PrivacyConfig
     from posttrain.recipe.tasks import TaskArguments
     from posttrain.run.config import CommonConfig
@@ -159,7 +161,8 @@ def _sections(method: str) -> tuple:
     rows = [kind for kind in classes if issubclass(kind, DataArguments)]
     if issubclass(trainers, PolicyGradientConfig):
         rows.append(TaskArguments)
-    beside = [PrivacyConfig | None] if PrivacyConfig in classes else []
+    beside = [kind for kind in classes if kind is FederatedConfig]
+    beside += [PrivacyConfig | None] if PrivacyConfig in classes else []
     return max(rows, key=lambda kind: len(kind.__mro__)), ModelArguments, trainers, *beside
 
 

@@ -1,19 +1,24 @@
 """Clients of one process: each is trained by a trainer of its own on the one model in memory, one after the other."""
 
 import math
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.checks import shorten
-from posttrain.errors import ConfigError, DivergedError
+from posttrain.errors import ConfigError, DataError, DivergedError
 from posttrain.federated.adapter import SharedAdapter
 from posttrain.federated.config import FederatedConfig
 from posttrain.federated.given import check_clients, processes
 from posttrain.federated.methods import Shared
 from posttrain.federated.replies import Reply
+from posttrain.federated.spending import folder_name, is_private, metrics_of
 from posttrain.mechanisms.as_found import collected_alone, left_as_found
 from posttrain.mechanisms.base_digests import base_digests
+from posttrain.privacy import turns
 from posttrain.run.mixin import without_folder
 from posttrain.visible import listed
 
@@ -45,13 +50,17 @@ class TrainerClients:
         build: `build(model, rows, seed)` makes the trainer of a client's turn: it gives the model on as it is, without
             a peft_config, and seed as the trainer's `seed`, so that a run that goes on draws the same. Its `max_steps`
             or `num_train_epochs` are the local steps; `save_strategy` is `no`.
+        ledgers: where the ledger of each client that trains privately is, in a folder of its own; None for a temporary
+            folder, which ends with this object, so that a run that goes on would know nothing of what was spent.
 
     Raises:
         ConfigError: another kind of model or adapter, or several processes.
     """
 
-    def __init__(self, model, rows: Mapping, build: Callable, config: FederatedConfig) -> None:
-        check_clients(rows, build, config)
+    def __init__(
+        self, model, rows: Mapping, build: Callable, config: FederatedConfig, ledgers: str | Path | None = None
+    ) -> None:
+        check_clients(rows, build, config, ledgers)
         if (count := processes()) > 1:
             raise ConfigError(
                 f"WORLD_SIZE is {count}: clients of one process take turns on its model. Start one "
@@ -62,6 +71,9 @@ class TrainerClients:
         self._base = base_digests(model)
         self.rows, self._build = {name: len(held) for name, held in rows.items()}, build
         self._held, self._is_tokenised, self._rounds = dict(rows), set(), config.rounds
+        self._ledgers = Path(tempfile.mkdtemp(prefix="posttrain-") if ledgers is None else ledgers)
+        if ledgers is None:
+            weakref.finalize(self, shutil.rmtree, self._ledgers, ignore_errors=True)
 
     @property
     def start(self) -> Shared:
@@ -90,21 +102,38 @@ class TrainerClients:
         self.adapter.load(task.shared)
         self.adapter.freeze()
         set_seed(task.seed)
-        with left_as_found(model), without_folder():
-            trainer = self._build(model, self._held[task.client], task.seed)
+        with left_as_found(model), without_folder(), self._spending(task.client):
+            trainer = self._built(task)
             self._check(trainer, task.client)
             self.adapter.check_unchanged(task.client, task.shared, "AB")
             try:
                 found = trainer.train()
+            except turns.SpentError as error:
+                return Reply(task.client, fault=str(error))
             except DivergedError as error:
-                return Reply(task.client, fault=f"its training diverged: {error}")
+                # which may tell a loss
+                why = "" if is_private(trainer) else f": {error}"
+                return Reply(task.client, fault=f"its training diverged{why}")
             self._keep_tokens(trainer, task.client)
         if not self.adapter.trains_a:
             self.adapter.check_unchanged(task.client, task.shared, "A")
         A, B = self.adapter.read()
-        loss = found.training_loss
+        metrics = metrics_of(trainer, found)
+        loss = metrics.get("loss", 0.0)
         told = {} if math.isfinite(loss) else {"fault": f"its training loss is {loss}"}
-        return Reply(task.client, self.rows[task.client], B, A, {"loss": loss, "steps": found.global_step}, **told)
+        return Reply(task.client, self.rows[task.client], B, A, metrics, **told)
+
+    def _spending(self, client: str):
+        """Let what is trained inside be a turn of a client, whose ledger adds up those of all rounds."""
+        return turns.of_client(self._ledgers / folder_name(client), self._rounds)
+
+    def _built(self, task: Task):
+        try:
+            return self._build(self.adapter.model, self._held[task.client], task.seed)
+        except (ConfigError, DataError) as error:
+            # of many clients, whose rows are what it is about
+            kind = ConfigError if isinstance(error, ConfigError) else DataError
+            raise kind(f"the trainer of client {task.client} cannot be made: {error}") from error
 
     def _check(self, trainer, client: str) -> None:
         from transformers import Trainer
@@ -127,14 +156,6 @@ class TrainerClients:
                 "with, and not the model that the run began with. Give it a reference model, or use a trainer without."
             )
         self.adapter.check_frozen(client)
-        privacy = getattr(args, "privacy", None)
-        solved = privacy is not None and privacy.is_private and privacy.target_epsilon is not None
-        if self._rounds > 1 and solved:
-            raise ConfigError(
-                f"the trainer of client {client} solves its noise from target_epsilon {privacy.target_epsilon:g}, for "
-                f"one turn, and rounds is {self._rounds}: with each turn the client would spend it again. Give "
-                "noise_multiplier, and have the steps of all of a client's turns counted."
-            )
         if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" or args.push_to_hub:
             raise ConfigError(
                 f"the trainer of client {client} saves or pushes by itself (save_strategy, push_to_hub). Set "

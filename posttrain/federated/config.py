@@ -128,6 +128,18 @@ class FederatedConfig:
         identity=True,
         card=True,
     )
+    dropout: float = setting(
+        0.0,
+        "Probability that a client that was drawn does not answer, drawn by federated_seed; to try a run with it.",
+        identity=True,
+        card=True,
+    )
+    round_timeout: float | None = setting(
+        None,
+        "Seconds after which a client's answer is not waited for any more. Default: no end.",
+        identity=False,
+        card=True,
+    )
     save_every_rounds: int = setting(1, "Rounds from one checkpoint to the next; 0: none.", identity=False, card=False)
 
     # what null of a setting means, for the card
@@ -140,19 +152,24 @@ class FederatedConfig:
         check_choice("partition", self.partition, _PARTITIONS)
         check_choice("on_bad_reply", self.on_bad_reply, _ON_BAD)
         for name, low in (
-            ("rounds", 1), ("min_client_rows", 1), ("federated_seed", 0), ("save_every_rounds", 0),
+            ("rounds", 1), ("min_client_rows", 1), ("federated_seed", 0), ("save_every_rounds", 0), ("num_clients", 1),
+            ("clients_per_round", 1), ("min_replies", 1), ("refactor_every_rounds", 0),
         ):  # fmt: skip
-            self._whole(name, low)
-        for name, low in (
-            ("num_clients", 1), ("clients_per_round", 1), ("min_replies", 1), ("refactor_every_rounds", 0),
-        ):  # fmt: skip
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None or type(self).__dataclass_fields__[name].default is not None:
                 self._whole(name, low)
+        self._read_absences()
         self._read_method()
         self._read_rule()
         self._read_partition()
         if self.num_clients is not None:
             self.check_clients(self.num_clients)
+
+    def _read_absences(self) -> None:
+        dropout, timeout = self._number("dropout"), self._number("round_timeout")
+        if dropout is None or not 0 <= dropout < 1:
+            raise ConfigError(f"dropout is {dropout!r}; it must be a number of 0 or more and below 1.")
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ConfigError(f"round_timeout is {timeout!r}; it must be a finite number of seconds above 0.")
 
     def _read_method(self) -> None:
         method = METHODS[self.method]

@@ -41,7 +41,7 @@ def check_loop(start, rows, train, config, folder, evaluate, identity) -> None:
             )
 
 
-def check_clients(rows, build, config) -> None:
+def check_clients(rows, build, config, ledgers=None) -> None:
     """Raise ConfigError for what no `TrainerClients` can be made of; its model is looked at where its LoRA is read."""
     _check_config(config)
     if not isinstance(rows, Mapping) or not rows or not all(isinstance(name, str) and name for name in rows):
@@ -57,6 +57,10 @@ def check_clients(rows, build, config) -> None:
             )
     if not callable(build):
         raise ConfigError(f"build is {shorten(build)}; it must be a function `build(model, rows, seed)`.")
+    if ledgers is not None and not (isinstance(ledgers, str | os.PathLike) and os.fspath(ledgers)):
+        raise ConfigError(
+            f"ledgers is {shorten(ledgers)}; it must be the path of a folder, or None for a temporary one."
+        )
 
 
 def processes() -> int:

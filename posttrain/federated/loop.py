@@ -1,5 +1,6 @@
 """The rounds of federated training in one process: clients are drawn, train in turn, and are averaged."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -70,10 +71,10 @@ class FederatedLoop:
         """Run the rounds that are left and return what clients share after the last one.
 
         Each round's report has, by name: `round`; `loss`, weighted as the average is; `clients`, by id the `loss`,
-        `rows` and `update_norm` of each; `left_out`, by id why; `bytes_up` and `bytes_down`, over all clients, of what
-        one sends and what one that remembers nothing is sent; `refactored`; `orthonormality`, the largest
-        ||A A^T - I|| of a module; `singular_values` by module, of B A and what went into the base, without the scale;
-        `evaluation`.
+        `rows` and `update_norm` of each, and the `epsilon` and `delta` of all turns of a private one, which tells no
+        loss; `left_out`, by id why; `bytes_up` and `bytes_down`, over all clients, of what one sends and what one that
+        remembers nothing is sent; `refactored`; `orthonormality`, the largest ||A A^T - I|| of a module;
+        `singular_values` by module, of B A and what went into the base, without the scale; `evaluation`.
 
         Args:
             resume: go on from the newest checkpoint in the folder, with the reports up to it.
@@ -100,7 +101,8 @@ class FederatedLoop:
     def _run(self, round: int) -> None:
         config, before, asked = self.config, self.shared, self.drawn(round)
         tasks = (Task(name, round, seed_of(config.federated_seed, "turn", name, round), before) for name in asked)
-        checked = replies.check([self._reply(task) for task in tasks], asked, before, config, round)
+        given = [self._reply(task) for task in tasks]
+        checked = replies.check(given, asked, before, config, round, self._epsilons())
         good = checked.good
         rows = {name: reply.rows for name, reply in good.items()}
         sent_a = {name: reply.A for name, reply in good.items() if reply.A}
@@ -115,13 +117,27 @@ class FederatedLoop:
         if every and (round % every == 0 or round == config.rounds):
             self._files.save(round, self.shared)
 
+    def _epsilons(self) -> dict[str, float]:
+        """Return the largest epsilon that each private client has told of."""
+        found: dict[str, float] = {}
+        for report in self.reports:
+            for name, told in report["clients"].items():
+                if told.get("epsilon") is not None:
+                    found[name] = max(told["epsilon"], found.get(name, 0.0))
+        return found
+
     def _reply(self, task: Task) -> Reply:
+        config, begun = self.config, time.monotonic()
+        if config.dropout and rng(config.federated_seed, "dropout", task.client, task.round).random() < config.dropout:
+            return Reply(task.client, fault="it dropped out, which dropout simulates")
         reply = self._train(task)
         if not isinstance(reply, Reply):
             raise ConfigError(
                 f"train returned {shorten(reply)} for client {task.client}; it must return a Reply "
                 "(posttrain.federated.replies)."
             )
+        if config.round_timeout is not None and time.monotonic() - begun > config.round_timeout:
+            return Reply(task.client, fault=f"its turn took longer than round_timeout, {config.round_timeout:g} s")
         return reply
 
     def _report(self, round: int, asked: list[str], before: Shared, checked: Checked) -> dict:
@@ -140,6 +156,8 @@ class FederatedLoop:
                     "loss": losses[name],
                     "rows": plain(reply.rows),
                     "update_norm": replies.norm_of(reply, before),
+                    "epsilon": plain(reply.metrics.get("epsilon")),
+                    "delta": plain(reply.metrics.get("delta")),
                 }
                 for name, reply in good.items()
             },

@@ -18,6 +18,10 @@ from posttrain.visible import one_line
 
 # names of tensors that a message lists
 _SHOWN = 3
+# of a client's metrics, those that the report of a round has
+_TOLD = ("loss", "epsilon", "delta")
+# within which two epsilons are one
+_SAME = 1e-9
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Reply:
     Attributes:
         client: its own id. rows: that it trained on.
         B: by the path of the module. A: likewise, where the method has clients train it; else nothing.
-        metrics: of its training, by name; `loss` is its mean.
+        metrics: of its training, by name; `loss` is its mean, `epsilon` and `delta` what a private client has
+            promised of all its turns.
         fault: why there is nothing to average, where it could not train.
     """
 
@@ -51,11 +56,19 @@ class Checked:
     faults: dict[str, str]
 
 
-def check(replies: Iterable[Reply], asked: Iterable[str], sent: Shared, config: FederatedConfig, round: int) -> Checked:
+def check(
+    replies: Iterable[Reply],
+    asked: Iterable[str],
+    sent: Shared,
+    config: FederatedConfig,
+    round: int,
+    epsilons: Mapping[str, float] | None = None,
+) -> Checked:
     """Tell good replies from bad ones, which are dropped with a warning or end the run, as `on_bad_reply` says.
 
     Args:
         replies: in any order. asked: the clients that were to train. sent: what they began with.
+        epsilons: that private clients have told of before, by their ids; no later one is less.
 
     Raises:
         DataError: a bad reply under `on_bad_reply: abort`, or fewer good ones than `min_replies`.
@@ -71,7 +84,7 @@ def check(replies: Iterable[Reply], asked: Iterable[str], sent: Shared, config: 
             # which of the two is the client's own is not known
             good.pop(reply.client, None)
             faults[reply.client] = "it answered more than once"
-        elif told := fault(reply, sent, trains_a):
+        elif told := fault(reply, sent, trains_a) or _forgotten(reply, (epsilons or {}).get(reply.client)):
             faults[reply.client] = told
         else:
             good[reply.client] = reply
@@ -108,10 +121,31 @@ def fault(reply: Reply, sent: Shared, trains_a: bool) -> str | None:
             return told
     if not isinstance(reply.metrics, Mapping):
         return f"its metrics are a {type(reply.metrics).__name__}; they must be numbers by name"
-    loss = plain(reply.metrics.get("loss"))
-    if loss is not None and (is_beyond_floats(loss) or not isinstance(loss, int | float) or not math.isfinite(loss)):
-        return f"its loss is {shorten(loss)}, which is no finite number"
+    for name in _TOLD:
+        value = plain(reply.metrics.get(name))
+        if value is not None and not _is_finite_number(value):
+            return f"its {name} is {shorten(value)}, which is no finite number"
+    epsilon = plain(reply.metrics.get("epsilon"))
+    if epsilon is not None and epsilon < 0:
+        return f"its epsilon is {epsilon:g}, which is below 0"
     return None
+
+
+def _forgotten(reply: Reply, before: float | None) -> str | None:
+    now = reply.metrics.get("epsilon")
+    if before is None or (now is not None and now >= before * (1 - _SAME)):
+        return None
+    said = "no epsilon" if now is None else f"epsilon {now:.6g}"
+    return (
+        f"it tells of {said}, and told of {before:.6g} in an earlier round: its ledger is not the one that it was. Put "
+        "it back on the client's disk"
+    )
+
+
+def _is_finite_number(value) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float) or is_beyond_floats(value):
+        return False
+    return math.isfinite(value)
 
 
 def norm_of(reply: Reply, sent: Shared) -> float:

@@ -31,6 +31,8 @@ from posttrain.objectives.factors import (
 from posttrain.objectives.spectrum import kept_rank, product_norm
 
 _PRECISIONS = (torch.float64, torch.float32)
+# of ||A A^T - I||, what rounding of 16 bits may come to; below it A A^T has eigenvalues near 1
+_NEARLY = 0.1
 
 
 class Refactored(NamedTuple):
@@ -98,8 +100,18 @@ def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64, 
             f"A is {rank} x {width}: of {width} inputs no {rank} rows are orthonormal. Truncate the product to a rank "
             f"of {width} or less first."
         )
-    q_a, r_a = torch.linalg.qr(A.detach().to(precision).T)
-    q_b, r_b = torch.linalg.qr(B.detach().to(precision))
+    a, b = A.detach().to(precision), B.detach().to(precision)
+    gram = a @ a.T
+    nearly = torch.linalg.norm(gram - torch.eye(rank, dtype=a.dtype, device=a.device)) < _NEARLY
+    turned, outer, to, back = _turned(a, b, gram) if nearly else _factored(a, b, basis, A.dtype)
+    dtype = torch.promote_types(A.dtype, B.dtype)
+    return Refactored(stored(turned, dtype), stored(outer, dtype), to, back)
+
+
+def _factored(a: Tensor, b: Tensor, basis: bool, dtype: torch.dtype) -> tuple:
+    """Return A', B', N and N^-1 of any factors; the latter two None without `basis`, and where A has no full rank."""
+    q_a, r_a = torch.linalg.qr(a.T)
+    q_b, r_b = torch.linalg.qr(b)
     # where d_out < r the core is wide, and the rows of its whole V^T stand for the missing directions too
     left, values, right = torch.linalg.svd(finite(r_b @ r_a.T), full_matrices=True)
     turned = right @ q_a.T
@@ -107,15 +119,34 @@ def refactored(A: Tensor, B: Tensor, *, precision: torch.dtype = torch.float64, 
     right, turned, found = sides[:, None] * right, turned.mul_(sides[:, None]), len(values)
     # of the transposes, which lie row by row in memory
     outer = ((left[:, :found] * (values * sides[:found])).T @ q_b.T).T
-    if found < rank:
-        outer = torch.cat([outer, outer.new_zeros(len(outer), rank - found)], dim=1)
+    if found < len(a):
+        outer = torch.cat([outer, outer.new_zeros(len(outer), len(a) - found)], dim=1)
     to = back = None
-    if basis and is_regular(r_a, A.dtype):
+    if basis and is_regular(r_a, dtype):
         # N = V^T Ra^-T
         to = torch.linalg.solve_triangular(r_a, right.T, upper=True).T.contiguous()
         back = r_a.T @ right.T
-    dtype = torch.promote_types(A.dtype, B.dtype)
-    return Refactored(stored(turned, dtype), stored(outer, dtype), to, back)
+    return turned, outer, to, back
+
+
+def _turned(a: Tensor, b: Tensor, gram: Tensor) -> tuple:
+    """Return A' = N A, B' = B N^-1, N and N^-1 where the rows of A are orthonormal but for how they were stored.
+
+    By Cholesky of A A^T, which is as exact there as a QR, and without the orthonormal bases of A and B: in less than
+    half the time.
+    """
+    r_a = torch.linalg.cholesky(gram).T
+    r_b = torch.linalg.qr(b, mode="r").R
+    _, values, right = torch.linalg.svd(finite(r_b @ r_a.T), full_matrices=True)
+    to = torch.linalg.solve_triangular(r_a, right.T, upper=True).T
+    turned = to @ a
+    sides = signs(turned)
+    to, turned = (sides[:, None] * to).contiguous(), turned.mul_(sides[:, None])
+    back = r_a.T @ (sides[:, None] * right).T
+    outer = b @ back
+    # singular values that the product does not have
+    outer[:, len(values) :] = 0.0
+    return turned, outer, to, back
 
 
 def truncate(

@@ -105,7 +105,8 @@ def solve_noise(
     return _solved(target_epsilon, delta, kind._replace(cap=cap if kind.is_capped else None), accountant, neighbours)
 
 
-@functools.lru_cache(maxsize=64)
+# of a federated run each client may have a number of units of its own
+@functools.lru_cache(maxsize=1024)
 def _solved(target: float, delta: float, kind: Steps, accountant: str, neighbours: str) -> float:
     def excess(log_noise: float, kind: Steps, interval: float) -> float:
         kinds = ((kind._replace(noise_multiplier=math.exp(log_noise), steps=1), kind.steps),)

@@ -32,6 +32,9 @@ class Ledger:
         writes: whether this process writes the file; the main one does.
     """
 
+    # of the sessions known, those a start tells anew: a checkpoint may know more, and of a torn line the last one does
+    _told_anew = slice(None)
+
     def __init__(
         self,
         kind: Steps,
@@ -73,7 +76,7 @@ class Ledger:
                 checkpoint's weights have spent.
         """
         try:
-            lineage = [_steps(entry) for entry in state["lineage"]]
+            lineage = [steps_of(entry) for entry in state["lineage"]]
             sessions = {str(name): _session(content) for name, content in state["sessions"].items()}
             planned = state["planned"]
             if planned is not None and (type(planned) is not int or planned < 1):
@@ -100,8 +103,6 @@ class Ledger:
         """
         if checkpoint is None:
             self.lineage, self._sessions = [], {}
-        self._check_planned(planned)
-        self.planned = planned if self.planned is None or checkpoint is None else max(planned, self.planned)
         taken = sum(entry.steps for entry in self.lineage)
         if self._writes and folder is not None:
             folder = Path(folder)
@@ -113,12 +114,14 @@ class Ledger:
                     self._is_missing(before, strict)
                 elif before != self._path.resolve():
                     self._read(before)
+        self._check_planned(planned)
+        self.planned = planned if self.planned is None or checkpoint is None else max(planned, self.planned)
         self._own = uuid.uuid4().hex
         head = {**self.kind._asdict(), "steps": 0, "data": self._data, "from_step": taken, "planned": planned}
         self._sessions[self._own] = _session(head)
         if self._path is not None:
-            known = [{"session": name, **content} for name, content in self._sessions.items() if name != self._own]
-            self._append([*known, {"session": self._own, **head}])
+            others = list(self._sessions.items())[:-1][self._told_anew]
+            self._append([*({"session": name, **content} for name, content in others), {"session": self._own, **head}])
         if thrown := self.thrown_away():
             get_logger().warning(
                 "%d private steps on these rows were taken before and thrown away; they stay spent, so the epsilon "
@@ -167,7 +170,7 @@ class Ledger:
         return kinds_of([*self._history(), self.kind._replace(steps=steps)])
 
     def _history(self) -> list[Steps]:
-        taken = [_steps(session) for session in self._sessions.values() if session["data"] == self._data]
+        taken = [steps_of(session) for session in self._sessions.values() if session["data"] == self._data]
         known = sum(entry.steps for entry in taken)
         # a lineage that goes back beyond every file
         return taken if known >= sum(entry.steps for entry in self.lineage) else list(self.lineage)
@@ -274,7 +277,7 @@ def _cut_torn_line(descriptor: int) -> None:
         os.ftruncate(descriptor, end)
 
 
-def _steps(entry) -> Steps:
+def steps_of(entry) -> Steps:
     """Return steps that were written as JSON, as a list or a mapping; ValueError, KeyError or TypeError for others."""
     made = Steps(**{name: entry[name] for name in Steps._fields}) if isinstance(entry, dict) else Steps(*entry)
     numbers = (made.noise_multiplier, made.rate)
@@ -288,8 +291,8 @@ def _steps(entry) -> Steps:
 
 
 def _session(content: dict) -> dict:
-    """Return a session of a file or a checkpoint after a check of its form; raises as `_steps` does."""
-    made = _steps(content)._asdict() | {name: content.get(name) for name in ("data", "from_step", "planned")}
+    """Return a session of a file or a checkpoint after a check of its form; raises as `steps_of` does."""
+    made = steps_of(content)._asdict() | {name: content.get(name) for name in ("data", "from_step", "planned")}
     if type(made["from_step"]) is not int or made["from_step"] < 0:
         raise ValueError(content)
     if not (made["data"] is None or isinstance(made["data"], str)):

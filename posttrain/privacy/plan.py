@@ -18,7 +18,7 @@ class Plan:
         micro_batches: of a step on each rank; later ones are empty in most steps.
         steps_an_epoch: steps that draw each unit once on average, rounded up. steps: of the run.
         noise_multiplier: standard deviation of a step's noise over the clipping norm; 0 without a promise.
-        epsilon: that all steps spend; None without a promise.
+        epsilon: that all steps spend, of all turns of a client; None without a promise.
     """
 
     units: int
@@ -52,6 +52,7 @@ def plan(
     accumulation: int | None,
     max_steps: int,
     epochs: float,
+    turns: int = 1,
 ) -> Plan:
     """Return the steps of a private run.
 
@@ -60,6 +61,7 @@ def plan(
         rows: of a micro-batch, at most. ranks: how many processes share a step.
         accumulation: micro-batches of a step on each rank; None for as few as hold any draw.
         max_steps: of the run; 0 or less to go by `epochs`, which draw each unit so many times on average.
+        turns: that a client of a federated run may take, each of so many steps; the promise is of all together.
 
     Raises:
         ConfigError: too few micro-batches for the largest draw; what `PrivacyConfig.check_units` and the accounting
@@ -80,7 +82,7 @@ def plan(
     steps = max_steps if max_steps > 0 else max(1, math.ceil(an_epoch * epochs))
     noise = privacy.noise_multiplier
     promise = dict(accountant=privacy.accountant, neighbours=privacy.neighbours)
-    kind = dict(rate=rate, cap=cap, units=units, steps=steps)
+    kind = dict(rate=rate, cap=cap, units=units, steps=steps * turns)
     if noise is None:
         noise = solve_noise(privacy.target_epsilon, privacy.target_delta, **kind, **promise)
     spent = epsilon([Steps(noise, **kind)], privacy.target_delta, **promise) if privacy.is_private else None

@@ -15,10 +15,10 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.mechanisms.row_gradients import RowGradients
 from posttrain.privacy.canaries import GradientCanaries
 from posttrain.privacy.clipping import coefficients
-from posttrain.privacy.ledger import Ledger
 from posttrain.privacy.promise import Promise
 from posttrain.privacy.sampling import PoissonUnits
 from posttrain.privacy.step import PrivateStep, RowUnits
+from posttrain.privacy.turns import ledger_of
 from posttrain.run.preemption import keep_workers
 from posttrain.run.private_batches import UNITS, RowsOfUnits, UnitsBeside, is_nobodys
 from posttrain.run.private_checks import check_rows_apart, check_rows_reach
@@ -67,7 +67,7 @@ class PrivateRun:
             all_reduce=accelerator.reduce if accelerator.num_processes > 1 else None,
             witness=self.canaries,
         )
-        self.ledger = Ledger(
+        self.ledger = ledger_of(
             plan.kind,
             target_epsilon=privacy.target_epsilon,
             delta=privacy.target_delta,

@@ -7,6 +7,7 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.privacy.config import PrivacyConfig
 from posttrain.privacy.plan import Plan, plan
 from posttrain.privacy.sampling import rows_by_unit
+from posttrain.privacy.turns import most
 from posttrain.run.engines import sharding
 from posttrain.run.optimizer_names import steps_within_backward
 
@@ -161,6 +162,7 @@ def planned(args, dataset) -> Plan:
         accumulation=None if follows else args.gradient_accumulation_steps,
         max_steps=args.max_steps,
         epochs=args.num_train_epochs,
+        turns=most(),
     )
 
 

@@ -32,6 +32,8 @@ REFUSED = [
     *(dict(on_bad_reply=value) for value in ("ignore", None)),
     *(dict(min_replies=value) for value in (0, 7, 1.5)),
     *(dict(save_every_rounds=value) for value in (-1, 0.5, None)),
+    *(dict(dropout=value) for value in (-0.1, 1, math.nan, None, True, "x")),
+    *(dict(round_timeout=value) for value in (0, -1, math.inf, math.nan, True, "60")),
     *(
         {name: np.array(["mean", "rows"])}
         for name in ("method", "initial_a", "weights", "aggregation", "partition", "on_bad_reply", "rounds")
@@ -191,6 +193,9 @@ BAD_REPLIES = {
     },
     "a loss is nan": (good("b", metrics={"loss": math.nan}), "its loss is nan, which is no finite number"),
     "a loss is a text": (good("b", metrics={"loss": "low"}), "its loss is 'low', which is no finite number"),
+    "an epsilon is nan": (good("b", metrics={"epsilon": math.nan}), "its epsilon is nan, which is no finite number"),
+    "an epsilon is below 0": (good("b", metrics={"epsilon": -1.0}), "its epsilon is -1, which is below 0"),
+    "a delta is a text": (good("b", metrics={"delta": "1e-5"}), "its delta is '1e-5', which is no finite number"),
     "metrics are a list": (good("b", metrics=[1.0]), "its metrics are a list; they must be numbers by name"),
     "it diverged": (Reply("b", fault="its training diverged: at step 3"), "its training diverged: at step 3"),
 }  # fmt: skip

@@ -266,11 +266,6 @@ def test_a_private_trainer_is_a_client_whose_units_of_privacy_are_kept(tmp_path)
     assert units == [(False, 3), (False, 3), (True, 3), (True, 3)]
     assert all(torch.equal(value, made.start.A[name]) for name, value in shared.A.items())
     assert all(value.any() for value in shared.B.values()) and not (tmp_path / "run").exists()
-    # an epsilon that is solved for one turn would be spent in each
-    plain = builder(tmp_path, DPSFTTrainer, DPSFTConfig, target_epsilon=8, **PRIVATE)
-    made, _ = clients_of(tmp_path, rows=people, build=build)
-    with pytest.raises(ConfigError, match="solves its noise from target_epsilon 8, for one turn, and rounds is 2"):
-        made(Task("c0", 1, 0, made.start))
 
 
 def test_an_orthonormal_start_is_drawn_by_the_seed(tmp_path):
@@ -383,6 +378,11 @@ def test_what_no_clients_can_be_made_of_is_refused(tmp_path):
             TrainerClients(adapted(), {"a": rows}, builder(tmp_path), settings())
     with pytest.raises(ConfigError, match="build is 3; it must be a function"):
         TrainerClients(adapted(), rows_of(), 3, settings())
+    for ledgers in (3, "", ["a"]):
+        with pytest.raises(
+            ConfigError, match="ledgers is .*; it must be the path of a folder, or None for a temporary"
+        ):
+            TrainerClients(adapted(), rows_of(), builder(tmp_path), settings(), ledgers)
     with pytest.raises(ConfigError, match="config is {}; it must be a FederatedConfig"):
         TrainerClients(adapted(), rows_of(), builder(tmp_path), {})
     with pytest.raises(ConfigError, match="the model is a NoneType, without an adapter"):

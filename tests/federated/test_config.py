@@ -73,7 +73,7 @@ def test_settings_are_read_beside_those_of_a_trainer(tmp_path):
 def test_every_field_says_what_it_means():
     assert undeclared(FederatedConfig) == []
     assert [name for name, meaning in meanings(FederatedConfig).items() if meaning.identity and not meaning.card] == []
-    assert set(meanings(FederatedConfig)) - set(identity_of(make())) == {"rounds", "save_every_rounds"}
+    assert set(meanings(FederatedConfig)) - set(identity_of(make())) == {"rounds", "round_timeout", "save_every_rounds"}
     assert told_in_card(make()) == {
         "method": "fedsvd", "rounds": 100, "num_clients": 6, "refactor_every_rounds": 1, "weights": "rows",
         "partition": "iid", "federated_seed": 0, "min_replies": 1,

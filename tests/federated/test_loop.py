@@ -232,3 +232,27 @@ def test_settings_that_do_not_fit_the_clients_are_refused():
     clients = Clients(3)
     with pytest.raises(ConfigError, match="num_clients is 4, and there are 3 clients"):
         FederatedLoop(clients.start, clients.rows, clients, settings(num_clients=4))
+
+
+def test_clients_that_drop_out_or_take_too_long_are_left_out(monkeypatch):
+    config = settings(rounds=4, num_clients=5, dropout=0.5, federated_seed=1)
+    (loop, _), (again, _) = run(config), run(config)
+    left = [sorted(report["left_out"]) for report in loop.reports]
+    assert left == [sorted(report["left_out"]) for report in again.reports] and len(set(map(tuple, left))) > 1
+    assert {why for report in loop.reports for why in report["left_out"].values()} == {
+        "it dropped out, which dropout simulates"
+    }
+    # a clock on which the second client's turns take a minute
+    clients, now = Clients(3), [0.0]
+    monkeypatch.setattr("posttrain.federated.loop.time.monotonic", lambda: now[0])
+
+    def train(task):
+        now[0] += 60 if task.client == "c1" else 1
+        return clients(task)
+
+    loop = FederatedLoop(clients.start, clients.rows, train, settings(rounds=2, round_timeout=59))
+    loop.run()
+    assert [report["left_out"] for report in loop.reports] == [
+        {"c1": "its turn took longer than round_timeout, 59 s"}
+    ] * 2
+    assert [list(report["clients"]) for report in loop.reports] == [["c0", "c2"]] * 2

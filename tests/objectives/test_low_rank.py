@@ -341,3 +341,39 @@ def test_other_values_than_factors_are_answered():
     for bad in (A.to_sparse(), A.to("meta"), A.to(torch.float8_e4m3fn)):
         with pytest.raises(ConfigError, match="dense matrices"):
             merge([(bad, B, 1.0)])
+
+
+def nearly_orthonormal(off: float, rank=6, width=40):
+    """Rows whose A A^T is so far from I in the Frobenius norm."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64)).Q.T
+    turn = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+    turn = turn + turn.T
+    # (I + s) (I + s)^T = I + 2 s + s^2
+    size = (math.sqrt(1 + off) - 1) if off else 0.0
+    return rows + size * turn / torch.linalg.matrix_norm(turn, ord=2) @ rows
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-7, 4e-3, 0.05, 0.3])
+def test_rows_that_are_orthonormal_already_have_the_factors_of_all_others(off, monkeypatch):
+    a, b = nearly_orthonormal(off), torch.randn(30, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    calls, own = [], torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda value, **given: calls.append(value.shape) or own(value, **given))
+    found = refactored(a, b)
+    # of A a factorisation is made where it is not orthonormal
+    assert len(calls) == (1 if off < 0.1 else 2)
+    monkeypatch.setattr(low_rank, "_NEARLY", 0.0)
+    expected = refactored(a, b)
+    for made, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(made, wanted, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(found.A @ found.A.T, torch.eye(6, dtype=torch.float64), atol=1e-14, rtol=0)
+    torch.testing.assert_close(found.B @ found.A, b @ a, atol=1e-13, rtol=1e-13)
+
+
+def test_a_hundred_refactorisations_keep_rows_orthonormal_to_what_storing_rounds():
+    a, b = (part.float() for part in (nearly_orthonormal(0.3), torch.ones(30, 6)))
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(100):
+        b = b + 0.1 * torch.randn(b.shape, generator=generator)
+        a, b = refactor(a, b)
+    assert torch.linalg.norm(a.double() @ a.double().T - torch.eye(6, dtype=torch.float64)) < 1e-6

@@ -47,7 +47,8 @@ def test_salient_columns_train_sharded_and_are_saved_as_a_plain_adapter(tmp_path
 
 def test_every_recipe_has_settings_and_a_config_of_zero3():
     assert {path.parent.name for path in configs_dir().glob("*/zero3.yaml")} == {*SHARDED, "accelerate"}
-    assert SETTINGS.keys() == set(RECIPES)
+    # clients take turns in one process
+    assert SETTINGS.keys() == set(RECIPES) - {"fedsvd"}
 
 
 @pytest.mark.slow

@@ -56,13 +56,12 @@ def load_instructions(
     if convert and not generators.is_made(source):
         rows, places = _of_tasks(rows, places, source)
     if generators.is_made(source):
-        rows = [_with_answer(row) for row in rows]
+        rows = [_kept(row, beside) | _with_answer(row) for row in rows]
     found = formats.detect(columns_of(rows), rows[0])
     if found.kind in _CONVERTED:
         get_logger().info("%s: %s rows (%s), converted to messages", source, found, found.why)
         rows = [
-            {name: row[name] for name in beside if name in row} | formats.convert_row(row, found, place)
-            for row, place in zip(rows, places, strict=True)
+            _kept(row, beside) | formats.convert_row(row, found, place) for row, place in zip(rows, places, strict=True)
         ]
         found = formats.detect(columns_of(rows), rows[0])
     else:
@@ -114,6 +113,10 @@ def check_rows(rows, places, parts: tuple[str, ...]) -> None:
                 raise DataError(f"{place}: {part} is {style}, and in {where} it is {known}; write all rows alike.")
         if is_empty(row[parts[-1]]):
             raise DataError(f"{place}: {parts[-1]} is empty, so nothing is to be learned. Leave the row out.")
+
+
+def _kept(row: dict, beside: tuple[str, ...]) -> dict:
+    return {name: row[name] for name in beside if name in row}
 
 
 def _of_tasks(rows: list[dict], places: list[str], source: str) -> tuple[list[dict], list[str]]:

@@ -1,15 +1,17 @@
 """Settings of the trainer with noise."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from trl import SFTConfig
 
 from posttrain.config.setting import setting
 from posttrain.errors import ConfigError
+from posttrain.privacy.config import PrivacyConfig
 from posttrain.trainers.sft import setting_checks
 from posttrain.trainers.sft.config import InstructionConfig
+from posttrain.trainers.sft.dp_sft_config import DPSFTConfig
 
 
 @dataclass(repr=False)
@@ -133,6 +135,24 @@ class NoisySFTConfig(InstructionConfig, SFTConfig):
 
     weights_have_noise: ClassVar = True
     says: ClassVar = ("embedding_noise", "hidden_noise", "token_noise")
+
+    def as_private(self, privacy: PrivacyConfig) -> DPSFTConfig:
+        """Return the same settings of `DPSFTTrainer`, which has no noise but that of the promise.
+
+        Raises ConfigError for settings with which rows are not apart, or that it does not have.
+        """
+        if not isinstance(privacy, PrivacyConfig) or isinstance(privacy, InstructionConfig):
+            raise ConfigError(f"privacy is a {type(privacy).__name__}; it must be a PrivacyConfig.")
+        known = DPSFTConfig.__dataclass_fields__
+        for name in sorted(self._written - known.keys()):
+            raise ConfigError(
+                f"{name} is {getattr(self, name)!r}, which a private run does not have. Leave {name} out."
+            )
+        given = {name: getattr(self, name) for name in self._written}
+        made = DPSFTConfig(**given, **{entry.name: getattr(privacy, entry.name) for entry in fields(PrivacyConfig)})
+        made.model_init_kwargs = self.model_init_kwargs
+        made.model_settings = getattr(self, "model_settings", None)
+        return made
 
     @property
     def adds_noise(self) -> bool:
