@@ -99,6 +99,16 @@ PRIVATE_NAMES = (
     ("transformers", "Trainer.compute_loss_context_manager", ()),
 )
 
+# of Flower, which an environment of its own has: what is not documented, or of its older workflow
+OF_FLOWER = (
+    ("flwr.supercore.task_identity", "TaskIdentity", ()),
+    ("flwr.serverapp.strategy", "DifferentialPrivacyServerSideFixedClipping", ("strategy", "num_sampled_clients")),
+    ("flwr.server.compat.legacy_context", "LegacyContext", ("context", "config", "strategy")),
+    ("flwr.server.workflow", "DefaultWorkflow", ("fit_workflow",)),
+    ("flwr.server.workflow", "SecAggPlusWorkflow", ("num_shares", "reconstruction_threshold", "max_weight")),
+    ("flwr.client.mod", "secaggplus_mod", ()),
+)
+
 _GONE = object()
 
 # Attributes that upstream sets on instances, watched by the same test
@@ -156,10 +166,10 @@ def keep_4bit_weights_trainable(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def missing_names() -> list[str]:
-    """Tell what of `PRIVATE_NAMES` the installed releases no longer have, a sentence each."""
+def missing_names(names: tuple | None = None) -> list[str]:
+    """Tell what of `names`, by default `PRIVATE_NAMES`, the installed releases no longer have, a sentence each."""
     missing = []
-    for module_name, path, parameters in PRIVATE_NAMES:
+    for module_name, path, parameters in PRIVATE_NAMES if names is None else names:
         target = importlib.import_module(module_name)
         for part in path.split("."):
             target = getattr(target, part, _GONE)

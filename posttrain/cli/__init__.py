@@ -17,7 +17,7 @@ from posttrain.errors import EnvironmentIssue, PosttrainError
 from posttrain.private import hide_words
 from posttrain.visible import one_line, visible
 
-VERBS = ("quickstart", "train", "plan", "recipes", "data", "env", "generate", "adapters", "merge", "push")
+VERBS = ("quickstart", "train", "plan", "recipes", "federated", "data", "env", "generate", "adapters", "merge", "push")
 
 _EPILOG = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 5 training diverged,
 75 ended early with a checkpoint to go on from (--resume_from_checkpoint auto), 128 + n ended by signal n (141: the

@@ -72,6 +72,8 @@ class TrainerClients:
         self.rows, self._build = {name: len(held) for name, held in rows.items()}, build
         self._held, self._is_tokenised, self._rounds = dict(rows), set(), config.rounds
         self._ledgers = Path(tempfile.mkdtemp(prefix="posttrain-") if ledgers is None else ledgers)
+        # whether a private client without `ledgers` is refused, as this object ends before the run does
+        self.needs_ledgers, self._is_kept = False, ledgers is not None
         if ledgers is None:
             weakref.finalize(self, shutil.rmtree, self._ledgers, ignore_errors=True)
 
@@ -156,6 +158,12 @@ class TrainerClients:
                 "with, and not the model that the run began with. Give it a reference model, or use a trainer without."
             )
         self.adapter.check_frozen(client)
+        if is_private(trainer) and self.needs_ledgers and not self._is_kept:
+            raise ConfigError(
+                f"client {client} trains privately, and nothing keeps what it spent: its next turn would know nothing "
+                "of this one. Give TrainerClients `ledgers`, a folder on the client's own disk; in the app that "
+                "`posttrain federated init` writes it is `ledgers` of --node-config."
+            )
         if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" or args.push_to_hub:
             raise ConfigError(
                 f"the trainer of client {client} saves or pushes by itself (save_strategy, push_to_hub). Set "

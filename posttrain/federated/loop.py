@@ -1,7 +1,7 @@
 """The rounds of federated training in one process: clients are drawn, train in turn, and are averaged."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from posttrain.federated.seeds import rng, seed_of
 from posttrain.log import get_logger
 from posttrain.objectives import spectrum
 from posttrain.whole_files import digest_of_tensors
+
+Combine = Callable[[Shared, Mapping[str, Reply], int], Shared]
 
 
 class FederatedLoop:
@@ -83,13 +85,17 @@ class FederatedLoop:
             ConfigError: no checkpoint to go on from, one of another run, or rounds in the folder of a new one.
             DataError: a damaged checkpoint, or too few good replies.
         """
-        done = 0
-        if self._files is not None:
-            done, found = self._files.begin(resume)
-            self.shared, self.reports = found or self.shared, self._files.reports()
-        for round in range(done + 1, self.config.rounds + 1):
+        for round in range(self.begin(resume) + 1, self.config.rounds + 1):
             self._run(round)
         return self.shared
+
+    def begin(self, resume: bool = False) -> int:
+        """Open the folder, as `run` does; return the number of rounds behind `shared`, 0 for a new run."""
+        if self._files is None:
+            return 0
+        done, found = self._files.begin(resume)
+        self.shared, self.reports = found or self.shared, self._files.reports()
+        return done
 
     def drawn(self, round: int) -> list[str]:
         """Return the clients that train in a round, in the order of their ids."""
@@ -101,12 +107,22 @@ class FederatedLoop:
     def _run(self, round: int) -> None:
         config, before, asked = self.config, self.shared, self.drawn(round)
         tasks = (Task(name, round, seed_of(config.federated_seed, "turn", name, round), before) for name in asked)
-        given = [self._reply(task) for task in tasks]
-        checked = replies.check(given, asked, before, config, round, self._epsilons())
-        good = checked.good
-        rows = {name: reply.rows for name, reply in good.items()}
-        sent_a = {name: reply.A for name, reply in good.items() if reply.A}
-        self.shared = methods.step(before, sent_a, {n: reply.B for n, reply in good.items()}, rows, config, round)
+        self.settle(round, asked, [self._reply(task) for task in tasks])
+
+    def settle(self, round: int, asked: list[str], answers: Iterable[Reply], combine: Combine | None = None) -> None:
+        """Make one adapter of what clients sent back in a round, wherever they trained; report it and save it.
+
+        Args:
+            asked: the clients that were to train. answers: in any order, and not checked yet.
+            combine: `combine(shared, good, round)` returns what clients begin the next round with, `good` being the
+                replies that can be averaged, by client and in the order of their ids. Default: as the settings say.
+
+        Raises:
+            DataError: too few good replies, or a bad one under `on_bad_reply: abort`.
+        """
+        config, before = self.config, self.shared
+        checked = replies.check(answers, asked, before, config, round, self._epsilons())
+        self.shared = (combine or self._combined)(before, checked.good, round)
         report = self._report(round, asked, before, checked)
         self.reports.append(report)
         get_logger().info("round %d of %d: loss %s", round, config.rounds, report["loss"])
@@ -116,6 +132,11 @@ class FederatedLoop:
         every = config.save_every_rounds
         if every and (round % every == 0 or round == config.rounds):
             self._files.save(round, self.shared)
+
+    def _combined(self, shared: Shared, good: Mapping[str, Reply], round: int) -> Shared:
+        rows = {name: reply.rows for name, reply in good.items()}
+        sent_a = {name: reply.A for name, reply in good.items() if reply.A}
+        return methods.step(shared, sent_a, {n: reply.B for n, reply in good.items()}, rows, self.config, round)
 
     def _epsilons(self) -> dict[str, float]:
         """Return the largest epsilon that each private client has told of."""

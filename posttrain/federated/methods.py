@@ -106,10 +106,22 @@ def step(
         A, B = _bounded(shared, A, B, config.update_norm_bound)
     mean_b = _averaged(B, rows, config)
     mean_a = _averaged(A, rows, config) if method.trains_a else shared.A
+    return made_of(shared, mean_a, mean_b, config, round)
+
+
+def made_of(shared: Shared, A: Mapping[str, Tensor], B: Mapping[str, Tensor], config, round: int) -> Shared:
+    """Return what clients begin the next round with, of averages in fp64: refactored where the round asks for it.
+
+    Args:
+        shared: what clients began this round with, whose types the factors keep. A, B: by module.
+
+    Raises:
+        DataError: numbers that are beyond their type.
+    """
     dtypes = {name: value.dtype for name, value in shared.B.items()}
     if refactors_after(config, round):
-        return Shared(*aggregation.refactored(mean_a, mean_b, dtypes), shared.base)
-    return Shared(_stored(mean_a, dtypes), _stored(mean_b, dtypes), shared.base)
+        return Shared(*aggregation.refactored(A, B, dtypes), shared.base)
+    return Shared(_stored(A, dtypes), _stored(B, dtypes), shared.base)
 
 
 def refactors_after(config, round: int) -> bool:

@@ -631,6 +631,10 @@ def _reply(reply, folder: Path):
     federated.check(federated.good("a"), reply, on_bad_reply="abort")
 
 
+def _flower(build, folder: Path):
+    build()
+
+
 def _shown(given) -> str:
     return repr(given) if len(repr(given)) < 200 else repr(given)[:80] + "..."
 
@@ -669,5 +673,6 @@ CASES = {
         *_named("clients", {title: partial(_split, *given[:2]) for title, given in federated.SPLITS.items()}),
         *_named("loop", {title: partial(_loop, given) for title, (given, _) in federated.LOOPS.items()}),
         *_named("reply", {title: partial(_reply, reply) for title, (reply, _) in federated.BAD_REPLIES.items()}),
+        *_named("flower", {title: partial(_flower, build) for title, (build, _) in federated.FLOWER.items()}),
     ],
 }

@@ -1,6 +1,7 @@
 """What federated training refuses, for its tests and for the approved texts: settings, splits, clients' replies."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from datasets import Dataset, DatasetDict
 
 from posttrain.federated import replies
 from posttrain.federated.config import FederatedConfig
+from posttrain.federated.flower import nodes, settings, strategies, wire
 from posttrain.federated.methods import Shared
 from posttrain.federated.replies import Reply
 
@@ -199,3 +201,116 @@ BAD_REPLIES = {
     "metrics are a list": (good("b", metrics=[1.0]), "its metrics are a list; they must be numbers by name"),
     "it diverged": (Reply("b", fault="its training diverged: at step 3"), "its training diverged: at step 3"),
 }  # fmt: skip
+
+
+# on Flower, by classes that have the names of Flower's
+
+
+def config(**given) -> FederatedConfig:
+    return FederatedConfig(**dict(num_clients=5, method="fedsvd") | given)
+
+
+def strategy(*names, **fields):
+    """Make an object of a class with these names of Flower's, the first its own; FedAvg's settings."""
+    fields = dict(fraction_train=1.0, min_train_nodes=2, min_available_nodes=2, weighted_by_key="num-examples") | fields
+    if "strategy" in fields:
+        fields = {name: fields[name] for name in fields if name in ("strategy", "num_sampled_clients", "clipping_norm")}
+    made = type("Strategy", (), {"__module__": "flwr.serverapp.strategy.strategy"})
+    for name in reversed(names):
+        made = type(name, (made,), {"__module__": f"flwr.serverapp.strategy.{name.lower()}"})
+    found = made()
+    vars(found).update(fields)
+    return found
+
+
+def _check(*names, drawn=5, inside=None, settings=None, **fields):
+    one = strategy(*names, **fields) if inside is None else strategy(*names, strategy=inside, **fields)
+    return lambda: strategies.check(one, config(**settings or {}), drawn)
+
+
+_DP = "DifferentialPrivacyClientSideFixedClipping"
+_FEDSVD = type("FedSVD", (type(strategy("FedAvg")),), {"__module__": "posttrain.federated.flower.strategy"})()
+FLOWER = {
+    "a strategy that is none": (lambda: strategies.check(3, config(), 5), "strategy is int of builtins; it must be a"),
+    "a strategy of the legacy kind": (
+        lambda: strategies.check(type("FedAvg", (), {"__module__": "flwr.server.strategy"})(), config(), 5),
+        "strategy is FedAvg of flwr.server.strategy; it must be a strategy of flwr.serverapp",
+    ),
+    "nothing in a wrapper": (_check(_DP, inside=3), "strategy is int of builtins; it must be a"),
+    "FedSVD in FedSVD": (lambda: strategies.check(_FEDSVD, config(), 5), "FedSVD is inside FedSVD"),
+    **{f"{name} under fedsvd": (_check(name, *others), f"strategy is {name}, which keeps moments of B")
+       for name, *others in (["FedAdam", "FedOpt"], ["FedYogi", "FedOpt"], ["FedAvgM"], ["FedMom"])},
+    "FedAvgM in a wrapper": (
+        _check(_DP, inside=strategy("FedAvgM", "FedAvg"), num_sampled_clients=5, settings=dict(weights="uniform")),
+        "strategy is FedAvgM, which keeps moments",
+    ),
+    "FedAdam under ffa_refactored_once": (
+        _check("FedAdam", "FedOpt", settings=dict(method="ffa_refactored_once")), "is FedAdam, which keeps moments",
+    ),
+    "FedProx": (_check("FedProx", "FedAvg"), "strategy is FedProx, whose clients add a proximal term"),
+    "trees": (_check("FedXgbBagging"), "strategy is FedXgbBagging, which grows trees"),
+    "a method that trains A": (_check("FedAvg", settings=dict(method="flora")), "method is flora, whose clients send"),
+    "a rule of the loop's": (_check("FedAvg", settings=dict(aggregation="median")), "aggregation is 'median', and on"),
+    "rows as weights under noise": (
+        _check(_DP, inside=strategy("FedAvg"), num_sampled_clients=5), f"weights is 'rows' and strategy is {_DP},",
+    ),
+    **{f"noise around {name}": (
+        _check(_DP, inside=strategy(name, "FedAvg"), num_sampled_clients=5, settings=dict(weights="uniform")),
+        f"strategy is {_DP} around {name}, and its noise is for a mean",
+    ) for name in ("FedMedian", "Krum")},
+    "noise for another number of clients": (
+        _check(_DP, inside=strategy("FedAvg"), num_sampled_clients=3, settings=dict(weights="uniform")),
+        f"num_sampled_clients of {_DP} is 3, and 5 clients train",
+    ),
+    "a fraction of the nodes": (_check("FedAvg", fraction_train=0.5), "fraction_train of FedAvg is 0.5; which clients"),
+    "more nodes than are drawn": (_check("FedAvg", min_train_nodes=6), "min_train_nodes of FedAvg is 6, and 5 clients"),
+    "more nodes than there are": (_check("FedAvg", min_available_nodes=6), "min_available_nodes of FedAvg is 6, and 5"),
+    "another weight": (_check("FedAvg", weighted_by_key="n"), "weighted_by_key of FedAvg is 'n'; clients tell their"),
+    **{f"clients are {given!r:.20}": (partial(nodes.Roster, given), "clients is .*; it must be the names of all")
+       for given in ([], ["a", "a"], ["a", 3], [""], ["a\nb"], ["x" * 300])},
+    **{f"a node's config is {given!r:.40}": (partial(nodes.client_of, given), "the node's config has client")
+       for given in ({}, {"client": 3}, {"client": " "}, {"client": "a\nb"}, {"partition-id": 0},
+                     {"partition-id": 2, "num-partitions": 2}, {"partition-id": True, "num-partitions": 2})},
+    "a setting that is none": (
+        lambda: settings.federated_config({"federated.round": 3}), "no setting federated.round. Did you mean federated",
+    ),
+    "a setting of splits": (
+        lambda: settings.federated_config({"federated.partition": "iid"}), "federated.partition is set, and is of runs",
+    ),
+    "a setting out of range": (lambda: settings.federated_config({"federated.rounds": 0}), "rounds is 0; it must be"),
+    **{f"a list is {given!r}": (partial(settings.listed_in, {"clients": given}, "clients"), "clients is .*; it must be")
+       for given in (None, "", " , ", 3)},
+    "another method on a node": (lambda: wire.check_method("flora", False), "the server's method is 'flora', and this"),
+}  # fmt: skip
+
+
+def _file(folder):
+    (folder / "app").write_text("x")
+
+
+def _full(folder):
+    (folder / "app").mkdir()
+    (folder / "app" / "notes.txt").write_text("x")
+
+
+def _link(folder):
+    (folder / "app").symlink_to(folder / "nowhere")
+
+
+# what is there, the arguments, the exit code, and what is said
+APPS = {
+    "a folder that holds something": (_full, ["FOLDER/app"], 2, "which holds something already; choose a new one"),
+    "a file": (_file, ["FOLDER/app"], 2, "which holds something already"),
+    "below a file": (_file, ["FOLDER/app/new"], 4, "cannot be written"),
+    "a link that leads nowhere": (_link, ["FOLDER/app"], 2, "is a link that leads nowhere"),
+    "a name of signs": (lambda folder: None, ["FOLDER/___"], 2, "whose name has no letter or digit"),
+    "no clients": (lambda folder: None, ["FOLDER/app", "--clients", ""], 2, "--clients is ''; it must be names"),
+    "a client twice": (
+        lambda folder: None,
+        ["FOLDER/app", "--clients", "a,a"],
+        2,
+        "--clients is 'a,a'; it must be names",
+    ),
+    "a client with quotes": (lambda folder: None, ["FOLDER/app", "--clients", 'a"b'], 2, "leave out quotes"),
+    "a model of two lines": (lambda folder: None, ["FOLDER/app", "--model", "a\nb"], 2, "leave out quotes"),
+}
