@@ -8,6 +8,9 @@ from posttrain.privacy.accounting import Steps, epsilon, solve_noise
 from posttrain.privacy.config import PrivacyConfig
 from posttrain.privacy.sampling import cap_of, micro_batches
 
+# steps that are accounted for within a minute, and whose privacy losses fit into memory
+MOST_STEPS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,8 +67,8 @@ def plan(
         turns: that a client of a federated run may take, each of so many steps; the promise is of all together.
 
     Raises:
-        ConfigError: too few micro-batches for the largest draw; what `PrivacyConfig.check_units` and the accounting
-            refuse.
+        ConfigError: too few micro-batches for the largest draw; more steps than are accounted for; what
+            `PrivacyConfig.check_units` and the accounting refuse.
         EnvironmentIssue: dp-accounting is missing.
     """
     privacy.check_units(units)
@@ -80,6 +83,11 @@ def plan(
         )
     rate, an_epoch = expected / units, math.ceil(units / expected)
     steps = max_steps if max_steps > 0 else max(1, math.ceil(an_epoch * epochs))
+    if privacy.is_private and steps * turns > MOST_STEPS:
+        raise ConfigError(
+            f"max_steps, or num_train_epochs, comes to {steps * turns} steps, and privacy is accounted for over "
+            f"{MOST_STEPS} at most. Take fewer, with a larger expected_batch_size."
+        )
     noise = privacy.noise_multiplier
     promise = dict(accountant=privacy.accountant, neighbours=privacy.neighbours)
     kind = dict(rate=rate, cap=cap, units=units, steps=steps * turns)

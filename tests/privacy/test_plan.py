@@ -43,6 +43,16 @@ def test_too_few_micro_batches_are_refused_with_the_number_needed():
     assert made(accumulation=22).micro_batches == 22
 
 
+@pytest.mark.parametrize("run", [dict(max_steps=1_000_001), dict(epochs=25_001), dict(max_steps=500_001, turns=2)])
+def test_more_steps_than_are_accounted_for_are_refused_at_once(run):
+    with pytest.raises(
+        ConfigError, match=r"comes to 100\d{4} steps, and privacy is accounted for over 1000000 at most"
+    ):
+        made(privacy=dict(target_epsilon=3.0), **run)
+    # without a promise nothing is accounted for
+    assert made(**run).epsilon is None
+
+
 def test_without_noise_nothing_is_promised():
     found = made()
     assert (found.noise_multiplier, found.epsilon) == (0.0, None) and "none is promised" in found.told()["epsilon"]
