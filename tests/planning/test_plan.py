@@ -283,6 +283,7 @@ def test_gradients_of_rows_take_memory_with_the_rows():
     assert needed(8, drawn=64) - needed(8) == pytest.approx(4.0 * 200_000_000 * 9, rel=0.05)
 
 
+@pytest.mark.core("dp_sft/cpu", "robust_dpo/private")
 @pytest.mark.parametrize("name", [*(f"dp_sft/{path.stem}" for path in PRIVATE_SFT), "robust_dpo/private"])
 def test_private_runs_are_planned_and_no_engine_that_they_are_refused_under(name, capsys):
     found = planned(capsys, name, "--rows", "10000")

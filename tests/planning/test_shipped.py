@@ -1,5 +1,6 @@
 """Every shipped config for GPUs fits the card that its first lines name, and the window of its model."""
 
+import functools
 import re
 from dataclasses import fields
 
@@ -23,6 +24,7 @@ def name_of(path) -> str:
     return f"{path.parent.name}-{path.stem}"
 
 
+@functools.cache
 def planned(path, *words):
     """The run and the launch of a shipped config, and the card that it names."""
     named = re.search(r"(one|\d+) GPUs? of (\d+) GB", path.read_text().replace("\n# ", " "))
