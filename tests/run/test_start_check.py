@@ -79,6 +79,7 @@ def found(trainer, monkeypatch) -> dict:
     return seen
 
 
+@pytest.mark.core("preference")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sound_short_answers_pass_in_bf16(family, tokenizer, tmp_path, monkeypatch):
     seen = found(build(family, tmp_path, tokenizer), monkeypatch)
@@ -146,6 +147,8 @@ def _reference_with(family, how, monkeypatch):
         monkeypatch.setattr(PolicyGradientTrainer, "_get_per_token_logps_and_entropies", other)
 
 
+# each family once, and each fault once
+@pytest.mark.core("preference-template", "offline-shifted", "policy_gradient-adapter")
 @pytest.mark.parametrize("how", ["adapter", "template", "shifted"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_reference_stops_the_run_in_bf16(family, how, tokenizer, tmp_path, monkeypatch):
