@@ -47,6 +47,7 @@ def test_nor_on_any_other_split(method, micro, whole, tiny_folder, tmp_path):
         assert losses(trainer) == pytest.approx([step["loss"] for step in steps], rel=1e-4)
 
 
+@pytest.mark.core(*(name for name in METHODS if name not in ("gift_sw", "allora")))
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_variant_that_is_known_to_be_wrong_is_told_apart(method, whole, tiny_folder, tmp_path, monkeypatch):
     wrong = {} if callable(method.wrong) else method.wrong
