@@ -154,6 +154,7 @@ def config_of(method: str, output_dir, **settings):
     return DPSFTConfig(**settings | NOISELESS) if method == "dp_sft" else RobustDPOConfig(**settings, beta=0.5)
 
 
+@pytest.mark.core("robust_dpo")
 @pytest.mark.parametrize("method", ["dp_sft", "robust_dpo"])
 def test_a_trainers_plan_leaves_the_callers_config_as_it_was(method, tiny_folder, tmp_path):
     args, build = config_of(method, tmp_path / "a"), of_rows if method == "dp_sft" else of_pairs
