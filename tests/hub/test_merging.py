@@ -61,6 +61,7 @@ def merged_as_before(model):
     return model.merge_and_unload(safe_merge=True)
 
 
+@pytest.mark.core("settings1", "settings2", "settings5", "settings7")
 @pytest.mark.parametrize(
     ("settings", "parted"),
     [

@@ -179,6 +179,7 @@ def test_where_all_agree_it_is_the_plain_step_bit_for_bit(name, tiny_folder, tmp
     assert entries(trainer)[0]["gradient_agreement/accepted"] == 1
 
 
+@pytest.mark.core("2.0")
 @pytest.mark.parametrize("limit", [2.0, 1e-6])
 def test_a_last_window_of_one_micro_batch_trains_plainly(limit, tiny_folder, tmp_path):
     # sixteen rows: seven micro-batches, then one
