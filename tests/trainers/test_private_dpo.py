@@ -217,9 +217,9 @@ def test_policy_and_reference_are_compared_on_made_up_pairs_alone(tiny_folder, t
     "precomputed", [pytest.param(False, id="live"), pytest.param(True, id="precomputed", marks=pytest.mark.slow)]
 )
 def test_a_resumed_run_is_the_straight_one_bit_for_bit_without_noise(precomputed, tiny_folder, tmp_path):
-    settings = NOISELESS | RDPO | dict(expected_batch_size=8, rows=8, max_steps=2, save_strategy="steps", save_steps=1)
+    settings = NOISELESS | RDPO | dict(expected_batch_size=8, rows=8, max_steps=4, save_strategy="steps", save_steps=2)
     settings |= dict(per_device_train_batch_size=4, precompute_ref_log_probs=precomputed)
-    resumes(METHODS["robust_dpo"], settings, 1, tiny_folder, tmp_path)
+    resumes(METHODS["robust_dpo"], settings, 2, tiny_folder, tmp_path)
     for other, said in (
         (dict(clip_norm=0.25), "clip_norm: 1.0 there, 0.25 here"),
         (dict(expected_batch_size=4), "expected_batch_size: 8 there, 4 here"),
