@@ -68,7 +68,7 @@ def check(
 
     Args:
         replies: in any order. asked: the clients that were to train. sent: what they began with.
-        epsilons: that private clients have told of before, by their ids; no later one is less.
+        epsilons: that private clients have told of before, by their ids; every later one is more.
 
     Raises:
         DataError: a bad reply under `on_bad_reply: abort`, or fewer good ones than `min_replies`.
@@ -133,7 +133,7 @@ def fault(reply: Reply, sent: Shared, trains_a: bool) -> str | None:
 
 def _forgotten(reply: Reply, before: float | None) -> str | None:
     now = reply.metrics.get("epsilon")
-    if before is None or (now is not None and now >= before * (1 - _SAME)):
+    if before is None or (now is not None and now > before * (1 + _SAME)):
         return None
     said = "no epsilon" if now is None else f"epsilon {now:.6g}"
     return (

@@ -45,7 +45,7 @@ class RoundFiles:
 
         Raises:
             ConfigError: rounds in the folder of a new run, none where one is to go on, or those of another run.
-            DataError: a checkpoint that is damaged.
+            DataError: a checkpoint that is damaged, or a report that is missing.
         """
         found = self._found()
         if not resume:
@@ -63,6 +63,13 @@ class RoundFiles:
         # one that was killed before its first checkpoint begins anew
         number, shared = self._read(found[-1]) if found else (0, None)
         kept = [line for line in self.reports() if line["round"] <= number]
+        lost = sorted(set(range(1, number + 1)) - {line["round"] for line in kept})
+        if lost:
+            # what a client has spent is known from them
+            raise DataError(
+                f"{self.folder / REPORTS} lacks round {lost[0]}, and the newest checkpoint is of round {number}. Put "
+                "the file back, or begin a new run in another folder."
+            )
         text = "".join(f"{json.dumps(line)}\n" for line in kept)
         with answered(f"{self.folder / REPORTS} cannot be written", self._mend):
             replace(self.folder / REPORTS, lambda path: path.write_text(text, encoding="utf-8"))

@@ -140,6 +140,19 @@ def test_rounds_after_the_last_checkpoint_are_run_again(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000006", "round-000007", "rounds.jsonl"]
 
 
+@pytest.mark.parametrize("lost", [[0, 1, 2], [1]])
+def test_reports_that_were_lost_are_missed_and_nothing_is_written(lost, tmp_path):
+    config = settings(rounds=4)
+    killed(Clients(3), config, tmp_path, 4)
+    path = tmp_path / "rounds.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for number, line in enumerate(lines) if number not in lost))
+    before = path.read_text()
+    with pytest.raises(DataError, match=rf"lacks round {lost[0] + 1}, and the newest checkpoint is of round 3"):
+        run(config, Clients(3), tmp_path, resume=True)
+    assert path.read_text() == before
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     config = settings(rounds=4, save_every_rounds=3)
     killed(Clients(3), config, tmp_path, 2)

@@ -7,6 +7,7 @@ import pytest
 
 from posttrain.errors import DataError
 from posttrain.federated import replies
+from posttrain.federated.config import FederatedConfig
 from tests.federated.refused import BAD_REPLIES, GOOD, SENT, check, good
 
 ASKED = ["a", "b", "c"]
@@ -67,3 +68,21 @@ def test_names_of_strangers_do_not_steer_a_console(logged):
     check(good("a"), good("b", B=GOOD | {"\x1b[2Jx": GOOD["q"]}), good("c"))
     (warning,) = logged.records
     assert "\x1b" not in warning.getMessage() and "\\x1b[2Jx" in warning.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (6.5, None),
+        # of a ledger that was lost after the first of two turns that spend alike
+        (6.0, "it tells of epsilon 6, and told of 6 in an earlier round: its ledger is not the one that it was"),
+        (3.0, "it tells of epsilon 3"),
+        (None, "it tells of no epsilon"),
+    ],
+)
+def test_every_turn_of_a_private_client_has_spent(told, said):
+    metrics = {} if told is None else dict(epsilon=told)
+    given = [good("a"), good("b", metrics=metrics), good("c")]
+    checked = replies.check(given, ASKED, SENT, FederatedConfig(num_clients=3), 4, epsilons=dict(b=6.0))
+    assert list(checked.good) == (ASKED if said is None else ["a", "c"])
+    assert checked.faults.get("b", "").startswith(said or "")
