@@ -94,6 +94,11 @@ class FederatedLoop:
         if self._files is None:
             return 0
         done, found = self._files.begin(resume)
+        if done > self.config.rounds:
+            raise ConfigError(
+                f"rounds is {self.config.rounds}, and {self._files.folder} has gone through {done} already. Set rounds "
+                f"to {done} or more."
+            )
         self.shared, self.reports = found or self.shared, self._files.reports()
         return done
 

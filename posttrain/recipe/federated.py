@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from posttrain import recipe
@@ -15,6 +16,7 @@ from posttrain.federated import curves, partitions
 from posttrain.federated.config import FederatedConfig
 from posttrain.federated.given import processes
 from posttrain.federated.rounds import REPORTS
+from posttrain.log import get_logger
 from posttrain.private import hide
 from posttrain.recipe import dry_run, federated_card, instructions
 from posttrain.recipe.federated_turns import Evaluation, builder, load_model
@@ -62,10 +64,26 @@ def load(data_args: DataArguments, args, config: FederatedConfig):
     load = functools.partial(load_instructions, beside=tuple(dict.fromkeys([*units, *([column] if column else [])])))
     rows, held_out = recipe.load_splits(load, data_args, args.eval_strategy != "no", args.seed)
     clients = partitions.split(rows, config)
+    _warn_of_units_at_several(clients, args.privacy)
     if column is not None and column not in units:
         clients = {name: held.remove_columns(column) for name, held in clients.items()}
         held_out = held_out.remove_columns(column) if held_out and column in held_out.column_names else held_out
     return clients, held_out
+
+
+def _warn_of_units_at_several(clients: dict, privacy) -> None:
+    """Warn of units of privacy that several clients have: each client's promise is for its own rows of them."""
+    column = None if privacy is None or not privacy.is_private else privacy.privacy_unit_column
+    if column is None:
+        return
+    at = Counter(unit for held in clients.values() for unit in {str(value) for value in held[column]})
+    several = sum(count > 1 for count in at.values())
+    if several:
+        get_logger().warning(
+            "%d of %d values of %s have rows at several clients, and what each client promises them adds up. Split the "
+            "rows so that each is at one client: `partition: given`, with a partition_column that follows from %s.",
+            several, len(at), column, column,
+        )  # fmt: skip
 
 
 def _check_settings(args) -> None:

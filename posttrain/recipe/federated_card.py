@@ -83,13 +83,15 @@ def _privacy(args, reports: list[dict]) -> str:
         return "## Privacy\n\nClients trained without noise: **nothing is promised** about their rows."
     unit = "row" if privacy.privacy_unit_column is None else f"value of {one_line(privacy.privacy_unit_column)}"
     lines = [(client, f"{epsilon:.4g}", f"{delta:g}") for client, (epsilon, delta) in spent.items()]
+    # a row is at one client alone
+    several = f" A {unit} that several clients have spends at each of them." if privacy.privacy_unit_column else ""
     return (
         f"## Privacy\n\nEach client trained with differential privacy (DP-SGD). What it sent over all rounds is "
         f"(epsilon, delta)-differentially private for each {unit} of its own, against whoever sees it:\n\n"
         + format_table(("client", "epsilon", "delta"), lines)
         + "\n\nEpsilon is what a client told with its last answer; turns whose answer was lost are in its own ledger. "
-        "The number of a client's rows counts as known. Not covered: settings that were chosen by earlier runs on the "
-        "same rows, and the rounding of floating-point noise."
+        f"The number of a client's rows counts as known.{several} Not covered: settings that were chosen by earlier "
+        "runs on the same rows, and the rounding of floating-point noise."
     )
 
 

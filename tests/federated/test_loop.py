@@ -153,6 +153,12 @@ def test_reports_that_were_lost_are_missed_and_nothing_is_written(lost, tmp_path
     assert path.read_text() == before
 
 
+def test_fewer_rounds_than_were_done_are_refused(tmp_path):
+    run(settings(rounds=3), Clients(3), tmp_path)
+    with pytest.raises(ConfigError, match="rounds is 2, and .* has gone through 3 already"):
+        run(settings(rounds=2), Clients(3), tmp_path, resume=True)
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     config = settings(rounds=4, save_every_rounds=3)
     killed(Clients(3), config, tmp_path, 2)

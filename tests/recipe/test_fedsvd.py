@@ -136,6 +136,16 @@ def test_what_no_run_of_rounds_has_is_refused_before_the_model_loads(recipe, mon
     assert code in (2, 3) and said in err, err
 
 
+@pytest.mark.parametrize("column", ["user", None])
+def test_people_whose_rows_are_at_several_clients_are_warned_of(recipe, column, logged):
+    people = dict(privacy_unit_column=column, rows_per_unit=3, expected_batch_size=4, target_delta=1e-2)
+    code, _, err = recipe("dp", dry_run="true", **(people if column else {}))
+    assert code == 0, err
+    said = [record.getMessage() for record in logged.records if "rows at several clients" in record.getMessage()]
+    assert len(said) == (1 if column else 0)
+    assert all("20 values of user have rows at several clients" in text for text in said)
+
+
 def test_several_processes_are_refused(recipe, monkeypatch):
     monkeypatch.setattr("posttrain.recipe.federated.processes", lambda: 2)
     code, _, err = recipe()
