@@ -18,6 +18,8 @@ _NEIGHBOURS = ("add_remove", "replace_one")
 _MOST_CANARIES = 100_000
 # beyond them noise and clipped gradients leave what fp32 can hold
 _LEAST_CLIP, _MOST_CLIP = 1e-6, 1e6
+# below it epsilon comes from the mass that is cut off the tails of privacy losses
+_LEAST_DELTA = 1e-12
 
 
 @dataclass
@@ -144,6 +146,11 @@ class PrivacyConfig:
         delta = self._number("target_delta")
         if delta is None or not 0 < delta < 1:
             raise ConfigError(f"target_delta is {delta!r}; it must be a number above 0 and below 1, such as 1e-5.")
+        if delta < _LEAST_DELTA:
+            raise ConfigError(
+                f"target_delta is {delta!r}; below {_LEAST_DELTA:g} rounded privacy losses decide about epsilon. "
+                "Give a larger one: a hundredth of 1 over the number of units is usual."
+            )
         clip = self._number("clip_norm")
         if clip is None or not (_LEAST_CLIP <= clip <= _MOST_CLIP or clip == math.inf):
             raise ConfigError(

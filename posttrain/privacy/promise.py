@@ -122,7 +122,7 @@ class Promise(NamedTuple):
                 "back."
             )
         return (
-            f"Trained with differential privacy (DP-SGD): the weights, and all steps that led to them, are "
+            f"Trained with differential privacy (DP-SGD): the weights, and all steps of its runs, are "
             f"**({self.epsilon:.4g}, {self.delta:g})-differentially private** for each unit of privacy, which is "
             f"{self._unit()}.{self._refutation()}"
         )

@@ -42,7 +42,7 @@ REFUSED = [
         dict(target_epsilon=None, noise_multiplier=value)
         for value in (-1.0, 0.09, 1e30, math.nan, math.inf, True, "1", 10**400)
     ),
-    *(dict(target_delta=value) for value in (0, 1, -1e-5, 1.5, math.nan, math.inf, None, True, "1e-5")),
+    *(dict(target_delta=value) for value in (0, 1, -1e-5, 1e-13, 1.5, math.nan, math.inf, None, True, "1e-5")),
     *(dict(clip_norm=value) for value in (0, -1.0, 1e-7, 1e7, -math.inf, math.nan, None, False, "x")),
     *(dict(clipping=value) for value in ("per_layer", None, 1, "Flat")),
     *(dict(accountant=value) for value in ("prv", None)),
