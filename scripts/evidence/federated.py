@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
-from evidence import federated_report, noise, noise_measures
+from evidence import federated_report, noise, noise_measures, reversing
 
 ROOT = Path(__file__).resolve().parents[2]
 # by arm: the method, and what else its FederatedConfig has
@@ -171,53 +171,12 @@ class SmolLM2(noise.SmolLM2):
 
 def pretrain(folder: Path, seed: int, steps: int) -> str:
     """A llama of 1.2M parameters and a word tokenizer, trained to answer with a prompt's words in any order."""
-    if (folder / "tokenizer.json").exists():
-        return str(folder)
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    from posttrain.data.generated import WORDS
-    from posttrain.models import tiny_model
+    def draw(rng: random.Random, known: list[str]) -> list[str]:
+        words = rng.sample(known, 4)
+        return [*words, rng.choice(list(RULES)), ">", *rng.sample(words, 4), "<eos>"]
 
-    vocabulary = {word: place for place, word in enumerate(["<eos>", "<pad>", ">", *RULES, *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.add_special_tokens(["<eos>", "<pad>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
-    model = tiny_model(
-        seed=seed,
-        vocab_size=len(vocabulary),
-        hidden_size=160,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        head_dim=40,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    rng = random.Random(5000 + seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
-        rows = []
-        for _ in range(64):
-            words = rng.sample(WORDS, 4)
-            text = [*words, rng.choice(list(RULES)), ">", *rng.sample(words, 4), "<eos>"]
-            rows.append([vocabulary[word] for word in text])
-        ids = torch.tensor(rows)
-        labels = ids.clone()
-        labels[:, :6] = -100
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    print(f"base {seed}: last loss {loss.item():.3f}", flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return reversing.train_from_nothing(folder, seed, list(RULES), draw, 6, steps, width=160, inner=384)
 
 
 def builder(source, cell: dict, tokenizer, folder: str, rate: float | None):

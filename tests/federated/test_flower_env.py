@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,8 +93,8 @@ def app(tmp_path):
 def in_loop(settings, data):
     """What the loop makes of the same settings and rows, in this process."""
     config = federated_config(settings)
-    node = lambda name: type("Node", (), {"config": {"data": str(data[name])}})  # noqa: E731
-    rows = {name: task.rows(node(name)) for name in sorted(data)}
+    nodes = {name: SimpleNamespace(config={"data": str(data[name])}) for name in sorted(data)}
+    rows = {name: task.rows(node) for name, node in nodes.items()}
     clients = TrainerClients(task.adapted(settings), rows, task.builder(settings), config)
     loop = FederatedLoop(clients.start, clients.rows, clients, config)
     return clients, loop.run()
